@@ -6,51 +6,56 @@ transformers. Their errors are here too.
 
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import AdapterkitError as AdapterkitError
-from adapterkit.errors import Damaged as Damaged
-from adapterkit.errors import Failed as Failed
-from adapterkit.errors import Interrupted as Interrupted
-from adapterkit.errors import MultipleErrors as MultipleErrors
-from adapterkit.errors import Refused as Refused
-from adapterkit.errors import Unrecoverable as Unrecoverable
-from adapterkit.errors import Waiting as Waiting
-from adapterkit.verbs import HOMES
+from adapterkit.core.errors import AdapterkitError as AdapterkitError
+from adapterkit.core.errors import Damaged as Damaged
+from adapterkit.core.errors import Failed as Failed
+from adapterkit.core.errors import Interrupted as Interrupted
+from adapterkit.core.errors import MultipleErrors as MultipleErrors
+from adapterkit.core.errors import Refused as Refused
+from adapterkit.core.errors import Unrecoverable as Unrecoverable
+from adapterkit.core.errors import Waiting as Waiting
+from adapterkit.doors import VERBS
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.lora_config import LoraConfig as LoraConfig
-    from adapterkit.jobs.finish import finish as finish
-    from adapterkit.jobs.plan_file import write_plan as write_plan
-    from adapterkit.jobs.run import run as run
-    from adapterkit.options import Progress as Progress
-    from adapterkit.plan import Plan as Plan
-    from adapterkit.receipt import Receipt as Receipt
-    from adapterkit.verbs.arrow import arrow as arrow
-    from adapterkit.verbs.check import check as check
-    from adapterkit.verbs.combine import combine as combine
-    from adapterkit.verbs.convert import convert as convert
-    from adapterkit.verbs.dequantize import dequantize as dequantize
-    from adapterkit.verbs.diagnose import diagnose as diagnose
-    from adapterkit.verbs.diff import diff as diff
-    from adapterkit.verbs.edit import edit as edit
-    from adapterkit.verbs.extract import extract as extract
-    from adapterkit.verbs.fit import fit as fit
-    from adapterkit.verbs.init import init as init
-    from adapterkit.verbs.inspect import inspect as inspect
-    from adapterkit.verbs.loftq import loftq as loftq
-    from adapterkit.verbs.merge import merge as merge
-    from adapterkit.verbs.quantize import quantize as quantize
-    from adapterkit.verbs.rebase import rebase as rebase
-    from adapterkit.verbs.report import report as report
-    from adapterkit.verbs.rerun import rerun as rerun
-    from adapterkit.verbs.resize import resize as resize
-    from adapterkit.verbs.stats import stats as stats
-    from adapterkit.verbs.subtract import subtract as subtract
-    from adapterkit.verbs.verify import verify as verify
+    from adapterkit.adapters.formats.records.convert import convert as convert
+    from adapterkit.adapters.formats.records.edit import edit as edit
+    from adapterkit.bases.quantized.records.dequantize import dequantize as dequantize
+    from adapterkit.bases.quantized.records.loftq import loftq as loftq
+    from adapterkit.bases.quantized.records.quantize import quantize as quantize
+    from adapterkit.core.merge.verb import merge as merge
+    from adapterkit.core.options import Progress as Progress
+    from adapterkit.core.plan import Plan as Plan
+    from adapterkit.core.receipt import Receipt as Receipt
+    from adapterkit.core.verify.verb import verify as verify
+    from adapterkit.many.workflows.finish import finish as finish
+    from adapterkit.many.workflows.plan_file import write_plan as write_plan
+    from adapterkit.many.workflows.records.rerun import rerun as rerun
+    from adapterkit.many.workflows.run import run as run
+    from adapterkit.verbs.combine.records.arrow import arrow as arrow
+    from adapterkit.verbs.combine.records.combine import combine as combine
+    from adapterkit.verbs.combine.records.extract import extract as extract
+    from adapterkit.verbs.combine.records.resize import resize as resize
+    from adapterkit.verbs.combine.records.subtract import subtract as subtract
+    from adapterkit.verbs.fit.verb import fit as fit
+    from adapterkit.verbs.init.records.init import init as init
+    from adapterkit.verbs.init.records.rebase import rebase as rebase
+    from adapterkit.verbs.look.records.check import check as check
+    from adapterkit.verbs.look.records.diagnose import diagnose as diagnose
+    from adapterkit.verbs.look.records.diff import diff as diff
+    from adapterkit.verbs.look.records.inspect import inspect as inspect
+    from adapterkit.verbs.look.records.report import report as report
+    from adapterkit.verbs.shared.lora_config import LoraConfig as LoraConfig
+    from adapterkit.verbs.stats.verb import stats as stats
 
-_RECORDS = {"LoraConfig": "adapters.lora_config", "Plan": "plan", "Receipt": "receipt"}
-_HOMES = HOMES | _RECORDS | {"Progress": "options", "write_plan": "jobs.plan_file"}
+_HOMES = VERBS | {
+    "LoraConfig": "verbs.shared.lora_config",
+    "Plan": "core.plan",
+    "Progress": "core.options",
+    "Receipt": "core.receipt",
+    "write_plan": "many.workflows.plan_file",
+}
 _ERRORS = [name for name, value in globals().items() if isinstance(value, type)]
 # computed, so that a verb is told once: type checkers take the names above
 __all__ = sorted([*_ERRORS, "__version__", *_HOMES])  # pyright: ignore[reportUnsupportedDunderAll]

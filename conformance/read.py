@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapterkit.formats.detect import detect
-from adapterkit.formats.library import formats
-from adapterkit.formats.modules.kinds import EXPERTS, FACTORS
-from adapterkit.formats.modules.parts import scaled_role
-from adapterkit.formats.modules.record import AdapterModule, Contents
-from adapterkit.formats.peft.dialects import arranged
-from adapterkit.planning.convert.source import named_base, read_contents
-from adapterkit.planning.inputs.sources import open_base, open_unconverted
-from adapterkit.verbs.convert import ConvertOptions
-from adapterkit.weights.plan_reader import PlanReader
+from adapterkit.adapters.formats.detect import detect
+from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.modules.kinds import EXPERTS, FACTORS
+from adapterkit.adapters.formats.modules.parts import scaled_role
+from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
+from adapterkit.adapters.formats.peft.dialects import arranged
+from adapterkit.adapters.formats.planning.source import named_base, read_contents
+from adapterkit.adapters.formats.records.convert import ConvertOptions
+from adapterkit.core.inputs.sources import open_base, open_unconverted
+from adapterkit.core.weights.plan_reader import PlanReader
 
 
 def contents_of(

@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import adapterkit
-from adapterkit import options, registry, runtime
-from adapterkit.cli.commands import record_named
+from adapterkit import runtime
 from adapterkit.cli.parameters import sections_of
-from adapterkit.verb import Verb
-from adapterkit.verbs import HOMES
+from adapterkit.core import options, registry
+from adapterkit.core.registry import verb_named
+from adapterkit.core.verb import Verb
+from adapterkit.doors import VERBS
 
 WIDTH = 100
 TARGET = Path(__file__).with_name("api.md")
 FAMILIES = {
     "combinations": "Combination methods",
     "inits": "Initialization methods",
-    "adapters.kinds": "Adapter types",
-    "weights.codecs": "Quantized formats",
+    "kinds": "Adapter types",
+    "codecs": "Quantized formats",
 }
 INTRODUCTION = """\
 # Python API
@@ -56,8 +57,8 @@ def document() -> str:
     parts += ["## Runtime", "`adapterkit.runtime`; see [training and running](runtime.md)."]
     for name in runtime.__all__:
         parts += live(name, getattr(runtime, name))
-    for package, title in FAMILIES.items():
-        parts += [f"## {title}", table(package)]
+    for family, title in FAMILIES.items():
+        parts += [f"## {title}", table(family)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -79,7 +80,7 @@ def live(name: str, value: Callable) -> Iterator[str]:
 
 def _verb(name: str) -> type[Verb] | None:
     """The record of a verb; None for another function."""
-    return record_named(name) if name in HOMES else None
+    return verb_named(name) if name in VERBS else None
 
 
 def tier_of(value: object) -> Iterator[str]:
@@ -157,9 +158,9 @@ def fenced(text: str) -> str:
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
-def table(package: str) -> str:
+def table(family: str) -> str:
     """One row for each member of a family."""
-    records = registry.members(package)
+    records = registry.members(family)
     with_source = any(hasattr(record, "source") for record in records.values())
     columns = ["name", "tier", "what it is"] + ["options", "source"] * with_source
     rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]

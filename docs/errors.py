@@ -6,7 +6,7 @@ python docs/errors.py
 from pathlib import Path
 from textwrap import wrap
 
-from adapterkit.errors import codes
+from adapterkit.core.errors import codes
 
 TARGET = Path(__file__).with_name("errors.md")
 HEAD = """

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from adapterkit.formats.engines import engines
-from adapterkit.reports.formats import list_formats, scale_text
+from adapterkit.adapters.formats.engines import engines
+from adapterkit.verbs.look.formats import list_formats, scale_text
 
 PAGES = [Path(__file__).with_name(name) for name in ("formats.md", "integrations.md")]
 PART = re.compile(r"(<!-- (\w+): python docs/formats.py -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -34,12 +34,12 @@ import adapterkit
 import languages
 import lossy
 import realmodel
-from adapterkit.adapters.weights_file import write_weights
-from adapterkit.fitting.fit import climbed, outcome, weights_file
-from adapterkit.fitting.plan import FitCollection, plan_fit
-from adapterkit.plan import Plan
-from adapterkit.records import Json
-from adapterkit.verbs.fit import LEVELS, WeightFit
+from adapterkit.core.adapter.weights_file import write_weights
+from adapterkit.core.plan import Plan
+from adapterkit.core.records import Json
+from adapterkit.verbs.fit.fit import climbed, outcome, weights_file
+from adapterkit.verbs.fit.plan import FitCollection, plan_fit
+from adapterkit.verbs.fit.verb import LEVELS, WeightFit
 from languages import LANGUAGES
 
 BLOCKS, LENGTH = 12, 48  # blocks that adapters are trained on; tokens of a sample

@@ -27,7 +27,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or is_worker:
         return
     if option.numprocesses is None and not (option.usepdb or option.collectonly):
-        from adapterkit.checkpoint.system import all_cores
+        from adapterkit.core.system import all_cores
 
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         option.numprocesses = all_cores() + 1
@@ -73,7 +73,7 @@ def pytest_collection_finish() -> None:
 def without_waiting_for_the_disk() -> None:
     """What is written is read at once; that it lasts is the law of tests/faults, whose runs are
     forks."""
-    from adapterkit.checkpoint import disk
+    from adapterkit.core.checkpoint import disk
 
     disk.DURABLE = False
 

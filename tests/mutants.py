@@ -1,7 +1,7 @@
 """Whether the tests see a change: at random places of the package one operator or comparison is
-flipped, and the tests of that room are run (from the project's folder):
+flipped, and the tests of that folder are run (from the project's folder):
 
-    python -m tests.mutants --count 200 --seed 23 --log mutants.jsonl --rooms kernels,combinations
+    python -m tests.mutants --count 200 --seed 23 --log mutants.jsonl --folders kernels,core/merge
 
 The last line counts the killed; those that survive are to be judged by hand. A mutant takes as long
 as its tests until the first of them fails, of those that survive all of them. With `--lines
@@ -39,29 +39,34 @@ BESIDE = ("pyproject.toml", "README.md", "LICENSE", ".ci", "docs", "tests", "exa
 PRELOADED = ("torch", "transformers", "peft", "safetensors.torch", "huggingface_hub", "click")
 IMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 SECONDS = 1500  # after which a run counts as killed: a mutant may never end
-# a room of the package, the longest that fits -> the tests that are run, the quickest first
+# a folder of the package, the longest that fits -> the tests that are run, the quickest first
 SUITES = {
     "adapterkit/adapters": "merge combine/combine formats",
-    "adapterkit/checkpoint": "hostile merge faults",
+    "adapterkit/adapters/formats": "formats",
+    "adapterkit/adapters/kinds": "combine/resize_kinds merge",
+    "adapterkit/bases/gguf": "quantized/gguf formats",
+    "adapterkit/bases/hub": "hub",
+    "adapterkit/bases/images": "merge pipelines",
+    "adapterkit/bases/quantized": "quantized merge",
     "adapterkit/cli": "cli options",
-    "adapterkit/combinations": "combine",
-    "adapterkit/engines": "tasks engines merge jobs faults hub",
-    "adapterkit/formats": "formats",
-    "adapterkit/gguf": "quantized/gguf formats",
-    "adapterkit/hub": "hub",
-    "adapterkit/inits": "inits",
-    "adapterkit/jobs": "jobs",
+    "adapterkit/core": "options test_errors.py planning merge combine jobs",
+    "adapterkit/core/checkpoint": "hostile merge faults",
+    "adapterkit/core/engine": "engines merge jobs faults",
+    "adapterkit/core/merge": "merge",
+    "adapterkit/core/output": "hostile merge faults",
+    "adapterkit/core/system": "hostile merge faults",
+    "adapterkit/core/tasks": "tasks merge combine quantized",
+    "adapterkit/core/verify": "engines merge quantized",
+    "adapterkit/core/weights": "weights merge runtime",
     "adapterkit/kernels": "kernels combine quantized inits",
-    "adapterkit/planning": "planning merge combine",
-    "adapterkit/planning/convert": "formats",
-    "adapterkit/planning/merge": "merge",
-    "adapterkit/reports": "reports cli",
+    "adapterkit/many": "jobs",
     "adapterkit/runtime": "runtime",
-    "adapterkit/statistics": "statistics runtime jobs",
-    "adapterkit/tasks": "tasks combine merge quantized",
-    "adapterkit/verbs": "options combine quantized inits formats statistics reports",
-    "adapterkit/weights": "weights merge runtime",
-    "adapterkit/weights/codecs": "quantized",
+    "adapterkit/verbs/combine": "combine",
+    "adapterkit/verbs/fit": "fitting",
+    "adapterkit/verbs/init": "inits",
+    "adapterkit/verbs/look": "reports cli",
+    "adapterkit/verbs/shared": "combine inits runtime",
+    "adapterkit/verbs/stats": "statistics runtime jobs",
     "adapterkit": "options test_errors.py merge combine jobs",
 }
 COMPARISONS: dict[type[ast.cmpop], tuple[str, str]] = {
@@ -155,8 +160,8 @@ def _is_text(node: ast.BinOp) -> bool:
 
 def suites_of(file: str) -> list[str]:
     """The folders of tests for a file."""
-    room = max((room for room in SUITES if file.startswith(f"{room}/")), key=len)
-    return [f"tests/{name}" for name in SUITES[room].split()]
+    folder = max((one for one in SUITES if file.startswith(f"{one}/")), key=len)
+    return [f"tests/{name}" for name in SUITES[folder].split()]
 
 
 def prepare(folder: Path) -> None:
@@ -234,18 +239,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=23)
-    parser.add_argument("--rooms", default="", help="folders of the package (default: all of it)")
+    parser.add_argument("--folders", default="", help="folders of the package (default: all of it)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--seconds", type=float, default=30, help="of tests that run a line")
     parser.add_argument("--lines", type=Path, help="what tests.support.lines_seen wrote")
     options = parser.parse_args()
-    rooms = [f"adapterkit/{room}".rstrip("/") for room in options.rooms.split(",")]
+    folders = [f"adapterkit/{one}".rstrip("/") for one in options.folders.split(",")]
     files = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("adapterkit/**/*.py"))
     places = [
         mutant
         for file in files
-        if any(file.startswith(f"{room}/") for room in rooms)
+        if any(file.startswith(f"{one}/") for one in folders)
         for mutant in mutants_of(file)
     ]
     chosen = random.Random(options.seed).sample(places, min(options.count, len(places)))

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 import adapterkit
-from adapterkit import registry, runtime
+from adapterkit import doors, runtime
 from adapterkit.cli import main
-from adapterkit.verbs import HOMES, SECTIONS
+from adapterkit.core import registry
+from adapterkit.doors import SECTIONS, VERBS
 from tests.support.documents import CODE, DOCUMENTS, README, ROOT, blocks, name_of, prose, typed
 
 PACKAGE = Path(adapterkit.__file__).parent
@@ -56,7 +57,7 @@ def test_commands_parse(document: Path):
     """But for those of a verb or an engine that the document itself adds, which
     tests/test_docs_run.py runs."""
     first = [block.text.partition("\n")[0] for block in blocks(document, "python")]
-    homes = ("# adapterkit/verbs/", "# adapterkit/engines/")
+    homes = ("# adapterkit/verbs/combine/records/", "# adapterkit/many/workers/")
     added = {Path(line).stem for line in first if line.startswith(homes)}
     for words in typed(document):
         if words[0] == "adapterkit" and not added.intersection(words):
@@ -164,9 +165,9 @@ def test_the_readme_says_which_commands_have_the_options_of_writing():
     sections, words = re.findall("[A-Z]\\w+", said[1]), {*re.findall("`(--[\\w-]+)`", said[2])}
     assert words == {"--dry-run", "--resume", "--overwrite", "--json"}
     named = {verb for section in sections for verb in SECTIONS[section]}
-    have = {verb for verb in HOMES if words <= options(verb)}
+    have = {verb for verb in VERBS if words <= options(verb)}
     assert have == named and len(named) > 12
-    for verb in {*HOMES} - have:  # what they write they replace only if asked
+    for verb in {*VERBS} - have:  # what they write they replace only if asked
         if "--out" in options(verb):
             assert "--overwrite" in options(verb) or verb == "rerun", verb
 
@@ -206,6 +207,13 @@ def test_files_exist(document: Path):
     names |= {Path(line).name for line in first if line.startswith("# ")}  # files to add
     for name in re.findall(r"(?<![\w./*])\w+\.py\b", prose(document)):
         assert name in names, name
+
+
+def test_files_that_docstrings_name_exist():
+    """By their path in the package, or next to the file that names them."""
+    for path in PACKAGE.rglob("*.py"):
+        for name in re.findall(r"`([\w/]+\.py)\b", path.read_text("utf-8")):
+            assert (PACKAGE / name).exists() or (path.parent / name).exists(), f"{path}: {name}"
 
 
 def slug(heading: str) -> str:
@@ -253,18 +261,21 @@ def test_the_tree_of_the_architecture_is_the_tree_of_the_package():
             parents = [*parents[: len(indent) // 2], name]
             described.add("".join(parents))
     assert all((PACKAGE / name).exists() for name in described), described
-    folders = {p.name + "/" for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
+    folders = {p.parent.relative_to(PACKAGE).as_posix() + "/" for p in PACKAGE.rglob("__init__.py")}
+    groups = ("core/", "bases/", "adapters/", "verbs/", "many/")
+    folders = {f for f in folders if f.count("/") < 2 + f.startswith(groups)} - {"./"}
     files = {p.name for p in PACKAGE.glob("*.py") if not p.name.startswith("__")}
-    assert {name for name in described if "/" not in name.rstrip("/")} == folders | files
+    assert folders | files <= described
 
 
-def test_the_levels_of_the_architecture_are_those_of_the_layering_test():
-    from tests.hostile.test_layers import LEVELS
-
-    (written,) = (b.text for b in blocks(ROOT / "docs" / "architecture.md", "text"))
-    parts = {path.stem for path in PACKAGE.iterdir()} - {"__main__"}
-    levels = [set(level.split()) & parts for level in LEVELS]
-    assert [set(line.split()) for line in written.splitlines()] == levels
+def test_the_levels_and_doors_of_the_architecture_are_those_of_the_package():
+    layers = script("layers")
+    written = layers.PAGE.read_text("utf-8")
+    assert written == layers.document(), "it is old: run `python docs/layers.py`"
+    tables = {name for name in vars(doors) if name.isupper()} - {"VERBS"}  # made of SECTIONS
+    assert tables == {name for _, name in layers.TABLE.findall(layers.DOORS.read_text("utf-8"))}
+    assert all(f"\n| `{name}` | " in written for name in tables)
+    assert all(part in written for line in layers.constant("CORE") for part in line.split())
 
 
 def test_every_method_and_format_has_its_row():
@@ -273,7 +284,7 @@ def test_every_method_and_format_has_its_row():
     )
     for name in registry.members("combinations"):
         assert f"| `{name}` |" in combine, name
-    for record in registry.members("weights.codecs").values():
+    for record in registry.members("codecs").values():
         for target in (*record.targets, *record.image_targets):
             assert f"{target}`" in quantized, target
 

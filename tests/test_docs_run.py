@@ -125,15 +125,13 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def add_rows(root: Path) -> None:
     """The verb and the engine that CONTRIBUTING.md adds, in their tables."""
-    sections = root / "adapterkit" / "verbs" / "__init__.py"
-    text = sections.read_text()
-    assert '"edit")' in text
-    sections.write_text(text.replace('"edit")', '"edit", "rescale")'))
-    table = root / "adapterkit" / "run_options.py"
-    rows = re.search(r'"processes": "[\w.:]+"', (ROOT / "docs" / "CONTRIBUTING.md").read_text())
-    text = table.read_text()
-    assert rows and "ENGINES = {" in text
-    table.write_text(text.replace("ENGINES = {", f"ENGINES = {{{rows[0]}, "))
+    doors = root / "adapterkit" / "doors.py"
+    text, page = doors.read_text(), (ROOT / "docs" / "CONTRIBUTING.md").read_text()
+    for name, table in (("rescale", '"Adapters": {'), ("processes", "ENGINES = {")):
+        row = re.search(rf'"{name}": "[\w.:]+"', page)
+        assert row and table in text
+        text = text.replace(table, f"{table}{row[0]}, ")
+    doors.write_text(text)
 
 
 @pytest.fixture(scope="module")

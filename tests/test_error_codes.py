@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from adapterkit import errors
 from adapterkit.cli import main
-from adapterkit.errors import Damaged, Problems, Refused, codes
+from adapterkit.core import errors
+from adapterkit.core.errors import Damaged, Problems, Refused, codes
 from tests.support.documents import ROOT
 from tests.support.error_sites import Site, sites
 from tests.test_docs import script

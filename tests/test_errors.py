@@ -2,7 +2,7 @@
 
 import pytest
 
-from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Problems, Refused
+from adapterkit.core.errors import AdapterkitError, Damaged, MultipleErrors, Problems, Refused
 
 pytestmark = pytest.mark.quick
 

@@ -54,7 +54,7 @@ JOBS = {
 RUN = """
 import json, os, sys
 import adapterkit
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 
 for verb, sources, options in json.loads(sys.argv[1]):
     sys.stdout.flush()

@@ -8,7 +8,7 @@ import click.testing
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.options import bytes_text
+from adapterkit.core.options import bytes_text
 from tests.support import oracle
 
 

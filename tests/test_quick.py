@@ -26,6 +26,7 @@ SUITES = {
     "runtime/test_signatures.py",
     "runtime/test_target_rules.py",
     "test_errors.py",
+    "test_no_torch.py",
     "test_quick.py",
     "weights/test_slots.py",
 }

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from adapterkit.checkpoint import compare
-from adapterkit.checkpoint.compare import same_bytes
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.hashes import MARK, RunningHash
-from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint import compare
+from adapterkit.core.checkpoint.compare import same_bytes
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.hashes import MARK, RunningHash
+from adapterkit.core.checkpoint.header import TensorSpec
 
 DATA = random.Random(0).randbytes(1000)
 ENDS = [("empty", 20), ("a", 120), ("b", 121), ("b", 121), ("c", 700), ("d", 1000), ("last", 1000)]

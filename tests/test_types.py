@@ -13,15 +13,15 @@ import pytest
 
 import adapterkit
 from adapterkit import runtime
-from adapterkit.cli.commands import record_named
-from adapterkit.options import option_of
-from adapterkit.verb import Verb, WritingVerb
-from adapterkit.verbs import HOMES
+from adapterkit.core.options import option_of
+from adapterkit.core.registry import verb_named
+from adapterkit.core.verb import Verb, WritingVerb
+from adapterkit.doors import VERBS as HOMES
 from tests.support.documents import ROOT
 
 CALLS = Path(__file__).with_name("typed_calls.py")
 CI = ROOT / ".ci" / "run"
-VERBS: list[type[Verb]] = [record_named(name) for name in HOMES]
+VERBS: list[type[Verb]] = [verb_named(name) for name in HOMES]
 SEVERAL = "targets"  # the kind of a check that takes a list too
 
 

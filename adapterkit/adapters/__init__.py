@@ -1,1 +1,0 @@
-"""The neutral adapter, PEFT's layout on disk, factors, and the types besides LoRA."""

@@ -22,7 +22,7 @@ def process() -> None:
     console.never_fail()
     gc.set_threshold(100_000, 50, 50)
     if os.environ.get("ADAPTERKIT_FSYNC") == "0":  # for measuring only: what durability costs
-        from adapterkit.checkpoint import disk
+        from adapterkit.core.checkpoint import disk
 
         disk.DURABLE = False
     atexit.register(gc.freeze)

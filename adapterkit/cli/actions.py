@@ -10,13 +10,13 @@ from click.core import ParameterSource
 from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified, run_verb
 from adapterkit.cli.parameters import json_option, quiet_option
 from adapterkit.cli.signals import WAITING, fail
-from adapterkit.commands import command
-from adapterkit.errors import advised
-from adapterkit.records import Json
-from adapterkit.verb import Verb, function_of
+from adapterkit.core.commands import command
+from adapterkit.core.errors import advised
+from adapterkit.core.records import Json
+from adapterkit.core.verb import Verb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.engines.ranks.rank import Outcome
+    from adapterkit.many.workers.worker import Outcome
 
 QUIET_DIFF = click.Option(
     ["--quiet"], is_flag=True, help="Show no progress and no table: only the exit status."
@@ -49,7 +49,7 @@ def inspect(verb: type[Verb], paths: Any, as_json: bool, modules: bool, **option
     if as_json:
         print_json(result)
     else:
-        from adapterkit.reports.tables import adapters_table, inspect_table
+        from adapterkit.verbs.look.tables import adapters_table, inspect_table
 
         if result["kind"] == "adapters":
             click.echo(adapters_table(result))
@@ -67,7 +67,7 @@ def diff(verb: type[Verb], a: str, b: str, as_json: bool, quiet: bool, **options
     if as_json:
         print_json(result)
     elif not quiet:
-        from adapterkit.reports.tables import diff_table
+        from adapterkit.verbs.look.tables import diff_table
 
         print_diff(result, diff_table(result))
     click.get_current_context().exit(0 if result["same"] else 1)
@@ -97,7 +97,7 @@ def fit(
     if as_json:
         print_json(result)
     elif not quiet:
-        from adapterkit.reports.tables import fit_table
+        from adapterkit.verbs.look.tables import fit_table
 
         click.echo("\n".join(fit_table(result)))
 
@@ -151,7 +151,7 @@ def rerun(verb: type[Verb], output: str, as_json: bool, quiet: bool, **options: 
 
 def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Run a rank of a plan file, the steps of a pipeline, or a recipe, and print what was done."""
-    from adapterkit.jobs.run import RECIPES
+    from adapterkit.many.workflows.run import RECIPES
 
     ctx = click.get_current_context()
     if file.endswith(RECIPES):
@@ -166,7 +166,7 @@ def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any)
         from adapterkit.cli.batch import run_steps
 
         ctx.exit(run_steps(file, as_json=as_json, quiet=quiet, **steps))
-    from adapterkit.errors import Waiting
+    from adapterkit.core.errors import Waiting
 
     try:
         with ProgressBar(quiet or options["dry_run"]) as bar:
@@ -212,12 +212,12 @@ def convert(
     """Convert a source, or those of a list; or print what a source or the formats hold."""
     _check_usage(src, detect, listing, from_list, out_pattern, options)
     if listing:
-        from adapterkit.reports.formats import formats_table, list_formats
+        from adapterkit.verbs.look.formats import formats_table, list_formats
 
         document = list_formats()
         _print(document, formats_table(document), options["as_json"])
     elif detect:
-        from adapterkit.reports.formats import detect_format, detection_table
+        from adapterkit.verbs.look.formats import detect_format, detection_table
 
         assert src is not None
         document = detect_format(src, allow_pickle=options["allow_pickle"])

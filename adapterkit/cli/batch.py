@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from adapterkit.checkpoint.folder import WEIGHTS
-from adapterkit.checkpoint.shards import PICKLES
 from adapterkit.cli.output import ProgressBar, print_json
-from adapterkit.errors import AdapterkitError, Interrupted, Problems, Refused, shown
-from adapterkit.hub.ids import is_on_hub, parse
-from adapterkit.records import Json
+from adapterkit.core.checkpoint.folder import WEIGHTS
+from adapterkit.core.checkpoint.hub_ids import is_on_hub, parse
+from adapterkit.core.checkpoint.shards import PICKLES
+from adapterkit.core.errors import AdapterkitError, Interrupted, Problems, Refused, shown
+from adapterkit.core.records import Json
 
 PLACES = ("{name}", "{parent}")
 
@@ -25,8 +25,8 @@ def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **option
     Empty lines and those that start with # say nothing. Raises `Refused` before the first
     conversion where two outputs would be one, `Interrupted` on a signal.
     """
-    from adapterkit.jobs.report import report
-    from adapterkit.verbs.convert import convert
+    from adapterkit.adapters.formats.records.convert import convert
+    from adapterkit.many.workflows.report import report
 
     del options["out"], options["plan"]
     jobs, results = plan_outputs(read_lines(file), pattern), []
@@ -49,7 +49,7 @@ def run_steps(file: str, *, as_json: bool, quiet: bool, dry_run: bool, **options
 
     Raises as `run_pipeline` does.
     """
-    from adapterkit.jobs.pipeline import run_pipeline
+    from adapterkit.many.workflows.workflow import run_pipeline
 
     tell = (lambda row: None) if quiet or as_json else _print_row
     with ProgressBar(quiet or dry_run) as bar:
@@ -136,7 +136,7 @@ def _convert(
     convert: Callable[..., Any], source: str, out: str, quiet: bool, options: Json
 ) -> Json:
     """One conversion as a row of the report."""
-    from adapterkit.jobs.report import outcome, refusal
+    from adapterkit.many.workflows.report import outcome, refusal
 
     row: Json = {"source": source, "out": out}
     try:

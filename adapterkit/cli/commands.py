@@ -3,7 +3,6 @@ are listed without an import of theirs."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from inspect import cleandoc
 
 import click
@@ -14,14 +13,13 @@ from adapterkit.cli.explain import explain
 from adapterkit.cli.group import Rows, VerbCommand
 from adapterkit.cli.output import print_json, run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of, sections_of
-from adapterkit.combinations import ALIASES
-from adapterkit.errors import AdapterkitError, Interrupted, Waiting
-from adapterkit.options import option_of
-from adapterkit.records import Json
-from adapterkit.registry import TIERS, Declaration, as_flag, declarations
-from adapterkit.verb import Verb, fields_of
-from adapterkit.verbs import HOMES
-from adapterkit.verbs import SECTIONS as VERBS
+from adapterkit.core.errors import AdapterkitError, Interrupted, Waiting
+from adapterkit.core.options import option_of
+from adapterkit.core.records import Json
+from adapterkit.core.registry import TIERS, Declaration, as_flag, declarations, verb_named
+from adapterkit.core.verb import Verb, fields_of
+from adapterkit.doors import SECTIONS as VERBS
+from adapterkit.verbs.combine.methods import ALIASES
 
 
 def combinations() -> dict[str, Rows]:
@@ -71,9 +69,9 @@ TARGETS = ("targets", "image_targets")  # of a codec
 
 def formats() -> dict[str, Rows]:
     """The formats that a quantization can write, codec by codec, and those of GGUF files."""
-    from adapterkit.gguf.mixes import MIXES
+    from adapterkit.bases.gguf.mixes import MIXES
 
-    codecs = declarations("weights.codecs").values()
+    codecs = declarations("codecs").values()
     lists = ((codec, codec.constants.get(n, ())) for n in TARGETS for codec in codecs)
     rows = [(", ".join(names), _described(codec)) for codec, names in lists if names]
     return {"Formats": [*rows, (", ".join(MIXES), "llama.cpp's mixes, of a GGUF file. Stable.")]}
@@ -81,7 +79,7 @@ def formats() -> dict[str, Rows]:
 
 def adapter_formats() -> dict[str, Rows]:
     """The formats of adapters, by whether they are written."""
-    from adapterkit.formats import library
+    from adapterkit.adapters.formats import library
 
     groups: dict[str, Rows] = {"Formats": [], "Formats that are only read": []}
     for name, one in library.described().items():
@@ -140,20 +138,13 @@ def _check_sources(verb: type[Verb], params: Sequence[click.Parameter], values: 
 
 def command_named(name: str) -> click.Command:
     """The command of this name; only its own record is read."""
-    return OWN[name] if name in OWN else command_of(record_named(name))
+    return OWN[name] if name in OWN else command_of(verb_named(name))
 
 
 def summary_of(name: str) -> str:
     """The first paragraph of a command's help."""
-    text = str(OWN[name].help) if name in OWN else cleandoc(record_named(name).command)
+    text = str(OWN[name].help) if name in OWN else cleandoc(verb_named(name).command)
     return " ".join(text.partition("\n\n")[0].split())
-
-
-def record_named(name: str) -> type[Verb]:
-    """The record of a verb."""
-    module = import_module(f"adapterkit.{HOMES[name]}")
-    own = (value for value in vars(module).values() if isinstance(value, type))
-    return next(one for one in own if issubclass(one, Verb) and vars(one).get("name") == name)
 
 
 OWN = {str(command.name): command for command in (explain, completion)}

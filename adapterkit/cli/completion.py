@@ -16,7 +16,7 @@ from click.shell_completion import (
     ZshComplete,
 )
 
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 
 
 class SourceType(click.ParamType):
@@ -70,8 +70,8 @@ class Targets(click.ParamType):
 
 def module_suffixes(path: str) -> list[str]:
     """Last components of the names of modules whose weight is a matrix, in a local checkpoint."""
-    from adapterkit.checkpoint.folder import LocalFolder
-    from adapterkit.checkpoint.spec import scan_checkpoint
+    from adapterkit.core.checkpoint.folder import LocalFolder
+    from adapterkit.core.checkpoint.spec import scan_checkpoint
 
     try:
         tensors = scan_checkpoint(LocalFolder(path)).tensors

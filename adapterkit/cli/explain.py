@@ -2,7 +2,7 @@
 
 import click
 
-from adapterkit.errors import Refused, codes, did_you_mean, shown
+from adapterkit.core.errors import Refused, codes, did_you_mean, shown
 
 
 @click.command()

@@ -11,7 +11,7 @@ import click
 
 from adapterkit.cli import signals
 from adapterkit.cli.signals import error_status, fail, stopped
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 
 Rows = list[tuple[str, str]]  # a name and a text
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli import signals
-from adapterkit.options import bytes_text
-from adapterkit.records import Json
-from adapterkit.verb import Verb, function_of
+from adapterkit.core.options import bytes_text
+from adapterkit.core.records import Json
+from adapterkit.core.verb import Verb, function_of
 
 if TYPE_CHECKING:
-    from adapterkit.plan import Plan
-    from adapterkit.receipt import Receipt
+    from adapterkit.core.plan import Plan
+    from adapterkit.core.receipt import Receipt
 
 
 def run_verb(
@@ -29,7 +29,7 @@ def run_verb(
 ) -> None:
     """Run a verb, with progress, and print its plan or receipt; with `plan` write that file
     instead."""
-    from adapterkit.receipt import Receipt
+    from adapterkit.core.receipt import Receipt
 
     if plan is not None:
         write_plan(plan, verb, *sources, as_json=as_json, quiet=quiet, dry_run=dry_run, **options)
@@ -63,9 +63,9 @@ def write_plan(
         raise click.UsageError(
             "remove --resume: --plan only writes the plan; `adapterkit run` resumes by itself"
         )
-    from adapterkit.calls import own_hints
-    from adapterkit.commands import command
-    from adapterkit.jobs.plan_file import write_plan as write
+    from adapterkit.core.calls import own_hints
+    from adapterkit.core.commands import command
+    from adapterkit.many.workflows.plan_file import write_plan as write
 
     with own_hints(verb):
         plan = write(file, verb.name, *sources, **options)
@@ -121,7 +121,7 @@ def print_plan(plan: "Plan", as_json: bool) -> None:
     if as_json:
         print_json(_document(plan))
         return
-    from adapterkit.reports.tables import grouped
+    from adapterkit.verbs.look.tables import grouped
 
     for warning in plan.warnings:
         click.echo(f"warning: {warning}")
@@ -170,7 +170,7 @@ def _document(plan: "Plan") -> Json:
 
 
 def print_receipt(receipt: "Receipt") -> None:
-    from adapterkit.reports.tables import grouped, outcomes
+    from adapterkit.verbs.look.tables import grouped, outcomes
 
     data = receipt.data
     for warning in data.get("warnings", []):
@@ -202,8 +202,8 @@ def print_receipt(receipt: "Receipt") -> None:
 
 def _next(receipt: "Receipt") -> str:
     """What to do with an output on this machine: see it, load it, verify it, or send it."""
-    from adapterkit.commands import command
-    from adapterkit.formats.engines import engines
+    from adapterkit.adapters.formats.engines import engines
+    from adapterkit.core.commands import command
 
     data, verb, out = receipt.data, receipt.data["recipe"]["verb"], str(receipt.out)
     if "pushed" in data or verb == "stats":

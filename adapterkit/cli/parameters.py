@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from adapterkit.cli.completion import Name, SourceType, Targets
-from adapterkit.options import flag_of, option_of
-from adapterkit.records import Check, Json
-from adapterkit.run_options import RUNNING
-from adapterkit.verb import Verb, WritingVerb, fields_of
+from adapterkit.core.options import flag_of, option_of
+from adapterkit.core.records import Check, Json
+from adapterkit.core.run_options import RUNNING
+from adapterkit.core.verb import Verb, WritingVerb, fields_of
 
 json_option = click.Option(
     ["--json", "as_json"], is_flag=True, help="Print one JSON document to stdout."

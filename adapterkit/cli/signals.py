@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 from typing import NoReturn
 
-from adapterkit.checkpoint.system import system
-from adapterkit.commands import line
-from adapterkit.errors import AdapterkitError, Interrupted
+from adapterkit.core.commands import line
+from adapterkit.core.errors import AdapterkitError, Interrupted
+from adapterkit.core.system import system
 
 # Elsewhere an error is 1; of diff, as of diff(1), 1 is an answer
 ERROR_STATUS = {"diff": 2}

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapterkit.errors import Refused
-from adapterkit.options import StrPath
-from adapterkit.verbs.convert import convert
-from adapterkit.verbs.merge import merge
-from adapterkit.verbs.report import report
+from adapterkit.adapters.formats.records.convert import convert
+from adapterkit.core.errors import Refused
+from adapterkit.core.merge.verb import merge
+from adapterkit.core.options import StrPath
+from adapterkit.verbs.look.records.report import report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from adapterkit.adapters.keys import CONFIG
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.adapter.keys import CONFIG
+from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.integrations.after_training import AfterTraining
 
 LOGGER = logging.getLogger(__name__)

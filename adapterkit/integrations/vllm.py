@@ -24,15 +24,15 @@ from threading import Lock
 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # pyright: ignore[reportMissingImports]
 
-from adapterkit.checkpoint.folder import is_plain_path
-from adapterkit.checkpoint.strict import read_json
-from adapterkit.commands import command
-from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.hub.ids import parse
-from adapterkit.options import bytes_text, parse_size
-from adapterkit.planning.inputs.sources import open_adapter
-from adapterkit.receipt import digest as digest_of
-from adapterkit.verbs.convert import Convert
+from adapterkit.adapters.formats.records.convert import Convert
+from adapterkit.core.checkpoint.folder import is_plain_path
+from adapterkit.core.checkpoint.hub_ids import parse
+from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.commands import command
+from adapterkit.core.errors import AdapterkitError, Refused, shown
+from adapterkit.core.inputs.sources import open_adapter
+from adapterkit.core.options import bytes_text, parse_size
+from adapterkit.core.receipt import digest as digest_of
 
 LOGGER = logging.getLogger(__name__)
 MAX_RANK = 16  # vLLM's default

@@ -1,5 +1,5 @@
 """Pure tensor mathematics: no file, name, config, device policy or logging."""
 
-from adapterkit.lazy import submodules
+from adapterkit.core.lazy import submodules
 
 __getattr__ = submodules(__name__)

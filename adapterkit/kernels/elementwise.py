@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.pieces import piece
+from adapterkit.kernels.block_sizes import piece
 from adapterkit.kernels.quant.stochastic import Draws
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 
 Value = Any  # a tensor, a `LowRankSum` or NotImplemented
 ALIGNMENT = 16  # bytes: the strides that torch's grouped products ask for

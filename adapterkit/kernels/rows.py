@@ -6,7 +6,7 @@ float64): each row's result depends on that row alone, so any way of cutting a w
 gives the same numbers.
 """
 
-from adapterkit.lazy import Tensor, torch
+from adapterkit.core.lazy import Tensor, torch
 
 
 def rows_of_chunk(columns: int, elements: int) -> int:

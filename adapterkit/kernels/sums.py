@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from adapterkit.kernels.pieces import piece
-from adapterkit.lazy import Tensor, torch
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.kernels.block_sizes import piece
 
 PIECE = 1 << 15  # elements that are float64 at a time: they stay in cache, and one thread sums them
 

@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapterkit import records
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.checkpoint.disk import storage_errors
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.header import TensorSpec, read_header
-from adapterkit.checkpoint.reader import Sources as SourceFiles
-from adapterkit.checkpoint.strict import read_json
-from adapterkit.engines.local.reader import LocalReader
-from adapterkit.errors import (
+from adapterkit.core import records
+from adapterkit.core.checkpoint.disk import storage_errors
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import TensorSpec, read_header
+from adapterkit.core.checkpoint.reader import Sources as SourceFiles
+from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.errors import (
     AdapterkitError,
     Damaged,
     Problems,
@@ -30,18 +29,19 @@ from adapterkit.errors import (
     listed,
     shown,
 )
-from adapterkit.options import ABOVE_0, COUNT, UNWEIGHTED, Sources, StrPath, checked
-from adapterkit.patterns import similar_names
-from adapterkit.planning.arrow import CONFIG, FORMAT, WEIGHTS
-from adapterkit.planning.inputs.sources import open_source
-from adapterkit.planning.outputs.folder_files import as_json
-from adapterkit.records import Json
+from adapterkit.core.inputs.sources import open_source
+from adapterkit.core.options import ABOVE_0, COUNT, UNWEIGHTED, Sources, StrPath, checked
+from adapterkit.core.outputs.folder_files import as_json
+from adapterkit.core.patterns import similar_names
+from adapterkit.core.records import Json
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.load import writing
 from adapterkit.runtime.load.placing import home
 from adapterkit.runtime.state import Attached, State, unique
-from adapterkit.verbs.arrow import arrow as write_arrow
+from adapterkit.verbs.combine.planning.arrow import CONFIG, FORMAT, WEIGHTS
+from adapterkit.verbs.combine.records.arrow import arrow as write_arrow
+from adapterkit.verbs.shared.lora_config import LoraConfig
 
 SETTINGS = records.entries(  # of arrow.json
     {

@@ -1,6 +1,6 @@
 """Weights of active adapters that are not the same on all modules."""
 
-from adapterkit.adapters.weights_file import Weight, WeightsFile
+from adapterkit.core.adapter.weights_file import Weight, WeightsFile
 
 
 class ModuleWeight(float):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from adapterkit.errors import AdapterkitError, Problems, Refused, by_reason, listed
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, by_reason, listed
 from adapterkit.runtime.site import Site, sizes_of
 
 # what diffusers' fuse_qkv_projections runs one layer in place of

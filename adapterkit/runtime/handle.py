@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.adapters.weights_file import write_weights
-from adapterkit.errors import Problems, Refused, did_you_mean, shown
-from adapterkit.options import Sources, StrPath, finite
-from adapterkit.records import Json
-from adapterkit.registry import experimental
+from adapterkit.core.adapter.weights_file import write_weights
+from adapterkit.core.errors import Problems, Refused, did_you_mean, shown
+from adapterkit.core.options import Sources, StrPath, finite
+from adapterkit.core.records import Json
+from adapterkit.core.registry import experimental
 from adapterkit.runtime import arrow as arrows
 from adapterkit.runtime import merging, rows, swapping
 from adapterkit.runtime.load import creation, reading, writing
@@ -24,8 +23,9 @@ from adapterkit.runtime.merging import conflicts
 from adapterkit.runtime.report import ModuleTable, report
 from adapterkit.runtime.state import State, named
 from adapterkit.runtime.training import trainer
-from adapterkit.statistics.reader import Stats
-from adapterkit.verbs.combine import combine as combine_files
+from adapterkit.verbs.combine.records.combine import combine as combine_files
+from adapterkit.verbs.shared.lora_config import LoraConfig
+from adapterkit.verbs.stats.reader import Stats
 
 COMBINE_OPTIONS = (
     "space", "rank", "energy", "density", "majority", "svd_clamp", "weight_for", "settings",

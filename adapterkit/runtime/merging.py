@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.engines.device import float32_products
-from adapterkit.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
-from adapterkit.planning.inputs.model_config import SWITCH, has_other_effects
+from adapterkit.core.engine.device import float32_products
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
+from adapterkit.core.inputs.model_config import SWITCH, has_other_effects
 from adapterkit.runtime.quantized import exchange, quantization_of, rounded, tensors_of, weight_of
 from adapterkit.runtime.site import Part, Site, owner
 from adapterkit.runtime.state import State

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import Refused
-from adapterkit.records import Json
+from adapterkit.core.errors import Refused
+from adapterkit.core.records import Json
 from adapterkit.runtime.site import CHILD, Host, Site, owner
 
 Dequantize = Callable[[Host], Tensor]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from adapterkit.errors import Refused, shown
-from adapterkit.planning.merge.job import COUNTS, LAYER, stacked
-from adapterkit.records import Json
+from adapterkit.core.errors import Refused, shown
+from adapterkit.core.merge.job import COUNTS, LAYER, stacked
+from adapterkit.core.records import Json
 from adapterkit.runtime.state import State
 
 WHERE = "layer_replication"

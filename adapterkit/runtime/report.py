@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapterkit.engines.device import float32_products
+from adapterkit.core.engine.device import float32_products
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.layers.routed import RoutedPart
 from adapterkit.runtime.parts.copies import MirrorPart

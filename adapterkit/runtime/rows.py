@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import Problems, Refused, by_reason, shown
+from adapterkit.core.errors import Problems, Refused, by_reason, shown
 from adapterkit.kernels import mixed_batch as mixed
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
 from adapterkit.runtime.parts.factors import FactorsPart

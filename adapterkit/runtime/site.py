@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.records import Json
+from adapterkit.core.records import Json
 from adapterkit.runtime.by_module import weight_on
 from adapterkit.runtime.sharding import spread
 

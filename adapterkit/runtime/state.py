@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.checkpoint.fingerprint import fingerprint
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
-from adapterkit.records import Json
+from adapterkit.core.checkpoint.fingerprint import fingerprint
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
+from adapterkit.core.records import Json
 from adapterkit.runtime.guard import Guard
 from adapterkit.runtime.layers.alora_linear import InvokedPart
 from adapterkit.runtime.parts.alora import Invocations
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
 from adapterkit.runtime.site import CHILD, Args, Host, Kwargs, Part, Site
 from adapterkit.runtime.watch import FirstCallWatch
+from adapterkit.verbs.shared.lora_config import LoraConfig
 
 
 class MergeState(Protocol):

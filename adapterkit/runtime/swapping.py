@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adapterkit.errors import Problems, shown
-from adapterkit.options import StrPath
+from adapterkit.core.errors import Problems, shown
+from adapterkit.core.options import StrPath
 from adapterkit.runtime.layers.alora_linear import InvokedPart
 from adapterkit.runtime.load.reading import read, take_base
 from adapterkit.runtime.parts.factors import FactorsPart

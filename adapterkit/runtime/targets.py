@@ -6,14 +6,24 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.adapters.resolve import Resolver, Target, input_embedding, model_type, tied_modules
-from adapterkit.errors import Refused, listed, shown
+from adapterkit.core.errors import Refused, listed, shown
+from adapterkit.core.weights.linear import kind_of
+from adapterkit.core.weights.unsupported_layers import (
+    is_taken_for_experts,
+    looks_up_otherwise,
+    reader_of,
+)
 from adapterkit.runtime import layers
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.site import CHILD
-from adapterkit.weights.linear import kind_of
-from adapterkit.weights.unadaptable import is_taken_for_experts, looks_up_otherwise, reader_of
+from adapterkit.verbs.shared.lora_config import LoraConfig
+from adapterkit.verbs.shared.targets.resolve import (
+    Resolver,
+    Target,
+    input_embedding,
+    model_type,
+    tied_modules,
+)
 
 WHERE = Resolver.where
 SETTINGS = {  # that some kinds of layers do not take, with those that do

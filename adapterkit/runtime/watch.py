@@ -1,7 +1,8 @@
 """Finds values that do nothing: modules that the code around them does not call, at the first call
 of a model, and values without a gradient, at the first step of an optimizer.
 
-What the code of a class shows is refused before (`fitness.unread`); here is what only runs show."""
+What the code of a class shows is refused before (`core/weights/unsupported_layers.py`); here is
+what only runs show."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from adapterkit.errors import Refused, listed, shown
+from adapterkit.core.errors import Refused, listed, shown
 from adapterkit.runtime.site import Part, Site
 
 GIVEN = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs")  # in a module's place

@@ -30,9 +30,9 @@ SHAPES = {"2048": (2048, 5632, 16, 22), "4096": (4096, 11008, 32, 32)}
 
 ADAPTERKIT = """
 import sys, time, torch, json
-from adapterkit.engines.local import engine as local
-from adapterkit.planning import {verb} as planner
-from adapterkit.verbs import {verb}
+from adapterkit.core.engine import local
+from adapterkit.verbs.combine.planning import {verb} as planner
+from adapterkit.verbs.combine.records import {verb}
 start = time.perf_counter()
 {verb}.{verb}(**json.loads(sys.argv[1]))
 print(f"seconds={{time.perf_counter() - start}}")

@@ -153,8 +153,8 @@ def loop(options: argparse.Namespace, rate: float) -> dict[str, Any]:
     from torch.nn import functional as F
     from transformers import AutoModelForCausalLM
 
-    from adapterkit.fitting.plan import FitCollection, plan_fit
-    from adapterkit.verbs.fit import WeightFit
+    from adapterkit.verbs.fit.plan import FitCollection, plan_fit
+    from adapterkit.verbs.fit.verb import WeightFit
 
     plan = plan_fit(WeightFit(**call(options, out=options.work / "none.json")))
     fit = plan.shards[0].collection

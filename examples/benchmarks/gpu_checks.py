@@ -21,12 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.engines.local import engine as local
-from adapterkit.engines.local import reader
-from adapterkit.errors import AdapterkitError
-from adapterkit.execute import run
-from adapterkit.tasks import rows
+from adapterkit.core.engine import local, reader
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.execute import run
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.tasks import rows
 
 if TYPE_CHECKING:
     from gpu import Settings

@@ -19,14 +19,14 @@ from gpu_checks import attempt, checkpoint, tensors_of
 from torch import Tensor
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines import device as devices
-from adapterkit.engines.local import engine as local
-from adapterkit.engines.local.reader import LocalReader
-from adapterkit.execute import run
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.engine import device as devices
+from adapterkit.core.engine import local
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.execute import run
+from adapterkit.core.output.stage import Stage
 from adapterkit.kernels.lowrank.truncated import truncated_svd
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from statistics import median
 import common
 from merge import adapterkit_env
 
-from adapterkit.options import parse_size
+from adapterkit.core.options import parse_size
 
 sys.path.insert(0, str(common.REPOSITORY))
 from tests.support.hub_server import Hub

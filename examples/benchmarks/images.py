@@ -25,8 +25,8 @@ from diffusers import UNet2DConditionModel
 from gguf_merge import measure
 from safetensors.torch import save_file
 
-from adapterkit.checkpoint.header import build_header
-from adapterkit.formats.modules.names import names_of
+from adapterkit.adapters.formats.modules.names import names_of
+from adapterkit.core.checkpoint.header import build_header
 
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 UNETS = {

@@ -63,9 +63,9 @@ def timed(part, function):
 OURS = """
 from concurrent.futures import ThreadPoolExecutor
 from threading import local
-from adapterkit.tasks import loftq
-from adapterkit.weights.codecs.bnb4 import Bnb4
-from adapterkit.weights.codec import PlainWeight
+from adapterkit.bases.quantized.codecs.bnb4 import Bnb4
+from adapterkit.bases.quantized.tasks import loftq
+from adapterkit.core.weights.codec import PlainWeight
 
 class Spent(local):
     def __init__(self): self.parts = defaultdict(float)
@@ -84,7 +84,7 @@ def one(weight):
         return loftq.alternate(weight, Timed(packed), rank, 1).after, spent.parts
 
 spent = Spent()
-loftq.nearly_best = timed("low_rank", loftq.nearly_best)
+loftq.subspace.near_optimal_svd = timed("low_rank", loftq.subspace.near_optimal_svd)
 pool, found = ThreadPoolExecutor(cores), {}
 list(pool.map(one, weights((256, 256), 2 * cores)))
 for name, shape in shapes.items():

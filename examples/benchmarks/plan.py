@@ -32,10 +32,10 @@ from checkpoints import BASES, LINEAR, make_adapter, make_base, qwen
 PLAN = """
 import gc, json, re, sys, time
 from pathlib import Path
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.planning.inputs.model_checkpoint import kind_of
-from adapterkit.planning.merge.plan import plan_merge
-from adapterkit.verbs.merge import MergeOptions
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.inputs.base_door import kind_of
+from adapterkit.core.merge.plan import plan_merge
+from adapterkit.core.merge.verb import MergeOptions
 
 class Remote:
     "A folder whose ranges are counted, as one that is not here."

@@ -60,7 +60,7 @@ ray.shutdown()
 """
 
 ROOMY = """
-from adapterkit.checkpoint import disk
+from adapterkit.core.checkpoint import disk
 disk.free_bytes = lambda path: 1 << 60
 from adapterkit.cli import process
 process()

@@ -12,8 +12,8 @@ import pytest
 
 from adapterkit.cli import main
 from adapterkit.cli.output import ProgressBar
-from adapterkit.errors import Refused
-from adapterkit.planning.inputs.sources import open_source, weight_of
+from adapterkit.core.errors import Refused
+from adapterkit.core.inputs.sources import open_source, weight_of
 from tests.support import oracle
 from tests.support.forks import command as run
 from tests.support.oracle import stored

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from adapterkit import registry
 from adapterkit.cli import main
 from adapterkit.cli.completion import SHELLS
-from adapterkit.combinations import ALIASES
+from adapterkit.core import registry
+from adapterkit.verbs.combine.methods import ALIASES
 
 ROOT = Path(__file__).parents[2]
 

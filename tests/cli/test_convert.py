@@ -6,10 +6,10 @@ from pathlib import Path
 import click.testing
 import pytest
 
+from adapterkit.adapters.formats.library import architectures, formats
 from adapterkit.cli import main
 from adapterkit.cli.batch import name_and_parent, plan_outputs
-from adapterkit.errors import Refused
-from adapterkit.formats.library import architectures, formats
+from adapterkit.core.errors import Refused
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
 KOHYA, DIFFUSERS = GOLDEN / "kohya" / "flux.safetensors", GOLDEN / "diffusers" / "flux.safetensors"

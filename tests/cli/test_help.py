@@ -9,13 +9,13 @@ import click
 import click.testing
 import pytest
 
-from adapterkit import registry
 from adapterkit.cli import main
-from adapterkit.combinations import ALIASES
+from adapterkit.core import registry
+from adapterkit.verbs.combine.methods import ALIASES
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(main.commands)
-FAMILIES = ["combinations", "inits", "weights.codecs"]
+FAMILIES = ["combinations", "inits", "codecs"]
 
 
 def help_of(*words: str, columns: int = 80) -> str:
@@ -89,7 +89,7 @@ def test_declarations_are_those_of_the_records(package: str):
     records, declared = registry.members(package), registry.declarations(package)
     assert list(records) == list(declared)
     for name, record in records.items():
-        if package != "weights.codecs":  # a codec's fields are of one weight, no options
+        if package != "codecs":  # a codec's fields are of one weight, no options
             assert declared[name].options == tuple(registry.options(record)), name
         for key, value in declared[name].constants.items():
             assert getattr(record, key) == value, (name, key)
@@ -107,7 +107,7 @@ def test_options_of_methods_are_listed_as_they_are_given():
 
 
 def test_help_lists_every_method_and_format():
-    from adapterkit.verbs.quantize import targets
+    from adapterkit.bases.quantized.records.quantize import targets
 
     names = lambda command: {
         name

@@ -3,10 +3,11 @@
 import pytest
 
 import adapterkit
-from adapterkit import Refused, registry
-from adapterkit.errors import did_you_mean
-from adapterkit.options import checked, choice
-from adapterkit.patterns import similar_names
+from adapterkit import Refused
+from adapterkit.core import registry
+from adapterkit.core.errors import did_you_mean
+from adapterkit.core.options import checked, choice
+from adapterkit.core.patterns import similar_names
 
 MODULES = [
     f"model.layers.{layer}.{name}"

@@ -4,16 +4,16 @@ import click
 import pytest
 
 import adapterkit
-from adapterkit import registry, runtime
+from adapterkit import runtime
+from adapterkit.adapters.formats.library import formats
 from adapterkit.cli import main
-from adapterkit.cli.commands import record_named
-from adapterkit.combinations import ALIASES
-from adapterkit.formats.library import formats
-from adapterkit.reports.formats import formats_table, list_formats
-from adapterkit.verbs import HOMES
+from adapterkit.core import registry
+from adapterkit.core.registry import verb_named
+from adapterkit.doors import FAMILIES, VERBS
+from adapterkit.verbs.combine.methods import ALIASES
+from adapterkit.verbs.look.formats import formats_table, list_formats
 from tests.cli.test_help import help_of
 
-FAMILIES = ["adapters.kinds", "combinations", "inits", "weights.codecs"]
 METHODS = {"pico", "gta", "core_space", "ctm", "svc", "subspace_boost"}
 CORE = {"merge", "convert", "inspect", "verify", "check", "resize", "combine", "init"}
 OPTIONS = [("fit", "score"), ("fit", "evaluations"), ("combine", "data"), ("run", "out")]
@@ -39,9 +39,9 @@ def test_young_methods_and_options_are_experimental():
     assert not hasattr(runtime.attach, "tier")
 
 
-@pytest.mark.parametrize("verb", HOMES)
+@pytest.mark.parametrize("verb", VERBS)
 def test_the_help_of_a_verb_says_its_tier_and_promise(verb: str):
-    tier = record_named(verb).tier
+    tier = verb_named(verb).tier
     assert (tier == "core") == (verb in CORE)
     assert f"{tier.capitalize()}: {registry.TIERS[tier]}." in help_of(verb, columns=100)
     assert callable(getattr(adapterkit, verb))

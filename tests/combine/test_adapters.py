@@ -15,7 +15,7 @@ from torch import nn
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.deltas import assert_close, deltas, trained, truncated, weighted
 

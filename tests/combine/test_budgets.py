@@ -6,10 +6,10 @@ A GPU works on pieces of eight million elements: what a smaller weight costs, ea
 import pytest
 import torch
 
-from adapterkit.combinations import common
-from adapterkit.combinations.common import DenseDeltas
-from adapterkit.kernels import pieces
+from adapterkit.kernels import block_sizes as pieces
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.verbs.combine.methods import common
+from adapterkit.verbs.combine.methods.common import DenseDeltas
 from tests.support import methods
 from tests.support.card import DEVICE, Card, installed
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapterkit import registry
-from adapterkit.combinations.protocol import OnFactors
-from adapterkit.errors import Refused
+from adapterkit.core import registry
+from adapterkit.core.errors import Refused
 from adapterkit.kernels import elementwise
 from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.verbs.combine.methods.protocol import OnFactors
 from tests.support.method_references import REFERENCES, VARIANTS, elected, refers, share_of, trimmed
 from tests.support.methods import (
     HARD,

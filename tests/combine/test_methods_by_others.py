@@ -9,7 +9,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product
 from tests.support.methods import combined, drawn, product, record
 

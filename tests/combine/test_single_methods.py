@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from adapterkit import registry
-from adapterkit.errors import Refused
+from adapterkit.core import registry
+from adapterkit.core.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product
 from tests.support.method_references import refers
 from tests.support.methods import HARD, METHODS, applied, combined, product, record

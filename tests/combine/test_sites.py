@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.support import oracle, tiny
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

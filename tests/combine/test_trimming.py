@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.combinations.common import trim
 from adapterkit.kernels import elementwise
 from adapterkit.kernels.elementwise import Trim, ranks, top_k_threshold
+from adapterkit.verbs.combine.methods.common import trim
 from tests.support.card import DEVICE, Card, installed
 from tests.support.method_references import trimmed
 from tests.support.methods import Dense, product, record, seeds

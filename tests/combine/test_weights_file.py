@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.adapters.weights_file import (
+from adapterkit.core.adapter.weights_file import (
     NamedAdapter,
     WeightsFile,
     digests,
@@ -14,9 +14,9 @@ from adapterkit.adapters.weights_file import (
     text,
     write_weights,
 )
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.hashes import sha256_of_file
+from adapterkit.core.errors import AdapterkitError, Refused
 
 GOLDEN = Path(__file__).parent / "weights-1.json"  # as version 1 wrote it
 TABLE = {"adapters": ["a", "b"], "default": [1, 0.5]}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import Refused
-from adapterkit.registry import members, options
+from adapterkit.core.errors import Refused
+from adapterkit.core.registry import members, options
 from tests.support import oracle
 from tests.support.combining import statistics_for
 from tests.support.deltas import LAYERS, assert_close, deltas, net, trained, truncated

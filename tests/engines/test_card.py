@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.engines.local import buffers, chunks, pieces
-from adapterkit.engines.local import engine as local
-from adapterkit.execute import run
+from adapterkit.core.engine import buffers, local
+from adapterkit.core.engine import chunk as chunks
+from adapterkit.core.engine import partition as pieces
+from adapterkit.core.execute import run
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.tasks import edits, rows
 from adapterkit.kernels import dense
-from adapterkit.tasks import edits, rows
 from tests.golden import jobs
 from tests.support.card import Card, installed
 from tests.support.usual import usual

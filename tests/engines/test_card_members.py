@@ -16,24 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.adapters.factors import Factors
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.combinations.dare_ties import DareTies
-from adapterkit.combinations.mean import Mean
-from adapterkit.engines.local.reader import LocalReader
-from adapterkit.formats.modules.deltas import ModuleDelta
-from adapterkit.formats.modules.record import AdapterModule
-from adapterkit.formats.modules.tensors import from_spec
-from adapterkit.kernels import dense
-from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.plan import RowEdit
-from adapterkit.registry import members
-from adapterkit.tasks import combined_edit, edits
-from adapterkit.tasks.combined_edit import AddCombined, WeightedDelta
-from adapterkit.tasks.edits import (
+from adapterkit.adapters.formats.modules.deltas import ModuleDelta
+from adapterkit.adapters.formats.modules.record import AdapterModule
+from adapterkit.adapters.formats.modules.tensors import from_spec
+from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.plan import RowEdit
+from adapterkit.core.registry import members
+from adapterkit.core.tasks import edits
+from adapterkit.core.tasks.edits import (
     AddDelta,
     AddLikePeft,
     AddLowRank,
@@ -45,7 +40,13 @@ from adapterkit.tasks.edits import (
     PlacedFactors,
     ReplaceRows,
     RoundTo,
-)  # fmt: skip
+)
+from adapterkit.kernels import dense
+from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.verbs.combine.methods.dare_ties import DareTies
+from adapterkit.verbs.combine.methods.mean import Mean
+from adapterkit.verbs.combine.tasks import combined_edit
+from adapterkit.verbs.combine.tasks.combined_edit import AddCombined, WeightedDelta
 from tests.support import kinds, methods, quantized_llama
 from tests.support.card import DEVICE, Card, installed
 from tests.support.usual import usual

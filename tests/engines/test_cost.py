@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.layout import TensorPlan, laid_out
-from adapterkit.engines.cost import CONSUMER, H100, PRICES, Job, Machine
-from adapterkit.engines.placement import least_memory
-from adapterkit.plan import Effort, Plan
+from adapterkit.core.checkpoint.layout import TensorPlan, laid_out
+from adapterkit.core.engine.cost import CONSUMER, H100, PRICES, Job, Machine
+from adapterkit.core.engine.placement import least_memory
+from adapterkit.core.plan import Effort, Plan
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 32, 4096, 11008, 32000
 LINEAR = {

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines import device
-from adapterkit.engines.cost import Job
-from adapterkit.engines.local import chunks
-from adapterkit.engines.local import engine as local
-from adapterkit.engines.local.reader import LocalReader
-from adapterkit.engines.out_of_memory import memory_errors
-from adapterkit.errors import Failed, Refused
-from adapterkit.execute import run
-from adapterkit.statistics import sums
-from adapterkit.statistics.collect import InputStatistics
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.engine import chunk as chunks
+from adapterkit.core.engine import device, local
+from adapterkit.core.engine.cost import Job
+from adapterkit.core.engine.out_of_memory import memory_errors
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.errors import Failed, Refused
+from adapterkit.core.execute import run
+from adapterkit.core.output.stage import Stage
+from adapterkit.verbs.stats import sums
+from adapterkit.verbs.stats.collect import InputStatistics
 from tests.support.card import DEVICE, WORKSPACE, Card, installed
 
 CPU = torch.device("cpu")

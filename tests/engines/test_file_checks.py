@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.engines.verify import file_checks
-from adapterkit.engines.verify.file_checks import check_files
-from adapterkit.errors import MultipleErrors
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.hashes import sha256_of_file
+from adapterkit.core.errors import MultipleErrors
+from adapterkit.core.verify import file_checks
+from adapterkit.core.verify.file_checks import check_files
 
 SIZES = {"small": 10, "large": 5000, "empty": 0, "middle": 900}
 

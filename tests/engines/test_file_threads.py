@@ -9,14 +9,13 @@ import pytest
 from torch import Tensor
 
 import adapterkit
-from adapterkit.checkpoint.layout import TensorPlan, laid_out
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.output.writer import ShardFile
-from adapterkit.engines.local import computed, file_threads
-from adapterkit.engines.local import engine as local
-from adapterkit.engines.local.file_threads import FileThreads
-from adapterkit.execute import run
-from adapterkit.plan import OutputFile
+from adapterkit.core.checkpoint.layout import TensorPlan, laid_out
+from adapterkit.core.engine import computed, file_threads, local
+from adapterkit.core.engine.file_threads import FileThreads
+from adapterkit.core.execute import run
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.output.writer import ShardFile
+from adapterkit.core.plan import OutputFile
 from tests.support.card import Card, CardTensor, installed
 
 LONG = 20.0  # seconds; nobody waits that long where all is well

@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.engines.local import buffers, file_threads
-from adapterkit.engines.local import engine as local
-from adapterkit.errors import Failed, Refused
-from adapterkit.execute import run
-from adapterkit.tasks import rows
+from adapterkit.core.engine import buffers, file_threads, local
+from adapterkit.core.errors import Failed, Refused
+from adapterkit.core.execute import run
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.tasks import rows
 
 
 def job(folder, dtype, rows=700, columns=513):
@@ -128,10 +127,10 @@ def test_a_large_embedding_is_merged_under_a_cap_below_its_size(tmp_path):
         json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4})
     )
     script = """
-import resource, sys, torch, adapterkit.verbs.merge, adapterkit.engines.local.engine
+import resource, sys, torch, adapterkit.core.merge.verb, adapterkit.core.engine.local
 used = sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + 400_000_000,) * 2)
-adapterkit.verbs.merge.merge(sys.argv[1], [sys.argv[2]], out=sys.argv[3])
+adapterkit.core.merge.verb.merge(sys.argv[1], [sys.argv[2]], out=sys.argv[3])
 """
     paths = [str(tmp_path / name) for name in ("base", "adapter", "out")]
     done = subprocess.run(

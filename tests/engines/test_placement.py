@@ -6,18 +6,24 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit.adapters.factors import Factors
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import TensorPlan, laid_out
-from adapterkit.engines.cost import H100, PRICES, Job, Machine
-from adapterkit.engines.device import LOCAL_RANKS, own_gpu
-from adapterkit.engines.placement import device_totals, fitting, least_memory, place, worker_memory
-from adapterkit.engines.ranks import rank
-from adapterkit.execute import Engine
-from adapterkit.plan import Effort, OutputFile, Plan, Step, Task, TaskResult
-from adapterkit.tasks.edits import AddLowRank, Band, Block, PlacedFactors
-from adapterkit.tasks.rows import CUDA_ELEMENTS
-from adapterkit.weights.reader import Reader
+from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.layout import TensorPlan, laid_out
+from adapterkit.core.engine.cost import H100, PRICES, Job, Machine
+from adapterkit.core.engine.device import LOCAL_RANKS, own_gpu
+from adapterkit.core.engine.placement import (
+    device_totals,
+    fitting,
+    least_memory,
+    place,
+    worker_memory,
+)
+from adapterkit.core.execute import Engine
+from adapterkit.core.plan import Effort, OutputFile, Plan, Step, Task, TaskResult
+from adapterkit.core.tasks.edits import AddLowRank, Band, Block, PlacedFactors
+from adapterkit.core.tasks.rows import CUDA_ELEMENTS
+from adapterkit.core.weights.reader import Reader
+from adapterkit.many.workers import worker as rank
 from tests.golden import inputs
 from tests.support.card import Card, installed
 

@@ -10,20 +10,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.budget import GPU_TASKS, pinned_size
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.local import buffers
-from adapterkit.engines.local import engine as local
-from adapterkit.engines.local.buffers import own_rooms
-from adapterkit.engines.local.reader import LocalReader
-from adapterkit.engines.one_file import stage_of
-from adapterkit.errors import Unrecoverable
-from adapterkit.execute import run
-from adapterkit.tasks import rows
+from adapterkit.core.budget import GPU_TASKS, pinned_size
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.engine import buffers, local
+from adapterkit.core.engine.buffers import own_rooms
+from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.errors import Unrecoverable
+from adapterkit.core.execute import run
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.tasks import rows
 from tests.golden import jobs
 from tests.support.card import DEVICE, Card, installed
 
@@ -126,10 +125,10 @@ def test_a_plan_says_how_much_memory_is_page_locked(
 ):
     """All of it at once, and no more later: what is pinned is never given back."""
     monkeypatch.setattr(rows, "CUDA_ELEMENTS", 512)
-    monkeypatch.setattr("adapterkit.engines.local.pieces.RUN", 128)
+    monkeypatch.setattr("adapterkit.core.engine.partition.RUN", 128)
     monkeypatch.setattr(buffers, "ROOM", 2048)
-    monkeypatch.setattr("adapterkit.engines.placement.ROOM", 2048)
-    monkeypatch.setattr("adapterkit.engines.placement.all_cores", lambda: 3)
+    monkeypatch.setattr("adapterkit.core.engine.placement.ROOM", 2048)
+    monkeypatch.setattr("adapterkit.core.engine.placement.all_cores", lambda: 3)
     sizes, empty = [], torch.empty
 
     def allocate(*shape, **options) -> Tensor:

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from adapterkit.checkpoint.system import system
-from adapterkit.engines.interruptible import Running, result_of, signals_deferred
+from adapterkit.core.engine.interruptible import Running, result_of, signals_deferred
+from adapterkit.core.system import system
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import read_header
-from adapterkit.checkpoint.system import system
-from adapterkit.errors import AdapterkitError
-from adapterkit.verbs.verify import verify
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import read_header
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.system import system
+from adapterkit.core.verify.verb import verify
 from tests.support.usual import usual
 
 RECEIPT = "adapterkit.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint.output.journal import entries_of, read_lines
+from adapterkit.core.output.journal import entries_of, read_lines
 from tests.support.forks import program
 
 SYSTEM_CALLS = [

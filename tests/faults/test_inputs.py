@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.output.journal import line_of, read_entry
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.reader import identity
-from adapterkit.engines.converted_folder import converted_folder
-from adapterkit.planning.inputs.input_identity import identities
-from adapterkit.receipt import public_recipe
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.reader import identity
+from adapterkit.core.engine.converted_folder import converted_folder
+from adapterkit.core.inputs.input_identity import identities
+from adapterkit.core.output.journal import line_of, read_entry
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.receipt import public_recipe
 from tests.support.faults import check_failure
 
 # -- reads and inputs --

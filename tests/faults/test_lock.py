@@ -9,11 +9,11 @@ import time
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.output.journal import line_of
-from adapterkit.checkpoint.output.lock import Lock
-from adapterkit.checkpoint.output.stage import JOURNAL, Stage
-from adapterkit.errors import Refused
-from adapterkit.jobs.pipeline import run_pipeline
+from adapterkit.core.errors import Refused
+from adapterkit.core.output.journal import line_of
+from adapterkit.core.output.lock import Lock
+from adapterkit.core.output.stage import JOURNAL, Stage
+from adapterkit.many.workflows.workflow import run_pipeline
 from tests.support.faults import root
 
 WRITES = "another run writes this output now"
@@ -124,7 +124,7 @@ def test_the_lock_of_a_killed_container(tmp_path):
         pytest.skip("no PID namespaces here")
     hold = (
         "import sys, time; from pathlib import Path\n"
-        "from adapterkit.checkpoint.output.lock import Lock\n"
+        "from adapterkit.core.output.lock import Lock\n"
         "Lock(Path(sys.argv[1])).acquire(); print('locked', flush=True); time.sleep(60)"
     )
     command = [*isolated, sys.executable, "-c", hold, str(tmp_path)]

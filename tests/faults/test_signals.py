@@ -201,7 +201,7 @@ def test_a_signal_after_publishing_changes_nothing(llama, lora, tmp_path):
 
 WHILE_FREEING = """
 import os, signal, time, weakref
-from adapterkit import execute
+from adapterkit.core import execute
 from adapterkit.cli import process
 
 class Thing:

@@ -186,8 +186,8 @@ from tests.support import windows
 create_inputs(Path())
 windows.pretend()
 import adapterkit
-from adapterkit.checkpoint.system import system
-from adapterkit.errors import Refused
+from adapterkit.core.system import system
+from adapterkit.core.errors import Refused
 
 def made(length):
     adapter = "adapter_model.safetensors.part"

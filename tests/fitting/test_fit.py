@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.adapters.weights_file import read_weights
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import AdapterkitError, Failed, Refused
-from adapterkit.fitting import staircase
-from adapterkit.fitting.balance import Balance
-from adapterkit.fitting.objective import TeacherObjective
-from adapterkit.fitting.plan import plan_fit
-from adapterkit.fitting.solver import Level, Point, minimize
+from adapterkit.core.adapter.weights_file import read_weights
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import AdapterkitError, Failed, Refused
 from adapterkit.runtime import load
-from adapterkit.verbs.fit import WeightFit
+from adapterkit.verbs.fit import coarse_to_fine as staircase
+from adapterkit.verbs.fit.balance import Balance
+from adapterkit.verbs.fit.objective import TeacherObjective
+from adapterkit.verbs.fit.plan import plan_fit
+from adapterkit.verbs.fit.solver import Level, Point, minimize
+from adapterkit.verbs.fit.verb import WeightFit
 from tests.support import oracle
 from tests.support.fitting import batches_of, points, runs_of
 from tests.support.forks import command

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 import adapterkit
-from adapterkit.adapters.weights_file import read_weights
-from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.cli import main
-from adapterkit.errors import Failed, Refused
+from adapterkit.core.adapter.weights_file import read_weights
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import Failed, Refused
 from tests.support import oracle
 
 TARGET = (0.8, -0.3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adapterkit.fitting.solver import FIRST, Level, Point, minimize
+from adapterkit.verbs.fit.solver import FIRST, Level, Point, minimize
 
 MODULES, ADAPTERS = 40, 3
 

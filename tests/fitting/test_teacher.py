@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from adapterkit.fitting.objective import STATES, TeacherObjective
 from adapterkit.runtime import load
+from adapterkit.verbs.fit.objective import STATES, TeacherObjective
 from tests.fitting.test_gradients import images, vit
 from tests.statistics.test_layerwise import MODELS as STORED
 from tests.support import oracle

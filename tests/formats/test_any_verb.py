@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.planning.inputs.sources import open_adapter
+from adapterkit.core.inputs.sources import open_adapter
 
 WIDTH, RANK = 16, 4
 MODULES = {  # of the file: (in, out)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 
 Shapes = dict[str, tuple[int, int]]  # module -> rows, inputs
 MODELS = {  # width, rows of the gated or plain layer, inputs of the next, double and single blocks

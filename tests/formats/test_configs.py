@@ -5,10 +5,8 @@ import random
 
 import pytest
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import AdapterkitError, Damaged, Refused
-from adapterkit.formats import library, tables
-from adapterkit.formats.files.configs import (
+from adapterkit.adapters.formats import library, tables
+from adapterkit.adapters.formats.files.configs import (
     WORDS,
     config_bytes,
     fields,
@@ -16,6 +14,8 @@ from adapterkit.formats.files.configs import (
     read_config,
     unknown_words,
 )
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import AdapterkitError, Damaged, Refused
 
 pytestmark = pytest.mark.quick
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapterkit.formats.library import formats
+from adapterkit.adapters.formats.library import formats
 from conformance import make, run
 from tests.support.adapter_samples import GOLDEN, all_samples
 from tests.support.documents import ROOT

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.formats.modules.names import names_of
+from adapterkit.adapters.formats.modules.names import names_of
+from adapterkit.core.errors import Refused
 from tests.support import pipelines
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.reports.formats import detect_format
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.look.formats import detect_format
 
 RANK = 3
 FUSED = {  # modules of the original model -> those of diffusers'

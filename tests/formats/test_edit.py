@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.formats.library import formats
+from adapterkit.adapters.formats.library import formats
+from adapterkit.core.errors import Refused
 from tests.support.adapter_samples import all_samples
 
 SAMPLES = [

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit import Refused, Unrecoverable, dtypes
-from adapterkit.adapters import eight_bits
-from adapterkit.checkpoint.header import TensorSpec
+from adapterkit import Refused, Unrecoverable
+from adapterkit.adapters.variants import eight_bits
+from adapterkit.core import dtypes
+from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.runtime import load
 from tests.support.usual import usual
 

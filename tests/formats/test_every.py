@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.detect import detect
-from adapterkit.formats.library import architectures, formats
-from adapterkit.formats.modules.kinds import FACTORS
-from adapterkit.formats.modules.names import names_of
-from adapterkit.formats.modules.record import LANGUAGE, Contents
-from adapterkit.formats.peft.dialects import SINGLE
-from adapterkit.formats.schema import DetectWords, Format
-from adapterkit.planning.inputs.converted_adapter import is_plain
-from adapterkit.reports.formats import detect_format
+from adapterkit.adapters.formats.detect import detect
+from adapterkit.adapters.formats.library import architectures, formats
+from adapterkit.adapters.formats.modules.kinds import FACTORS
+from adapterkit.adapters.formats.modules.names import names_of
+from adapterkit.adapters.formats.modules.record import LANGUAGE, Contents
+from adapterkit.adapters.formats.peft.dialects import SINGLE
+from adapterkit.adapters.formats.schema import DetectWords, Format
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.core.inputs.adapter_door import is_plain
+from adapterkit.verbs.look.formats import detect_format
 from tests.support.adapter_samples import (
     GOLDEN,
     Delta,

@@ -17,12 +17,9 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit import combine, convert, dtypes
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import Refused
-from adapterkit.formats.detect import detect
-from adapterkit.formats.modules.experts import (
+from adapterkit import combine, convert
+from adapterkit.adapters.formats.detect import detect
+from adapterkit.adapters.formats.modules.experts import (
     Stack,
     is_transposed,
     neutral_factors,
@@ -31,12 +28,16 @@ from adapterkit.formats.modules.experts import (
     stacks_of,
     stored_factors,
 )
-from adapterkit.formats.modules.kinds import EXPERTS
-from adapterkit.formats.modules.record import AdapterModule
-from adapterkit.formats.modules.tensors import Expression
-from adapterkit.plan import Plan
-from adapterkit.weights.names import Names
-from adapterkit.weights.reader import TensorReader
+from adapterkit.adapters.formats.modules.kinds import EXPERTS
+from adapterkit.adapters.formats.modules.record import AdapterModule
+from adapterkit.adapters.formats.modules.tensors import Expression
+from adapterkit.core import dtypes
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import Refused
+from adapterkit.core.plan import Plan
+from adapterkit.core.weights.names import Names
+from adapterkit.core.weights.reader import TensorReader
 from tests.support import oracle
 
 GOLDEN = Path(__file__).parent / "golden"

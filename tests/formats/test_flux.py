@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.adapters.adapter_config import DeclaredScales
-from adapterkit.errors import Refused
-from adapterkit.formats.modules.names import names_of
-from adapterkit.formats.modules.record import Contents
-from adapterkit.weights.plan_reader import PlanReader
+from adapterkit.adapters.formats.modules.names import names_of
+from adapterkit.adapters.formats.modules.record import Contents
+from adapterkit.core.adapter.adapter_config import DeclaredScales
+from adapterkit.core.errors import Refused
+from adapterkit.core.weights.plan_reader import PlanReader
 from tests.support.adapter_samples import contents_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")

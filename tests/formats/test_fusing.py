@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Refused
-from adapterkit.formats.library import formats
-from adapterkit.formats.modules.fusing import Fusion, fuse, split
-from adapterkit.formats.modules.record import AdapterModule
-from adapterkit.formats.modules.tensors import Expression, StoredTensor, stored
-from adapterkit.formats.schema import NamingRule
-from adapterkit.formats.uniform_rank import as_the_format_has_them
+from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.modules.fusing import Fusion, fuse, split
+from adapterkit.adapters.formats.modules.record import AdapterModule
+from adapterkit.adapters.formats.modules.tensors import Expression, StoredTensor, stored
+from adapterkit.adapters.formats.schema import NamingRule
+from adapterkit.adapters.formats.uniform_rank import as_the_format_has_them
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import Refused
 
 pytestmark = pytest.mark.quick
 NAMES = ("to_q", "to_k", "to_v", "proj_mlp")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.layout import TensorPlan
-from adapterkit.errors import AdapterkitError, MultipleErrors, Refused
-from adapterkit.gguf.adapter import AdapterFile, BlockSpec, gguf_layout, is_gguf, read_adapter
+from adapterkit.bases.gguf.adapter import AdapterFile, BlockSpec, gguf_layout, is_gguf, read_adapter
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.layout import TensorPlan
+from adapterkit.core.errors import AdapterkitError, MultipleErrors, Refused
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf"
 FILES = sorted(GOLDEN.glob("*/*.gguf"))

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.modules.record import Contents
-from adapterkit.weights.plan_reader import PlanReader
+from adapterkit.adapters.formats.modules.record import Contents
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.core.weights.plan_reader import PlanReader
 from tests.support.adapter_samples import GOLDEN, contents_of, deltas
 
 DELTAS = GOLDEN.parent / "deltas"

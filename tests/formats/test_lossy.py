@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.modules.deltas import Fit, ModuleDelta
+from adapterkit.adapters.formats.modules.deltas import Fit, ModuleDelta
+from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.kernels.lowrank.algebra import Product
 from tests.support import adapter_samples
 from tests.support.adapter_samples import GOLDEN, contents_of

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.formats.golden.make_lycoris import (
     ALL,
     FOLDER,

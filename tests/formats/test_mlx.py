@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.support.adapter_samples import GOLDEN
 from tests.support.mlx_models import (
     SEEING,

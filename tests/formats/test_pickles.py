@@ -15,12 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.overlay import Overlay
-from adapterkit.errors import AdapterkitError, Damaged, Refused
-from adapterkit.formats.files.pickles import is_pickle, pickles_of, rewrite, rewritten_name, unsafe
-from adapterkit.planning.inputs.sources import open_unconverted
-from adapterkit.planning.inputs.unpickled_folder import Unpickling
+from adapterkit.adapters.formats.files.pickles import (
+    is_pickle,
+    pickles_of,
+    rewrite,
+    rewritten_name,
+    unsafe,
+)
+from adapterkit.adapters.formats.unpickled_folder import Unpickling
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.overlay import Overlay
+from adapterkit.core.errors import AdapterkitError, Damaged, Refused
+from adapterkit.core.inputs.sources import open_unconverted
 
 pytestmark = pytest.mark.quick
 

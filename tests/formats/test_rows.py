@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from adapterkit.errors import Refused
-from adapterkit.formats.modules.rows import ORDERS, Heads, LinearHeads, inverse, model_heads, order
+from adapterkit.adapters.formats.modules.row_permutations import (
+    ORDERS,
+    Heads,
+    LinearHeads,
+    inverse,
+    model_heads,
+    order,
+)
+from adapterkit.core.errors import Refused
 
 pytestmark = pytest.mark.quick
 

@@ -8,12 +8,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.adapters.adapter_config import whole
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.dtypes import name_of
-from adapterkit.errors import Unrecoverable
-from adapterkit.formats.modules.tensors import gathered, joined, scaled, stored
-from adapterkit.tasks.convert import ConvertedTensor, ConvertedTensors
+from adapterkit.adapters.formats.modules.tensors import gathered, joined, scaled, stored
+from adapterkit.adapters.formats.task import ConvertedTensor, ConvertedTensors
+from adapterkit.core.adapter.adapter_config import whole
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.dtypes import name_of
+from adapterkit.core.errors import Unrecoverable
 from tests.support.adapter_samples import contents_of, deltas
 
 FLUX = "transformer_blocks.0.attn.to_out.0"

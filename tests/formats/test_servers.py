@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapterkit import convert
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.modules.record import AdapterModule
-from adapterkit.formats.uniform_rank import uniform, with_scale
+from adapterkit.adapters.formats.modules.record import AdapterModule
+from adapterkit.adapters.formats.uniform_rank import uniform, with_scale
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.formats.golden.make_sglang import CASES as SGLANG
 from tests.formats.golden.make_vllm import CASES as VLLM
 from tests.formats.golden.make_vllm import SETTINGS

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.formats.modules.names import names_of
-from adapterkit.reports.formats import detect_format
+from adapterkit.adapters.formats.modules.names import names_of
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.look.formats import detect_format
 from tests.support import pipelines
 
 MODELS = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.runtime import load
 
 GOLDEN = Path(__file__).parent / "golden" / "peft"

@@ -9,9 +9,9 @@ import torch
 from diffusers.loaders import lora_conversion_utils, single_file_utils
 from torch import Tensor
 
-from adapterkit.formats.modules.names import names_of
-from adapterkit.formats.modules.rows import model_order
-from adapterkit.formats.schema import MODEL
+from adapterkit.adapters.formats.modules.names import names_of
+from adapterkit.adapters.formats.modules.row_permutations import model_order
+from adapterkit.adapters.formats.schema import MODEL
 from tests.formats.video_models import MODELS, WIDTH, drawn, named_parameters
 
 Tensors = dict[str, Tensor]

@@ -10,7 +10,7 @@ from diffusers.loaders import lora_conversion_utils as readers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapterkit.formats.library import described
+from adapterkit.adapters.formats.library import described
 from tests.formats.test_video_files import assert_same_deltas, converted, products, saved
 from tests.formats.video_models import MODELS, anima_conditioner, cosmos, drawn
 

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.errors import AdapterkitError
-from adapterkit.formats.modules.names import names_of
+from adapterkit.adapters.formats.modules.names import names_of
+from adapterkit.core.errors import AdapterkitError
 from tests.formats.golden.make_lycoris import tiny_unet
 from tests.support import mlx_models
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import Refused
-from adapterkit.weights.loading import gaps_of, looks_whole
-from adapterkit.weights.skeleton import tied_names
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import Refused
+from adapterkit.core.weights.loading import gaps_of, looks_whole
+from adapterkit.core.weights.skeleton import tied_names
 from tests.fuzz import models
 from tests.support.oracle import quiet
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from tests.support.gguf_files import read_images, write_images
 from tests.support.one_file import (
     DENOISER,

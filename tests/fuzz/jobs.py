@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import adapterkit
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from tests.support.oracle import quiet, stored
 
 from . import adapters as drawn

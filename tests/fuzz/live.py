@@ -19,12 +19,12 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import Trainer
 
-from adapterkit.adapters.config import TASK_HEADS
-from adapterkit.adapters.keys import CONFIG
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, write_weights
+from adapterkit.core.adapter.config import TASK_HEADS
+from adapterkit.core.adapter.keys import CONFIG
+from adapterkit.core.adapter.weights_file import NamedAdapter, WeightsFile, write_weights
 from adapterkit.runtime import Adapters, attach, load
 from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.verbs.shared.lora_config import LoraConfig
 from tests.support.beside_peft import JUNK, parameters_of
 from tests.support.oracle import stored
 

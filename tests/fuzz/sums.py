@@ -13,11 +13,11 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import calib_cov_distribution
 from torch import Tensor, nn
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.weights.linear import is_linear
 from adapterkit.runtime import collect
-from adapterkit.weights.linear import is_linear
 from tests.support.oracle import quiet
 from tests.support.stored import collected
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit.errors import AdapterkitError
-from adapterkit.formats.library import formats
-from adapterkit.formats.modules.record import AdapterModule, Contents
+from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
+from adapterkit.core.errors import AdapterkitError
 from tests.support.adapter_samples import (
     Delta,
     Sample,

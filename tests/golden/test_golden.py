@@ -21,12 +21,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit import execute
-from adapterkit.checkpoint.output.file_result import ShardResult, read_result
 from adapterkit.cli import main
-from adapterkit.engines.planned_folder import planned_folder
-from adapterkit.engines.ranks.parts import accepts
-from adapterkit.plan import Plan
+from adapterkit.core import execute
+from adapterkit.core.engine.planned_folder import planned_folder
+from adapterkit.core.output.file_result import ShardResult, read_result
+from adapterkit.core.plan import Plan
+from adapterkit.many.workers.ranges import accepts
 from tests.support.calls import JOBS as PLAN_FILES
 from tests.support.calls import VERBS
 from tests.support.documents import ROOT

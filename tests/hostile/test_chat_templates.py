@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import AdapterkitError, MultipleErrors, Refused
-from adapterkit.statistics.data.records import Record
-from adapterkit.statistics.data.samples import load_tokenizer, tokenize
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import AdapterkitError, MultipleErrors, Refused
+from adapterkit.verbs.stats.data.records import Record
+from adapterkit.verbs.stats.data.samples import load_tokenizer, tokenize
 from tests.support.texts import MARKED, WORDS, ids, save_tokenizer, write_rows
 
 HI = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}]
@@ -44,7 +44,7 @@ def imported(tmp_path_factory):
 
 @pytest.fixture
 def soon(monkeypatch):
-    from adapterkit.statistics.data import templates
+    from adapterkit.verbs.stats.data import templates
 
     for name, value in {"SECONDS": 0.7, "TOTAL": 1.5, "SHARE": 0.0, "MEMORY": 256 << 20}.items():
         monkeypatch.setattr(templates, name, value)
@@ -83,7 +83,7 @@ def test_a_template_that_calls_itself_is_refused(tmp_path: Path):
 
 
 def test_many_slow_conversations_are_limited_together(soon, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr("adapterkit.statistics.data.templates.SECONDS", 60.0)
+    monkeypatch.setattr("adapterkit.verbs.stats.data.templates.SECONDS", 60.0)
     began = time.monotonic()
     with pytest.raises(Refused, match="or 1.5 s for all"):
         samples_of(tmp_path, SLOW, records(1000))

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 import adapterkit
+from adapterkit.adapters.formats.files.pickles import rewritten_name, unsafe
 from adapterkit.cli.completion import module_suffixes
-from adapterkit.commands import command, filled
-from adapterkit.errors import AdapterkitError
-from adapterkit.formats.files.pickles import rewritten_name, unsafe
+from adapterkit.core.commands import command, filled
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.doors import VERBS
 from tests.support.raw_files import base, normal, plain, tensors_file
 
 PACKAGE = Path(adapterkit.__file__).parent
 # how a command begins
-VERBS = [path.stem for path in (PACKAGE / "verbs").glob("[a-z]*.py")] + ["run", "finish"]
 PROGRAM = re.compile(
     rf"\b(adapterkit ({'|'.join(VERBS)})|ollama \w+|vllm serve|llama-\w+|hf [a-z]+|pip|python) "
 )

@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import (
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import (
     MAX_KEYS,
     MAX_VALUES,
     build_header,
     parse_header,
     read_header,
 )
-from adapterkit.errors import AdapterkitError, Damaged
+from adapterkit.core.errors import AdapterkitError, Damaged
 from tests.support.raw_files import MemoryFolder, file_of
 
 

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 
 import adapterkit
 from adapterkit import merge
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError, Damaged, MultipleErrors, Refused
 from tests.support.raw_files import (
     AdapterFiles,
     MemoryFolder,
@@ -470,13 +470,13 @@ def test_the_output_has_ordinary_permissions_whatever_the_input(tmp_path):
 
 
 def test_a_shard_that_shrinks_between_plan_and_run_is_found(tmp_path):
-    from adapterkit.checkpoint.output.stage import Stage
-    from adapterkit.engines.local.engine import local
-    from adapterkit.errors import Failed
-    from adapterkit.execute import run
-    from adapterkit.planning.inputs.model_checkpoint import kind_of
-    from adapterkit.planning.merge.plan import plan_merge
-    from adapterkit.verbs.merge import MergeOptions
+    from adapterkit.core.engine.local import local
+    from adapterkit.core.errors import Failed
+    from adapterkit.core.execute import run
+    from adapterkit.core.inputs.base_door import kind_of
+    from adapterkit.core.merge.plan import plan_merge
+    from adapterkit.core.merge.verb import MergeOptions
+    from adapterkit.core.output.stage import Stage
 
     folder = on_disk(tmp_path)
     adapter = LocalFolder(plain().folder().write(tmp_path / "adapter"))

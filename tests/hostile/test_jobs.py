@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.output.journal import line_of, read_entry
-from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused
-from adapterkit.jobs.launcher import rank_of
-from adapterkit.jobs.pipeline import run_pipeline
+from adapterkit.core.errors import AdapterkitError, Failed, MultipleErrors, Refused
+from adapterkit.core.output.journal import line_of, read_entry
+from adapterkit.many.workflows.launcher import rank_of
+from adapterkit.many.workflows.workflow import run_pipeline
 from tests.support.raw_files import base, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -282,11 +282,12 @@ def test_paths_of_a_pipeline(work: Path, change: tuple[str, str]):
 
 def test_an_error_of_a_task_is_one_of_the_driver():
     """Also one of a class that only the worker knows."""
-    from adapterkit.engines.ranks.ray import _as_data, _as_error
+    from adapterkit.many.workers.ray import _as_data, _as_error
 
     class Unreachable(Failed):
         pass
 
-    parts = {"expected": "a network", "where": "org/name", "hint": "run again"}
+    parts = {"expected": "a network", "where": "org/name", "hint": "run again", "code": "AK610"}
     error = _as_error(json.loads(json.dumps(_as_data(Unreachable("no answer", **parts)))))
     assert type(error) is Failed and str(error) == str(Failed("no answer", **parts))
+    assert error.code == "AK610"

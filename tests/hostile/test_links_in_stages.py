@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import save
 
 import adapterkit
-from adapterkit.checkpoint.output.file_result import ShardResult, read_result
-from adapterkit.checkpoint.output.journal import entries_of, line_of, read_lines
-from adapterkit.checkpoint.output.rank_stage import RankStage
-from adapterkit.checkpoint.output.stage import Stage, work_folder
-from adapterkit.checkpoint.system import system
-from adapterkit.engines.one_file import FileStage
-from adapterkit.errors import AdapterkitError
-from adapterkit.fitting.journal import Evaluations
-from adapterkit.statistics.model.activations import ActivationStore
-from adapterkit.statistics.sums_files import Ledger
+from adapterkit.core.engine.file_stage import FileStage
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.output.file_result import ShardResult, read_result
+from adapterkit.core.output.journal import entries_of, line_of, read_lines
+from adapterkit.core.output.stage import Stage, work_folder
+from adapterkit.core.system import system
+from adapterkit.many.workers.stage import RankStage
+from adapterkit.verbs.fit.journal import Evaluations
+from adapterkit.verbs.stats.model.activations import ActivationStore
+from adapterkit.verbs.stats.sums_files import Ledger
 from tests.support.documents import ROOT
 from tests.support.plain_pipelines import write_lora, write_pipeline
 from tests.support.raw_files import base, plain

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.support.planned import configured, meaning, planned, with_tensors
 from tests.support.raw_files import (
     DTYPES,

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import adapterkit
-from adapterkit.errors import AdapterkitError
-from adapterkit.formats.files.configs import MAX_YAML
-from adapterkit.planning.merge import block_weights
-from adapterkit.tasks.statistics import METADATA, metadata_of
-from adapterkit.weights.codecs import comfy
+from adapterkit.adapters.formats.files.configs import MAX_YAML
+from adapterkit.bases.images import block_weights
+from adapterkit.bases.quantized.codecs import comfy
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.verbs.shared.statistics_file import METADATA, metadata_of
 from tests.support.planned import planned
 from tests.support.raw_files import WIDTH, MemoryFolder, Stored, base, file_of, plain
 

@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 import adapterkit
-from adapterkit.formats.engines import engines
+from adapterkit.adapters.formats.engines import engines
 from tests.support.raw_files import AdapterFiles, base, plain
 
 USER = "alicejones"

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import adapterkit
-from adapterkit.formats import engines, library
-from adapterkit.formats.files.keys import _suffixes
+from adapterkit.adapters.formats import engines, library
+from adapterkit.adapters.formats.files.keys import _suffixes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # the parse tree has no public door
@@ -43,35 +43,37 @@ MANY = 50  # a repeat of more than that may be one without an end
 FROM_PLANNED = "names of modules in a plan, escaped"
 OF_TRANSFORMERS = "lists of transformers' classes"
 MADE: dict[str, str | Callable[[], Iterable[str]]] = {
-    "adapters/keys.py:canonical_key": lambda: [r"\.(lora_embedding_[AB]|b)\.\w+(\.weight)?$"],
-    "adapters/peft.py:read_other_type": lambda: [r"^(.*)\.hada_w1_a(?:\.\w+)?(?:\.weight)?$"],
-    "adapters/record.py:pattern_of": FROM_PLANNED,
-    "formats/files/keys.py:_suffixes": lambda: (
+    "core/adapter/keys.py:canonical_key": lambda: [r"\.(lora_embedding_[AB]|b)\.\w+(\.weight)?$"],
+    "core/adapter/peft.py:read_other_type": lambda: [r"^(.*)\.hada_w1_a(?:\.\w+)?(?:\.weight)?$"],
+    "core/adapter/record.py:pattern_of": FROM_PLANNED,
+    "adapters/formats/files/keys.py:_suffixes": lambda: (
         pattern.pattern for name in library.formats() for pattern, _ in _suffixes(name)
     ),
-    "formats/files/keys.py:_place": "renames of formats/*.toml",
-    "formats/files/templates.py:words_of": lambda: [r"x/(?P<word>.+)", r"(?P<word>.+)_v1"],
-    "formats/modules/names.py:__init__": lambda: [r"a\.(?P<N>\d+)\.b\.(?P<M>\d+)\.(?P=N)"],
-    "formats/modules/names.py:_any_of": lambda: [r"a\.(?:\d+)\.b\.(?:x|y)|a\.(?:\d+)\.c\.\d+"],
-    "formats/modules/names.py:_blocks": lambda: [r"blocks\.(\d+)\."],
-    "formats/modules/names.py:in_rules": "renames of formats/architectures/*.toml",
-    "formats/modules/names.py:kernel_of": "kernels of formats/architectures/*.toml",
-    "formats/modules/names.py:_by_width": "shapes of formats/architectures/*.toml",
-    "formats/modules/names.py:_by_rows": "ratios of formats/architectures/*.toml",
-    "gguf/mixes.py:types_of": "KINDS",
-    "gguf/mixes.py:image_types_of": "IMAGE_KINDS",
-    "gguf/tensors.py:_is_ignored": OF_TRANSFORMERS,
-    "patterns.py:matcher": "plain ones alone",
-    "patterns.py:__init__": "with a time limit",
-    "patterns.py:_check": "compiled alone",
-    "planning/merge/block_weights.py:_block": "blocks of formats/architectures/*.toml",
-    "planning/merge/tied.py:_check_complete": OF_TRANSFORMERS,
-    "planning/quantization.py:_is_upcast": OF_TRANSFORMERS,
-    "records.py:_compiled": "formats/*.toml",
-    "statistics/model/stored_model.py:_keep_wide": OF_TRANSFORMERS,
-    "weights/loading.py:find_gaps": OF_TRANSFORMERS,
-    "weights/names.py:mentions_weight": "a module's name, escaped",
-    "weights/skeleton.py:_expert": "conversions of transformers",
+    "adapters/formats/files/keys.py:_place": "renames of formats/*.toml",
+    "adapters/formats/files/templates.py:words_of": lambda: [r"x/(?P<word>.+)", r"(?P<word>.+)_v1"],
+    "adapters/formats/modules/names.py:__init__": lambda: [r"a\.(?P<N>\d+)\.b\.(?P<M>\d+)\.(?P=N)"],
+    "adapters/formats/modules/names.py:_any_of": lambda: [
+        r"a\.(?:\d+)\.b\.(?:x|y)|a\.(?:\d+)\.c\.\d+"
+    ],
+    "adapters/formats/modules/names.py:_blocks": lambda: [r"blocks\.(\d+)\."],
+    "adapters/formats/modules/names.py:in_rules": "renames of formats/architectures/*.toml",
+    "adapters/formats/modules/names.py:kernel_of": "kernels of formats/architectures/*.toml",
+    "adapters/formats/modules/names.py:_by_width": "shapes of formats/architectures/*.toml",
+    "adapters/formats/modules/names.py:_by_rows": "ratios of formats/architectures/*.toml",
+    "bases/gguf/mixes.py:types_of": "KINDS",
+    "bases/gguf/mixes.py:image_types_of": "IMAGE_KINDS",
+    "bases/gguf/tensors.py:_is_ignored": OF_TRANSFORMERS,
+    "core/patterns.py:matcher": "plain ones alone",
+    "core/patterns.py:__init__": "with a time limit",
+    "core/patterns.py:_check": "compiled alone",
+    "bases/images/block_weights.py:_block": "blocks of formats/architectures/*.toml",
+    "core/merge/tied.py:_check_complete": OF_TRANSFORMERS,
+    "bases/quantized/planning/weights.py:_is_upcast": OF_TRANSFORMERS,
+    "core/records.py:_compiled": "formats/*.toml",
+    "verbs/stats/model/stored_model.py:_keep_wide": OF_TRANSFORMERS,
+    "core/weights/loading.py:find_gaps": OF_TRANSFORMERS,
+    "core/weights/names.py:mentions_weight": "a module's name, escaped",
+    "core/weights/skeleton.py:_expert": "conversions of transformers",
 }
 TABLES_OF_PATTERNS = {"renames", "kernels", "shapes", "ratios"}  # of TOML files, by their keys
 
@@ -179,9 +181,9 @@ def found() -> list[Found]:
 
 
 def gguf_kinds() -> dict[str, str]:
-    from adapterkit.gguf.mixes import IMAGE_KINDS, KINDS
+    from adapterkit.bases.gguf.mixes import IMAGE_KINDS, KINDS
 
-    return dict.fromkeys([*KINDS.values(), *IMAGE_KINDS.values()], "gguf/mixes.py")
+    return dict.fromkeys([*KINDS.values(), *IMAGE_KINDS.values()], "bases/gguf/mixes.py")
 
 
 # -- texts that attack one -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Only `checkpoint/system` names the operating system; text files say their encoding."""
+"""Only `core/system` names the operating system; text files say their encoding."""
 
 import ast
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from pathlib import Path, PureWindowsPath
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.folder import check_names
-from adapterkit.errors import MultipleErrors, Refused
-from adapterkit.hub.ids import is_on_hub, parse, place_on_hub
-from adapterkit.planning.inputs.sources import weight_of
+from adapterkit.core.checkpoint.folder import check_names
+from adapterkit.core.checkpoint.hub_ids import is_on_hub, parse, place_on_hub
+from adapterkit.core.errors import MultipleErrors, Refused
+from adapterkit.core.inputs.sources import weight_of
 from tests.golden.inputs import create_inputs
 
 PACKAGE = Path(adapterkit.__file__).parent
-SYSTEM = PACKAGE / "checkpoint" / "system"
+SYSTEM = PACKAGE / "core" / "system"
 MODULES = {"fcntl", "msvcrt", "resource", "pwd", "grp", "termios", "winreg"}
 # these are not everywhere, or mean something else elsewhere
 NAMES = {
@@ -82,6 +82,8 @@ def is_text(call: ast.Call) -> bool:
         return False
     function = call.func
     if isinstance(function, ast.Attribute) and function.attr in TEXT:
+        if ast.unparse(function.value) == "formatter":  # click's, of a help
+            return False
         return len(call.args) <= TEXT[function.attr]
     if isinstance(function, ast.Name) and function.id == "open":
         return is_text_mode(call, 1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.support.planned import planned, with_tensors
 from tests.support.raw_files import SIZES, WIDTH, Stored, base, plain
 

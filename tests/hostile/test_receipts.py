@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.adapters.weights_file import named_adapter
-from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.cli import main
-from adapterkit.errors import AdapterkitError, Damaged, Refused
-from adapterkit.receipt import seal_receipt
+from adapterkit.core.adapter.weights_file import named_adapter
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import AdapterkitError, Damaged, Refused
+from adapterkit.core.receipt import seal_receipt
 from tests.support.raw_files import AdapterFiles, base, normal, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -23,15 +23,15 @@ from transformers.integrations import hub_kernels
 from transformers.models.auto import auto_factory, configuration_auto, tokenization_auto
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.cli import main
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.reports.configs import compare_model_configs
-from adapterkit.statistics.data.samples import load_tokenizer
-from adapterkit.statistics.model.stored_model import _without_data
-from adapterkit.weights import skeleton
-from adapterkit.weights.safe_config import closed
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.core.weights import skeleton
+from adapterkit.core.weights.safe_config import closed
+from adapterkit.verbs.look.configs import compare_model_configs
+from adapterkit.verbs.stats.data.samples import load_tokenizer
+from adapterkit.verbs.stats.model.stored_model import _without_data
 from tests.support import oracle, tiny
 from tests.support.raw_files import base
 from tests.support.texts import save_tokenizer

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from adapterkit import merge
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.errors import AdapterkitError, Failed, Refused, shown
-from adapterkit.execute import run
-from adapterkit.planning.outputs.cards import Merged, merged_card
+from adapterkit.core.errors import AdapterkitError, Failed, Refused, shown
+from adapterkit.core.execute import run
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.outputs.cards import Merged, merged_card
 from tests.support.forks import forks
 from tests.support.raw_files import PREFIX, AdapterFiles, MemoryFolder, base, plain, tensors_file
 
@@ -164,9 +164,9 @@ def test_a_tensor_of_such_a_name_reaches_no_terminal(name):
         folder.content[file] = tensors_file(
             {(PREFIX + name if k == key else k): v for k, v in tensors.items()}
         )
-        from adapterkit.planning.inputs.model_checkpoint import kind_of
-        from adapterkit.planning.merge.plan import plan_merge
-        from adapterkit.verbs.merge import MergeOptions
+        from adapterkit.core.inputs.base_door import kind_of
+        from adapterkit.core.merge.plan import plan_merge
+        from adapterkit.core.merge.verb import MergeOptions
 
         pair = (other, folder) if "adapter" in file else (folder, other)
         with pytest.raises(AdapterkitError) as caught:
@@ -175,8 +175,8 @@ def test_a_tensor_of_such_a_name_reaches_no_terminal(name):
 
 
 def opened(name: str, **config):
-    from adapterkit.adapters.peft import read_adapter
-    from adapterkit.checkpoint.spec import open_checkpoint
+    from adapterkit.core.adapter.peft import read_adapter
+    from adapterkit.core.checkpoint.spec import open_checkpoint
 
     on, adapter = base(), plain()
     folder = AdapterFiles(adapter.config | config, adapter.tensors).folder(name)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder, is_plain_path
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.checkpoint.folder import LocalFolder, is_plain_path
+from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.runtime.load.store import Store
 from tests.support.raw_files import base, plain
 from tests.support.texts import save_tokenizer
@@ -131,7 +131,7 @@ def test_a_path_in_a_pipeline_file_is_refused(work, looks, share):
     ("fast_tokenizer_files", "tokenizer_config.json"), ("configuration_files", "config.json"),
 ])  # fmt: skip
 def test_a_file_that_a_tokenizer_names_is_not_looked_for(tmp_path, looks, key, file):
-    from adapterkit.statistics.data.samples import load_tokenizer
+    from adapterkit.verbs.stats.data.samples import load_tokenizer
 
     save_tokenizer(tmp_path)
     path = tmp_path / file

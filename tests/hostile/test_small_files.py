@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.folder import read_small
-from adapterkit.errors import Refused
-from adapterkit.jobs.pipeline import run_pipeline
+from adapterkit.core.checkpoint.folder import read_small
+from adapterkit.core.errors import Refused
+from adapterkit.many.workflows.workflow import run_pipeline
 from tests.support.raw_files import base, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def huge(path: Path) -> None:
 
 
 def test_a_file_of_weights_of_blocks_of_a_gigabyte_is_refused(work: Path, frugal):
-    from adapterkit.planning.merge.block_weights import inlined
+    from adapterkit.bases.images.block_weights import inlined
 
     huge(work / "blocks.txt")
     with frugal(), pytest.raises(Refused, match="blocks.txt"):

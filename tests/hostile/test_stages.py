@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.output.journal import entries_of, line_of, read_entry, read_lines
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.system import system
-from adapterkit.engines.local import pieces
-from adapterkit.engines.ranks import parts as rank_parts
-from adapterkit.errors import AdapterkitError, MultipleErrors
-from adapterkit.jobs.pipeline import run_pipeline
-from adapterkit.receipt import seal_receipt
-from adapterkit.tasks import rows
+from adapterkit.core.engine import partition as pieces
+from adapterkit.core.errors import AdapterkitError, MultipleErrors
+from adapterkit.core.output.journal import entries_of, line_of, read_entry, read_lines
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.receipt import seal_receipt
+from adapterkit.core.system import system
+from adapterkit.core.tasks import rows
+from adapterkit.many.workers import ranges as rank_parts
+from adapterkit.many.workflows.workflow import run_pipeline
 from tests.support.raw_files import base, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")

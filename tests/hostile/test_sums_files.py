@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import read_header
-from adapterkit.errors import Damaged
-from adapterkit.statistics.sums_files import SumsFile, sums_files
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import read_header
+from adapterkit.core.errors import Damaged
+from adapterkit.verbs.stats.sums_files import SumsFile, sums_files
 
 HI = "000000.sums.safetensors"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from adapterkit.errors import Damaged
-from adapterkit.statistics.data.records import draw_records
+from adapterkit.core.errors import Damaged
+from adapterkit.verbs.stats.data.records import draw_records
 
 arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -11,13 +11,13 @@ from typing import Any
 import psutil
 import pytest
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.statistics.data import apart as module
-from adapterkit.statistics.data import templates
-from adapterkit.statistics.data.apart import tokenize_apart
-from adapterkit.statistics.data.records import Record
-from adapterkit.statistics.data.samples import Samples, load_tokenizer, tokenize_all
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.verbs.stats.data import apart as module
+from adapterkit.verbs.stats.data import templates
+from adapterkit.verbs.stats.data.apart import tokenize_apart
+from adapterkit.verbs.stats.data.records import Record
+from adapterkit.verbs.stats.data.samples import Samples, load_tokenizer, tokenize_all
 from tests.support.texts import MARKED, WORDS, save_tokenizer
 
 HI = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.integrations.conftest import vllm  # noqa: F401, a fixture
 from tests.support.raw_files import AdapterFiles, base, plain
 

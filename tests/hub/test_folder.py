@@ -186,7 +186,7 @@ def test_a_cache_of_copies_is_read(without_links):
     client = without_links()
     client("import huggingface_hub as library")
     client(f"there = library.snapshot_download('{REPO}')")
-    client("from adapterkit.checkpoint.folder import LocalFolder")
+    client("from adapterkit.core.checkpoint.folder import LocalFolder")
     offline = without_links(HF_HUB_OFFLINE="1")
     for source in (REPO, f"{REPO}@main"):
         offline(f"folder = HubFolder(parse('{source}'))")

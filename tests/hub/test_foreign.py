@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save, save_file
 
 import adapterkit
-from adapterkit.checkpoint.header import FIRST_READ
+from adapterkit.core.checkpoint.header import FIRST_READ
 from tests.hub.test_output import Sampled
 from tests.support.hub_client import TOKEN, Client
 from tests.support.hub_models import CALLS, LAYERS, SHARDS, WEIGHTS, WIDTH, base_files, write

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("gguf")
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.hub.destination import parse_output
+from adapterkit.bases.hub.destination import parse_output
+from adapterkit.core.errors import Refused
 from tests.quantized.gguf.test_merges import split, train
 from tests.support.gguf_files import llama, write
 from tests.support.hub_client import TOKEN

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from adapterkit.hub.ids import HubId, parse
+from adapterkit.core.checkpoint.hub_ids import HubId, parse
 from tests.support.hub_client import ROOT
 
 
@@ -78,8 +78,8 @@ def test_what_is_no_id(source):
 
 def test_import_is_cheap():
     code = (
-        "import sys, adapterkit.hub.folder, adapterkit.hub.push; print({'huggingface_hub', "
-        "'torch', 'httpx', 'httpx2'} & set(sys.modules))"
+        "import sys, adapterkit.bases.hub.folder, adapterkit.bases.hub.push; "
+        "print({'huggingface_hub', 'torch', 'httpx', 'httpx2'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr

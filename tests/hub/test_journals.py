@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from adapterkit.checkpoint.output.journal import entries_of, line_of, read_lines
-from adapterkit.receipt import seal_receipt
+from adapterkit.core.output.journal import entries_of, line_of, read_lines
+from adapterkit.core.receipt import seal_receipt
 from tests.support.hub_client import TOKEN, Client, ClientError, during
 from tests.support.hub_models import CALLS, SHARDS, adapter_files, base_files
 from tests.support.hub_server import Hub

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.output.stage import RECEIPT
-from adapterkit.engines.hub.engine import _HubRun
-from adapterkit.engines.hub.stage import HubStage
-from adapterkit.engines.hub.transfers import Transfers, check_limit
-from adapterkit.errors import Failed, Refused
-from adapterkit.hub.upload import LocalFile
+from adapterkit.bases.hub.output.engine import _HubRun
+from adapterkit.bases.hub.output.stage import HubStage
+from adapterkit.bases.hub.output.transfers import Transfers, check_limit
+from adapterkit.bases.hub.upload import LocalFile
+from adapterkit.core.errors import Failed, Refused
+from adapterkit.core.output.stage import RECEIPT
 from tests.support.hub_client import TOKEN, Client
 from tests.support.hub_models import (
     CALLS,
@@ -135,7 +135,7 @@ def test_shards_that_stay_are_copied_on_the_hub(place):
     damaged = bytearray(files[SHARDS[5]])
     damaged[-1] ^= 1
     (home / "downloaded" / SHARDS[5]).write_bytes(damaged)
-    with pytest.raises(adapterkit.errors.Damaged, match=SHARDS[5]):
+    with pytest.raises(adapterkit.core.errors.Damaged, match=SHARDS[5]):
         adapterkit.verify(home / "downloaded")
 
 
@@ -263,7 +263,7 @@ def test_without_a_limit_it_takes_the_disk_that_is_free(place):
     _, client, *_ = place
     job = JOBS["merge"].format(more="out='hf://org/free', dry_run=True")
     call = f"{job}.totals()"
-    client("from adapterkit.engines.hub import output as module\nwhole = module.free_bytes")
+    client("from adapterkit.bases.hub.output import output as module\nwhole = module.free_bytes")
     needed = client(call)["disk_needed"]
     try:
         client("module.free_bytes = lambda path: 1_000_000")

@@ -207,7 +207,7 @@ def killed(standing, out: str, *request, base: str = "org/base") -> None:
     """A run that is killed at a request, one file sent after the other."""
     hub, _, home = standing
     client = start(hub, home)
-    client("from adapterkit.hub import upload\nupload.GROUP_FILES = 1")
+    client("from adapterkit.bases.hub import upload\nupload.GROUP_FILES = 1")
     kill_at(hub, client, *request)
     with pytest.raises(AssertionError):  # no answer
         client(merge(out, base=base))

@@ -136,7 +136,9 @@ def test_what_others_put_into_a_finished_output_is_not_sent(place):
     (root / "out" / "more.txt").write_text("more")
     client(merge(", resume=True"))
     assert not {"notes.txt", "more.txt"} & hub.files(OUT).keys()
-    error = client.refusal("__import__('adapterkit.hub.push').hub.push.push('out', 'org/direct')")
+    error = client.refusal(
+        "__import__('adapterkit.bases.hub.push').bases.hub.push.push('out', 'org/direct')"
+    )
     assert "a link to" in error.text and "org/direct" not in hub.repos
     card = root / "out" / "README.md"
     data = card.read_bytes()
@@ -149,7 +151,8 @@ def test_what_others_put_into_a_finished_output_is_not_sent(place):
 def test_a_step_is_done_when_its_push_was(place):
     hub, client, root = place
     (root / "steps.toml").write_text(PIPELINE)
-    run = "__import__('adapterkit.jobs.pipeline', fromlist=['']).run_pipeline('steps.toml'{})"
+    module = "adapterkit.many.workflows.workflow"
+    run = f"__import__('{module}', fromlist=['']).run_pipeline('steps.toml'{{}})"
 
     def row(more: str = "") -> dict:
         more = f", allow_push=True{more}"

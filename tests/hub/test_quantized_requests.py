@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import adapterkit
-from adapterkit.checkpoint.header import FIRST_READ
+from adapterkit.core.checkpoint.header import FIRST_READ
 from tests.support import oracle, quantized_llama
 from tests.support.bnb import STATE, text
 from tests.support.hub_client import Client
@@ -83,7 +83,7 @@ def bench(tmp_path_factory):
         client = Client(os.environ | hub.environment(folder / "home"), folder / "stderr")
         client(f"import adapterkit, os, shutil\nos.chdir({str(folder)!r})")
         # weights of a real checkpoint are larger than what is read along
-        client("from adapterkit.checkpoint import reader\nreader.FAR = 0")
+        client("from adapterkit.core.checkpoint import reader\nreader.FAR = 0")
         yield hub, client, folder, tensors
         client.close()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from adapterkit.checkpoint.header import FIRST_READ
+from adapterkit.core.checkpoint.header import FIRST_READ
 from tests.hub.test_merge import LAYERS, SHARDS, WIDTH, base_files
 from tests.support import quantized_llama
 from tests.support.hub_client import Client
@@ -44,7 +44,7 @@ def bench(tmp_path_factory):
         client = Client(os.environ | hub.environment(folder / "home"), folder / "stderr")
         client(f"import adapterkit, os, shutil\nos.chdir({str(folder)!r})")
         # tensors of a real checkpoint are further from each other than neighbors may be
-        client("from adapterkit.checkpoint import reader\nreader.FAR = 0")
+        client("from adapterkit.core.checkpoint import reader\nreader.FAR = 0")
         yield hub, client
         client.close()
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-from adapterkit.hub.errors import quiet_library
+from adapterkit.bases.hub.errors import quiet_library
 from tests.support.hub_client import FILES, REPO, TOKEN, ClientError, during
 from tests.support.hub_server import Fault, Hub
 

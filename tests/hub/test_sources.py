@@ -1,7 +1,6 @@
 """Every verb reads all of its sources from the Hub, and writes what it does from local ones."""
 
 import os
-import pkgutil
 import re
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from adapterkit import verbs
-from adapterkit.jobs.verbs import writing_verbs
+from adapterkit.doors import VERBS
+from adapterkit.many.workflows.verbs import writing_verbs
 from tests.golden.inputs import create_inputs
 from tests.golden.jobs import READING, WRITING, job
 from tests.hub.test_convert import kohya_file
@@ -155,11 +154,7 @@ def test_a_job_from_the_hub(bench, name):
 
 
 def test_every_verb_is_here():
-    known = {info.name for info in pkgutil.iter_modules(verbs.__path__)} - {
-        "formats",
-        "rerun",
-        "check",
-    }
+    known = {*VERBS} - {"rerun", "check", "run", "finish"}
     assert {JOBS[name].verb for name in NAMES} == known
     assert set(OUTPUTS) == {*writing_verbs()}
 
@@ -182,7 +177,7 @@ def test_an_output_on_the_hub_is_planned(bench, verb):
 
 def test_the_format_of_an_adapter_on_the_hub(bench):
     put_on_hub(bench, "law")
-    detect = "__import__('adapterkit.reports.formats', fromlist=['']).detect_format"
+    detect = "__import__('adapterkit.verbs.look.formats', fromlist=['']).detect_format"
     assert bench[1](f"{detect}('org/law')['format']") == "peft"
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load, load_file, save
 
 import adapterkit
-from adapterkit.checkpoint.header import FIRST_READ
-from adapterkit.engines.hub.sources import Kept, bytes_down
+from adapterkit.bases.hub.output.sources import Kept, bytes_down
+from adapterkit.core.checkpoint.header import FIRST_READ
 from tests.hub.test_output_faults import kill_at
 from tests.support.hub_client import TOKEN, Client, ClientError, during
 from tests.support.hub_models import CALLS, write
@@ -262,7 +262,7 @@ def test_a_finished_file_is_only_sent(place, expected, method, path):
     assert len(hub.repos[out].trees) == 1
     hub.faults = lambda asked: None
     hub.log.clear()
-    client("space = vars(__import__('adapterkit.statistics.plan', fromlist=['']))")
+    client("space = vars(__import__('adapterkit.verbs.stats.plan', fromlist=['']))")
     client("collect = space['collect']")
     client("space['collect'] = refuse")
     try:
@@ -316,7 +316,7 @@ def test_a_repository_that_moved_gets_no_commit(place):
 # -- little disk -----------------------------------------------------------------------------------
 
 WATCH = """
-from adapterkit.engines.hub.sources import BoundedFolder
+from adapterkit.bases.hub.output.sources import BoundedFolder
 download, taken = BoundedFolder.download, []
 def watched(folder, name, stopped):
     files = [path for path in folder.place.parent.rglob("*") if path.is_file()]
@@ -419,6 +419,6 @@ def test_ranks_make_it_and_finish_pushes_it(place, standing, expected):
     assert is_same(files[made], expected)
     assert "nothing was sent" in client(finish)["notes"][-1]
     (standing[2] / "alone.safetensors").write_bytes(files[made])
-    client("from pathlib import Path\nfrom adapterkit.hub.push import push")
+    client("from pathlib import Path\nfrom adapterkit.bases.hub.push import push")
     with pytest.raises(ClientError, match="a file with its receipt beside it"):
         client(f"push(Path('alone.safetensors'), {out!r})")

@@ -9,8 +9,8 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor
 
-from adapterkit.errors import Refused
-from adapterkit.inits.corda import Corda
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.init.methods.corda import Corda
 from tests.support import oracle
 from tests.support.input_statistics import inputs_of, linear_modules, matrix, statistics_of
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.errors import Refused, Unrecoverable
-from adapterkit.inits.eva import Eva, distribute
+from adapterkit.core.errors import Refused, Unrecoverable
+from adapterkit.verbs.init.methods.eva import Eva, distribute
 from tests.support import oracle
 from tests.support.input_statistics import (
     inputs_of,

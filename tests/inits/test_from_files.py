@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import AdapterkitError, MultipleErrors, Refused, Unrecoverable
-from adapterkit.registry import members
+from adapterkit.core.errors import AdapterkitError, MultipleErrors, Refused, Unrecoverable
+from adapterkit.core.registry import members
 from tests.support import oracle
 from tests.support.input_statistics import linear_modules, save_statistics
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.inits.protocol import ComputedInit, DrawnInit, RedistributingInit
-from adapterkit.registry import members
-from adapterkit.tasks.statistics import KINDS as STATISTICS
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.core.registry import members
+from adapterkit.verbs.init.methods.protocol import ComputedInit, DrawnInit, RedistributingInit
+from adapterkit.verbs.shared.statistics_file import KINDS as STATISTICS
 from tests.support import initialized, oracle
 from tests.support.initialized import KINDS, base_of, fits, methods, needs_statistics
 from tests.support.input_statistics import linear_modules, save_statistics

@@ -9,8 +9,8 @@ from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 
-from adapterkit.errors import Refused
-from adapterkit.inits.lora_ga import DIRECTIONS, SCALES, LoraGa
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.init.methods.lora_ga import DIRECTIONS, SCALES, LoraGa
 from tests.support import oracle
 from tests.support.input_statistics import gradients_of, linear_modules, matrix
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import Interrupted, Refused
+from adapterkit.core.errors import Interrupted, Refused
 from tests.support import initialized, oracle
 from tests.support.forks import command
 from tests.support.initialized import methods, needs_statistics

@@ -11,9 +11,9 @@ from torch import nn
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.inits.pissa import Pissa
-from adapterkit.registry import members
+from adapterkit.core.registry import members
 from adapterkit.runtime import attach
+from adapterkit.verbs.init.methods.pissa import Pissa
 
 OF_THE_PROCESS = {"seed", "manual_seed", "manual_seed_all", "fork_rng", "set_rng_state"}
 PLACES = {"torch.", "torch.random.", "torch.cuda."}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from adapterkit.errors import Refused
-from adapterkit.registry import create
+from adapterkit.core.errors import Refused
+from adapterkit.core.registry import create
 
 
 def test_numbers_as_they_come_from_the_command_line():

@@ -8,12 +8,12 @@ import transformers
 from torch import nn
 
 from adapterkit import LoraConfig
-from adapterkit.adapters.targets import USUAL_TARGETS
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError
-from adapterkit.planning.targets.initial_targets import find_targets
-from adapterkit.verbs.init import Init
+from adapterkit.core.adapter.targets import USUAL_TARGETS
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.verbs.init.initial_targets import find_targets
+from adapterkit.verbs.init.records.init import Init
 from tests.runtime.test_targets import BUILDS, wrapped
 from tests.support import oracle, tiny
 

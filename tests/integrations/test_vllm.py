@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import pytest
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 
 

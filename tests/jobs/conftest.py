@@ -22,7 +22,11 @@ from tests.golden.inputs import create_inputs
 from tests.support.documents import ROOT, blocks
 from tests.support.forks import Ended, Forks
 
-QUICK = {"ranks.rank.HEARTBEAT": 0.02, "ranks.rank.POLL": 0.01, "ranks.rank.STALLED": 0.3}
+QUICK = {
+    "many.workers.worker.HEARTBEAT": 0.02,
+    "many.workers.worker.POLL": 0.01,
+    "many.workers.worker.STALLED": 0.3,
+}
 JOBS = {
     "merge": ["merge", "base", "adapter", "other=0.5"],
     "init": ["init", "base", "--method", "pissa", "--rank", "2"],

@@ -2,9 +2,9 @@
 
 import pytest
 
-from adapterkit.engines.ranks.rank import assigned
-from adapterkit.errors import Refused
-from adapterkit.jobs.launcher import rank_of
+from adapterkit.core.errors import Refused
+from adapterkit.many.workers.worker import assigned
+from adapterkit.many.workflows.launcher import rank_of
 
 pytestmark = pytest.mark.quick
 

@@ -47,7 +47,10 @@ NAMESPACES = ["--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-pr
 RUN = "import os; {}; from adapterkit.cli import process; process()"
 # a rank that is lost when its first file is durable, and one that takes it for gone soon
 LOST = "os.fsync = lambda file: os.kill(os.getpid(), 9)"
-SOON = "from adapterkit.engines.ranks import rank; rank.STALLED = rank.HEARTBEAT = rank.POLL = 1"
+SOON = (
+    "from adapterkit.many.workers import worker; "
+    "worker.STALLED = worker.HEARTBEAT = worker.POLL = 1"
+)
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit.errors import Damaged, Refused
+from adapterkit.core.errors import Damaged, Refused
 from tests.golden.inputs import create_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import adapterkit
-from adapterkit import execute
-from adapterkit.checkpoint import disk
-from adapterkit.engines.local import pieces
-from adapterkit.engines.ranks import parts as rank_parts
-from adapterkit.engines.ranks.parts import tiling, units
-from adapterkit.errors import Refused
-from adapterkit.plan import Plan
-from adapterkit.tasks import rows
+from adapterkit.core import execute
+from adapterkit.core.checkpoint import disk
+from adapterkit.core.engine import partition as pieces
+from adapterkit.core.errors import Refused
+from adapterkit.core.plan import Plan
+from adapterkit.core.tasks import rows
+from adapterkit.many.workers import ranges as rank_parts
+from adapterkit.many.workers.ranges import tiling, units
 
-SMALL = {"constants": {"ranks.parts.LEAST": 1000}}
+SMALL = {"constants": {"many.workers.ranges.LEAST": 1000}}
 slow = pytest.mark.slow
 CPU = torch.device("cpu")
 

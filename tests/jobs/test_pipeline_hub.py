@@ -40,7 +40,7 @@ inputs = ["org/llama"]
 out = "started"
 options = { method = "corda", rank = 2, stats = "org/seen:deep/s.safetensors" }
 """
-RUN = "__import__('adapterkit.jobs.pipeline', fromlist=['']).run_pipeline({!r}, **{!r})"
+RUN = "__import__('adapterkit.many.workflows.workflow', fromlist=['']).run_pipeline({!r}, **{!r})"
 
 
 @pytest.fixture

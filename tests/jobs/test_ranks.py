@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint.output.journal import line_of, read_entry
+from adapterkit.core.output.journal import line_of, read_entry
 from tests.jobs.conftest import JOBS
 from tests.support.usual import usual
 
@@ -68,7 +68,7 @@ def test_a_rank_is_killed_at_each_call(ranks_bench, job: str, step: int, system:
     for when in itertools.count(random.Random(job).randrange(step) + 1, step):
         bench.clear()
         bench.plan().succeeded()
-        quiet = {"ranks.rank.HEARTBEAT": 60}  # each word of a rank is calls, too
+        quiet = {"many.workers.worker.HEARTBEAT": 60}  # each word of a rank is calls, too
         ended = bench.rank("0/2", fault={"kill": True, "when": when}, constants=quiet)
         if ended.status == 0:
             break
@@ -218,7 +218,7 @@ def test_a_rank_waits_for_what_its_file_needs(ranks_bench):
     bench.plan().succeeded()
     pid = bench.begin("0/2", fault={"calls": ["fsync"], "when": 1, "act": [["stop", "."]]})
     until(lambda: stopped(pid))
-    ended = bench.rank("1/2", "--wait", "0.1", constants={"ranks.rank.STALLED": 60})
+    ended = bench.rank("1/2", "--wait", "0.1", constants={"many.workers.worker.STALLED": 60})
     share = json.loads(
         bench.run(["run", str(bench.file), "--rank", "1/2", "--dry-run", "--json"]).stdout
     )["share"]

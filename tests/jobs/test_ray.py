@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import Refused, Unrecoverable
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import Refused, Unrecoverable
 from tests.golden.inputs import ADAPTER_CONFIG, CONFIG, create_inputs
 from tests.support.documents import ROOT, typed
 

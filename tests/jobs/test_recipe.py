@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import adapterkit
 from adapterkit.cli import main as cli
-from adapterkit.errors import AdapterkitError, MultipleErrors, Refused
+from adapterkit.core.errors import AdapterkitError, MultipleErrors, Refused
 from tests.jobs.mergekit.inputs import RECIPES, recipe, sampled, write_inputs
 
 GOLDEN = json.loads(Path(__file__).with_name("mergekit").joinpath("golden.json").read_text())

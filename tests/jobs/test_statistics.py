@@ -17,14 +17,14 @@ import pytest
 from torch import nn
 
 import adapterkit
-from adapterkit.checkpoint.output.journal import line_of, read_entry
-from adapterkit.errors import Interrupted
-from adapterkit.jobs.plan_file import read_plan
-from adapterkit.jobs.run import run_rank
-from adapterkit.statistics.model import activations, stored_model
-from adapterkit.statistics.model import layers as units
-from adapterkit.statistics.model.lockstep import Lockstep
-from adapterkit.statistics.model.stored_model import StoredModel
+from adapterkit.core.errors import Interrupted
+from adapterkit.core.output.journal import line_of, read_entry
+from adapterkit.many.workflows.plan_file import read_plan
+from adapterkit.many.workflows.run import run_rank
+from adapterkit.verbs.stats.model import activations, stored_model
+from adapterkit.verbs.stats.model import layers as units
+from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep
+from adapterkit.verbs.stats.model.stored_model import StoredModel
 from tests.jobs.conftest import RanksBench
 from tests.jobs.test_ranks import SLOW
 from tests.statistics.test_layerwise import MODELS

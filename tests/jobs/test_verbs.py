@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.jobs.verbs import writing_verbs
-from adapterkit.receipt import Receipt
+from adapterkit.core.errors import Refused
+from adapterkit.core.receipt import Receipt
+from adapterkit.many.workflows.verbs import writing_verbs
 from tests.faults.conftest import digests
 from tests.golden import jobs
 from tests.golden.inputs import create_inputs

@@ -13,19 +13,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.inits.eva import Eva
-from adapterkit.kernels import pieces, sums
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.registry import members
+from adapterkit.core.tasks.metrics import ChangeMetrics
+from adapterkit.core.tasks.quantize import relative_error
+from adapterkit.core.weights.codec import PlainWeight, QuantizedWeight
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
+from adapterkit.kernels import block_sizes as pieces
+from adapterkit.kernels import sums
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant import compensated, grid
 from adapterkit.kernels.quant.stochastic import Draws, round_to
-from adapterkit.registry import members
-from adapterkit.tasks.metrics import ChangeMetrics
-from adapterkit.tasks.quantize import relative_error
-from adapterkit.weights.codec import PlainWeight, QuantizedWeight
-from adapterkit.weights.decoded import decoded_view, quantized_weights
+from adapterkit.verbs.init.methods.eva import Eva
 from tests.support.card import DEVICE, Card, installed
 from tests.support.quantized_llama import FORMS, few
 
@@ -56,7 +57,7 @@ def spent(work: Callable[[], object], card: Card) -> tuple[int, int]:
 
 def written(codec: str, to: str, shape: tuple[int, ...]) -> QuantizedWeight:
     plain = PlainWeight(f"{KEY}.weight", shape, "BF16")
-    return members("weights.codecs")[codec].for_encoding(to, plain, {})
+    return members("codecs")[codec].for_encoding(to, plain, {})
 
 
 def stored_in(form: str, weight: Tensor, folder: Path) -> tuple[QuantizedWeight, dict[str, Tensor]]:
@@ -104,7 +105,7 @@ def test_formats(form: str, weight: Tensor, tmp_path: Path):
 
 TARGETS = [
     (name, to)
-    for name, one in members("weights.codecs").items()
+    for name, one in members("codecs").items()
     for to in (*one.targets, *one.image_targets)
 ]
 

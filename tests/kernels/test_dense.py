@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapterkit.core.registry import members
 from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank import algebra, leading, principal, subspace, trailing, truncated
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.registry import members
 from tests.support import methods
 from tests.support.card import DEVICE, Card, CardTensor, installed
 

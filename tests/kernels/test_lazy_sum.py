@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  # registers an operator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.kernels.lazy_sum import LowRankSum, Term
 from tests.support.card import DEVICE, Card, installed
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.checkpoint.system import system
-from adapterkit.errors import Damaged, Refused
+from adapterkit.core.errors import Damaged, Refused
+from adapterkit.core.system import system
+from adapterkit.core.tasks import rows
 from adapterkit.kernels.quant.stochastic import Draws, last_place, round_to
-from adapterkit.tasks import rows
 
 pytestmark = pytest.mark.quick
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.adapters.peft import read_adapter
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.combinations.gta import Gta
-from adapterkit.errors import Damaged, MultipleErrors, Refused
+from adapterkit.core.adapter.peft import read_adapter
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import Damaged, MultipleErrors, Refused
+from adapterkit.core.tasks.rows import EditedTensor
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.tasks.combine import ModuleSeeds
-from adapterkit.tasks.rows import EditedTensor
+from adapterkit.verbs.combine.methods.gta import Gta
+from adapterkit.verbs.combine.tasks.combine import ModuleSeeds
 from tests.support import experts, gguf_files, one_file, oracle, quantized_llama
 from tests.support.combining import options_of
 from tests.support.methods import METHODS, combined, record
@@ -100,7 +100,7 @@ def test_an_element_that_is_wrong_is_found(llamas, tmp_path: Path) -> None:
     tensors[key][-1, -1] += 0.5
     save_file(tensors, path, {"format": "pt"})
     (tmp_path / "out/adapterkit.json").unlink()
-    from adapterkit.engines.verify.row_checks import check_rows
+    from adapterkit.core.verify.row_checks import check_rows
 
     plan = adapterkit.merge(base, adapters, out=tmp_path / "again", dry_run=True, **TIES)
     with pytest.raises(Damaged, match=key):

@@ -4,7 +4,7 @@ convolution layers."""
 import pytest
 import torch
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.oracle import (
     DTYPES,
@@ -175,7 +175,7 @@ def test_a_row_of_zeros(tmp_path):
     key = "base_model.model.fit.lora_B.weight"
     tensors[key][2] = 0
     oracle.save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
-    with pytest.raises(oracle.adapterkit.errors.AdapterkitError, match="not finite"):
+    with pytest.raises(oracle.adapterkit.core.errors.AdapterkitError, match="not finite"):
         oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 
 MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"

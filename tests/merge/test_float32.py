@@ -71,7 +71,7 @@ def test_verify_sees_the_last_bit_of_a_float32(
     )
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
     monkeypatch.undo()
-    with pytest.raises(adapterkit.errors.Damaged, match="row 0, column"):
+    with pytest.raises(adapterkit.core.errors.Damaged, match="row 0, column"):
         adapterkit.verify(tmp_path / "out", base=tmp_path / "base", adapters=[tmp_path / "adapter"])
 
 

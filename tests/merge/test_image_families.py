@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.formats.library import architectures, described, one_file
+from adapterkit.adapters.formats.library import architectures, described, one_file
 from tests.formats import test_flux, test_video
 from tests.formats.video_models import MODELS, named_parameters
 from tests.support.one_file import (

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.errors import Damaged, MultipleErrors
-from adapterkit.formats.library import described
-from adapterkit.gguf.header import read_gguf
-from adapterkit.gguf.mixes import image_types_of
-from adapterkit.planning.inputs.sources import open_source
+from adapterkit.adapters.formats.library import described
+from adapterkit.bases.gguf.header import read_gguf
+from adapterkit.bases.gguf.mixes import image_types_of
+from adapterkit.core.errors import Damaged, MultipleErrors
+from adapterkit.core.inputs.sources import open_source
 from tests.fuzz.images import write_kinds
 from tests.merge.test_one_file import drawn
 from tests.support import ggml

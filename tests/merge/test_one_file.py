@@ -15,11 +15,11 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.errors import MultipleErrors
-from adapterkit.formats.library import described
-from adapterkit.formats.one_file import OneFileModel
-from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
-from adapterkit.planning.inputs.sources import open_model
+from adapterkit.adapters.formats.image_model import OneFileModel
+from adapterkit.adapters.formats.library import described
+from adapterkit.core.errors import MultipleErrors
+from adapterkit.core.inputs.base_door import read_checkpoint
+from adapterkit.core.inputs.sources import open_model
 from tests.fuzz.images import write_kinds
 from tests.support.forks import forks
 from tests.support.one_file import (

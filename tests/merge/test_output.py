@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.engines.verify.row_checks import check_rows
-from adapterkit.errors import Damaged, Failed, Refused
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import Damaged, Failed, Refused
+from adapterkit.core.options import SIZE, checked
+from adapterkit.core.verify.row_checks import check_rows
 from adapterkit.kernels.quant.stochastic import last_place
-from adapterkit.options import SIZE, checked
 from tests.support import oracle
 from tests.support.forks import command
 from tests.support.oracle import DTYPES, LINEAR, load, stored
@@ -369,7 +369,7 @@ def test_a_delta_in_rows_that_are_not_sampled_is_not_said_to_survive(tmp_path, m
     factors = load_file(adapter / "adapter_model.safetensors")
     factors["base_model.model.x.lora_B.weight"][:64] = 0
     save_file(factors, adapter / "adapter_model.safetensors")
-    monkeypatch.setattr("adapterkit.tasks.rows.ELEMENTS", 1 << 14)
+    monkeypatch.setattr("adapterkit.core.tasks.rows.ELEMENTS", 1 << 14)
     metrics = oracle.merge(base, adapter, out=tmp_path / "out").data["parameters"]["x.weight"]
     assert (
         metrics["changed"] == 0

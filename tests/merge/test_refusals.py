@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from tests.support import oracle
 from tests.support.oracle import assert_all_rounded, exact, load, merged, peft_model, stored
 from tests.support.refusals import refused

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Damaged, Failed
-from adapterkit.weights import skeleton
+from adapterkit.core.errors import AdapterkitError, Damaged, Failed
+from adapterkit.core.weights import skeleton
 from tests.support import oracle
 from tests.support.oracle import load, stored
 from tests.support.refusals import refused

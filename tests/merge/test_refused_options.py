@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.support import oracle
 from tests.support.oracle import stored
 from tests.support.refusals import refused

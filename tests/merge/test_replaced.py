@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import save_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle, tiny
 from tests.support.oracle import (
     assert_same,

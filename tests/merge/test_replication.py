@@ -9,8 +9,8 @@ import torch
 import transformers
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.planning.merge.job import stacked
+from adapterkit.core.errors import Refused
+from adapterkit.core.merge.job import stacked
 from tests.support import oracle
 from tests.support.oracle import LINEAR, assert_rounded, exact, load, peft_model, stored
 

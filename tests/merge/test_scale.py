@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from adapterkit.adapters.peft import read_adapter
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import Refused
+from adapterkit.core.adapter.peft import read_adapter
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.oracle import (
     LINEAR,
@@ -159,7 +159,7 @@ def test_patterns_match_as_in_peft(patterns):
 
 
 def _adapter(config: dict):
-    from adapterkit.adapters.record import Adapter
+    from adapterkit.core.adapter.record import Adapter
 
     return Adapter(LocalFolder("."), 1, config, (), {}, (), {})
 
@@ -215,7 +215,7 @@ def test_weight_scales_the_delta(llama, lora, tmp_path):
 def test_config_of_peft_is_known():
     """Every key that this PEFT writes is read: a new one must be looked at before it is called
     harmless."""
-    from adapterkit.adapters.config import KNOWN_SETTINGS, OTHER_ARITHMETIC
+    from adapterkit.core.adapter.config import KNOWN_SETTINGS, OTHER_ARITHMETIC
 
     config = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=list))
     assert set(config) <= KNOWN_SETTINGS | set(OTHER_ARITHMETIC)

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.oracle import (
     DTYPES,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.oracle import (
     assert_same,

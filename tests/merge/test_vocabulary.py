@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import save_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.oracle import (
     DTYPES,

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit import LoraConfig, merge
-from adapterkit.checkpoint.fingerprint import METADATA, UNKNOWN, difference, fingerprint
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import Damaged, MultipleErrors
+from adapterkit.core.checkpoint.fingerprint import METADATA, UNKNOWN, difference, fingerprint
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import Damaged, MultipleErrors
 from adapterkit.runtime import attach, load
 from tests.support import oracle
 from tests.support.inspections import inspect, problems_of

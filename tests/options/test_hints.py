@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.calls import own_hint
+from adapterkit.adapters.formats.records.convert import Convert
 from adapterkit.cli import main
-from adapterkit.registry import members
-from adapterkit.verbs.convert import Convert
-from adapterkit.verbs.merge import Merge
+from adapterkit.core.calls import own_hint
+from adapterkit.core.merge.verb import Merge
+from adapterkit.core.registry import verb_named
 
 PACKAGE = Path(adapterkit.__file__).parent
 COMMAND = re.compile(r"adapterkit ([a-z]+)((?: (?:[A-Za-z.=/-]+|\{\}))*)")
@@ -47,7 +47,7 @@ def hints() -> set[str]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_hints_name_options_that_the_verb_has(verb: str) -> None:
-    record = members("verbs")[verb]
+    record = verb_named(verb)
     own = {word for param in main.commands[verb].params for word in (*param.opts, "--plan")}
     for hint in hints():
         text = own_hint(hint, record)

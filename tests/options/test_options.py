@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.options import option_of, parse_size, weighted, whole
-from adapterkit.plan import Plan
-from adapterkit.receipt import COUNT
-from adapterkit.registry import members
-from adapterkit.verb import fields_of
+from adapterkit.core.options import option_of, parse_size, weighted, whole
+from adapterkit.core.plan import Plan
+from adapterkit.core.receipt import COUNT
+from adapterkit.core.registry import verb_named
+from adapterkit.core.verb import fields_of
 from tests.support.calls import VERBS, arguments
 
 pytestmark = pytest.mark.quick
@@ -50,7 +50,7 @@ def test_every_option_is_one_of_the_command(verb):
     from adapterkit.cli import main
 
     params = {param.name: param for param in main.commands[verb].params}
-    for field in fields_of(members("verbs")[verb]):
+    for field in fields_of(verb_named(verb)):
         option = option_of(field)
         assert (field.name in params) == (bool(option.help) or not field.kw_only), field.name
         if isinstance(option.check.words, tuple) and option.check.words:
@@ -142,7 +142,7 @@ def test_plain_meanings(verb, options, same, calls, tmp_path):
 
 
 def test_errors_are_the_package_s():
-    from adapterkit import errors
+    from adapterkit.core import errors
 
     for name in (
         "AdapterkitError",

@@ -14,7 +14,7 @@ import pytest
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import AdapterkitError, codes
+from adapterkit.core.errors import AdapterkitError, codes
 from tests.options.test_hints import PACKAGE
 from tests.support import oracle
 from tests.support.documents import ROOT

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import MambaConfig, MambaForCausalLM
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean
+from adapterkit.core.errors import AdapterkitError, Refused, did_you_mean
 from tests.support import oracle
 from tests.support.forks import command
 from tests.support.texts import save_tokenizer, write_rows

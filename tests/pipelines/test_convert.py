@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.formats.library import described
+from adapterkit.adapters.formats.library import described
+from adapterkit.core.errors import Refused
 from tests.support.pipeline_files import lora_file
 from tests.support.plain_pipelines import (
     MODULES,

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support.pipeline_files import assert_outputs, loaded, lora_file, with_adapters
 from tests.support.plain_pipelines import (
     ENCODER,

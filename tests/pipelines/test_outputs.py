@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import Damaged, Refused
+from adapterkit.core.errors import Damaged, Refused
 from tests.faults.conftest import digests
 from tests.support.forks import Ended, command, forks
 from tests.support.hub_client import TOKEN

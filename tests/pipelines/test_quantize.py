@@ -10,7 +10,7 @@ from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuan
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support.pipeline_files import files_of, lora_file
 
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.reports.tables import inspect_table
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.verbs.look.tables import inspect_table
 from tests.support.plain_pipelines import (
     MODULES,
     PARTS,

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.overlay import Copied, Overlay, Unmade, identities_of
-from adapterkit.errors import Refused
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.overlay import Copied, Overlay, Unmade, identities_of
+from adapterkit.core.errors import Refused
 from tests.support import raw_files
 
-# the rules of programs are in the cards of adapters
+# the rules of programs are in the cards of adapters; DoRA is PEFT's own
 LOADED = """
 import re, sys
 import adapterkit
-products = r"(formats\\.(?!engines$|tables$)|planning\\.convert|adapters\\.kinds\\.|hub\\.folder)"
+products = r"(adapters\\.formats\\.(?!card$|engines$|tables$)|bases\\.hub\\.folder)"
+products += r"|adapterkit\\.adapters\\.kinds\\.(?!planning$|dora_deltas$)"
 for job in JOBS:
     try:
         eval(job)

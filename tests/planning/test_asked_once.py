@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit import calls, options
-from adapterkit.checkpoint import folder as folders
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import read_header
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.spec import Checkpoint, scan_checkpoint
-from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import Refused
-from adapterkit.verbs.merge import Merge
+from adapterkit.core import calls, options
+from adapterkit.core.checkpoint import folder as folders
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import read_header
+from adapterkit.core.checkpoint.spec import Checkpoint, scan_checkpoint
+from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.errors import Refused
+from adapterkit.core.merge.verb import Merge
+from adapterkit.core.output.stage import Stage
 from tests.support.raw_files import base, plain
 
 ADAPTER, BASE = "adapter_config.json", "config.json"
@@ -80,7 +80,7 @@ def test_a_dry_run_makes_no_call_and_looks_at_no_place_where_nothing_is(
 
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "state", refused)
-        patch.setattr("adapterkit.plan.Plan.recipe", refused)
+        patch.setattr("adapterkit.core.plan.Plan.recipe", refused)
         sys.setprofile(profile)
         try:
             merge(dry_run=True).run()

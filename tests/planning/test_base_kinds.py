@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError
-from adapterkit.planning.inputs import model_checkpoint
+from adapterkit import doors
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.inputs import base_door as model_checkpoint
 from tests.support import gguf_files
+from tests.support.documents import ROOT, blocks
 from tests.support.one_file import DENOISER, write_family
 from tests.support.plain_pipelines import write_pipeline
 
@@ -104,32 +106,18 @@ def test_a_folder_that_is_two_things_is_taken_for_one(
     assert (result["architecture"] or {}).get("model_type") == name
 
 
-TOY = """
-from dataclasses import dataclass
-
-from adapterkit.checkpoint.header import read_header
-from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.planning.inputs.model_checkpoint import Base
+RECIPES = [block.text for block in blocks(ROOT / "docs" / "CONTRIBUTING.md", "python")]
+(TOY,) = (text for text in RECIPES if text.startswith("# adapterkit/bases/toy.py"))
 
 
-@dataclass(frozen=True)
-class ToyBase(Base):
-    unfit = {"a base of safetensors": ("dtype",)}
-
-    def read(self, number=0):
-        header = read_header(self.folder, "weights.toy", number)
-        tensors = {spec.key: spec for spec in header.tensors}
-        return Checkpoint(self.folder, {"weights.toy": header}, tensors, None, None, {}, {})
-"""
-
-
-def test_a_new_kind_of_base_is_one_record_and_one_row(home, tmp_path, monkeypatch):
+def test_a_new_kind_of_base_is_one_record_and_two_rows(home, tmp_path, monkeypatch):
     """The recipe in CONTRIBUTING.md, with files of safetensors that end in .toy."""
-    toy = ModuleType("adapterkit.planning.bases.toy")
+    toy = ModuleType("adapterkit.bases.toy")
     exec(TOY, vars(toy))
     monkeypatch.setitem(sys.modules, toy.__name__, toy)
     is_toy = lambda folder: "weights.toy" in folder.files()
-    monkeypatch.setitem(model_checkpoint.KINDS, "planning.bases.toy:ToyBase", is_toy)
+    monkeypatch.setitem(model_checkpoint.KINDS, "toy", is_toy)
+    monkeypatch.setitem(doors.BASES, "toy", "bases.toy:ToyBase")
     (tmp_path / "base").mkdir()
     save_file({f"{MODULE}.weight": torch.eye(64)}, tmp_path / "base" / "weights.toy")
     adapterkit.merge(tmp_path / "base", [home / "a"], out=tmp_path / "out")
@@ -140,26 +128,16 @@ def test_a_new_kind_of_base_is_one_record_and_one_row(home, tmp_path, monkeypatc
     assert found == "--dtype with this base | a base of safetensors"
 
 
-OF_KINDS = re.compile(
-    r"adapterkit\.(gguf|planning\.(bases|pipelines|inputs\.(pipeline|gguf_tables)|outputs\.gguf)"
-    r"|reports\.(gguf|pipeline)|formats\.one_file)"
-)
-PLANNERS = ("planning", "reports", "engines/verify")
+OF_KINDS = re.compile(r"adapterkit\.bases\.(gguf|images)\b")
 
 
 def test_no_planner_of_a_verb_loads_a_kind_of_base():
-    """But for the files of the kinds, and those that convert adapters into an image model's names
-    or weigh its blocks."""
-    root, found = Path(adapterkit.__file__).parent, {}
-    for path in sorted(one for folder in PLANNERS for one in (root / folder).rglob("*.py")):
+    """Except reports that a kind of base has instead of a model's, and plan files of pipelines."""
+    root, found = Path(adapterkit.__file__).parent, set()
+    for path in sorted(root.rglob("*.py")):
         name = ".".join(("adapterkit", *path.relative_to(root).with_suffix("").parts))
         tree = ast.parse(path.read_text("utf-8"))
         modules = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
-        if not OF_KINDS.match(name) and (own := [m for m in modules if OF_KINDS.match(m)]):
-            found[name.removeprefix("adapterkit.")] = own
-    assert {*found} == {
-        "planning.convert.one_file",
-        "planning.convert.plan",
-        "planning.convert.source",
-        "planning.merge.block_weights",
-    }
+        if not OF_KINDS.match(name) and any(map(OF_KINDS.match, modules)):
+            found.add(name.removeprefix("adapterkit."))
+    assert found == {"many.workflows.plan_file", "verbs.look.gguf", "verbs.look.pipelines"}

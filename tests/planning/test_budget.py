@@ -2,7 +2,7 @@
 
 import pytest
 
-from adapterkit import budget
+from adapterkit.core import budget
 
 pytestmark = pytest.mark.quick
 

@@ -10,22 +10,22 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import TensorPlan
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.reader import Sources, read_small
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.local.computed import _SortedPlaces
-from adapterkit.engines.local.engine import local
-from adapterkit.errors import Damaged, Unrecoverable
-from adapterkit.execute import run
-from adapterkit.plan import OutputFile
-from adapterkit.planning.inputs.model_checkpoint import Base, kind_of
-from adapterkit.planning.merge.plan import plan_merge
-from adapterkit.verbs.merge import MergeOptions
-from adapterkit.weights.decoded import decoded_view, quantized_weights
-from adapterkit.weights.skeleton import Skeleton
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.layout import TensorPlan
+from adapterkit.core.checkpoint.reader import Sources, read_small
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.engine.computed import _SortedPlaces
+from adapterkit.core.engine.local import local
+from adapterkit.core.errors import Damaged, Unrecoverable
+from adapterkit.core.execute import run
+from adapterkit.core.inputs.base_door import Base, kind_of
+from adapterkit.core.merge.plan import plan_merge
+from adapterkit.core.merge.verb import MergeOptions
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.plan import OutputFile
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
+from adapterkit.core.weights.skeleton import Skeleton
 from tests.support import oracle, quantized_llama
 
 
@@ -295,7 +295,7 @@ def test_the_base_is_gone_through_as_often_for_many_modules_as_for_few(tmp_path,
         base = open_checkpoint(LocalFolder(tmp_path / "base"))
         counted = replace(base, tensors=Counted(base.tensors))
         monkeypatch.setattr(
-            "adapterkit.planning.inputs.model_checkpoint.open_checkpoint",
+            "adapterkit.core.inputs.base_door.open_checkpoint",
             lambda folder, number, counted=counted: counted,
         )
         plan_merge(

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError, Damaged, Refused, Unrecoverable
+from adapterkit.core.inputs.sources import open_source
+from adapterkit.core.tasks import rows
+from adapterkit.core.weights.codec import QuantizedWeight
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
 from adapterkit.kernels.quant import compensated as kernel
-from adapterkit.planning.inputs.sources import open_source
 from adapterkit.runtime import collect
-from adapterkit.tasks import rows
-from adapterkit.tasks.statistics import select_covariances
-from adapterkit.weights.codec import QuantizedWeight
-from adapterkit.weights.decoded import decoded_view, quantized_weights
+from adapterkit.verbs.shared.statistics_file import select_covariances
 from tests.support import oracle, quantized_llama, tiny
 from tests.support.quantized_llama import FEW, FORMS
 from tests.support.usual import usual

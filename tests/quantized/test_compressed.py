@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.errors import Refused, Unrecoverable
+from adapterkit.core.errors import Refused, Unrecoverable
 from tests.support import oracle
 
 pytest.importorskip("compressed_tensors")

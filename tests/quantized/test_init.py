@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import Refused
-from adapterkit.registry import members
+from adapterkit.core.errors import Refused
+from adapterkit.core.registry import members
 from tests.support import oracle, tiny
 from tests.support.input_statistics import linear_modules, save_statistics
 

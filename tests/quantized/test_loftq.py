@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.tasks.loftq import alternate
-from adapterkit.weights.codec import PlainWeight
-from adapterkit.weights.codecs.bnb4 import Bnb4
+from adapterkit.bases.quantized.codecs.bnb4 import Bnb4
+from adapterkit.bases.quantized.tasks.loftq import alternate
+from adapterkit.core.errors import Refused
+from adapterkit.core.weights.codec import PlainWeight
 from tests.support import oracle
 from tests.support.loftq import MODELS, originals, products, values
 from tests.support.usual import usual

@@ -13,26 +13,26 @@ import torch
 from safetensors.torch import save_file
 
 import adapterkit
-from adapterkit.adapters.factors import Factors
-from adapterkit.budget import BUFFERS
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import TensorSpec, read_header
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.system import cores
-from adapterkit.engines.local.computed import in_order
-from adapterkit.engines.local.reader import LocalReader
-from adapterkit.errors import Refused
+from adapterkit.bases.quantized.codecs.bnb4 import Bnb4
+from adapterkit.bases.quantized.codecs.bnb8 import Bnb8
+from adapterkit.bases.quantized.codecs.compressed import Compressed
+from adapterkit.bases.quantized.codecs.fp8 import Fp8
+from adapterkit.bases.quantized.codecs.mxfp4 import Mxfp4
+from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.budget import BUFFERS
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import TensorSpec, read_header
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.engine.computed import in_order
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.errors import Refused
+from adapterkit.core.plan import RowEdit, Step
+from adapterkit.core.system import cores
+from adapterkit.core.tasks import rows as task_rows
+from adapterkit.core.tasks.edits import AddLowRank, Band, Block, Decompose, PlacedFactors
+from adapterkit.core.tasks.rows import EditedTensor, RequantizedWeight
+from adapterkit.core.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.plan import RowEdit, Step
-from adapterkit.tasks import rows as task_rows
-from adapterkit.tasks.edits import AddLowRank, Band, Block, Decompose, PlacedFactors
-from adapterkit.tasks.rows import EditedTensor, RequantizedWeight
-from adapterkit.weights.codec import PlainWeight, QuantizedWeight
-from adapterkit.weights.codecs.bnb4 import Bnb4
-from adapterkit.weights.codecs.bnb8 import Bnb8
-from adapterkit.weights.codecs.compressed import Compressed
-from adapterkit.weights.codecs.fp8 import Fp8
-from adapterkit.weights.codecs.mxfp4 import Mxfp4
 
 MATRIX, STACK = (1536, 4096), (6, 1024, 1024)
 SMALL = {MATRIX: (256, 384), STACK: (3, 96, 160), (6145, 1056): (259, 1056)}

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.dtypes import torch_dtype
+from adapterkit.bases.quantized.codecs.mxfp4 import Mxfp4
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.dtypes import torch_dtype
+from adapterkit.core.inputs.sources import open_source
+from adapterkit.core.tasks import rows
+from adapterkit.core.weights.codec import PlainWeight, QuantizedWeight
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
 from adapterkit.kernels.quant import grid
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.planning.inputs.sources import open_source
-from adapterkit.tasks import rows
-from adapterkit.weights.codec import PlainWeight, QuantizedWeight
-from adapterkit.weights.codecs.mxfp4 import Mxfp4
-from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import quantized_llama
 from tests.support.quantized_llama import FEW, FORMS
 from tests.support.usual import usual

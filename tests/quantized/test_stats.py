@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
+from adapterkit.core.errors import AdapterkitError, Damaged, Refused, Unrecoverable
 from adapterkit.kernels.lowrank.weighted import project, root
 from tests.support import oracle
 from tests.support.loftq import MODELS, originals, products, values

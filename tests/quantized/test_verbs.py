@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError, Interrupted, Refused
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError, Interrupted, Refused
+from adapterkit.core.inputs.sources import open_source
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant import llm_int8 as int8_rows
-from adapterkit.planning.inputs.sources import open_source
-from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.verify import row_checks as recompute
-from adapterkit.errors import Damaged
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import Damaged
+from adapterkit.core.inputs.sources import open_source
+from adapterkit.core.tasks import rows as task_rows
+from adapterkit.core.verify import row_checks as recompute
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
 from adapterkit.kernels import rows
-from adapterkit.planning.inputs.sources import open_source
-from adapterkit.tasks import rows as task_rows
-from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle, quantized_llama
 from tests.support.quantized_llama import FEW, FORMS, few
 from tests.support.usual import usual

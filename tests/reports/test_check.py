@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import adapterkit
+from adapterkit.adapters.formats.engines import engines
+from adapterkit.adapters.formats.library import architectures, formats
 from adapterkit.cli import main
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.engines import engines
-from adapterkit.formats.library import architectures, formats
-from adapterkit.reports.findings import engine_check
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.verbs.look.findings import engine_check
 from tests.support import oracle
 from tests.support.adapter_samples import GOLDEN, all_samples, samples
 from tests.support.architectures import BUILDS

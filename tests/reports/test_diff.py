@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from adapterkit import diff
 from adapterkit.kernels import compare
-from adapterkit.reports.tables import diff_table
+from adapterkit.verbs.look.tables import diff_table
 from tests.support import oracle
 from tests.support.differences import DTYPES, decaying, normal, only, rank_of
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkit import diff
-from adapterkit.errors import Refused
-from adapterkit.reports.tables import diff_table
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.look.tables import diff_table
 from tests.support.differences import factors, normal, only, rank_of, trained, write_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from adapterkit import diff
-from adapterkit.errors import Damaged, MultipleErrors, Refused
-from adapterkit.reports import tables
-from adapterkit.reports.tables import outcomes
+from adapterkit.core.errors import Damaged, MultipleErrors, Refused
+from adapterkit.verbs.look import tables
+from adapterkit.verbs.look.tables import outcomes
 from tests.support import oracle
 from tests.support.differences import ROOT, called, normal, only, run
 
@@ -107,7 +107,7 @@ def test_a_bug_is_trouble_with_its_traceback_and_no_difference(pair, monkeypatch
     def broken(*_, **__):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("adapterkit.reports.difference.compare_sources", broken)
+    monkeypatch.setattr("adapterkit.verbs.look.difference.compare_sources", broken)
     done = called(*pair({"w": normal(3)}, {"w": normal(3)}))
     assert (
         (done.exit_code, done.stdout) == (2, "")

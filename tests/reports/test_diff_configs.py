@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import save_file
 
 from adapterkit import diff
-from adapterkit.reports.tables import diff_table
+from adapterkit.verbs.look.tables import diff_table
 from tests.support.differences import normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")

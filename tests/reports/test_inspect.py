@@ -11,12 +11,12 @@ from peft.tuners.lora import layer as peft_layers
 from safetensors.torch import load_file, save_file
 
 import realmodel
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.engines.local.reader import LocalReader
-from adapterkit.reports import factors
-from adapterkit.weights.slots import Axis, Slot
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.weights.slots import Axis, Slot
+from adapterkit.verbs.look import factors
 from tests.support import oracle, raw_files, tiny
 from tests.support.inspections import inspect, problems_of
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import Refused
-from adapterkit.reports import tables
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.look import tables
 from tests.support import oracle, raw_files
 from tests.support.inspections import cut, edited, inspect, key, problems_of
 

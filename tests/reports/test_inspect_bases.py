@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from adapterkit.adapters.peft import read_adapter
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.reports import tables
-from adapterkit.reports.checkpoint import some_names
+from adapterkit.core.adapter.peft import read_adapter
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.verbs.look import tables
+from adapterkit.verbs.look.checkpoint import some_names
 from tests.support import oracle, raw_files
 from tests.support.inspections import (
     DAMAGED,

@@ -14,9 +14,9 @@ import pytest
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import Refused
-from adapterkit.reports import tables
-from adapterkit.reports.heatmaps import heatmaps_of
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.look import tables
+from adapterkit.verbs.look.heatmaps import heatmaps_of
 from tests.support import oracle, raw_files
 from tests.support.inspections import DAMAGED, ROOT, edited, inspect, problems_of, refused, run
 

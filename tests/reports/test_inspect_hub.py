@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import Refused
-from adapterkit.reports import tables
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.look import tables
 from tests.support import raw_files
 from tests.support.hub_server import Hub
 from tests.support.inspections import INDEX, inspect, problems_of, run

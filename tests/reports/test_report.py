@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.adapters.weights_file import WeightsFile, named_adapter, write_weights
-from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.cli import main
-from adapterkit.errors import Refused
-from adapterkit.pages.pictures import MOST_CELLS
-from adapterkit.reports.overview.page import report_page
+from adapterkit.core.adapter.weights_file import WeightsFile, named_adapter, write_weights
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.look.overview.page import report_page
+from adapterkit.verbs.look.pages.pictures import MOST_CELLS
 from tests.support import raw_files
 from tests.support.inspections import inspect
 

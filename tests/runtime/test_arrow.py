@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.kernels.routing import add_routed
 from adapterkit.runtime import create_arrow_model, load, load_arrow
 from adapterkit.runtime.site import CHILD

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adapterkit import LoraConfig, cli
-from adapterkit.errors import AdapterkitError, Failed
+from adapterkit.core.errors import AdapterkitError, Failed
 from adapterkit.runtime import attach, collect
 from tests.support.live import llama, tokens
 

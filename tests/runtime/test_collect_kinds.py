@@ -15,11 +15,11 @@ from torch import nn
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError, Failed, Refused
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError, Failed, Refused
 from adapterkit.runtime import attach, collect
-from adapterkit.tasks.statistics import select_statistics
+from adapterkit.verbs.shared.statistics_file import select_statistics
 from tests.support import oracle
 from tests.support.live import llama, tokens
 

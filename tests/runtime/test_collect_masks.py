@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, ReformerConfig, ReformerModel
 
-from adapterkit.errors import Failed
+from adapterkit.core.errors import Failed
 from adapterkit.runtime import collect
-from adapterkit.statistics.data.tokens import BOTH, TokenTracker
+from adapterkit.verbs.stats.data.tokens import BOTH, TokenTracker
 from tests.support import oracle, tiny
 from tests.support.live import llama, tokens
 

@@ -12,7 +12,8 @@ import pytest
 
 import adapterkit
 from adapterkit import LoraConfig, MultipleErrors, Refused
-from adapterkit.adapters.lora_config import OUR_NAMES, PEFT_DEFAULTS
+from adapterkit.core.adapter.config import PEFT_DEFAULTS
+from adapterkit.verbs.shared.lora_config import OUR_NAMES
 
 pytestmark = pytest.mark.quick
 

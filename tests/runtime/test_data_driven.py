@@ -16,7 +16,7 @@ from torch import nn
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError, MultipleErrors
+from adapterkit.core.errors import AdapterkitError, MultipleErrors
 from adapterkit.runtime import attach, collect, load
 from tests.support import oracle
 from tests.support.live import llama, peft_of, tokens

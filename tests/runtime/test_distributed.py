@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapterkit import LoraConfig
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.runtime import LoraFA, Riemannian, attach
 from tests.support.forks import forks
 from tests.support.live import llama, on_meta, tokens

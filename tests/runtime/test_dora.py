@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapterkit import LoraConfig, merge
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.runtime import attach, load
 from adapterkit.runtime.parts import dora as dora_module
 from adapterkit.runtime.parts.dora import RowNorms

@@ -19,7 +19,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import LoraFA, attach, collect, load, loraplus
 from tests.support.live import llama, tokens
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach
 from tests.support.live import llama, tokens
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.runtime import load
 from tests.support import oracle
 from tests.support.live import SIZES, llama, peft_of, tokens

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from tests.support.card import DEVICE, Card, installed, move
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit import LoraConfig
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.runtime import attach
 from tests.support.layers import CASES, adapted
 from tests.support.live import llama, tokens

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import LoraFA, Riemannian, attach, load, loraplus
 from adapterkit.runtime.training import optimizers
 from tests.support.card import DEVICE, Card, installed, move

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.integrations.moe import ExpertsInterface
 
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from adapterkit.runtime.training.optimizers import LoraFA, Riemannian, loraplus
 from tests.support.experts import (

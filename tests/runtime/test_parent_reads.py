@@ -20,7 +20,7 @@ from transformers import (
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from tests.support import oracle
 from tests.support.beside_peft import WARNINGS, check_merging, compare, in_peft, shake

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.engines.device import precisions
-from adapterkit.registry import members
+from adapterkit.core.engine.device import precisions
+from adapterkit.core.registry import members
 from adapterkit.runtime import attach, collect
 from adapterkit.runtime.training import collection
-from adapterkit.statistics.sums import Sum
+from adapterkit.verbs.stats.sums import Sum
 from tests.golden import inputs
 from tests.support.card import PRODUCTS, WORKSPACE, Card, installed
 from tests.support.live import llama, tokens

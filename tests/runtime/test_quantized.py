@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.runtime import attach, load, prepare_for_kbit_training, register_quantized
 from adapterkit.runtime.quantized import REGISTERED, weight_of
 from tests.support import oracle, quantized_llama

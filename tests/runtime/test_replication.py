@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from tests.support.beside_peft import SIZES, WARNINGS, assert_same, compare, shake
 

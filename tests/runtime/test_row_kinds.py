@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach
 from tests.support.card import DEVICE, Card, installed, move
 from tests.support.live import llama, tokens

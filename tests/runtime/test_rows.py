@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.kernels import mixed_batch as mixed
 from adapterkit.runtime import attach
 from tests.support import architectures

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
-from adapterkit.registry import members
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.registry import members
 from adapterkit.runtime import attach, load
 from tests.support.live import llama, peft_of, tokens
 

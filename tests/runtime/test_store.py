@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from tests.support.live import llama, tokens
 

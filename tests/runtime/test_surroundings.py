@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adapterkit import LoraConfig
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.runtime import attach, load
 from adapterkit.runtime.load.placing import home
 from tests.support.live import llama, on_meta, peft_of, tokens

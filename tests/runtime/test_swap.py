@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from tests.support.live import llama, peft_of, tokens
 

@@ -18,8 +18,8 @@ from torch import nn
 
 import adapterkit
 from adapterkit import LoraConfig, Refused
-from adapterkit.adapters.lora_config import PEFT_DEFAULTS
-from adapterkit.adapters.targets import USUAL_TARGETS
+from adapterkit.core.adapter.config import PEFT_DEFAULTS
+from adapterkit.core.adapter.targets import USUAL_TARGETS
 from adapterkit.runtime import attach
 from adapterkit.runtime.targets import resolve, resolve_saved, resolve_tokens
 from tests.fuzz import models

@@ -22,7 +22,7 @@ from transformers import (
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from tests.support.beside_peft import (
     SIZES,

@@ -20,8 +20,8 @@ from transformers import (
 
 import adapterkit
 from adapterkit import LoraConfig
-from adapterkit.adapters.keys import CONFIG, WEIGHTS
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.adapter.keys import CONFIG, WEIGHTS
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from adapterkit.runtime.training.trainer import restore
 from tests.support import oracle

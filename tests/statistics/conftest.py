@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.statistics import plan
-from adapterkit.statistics.data.samples import load_tokenizer, tokenize_all
-from adapterkit.statistics.model import activations
-from adapterkit.statistics.model import layers as units
+from adapterkit.verbs.stats import plan
+from adapterkit.verbs.stats.data.samples import load_tokenizer, tokenize_all
+from adapterkit.verbs.stats.model import activations
+from adapterkit.verbs.stats.model import layers as units
 from tests.support import oracle
 from tests.support.texts import save_tokenizer, write_rows
 

@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 
 TARGETS = "q_proj,down_proj"
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit import execute
-from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
-from adapterkit.tasks.statistics import METADATA
+from adapterkit.core import execute
+from adapterkit.core.errors import AdapterkitError, Damaged, Refused, Unrecoverable
+from adapterkit.verbs.shared.statistics_file import METADATA
 from tests.support import oracle
 from tests.support.texts import save_tokenizer, write_rows
 

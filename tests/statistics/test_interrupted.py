@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
-from adapterkit.errors import Failed
-from adapterkit.statistics.sums import Sums
+from adapterkit.core.errors import Failed
+from adapterkit.verbs.stats.sums import Sums
 from tests.statistics.test_layerwise import texts
 from tests.support.live import llama
 from tests.support.stored import checkpoint, collect_sums, collected

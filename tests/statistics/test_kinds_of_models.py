@@ -7,15 +7,15 @@ import torch
 import transformers
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import Refused
-from adapterkit.statistics.collect import open_sources
-from adapterkit.statistics.data.tokens import TokenTracker
-from adapterkit.statistics.job import CollectionJob
-from adapterkit.statistics.model import layers as units
-from adapterkit.statistics.model.stored_model import StoredModel
-from adapterkit.verbs.stats import StatsOptions
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import Refused
+from adapterkit.verbs.stats.collect import open_sources
+from adapterkit.verbs.stats.data.tokens import TokenTracker
+from adapterkit.verbs.stats.job import CollectionJob
+from adapterkit.verbs.stats.model import layers as units
+from adapterkit.verbs.stats.model.stored_model import StoredModel
+from adapterkit.verbs.stats.verb import StatsOptions
 from tests.statistics.test_layerwise import MODELS, pairs, texts
 from tests.support import tiny
 from tests.support.live import llama, tokens
@@ -87,7 +87,7 @@ def test_16_bits(tmp_path, large, dtype):
 
 def test_buffers_are_the_loaded_models(tmp_path):
     """And parameters once they are read; tied ones are one."""
-    from adapterkit.checkpoint.reader import Sources
+    from adapterkit.core.checkpoint.reader import Sources
 
     for name in ("tied llama", "t5", "swin", "whisper", "gemma2"):
         model = MODELS[name][0]()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.lowrank.weighted import (
     Decomposition,

@@ -5,10 +5,11 @@ import threading
 import pytest
 import torch
 
-from adapterkit.statistics.model import activations, lockstep
-from adapterkit.statistics.model.activations import Activations, ActivationStore, Copy
-from adapterkit.statistics.model.coroutines import Coroutine
-from adapterkit.statistics.model.stored_model import StoredModel
+from adapterkit.verbs.stats.model import activations
+from adapterkit.verbs.stats.model import layerwise_schedule as lockstep
+from adapterkit.verbs.stats.model.activations import Activations, ActivationStore, Copy
+from adapterkit.verbs.stats.model.coroutines import Coroutine
+from adapterkit.verbs.stats.model.stored_model import StoredModel
 from tests.statistics.test_layerwise import texts
 from tests.support.live import llama
 from tests.support.stored import checkpoint, collect_sums, collected

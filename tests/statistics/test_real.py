@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import adapterkit
 import realmodel
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.statistics.data.samples import load_tokenizer
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.verbs.stats.data.samples import load_tokenizer
 from tests.support import oracle
 from tests.support.texts import write_rows
 

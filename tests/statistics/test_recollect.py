@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.errors import Interrupted, Refused
-from adapterkit.statistics import recollect
+from adapterkit.core.errors import Interrupted, Refused
+from adapterkit.verbs.combine import regmean_layerwise as recollect
 from tests.support import oracle
 from tests.support.combining import pairs_of
 from tests.support.texts import write_rows

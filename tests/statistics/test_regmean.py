@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.combinations.regmean import RegMean
-from adapterkit.errors import Refused, Unrecoverable
+from adapterkit.core.errors import Refused, Unrecoverable
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.runtime import load
+from adapterkit.verbs.combine.methods.regmean import RegMean
 from tests.support.deltas import deltas, net, trained, weighted
 from tests.support.inputs import LINEAR, draws, statistics
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.combinations.regmean import RegMean
-from adapterkit.combinations.regspan import RegSpan
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.lowrank.span import normal_equations, solve, span_weights
+from adapterkit.verbs.combine.methods.regmean import RegMean
+from adapterkit.verbs.combine.methods.regspan import RegSpan
 from tests.statistics.test_regmean import SIZES, case, covariances
 from tests.support import oracle
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import Damaged, Refused
-from adapterkit.statistics.data.masks import IGNORED
-from adapterkit.statistics.data.records import draw_records
-from adapterkit.statistics.data.samples import Sample, Samples, load_tokenizer, tokenize
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import Damaged, Refused
+from adapterkit.verbs.stats.data.masks import IGNORED
+from adapterkit.verbs.stats.data.records import draw_records
+from adapterkit.verbs.stats.data.samples import Sample, Samples, load_tokenizer, tokenize
 from tests.support.texts import MARKED, WORDS, ids, save_tokenizer, write_rows
 
 USER, REPLY = {"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}
@@ -332,7 +332,7 @@ def test_damaged_tables(tmp_path: Path) -> None:
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch) -> None:
-    from adapterkit.statistics.data import records
+    from adapterkit.verbs.stats.data import records
 
     monkeypatch.setattr(records, "LONGEST", 10)
     for text in ("x" * 11, "fine\n\n" + "word\n" * 4):

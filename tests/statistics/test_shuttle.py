@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import adapterkit
-from adapterkit.engines.device import Mark
-from adapterkit.statistics.model import shuttle
-from adapterkit.statistics.model.lockstep import Lockstep
-from adapterkit.statistics.model.stored_model import StoredModel
+from adapterkit.core.engine.device import Mark
+from adapterkit.verbs.stats.model import device_offload as shuttle
+from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep
+from adapterkit.verbs.stats.model.stored_model import StoredModel
 from tests.golden import inputs
 from tests.support.card import DEVICE, Card, installed
 
@@ -83,7 +83,7 @@ def test_what_crosses_the_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(StoredModel, "load", loading)
     monkeypatch.setattr(Lockstep, "_begin", passing("begin", begin))
     monkeypatch.setattr(Lockstep, "_end", passing("end", end))
-    monkeypatch.setattr("adapterkit.statistics.job.BLOCKS", 2)
+    monkeypatch.setattr("adapterkit.verbs.stats.job.BLOCKS", 2)
     with installed(Card()) as card:
         adapterkit.stats(
             "base32", data="ids.jsonl", targets="q_proj", out="stats.safetensors", batch=1,

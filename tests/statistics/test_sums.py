@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from adapterkit.errors import Failed
+from adapterkit.core.errors import Failed
 from adapterkit.kernels.lowrank.principal import principal_components
-from adapterkit.statistics.sums import BLOCK, Sum, Sums
+from adapterkit.verbs.stats.sums import BLOCK, Sum, Sums
 from tests.support.card import DEVICE, WORKSPACE, Card, installed
 
 ALL = ("covariance", "mean", "pca")

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit import execute
-from adapterkit.checkpoint.disk import storage_errors
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.checkpoint.output.writer import ShardFile
-from adapterkit.checkpoint.system import system
 from adapterkit.cli import main
-from adapterkit.errors import Failed, Interrupted, Refused, Unrecoverable
-from adapterkit.tasks.statistics import METADATA
+from adapterkit.core import execute
+from adapterkit.core.checkpoint.disk import storage_errors
+from adapterkit.core.errors import Failed, Interrupted, Refused, Unrecoverable
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.output.writer import ShardFile
+from adapterkit.core.system import system
+from adapterkit.verbs.shared.statistics_file import METADATA
 from tests.support import oracle
 from tests.support.texts import WORDS
 from tests.support.usual import usual
@@ -390,7 +390,7 @@ def test_inputs_that_are_not_finite_leave_nothing(base, texts, tmp_path) -> None
 @pytest.mark.parametrize("when", ["before it is read", "while it is read"])
 def test_a_model_that_changes_is_noticed(when, base, texts, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(base(), tmp_path / "base")
-    verb = importlib.import_module("adapterkit.statistics.plan")
+    verb = importlib.import_module("adapterkit.verbs.stats.plan")
     collect = verb.collect
 
     def touch(*_: Any) -> None:

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from tests.support.live import llama, tokens
 from tests.support.stored import checkpoint, collected
 

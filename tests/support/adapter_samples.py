@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit.checkpoint.output.stage import SUFFIX
-from adapterkit.formats.detect import detect
-from adapterkit.formats.library import architectures, formats
-from adapterkit.formats.modules.kinds import COPY
-from adapterkit.formats.modules.parts import scaled_role
-from adapterkit.formats.modules.record import LANGUAGE, AdapterModule, Contents
-from adapterkit.formats.read import Reading, read
-from adapterkit.formats.schema import Format
-from adapterkit.planning.inputs.sources import open_base, open_unconverted
-from adapterkit.receipt import RECEIPT
-from adapterkit.weights.plan_reader import PlanReader
+from adapterkit.adapters.formats.detect import detect
+from adapterkit.adapters.formats.library import architectures, formats
+from adapterkit.adapters.formats.modules.kinds import COPY
+from adapterkit.adapters.formats.modules.parts import scaled_role
+from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents
+from adapterkit.adapters.formats.read import Reading, read
+from adapterkit.adapters.formats.schema import Format
+from adapterkit.core.inputs.sources import open_base, open_unconverted
+from adapterkit.core.output.stage import SUFFIX
+from adapterkit.core.receipt import RECEIPT
+from adapterkit.core.weights.plan_reader import PlanReader
 from conformance import read as conformance_reader
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.weights.codecs import bnb4
+from adapterkit.bases.quantized.codecs import bnb4
 from tests.support import oracle
 
 STATE = bnb4.STATE

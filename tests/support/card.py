@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import adapterkit.kernels
-import adapterkit.statistics.data
+import adapterkit.verbs.stats.data
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)  # the first one
@@ -691,9 +691,9 @@ def installed(card: Card) -> Iterator[Card]:
 
 def _forget_tables() -> None:
     """Tables that are kept on a card, and streams, are another one's."""
-    packages = (adapterkit.kernels, adapterkit.statistics.data)
+    packages = (adapterkit.kernels, adapterkit.verbs.stats.data)
     names = [m.name for p in packages for m in pkgutil.walk_packages(p.__path__, f"{p.__name__}.")]
-    for name in (*names, "adapterkit.engines.device"):
+    for name in (*names, "adapterkit.core.engine.device"):
         for value in vars(importlib.import_module(name)).values():
             getattr(value, "cache_clear", lambda: None)()
 

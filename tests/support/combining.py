@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit import registry
+from adapterkit.core import registry
 from tests.support import oracle
 from tests.support.deltas import LAYERS, net
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import adapterkit
-from adapterkit import errors
+from adapterkit.core import errors
 
 PACKAGE = Path(adapterkit.__file__).parent
 CLASSES = {
@@ -37,7 +37,7 @@ def sites() -> tuple[Site, ...]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        if module != "errors":
+        if module != "core.errors":
             found += _calls(ast.parse(path.read_text("utf-8")), module, ())
     return tuple(found)
 

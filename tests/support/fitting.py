@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.fitting.mixture import Mixture
-from adapterkit.fitting.objective import Objective
-from adapterkit.fitting.runs import FitBatch, Runs
-from adapterkit.statistics.model.layers import Units
-from adapterkit.statistics.model.stored_model import StoredModel
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.verbs.fit.objective import Objective
+from adapterkit.verbs.fit.runs import FitBatch, Runs
+from adapterkit.verbs.fit.weighted_adapters import Mixture
+from adapterkit.verbs.stats.model.layers import Units
+from adapterkit.verbs.stats.model.stored_model import StoredModel
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Faults:
         self.names = set(spec.get("calls", WRITES))
 
     def install(self) -> None:
-        from adapterkit.checkpoint.system import system
+        from adapterkit.core.system import system
 
         for name in (
             "open", "pwrite", "write", "copy_file_range", "ftruncate", "fsync", "close", "rename",
@@ -222,11 +222,11 @@ class Child:
             program = compile(request["program"], request.get("cwd", "program"), "exec")
             exec(program, {"__name__": "__main__"})
             return 0
-        from adapterkit.checkpoint import disk
         from adapterkit.cli import main, signals
-        from adapterkit.engines.local import engine as local
-        from adapterkit.engines.local import pieces
-        from adapterkit.tasks import rows
+        from adapterkit.core.checkpoint import disk
+        from adapterkit.core.engine import local
+        from adapterkit.core.engine import partition as pieces
+        from adapterkit.core.tasks import rows
 
         if request.get("rows"):
             rows.ELEMENTS, pieces.RUN = request["rows"], request["rows"] * 4
@@ -236,7 +236,7 @@ class Child:
             local.local = functools.partial(local.local, workers=request["workers"])
         for name, value in request.get("constants", {}).items():
             module, _, name = name.rpartition(".")
-            setattr(importlib.import_module(f"adapterkit.engines.{module}"), name, value)
+            setattr(importlib.import_module(f"adapterkit.{module}"), name, value)
         if "umask" in request:
             os.umask(request["umask"])
         if request.get("user"):
@@ -308,7 +308,7 @@ OF_TRANSFORMERS = (
 def serve(rehearses: bool) -> None:
     import torch
 
-    from adapterkit.formats import library
+    from adapterkit.adapters.formats import library
 
     library.formats()
     torch.set_num_threads(1)

@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.planning.inputs.sources import open_source
-from adapterkit.weights.codec import QuantizedWeight
-from adapterkit.weights.decoded import decoded_view, quantized_weights
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.inputs.sources import open_source
+from adapterkit.core.weights.codec import QuantizedWeight
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
 from tests.support import format_tools, quantized_llama
 from tests.support.quantized_llama import FORMS
 

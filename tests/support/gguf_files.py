@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from adapterkit.gguf.blocks import encode_rows
-from adapterkit.gguf.header import find_gguf
-from adapterkit.gguf.plain import open_plain_gguf
-from adapterkit.gguf.weight import GgufWeight
-from adapterkit.planning.inputs.gguf_tables import table_of
-from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
-from adapterkit.planning.inputs.sources import open_source
+from adapterkit.bases.gguf.blocks import encode_rows
+from adapterkit.bases.gguf.header import find_gguf
+from adapterkit.bases.gguf.table_checkpoint import open_plain_gguf
+from adapterkit.bases.gguf.transformers_tables import table_of
+from adapterkit.bases.gguf.weight import GgufWeight
+from adapterkit.core.inputs.base_door import read_checkpoint
+from adapterkit.core.inputs.sources import open_source
 from tests.support import oracle
 
 gguf = pytest.importorskip("gguf")

@@ -50,10 +50,10 @@ for line in sys.stdin:
     print(json.dumps(answer), file=answers, flush=True)
 """
 PRELUDE = """
-from adapterkit.hub import folder as folders, listing, retry, upload as uploading
-from adapterkit.hub.folder import HubFolder
-from adapterkit.hub.ids import HubId, parse
-from adapterkit.hub.push import push
+from adapterkit.bases.hub import folder as folders, listing, retry, upload as uploading
+from adapterkit.bases.hub.folder import HubFolder
+from adapterkit.core.checkpoint.hub_ids import HubId, parse
+from adapterkit.bases.hub.push import push
 from pathlib import Path
 retry.WAIT = 0.01
 """
@@ -68,7 +68,7 @@ class ClientError(Exception):
 
 
 class Client:
-    """A process with adapterkit.hub; called with code, it gives the value of the last
+    """A process with adapterkit.bases.hub; called with code, it gives the value of the last
     expression."""
 
     def __init__(self, environment: dict[str, str], errors: Path):

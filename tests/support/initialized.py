@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from adapterkit.registry import members
+from adapterkit.core.registry import members
 from tests.support import architectures, experts, oracle, tiny
 
 

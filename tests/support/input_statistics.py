@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapterkit.tasks.statistics import METADATA
+from adapterkit.verbs.shared.statistics_file import METADATA
 
 Modules = dict[str, nn.Module]
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.forks import command
 

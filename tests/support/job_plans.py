@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adapterkit.plan import Plan
-from adapterkit.receipt import digest, public_recipe
+from adapterkit.core.plan import Plan
+from adapterkit.core.receipt import digest, public_recipe
 from tests.golden import jobs
 
 

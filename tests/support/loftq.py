@@ -8,9 +8,9 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.planning.inputs.sources import open_source
-from adapterkit.weights.decoded import decoded_view, quantized_weights
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.inputs.sources import open_source
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192}  # rows of whole blocks

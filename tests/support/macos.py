@@ -15,8 +15,8 @@ def pretend() -> None:
         with contextlib.suppress(AttributeError):
             delattr(os, name)
     sys.platform = "darwin"
-    from adapterkit.checkpoint.system import system
-    from adapterkit.checkpoint.system.darwin import Darwin
+    from adapterkit.core.system import system
+    from adapterkit.core.system.darwin import Darwin
 
     # modules hold this very object
     system.__dict__.clear()

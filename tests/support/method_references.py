@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.kernels.lowrank.algebra import Product
 from tests.support.methods import METHODS, combined, covariance_of, drawn, record
 

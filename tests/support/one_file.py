@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapterkit.formats.modules.names import names_of
-from adapterkit.formats.modules.rows import model_order
+from adapterkit.adapters.formats.modules.names import names_of
+from adapterkit.adapters.formats.modules.row_permutations import model_order
 from tests.formats.test_flux import MODELS as FLUX
 from tests.formats.video_models import MODELS as VIDEO
 from tests.formats.video_models import ace_step, anima_conditioner, cosmos

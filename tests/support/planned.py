@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError
-from adapterkit.planning.inputs.model_checkpoint import Base
-from adapterkit.planning.merge.plan import plan_merge
-from adapterkit.verbs.merge import MergeOptions
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.inputs.base_door import Base
+from adapterkit.core.merge.plan import plan_merge
+from adapterkit.core.merge.verb import MergeOptions
 from tests.support.raw_files import AdapterFiles, Stored, base, base_tensors, plain, tensors_file
 
 BASE = base()

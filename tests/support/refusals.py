@@ -2,7 +2,7 @@
 
 import pytest
 
-from adapterkit.errors import Failed, Refused
+from adapterkit.core.errors import Failed, Refused
 from tests.support import oracle
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.statistics.collect import CollectedFile, collect
-from adapterkit.verbs.stats import StatsOptions
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.verbs.stats.collect import CollectedFile, collect
+from adapterkit.verbs.stats.verb import StatsOptions
 
 
 def checkpoint(model: nn.Module, folder: Path, **options) -> Checkpoint:

@@ -59,8 +59,8 @@ def pretend() -> None:
     shutil._use_fd_functions = False
     sys.addaudithook(refuse_emptying)
     sys.platform = "win32"
-    from adapterkit.checkpoint.system import system
-    from adapterkit.checkpoint.system.windows import Windows
+    from adapterkit.core.system import system
+    from adapterkit.core.system.windows import Windows
 
     # modules hold this very object
     system.__dict__.clear()

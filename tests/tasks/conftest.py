@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapterkit
-from adapterkit.plan import Plan
-from adapterkit.planning.convert import plan as tasks
+from adapterkit.adapters.formats.planning import plan as tasks
+from adapterkit.core.plan import Plan
 from tests.golden import inputs, jobs
 
 STATS = "covariances.safetensors"

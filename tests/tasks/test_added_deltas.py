@@ -4,15 +4,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.local.reader import LocalReader
-from adapterkit.formats.modules.deltas import ModuleDelta
-from adapterkit.formats.modules.record import AdapterModule
-from adapterkit.formats.modules.tensors import from_spec
+from adapterkit.adapters.formats.modules.deltas import ModuleDelta
+from adapterkit.adapters.formats.modules.record import AdapterModule
+from adapterkit.adapters.formats.modules.tensors import from_spec
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.tasks.edits import AddDelta, Band
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.tasks.edits import AddDelta, Band
 from tests.tasks.test_laws import peak
 
 OUT, IN = 768, 512

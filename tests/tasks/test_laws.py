@@ -14,21 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
-import adapterkit.tasks
-from adapterkit import dtypes
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.engines.local.engine import LocalReader
-from adapterkit.gguf.weight import GgufWeight
-from adapterkit.kernels import dense, pieces
-from adapterkit.plan import Plan, Task, TaskResult
-from adapterkit.tasks.arrow import StackedExperts
-from adapterkit.tasks.common import FactorsTask
-from adapterkit.tasks.initial import ResidualWeight
-from adapterkit.tasks.loftq import LoftQWeight
-from adapterkit.tasks.quantize import EncodedStep, EncodedWeight
-from adapterkit.tasks.rows import RequantizedWeight
-from adapterkit.weights.codec import stored_parts
+import adapterkit.core.tasks
+from adapterkit.bases.gguf.weight import GgufWeight
+from adapterkit.bases.quantized.tasks.loftq import LoftQWeight
+from adapterkit.core import dtypes
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.engine.local import LocalReader
+from adapterkit.core.plan import Plan, Task, TaskResult
+from adapterkit.core.tasks.common import FactorsTask
+from adapterkit.core.tasks.quantize import EncodedStep, EncodedWeight
+from adapterkit.core.tasks.rows import RequantizedWeight
+from adapterkit.core.weights.codec import stored_parts
+from adapterkit.kernels import block_sizes as pieces
+from adapterkit.kernels import dense
+from adapterkit.verbs.combine.tasks.arrow import StackedExperts
+from adapterkit.verbs.init.tasks import ResidualWeight
 from tests.support.card import DEVICE, Card, installed
 
 # Bytes beyond a claim: blocks of a constant size, in which most tasks work through a weight, and
@@ -37,7 +38,7 @@ SLACK = 1 << 20
 
 
 def task_classes() -> Iterator[type[Task]]:
-    for module in pkgutil.iter_modules(adapterkit.tasks.__path__, "adapterkit.tasks."):
+    for module in pkgutil.iter_modules(adapterkit.core.tasks.__path__, "adapterkit.core.tasks."):
         for _, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             own = cls.__module__ == module.name and issubclass(cls, Task)
             if own and not inspect.isabstract(cls):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.checkpoint.output.stage import Stage
-from adapterkit.engines.local.engine import local
-from adapterkit.execute import run
-from adapterkit.plan import Plan
+from adapterkit.core.engine.local import local
+from adapterkit.core.execute import run
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.plan import Plan
 from tests.golden import jobs
 
 NAMES = [job.name for job in jobs.WRITING if job.verb != "stats"]  # which has no tasks

@@ -11,9 +11,9 @@ from transformers import conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.weights.skeleton import Skeleton
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.weights.skeleton import Skeleton
 from tests.support import tiny
 from tests.support.slots import gathered
 from tests.support.usual import usual

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.budget import STACKS
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.engines.local import reader
-from adapterkit.errors import Refused
+from adapterkit.core.budget import STACKS
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.engine import reader
+from adapterkit.core.errors import Refused
 from adapterkit.kernels.quant import fp8
 from tests.support import tiny
 from tests.support.usual import usual

@@ -6,9 +6,9 @@ import transformers
 from torch import nn
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
+from adapterkit.core.weights.linear import is_linear
 from adapterkit.runtime import collect
-from adapterkit.weights.linear import is_linear
 from tests.support import tiny
 from tests.support.stored import checkpoint, collected
 

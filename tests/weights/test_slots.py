@@ -5,8 +5,8 @@ import torch
 import transformers
 from transformers import core_model_loading
 
-from adapterkit.weights.slots import Unsupported
-from adapterkit.weights.symbols import Symbol
+from adapterkit.core.weights.slots import Unsupported
+from adapterkit.core.weights.symbols import Symbol
 from tests.support.slots import gathered
 
 pytestmark = pytest.mark.quick

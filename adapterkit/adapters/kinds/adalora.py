@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.config import KNOWN_SETTINGS, OTHER_ARITHMETIC
 from adapterkit.adapters.kinds.common import AdaptedModule, ProductDelta, no_errors, read_float64
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Problems
+from adapterkit.core.adapter.config import KNOWN_SETTINGS, OTHER_ARITHMETIC
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import Problems
+from adapterkit.core.records import FINITE, FLAG, POSITIVE_INT, TEXT, list_of, optional, table_of
+from adapterkit.core.weights.reader import TensorReader
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.records import FINITE, FLAG, POSITIVE_INT, TEXT, list_of, optional, table_of
-from adapterkit.weights.reader import TensorReader
 
 # settings that AdaLoRA's layers ignore (PEFT 0.21)
 UNUSED = {

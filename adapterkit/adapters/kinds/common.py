@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn, Protocol
 
-from adapterkit.adapters.config import SHARED_SETTINGS, check_settings, check_unknown_settings
-from adapterkit.adapters.peft import read_other_type
-from adapterkit.adapters.record import Adapter
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.dtypes import FLOATS
-from adapterkit.errors import AdapterkitError, Problems, shown
+from adapterkit.core.adapter.config import SHARED_SETTINGS, check_settings, check_unknown_settings
+from adapterkit.core.adapter.peft import read_other_type
+from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.dtypes import FLOATS
+from adapterkit.core.errors import AdapterkitError, Problems, shown
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.records import Check
+from adapterkit.core.registry import STABLE, Tier
+from adapterkit.core.weights.parameters import StoredParameter
+from adapterkit.core.weights.reader import TensorReader
 from adapterkit.kernels.lowrank import algebra, truncated
 from adapterkit.kernels.lowrank.algebra import Product, Svd
-from adapterkit.lazy import Tensor, torch
-from adapterkit.records import Check
-from adapterkit.registry import STABLE, Tier
-from adapterkit.weights.parameters import StoredParameter
-from adapterkit.weights.reader import TensorReader
 
 BLOCK = 1 << 20  # elements of a weight converted to float64 at a time
 # Settings of all types that do not affect a delta

@@ -3,15 +3,15 @@
 
 from dataclasses import dataclass
 
-from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.common import WeightDelta, map_rows
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Unrecoverable, shown
+from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import Unrecoverable, shown
+from adapterkit.core.lazy import Tensor
+from adapterkit.core.weights.parameters import StoredParameter
+from adapterkit.core.weights.reader import TensorReader
 from adapterkit.kernels.rows import row_norms
 from adapterkit.kernels.sums import all_finite
-from adapterkit.lazy import Tensor
-from adapterkit.weights.parameters import StoredParameter
-from adapterkit.weights.reader import TensorReader
 
 
 @dataclass(frozen=True)

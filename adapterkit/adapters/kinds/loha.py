@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.config import PATTERNS
 from adapterkit.adapters.kinds.common import (
     AdaptedModule,
     ComputedDelta,
@@ -12,11 +11,12 @@ from adapterkit.adapters.kinds.common import (
     no_errors,
     read_float64,
 )
-from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.core.adapter.config import PATTERNS
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.records import FINITE, POSITIVE_INT
+from adapterkit.core.weights.reader import TensorReader
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.lazy import Tensor, torch
-from adapterkit.records import FINITE, POSITIVE_INT
-from adapterkit.weights.reader import TensorReader
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 CORES = ("hada_t1", "hada_t2")

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.config import PATTERNS
 from adapterkit.adapters.kinds.common import AdaptedModule, kernel_tail, no_errors, read_float64
 from adapterkit.adapters.kinds.loha import with_core
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.commands import EXTRACT
+from adapterkit.core.adapter.config import PATTERNS
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.commands import EXTRACT
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.records import FINITE, POSITIVE_INT
+from adapterkit.core.weights.reader import TensorReader
 from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank import algebra, truncated
 from adapterkit.kernels.lowrank.algebra import Product, Svd, rank_for_energy
-from adapterkit.lazy import Tensor, torch
-from adapterkit.records import FINITE, POSITIVE_INT
-from adapterkit.weights.reader import TensorReader
 
 Side = tuple[TensorSpec, ...]
 SMALL = 256  # matrices with a dimension up to this are decomposed in full

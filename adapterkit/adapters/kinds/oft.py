@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adapterkit.adapters.kinds.common import AdaptedModule, WeightDelta, map_rows
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.commands import EXTRACT
-from adapterkit.errors import AdapterkitError, Problems, shown
-from adapterkit.lazy import Tensor, torch
-from adapterkit.records import FINITE, FLAG, NON_NEGATIVE_INT, POSITIVE_INT
-from adapterkit.weights.parameters import StoredParameter
-from adapterkit.weights.reader import TensorReader
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.commands import EXTRACT
+from adapterkit.core.errors import AdapterkitError, Problems, shown
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.records import FINITE, FLAG, NON_NEGATIVE_INT, POSITIVE_INT
+from adapterkit.core.weights.parameters import StoredParameter
+from adapterkit.core.weights.reader import TensorReader
 
 ROTATION, EMBEDDING = "oft_R", "oft_embedding_R"
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adapterkit.adapters.kinds.common import AdaptedModule, ProductDelta, read_float64
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.commands import EXTRACT
-from adapterkit.errors import AdapterkitError, Problems
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.commands import EXTRACT
+from adapterkit.core.errors import AdapterkitError, Problems
+from adapterkit.core.records import FLAG, POSITIVE_INT
+from adapterkit.core.weights.reader import TensorReader
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.records import FLAG, POSITIVE_INT
-from adapterkit.weights.reader import TensorReader
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,6 @@
 | a covariance | principal components | `principal.principal_components` |
 """
 
-from adapterkit.lazy import submodules
+from adapterkit.core.lazy import submodules
 
 __getattr__ = submodules(__name__)

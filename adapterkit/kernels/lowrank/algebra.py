@@ -9,9 +9,9 @@ hundred wide.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from adapterkit.core.lazy import Tensor, torch
 from adapterkit.kernels import dense
 from adapterkit.kernels.sums import floats
-from adapterkit.lazy import Tensor, torch
 
 WELL_CONDITIONED = 1e-3  # smallest singular value over the largest one
 ROUNDING = 1e-12  # of a sum of squares

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adapterkit.kernels import dense
+from adapterkit.kernels.block_sizes import piece
 from adapterkit.kernels.lowrank import krylov
 from adapterkit.kernels.lowrank.algebra import ROUNDING, Svd, rank_for_energy
 from adapterkit.kernels.lowrank.krylov import FLOOR, OVERSAMPLING, Matrix, expand
-from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.sums import squared_norm
 
 CHUNK = 1 << 20  # elements converted to float64 at a time on a CPU

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.pieces import padded
+from adapterkit.kernels.block_sizes import padded
 from adapterkit.kernels.quant.grid import NESTED, Grid, check_finite, pieces
 from adapterkit.kernels.quant.stochastic import Draws
 

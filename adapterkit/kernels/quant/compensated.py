@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adapterkit.kernels.block_sizes import piece
 from adapterkit.kernels.lowrank.weighted import NOT_POSITIVE, normalized
-from adapterkit.kernels.pieces import piece
 from adapterkit.kernels.quant.grid import RoundColumn
 from adapterkit.kernels.sums import floats
 

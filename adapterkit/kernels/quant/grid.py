@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from adapterkit.kernels.pieces import padded, piece
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.kernels.block_sizes import padded, piece
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite, are_finite
-from adapterkit.lazy import Tensor, torch
 
 # (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored;
 # (values (out, in), None), of all columns at once, where blocks are not rows of the grid

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.pieces import padded
+from adapterkit.kernels.block_sizes import padded
 from adapterkit.kernels.quant.grid import WORD, Grid, check_finite, chosen, pieces
 from adapterkit.kernels.quant.nibbles import expand_nibbles, nibble_pairs, pack_nibbles
 from adapterkit.kernels.quant.stochastic import Draws

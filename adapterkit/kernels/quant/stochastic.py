@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from adapterkit.kernels.pieces import piece
-from adapterkit.lazy import Tensor, torch
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.kernels.block_sizes import piece
 
 # elements worked on at once on a CPU, so that a few temporaries of them stay in cache
 PIECE = 1 << 16

@@ -6,11 +6,11 @@ import pkgutil
 
 from torch import nn
 
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
+from adapterkit.core.weights.linear import kind_of as stored_kind_of
 from adapterkit.runtime.layers.alora_linear import INVOKED
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.weights import linear
+from adapterkit.verbs.shared.lora_config import LoraConfig
 
 KINDS: dict[str, type[FactorsPart]] = {
     part.kind: part
@@ -22,7 +22,7 @@ KINDS: dict[str, type[FactorsPart]] = {
 
 def kind_of(host: nn.Module) -> type[FactorsPart] | None:
     """The kind of layer that a module is, None for one that takes no factors."""
-    if (known := linear.kind_of(host)) is not None:
+    if (known := stored_kind_of(host)) is not None:
         return KINDS[known]
     return next((part for part in KINDS.values() if part.matches(host)), None)
 

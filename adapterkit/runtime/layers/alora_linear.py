@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
 from adapterkit.runtime.parts.alora import Invocations
 from adapterkit.runtime.parts.factors import FactorsPart

@@ -8,19 +8,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from adapterkit.adapters.factors import Factors
-from adapterkit.adapters.keys import part_keys
-from adapterkit.adapters.record import Adapter, Lora
-from adapterkit.adapters.resolve import PARAMETER, model_type
-from adapterkit.engines.device import with_float64
-from adapterkit.errors import Problems, Refused, shown
+from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.adapter.keys import part_keys
+from adapterkit.core.adapter.record import Adapter, Lora
+from adapterkit.core.engine.device import with_float64
+from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.merge.sites import JoinedSite, flips_square_experts, sites_of
+from adapterkit.core.weights.linear import is_linear
+from adapterkit.core.weights.unsupported_layers import is_taken_for_experts
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
-from adapterkit.planning.adapters.sites import JoinedSite, flips_square_experts, sites_of
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
-from adapterkit.weights.linear import is_linear
-from adapterkit.weights.unadaptable import is_taken_for_experts
+from adapterkit.verbs.shared.targets.resolve import PARAMETER, model_type
 
 # transformers' implementations of experts in plain torch; others are kernels, which need tensors
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")

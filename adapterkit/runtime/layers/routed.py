@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adapterkit.engines.device import with_float64
-from adapterkit.errors import Refused, shown
+from adapterkit.core.engine.device import with_float64
+from adapterkit.core.errors import Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.routing import add_routed

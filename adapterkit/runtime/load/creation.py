@@ -1,4 +1,4 @@
-"""New adapters on a live model: what they start as, by the records of `adapterkit.inits`."""
+"""New adapters on a live model: what they start as, by the methods of `init`."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -8,15 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.adapters.resolve import Target
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.engines.device import float32_products, with_float64
-from adapterkit.errors import Problems, Refused, Unrecoverable, by_reason, listed, shown
-from adapterkit.inits import created_init
-from adapterkit.inits.eva import distribute
-from adapterkit.inits.protocol import ComputedInit, DrawnInit, Initialization, RedistributingInit
-from adapterkit.registry import members
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.engine.device import float32_products, with_float64
+from adapterkit.core.errors import Problems, Refused, Unrecoverable, by_reason, listed, shown
+from adapterkit.core.registry import members
 from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed
 from adapterkit.runtime.layers.tied import TiedHeadPart
@@ -36,8 +31,18 @@ from adapterkit.runtime.targets import (
     resolve_saved,
     resolve_tokens,
 )
-from adapterkit.statistics.reader import Read, Stats, open_statistics
-from adapterkit.tasks.statistics import select_statistics, shape_of
+from adapterkit.verbs.init.methods import created_init
+from adapterkit.verbs.init.methods.eva import distribute
+from adapterkit.verbs.init.methods.protocol import (
+    ComputedInit,
+    DrawnInit,
+    Initialization,
+    RedistributingInit,
+)
+from adapterkit.verbs.shared.lora_config import LoraConfig
+from adapterkit.verbs.shared.statistics_file import select_statistics, shape_of
+from adapterkit.verbs.shared.targets.resolve import Target
+from adapterkit.verbs.stats.reader import Read, Stats, open_statistics
 
 
 def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.adapters.resolve import input_embedding
 from adapterkit.runtime.layers import part_class
 from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed
 from adapterkit.runtime.layers.tied import share, shared_heads
@@ -17,6 +15,8 @@ from adapterkit.runtime.parts.tokens import token_parts
 from adapterkit.runtime.site import Part, owner
 from adapterkit.runtime.state import State
 from adapterkit.runtime.targets import own_modules
+from adapterkit.verbs.shared.lora_config import LoraConfig
+from adapterkit.verbs.shared.targets.resolve import input_embedding
 
 Rows = tuple[Sequence[int], Tensor]  # indices of tokens, and their values
 

@@ -7,25 +7,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from adapterkit.adapters.adapter_config import base_id
-from adapterkit.adapters.factors import Factors, rank_and_scale
-from adapterkit.adapters.lora_config import LoraConfig, check_live_config
-from adapterkit.adapters.peft import read_adapter
-from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
-from adapterkit.checkpoint.fingerprint import difference
-from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.reader import Sources
-from adapterkit.commands import WITHOUT_INITIAL
-from adapterkit.engines.local.reader import LocalReader
-from adapterkit.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.inits import created_init
-from adapterkit.inits.protocol import ComputedInit
-from adapterkit.options import StrPath
-from adapterkit.patterns import similar_names
-from adapterkit.planning.inputs.input_identity import header_hashes, identities
-from adapterkit.planning.inputs.sources import initial_of, open_adapter
-from adapterkit.registry import members
+from adapterkit.core.adapter.adapter_config import base_id
+from adapterkit.core.adapter.config import check_live_config
+from adapterkit.core.adapter.factors import Factors, rank_and_scale
+from adapterkit.core.adapter.peft import read_adapter
+from adapterkit.core.adapter.record import Adapter, Lora, rank_mismatch
+from adapterkit.core.checkpoint.fingerprint import difference
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.commands import WITHOUT_INITIAL
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.core.inputs.input_identity import header_hashes, identities
+from adapterkit.core.inputs.sources import initial_of, open_adapter
+from adapterkit.core.options import StrPath
+from adapterkit.core.patterns import similar_names
+from adapterkit.core.registry import members
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.parameter import ParameterPart, of_parameter, split_parameters
 from adapterkit.runtime.layers.tied import both_sides
@@ -37,6 +35,9 @@ from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import unread
+from adapterkit.verbs.init.methods import created_init
+from adapterkit.verbs.init.methods.protocol import ComputedInit
+from adapterkit.verbs.shared.lora_config import LoraConfig
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from adapterkit.adapters.keys import CONFIG
-from adapterkit.checkpoint.folder import is_plain_path
-from adapterkit.errors import Refused, did_you_mean, shown
-from adapterkit.options import StrPath
+from adapterkit.core.adapter.keys import CONFIG
+from adapterkit.core.checkpoint.folder import is_plain_path
+from adapterkit.core.errors import Refused, did_you_mean, shown
+from adapterkit.core.options import StrPath
 from adapterkit.runtime.load import reading
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.memo import bits_of, same

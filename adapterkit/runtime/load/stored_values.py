@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adapterkit.adapters.config import TASK_HEADS
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.adapters.record import Adapter, Tokens
-from adapterkit.adapters.resolve import embeddings_of, input_embedding, tied_modules
-from adapterkit.adapters.targets import has_end
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Problems, shown
-from adapterkit.patterns import similar_names
+from adapterkit.core.adapter.config import TASK_HEADS
+from adapterkit.core.adapter.record import Adapter, Tokens
+from adapterkit.core.adapter.targets import has_end
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import Problems, shown
+from adapterkit.core.patterns import similar_names
 from adapterkit.runtime.load.placing import AdapterValues
 from adapterkit.runtime.parts.copies import outermost, parameter_of
 from adapterkit.runtime.state import State
 from adapterkit.runtime.targets import own_modules
 from adapterkit.runtime.targets import unread as why_unread
+from adapterkit.verbs.shared.lora_config import LoraConfig
+from adapterkit.verbs.shared.targets.resolve import embeddings_of, input_embedding, tied_modules
 
 
 @dataclass(frozen=True)

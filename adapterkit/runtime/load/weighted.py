@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from adapterkit.adapters.weights_file import NamedAdapter, WeightsFile, read_weights
-from adapterkit.errors import Problems, Refused, by_reason, did_you_mean, listed, shown
-from adapterkit.options import Sources, StrPath, finite
-from adapterkit.planning.inputs.sources import open_adapter, open_source
-from adapterkit.planning.inputs.weights import check_same, sources_of
+from adapterkit.core.adapter.weights_file import NamedAdapter, WeightsFile, read_weights
+from adapterkit.core.errors import Problems, Refused, by_reason, did_you_mean, listed, shown
+from adapterkit.core.inputs.sources import open_adapter, open_source
+from adapterkit.core.inputs.weights import check_same, sources_of
+from adapterkit.core.options import Sources, StrPath, finite
 from adapterkit.runtime.by_module import ModuleWeight, weight_on
 from adapterkit.runtime.state import State, named, unique
 

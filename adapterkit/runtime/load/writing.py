@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapterkit.adapters.expert_order import in_order_of_peft
-from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
-from adapterkit.adapters.resolve import embeddings_of, model_type
-from adapterkit.calls import COMMAND
-from adapterkit.checkpoint.disk import storage_errors
-from adapterkit.checkpoint.fingerprint import metadata_with
-from adapterkit.checkpoint.system import system
-from adapterkit.errors import Problems, Refused, shown
-from adapterkit.hub.ids import is_on_hub
-from adapterkit.options import StrPath
-from adapterkit.planning.inputs.model_config import vocabulary_sizes
-from adapterkit.planning.outputs.cards import adapter_card
+from adapterkit.adapters.formats.card import adapter_card
+from adapterkit.adapters.variants.expert_order import in_order_of_peft
+from adapterkit.core.adapter.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
+from adapterkit.core.calls import COMMAND
+from adapterkit.core.checkpoint.disk import storage_errors
+from adapterkit.core.checkpoint.fingerprint import metadata_with
+from adapterkit.core.checkpoint.hub_ids import is_on_hub
+from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.inputs.model_config import vocabulary_sizes
+from adapterkit.core.options import StrPath
+from adapterkit.core.system import system
+from adapterkit.core.weights.unsupported_layers import is_taken_for_experts
 from adapterkit.runtime.layers.linear import Conv1DPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.parts.copies import CopyPart, ValuePart, entries_for_peft
@@ -31,7 +31,7 @@ from adapterkit.runtime.parts.tokens import TokensPart
 from adapterkit.runtime.sharding import whole
 from adapterkit.runtime.state import Attached, State, refuse_merged
 from adapterkit.runtime.targets import unfit_as_parameter
-from adapterkit.weights.unadaptable import is_taken_for_experts
+from adapterkit.verbs.shared.targets.resolve import embeddings_of, model_type
 
 CARD = "README.md"
 

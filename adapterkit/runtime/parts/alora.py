@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from adapterkit.runtime.parts.memo import MadeOnce
 from adapterkit.runtime.site import Args, Kwargs
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.adapters.keys import PREFIX
+from adapterkit.core.adapter.keys import PREFIX
+from adapterkit.core.weights.unsupported_layers import reads_value
 from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward
-from adapterkit.weights.unadaptable import reads_value
 
 OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from adapterkit.engines.device import has_float64
+from adapterkit.core.engine.device import has_float64
 from adapterkit.runtime.parts.memo import Memo
 from adapterkit.runtime.quantized import is_readable, plainly_stored, weight_of
 

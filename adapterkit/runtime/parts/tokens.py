@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterkit.adapters.keys import token_key
-from adapterkit.adapters.resolve import tied_modules
-from adapterkit.errors import Refused, shown
+from adapterkit.core.adapter.keys import token_key
+from adapterkit.core.errors import Refused, shown
 from adapterkit.runtime.site import Inside, Part, Site
 from adapterkit.runtime.targets import weight_reader
+from adapterkit.verbs.shared.targets.resolve import tied_modules
 
 
 class TokensPart(Part):

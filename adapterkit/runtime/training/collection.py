@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.adapters.resolve import Target
-from adapterkit.checkpoint.disk import storage_errors
-from adapterkit.engines.device import float32_products, has_room
-from adapterkit.errors import Failed, Problems, Refused, did_you_mean, listed
-from adapterkit.options import StrPath
-from adapterkit.records import Json
+from adapterkit.core.checkpoint.disk import storage_errors
+from adapterkit.core.engine.device import float32_products, has_room
+from adapterkit.core.errors import Failed, Problems, Refused, did_you_mean, listed
+from adapterkit.core.options import StrPath
+from adapterkit.core.records import Json
 from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.load.writing import check_local, replace, writes
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.targets import resolve
-from adapterkit.statistics.data.masks import Masks, Rule
-from adapterkit.statistics.model.gradients import Gradients
-from adapterkit.statistics.sums import COMPONENTS, Sums
-from adapterkit.tasks.statistics import INPUT_KINDS, INPUTS, METADATA, key_of
-from adapterkit.tasks.statistics import KINDS as ALL_KINDS
+from adapterkit.verbs.shared.lora_config import LoraConfig
+from adapterkit.verbs.shared.statistics_file import INPUT_KINDS, INPUTS, METADATA, key_of
+from adapterkit.verbs.shared.statistics_file import KINDS as ALL_KINDS
+from adapterkit.verbs.shared.targets.resolve import Target
+from adapterkit.verbs.stats.data.masks import Masks, Rule
+from adapterkit.verbs.stats.model.gradients import Gradients
+from adapterkit.verbs.stats.sums import COMPONENTS, Sums
 
 GRADIENT = "gradient"
 WHAT = (*INPUTS, GRADIENT)

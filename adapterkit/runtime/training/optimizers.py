@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adapterkit.errors import Problems, Refused
-from adapterkit.kernels.pieces import piece
-from adapterkit.records import Json
-from adapterkit.registry import experimental
+from adapterkit.core.errors import Problems, Refused
+from adapterkit.core.records import Json
+from adapterkit.core.registry import experimental
+from adapterkit.kernels.block_sizes import piece
 from adapterkit.runtime.handle import Adapters
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.parts.factors import FactorsPart

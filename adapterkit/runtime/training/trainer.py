@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import Problems, Refused, shown
-from adapterkit.options import StrPath
+from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.options import StrPath
 from adapterkit.runtime.guard import OWNER
 from adapterkit.runtime.load import reading, writing
 from adapterkit.runtime.parts.factors import FactorsPart

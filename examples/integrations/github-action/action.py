@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, MultipleErrors, printable
+from adapterkit.core.errors import AdapterkitError, MultipleErrors, printable
 
 MOST_PROBLEMS, LONGEST = 20, 500  # of an adapter, and the letters of one: a summary holds 1 MiB
 

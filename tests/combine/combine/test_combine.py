@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit import registry
 from adapterkit.cli import main
-from adapterkit.errors import Refused
+from adapterkit.core import registry
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.combining import WEIGHTS, combined, options_of, pairs_of
 from tests.support.deltas import LAYERS, assert_close, deltas, trained, truncated, weighted
@@ -325,7 +325,7 @@ def test_one_adapter_is_not_a_combination(three, tmp_path):
 
 
 def test_values_that_overflow_are_an_error(three, tmp_path):
-    with pytest.raises(adapterkit.errors.AdapterkitError, match="finite"):
+    with pytest.raises(adapterkit.core.errors.AdapterkitError, match="finite"):
         combined(three, tmp_path / "out", (1e12, 1e12, 1.0), method="linear", dtype="fp16")
     assert not (tmp_path / "out").exists()
 
@@ -363,7 +363,7 @@ def test_the_command_writes_plans_and_resumes(three, tmp_path):
 
 def test_the_help_names_every_method_and_alias():
     text = CliRunner().invoke(main, ["combine", "--help"]).output
-    from adapterkit.combinations import ALIASES
+    from adapterkit.verbs.combine.methods import ALIASES
 
     for name in (*registry.members("combinations"), *ALIASES):
         assert re.search(rf"\b{name}\b", text), name

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.combining import WEIGHTS, combined
 from tests.support.deltas import assert_close, deltas, net, trained, truncated, weighted

@@ -5,9 +5,9 @@ import torch
 from peft.utils import merge_utils
 from safetensors.torch import load_file
 
-from adapterkit.combinations.common import DenseDeltas
 from adapterkit.kernels import elementwise
-from adapterkit.tasks.combine import ModuleSeeds
+from adapterkit.verbs.combine.methods.common import DenseDeltas
+from adapterkit.verbs.combine.tasks.combine import ModuleSeeds
 from tests.support import oracle
 from tests.support.combining import WEIGHTS, combined, narrowed, pairs_of, peft_combined
 from tests.support.deltas import assert_close, deltas, net, weighted

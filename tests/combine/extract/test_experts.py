@@ -129,7 +129,7 @@ def test_a_size_is_kept_with_stacks_and_what_is_saved_whole(dtype, experts, tmp_
 
 def test_no_stack_is_whole_in_memory(experts, tmp_path, monkeypatch):
     """Experts are read one at a time, stored together or one by one."""
-    from adapterkit.engines.local.reader import LocalReader
+    from adapterkit.core.engine.reader import LocalReader
 
     sizes, tensor = [], LocalReader.tensor
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.support import architectures, oracle
 from tests.support.deltas import truncated
 from tests.support.extraction import (
@@ -164,12 +164,12 @@ def test_biases_go_with_their_layers(saved, tmp_path):
 
 
 def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
-    from adapterkit.engines.local.reader import LocalReader
+    from adapterkit.core.engine.reader import LocalReader
 
     base = saved("llama")
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(3, linear))
     adapterkit.extract(base, after, out=tmp_path / "whole", rank=3)
-    monkeypatch.setattr("adapterkit.tasks.difference.BLOCK", 100)
+    monkeypatch.setattr("adapterkit.verbs.combine.tasks.difference.BLOCK", 100)
     sizes, tensor = [], LocalReader.tensor
     monkeypatch.setattr(
         LocalReader, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec)
@@ -331,7 +331,9 @@ def test_what_its_own_reader_refuses_is_not_published(saved, tmp_path, monkeypat
     """As if the config did not speak of what was saved whole."""
     base = saved("vit")
     after = tuned(base, oracle.vit, tmp_path / "tuned", everything)
-    monkeypatch.setattr("adapterkit.planning.extract.Extraction.settings", lambda self: {})
+    monkeypatch.setattr(
+        "adapterkit.verbs.combine.planning.extract.Extraction.settings", lambda self: {}
+    )
     with pytest.raises(AdapterkitError, match="of which the config does not speak"):
         adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
     assert not (tmp_path / "out").exists()

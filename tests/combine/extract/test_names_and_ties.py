@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapterkit
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import Refused
-from adapterkit.planning.targets.stored_targets import FactorTargets
-from adapterkit.weights.names import Names
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import Refused
+from adapterkit.core.weights.names import Names
+from adapterkit.verbs.shared.targets.stored_targets import FactorTargets
 from tests.support import architectures, oracle
 from tests.support.extraction import (
     MODEL,
@@ -103,7 +103,7 @@ def test_what_can_be_copied_of_a_model_that_nobody_knows(tmp_path):
 
 def test_targets_that_others_end_with(tmp_path):
     """A list would mean both towers; the regex means one."""
-    from adapterkit.planning.extract import ExtractedAdapter
+    from adapterkit.verbs.combine.planning.extract import ExtractedAdapter
 
     others = frozenset({"layers.0.q", "encoder.layers.0.q", "layers.0", "encoder"})
     output = ExtractedAdapter([], [], {}, {}, "", all_modules=others)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkit import resize
-from adapterkit.errors import Refused
-from adapterkit.registry import members
+from adapterkit.core.errors import Refused
+from adapterkit.core.registry import members
 from tests.support.kinds import PRUNED, SIMPLE, Case, resized, rewritten, trained
 
 
@@ -42,7 +42,7 @@ def test_an_unknown_setting_is_refused(simple, base, tmp_path):
 
 def test_settings_that_make_no_sense_are_refused(simple, base, tmp_path):
     case, adapter = simple
-    for key in members("adapters.kinds")[case.kind].settings:
+    for key in members("kinds")[case.kind].settings:
         now = json.loads((adapter / "adapter_config.json").read_text())[key]
         refused(case, base, edited(adapter, **{key: "many"}), tmp_path, f"{key} = 'many'")
         edited(adapter, **{key: now})
@@ -257,7 +257,7 @@ def test_dora_of_a_changed_base_is_refused(base, tmp_path):
 
 
 def test_dora_of_a_row_of_zeros_has_no_value(base, tmp_path):
-    from adapterkit.errors import Unrecoverable
+    from adapterkit.core.errors import Unrecoverable
 
     case = Case("dora", ["fit"], base=True)
     adapter = trained(case, base, tmp_path / "adapter")

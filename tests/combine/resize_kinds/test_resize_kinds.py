@@ -14,10 +14,10 @@ from torch import nn
 from adapterkit import resize
 from adapterkit.adapters.kinds import lokr
 from adapterkit.adapters.kinds.oft import less_identity, skew
-from adapterkit.adapters.peft import read_adapter
-from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.cli import main
-from adapterkit.registry import members
+from adapterkit.core.adapter.peft import read_adapter
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.registry import members
 from tests.support.kinds import (
     CASES,
     CONFIGS,
@@ -36,10 +36,8 @@ from tests.support.kinds import (
 
 
 def test_every_type_is_tested():
-    assert (
-        set(members("adapters.kinds")) | {"dora"} == set(CONFIGS) == {case.kind for case in CASES}
-    )
-    assert all(getattr(peft.PeftType, name.upper()) for name in members("adapters.kinds"))
+    assert set(members("kinds")) | {"dora"} == set(CONFIGS) == {case.kind for case in CASES}
+    assert all(getattr(peft.PeftType, name.upper()) for name in members("kinds"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -119,7 +117,7 @@ def test_the_ranknum_of_old_files_counts(base, tmp_path):
 
 def test_a_plan_knows_the_largest_rank_of_each_cut(base, oracle_of, tmp_path, monkeypatch):
     """With a size none may have more than so many times the rank that all could have alike."""
-    monkeypatch.setattr("adapterkit.planning.resize.SHARES", 2)
+    monkeypatch.setattr("adapterkit.verbs.combine.planning.resize.SHARES", 2)
     adapter, _ = oracle_of(Case("oft", ["wide", "fit"], OFT, base=True))
 
     def most(**cut):

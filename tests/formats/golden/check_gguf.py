@@ -33,7 +33,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 
 PROMPT = [1, 5, 9, 13, 40, 77, 200, 33]
 END = 2  # of a text

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import gguf
 
-from adapterkit.formats.library import architectures, format_named
-from adapterkit.formats.modules.names import rules_of
+from adapterkit.adapters.formats.library import architectures, format_named
+from adapterkit.adapters.formats.modules.names import rules_of
 
 OUT = Path(__file__).parent / "gguf_names.json"
 NUMBERS = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, MultipleErrors
+from adapterkit.core.errors import AdapterkitError, MultipleErrors
 from adapterkit.kernels.quant import blockwise
 from tests.support.bnb import INF, NAN, STATE, K, Q, text
 from tests.support.quantized_llama import change

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.support import oracle
 from tests.support.bnb import KINDS, K, by_transformers, config, loaded, unpacked
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.weights.codecs import bnb4
+from adapterkit.bases.quantized.codecs import bnb4
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.support import oracle, tiny
 from tests.support.bnb import (
     KINDS,

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.registry import written_formats
+from adapterkit.core.weights.codec import QuantizedWeight
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.registry import written_formats
-from adapterkit.weights.codec import QuantizedWeight
-from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support.comfy_files import (
     LINEAR,
     LOST,
@@ -35,8 +35,8 @@ SAID = [("fp8", "old"), ("fp8-e5m2", "old"), ("fp8", "header"), ("nvfp4", "heade
 
 
 def packed_of(path: Path) -> list[QuantizedWeight]:
-    from adapterkit.planning.inputs.model_checkpoint import read_checkpoint
-    from adapterkit.planning.inputs.sources import open_model
+    from adapterkit.core.inputs.base_door import read_checkpoint
+    from adapterkit.core.inputs.sources import open_model
 
     return quantized_weights(decoded_view(read_checkpoint(open_model(path))).tensors)
 

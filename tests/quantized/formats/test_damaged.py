@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adapterkit
-from adapterkit.errors import AdapterkitError
+from adapterkit.core.errors import AdapterkitError
 from tests.support import quantized_llama
 from tests.support.formats import INT, Q, stored
 from tests.support.quantized_llama import FORMS, change

@@ -12,11 +12,11 @@ import transformers
 from safetensors.torch import safe_open, save_file
 
 import adapterkit
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError
-from adapterkit.tasks import rows
-from adapterkit.weights.codec import check_writable
-from adapterkit.weights.codecs.fp8 import Fp8
+from adapterkit.bases.quantized.codecs.fp8 import Fp8
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.tasks import rows
+from adapterkit.core.weights.codec import check_writable
 from tests.support import oracle, quantized_llama
 from tests.support.formats import (
     CHANNEL,

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.core.errors import Refused
 from tests.quantized.gguf import test_families as families
 from tests.quantized.gguf.test_merges import IDS, USUAL, logits, stored, train
 from tests.support import oracle

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.formats import library
-from adapterkit.formats.library import format_named
-from adapterkit.formats.modules.names import rules_of
+from adapterkit.adapters.formats import library
+from adapterkit.adapters.formats.library import format_named
+from adapterkit.adapters.formats.modules.names import rules_of
+from adapterkit.core.errors import Refused
 from tests.support import oracle
 from tests.support.gguf_files import (
     COMMON,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import adapterkit
-from adapterkit.errors import AdapterkitError
-from adapterkit.gguf.header import TYPES
+from adapterkit.bases.gguf.header import TYPES
+from adapterkit.core.errors import AdapterkitError
 from adapterkit.kernels.quant import ggml
 from tests.quantized.gguf import test_families as families
 from tests.quantized.gguf.test_merges import header, stored, train

@@ -12,10 +12,10 @@ import transformers
 from torch import nn
 
 import adapterkit
-from adapterkit.errors import Damaged, Refused
-from adapterkit.gguf.header import GgufHeader
+from adapterkit.bases.gguf import output as gguf_model
+from adapterkit.bases.gguf.header import GgufHeader
+from adapterkit.core.errors import Damaged, Refused
 from adapterkit.kernels.quant import ggml
-from adapterkit.planning.outputs import gguf_model
 from tests.quantized.gguf.test_families import FAMILIES, READ, metadata_of, tensors_of
 from tests.quantized.gguf.test_merges import header, in_blocks, train
 from tests.support import oracle

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import adapterkit
-from adapterkit.errors import Damaged, Refused
-from adapterkit.gguf.blocks import encode_rows
-from adapterkit.gguf.header import GgufHeader, read_gguf
+from adapterkit.bases.gguf.blocks import encode_rows
+from adapterkit.bases.gguf.header import GgufHeader, read_gguf
+from adapterkit.core.errors import Damaged, Refused
+from adapterkit.core.inputs.sources import open_source
 from adapterkit.kernels import rows
 from adapterkit.kernels.quant import ggml
 from adapterkit.kernels.quant.ggml import _Trial
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.planning.inputs.sources import open_source
 from tests.support import oracle
 from tests.support.gguf_files import MODELS, blocks, gguf, llama, split, write
 from tests.support.usual import usual
@@ -236,7 +236,7 @@ def test_a_merge_is_known_again(tiny: Path, tmp_path: Path):
     data = bytearray((tmp_path / "once.gguf").read_bytes())
     data[-100] ^= 64
     (tmp_path / "once.gguf").write_bytes(data)
-    with pytest.raises(adapterkit.errors.Damaged):
+    with pytest.raises(adapterkit.core.errors.Damaged):
         adapterkit.verify(tmp_path / "once.gguf")
 
 

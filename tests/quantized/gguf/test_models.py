@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapterkit
+from adapterkit.bases.gguf.header import read_gguf
 from adapterkit.cli import main
-from adapterkit.errors import Interrupted, Refused
-from adapterkit.gguf.header import read_gguf
-from adapterkit.planning.inputs.sources import open_source
+from adapterkit.core.errors import Interrupted, Refused
+from adapterkit.core.inputs.sources import open_source
 from tests.support import oracle
 from tests.support.gguf_files import (
     MODELS,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import adapterkit
-from adapterkit.errors import Refused
-from adapterkit.gguf.header import Entry, GgufHeader, read_gguf
-from adapterkit.gguf.mixes import MIXES, types_of
-from adapterkit.planning.inputs.sources import open_source
+from adapterkit.bases.gguf.header import Entry, GgufHeader, read_gguf
+from adapterkit.bases.gguf.mixes import MIXES, types_of
+from adapterkit.core.errors import Refused
+from adapterkit.core.inputs.sources import open_source
 from tests.quantized.gguf.test_merges import header, logits, stored
 from tests.support import ggml, oracle
 from tests.support.gguf_files import MODELS, gguf, llama, split, write

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.core.errors import AdapterkitError, Refused
 from tests.support.gguf_files import blocks, gguf, llama, write
 
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import Interrupted, Refused
+from adapterkit.core.errors import Interrupted, Refused
 from tests.quantized.gguf.test_merges import train
 from tests.support.gguf_files import gguf, llama, split, write
 

@@ -1,0 +1,155 @@
+"""Which format a source is in, by its keys, metadata and settings."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import cast
+
+from adapterkit.adapters.formats.files.configs import read_config
+from adapterkit.adapters.formats.files.containers import Container, open_container
+from adapterkit.adapters.formats.files.pickles import pickles_of, rewritten_name, unsafe
+from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.schema import Format
+from adapterkit.core.adapter.keys import CONFIG as ADAPTER_CONFIG
+from adapterkit.core.checkpoint.folder import Folder, WithSubfolders
+from adapterkit.core.commands import LIST_FORMATS, command
+from adapterkit.core.errors import AdapterkitError, Refused, shown
+from adapterkit.core.records import Json, Settings
+
+PICKLE = "pickle"
+CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf"}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A source's format, its file, and what was read of it."""
+
+    form: Format
+    container: Container
+    config: Settings = field(default_factory=dict)
+    parts: tuple[str, ...] = ()  # folders of a pipeline's parts, of which it is the first one's
+
+
+def detect(folder: Folder, number: int = 0) -> Detection:
+    """The format of a source. Raises `Refused` where it is in none that is known, `Damaged` where
+    its file cannot be read."""
+    containers: dict[str, Container] = {}
+    damage: AdapterkitError | None = None
+    matches: list[Detection] = []
+    for form in formats().values():
+        for file in _files(folder, form):
+            if file not in containers:
+                try:
+                    containers[file] = open_container(folder, file, number)
+                except AdapterkitError as error:
+                    damage = error
+                    continue
+            config = _config(folder, form)
+            if _is_of(form, containers[file], config):
+                matches.append(Detection(form, containers[file], config))
+    if matches:
+        highest = max(match.form.detect.priority for match in matches)
+        first, *others = [match for match in matches if match.form.detect.priority == highest]
+        if others:
+            names = ", ".join(match.form.name for match in (first, *others))
+            raise Refused(
+                f"the file has keys of {names}",
+                expected="those of one format",
+                where=folder.label,
+                hint="take the file as its tool saved it",
+                code="AK501",
+            )
+        return first
+    if damage is not None:
+        raise damage
+    if parts := part_folders(folder):
+        first = detect(cast(WithSubfolders, folder).subfolder(parts[0]), number)
+        return replace(first, parts=parts)
+    keys = [key for container in containers.values() for key in container.tensors]
+    pickled = pickles_of(folder)
+    if pickled:
+        raise unsafe(pickled[0], folder.label)
+    is_model = "config.json" in folder.files()
+    some = f"keys such as {', '.join(map(shown, keys[:3]))}" if keys else "no file that may be one"
+    raise Refused(
+        f"this is no adapter of a known format: {some}",
+        expected=", ".join(formats()),
+        where=folder.label,
+        hint="it may be a model: give an adapter" if is_model else LIST_FORMATS,
+        code="AK501",
+    )
+
+
+def part_folders(folder: Folder) -> tuple[str, ...]:
+    """The folders of an adapter in PEFT's layout that has one for each part of a pipeline; none of
+    other adapters."""
+    ends = f"/{ADAPTER_CONFIG}"
+    names = [name.removesuffix(ends) for name in folder.files() if name.endswith(ends)]
+    here = any("/" not in name and name.endswith(tuple(CONTAINERS)) for name in folder.files())
+    return () if here else tuple(sorted(name for name in names if "/" not in name))
+
+
+def in_another_layout(folder: Folder) -> Detection | None:
+    """The format of an adapter that is not in PEFT's layout; None for all else."""
+    if "config.json" in folder.files():
+        return None
+    try:
+        detection = detect(folder)
+    except AdapterkitError:
+        return None
+    return detection if detection.form.layout == "keys" else None
+
+
+def no_model(detection: Detection, where: str) -> Refused:
+    """The refusal of an adapter where a model is expected."""
+    name, form = shown(detection.container.file), detection.form
+    return Refused(
+        f"{name} is an adapter in the format {form.name}",
+        expected="a model, or an adapter of one model",
+        where=where,
+        hint="give it as the adapter, of a pipeline's one part\n"
+        + command("adapterkit merge", "ORIGINAL", where, out="merged"),
+        code="AK206",
+    )
+
+
+def _files(folder: Folder, form: Format) -> Iterator[str]:
+    """The files of a source that may hold an adapter of this format; pickles are rewritten."""
+    files = [name for name in folder.files() if "/" not in name]
+    container, own = form.file.container, form.file.name
+    if container == PICKLE:
+        container, own = "safetensors", rewritten_name(own)
+    fits = [name for name in files if CONTAINERS.get(PurePosixPath(name).suffix) == container]
+    if own in fits:
+        yield own
+    elif len(fits) == 1:
+        yield fits[0]
+
+
+def _config(folder: Folder, form: Format) -> Settings:
+    """The settings beside a file, of all its configs."""
+    config: Json = {}
+    for name in form.file.config:
+        if name in folder.files():
+            config = read_config(folder, name) | config
+    return config
+
+
+def _is_of(form: Format, container: Container, config: Settings) -> bool:
+    words, keys = form.detect, container.tensors
+    if not (words.keys or words.config or words.metadata):
+        return False
+    return (
+        all(any(pattern.search(key) for key in keys) for pattern in words.keys)
+        and not any(pattern.search(key) for pattern in words.no_keys for key in keys)
+        and all(name in config for name in words.config)
+        and not any(name in config for name in words.no_config)
+        and all(
+            pattern.search(json.dumps(config.get(name))) for name, pattern in words.settings.items()
+        )
+        and all(
+            pattern.search(container.metadata.get(key, ""))
+            for key, pattern in words.metadata.items()
+        )
+    )

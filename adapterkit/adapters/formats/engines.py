@@ -1,0 +1,80 @@
+"""Programs that run models with adapters: what each loads, and how."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+from adapterkit.adapters.formats.tables import read_files
+from adapterkit.core import records
+from adapterkit.core.commands import command, filled
+from adapterkit.core.errors import Damaged
+from adapterkit.core.records import Json
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.formats.schema import Format
+
+
+@dataclass(frozen=True)
+class RankLimit:
+    """The rank that a server takes."""
+
+    most: int = 0  # by default; 0: not limited by a number
+    flag: str = ""  # which raises it
+
+
+@dataclass(frozen=True)
+class ModuleRule:
+    """What a client does with some modules."""
+
+    verdict: Literal["drops", "refuses", "renames"]  # the last: factors of LoRA, no finding
+    modules: re.Pattern[str]
+    why: str
+    do: str
+    of: tuple[str, ...] = ()  # architectures, or model types of bases; none: all
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program that loads adapters."""
+
+    name: str
+    title: str
+    models: Literal["language", "image"]
+    format: str  # that is written for it
+    load: str  # what loads {file} onto {base}
+    version: str  # whose sources say so
+    sources: tuple[str, ...]
+    inside: str = ""  # the name of that file in a converted folder; none: the folder
+    rank: RankLimit = RankLimit()
+    rules: tuple[ModuleRule, ...] = ()
+    like: str = ""  # another one, whose rules hold too
+
+    def reads(self, form: "Format") -> bool:
+        """Whether it reads files of a format as they are."""
+        return form.name == self.format or self.title in form.clients
+
+    def loading(self, form: str, file: str, base: str, rank: object = "RANK") -> str:
+        """What loads an adapter of a format onto a base, after a conversion where it is needed."""
+        if form == self.format:
+            return filled(self.load, file=file, base=base, rank=rank)
+        folder = f"for-{self.name}"
+        convert = command("adapterkit convert", file, to=self.format, out=folder)
+        made = f"{folder}/{self.inside}" if self.inside else folder
+        return f"{convert}\n{filled(self.load, file=made, base=base, rank=rank)}"
+
+
+@cache
+def engines() -> Mapping[str, Client]:
+    """Every one by name."""
+    known = read_files(_client, "engines")
+    more = {name: known[one.like].rules for name, one in known.items() if one.like}
+    return {
+        name: replace(one, rules=(*one.rules, *more.get(name, ()))) for name, one in known.items()
+    }
+
+
+def _client(name: str, table: Json) -> Client:
+    words, where = {"name": name, **table}, f"engines/{name}.toml"
+    return records.read(Client, words, where, hint="fix the file", kind=Damaged)

@@ -1,0 +1,176 @@
+"""Weights in a pickle (`.pt`, `.pth`, `.bin`, `.ckpt`), rewritten as a safetensors file.
+
+A pickle is a program. It is loaded only where the user allows it, and then by torch's restricted
+loader, which runs none of its functions; what it holds is checked before it is used.
+"""
+
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from adapterkit.core import dtypes
+from adapterkit.core.checkpoint.disk import storage_errors
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import build_header
+from adapterkit.core.checkpoint.shards import PICKLES, TRAINER
+from adapterkit.core.commands import command
+from adapterkit.core.errors import Damaged, Problems, Refused, listed, shown
+from adapterkit.core.lazy import Tensor, torch
+
+# under which trainers put the weights beside the state of the optimizer, counters and the like
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter")
+# litgpt adds .lora
+_NAME = re.compile(rf"(.+?)({'|'.join(map(re.escape, PICKLES))})(\.lora)?", re.IGNORECASE)
+MAX_DEPTH = 4  # of wrappers inside each other
+MAX_GROWTH = 16  # times the file's size: tensors may share a storage, but not without end
+# torch's loader has no error of its own: what damaged files were seen to raise
+LOADER_ERRORS = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
+    AttributeError, AssertionError, OverflowError, MemoryError, ImportError, OSError,
+    struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def pickles_of(folder: Folder) -> list[str]:
+    """The folder's own pickles that may hold an adapter; none where it has a safetensors file."""
+    names = [name for name in folder.files() if "/" not in name]
+    if any(name.endswith(".safetensors") for name in names):
+        return []
+    return sorted(name for name in names if is_pickle(name) and not name.startswith(TRAINER))
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file of this name holds weights as a pickle."""
+    return _NAME.fullmatch(name) is not None
+
+
+def rewritten_name(name: str) -> str:
+    """The name of a pickle's tensors as a safetensors file."""
+    match = _NAME.fullmatch(name)
+    return f"{match[1] if match else name}.safetensors"
+
+
+def unsafe(name: str, where: str) -> Refused:
+    """The refusal of a pickle that the user has not allowed."""
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"save_file(torch.load({name!r}, weights_only=True), {rewritten_name(name)!r})"
+    )
+    return Refused(
+        f"{shown(name)} is a pickle: loading it may run the code in it",
+        expected="a safetensors file",
+        where=where,
+        hint="where you trust it, --allow-pickle reads it with torch's loader of plain weights, or "
+        f"rewrite it\n{command('python -c', code)}",
+        code="AK205",
+    )
+
+
+def rewrite(source: Path, out: Path) -> list[str]:
+    """Write the tensors of a pickle to the safetensors file `out`, in their order.
+
+    The names of what was left out beside a wrapped state dict are returned. Raises `Damaged` for a
+    file that torch's restricted loader does not read, `Refused` for other values than tensors.
+    """
+    where = source.name
+    tensors, left_out = _weights(_load(source), where)
+    _check(tensors, source.stat().st_size, where)
+    header, starts = build_header(
+        [(key, dtypes.name_of(t.dtype), tuple(t.shape)) for key, t in tensors.items()], {}
+    )
+    with storage_errors(out), out.open("xb") as file:
+        file.write(header)
+        for tensor, start in zip(tensors.values(), starts, strict=True):
+            file.seek(start)
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return left_out
+
+
+def _load(source: Path) -> Any:
+    """The value in a pickle, its tensors mapped from the file where it is an archive."""
+    try:
+        archive = zipfile.is_zipfile(source)
+        if archive:
+            with zipfile.ZipFile(source) as members:
+                packed = [m.filename for m in members.infolist() if m.compress_type]
+            if packed:
+                raise ValueError(f"compressed members: {listed(packed)}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols that the loader reads or refuses anyway
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=archive)
+    except LOADER_ERRORS as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Damaged(
+            f"torch's loader of plain weights does not read it: {shown(reason[0])}",
+            expected="a file of torch.save that holds tensors only",
+            where=source.name,
+            hint="save the state dict alone, or better a safetensors file, where it was trained",
+            code="AK205",
+        ) from error
+
+
+def _weights(value: object, where: str, depth: int = 0) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a loaded value, and the names of what is beside it."""
+    if not isinstance(value, Mapping):
+        raise _no_state_dict(f"a {type(value).__name__}", where)
+    if value and all(isinstance(one, Tensor) for one in value.values()):
+        return dict(value), []
+    inner = [key for key in WRAPPERS if isinstance(value.get(key), Mapping) and value[key]]
+    loose = [key for key, one in value.items() if isinstance(one, Tensor)]
+    if len(inner) != 1 or loose or depth == MAX_DEPTH:
+        others = [key for key in value if key not in loose]
+        problem = f"tensors beside {listed(others)}" if loose else listed(others) or "nothing"
+        raise _no_state_dict(problem, where)
+    tensors, left_out = _weights(value[inner[0]], where, depth + 1)
+    return tensors, [shown(key) for key in value if key != inner[0]] + left_out
+
+
+def _no_state_dict(problem: str, where: str) -> Refused:
+    return Refused(
+        problem,
+        expected=f"a state dict, or one under {', '.join(WRAPPERS)}",
+        where=where,
+        hint="save the state dict of the adapter alone",
+        code="AK205",
+    )
+
+
+def _check(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
+    """Refuse keys and tensors that a safetensors file of about this size cannot hold."""
+    Problems(
+        [
+            Refused(
+                problem,
+                expected="tensors of numbers, each under a name",
+                where=where,
+                hint="save the state dict of the adapter alone",
+                code="AK205",
+            )
+            for problem in _problems(tensors)
+        ]
+    ).raise_all()
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    if total > MAX_GROWTH * size:
+        raise Damaged(
+            f"a file of {size} bytes has {total} bytes of tensors",
+            expected=f"at most {MAX_GROWTH} times the file",
+            where=where,
+            hint="save clones of the tensors",
+            code="AK205",
+        )
+
+
+def _problems(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    for key, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not isinstance(key, str):
+            yield f"the key {shown(key)!r}, a {type(key).__name__}"
+        elif not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+            yield f"{shown(key)!r} is no plain tensor"
+        elif not dtypes.has_name(tensor.dtype):
+            yield f"{shown(key)!r} is {tensor.dtype}"

@@ -1,0 +1,190 @@
+"""An image or video model in one file: its family and the parts of a pipeline that it holds, by the
+names of its keys."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import TypeVar
+
+from adapterkit.adapters.formats.library import one_file
+from adapterkit.adapters.formats.modules.names import (
+    ComponentNames,
+    Match,
+    Size,
+    first_words,
+    likely,
+    names_of,
+)
+from adapterkit.adapters.formats.schema import Format, NameWords
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.errors import Refused
+
+IN_PROJ = re.compile(r"(?<=\.in_proj)_(weight|bias)$")  # of OpenCLIP's attention
+LEAST = 0.5  # share of the denoiser's modules whose names are known, of a file of the family
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Where a part of the pipeline is in the file."""
+
+    prefix: str  # of its keys
+    naming: str  # the column of the architecture's rules that its names are in
+
+
+@dataclass(frozen=True)
+class OneFileModel(Checkpoint):
+    """The checkpoint of an image or video model in its publisher's names."""
+
+    architecture: str = ""
+    parts: Mapping[str, FilePart] = field(default_factory=dict)  # by component
+
+    @cached_property
+    def modules(self) -> set[str]:
+        """The modules by their names in the file."""
+        return _modules(self.tensors)
+
+    def names_layer(self, module: str) -> bool:
+        return any(self.found(module))
+
+    def found(self, module: str) -> Iterator[tuple[str, ComponentNames, Match]]:
+        """The components that a module of the file may be of, with the rule that names it."""
+        for component, part in self.parts.items():
+            if module.startswith(part.prefix):
+                names = names_of(self.architecture, component, part.naming)
+                for match in names.find(module.removeprefix(part.prefix)):
+                    yield component, names, match
+
+    @property
+    def names(self) -> Format:
+        """A format whose modules are named as in this file."""
+        prefixes = {component: (part.prefix,) for component, part in self.parts.items()}
+        form = one_file()
+        words = NameWords(architectures=(self.architecture,), components=prefixes)
+        return replace(form, names=words)
+
+    @property
+    def namings(self) -> dict[str, str]:
+        """The column of each component's names."""
+        return {component: part.naming for component, part in self.parts.items()}
+
+
+Model = TypeVar("Model", bound=OneFileModel)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The modules of one part of a file that an architecture knows."""
+
+    part: FilePart
+    names: ComponentNames
+    matches: Mapping[str, Match]  # by the name in the file
+    of: int  # modules of the part
+
+    @property
+    def is_denoiser(self) -> bool:
+        return bool(self.matches) and len(self.matches) >= LEAST * self.of
+
+    @property
+    def meaning(self) -> dict[str, tuple]:
+        """What its names are in the model, and the orders of their rows."""
+        naming = self.part.naming
+        return {
+            head: (*self.names.models(match), match.rule.rows, match.rule.steps.get(naming))
+            for head, match in self.matches.items()
+        }
+
+
+Found = dict[str, dict[str, _Known]]  # architecture -> component -> its modules
+
+
+def with_parts(checkpoint: Checkpoint, kind: type[Model] = OneFileModel) -> Model | None:
+    """The checkpoint as an image or video model's; None where its keys are of none. `Refused` where
+    they are of several families that mean other modules by them. `kind`: of its container."""
+    modules, form = sorted(_modules(checkpoint.tensors)), one_file()
+    found: Found = {}
+    for name in form.names.architectures:
+        denoiser, *others = form.components(name)
+        known = _known(form, name, denoiser, modules, LEAST)
+        if known is not None and known.is_denoiser:
+            parts = {one: _known(form, name, one, modules) for one in others}
+            found[name] = {denoiser: known} | {k: v for k, v in parts.items() if v and v.matches}
+    if not found:
+        return None
+    fits = _best(found, lambda parts: len(next(iter(parts.values())).matches))
+    sizes = {name: list(_sizes(checkpoint, next(iter(found[name].values())))) for name in fits}
+    metadata = next(iter(checkpoint.shards.values())).metadata
+    fits = {name: fits[name] for name in likely(sizes, metadata)}
+    fits = _best(fits, lambda parts: sum(len(one.matches) for one in parts.values()))
+    meanings = [[one.meaning for one in parts.values()] for parts in fits.values()]
+    if any(meaning != meanings[0] for meaning in meanings):
+        raise Refused(
+            f"the file's names are those of {' and '.join(fits)}",
+            expected="keys of one family of models",
+            where=checkpoint.folder.label,
+            hint="take the file as its publisher has it",
+            code="AK502",
+        )
+    name = next(iter(fits))
+    parts = {component: known.part for component, known in fits[name].items()}
+    known = {one.name for one in fields(kind)}
+    own = {key: value for key, value in vars(checkpoint).items() if key in known}
+    return kind(**own, architecture=name, parts=parts)
+
+
+def family_of(checkpoint: Checkpoint) -> str | None:
+    """The architecture of an image or video model, in its publisher's names or the model's; None of
+    others."""
+    if "model_type" in checkpoint.config:
+        return None
+    with suppress(Refused):
+        model = checkpoint if isinstance(checkpoint, OneFileModel) else with_parts(checkpoint)
+        return None if model is None else model.architecture
+    return None
+
+
+def _best(found: Found, count: Callable[[dict[str, _Known]], int]) -> Found:
+    most = max(map(count, found.values()))
+    return {name: parts for name, parts in found.items() if count(parts) == most}
+
+
+def _modules(keys: Iterable[str]) -> set[str]:
+    return {IN_PROJ.sub(r".\1", key).rpartition(".")[0] for key in keys}
+
+
+def _known(
+    form: Format, name: str, component: str, modules: Sequence[str], least: float = 0
+) -> _Known | None:
+    """What an architecture knows of a component, in the naming that fits best; None where the file
+    has none of its prefixes, or where first words show that it is less than `least` of the part."""
+    prefixes = form.components(name)[component]
+    prefix = next((p for p in prefixes if any(one.startswith(p) for one in modules)), None)
+    if prefix is None:
+        return None
+    heads = [one.removeprefix(prefix) for one in modules if one.startswith(prefix)]
+    words, ways = Counter(head.partition(".")[0] for head in heads), []
+    for naming in form.namings(name):
+        own = first_words(name, component, naming)
+        if least and sum(words[word] for word in own) < least * len(heads):
+            continue  # before patterns are made, which takes longer than all else
+        names = names_of(name, component, naming)
+        matches = {head: found[0] for head in heads if (found := names.find(head))}
+        ways.append(_Known(FilePart(prefix, naming), names, matches, len(heads)))
+    return max(ways, key=lambda way: len(way.matches), default=None)
+
+
+def _sizes(checkpoint: Checkpoint, known: _Known) -> Iterator[Size]:
+    """Rows and inputs of the model's modules, by the file's weights."""
+    for head, match in known.matches.items():
+        spec = checkpoint.tensors.get(f"{known.part.prefix}{head}.weight")
+        if spec is None or len(spec.shape) < 2:
+            continue
+        inputs = spec.shape[1] * (2 if spec.dtype == "U8" else 1)  # pairs of FP4 values
+        models = known.names.models(match)
+        shares = [one if isinstance(one, int) else 1 for one in match.rule.rows]
+        shares = shares if len(shares) == len(models) else [1] * len(models)
+        for module, share in zip(models, shares, strict=True):
+            yield Size(module, Fraction(spec.shape[0] * share, sum(shares)), inputs)

@@ -1,0 +1,335 @@
+"""Module names in the naming of a format and in that of the model, by an architecture's rules."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache, reduce
+from operator import or_
+from typing import NamedTuple
+
+from adapterkit.adapters.formats.library import architectures
+from adapterkit.adapters.formats.schema import MODEL, Architecture, ComponentWords, NamingRule
+
+PLACE = re.compile(r"\{(\w+)\}")
+NUMBER = re.compile(r"[A-Z]")  # the places that stand for a number; others name tables
+Values = Mapping[str, str]  # of the places of a pattern
+Tables = Mapping[str, Mapping[str, str]]
+
+
+class Size(NamedTuple):
+    """What tells of an architecture: a module of the model, the rows and inputs of its weight."""
+
+    module: str
+    rows: Fraction  # of a part of fused rows, by its share
+    inputs: int
+
+
+@dataclass(frozen=True)
+class Match:
+    """A rule that a name fits, and the values of its places."""
+
+    rule: NamingRule
+    values: tuple[tuple[str, str], ...]
+    part: int = 0  # which of the rule's modules it is, for a name of the model
+
+
+class ComponentNames:
+    """The names of one architecture's component in one naming and style."""
+
+    def __init__(self, architecture: Architecture, component: str, naming: str, style: str):
+        self.naming, self.style = naming, style
+        self.rules = rules_of(architecture, component)
+        words = architecture.components.get(component, ComponentWords())
+        self.inside = words.inside.get(naming, "")
+        self.renames = renames_of(architecture, component)
+        self._named = [
+            (re.compile(self._regex(text, rule.tables, own=True)), rule, part)
+            for rule in self.rules
+            for part, text in enumerate(self._texts(rule))
+        ]
+        self._model = [
+            (re.compile(self._regex(text, rule.tables, own=False)), rule, part)
+            for rule in self.rules
+            for part, text in enumerate(rule.model)
+        ]
+        self._any_named = _any_of(pattern for pattern, _, _ in self._named)
+        self._any_model = _any_of(pattern for pattern, _, _ in self._model)
+
+    def _texts(self, rule: NamingRule) -> tuple[str, ...]:
+        """A rule's names in this naming: one, each of its modules', or none."""
+        if self.naming == MODEL:
+            return rule.model
+        text = self._text(rule)
+        return () if text is None else (text,)
+
+    def _text(self, rule: NamingRule) -> str | None:
+        """A rule's name in this naming: empty for what is no module there, None without one."""
+        text = rule.namings.get(self.naming)
+        return self.inside + text if text else text
+
+    def unlisted(self, module: str) -> str:
+        """The name in a file of a module of the model that no rule lists."""
+        return in_style(self.inside + self.in_rules(module), self.style)
+
+    def in_rules(self, module: str) -> str:
+        """A module of the model as the rules spell it."""
+        for spelling, replacement in self.renames.items():
+            module = re.sub(spelling, replacement, module)
+        return module
+
+    def find(self, name: str) -> list[Match]:
+        """The rules that a name of a file fits."""
+        if not self._any_named.fullmatch(name):
+            return []
+        own = self.naming != MODEL
+        matches = [
+            Match(rule, self._keys(m.groupdict(), rule.tables, own=own), part)
+            for pattern, rule, part in self._named
+            if (m := pattern.fullmatch(name))
+        ]
+        # a module of the model may be in several rules, each for other namings
+        return matches[:1] if not own else matches
+
+    def find_model(self, name: str) -> list[Match]:
+        """The rules that a module of the model fits, written with dots."""
+        name = self.in_rules(name)
+        if not self._any_model.fullmatch(name):
+            return []
+        return [
+            Match(rule, self._keys(m.groupdict(), rule.tables, own=False), part)
+            for pattern, rule, part in self._model
+            if (m := pattern.fullmatch(name))
+        ]
+
+    def named(self, module: str) -> tuple[Match, str] | None:
+        """The rule by which a module of the model has a name in a file, and the name."""
+        texts = ((match, self.text(match)) for match in self.find_model(module))
+        return next(((match, text) for match, text in texts if text is not None), None)
+
+    def text(self, match: Match) -> str | None:
+        """The name in a file; None where this naming has none for it."""
+        if self.naming == MODEL:
+            name = _filled(match.rule.model[match.part], match, own=False)
+        elif (text := self._text(match.rule)) is not None:
+            name = _filled(text, match, own=True)
+        else:
+            return None
+        return in_style(name, self.style)
+
+    def stacked(self, rule: NamingRule) -> str | None:
+        """The number that a rule's name in this naming lacks: one tensor holds all its modules."""
+        if self.naming == MODEL or self.naming not in rule.namings:
+            return None
+        own = set(PLACE.findall(rule.namings[self.naming]))
+        return next((place for place in PLACE.findall(rule.model[0]) if place not in own), None)
+
+    def models(self, match: Match) -> list[str]:
+        """The modules of the model that a name of a file stands for."""
+        parts = (match.rule.model[match.part],) if self.naming == MODEL else match.rule.model
+        return [_filled(text, match, own=False) for text in parts]
+
+    def _keys(self, values: Values, tables: Tables, *, own: bool) -> tuple[tuple[str, str], ...]:
+        """Values of places, of tables their keys; `own`: as a name in this naming has them."""
+        return tuple(
+            (place, value if NUMBER.fullmatch(place) else self._key(tables[place], value, own))
+            for place, value in values.items()
+        )
+
+    def _key(self, table: Mapping[str, str], value: str, own: bool) -> str:
+        """The key of a table's text in a name."""
+        for key, text in table.items():
+            if value == in_style(key if own else text, self.style if own else "dots"):
+                return key
+        return next(key for key, text in table.items() if value == in_style(text, self.style))
+
+    def _regex(self, text: str, tables: Tables, *, own: bool) -> str:
+        """The pattern of a rule's text; `own`: in this naming and style, else the model's."""
+        style = self.style if own else "dots"
+        own = own and self.naming != MODEL
+        parts: list[str] = []
+        seen: set[str] = set()
+        for index, piece in enumerate(PLACE.split(text)):
+            if index % 2 == 0:
+                parts.append(_styled(piece, style))
+            elif piece in seen:
+                parts.append(f"(?P={piece})")
+            else:
+                seen.add(piece)
+                parts.append(f"(?P<{piece}>{_values(piece, tables, style, own)})")
+        return "".join(parts)
+
+
+def _any_of(patterns: Iterable[re.Pattern[str]]) -> re.Pattern[str]:
+    """What every name matches that one of the patterns does; most names fit no architecture but
+    their own, and one pattern tells that faster than a hundred."""
+    loose = (re.sub(r"\(\?P=\w+\)", ".+", pattern.pattern) for pattern in patterns)
+    return re.compile("|".join(re.sub(r"\(\?P<\w+>", "(?:", text) for text in loose) or r"(?!)")
+
+
+def _values(place: str, tables: Tables, style: str, own: bool) -> str:
+    if NUMBER.fullmatch(place):
+        return r"\d+"
+    table = tables[place]
+    return "|".join(_styled(text, style) for text in (table if own else table.values()))
+
+
+def _filled(text: str, match: Match, *, own: bool) -> str:
+    """A pattern with the places of a match filled in."""
+    values = dict(match.values)
+
+    def fill(place: re.Match) -> str:
+        value = values[place[1]]
+        is_own = own or NUMBER.fullmatch(place[1])
+        return value if is_own else match.rule.tables[place[1]][value]
+
+    return PLACE.sub(fill, text)
+
+
+def _styled(text: str, style: str) -> str:
+    return re.escape(in_style(text, style))
+
+
+def in_style(text: str, style: str) -> str:
+    """A name with dots as a format's style has it."""
+    return text.replace(".", "_") if style == "underscores" else text
+
+
+def rules_of(architecture: Architecture, component: str) -> list[NamingRule]:
+    """A component's rules, and those of included architectures: of the component of that name, or
+    of all where there is none. Tables that it has too take the place of the included ones."""
+    words = architecture.components.get(component)
+    if words is None:
+        return []
+    rules = [replace(rule, tables=architecture.tables) for rule in words.rules]
+    for name in words.include:
+        own = architectures()[name].components
+        for part in [component] if component in own else own:
+            rules += [
+                replace(rule, tables={**rule.tables, **architecture.tables})
+                for rule in rules_of(architectures()[name], part)
+            ]
+    return rules
+
+
+def renames_of(architecture: Architecture, component: str) -> dict[str, str]:
+    """A component's table, and those of included architectures."""
+    words = architecture.components.get(component, ComponentWords())
+    included = [renames_of(architectures()[name], component) for name in words.include]
+    return reduce(or_, included, dict(words.renames))
+
+
+def kernel_of(among: Sequence[str], component: str, module: str) -> tuple[int, ...] | None:
+    """The kernel of a module's convolution, () of a linear layer; None without architectures."""
+    for name in among:
+        for pattern, kernel in _kernels(architectures()[name], component):
+            if re.search(pattern, module):
+                return kernel
+    return () if among else None
+
+
+def _kernels(architecture: Architecture, component: str) -> list[tuple[str, tuple[int, ...]]]:
+    """A component's table, its own entries before those of included architectures."""
+    words = architecture.components.get(component)
+    if words is None:
+        return []
+    included = (pair for n in words.include for pair in _kernels(architectures()[n], component))
+    return [*words.kernels.items(), *included]
+
+
+@cache
+def names_of(architecture: str, component: str, naming: str, style: str = "dots") -> ComponentNames:
+    """The names of an architecture's component; made once."""
+    return ComponentNames(architectures()[architecture], component, naming, style)
+
+
+@cache
+def first_words(architecture: str, component: str, naming: str) -> frozenset[str]:
+    """What names of a file begin with, up to their first dot."""
+    words: set[str] = set()
+    for rule in rules_of(architectures()[architecture], component):
+        texts = rule.model if naming == MODEL else (rule.namings.get(naming, ""),)
+        for word in (text.partition(".")[0] for text in texts if text):
+            place = PLACE.search(word)
+            table = rule.tables[place[1]] if place else {"": ""}
+            rows = table.values() if naming == MODEL else table
+            words |= {PLACE.sub(row, word).partition(".")[0] for row in rows}
+    return frozenset(words)
+
+
+def likely(sizes: Mapping[str, Sequence[Size]], metadata: Mapping[str, str]) -> list[str]:
+    """The architectures for which metadata, widths or numbers of blocks speak most, of those that
+    rows and numbers of blocks do not rule out, then metadata, then widths; where one of these rules
+    out all, it tells nothing. `sizes`: the modules by the names of each."""
+    fits = list(sizes)
+    tests: tuple[Callable[[str], list[bool]], ...] = (
+        lambda name: [
+            *_by_rows(name, sizes[name]),
+            *(count <= max(own) for count, own in _blocks(name, sizes[name])),
+        ],
+        lambda name: _by_metadata(name, metadata),
+        lambda name: _by_width(name, sizes[name]),
+    )
+    for test in tests:
+        fits = [name for name in fits if all(test(name))] or fits
+    evidence = {
+        name: (
+            all(own) if (own := _by_metadata(name, metadata)) else False,
+            all(own) if (own := _by_width(name, sizes[name])) else False,
+            any(count in own for count, own in _blocks(name, sizes[name])),
+        )
+        for name in fits
+    }
+    best = max(evidence.values(), default=None)
+    return [name for name in fits if evidence[name] == best]
+
+
+def _by_metadata(name: str, metadata: Mapping[str, str]) -> list[bool]:
+    hints = architectures()[name].detect.metadata
+    return [p.search(metadata[key]) is not None for key, p in hints.items() if key in metadata]
+
+
+def _by_width(name: str, sizes: Sequence[Size]) -> list[bool]:
+    return [
+        one.inputs in expected
+        for pattern, expected in architectures()[name].detect.shapes.items()
+        for one in sizes
+        if re.search(pattern, one.module)
+    ]
+
+
+def _by_rows(name: str, sizes: Sequence[Size]) -> list[bool]:
+    return [
+        one.rows * inputs == one.inputs * rows
+        for pattern, (rows, inputs) in architectures()[name].detect.ratios.items()
+        for one in sizes
+        if re.search(pattern, one.module)
+    ]
+
+
+def _blocks(name: str, sizes: Sequence[Size]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """How many blocks of each stack there are at least, and how many there may be."""
+    for stack, expected in architectures()[name].detect.blocks.items():
+        pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
+        numbers = [int(m[1]) for one in sizes if (m := pattern.match(one.module))]
+        if numbers:
+            yield max(numbers) + 1, expected
+
+
+def of_type(among: Iterable[str], model_type: str | None) -> list[str]:
+    """The architectures that say that they are those of models of this type."""
+    return [name for name in among if model_type in architectures()[name].detect.models]
+
+
+def fitting(modules: Iterable[tuple[str, str]], among: Iterable[str]) -> list[str]:
+    """The architectures in whose components all these (component, name of the model) are."""
+    pairs = list(modules)
+    return [
+        name
+        for name in among
+        if all(
+            component in architectures()[name].components
+            and names_of(name, component, MODEL).find_model(module)
+            for component, module in pairs
+        )
+    ]

@@ -1,0 +1,82 @@
+"""Adapters for a base with more inputs: control images beside the latents widen its first layer.
+
+A client that widens the base's weight, with zeros, takes them; others fail on the shapes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from adapterkit.adapters.formats.library import architectures, formats
+from adapterkit.adapters.formats.modules.kinds import FACTORS, SHAPE
+from adapterkit.adapters.formats.modules.record import AdapterModule, Modules
+from adapterkit.adapters.formats.modules.tensors import Expression, constant
+from adapterkit.adapters.formats.schema import Format
+from adapterkit.core.errors import Refused, listed, shown
+from adapterkit.core.weights.reader import TensorReader
+
+
+def with_widths(modules: Modules, form: Format, names: Sequence[str]) -> list[AdapterModule]:
+    """The modules, with the shape of each widened weight where files in the format say it.
+
+    `names`: the architectures that tell the base's inputs. `Refused` where clients of the format
+    do not widen the base.
+    """
+    wide = [module.path for module in modules if _is_wide(module, names)]
+    if wide and not form.widens:
+        others = [one.name for one in formats().values() if one.widens and one.writes]
+        raise Refused(
+            f"there are more inputs than the base has, in {listed(wide)}",
+            expected=f"the base's shapes: clients of {form.title} do not widen its weights",
+            where="--to",
+            hint=f"choose one of {', '.join(others)}, whose clients do",
+            code="AK503",
+        )
+    has_shape = SHAPE in form.kinds.get(FACTORS, ())
+    return [
+        _with_shape(module) if has_shape and module.path in wide else without_shape(module)
+        for module in modules
+    ]
+
+
+def check_shape(parts: Mapping[str, Expression], reader: TensorReader, where: str) -> None:
+    """`Refused` where the shape of the weight is not that of its factors' product."""
+    if SHAPE not in parts:
+        return
+    shape = parts[SHAPE].value(reader).tolist()
+    expected = [parts["b"].shape[0], *parts["a"].shape[1:]]
+    if shape != expected:
+        keys = ", ".join(shown(spec.key) for spec in parts[SHAPE].reads)
+        raise Refused(
+            f"{keys} is {shape}",
+            expected=f"the shape of its factors' product, {expected}",
+            where=where,
+            hint="save the adapter again",
+            code="AK503",
+        )
+
+
+def without_shape(module: AdapterModule) -> AdapterModule:
+    """The module without the shape of its weight."""
+    if SHAPE not in module.parts:
+        return module
+    return replace(module, parts={role: p for role, p in module.parts.items() if role != SHAPE})
+
+
+def _is_wide(module: AdapterModule, names: Sequence[str]) -> bool:
+    """Whether the source says so, or a has more columns than the weight in these architectures."""
+    if module.kind != FACTORS:
+        return False
+    known = [
+        words.inputs[module.name]
+        for name in names
+        if (words := architectures()[name].components.get(module.component)) is not None
+        and module.name in words.inputs
+    ]
+    return SHAPE in module.parts or (bool(known) and module.parts["a"].shape[1] > max(known))
+
+
+def _with_shape(module: AdapterModule) -> AdapterModule:
+    if SHAPE in module.parts:
+        return module
+    shape = constant((module.parts["b"].shape[0], module.parts["a"].shape[1]), "I64")
+    return replace(module, parts={**module.parts, SHAPE: shape})

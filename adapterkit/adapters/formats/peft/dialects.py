@@ -1,0 +1,279 @@
+"""What readers of PEFT's layout, such as servers, want besides: experts one by one or stacked,
+names as the base's file has them, one rank and scale; and what they do not read."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from adapterkit.adapters.formats.base_model import NamedBase
+from adapterkit.adapters.formats.modules.experts import split_experts, stack_experts
+from adapterkit.adapters.formats.modules.kinds import (
+    COPY,
+    EXPERTS,
+    FACTORS,
+    PARAMETER,
+    PLAIN,
+    TOKENS,
+    VALUE,
+)
+from adapterkit.adapters.formats.modules.record import AdapterModule, Contents, Modules
+from adapterkit.adapters.formats.modules.tensors import Expression, zeros
+from adapterkit.adapters.formats.schema import Format
+from adapterkit.adapters.formats.uniform_rank import uniform
+from adapterkit.adapters.formats.write import unsupported
+from adapterkit.core.commands import MERGE
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.core.weights.reader import TensorReader
+
+SINGLE = re.compile(r"\.experts\.\d+\.")  # in the name of a module of one expert
+DENOISERS = ("transformer", "unet")  # whose experts are modules, each by itself
+GIVE_BASE = "give --base, the model that the adapter is for"
+
+
+def arranged(
+    contents: Contents, form: Format, model: NamedBase | None, reader: TensorReader
+) -> Contents:
+    """The contents as the dialect has them; `Refused` with all that its readers do not take, and
+    where it depends on a base that is not given."""
+    words = form.adapter
+    modules, notes = without_copies(contents.modules, form)
+    contents = replace(contents, modules=tuple(modules), notes=(*contents.notes, *notes))
+    undecided = _undecided(contents, model) if contents.format != form.name else []
+    Problems([*undecided, *refusals(contents, form)]).raise_all()
+    if model is not None:
+        modules = renamed(modules, model, in_file=False)
+    modules = _experts(modules, words.experts, model, reader, contents.folders[0].label)
+    modules += _zeros_beside(modules, words.together, model, contents.folders[0].label)
+    if words.names == "base" and model is not None:
+        modules = renamed(modules, model, in_file=True)
+    elif words.names == "base":
+        note = "module names were not checked: give --base to compare them with the model"
+        contents = replace(contents, notes=(*contents.notes, note))
+    if form.scale.uniform:
+        before, modules = modules, uniform(modules)
+        contents = replace(contents, notes=(*contents.notes, *_uniform_notes(before, modules)))
+    if model is not None:  # the order in which PEFT nests them
+        order = {name: at for at, name in enumerate(model.stacks)}
+        modules = sorted(modules, key=lambda m: order.get(m.name, -1) if m.kind == EXPERTS else -1)
+    return replace(contents, modules=tuple(modules))
+
+
+def _uniform_notes(before: Modules, after: Modules) -> list[str]:
+    """How many modules were padded, and into how many b's a scale was folded."""
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if b.kind in PLAIN]
+    padded = sum(a.rank != b.rank for a, b in pairs)
+    folded = sum(not math.isclose(a.scale, b.scale, rel_tol=1e-12) for a, b in pairs)
+    notes = []
+    if padded:
+        notes.append(f"one rank, {pairs[0][1].rank}: {padded} modules have zeros up to it")
+    if folded:
+        notes.append(f"one scale, {pairs[0][1].scale:g}: that of {folded} modules is in b now")
+    return notes
+
+
+def without_copies(modules: Modules, form: Format) -> tuple[list[AdapterModule], list[str]]:
+    """Without the base's own weights that PEFT saves beside an embedding's factors, where the
+    dialect has none."""
+    copies = [m.path for m in modules if m.kind == COPY]
+    if not copies or not form.kinds:
+        return list(modules), []
+    note = f"left out, as the base has them: the weights of {listed(copies)}"
+    return [m for m in modules if m.kind != COPY], [note]
+
+
+def _undecided(contents: Contents, model: NamedBase | None) -> list[AdapterkitError]:
+    """Refusals of factors of parameters of which the file leaves open which they are of, or which
+    way round."""
+    modules = list(dict.fromkeys(m.path for m in contents.modules if m.kind == PARAMETER))
+    if not modules:
+        return []
+    return [
+        Refused(
+            f"the file does not tell which factors of {listed(modules)} are whose, and which way "
+            "round",
+            expected="stacks of experts that the file or the base tells apart (PEFT's keys name "
+            "the nesting, not the parameters)",
+            where=contents.folders[0].label,
+            hint=GIVE_BASE if model is None else MERGE,
+            code="AK402",
+        )
+    ]
+
+
+def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
+    """Refusals of settings, kinds and trained modules that the dialect's readers do not take."""
+    where = contents.folders[0].label
+    errors = Problems(
+        [
+            Refused(
+                f"{name} = {shown(json.dumps(contents.config[name]))}: {one.why}",
+                expected=f"what {form.title} reads",
+                where=where,
+                hint=one.hint,
+                code="AK503",
+            )
+            for name, one in form.adapter.refuse.items()
+            if name in contents.config and one.value.search(json.dumps(contents.config[name]))
+        ],
+        code="AK503",
+    )
+    if not form.kinds:
+        return errors
+    saved = form.adapter.saved
+    values = [
+        m.path
+        for m in contents.modules
+        if m.kind == TOKENS or (m.kind == VALUE and m.name.rpartition(".")[2] not in saved)
+    ]
+    if values:
+        errors.add(
+            f"{len(values)} modules have values trained in place of the base's: {listed(values)}",
+            f"low-rank factors{''.join(f', {name}' for name in saved)}: {form.title} "
+            "reads no others",
+            MERGE,
+            where=where,
+        )
+    others = (VALUE, TOKENS, PARAMETER, EXPERTS)  # experts: once they are in the dialect's layout
+    own = tuple(m for m in contents.modules if m.kind not in others)
+    return errors + unsupported(replace(contents, modules=own), form, MERGE)
+
+
+def _experts(
+    modules: Modules, layout: str, model: NamedBase | None, reader: TensorReader, where: str
+) -> list[AdapterModule]:
+    """Experts in the layout that the dialect has."""
+    stacked = [m for m in modules if m.kind == EXPERTS]
+    single = [m for m in modules if SINGLE.search(m.name) and m.component not in DENOISERS]
+    foreign = {"stacks": single, "each": stacked, "base": stacked}[layout]
+    if model is None:
+        if foreign:
+            raise Refused(
+                f"{len(foreign)} modules of experts are in another layout: "
+                f"{listed([m.path for m in foreign])}",
+                expected="the model, whose file tells which module of an expert is which part of a "
+                "stack",
+                where=where,
+                hint=GIVE_BASE,
+                code="AK402",
+            )
+        return list(modules)
+    if not (stacked or single):
+        return list(modules)
+    whole = stack_experts(modules, model.stacks.values(), reader)
+    if layout == "stacks":
+        return whole
+    return split_experts(
+        whole, model.stacks, reader, all_of_them=layout == "each", complete=layout == "base"
+    )
+
+
+def _zeros_beside(
+    modules: Modules, together: Sequence[Sequence[str]], model: NamedBase | None, where: str
+) -> list[AdapterModule]:
+    """Zeros for modules that readers want beside others: k and v beside q. `Refused` with all that
+    are missing where no base tells their shapes."""
+    known = {m.name: m for m in modules if m.kind == FACTORS}
+    added: list[AdapterModule] = []
+    lacking: list[str] = []
+    for module in known.values():
+        home, _, leaf = module.name.rpartition(".")
+        group = next((group for group in together if leaf in group), ())
+        present = [name for name in group if f"{home}.{name}" in known]
+        if not present or present[0] != leaf:
+            continue  # once for each group
+        for name in (f"{home}.{other}" for other in group if other not in present):
+            parameter = None if model is None else model.names.parameter(f"{name}.weight")
+            if model is None:
+                lacking.append(name)
+            elif parameter is not None:  # else the model has no such module
+                out, width = parameter.shape
+                dtype = module.parts["a"].dtype
+                parts: dict[str, Expression] = {
+                    "a": zeros((module.rank, width), dtype),
+                    "b": zeros((out, module.rank), dtype),
+                }
+                added.append(replace(module, name=name, parts=parts, stored_alpha=None))
+    if lacking:
+        raise Refused(
+            f"{len(lacking)} modules are missing beside others: {listed(lacking)}",
+            expected="them too, of zeros if need be: the server reads them together",
+            where=where,
+            hint=GIVE_BASE,
+            code="AK503",
+        )
+    return added
+
+
+def renamed(modules: Modules, model: NamedBase, *, in_file: bool) -> list[AdapterModule]:
+    """The modules under the base's names: its file's, or those of the model that is loaded.
+    `Refused` with all that have none in the file, or several that fit."""
+    names = model.checkpoint.tensors if in_file else model.names.all()
+    errors = Problems(where=model.checkpoint.folder.label, code="AK401")
+    result = []
+    taken: dict[tuple[str, str, int], str] = {}  # -> the module's name in the adapter
+    # single experts are modules of the file alone
+    places = (names,) if in_file else (names, model.checkpoint.tensors)
+    tables = [defaultdict(list) for _ in places]  # modules by the last words of their names
+    for table, place in zip(tables, places, strict=True):
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in place):
+            table[name.rpartition(".")[2]].append(name)
+    for module in modules:
+        own = _names_of(module, model, names, in_file)
+        for table in tables:
+            last = module.name.rpartition(".")[2]
+            own = own or _longest_end(module.name, table[last])
+        if not own and not in_file:  # a layer without a weight of its own
+            own = [module.name]
+        key = (own[0] if own else "", module.kind, module.depth)
+        if len(own) == 1 and taken.setdefault(key, module.name) == module.name:
+            result.append(replace(module, name=own[0]))
+            continue
+        problem = listed(own) if own else "no module of that name"
+        if len(own) == 1:
+            problem += ", and another module of the adapter is it too"
+        errors.add(
+            f"{shown(module.path)}: {problem}",
+            "one module of the base",
+            "check --base: it is not the model that the adapter was trained on",
+        )
+    errors.raise_all()
+    return result
+
+
+def _names_of(
+    module: AdapterModule, model: NamedBase, names: Collection[str], in_file: bool
+) -> list[str]:
+    """The base's module that this one is, by its own name or by one that it had before."""
+    name = module.name
+    if module.kind == EXPERTS:  # a parameter
+        return [name] if name in model.stacks else []
+    if module.kind != FACTORS or f"{name}.weight" in names:
+        return [name]
+    if not in_file and f"{name}.weight" in model.by_key:
+        return [model.by_key[f"{name}.weight"].removesuffix(".weight")]
+    parameter = model.names.parameter(f"{name}.weight")
+    if parameter is None:
+        return []
+    if not in_file:
+        return [parameter.name.removesuffix(".weight")]
+    if parameter.is_alias or not parameter.whole:
+        return [name]  # a tied head, or part of a fused weight: both go by the model's names
+    return [parameter.slots[0].key.removesuffix(".weight")]
+
+
+def _longest_end(name: str, candidates: Sequence[str]) -> list[str]:
+    """The candidates that share the most last words with a name."""
+    words = name.split(".")[::-1]
+
+    def shared(candidate: str) -> int:
+        pairs = zip(words, candidate.split(".")[::-1], strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(words))
+
+    lengths = {candidate: shared(candidate) for candidate in candidates}
+    most = max(lengths.values(), default=0)
+    if any(word.isdecimal() for word in words[most:]):  # another layer
+        return []
+    return [candidate for candidate, length in lengths.items() if length == most]

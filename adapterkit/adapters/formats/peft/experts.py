@@ -1,0 +1,192 @@
+"""Stacks of experts in files of PEFT's layout, whose keys name the nesting of the parameters of
+`target_parameters` and not the parameters."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from adapterkit.adapters.formats.modules.experts import (
+    Stack,
+    is_transposed,
+    neutral_factors,
+    stored_factors,
+)
+from adapterkit.adapters.formats.modules.kinds import EXPERTS
+from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule
+from adapterkit.adapters.formats.modules.tensors import Expression, from_spec
+from adapterkit.adapters.formats.schema import AdapterWords
+from adapterkit.adapters.variants.expert_order import order_of
+from adapterkit.core.adapter.config import SLOWEST
+from adapterkit.core.adapter.factors import Factors, factors_of
+from adapterkit.core.adapter.keys import part_keys
+from adapterkit.core.adapter.record import Adapter, Lora
+from adapterkit.core.commands import command
+from adapterkit.core.errors import AdapterkitError, Refused, shown
+from adapterkit.core.weights.names import Names
+
+MOST = 4  # parameters of one module whose orders are tried
+
+
+def homes_of(adapter: Adapter) -> dict[str, list[Lora]]:
+    """The factors of parameters by their module: those that target_parameters names."""
+    loras: dict[str, list[Lora]] = defaultdict(list)
+    for lora in adapter.loras:
+        loras[lora.module].append(lora)
+    return {
+        module: own
+        for module, own in loras.items()
+        if any(lora.depth for lora in own) or (own[0].kind == "module" and adapter.leaves(module))
+    }
+
+
+def read_stacks(
+    adapter: Adapter,
+    module: str,
+    loras: Sequence[Lora],
+    words: AdapterWords,
+    names: Names | None,
+    stacks: Mapping[str, Stack],
+) -> list[AdapterModule] | None:
+    """The stacks of one module, the innermost first; None where the file leaves open which
+    factors are whose, or which way round they are."""
+    own = names.children(module) if names is not None else None
+    slowest = lambda leaf: words.slowest == "expert" or order_of(adapter.config, leaf) == SLOWEST
+    for order in _orders(adapter, module, loras, own):
+        try:
+            factors = _factors(adapter, loras, order)
+        except AdapterkitError:
+            continue  # not their order: ranks contradict it
+        turns = _turns(
+            adapter, module, factors, words, stacks, certain=len(order) == 1 or bool(own)
+        )
+        if turns is not None:
+            break
+    else:
+        if any(map(adapter.is_stack, loras)) and slowest(None):
+            raise Refused(
+                f"{shown(module)}: which of its parameters the factors are of",
+                expected="the model, by which the columns of b are put in order",
+                where=adapter.label,
+                hint="give the model to a conversion\n"
+                + command(
+                    "adapterkit convert", adapter.label, to="peft", base="BASE", out="for-peft"
+                ),
+                code="AK402",
+            )
+        return None
+    modules = []
+    for leaf, one in factors.items():
+        assert one.experts is not None
+        parts = neutral_factors(
+            from_spec(one.a), from_spec(one.b), one.experts,
+            transpose=turns[leaf], expert_first=slowest(leaf),
+        )  # fmt: skip
+        name = f"{module}.{leaf}"
+        inward = None
+        if name in stacks:
+            inward = stacks[name].transposed
+        elif adapter.has_old_stacks:
+            inward = not turns[leaf]
+        alpha = one.scale * one.rank
+        modules.append(
+            AdapterModule(LANGUAGE, name, EXPERTS, parts, alpha, one.rank, inward=inward)
+        )
+    return modules
+
+
+def _orders(
+    adapter: Adapter, module: str, loras: Sequence[Lora], own: Sequence[str] | None
+) -> Iterator[tuple[str, ...]]:
+    """The possible parameters, the innermost first: the model's in its order, else every order."""
+    leaves = adapter.leaves(module, own)
+    if own is not None:
+        if len(leaves) == len(loras):
+            yield tuple(leaves)
+    elif len(leaves) <= MOST:
+        yield from itertools.permutations(leaves, len(loras))
+
+
+def _factors(adapter: Adapter, loras: Sequence[Lora], order: Sequence[str]) -> dict[str, Factors]:
+    """The factors of each parameter. `Refused` where they are not a stack's: one of another rank
+    than the config's, of a single matrix, of a convolution."""
+    last = len(order) - 1
+    factors = {}
+    for lora in sorted(loras, key=lambda one: -one.depth):
+        leaf = order[last - lora.depth]
+        one = factors_of(adapter, lora, leaf)
+        if one.experts is None or not len(one.a.shape) == len(one.b.shape) == 2:
+            raise Refused(
+                f"{shown(lora.a.key)} is not of a stack", where=adapter.label, code="AK402"
+            )
+        factors[leaf] = one
+    return factors
+
+
+def _turns(
+    adapter: Adapter,
+    module: str,
+    factors: Mapping[str, Factors],
+    words: AdapterWords,
+    stacks: Mapping[str, Stack],
+    certain: bool,
+) -> dict[str, bool] | None:
+    """Whether each parameter's factors are stored as those of the transposed matrices; None where
+    that is not known. `certain`: the order of the parameters is."""
+    shapes = {
+        leaf: (one.experts or 1, one.a.shape[1], one.b.shape[0]) for leaf, one in factors.items()
+    }
+    pair = is_transposed(shapes)
+    if not certain and pair is None:
+        return None
+    if words.a_over == "outputs":
+        return dict.fromkeys(factors, True)
+    turns = {}
+    for leaf, (_, x, y) in shapes.items():
+        stack = stacks.get(f"{module}.{leaf}")
+        own: bool | None = pair
+        if stack is not None and x != y:
+            _, out, width = stack.shape
+            if {x, y} != {out, width}:
+                return None
+            own = (x, y) == (out, width)
+        if own is None and adapter.has_old_stacks is not None:
+            if not adapter.has_old_stacks:
+                own = False
+            elif stack is not None:
+                own = not stack.transposed
+        if own is None:
+            return None
+        turns[leaf] = own
+    return turns
+
+
+def stacked_keys(
+    modules: Iterable[AdapterModule], levels: Mapping[str, int]
+) -> dict[str, dict[str, str]]:
+    """The keys of a and b of each stack: of one module's, the first is the innermost."""
+    depths: dict[str, int] = {}
+    keys = {}
+    for module in modules:
+        home = module.name.rpartition(".")[0]
+        depths[home] = depths.get(home, levels[home]) - 1
+        keys[module.name] = part_keys(home, "module", levels, depths[home])
+    return keys
+
+
+def stacked_parts(
+    module: AdapterModule, words: AdapterWords, stacks: Mapping[str, Stack]
+) -> dict[str, Expression]:
+    """a and b of a stack as the dialect stores them. `Refused` where that depends on the model's
+    class, which is not known."""
+    transpose = False
+    if words.a_over == "first axis":
+        inward = stacks[module.name].transposed if module.name in stacks else module.inward
+        if inward is None:
+            raise Refused(
+                f"{shown(module.path)}: whether the model keeps its experts as (in, out)",
+                expected="the model, by whose class PEFT up to 0.18 lays them out",
+                hint="give --base",
+                code="AK402",
+            )
+        transpose = not inward
+    return stored_factors(module.parts, transpose=transpose)

@@ -1,0 +1,282 @@
+"""PEFT's layout as neutral contents, and back: names and settings by `core/adapter/`."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from adapterkit.adapters.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
+from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.modules.experts import Stack
+from adapterkit.adapters.formats.modules.kinds import (
+    COPY,
+    EXPERTS,
+    FACTORS,
+    PARAMETER,
+    TOKENS,
+    VALUE,
+)
+from adapterkit.adapters.formats.modules.parts import magnitude_in_file, misfits
+from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
+from adapterkit.adapters.formats.modules.tensors import (
+    DecodedTensor,
+    Expression,
+    StoredTensor,
+    flat,
+    from_spec,
+    zeros,
+)
+from adapterkit.adapters.formats.modules.wide_inputs import with_widths
+from adapterkit.adapters.formats.peft.experts import (
+    homes_of,
+    read_stacks,
+    stacked_keys,
+    stacked_parts,
+)
+from adapterkit.adapters.formats.peft.kinds import KINDS, read_kinds, write_kinds
+from adapterkit.adapters.formats.schema import Format
+from adapterkit.adapters.formats.write import FormatFile, WrittenTensor
+from adapterkit.adapters.variants.eight_bits import notes_on
+from adapterkit.adapters.variants.expert_order import (
+    in_order_of_peft,
+    order_of,
+    order_problem,
+    with_given,
+)
+from adapterkit.core import dtypes
+from adapterkit.core.adapter.adapter_config import PEFT_LAYOUT, base_id, declared_settings
+from adapterkit.core.adapter.config import check_live_config
+from adapterkit.core.adapter.keys import CONFIG, WEIGHTS, canonical_key, part_keys, value_key
+from adapterkit.core.adapter.peft import read_adapter
+from adapterkit.core.adapter.record import Adapter, Lora
+from adapterkit.core.checkpoint.fingerprint import METADATA, metadata_with
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.hashes import sha256_of_small_file
+from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.commands import ONE_PART
+from adapterkit.core.errors import AdapterkitError, Problems, listed, shown
+from adapterkit.core.records import Json
+from adapterkit.core.weights.names import Names
+
+# of a source's settings, what a file of other factors keeps
+KEPT = (
+    "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping", "bias",
+    "modules_to_save",
+)  # fmt: skip
+# what says which modules have factors of which rank and scale
+TARGETS = (
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "layer_replication", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+    "use_rslora",
+)  # fmt: skip
+SHAPED = {PARAMETER: FACTORS}  # kinds whose parts have the shapes of another's
+# what formats say in words of their own -> PEFT's settings
+FACTS = {"base": "base_model_name_or_path", "invocation": "alora_invocation_tokens"}
+
+
+def read_layout(
+    form: Format,
+    folder: Folder,
+    number: int = 0,
+    names: Names | None = None,
+    stacks: Mapping[str, Stack] | None = None,
+    expert_layout: str | None = None,
+) -> Contents:
+    """The contents of an adapter in PEFT's layout; `names` and `stacks` of its base, if known;
+    `expert_layout`: of its stacks, where its config does not say. `Refused` with every key and
+    setting that cannot be used."""
+    peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
+    if peft_type in KINDS:
+        return read_kinds(form, folder, peft_type, number)
+    adapter = read_adapter(folder, number, check_live_config, as_stored=True)
+    adapter = replace(adapter, config=with_given(adapter.config, expert_layout))
+    if order_of(adapter.config) is None and (error := order_problem(adapter)) is not None:
+        raise error
+    modules: list[AdapterModule] = []
+    homes = homes_of(adapter)
+    for lora in adapter.loras:
+        if lora.module not in homes:
+            modules.append(_module(adapter, lora, FACTORS))
+        elif lora is homes[lora.module][0]:
+            own = homes[lora.module]
+            known = read_stacks(adapter, lora.module, own, form.adapter, names, stacks or {})
+            if known is None:
+                known = [_module(adapter, one, PARAMETER) for one in own]
+            modules += known
+    Problems(
+        error
+        for module in modules
+        for error in misfits(
+            shown(module.path), SHAPED.get(module.kind, module.kind), module.parts, folder.label
+        )
+    ).raise_all()
+    copies = adapter.copies
+    for name, spec in adapter.replaced.items():
+        home, _, leaf = name.rpartition(".")
+        kind = COPY if name in copies else VALUE
+        modules.append(AdapterModule(LANGUAGE, home, kind, {leaf: from_spec(spec)}, 1.0, 1))
+    for tokens in adapter.tokens:
+        modules.append(
+            AdapterModule(
+                LANGUAGE, tokens.module, TOKENS, {"rows": from_spec(tokens.values)}, 1.0, 1
+            )
+        )
+    headers = {
+        (number, WEIGHTS): adapter.header_sha256,
+        (number, CONFIG): sha256_of_small_file(folder, CONFIG),
+    }
+    return Contents(
+        form.name,
+        (folder,),
+        tuple(modules),
+        metadata={METADATA: adapter.base_fingerprint} if adapter.base_fingerprint else {},
+        config=in_order_of_peft(adapter.config, folder),
+        facts={
+            "base": base_id(adapter),
+            "invocation": adapter.config.get("alora_invocation_tokens"),
+        },
+        headers=headers,
+        notes=notes_on(adapter.tensors),
+    )
+
+
+def _module(adapter: Adapter, lora: Lora, kind: str) -> AdapterModule:
+    name, config = adapter.pattern_name(lora), adapter.config
+    rank, alpha = adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
+    if config.get("use_rslora"):
+        alpha = adapter.scale(rank, alpha) * rank
+    parts: dict[str, Expression] = {"a": from_spec(lora.a), "b": from_spec(lora.b)}
+    if lora.magnitude is not None:
+        parts["magnitude"] = flat(from_spec(lora.magnitude))
+    if lora.bias is not None:
+        parts["bias"] = from_spec(lora.bias)
+    embedding = lora.kind == "embedding"
+    return AdapterModule(
+        LANGUAGE, lora.module, kind, parts, float(alpha), rank, embedding, lora.depth
+    )
+
+
+def write_layout(
+    contents: Contents,
+    form: Format,
+    *,
+    dtype: str | None = None,
+    stacks: Mapping[str, Stack] | None = None,
+    rebuilt: bool = False,
+    values: bool = False,
+) -> FormatFile:
+    """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
+    its modules are not the source's; `values`: those trained whole are the base's own. `Refused`
+    with all that it cannot hold."""
+    modules = with_widths(contents.modules, form, contents.architectures)
+    contents = replace(contents, modules=modules)
+    kind = kind_of(contents)
+    if kind is not None:
+        return write_kinds(contents, form, kind, dtype=dtype)
+    Problems(_problems(contents, form, values=values)).raise_all()
+    loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER)]
+    experts = [m for m in contents.modules if m.kind == EXPERTS]
+    homes = Counter(m.name.rpartition(".")[0] for m in experts)
+    levels = Counter(m.name for m in loras) | homes
+    stack_keys = stacked_keys(experts, homes)
+    has_bias = any("bias" in m.parts for m in loras)
+    tensors: list[WrittenTensor] = []
+    for module in contents.modules:
+        if module.kind == EXPERTS:
+            keys = stack_keys[module.name]
+            parts = stacked_parts(module, form.adapter, stacks or {})
+        elif module.kind not in (FACTORS, PARAMETER):
+            for role, part in module.parts.items():
+                key = value_key(f"{module.name}.{role}")
+                if contents.config.get("peft_type") and isinstance(
+                    part, StoredTensor | DecodedTensor
+                ):
+                    key = canonical_key(part.spec.key)
+                tensors.append(WrittenTensor(key, part, part.dtype, module.path))
+            continue
+        else:
+            kind = "embedding" if module.embedding else "module"
+            keys = part_keys(module.name, kind, levels, module.depth)
+            parts = dict(module.parts)
+            if has_bias and "bias" not in parts:
+                parts["bias"] = zeros((module.out,), parts["b"].dtype)
+            if "magnitude" in parts:
+                parts["magnitude"] = magnitude_in_file(module, "magnitude", column=False)
+        tensors += [
+            WrittenTensor(keys[role], part, dtype or part.dtype, module.path)
+            for role, part in parts.items()
+        ]
+    tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
+    settings = _settings(contents, form, loras, experts, rebuilt)
+    metadata = metadata_with(contents.metadata.get(METADATA))
+    return FormatFile(form, tensors, metadata, contents.modules, settings=settings)
+
+
+def _problems(contents: Contents, form: Format, *, values: bool) -> list[AdapterkitError]:
+    """Refusals of what the layout cannot hold."""
+    errors = Problems(code="AK503")
+    where = contents.folders[0].label
+    is_own = bool(contents.config.get("peft_type"))
+    known = (FACTORS, EXPERTS, *((PARAMETER, VALUE, COPY, TOKENS) if is_own else ()))
+    known = (*known, VALUE) if values else known
+    roles = ("mid", "input_magnitude")
+    others = [
+        m for m in contents.modules if m.kind not in known or any(role in m.parts for role in roles)
+    ]
+    if others:
+        errors.add(
+            f"{form.title} cannot hold {len(others)} modules of other kinds: "
+            f"{listed([m.path for m in others])}",
+            "low-rank factors",
+            ways_out(others, form, contents),
+            where=where,
+        )
+    loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER, EXPERTS)]
+    plain = [m.path for m in loras if "magnitude" not in m.parts]
+    if plain and len(plain) < len(loras):
+        errors.add(
+            f"the adapter has magnitudes, but none for {listed(plain)}",
+            "magnitudes of all modules or none (use_dora)",
+            FIT_ON_BASE,
+            where=where,
+        )
+    components = contents.components
+    if len(components) > 1:
+        errors.add(
+            f"the adapter has components {', '.join(components)}",
+            f"one: {form.title} is for a single model",
+            ONE_PART,
+            where=where,
+        )
+    return errors
+
+
+def _settings(
+    contents: Contents, form: Format, loras: Modules, experts: Modules, rebuilt: bool
+) -> Json:
+    """adapter_config.json: a source's own where it has one, with the ranks and scales."""
+    own = contents.config if formats()[contents.format].layout == form.layout else {}
+    if own and not rebuilt:
+        return dict(own)
+    ranked = [*loras, *experts]
+    kept = {k: contents.config[k] for k in KEPT if k in contents.config}
+    facts = contents.facts
+    kept |= {key: facts[word] for word, key in FACTS.items() if facts.get(word) is not None}
+    kept |= {k: v for k, v in own.items() if k not in TARGETS}
+    names = sorted({m.name for m in loras})
+    if form.adapter.targets == "ends":
+        names = sorted({name.rpartition(".")[2] for name in names})
+    settings: Json = {
+        "target_modules": names,
+        "use_dora": any("magnitude" in m.parts for m in loras),
+        "lora_bias": any("bias" in m.parts for m in loras),
+    }
+    if experts:
+        settings |= {"target_parameters": sorted(m.name for m in experts), "lora_dropout": 0.0}
+        settings |= {"peft_version": PEFT_LAYOUT}
+    saved = sorted({m.name for m in contents.modules if m.kind == VALUE})
+    if saved and not own:
+        settings["modules_to_save"] = saved
+    settings |= form.adapter.settings
+    ranks, alphas = {m.name: m.rank for m in ranked}, {m.name: m.alpha for m in ranked}
+    defaults = {"base_model_name_or_path": None, "task_type": None}
+    return defaults | declared_settings(ranks, alphas, **kept | settings)

@@ -1,0 +1,238 @@
+"""An adapter in any format as one in PEFT's layout: a folder that stands for its conversion. Those
+of several parts of a pipeline are one, whose modules have the part's name in front."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from adapterkit.adapters.formats.detect import Detection, detect, in_another_layout
+from adapterkit.adapters.formats.image_model import OneFileModel
+from adapterkit.adapters.formats.library import format_named, formats
+from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents
+from adapterkit.adapters.formats.peft.layout import read_layout, write_layout
+from adapterkit.adapters.formats.planning.plan import (
+    plan_contents,
+    plan_convert,
+    plan_written,
+    written_file,
+)
+from adapterkit.adapters.formats.planning.single_file import plan_in_names_of, plan_with_others
+from adapterkit.adapters.formats.planning.source import named_base, read_contents, selected
+from adapterkit.adapters.formats.records.convert import COMPONENTS, ConvertOptions
+from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, AdapterWords
+from adapterkit.adapters.variants.eight_bits import notes_on
+from adapterkit.adapters.variants.expert_order import is_of_unsloth, order_of, with_given
+from adapterkit.core.adapter.config import SLOWEST
+from adapterkit.core.adapter.keys import CONFIG
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.hub_ids import is_on_hub
+from adapterkit.core.checkpoint.overlay import Overlay
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.commands import ONE_PART, command
+from adapterkit.core.engine.converted_folder import converted_folder, made_adapter
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.core.inputs.base_door import read_checkpoint
+from adapterkit.core.options import StrPath
+from adapterkit.core.plan import Plan
+
+T = TypeVar("T")
+
+
+def converted(
+    folder: Folder,
+    base: Folder | None,
+    file: OneFileModel | None,
+    *,
+    for_merge: bool,
+    expert_layout: str | None,
+) -> Folder:
+    """As `in_adapter_layout` has it, of an adapter that is not plain, or for a base that is an
+    image model in one file."""
+    try:
+        detection = detect(folder)
+    except AdapterkitError as error:
+        if CONFIG in folder.files() or isinstance(error, Refused):
+            return folder
+        raise
+    if file is not None:
+        plan = with_own_hints(lambda: plan_in_names_of(file, folder, detection))
+        return converted_folder(folder, detection.form.name, detection.container.file, plan)
+    is_read = detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft
+    if for_merge and detection.config.get("peft_type") in ("LOHA", "LOKR"):
+        return _with_others(folder, detection)
+    if is_read and not notes_on(detection.container.tensors):
+        config = with_given(detection.config, expert_layout)
+        is_told = config is not detection.config and is_of_unsloth(config, folder)
+        if order_of(config) != SLOWEST and not is_told:
+            return folder
+    checkpoint = None if base is None else read_checkpoint(base, 1)
+    options = ConvertOptions(to=plain_layout(), expert_layout=expert_layout)
+    plan = with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
+    return converted_folder(folder, detection.form.name, detection.container.file, plan)
+
+
+def _with_others(folder: Folder, detection: Detection) -> Folder:
+    """An adapter of another type in PEFT's layout, for a merge."""
+    options = ConvertOptions(to=plain_layout())
+    read = lambda: read_contents(folder, detection, options, None)
+    plan = with_own_hints(lambda: plan_with_others(folder, read(), options))
+    if plan is None:
+        return folder
+    plan = replace(plan, notes=())  # on files beside it, which no merge copies
+    return converted_folder(folder, detection.form.name, detection.container.file, plan)
+
+
+def with_own_hints(read: Callable[[], T]) -> T:
+    """What it reads or plans; errors' hints are those of any verb."""
+    try:
+        return read()
+    except AdapterkitError as error:
+        for one in getattr(error, "errors", (error,)):
+            one.hint = conversion_hint(one.hint, plain_layout())
+        raise
+
+
+def with_part_names(folder: Folder, contents: Contents) -> Overlay:
+    """An adapter as a folder in PEFT's layout, the names of its modules with that of their part of
+    the pipeline in front."""
+    modules = tuple(replace(m, name=m.path, component="") for m in contents.modules)
+    plain = replace(contents, modules=modules, architectures=(), config={}, metadata={})
+    form = format_named(plain_layout())
+    layout = write_layout(plain, form, rebuilt=True, values=True)
+    plan = plan_written(folder, plain, layout, ConvertOptions(to=form.name))
+    file, parts = next(file for _, file in plan.headers), ", ".join(contents.components)
+    return converted_folder(folder, contents.format, file, plan, parts)
+
+
+def contents_of(folder: Folder, base: Checkpoint | None = None) -> Contents | None:
+    """What an adapter that is not in PEFT's layout holds; None for all else. `base`: its model, or
+    the denoiser of its pipeline."""
+    detection = in_another_layout(folder)
+    if detection is None:
+        return None
+    return read_contents(folder, detection, ConvertOptions(to=plain_layout()), base)
+
+
+def as_component(
+    folder: Folder, contents: Contents, name: str, base: Checkpoint | None = None
+) -> Overlay:
+    """One component of a pipeline's adapter as a folder in PEFT's layout, what that does not hold
+    in a file beside it; `base`: that model of the pipeline."""
+    detection, form = detect(folder), format_named(plain_layout())
+    options = ConvertOptions(to=form.name, prefix_only=name)
+    own, model = selected(contents, name), named_base(base, detection, form)
+    plan = plan_with_others(folder, own, options)
+    plan = plan or plan_contents(folder, own, options, base, model)
+    return converted_folder(folder, detection.form.name, detection.container.file, plan, name)
+
+
+def plain_layout() -> str:
+    """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
+    plain = AdapterWords()
+    return next(
+        form.name
+        for form in formats().values()
+        if form.layout == ADAPTER_LAYOUT and form.writes and form.adapter == plain
+    )
+
+
+def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: bool) -> Plan:
+    """The plan of a job, its output in the layout of its first adapter, which `is_alone`, or one of
+    several."""
+    made = made_adapter(plan)
+    form, names = format_named(first.format), first.architectures
+    options = ConvertOptions(to=form.name, architecture=names[0] if len(names) == 1 else None)
+    read = read_layout(detect(made).form, made)
+    # hashes in the metadata are of other tensors, and titles of one of several
+    kept = first.metadata if is_alone else {}
+    contents = replace(
+        read,
+        modules=tuple(map(_in_part, read.modules)),
+        facts=first.facts,
+        metadata={key: value for key, value in kept.items() if "hash" not in key},
+        refitted=True,
+    )
+    written = written_file(contents, form, options, None, None, True)
+    convert = plan_written(made, contents, written, options, None, file)
+    behind = lambda files: {(number + 1, name): one for (number, name), one in files.items()}
+    return replace(
+        convert,
+        verb=plan.verb,
+        options=plan.options,
+        folders=(made, *plan.folders),
+        headers=convert.headers | behind(plan.headers),
+        identities=convert.identities | behind(plan.identities),
+        decisions=plan.decisions | {"to": form.name},
+        models=tuple(number + 1 for number in plan.models),
+        is_file=file is not None,
+    )
+
+
+def open_parts(
+    sources: Sequence[Folder], out: StrPath, file: str | None
+) -> tuple[list[Folder], Contents] | None:
+    """The adapters in PEFT's layout, and what the first one holds, whose layout the output has:
+    `file`, or one of adapters of several parts; None where it is PEFT's."""
+    every = [_contents(source) for source in sources]
+    parts = {part for one in every if one is not None for part in one.components}
+    if not sources or (file is None and len(parts) < 2):
+        return None
+    errors = Problems(code="AK503")
+    what, expected, hint = "PEFT's layout in one file", "a folder", "give --out without an ending"
+    if len(parts) > 1:
+        what = f"an adapter of one model beside those of {listed(sorted(parts - {LANGUAGE}))}"
+        expected = "adapters whose keys say of which part they are"
+        hint = ONE_PART
+    named: list[tuple[Folder, Contents]] = []
+    for source, contents in zip(sources, every, strict=True):
+        if contents is None or (len(parts) > 1 and LANGUAGE in contents.components):
+            errors.add(what, expected, hint, where=source.label)
+        else:
+            named.append((source, contents))
+    errors.raise_all()
+    first = named[0][1]
+    form = format_named(first.format)
+    if not form.writes or form.file.config or is_on_hub(out):
+        raise Refused(
+            f"{form.title} is not written" + " on the Hub" * is_on_hub(out),
+            expected="a format of one file, written here",
+            where=sources[0].label,
+            hint="convert it first\n"
+            "adapterkit convert ADAPTER --to diffusers --out converted.safetensors",
+            code="AK503",
+        )
+    return [with_part_names(*one) for one in named], first
+
+
+def _contents(source: Folder) -> Contents | None:
+    """What an adapter in another layout than PEFT's holds; None for that."""
+    if {CONFIG, "config.json"} & {*source.files()}:
+        return None
+    return with_own_hints(lambda: contents_of(source))
+
+
+def _in_part(module: AdapterModule) -> AdapterModule:
+    """A module of the part whose name is in front of its own."""
+    part, _, name = module.name.partition(".")
+    return replace(module, component=part, name=name) if part in COMPONENTS else module
+
+
+# options of `convert` that no other verb has, or has for something else; and what they are given
+_OF_CONVERT = re.compile(r"--(alpha|architecture|allow-pickle|lossy|prefix-only|rank)\b")
+_VALUES = {"alpha": "A", "architecture": "NAME", "prefix-only": "PART", "rank": 16}
+
+
+def conversion_hint(hint: str, to: str, base: str | None = None) -> str:
+    """A hint of a conversion, for any verb: the first alternative of options of `convert` becomes
+    its command. `base`: what stands for one that is given."""
+    if "\n" in hint:
+        return hint
+    first = next((one for one in hint.split(", or ") if "--" in one), "")
+    names = _OF_CONVERT.findall(first)
+    if not names and not (base and "--base" in first):
+        return hint
+    options = {"base": base or ("BASE" if "--base" in first else None)}
+    options |= {name: _VALUES.get(name, True) for name in names}
+    text = command("adapterkit convert", "ADAPTER", to=to, **options, out=f"for-{to}")
+    return f"convert it first\n{text}"

@@ -1,0 +1,333 @@
+"""What a format cannot hold as plain factors of a rank that is asked for: other kinds of deltas,
+DoRA; convolutions with a core as plain ones, which loses nothing; vectors and zeros left out."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapterkit.adapters.formats.capabilities import depends_on_base, is_fitted, is_vector, lacking
+from adapterkit.adapters.formats.modules.deltas import Fit, ModuleDelta
+from adapterkit.adapters.formats.modules.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
+from adapterkit.adapters.formats.modules.names import kernel_of
+from adapterkit.adapters.formats.modules.parts import cores, magnitudes, matrix_shape, tail_of
+from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
+from adapterkit.adapters.formats.modules.tensors import contracted, scaled
+from adapterkit.adapters.formats.peft.kinds import headers_of, replaced_values
+from adapterkit.adapters.formats.peft.layout import KEPT
+from adapterkit.adapters.formats.schema import Format
+from adapterkit.adapters.formats.uniform_rank import as_the_format_has_them
+from adapterkit.adapters.kinds.common import Kind
+from adapterkit.adapters.kinds.dora_deltas import BaseWeights, dora_problems
+from adapterkit.adapters.kinds.planning import FLATTENED, read_deltas, unknown_kernel
+from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.commands import CHECK_BASE, command
+from adapterkit.core.errors import Problems, Refused, listed, shown
+from adapterkit.core.lazy import torch
+from adapterkit.core.records import Json
+from adapterkit.core.tasks.metrics import short
+from adapterkit.core.weights.parameters import StoredParameter
+from adapterkit.core.weights.plan_reader import PlanReader
+
+DIFFERENCES = ("full", "modulation")
+RANKED = (FACTORS, EXPERTS, PARAMETER)
+
+
+def lowered(
+    contents: Contents,
+    form: Format,
+    *,
+    rank: int | None,
+    lossy: bool = False,
+    base: Checkpoint | None = None,
+) -> Contents:
+    """The contents with biases where the format has them, plain factors for what it cannot hold,
+    and with `rank` for all other kinds of deltas; with `lossy` without differences of vectors that
+    it has no place for. The rest stays, for the writer to refuse.
+
+    `Refused` where the base is needed and not given, or does not fit.
+    """
+    contents = _with_biases(contents, form)  # first: what the format lacks depends on it
+    modules = [_without_core(m) if _lacks_core_only(m, form, contents) else m
+               for m in contents.modules]  # fmt: skip
+    contents = replace(contents, modules=tuple(modules))
+    if rank is not None:
+        contents = _with_biases(_fitted(contents, form, rank, base), form)
+    return _without_vectors(contents, form) if lossy else contents
+
+
+def _with_biases(contents: Contents, form: Format) -> Contents:
+    modules = as_the_format_has_them(contents.modules, form)
+    return replace(contents, modules=tuple(modules))
+
+
+def without_zeros(contents: Contents, form: Format) -> Contents:
+    """The contents without modules of zeros that the format has no keys for; read while planning,
+    as what is written depends on them."""
+    reader = PlanReader(contents.folders)
+    homeless = [m for m in contents.modules if m.kind in DIFFERENCES and lacking(m, form, contents)]
+    empty = {
+        id(module)
+        for module in homeless
+        if not any(part.value(reader).any() for part in module.parts.values())
+    }
+    if not empty:
+        return contents
+    names = [module.path for module in homeless if id(module) in empty]
+    note = f"{len(names)} differences of zero are left out: {listed(names)}"
+    modules = tuple(module for module in contents.modules if id(module) not in empty)
+    return replace(contents, modules=modules, notes=(*contents.notes, note))
+
+
+def _without_vectors(contents: Contents, form: Format) -> Contents:
+    """Without differences of norms and biases that the format has no place for; a note tells
+    which and how large they were."""
+    dropped = [m for m in contents.modules if is_vector(m) and lacking(m, form, contents)]
+    if not dropped:
+        return contents
+    reader = PlanReader(contents.folders)
+    parts = [part.value(reader).double() for m in dropped for part in m.parts.values()]
+    largest = max(float(torch.linalg.vector_norm(part)) for part in parts)
+    note = (
+        f"dropped, as {form.title} cannot store them: differences of {len(dropped)} vectors "
+        f"(norms and biases), of norm {short(largest)} at most: {listed([m.path for m in dropped])}"
+    )
+    ids = {id(m) for m in dropped}
+    kept = tuple(m for m in contents.modules if id(m) not in ids)
+    return replace(contents, modules=kept, notes=(*contents.notes, note))
+
+
+def _fitted(contents: Contents, form: Format, rank: int, base: Checkpoint | None) -> Contents:
+    """The contents with plain factors of that rank at most."""
+    modules = contents.modules
+    large = [m for m in modules if m.kind in RANKED and m.rank > rank]
+    _check_large(large, rank, contents.folders[0].label)
+    own = {id(m) for m in large}
+    chosen = [m for m in modules if id(m) in own or is_fitted(m, form, contents)]
+    if not chosen:
+        return contents
+    job = _Fitting(contents, rank, base, chosen)
+    fitted = {id(m): one for m in chosen if (one := job.fitted(m)) is not None}
+    job.errors.raise_all()
+    parts = [part for m in modules for part in fitted.get(id(m), [m])]
+    config = contents.config
+    if "peft_type" in config:
+        config = _plain_config(config)
+    notes = (*contents.notes, *job.all_notes())
+    return replace(contents, modules=tuple(parts), config=config, notes=notes, refitted=True)
+
+
+def _check_large(modules: Modules, rank: int, where: str) -> None:
+    """`Refused` for factors of a larger rank that are none of one matrix."""
+    stacks = [m.path for m in modules if m.kind != FACTORS or m.depth]
+    if stacks:
+        raise Refused(
+            f"factors of parameters and stacks of experts of a rank above {rank}: {listed(stacks)}",
+            expected="their own rank, or a larger one, for --rank",
+            where=where,
+            hint="shrink them\n" + command("adapterkit resize", where, rank=rank, out="smaller"),
+            code="AK402",
+        )
+
+
+def _lacks_core_only(module: AdapterModule, form: Format, contents: Contents) -> bool:
+    return "mid" in module.parts and lacking(module, form, contents) == ["mid"]
+
+
+def _without_core(module: AdapterModule) -> AdapterModule:
+    """A convolution with a core as a plain one: a'[m, i] = Σ_n mid[m, n] a[n, i]."""
+    parts = dict(module.parts)
+    parts["a"] = contracted(parts.pop("mid"), parts["a"])
+    rank = parts["a"].shape[0]
+    return replace(module, parts=parts, alpha=module.scale * rank, rank=rank)
+
+
+def read_fitted(
+    form: Format, folder: Folder, kind: type[Kind], *, rank: int | None, base: Checkpoint | None
+) -> Contents:
+    """An adapter in PEFT's layout, of a type that no format holds, as plain factors. `Refused`
+    without a rank."""
+    if rank is None:
+        raise Refused(
+            f"an adapter of type {kind.name.upper()}",
+            expected="--rank N, for plain factors of it",
+            where=folder.label,
+            hint="give --rank; the receipt has the error",
+            code="AK402",
+        )
+    notes: list[str] = []
+    errors = Problems()
+    adapter, deltas = read_deltas(kind, folder, base, notes, errors)
+    errors.raise_all()
+    modules = []
+    for one in deltas:
+        fit = Fit(one.module, one.delta, one.tail, min(rank, one.delta.rank, *one.delta.shape))
+        parts = fit.parts
+        modules.append(
+            AdapterModule(
+                LANGUAGE, one.module, FACTORS, parts, float(fit.rank), fit.rank, one.embedding
+            )
+        )
+    notes.append(_note({kind.name.upper(): len(deltas)}, rank))
+    return Contents(
+        form.name,
+        (folder,),
+        (*modules, *replaced_values(adapter)),
+        config=_plain_config(adapter.config),
+        headers=headers_of(adapter, folder, 0),
+        notes=notes,
+    )
+
+
+def _plain_config(config: Mapping[str, Any]) -> Json:
+    """Of an adapter's settings those that hold for plain factors in its place, without ranks."""
+    if config["peft_type"] == "LORA":
+        return {key: value for key, value in config.items() if key not in ("r", "use_dora")}
+    bias = config.get("bias") or "none"
+    own = {key: config[key] for key in KEPT if key in config}
+    return own | {"peft_type": "LORA", "bias": "lora_only" if bias.endswith("_only") else bias}
+
+
+def _note(counts: Mapping[str, int], rank: int) -> str:
+    what = ", ".join(f"{count} modules of {kind}" for kind, count in sorted(counts.items()))
+    return f"{what} are plain factors of rank {rank} at most: the receipt has the error"
+
+
+@dataclass
+class _Fitting:
+    """Plain factors of modules while they are planned."""
+
+    contents: Contents
+    rank: int
+    base: Checkpoint | None
+    modules: Modules
+    errors: Problems = field(default_factory=Problems)
+    notes: list[str] = field(default_factory=list)
+    guessed: list[str] = field(default_factory=list)  # modules taken for linear layers
+
+    def __post_init__(self) -> None:
+        where = self.contents.folders[0].label
+        needy = [m.path for m in self.modules if depends_on_base(m)]
+        components = {m.component for m in self.modules if depends_on_base(m)}
+        self.weights: BaseWeights | None = None
+        if needy and self.base is None:
+            self.errors.add(
+                f"{len(needy)} modules whose delta depends on the weight (DoRA, OFT): "
+                f"{listed(needy)}",
+                "--base BASE, the model they were trained on",
+                "give --base",
+                where=where,
+                code="AK402",
+            )
+        elif len(components) > 1:
+            self.errors.add(
+                f"deltas that depend on the weights of {listed(sorted(components))}",
+                "one component at a time, with its --base",
+                "give --prefix-only COMPONENT and the folder of that component as --base",
+                where=where,
+                code="AK402",
+            )
+        elif self.base is not None:
+            folder, config = self.contents.folders[0], dict(self.contents.config)
+            adapter = Adapter(folder, 0, config, (), {}, (), {})
+            self.errors += dora_problems(adapter) if needy else []
+            names = [m.name for m in self.modules]
+            self.weights = BaseWeights(self.base, adapter, names, self.notes)
+
+    def fitted(self, module: AdapterModule) -> list[AdapterModule] | None:
+        """The module as plain factors, and what else it holds; None where it stays as it is."""
+        with self.errors.collected():
+            return self._fitted(module)
+        return None
+
+    def _fitted(self, module: AdapterModule) -> list[AdapterModule] | None:
+        if module.depth:
+            return None
+        needs = depends_on_base(module)
+        weight = None
+        if self.weights is not None and (needs or self._is_in_base(module)):
+            weight = self.weights.of(module.name, module.embedding)
+        elif needs:
+            return None  # refused already
+        self._check(module, weight)
+        delta = ModuleDelta(module, weight if needs else None, tuple(self._others(module)))
+        tail = self._tail(module, weight)
+        fit = Fit(module.path, delta, tail, min(self.rank, delta.rank))
+        parts = dict(fit.parts)
+        if SHAPE in module.parts:
+            parts[SHAPE] = module.parts[SHAPE]
+        if "bias" in module.parts:
+            parts["bias"] = scaled(module.parts["bias"], module.scale)
+        one = replace(
+            module, kind=FACTORS, parts=parts, alpha=float(fit.rank), rank=fit.rank,
+            stored_alpha=None, whole=(),
+        )  # fmt: skip
+        if module.kind == "full" and "diff_b" in module.parts:
+            rest = replace(module, parts={"diff_b": module.parts["diff_b"]})
+            return [one, rest]
+        return [one]
+
+    def _others(self, module: AdapterModule) -> Iterator[ModuleDelta]:
+        """The other modules over which its norms of inputs are taken."""
+        for other in self.modules:
+            if (
+                (other.component, other.kind) == (module.component, module.kind)
+                and other.name in module.whole
+                and other is not module
+            ):
+                assert self.weights is not None
+                weight = self.weights.of(other.name, other.embedding)
+                self._check(other, weight)
+                yield ModuleDelta(other, weight)
+
+    def _check(self, module: AdapterModule, weight: StoredParameter | None) -> None:
+        if weight is None:
+            return
+        out, inputs = matrix_shape(module.kind, module.parts)
+        shape = weight.weight_shape[0], math.prod(weight.weight_shape[1:])
+        if out != shape[0] or inputs not in (0, shape[1]):
+            raise Refused(
+                f"{shown(module.path)}: a delta of {out} rows and {inputs or 'any'} columns",
+                expected=f"one for the base's {weight.weight_shape}",
+                where=self.contents.folders[0].label,
+                hint=CHECK_BASE,
+                code="AK401",
+            )
+
+    def _is_in_base(self, module: AdapterModule) -> bool:
+        """Whether the base, which may be one component of several, has the module's weight."""
+        assert self.weights is not None
+        return self.weights.names.parameter(f"{module.name}.weight") is not None
+
+    def _tail(self, module: AdapterModule, weight: StoredParameter | None) -> tuple[int, ...]:
+        """The axes after `out`: of the file, of the base, of the architecture."""
+        if weight is not None:
+            return weight.weight_shape[1:]
+        tail = tail_of(module.kind, module.parts)
+        if tail is not None:
+            return tail
+        inputs = matrix_shape(module.kind, module.parts)[1]
+        kernel = kernel_of(self.contents.architectures, module.component, module.name)
+        if kernel is None and cores(module.parts):
+            raise unknown_kernel(module.path)
+        if kernel is None:
+            self.guessed.append(module.path)
+            return (inputs,)
+        if inputs % math.prod(kernel):
+            raise Refused(
+                f"{shown(module.path)}: {inputs} columns, and a kernel of {kernel}",
+                expected="a multiple of the kernel's size",
+                where=self.contents.folders[0].label,
+                hint="give --base, the model it was trained on",
+                code="AK402",
+            )
+        return (inputs // math.prod(kernel), *kernel)
+
+    def all_notes(self) -> list[str]:
+        counts = Counter(
+            "DoRA" if magnitudes(m.parts) and m.kind == FACTORS else m.kind for m in self.modules
+        )
+        return [*self.notes, _note(counts, self.rank), *([FLATTENED] if self.guessed else [])]

@@ -1,0 +1,407 @@
+"""The plan of a conversion: a source in any format that is read, a file in any that is written."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.adapters.formats.base_model import NamedBase, facts_of
+from adapterkit.adapters.formats.card import adapter_card
+from adapterkit.adapters.formats.detect import Detection, detect
+from adapterkit.adapters.formats.files.configs import config_bytes
+from adapterkit.adapters.formats.image_model import family_of
+from adapterkit.adapters.formats.library import format_named, formats
+from adapterkit.adapters.formats.modules.deltas import Fit, fits_of
+from adapterkit.adapters.formats.modules.experts import split_experts
+from adapterkit.adapters.formats.modules.kinds import EXPERTS
+from adapterkit.adapters.formats.modules.record import Contents
+from adapterkit.adapters.formats.modules.tensors import StoredTensor, is_made_by
+from adapterkit.adapters.formats.peft.dialects import arranged, renamed, without_copies
+from adapterkit.adapters.formats.peft.layout import write_layout
+from adapterkit.adapters.formats.planning.lossy import lowered, without_zeros
+from adapterkit.adapters.formats.planning.source import (
+    heads_of,
+    modules_of,
+    named_base,
+    parameter_problems,
+    read_contents,
+    shape_problems,
+    with_matrices,
+)
+from adapterkit.adapters.formats.records.convert import ConvertOptions
+from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, Format
+from adapterkit.adapters.formats.task import ConvertedTensor, ConvertedTensors
+from adapterkit.adapters.formats.write import FormatFile, WrittenTensor, write
+from adapterkit.core import dtypes
+from adapterkit.core.adapter.adapter_config import hub_id
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.errors import Problems, Refused, listed, shown
+from adapterkit.core.inputs.input_identity import identities
+from adapterkit.core.lazy import torch
+from adapterkit.core.output.stage import RECEIPT
+from adapterkit.core.plan import CopyFile, Files, OutputFile, Plan, Task
+from adapterkit.core.registry import load
+from adapterkit.core.tasks.common import CopiedTensor
+from adapterkit.core.weights.plan_reader import PlanReader
+
+MOST = 100_000_000  # bytes of one file
+# weights, and no state of a trainer
+TRAINED = re.compile(
+    r"(?!optimizer|scheduler|scaler|rng_state|training_args)[^/]+\.(safetensors|bin|pth?)"
+)
+
+
+def files_of(contents: Contents, written: FormatFile, notes: list[str]) -> Files:
+    """The files of a folder besides its weights; notes tell what goes along or stays behind."""
+    files: Files = {}
+    form = written.form
+    if written.settings is not None:
+        name = form.file.config[0]
+        files[name] = config_bytes(name, written.settings)
+    if form.layout != ADAPTER_LAYOUT:
+        return files
+    if formats()[contents.format].layout == form.layout:
+        known = {*files, *(file for _, file in contents.headers), form.file.name}
+        files = {**_carried(contents.folders[0], form, known, notes), **files}
+    if "README.md" not in files:
+        base = (written.settings or {}).get("base_model_name_or_path")
+        card = adapter_card(base, [], f"converted from {contents.format}")
+        files["README.md"] = card.encode()
+    return files
+
+
+def left_beside(contents: Contents, form: Format) -> list[str]:
+    """The note on weights beside the adapter, such as a value head, that stay behind where the
+    layout does not stay."""
+    if formats()[contents.format].layout == form.layout == ADAPTER_LAYOUT:
+        return []  # told already, with all other files
+    known = {file for _, file in contents.headers}
+    left = [name for name in contents.folders[0].files() if _is_trained(name) and name not in known]
+    return [f"not converted: {listed(left)} beside the adapter"] if left else []
+
+
+def _is_trained(name: str) -> bool:
+    return TRAINED.fullmatch(name) is not None
+
+
+def _carried(
+    source: Folder, form: Format, written: Collection[str], notes: list[str]
+) -> dict[str, CopyFile]:
+    """The source's files that the target's format takes along; all others join the notes.
+
+    `written`: the files that the conversion writes itself, and the source's of those names."""
+    files, left = {}, []
+    for name, size in sorted(source.files().items()):
+        if name in written or name == RECEIPT:
+            continue
+        if size <= MOST and any(pattern.fullmatch(name) for pattern in form.file.carry):
+            files[name] = CopyFile(0, name)
+        else:
+            left.append(name)
+    if files:
+        notes.append(f"copied: {listed(list(files))}")
+    if left:
+        left.sort(key=_is_trained, reverse=True)
+        notes.append(f"not copied: {listed(left)}")
+    return files
+
+
+MANY = 8  # outputs of one stored tensor that are made together
+
+
+def tasks_of(tensors: Sequence[WrittenTensor]) -> tuple[Task, ...]:
+    """One task for each tensor, or for all that share fits or are made of the same stored ones."""
+    fitted = [tensor for tensor in tensors if fits_of(tensor.expression)]
+    others = [_task(tensor) for tensor in tensors if not fits_of(tensor.expression)]
+    return _together([*others, *_fitted(fitted)])
+
+
+def _fitted(tensors: Sequence[WrittenTensor]) -> list[Task]:
+    """One task for all tensors that share fits, as parts of a fused module do."""
+    groups: dict[int, list[WrittenTensor]] = {}  # by the first of their fits
+    owner: dict[int, int] = {}
+    fits: dict[int, Fit] = {}
+    for tensor in tensors:
+        own = fits_of(tensor.expression)
+        fits |= {id(fit): fit for fit in own}
+        joined = {owner.setdefault(id(fit), id(fit)) for fit in own}
+        home = min(joined)
+        groups[home] = [one for old in sorted(joined) for one in groups.pop(old, [])] + [tensor]
+        owner = {fit: home if old in joined else old for fit, old in owner.items()}
+    tasks: list[Task] = []
+    for home, members in groups.items():
+        own = tuple(fits[fit] for fit, place in owner.items() if place == home)
+        outputs = tuple(map(_converted, members))
+        tasks.append(ConvertedTensors(members[0].module, outputs, own))
+    return tasks
+
+
+def _task(tensor: WrittenTensor) -> Task:
+    """A copy of bytes where nothing is computed."""
+    if isinstance(tensor.expression, StoredTensor) and tensor.dtype == tensor.expression.dtype:
+        return CopiedTensor(tensor.key, tensor.expression.spec, tensor.key, checked=True)
+    return ConvertedTensors(tensor.key, (_converted(tensor),))
+
+
+def _converted(tensor: WrittenTensor) -> ConvertedTensor:
+    return ConvertedTensor(tensor.key, tensor.expression, tensor.dtype)
+
+
+def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """Tensors that are made of the same stored ones, such as experts of their stack, in one task:
+    otherwise each of them would read the whole stack."""
+    readers = Counter(spec for task in tasks for spec in task.reads)
+    groups: dict[TensorSpec, list[ConvertedTensors]] = {}
+    result: list[Task] = []
+    for task in tasks:
+        shared = next((spec for spec in task.reads if readers[spec] > MANY), None)
+        if shared is None or not isinstance(task, ConvertedTensors) or task.fits:
+            result.append(task)
+        else:
+            groups.setdefault(shared, []).append(task)
+    for own in groups.values():
+        outputs = tuple(output for task in own for output in task.outputs)
+        result.append(ConvertedTensors(own[0].name, outputs))
+    return tuple(result)
+
+
+LAYOUTS = {"gguf": "bases.gguf.adapter:gguf_layout"}  # of containers that are not safetensors
+
+
+def plan_convert(
+    source: Folder,
+    options: ConvertOptions,
+    base: Checkpoint | None = None,
+    file: str | None = None,
+    detection: Detection | None = None,  # of the source, where it is known
+) -> Plan:
+    """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
+    of the one file that is wanted; without it, a folder as the format has it."""
+    form = format_named(options.to)
+    detection = detection or detect(source)
+    model = named_base(base, detection, form)
+    _check_target(form, file)
+    contents = read_contents(source, detection, options, base, model)
+    return plan_contents(source, contents, options, base, model, file)
+
+
+def plan_contents(
+    source: Folder,
+    contents: Contents,
+    options: ConvertOptions,
+    base: Checkpoint | None,
+    model: NamedBase | None,
+    file: str | None = None,
+) -> Plan:
+    """The plan of a conversion whose source was read."""
+    form = format_named(options.to)
+    _check_source(contents, base, model)
+    is_in_names = form.layout != ADAPTER_LAYOUT  # PEFT's has parameters
+    adapted = without_zeros(with_matrices(contents, model) if is_in_names else contents, form)
+    adapted = lowered(adapted, form, rank=options.rank, lossy=options.lossy, base=base)
+    adapted = _in_dialect(adapted, form, model)
+    is_rebuilt = contents.format != form.name or _shapes(contents) != _shapes(adapted)
+    written = written_file(adapted, form, options, base, model, is_rebuilt)
+    return plan_written(source, adapted, written, options, base, file)
+
+
+def _check_target(form: Format, file: str | None) -> None:
+    """`Refused` for one file of a format that has settings beside its weights, or whose weights
+    are in files with another ending."""
+    ending = Path(form.file.name).suffix
+    if file is None or (not form.file.config and Path(file).suffix == ending):
+        return
+    if form.file.config:
+        problem, hint = f"{form.title} in one file", "give --out without an ending"
+        expected = f"a folder, with {form.file.config[0]} beside the weights"
+    else:
+        problem, expected = f"{form.title} in a file named {shown(file)}", f"a name with {ending}"
+        hint = f"give --out {shown(Path(file).with_suffix(ending))}"
+    raise Refused(problem, expected=expected, where="--out", hint=hint, code="AK102")
+
+
+def _check_source(contents: Contents, base: Checkpoint | None, model: NamedBase | None) -> None:
+    """`Refused` for factors that do not fit the base, and for no modules at all."""
+    Problems([*shape_problems(contents, base), *parameter_problems(contents, model)]).raise_all()
+    if not contents.modules:
+        raise Refused(
+            "an adapter of no module",
+            expected="tensors of at least one",
+            where=contents.folders[0].label,
+            hint="save the adapter again",
+            code="AK105",
+        )
+
+
+def _shapes(contents: Contents) -> list[tuple]:
+    """What a config says of each module."""
+    return [(m.name, m.kind, m.rank, m.alpha, tuple(m.parts)) for m in contents.modules]
+
+
+def _in_dialect(contents: Contents, form: Format, model: NamedBase | None) -> Contents:
+    """The contents as a dialect of PEFT's layout has them, for the base that is given."""
+    if form.layout != ADAPTER_LAYOUT:
+        return contents
+    name = hub_id(model.checkpoint.folder) if model is not None else None
+    if name is not None:
+        contents = replace(contents, config={**contents.config, "base_model_name_or_path": name})
+    if contents.format == form.name and model is None:
+        return contents
+    return arranged(contents, form, model, PlanReader(contents.folders))
+
+
+def written_file(
+    contents: Contents,
+    form: Format,
+    options: ConvertOptions,
+    base: Checkpoint | None,
+    model: NamedBase | None,
+    is_rebuilt: bool,
+) -> FormatFile:
+    """The file of these contents in a format; `is_rebuilt`: its modules are not the source's."""
+    dtype = dtypes.parse(options.dtype) if options.dtype else None
+    if form.layout == ADAPTER_LAYOUT:
+        stacks = model.stacks if model is not None else None
+        is_rebuilt = is_rebuilt or "r" not in contents.config  # without the source's ranks
+        return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=is_rebuilt)
+    modules, notes = without_copies(contents.modules, form)
+    file = write(
+        _in_file(replace(contents, modules=tuple(modules)), form, model),
+        form,
+        architecture=options.architecture,
+        dtype=dtype,
+        heads=heads_of(base, contents.config),
+        base=None if base is None else facts_of(base.config, base.tensors, family_of(base)),
+    )
+    if form.names.style == "underscores" and file.architecture is None and model is not None:
+        known = set(modules_of(base, model))
+        unknown = [m.path for m in file.modules if m.name not in known]
+        if unknown:
+            raise Refused(
+                f"{len(unknown)} modules that the base does not have: {listed(unknown)}",
+                expected="modules of the base, by which names with underscores are read again",
+                where=contents.folders[0].label,
+                hint="give the base that it was trained on",
+                code="AK401",
+            )
+    return replace(file, notes=[*notes, *file.notes])
+
+
+def _in_file(contents: Contents, form: Format, model: NamedBase | None) -> Contents:
+    """Modules as the base's file has them where a format names those: single experts, other
+    names."""
+    if model is not None and form.names.file:
+        modules = renamed(contents.modules, model, in_file=True)
+        contents = replace(contents, modules=tuple(modules))
+    stacks = [m.path for m in contents.modules if m.kind == EXPERTS]
+    if not stacks or not form.names.architectures:
+        return contents
+    if model is None:
+        raise Refused(
+            f"{len(stacks)} stacks of experts: {listed(stacks)}",
+            expected="the model, whose file tells which module of an expert is which part of a "
+            "stack",
+            where=contents.folders[0].label,
+            hint="give --base MODEL, with its weights",
+            code="AK402",
+        )
+    modules = split_experts(contents.modules, model.stacks, PlanReader(contents.folders))
+    return replace(contents, modules=tuple(modules))
+
+
+def plan_written(
+    source: Folder,
+    contents: Contents,
+    written: FormatFile,
+    options: ConvertOptions,
+    base: Checkpoint | None = None,
+    file: str | None = None,
+    more: tuple[OutputFile, ...] = (),
+) -> Plan:
+    """The plan that writes a file of these contents, alone or in a folder, there beside `more`."""
+    form = written.form
+    name = file or form.file.name
+    folders = contents.folders if base is None else (*contents.folders, base.folder)
+    entry = LAYOUTS.get(form.file.container)
+    lay_out = None if entry is None else load(entry)
+    shard = OutputFile.computed(
+        name,
+        tasks_of(written.tensors),
+        dict(written.metadata),
+        safetensors_order=lay_out is None,
+        lay_out=lay_out,
+    )
+    beside: list[str] = []
+    files = files_of(contents, written, beside) if file is None else {}
+    notes = (
+        *_pickle_note(source),
+        *contents.notes,
+        *(note.replace("{file}", name) for note in written.notes),
+        *_folded_note(written),
+        *_rounded_note(written),
+        *left_beside(contents, written.form),
+        *beside,
+    )
+    decisions = {
+        "from": contents.format,
+        "to": form.name,
+        "architecture": written.architecture or (contents.architectures or (None,))[0],
+        "modules": len(written.modules),
+        "folded": dict(written.folded),
+    }
+    return Plan(
+        verb="convert",
+        options={key: value for key, value in vars(options).items() if value not in (None, False)},
+        folders=folders,
+        headers=dict(contents.headers),
+        identities=identities(folders, contents.headers),
+        shards=(shard, *more),
+        files=files,
+        decisions=decisions,
+        notes=notes,
+        models=() if base is None else (len(folders) - 1,),
+    )
+
+
+def _pickle_note(source: Folder) -> list[str]:
+    maker: Any = getattr(source, "maker", None)
+    left_out = getattr(maker, "left_out", ())
+    return [f"not converted: {maker.pickle} also holds {listed(left_out)}"] if left_out else []
+
+
+def _folded_note(written: FormatFile) -> list[str]:
+    if not written.folded:
+        return []
+    scales = sorted(set(written.folded.values()))
+    return [
+        f"{written.form.title} has no scale field: {listed(scales)} was multiplied into B of "
+        f"{len(written.folded)} modules"
+    ]
+
+
+def _rounded_note(written: FormatFile) -> list[str]:
+    """That scales were multiplied into factors of few bits, and what that rounds away."""
+    rounded = [
+        tensor
+        for tensor in written.tensors
+        if tensor.dtype in ("BF16", "F16")
+        and any(is_made_by(e, "scale") and not _is_power(e.arguments[0]) for e in tensor.expression)
+    ]
+    if not rounded:
+        return []
+    largest = max(torch.finfo(dtypes.torch_dtype(tensor.dtype)).eps / 2 for tensor in rounded)
+    return [
+        f"factors of {len({tensor.module for tensor in rounded})} modules are rounded to "
+        f"{'/'.join(sorted({tensor.dtype for tensor in rounded}))} after a scale was multiplied in "
+        f"(by {largest:.2g} of a value at most): --dtype fp32 keeps them"
+    ]
+
+
+def _is_power(factor: float) -> bool:
+    """Whether it is a power of 2, which shifts the exponent alone."""
+    return math.frexp(abs(factor))[0] == 0.5

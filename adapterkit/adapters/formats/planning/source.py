@@ -1,0 +1,284 @@
+"""What the source of a conversion holds, with what its base tells of modules, heads and experts."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from adapterkit.adapters.formats.base_model import NamedBase, facts_of
+from adapterkit.adapters.formats.detect import Detection, detect
+from adapterkit.adapters.formats.image_model import OneFileModel, family_of
+from adapterkit.adapters.formats.library import architectures
+from adapterkit.adapters.formats.modules.experts import stacks_of
+from adapterkit.adapters.formats.modules.fusing import Fusion, split
+from adapterkit.adapters.formats.modules.kinds import FACTORS, PARAMETER
+from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
+from adapterkit.adapters.formats.modules.row_permutations import Heads, model_heads
+from adapterkit.adapters.formats.modules.tensors import reshaped
+from adapterkit.adapters.formats.peft.kinds import KINDS
+from adapterkit.adapters.formats.peft.layout import read_layout
+from adapterkit.adapters.formats.planning.lossy import read_fitted
+from adapterkit.adapters.formats.read import BASE, Reading, read
+from adapterkit.adapters.formats.records.convert import ConvertOptions
+from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, MODEL, Format
+from adapterkit.adapters.kinds.planning import kind_of
+from adapterkit.core import dtypes
+from adapterkit.core.adapter.targets import has_end
+from adapterkit.core.checkpoint.folder import Folder, WithSubfolders
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.core.weights.loading import looks_whole
+from adapterkit.core.weights.names import TRANSPOSED, Names
+from adapterkit.core.weights.plan_reader import PlanReader
+
+
+def shape_problems(contents: Contents, base: Checkpoint | None) -> list[AdapterkitError]:
+    """Refusals of factors whose product has another shape than the base's weight of that name.
+
+    Quantized weights are not compared, nor layers that control adapters widen.
+    """
+    if base is None:
+        return []
+    wide = set(_widened(contents))
+    errors = Problems(where=base.folder.label, code="AK401")
+    for module in contents.modules:
+        spec = base.tensors.get(f"{module.name}.weight")
+        if module.kind != FACTORS or spec is None or module.name in wide:
+            continue
+        if spec.dtype in dtypes.FLOATS and not _fits(module, spec.shape):
+            a, b = module.parts["a"].shape, module.parts["b"].shape
+            errors.add(
+                f"{shown(module.path)}: factors of shapes {a} and {b}",
+                f"those of the base's weight {spec.shape}",
+                "give the base that it was trained on, with layers of the same kinds",
+            )
+    return errors
+
+
+def parameter_problems(contents: Contents, model: NamedBase | None) -> list[AdapterkitError]:
+    """Refusals of factors that are of no parameter of the model that target_parameters names."""
+    if model is None:
+        return []
+    targets = tuple(contents.config.get("target_parameters") or ())
+    errors = Problems(where=model.checkpoint.folder.label, code="AK401")
+    for module in contents.modules:
+        if module.kind != PARAMETER:
+            continue
+        names = (f"{module.name}.{leaf}" for leaf in model.names.children(module.name) or ())
+        parameters = [model.names.parameter(name) for name in names if name.endswith(targets)]
+        shapes = [one.shape for one in parameters if one is not None]
+        a, b = module.parts["a"].shape, module.parts["b"].shape
+        matrix = sorted((*a[1:], *b[:1], *b[2:]))  # either way round
+        if not any(sorted(shape[-2:]) == matrix for shape in shapes):
+            known = f"those of {' or '.join(map(str, shapes))}" if shapes else "no such factors"
+            errors.add(
+                f"{shown(module.path)}: factors of shapes {a} and {b} for a parameter",
+                f"{known}: the base's parameters that target_parameters names",
+                "give the base that it was trained on, with layers of the same kinds",
+            )
+    return errors
+
+
+def with_matrices(contents: Contents, model: NamedBase | None) -> Contents:
+    """Factors of a parameter that is its module's one matrix, such as a router's `weight` (out,
+    in), as those of the module: PEFT has the two the same way round."""
+
+    def is_matrix(module: AdapterModule) -> bool:
+        if module.kind != PARAMETER or model is None:
+            return False
+        names = (f"{module.name}.{leaf}" for leaf in model.names.children(module.name) or ())
+        own = [name for name in names if any(has_end(name, target) for target in targets)]
+        matrix = model.names.parameter(f"{module.name}.weight")
+        is_known = matrix is not None and own == [matrix.name] and len(matrix.shape) == 2
+        return is_known and model.names.layer(module.name) != TRANSPOSED
+
+    targets = contents.config.get("target_parameters") or ()
+    modules = (replace(m, kind=FACTORS) if is_matrix(m) else m for m in contents.modules)
+    return replace(contents, modules=tuple(modules))
+
+
+def with_axes_of(tensors: Mapping[str, TensorSpec], modules: Modules) -> list[AdapterModule]:
+    """Factors of kernels of one point with as many axes as the base's weight of that name has:
+    linear layers of one model are such convolutions in another, as U-Nets' proj_in."""
+    own: list[AdapterModule] = []
+    for module in modules:
+        spec, parts = tensors.get(f"{module.name}.weight"), dict(module.parts)
+        if spec is not None and module.kind == FACTORS and "mid" not in parts:
+            points = (1,) * (len(spec.shape) - 2)
+            if {*spec.shape[2:], *parts["a"].shape[2:]} == {1}:  # else the axes are the same
+                parts |= {n: reshaped(parts[n], (*parts[n].shape[:2], *points)) for n in "ab"}
+        own.append(replace(module, parts=parts))
+    return own
+
+
+def _fits(module: AdapterModule, shape: tuple[int, ...]) -> bool:
+    """Whether a (r, in, *kernel) and b (out, r) make a weight of that shape, or of its transpose:
+    GPT-2 stores linear layers so, and embeddings are."""
+    rows, columns = module.parts["b"].shape[0], module.parts["a"].shape[1:]
+    if "mid" in module.parts:  # which has the kernel
+        columns = (columns[0], *module.parts["mid"].shape[2:])
+    if shape == (rows, *columns):
+        return True
+    is_flat = len(shape) == 2 and len(columns) >= 1
+    return is_flat and shape == (math.prod(columns), rows)
+
+
+def _widened(contents: Contents) -> Iterator[str]:
+    """Modules that have more inputs where the adapter is for control images."""
+    for name in contents.architectures:
+        for words in architectures()[name].components.values():
+            yield from words.inputs
+
+
+def read_contents(
+    source: Folder,
+    detection: Detection,
+    options: ConvertOptions,
+    base: Checkpoint | None,
+    model: NamedBase | None = None,
+    file: OneFileModel | None = None,
+) -> Contents:
+    """The source's contents, of the components that are asked for; `file`: a base whose names
+    stay."""
+    form = detection.form
+    if detection.parts:
+        return selected(_of_parts(source, detection.parts), options.prefix_only)
+    if form.layout == ADAPTER_LAYOUT:
+        kind = kind_of(source, detection.config)
+        if kind is not None and kind.name.upper() not in KINDS:
+            contents = read_fitted(form, source, kind, rank=options.rank, base=base)
+        else:
+            names, stacks = (model.names, model.stacks) if model is not None else (None, None)
+            contents = read_layout(
+                form, source, names=names, stacks=stacks, expert_layout=options.expert_layout
+            )
+        if isinstance(base, OneFileModel):
+            contents = in_model_names(contents, base)
+    else:
+        reading = Reading(
+            options.alpha,
+            options.architecture or getattr(base, "architecture", None),
+            modules_of(base, model),
+            heads_of(base, detection.config),
+            model_type_of(base, detection.config),
+            None if base is None else facts_of(base.config, base.tensors).tied,
+            options.prefix_only,
+            file,
+            None if base is None else family_of(base),
+        )
+        contents = read(form, source, detection.container, detection.config, reading)
+        if base is not None:
+            modules = with_axes_of(base.tensors, contents.modules)
+            contents = replace(contents, modules=tuple(modules))
+    return selected(contents, options.prefix_only)
+
+
+def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
+    """The contents of folders in PEFT's layout, one for each part of a pipeline."""
+    errors = Problems()
+    own: dict[str, Contents] = {}
+    for number, part in enumerate(parts):
+        with errors.collected():
+            folder = cast(WithSubfolders, source).subfolder(part)
+            own[part] = read_layout(detect(folder).form, folder, number)
+    errors.raise_all()
+    base = [one.config.get(BASE) for one in own.values()]
+    return Contents(
+        next(iter(own.values())).format,
+        tuple(folder for one in own.values() for folder in one.folders),
+        tuple(replace(m, component=part) for part, one in own.items() for m in one.modules),
+        config={BASE: base[0]} if base[0] and len({*base}) == 1 else {},
+        headers={file: sha256 for one in own.values() for file, sha256 in one.headers.items()},
+        notes=[f"{part}: {note}" for part, one in own.items() for note in one.notes],
+    )
+
+
+def selected(contents: Contents, component: str | None) -> Contents:
+    """The contents of one component; bare modules are taken for it."""
+    if component is None:
+        return contents
+    if contents.components == (LANGUAGE,):
+        modules = [replace(m, component=component) for m in contents.modules]
+    else:
+        modules = [m for m in contents.modules if m.component == component]
+    if not modules:
+        raise Refused(
+            f"no component {component}",
+            expected=f"one of {listed(contents.components)}",
+            where="--prefix-only",
+            hint="choose one of them",
+            code="AK401",
+        )
+    return replace(contents, modules=tuple(modules))
+
+
+def in_model_names(contents: Contents, model: OneFileModel) -> Contents:
+    """The contents of an adapter that names modules as a model's file does, by the names of the
+    model itself, split; others stay. `Refused` for those that no rule names."""
+    reader = PlanReader(contents.folders)
+    errors, modules = Problems(where=contents.folders[0].label), list[AdapterModule]()
+    for module in contents.modules:
+        if module.name not in model.modules:
+            modules.append(module)
+            continue
+        with errors.collected():
+            modules += _of_model(module, model, reader)
+    errors.raise_all()
+    names = (model.architecture,)
+    return replace(contents, modules=tuple(modules), architectures=names)
+
+
+def _of_model(module: AdapterModule, model: OneFileModel, reader: PlanReader) -> Modules:
+    """The modules of the model that one of its file is."""
+    for component, names, match in model.found(module.name):
+        own, models = replace(module, component=component), names.models(match)
+        if names.naming == MODEL:
+            return [replace(own, name=models[0])]
+        return split(own, models, Fusion(match.rule, names.naming), reader)
+    raise Refused(
+        f"{shown(module.name)} is no module that {model.architecture} names",
+        expected=f"modules of {', '.join(model.parts)}",
+        hint="leave it out with --exclude",
+        code="AK502",
+    )
+
+
+def named_base(base: Checkpoint | None, detection: Detection, form: Format) -> NamedBase | None:
+    """The model of a base where a conversion from or to PEFT's layout can need it."""
+    needs_none = ADAPTER_LAYOUT not in (detection.form.layout, form.layout)
+    if base is None or not base.tensors or needs_none:  # of a config alone no names are known
+        return None
+    task = detection.config.get("task_type")
+    if not isinstance(task, str | None):
+        raise Refused(
+            f"task_type {shown(repr(task))}",
+            expected="a text",
+            where=detection.container.file,
+            hint="keep the config that was saved with the file beside it",
+            code="AK204",
+        )
+    # PEFT numbers the stacks of a module in the order of the model's code
+    has_stacks = any(len(spec.shape) == 3 for spec in base.tensors.values())
+    is_whole = not has_stacks and looks_whole(base)
+    names = Names(base, task=task, build_model=True, whole=is_whole)
+    return NamedBase(base, names, stacks_of(names))
+
+
+def modules_of(base: Checkpoint | None, model: NamedBase | None = None) -> list[str]:
+    """The modules of a base by its keys, and by the names of its model where that is known."""
+    names = set() if base is None else set(base.tensors)
+    if model is not None:
+        names |= set(model.names.all())
+    return sorted({name.rpartition(".")[0] for name in names})
+
+
+def heads_of(base: Checkpoint | None, config: Mapping[str, Any]) -> Heads | None:
+    """Numbers of heads, by the base's config or the source's."""
+    return model_heads(config if base is None else base.config)
+
+
+def model_type_of(base: Checkpoint | None, config: Mapping[str, Any]) -> str | None:
+    """The type of the model, by the base's config or the source's."""
+    model_type = (config if base is None else base.config).get("model_type")
+    return model_type if isinstance(model_type, str) else None

@@ -1,0 +1,122 @@
+"""convert: an adapter from the layout of one tool into that of another."""
+
+from collections.abc import Iterable
+
+from adapterkit.core.options import (
+    ABOVE_0,
+    COUNT,
+    FLAG,
+    SOURCE,
+    TEXT,
+    OptionRecord,
+    StrPath,
+    argument,
+    choice,
+    option,
+    record,
+    text,
+)
+from adapterkit.core.product_options import IMAGES
+from adapterkit.core.records import Check
+from adapterkit.core.shared_options import base_option, dtype_option, expert_layout_option
+from adapterkit.core.verb import WritingVerb, function_of
+
+COMPONENTS = (
+    "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"
+)  # fmt: skip
+
+
+def written_formats() -> Iterable[str]:
+    """The formats that are written; their tables are read for the help of `convert` alone."""
+    from adapterkit.adapters.formats import library
+
+    return library.written_formats()
+
+
+@record
+class ConvertOptions(OptionRecord):
+    """How an adapter is written in the layout of another tool."""
+
+    to: str = option(
+        check=Check("a text", text, words=written_formats),
+        help="Format to write; see the list below.",
+    )
+    alpha: float | None = option(
+        default=None, check=ABOVE_0, help="Alpha of a source that has none."
+    )
+    rank: int | None = option(
+        default=None,
+        check=COUNT,
+        help="Make plain factors of this rank of LoHa, LoKr, OFT and the like.",
+    )
+    expert_layout: str | None = expert_layout_option()
+    dtype: str | None = dtype_option("Dtype of the tensors (default: the source's).")
+    lossy: bool = option(
+        default=False, check=FLAG, help="Drop norms and biases that the format cannot store."
+    )
+    prefix_only: str | None = option(
+        default=None,
+        check=choice(COMPONENTS),
+        help="Convert this part of a pipeline alone; of a single model's adapter, which part it "
+        "is.",
+        section=IMAGES,
+    )
+    architecture: str | None = option(
+        default=None,
+        check=TEXT,
+        metavar="NAME",
+        help="The model's family, where the names fit several (see --list).",
+        section=IMAGES,
+    )
+
+
+@record
+class Convert(WritingVerb, ConvertOptions):
+    """Write an adapter in the layout of another tool: the same delta, scale · b @ a, of every
+    module.
+
+    The source's format is told by its keys and settings. Every key has a role, or the source is
+    refused with the whole list. Fused modules are split with a shared a, and fused again without a
+    larger rank. A format that stores no scale has it in b, rounded once, which a note says.
+    `base`, a model, tells underscored names and numbers of heads; `architecture` the names of its
+    family, where names alone are ambiguous; `alpha` what the source leaves to the reader;
+    `prefix_only` takes one component of a pipeline (unet, transformer, text_encoder, ...), and says
+    which one the modules of a single model are. `rank` makes plain factors of LoHa,
+    LoKr, OFT, VeRA, AdaLoRA and differences of weights, of DoRA where the format has none (with
+    `base`, like OFT), and of larger factors: the best ones of that rank, whose error the receipt
+    has. `lossy` leaves out
+    differences of norms and biases that the format has no place for. An `out` that ends in
+    .safetensors or .gguf is a file, else a folder as the format has it. Raises `Refused` before
+    anything is written.
+    """
+
+    tier = "core"
+    planner = "adapters.formats.planning.convert:plan_conversion"
+    command = """Convert an adapter between the formats of tools.
+
+    The source's format is detected. Every key of it is used, or the conversion is refused with all
+    that is in the way; the scale is kept, multiplied into B where the format cannot store it.
+
+    With --from-list the exit status is 1 if any conversion was refused or failed; with --resume
+    those that are done are left as they are.
+
+    \b
+    Example:
+      adapterkit convert kohya.safetensors --to diffusers --out folder
+      adapterkit convert org/adapter --to kohya --architecture sdxl --out lora.safetensors
+      adapterkit convert adapter.safetensors --detect --json
+      adapterkit convert --from-list sources.txt --to peft --out-pattern "out/{name}" --resume
+    """
+
+    src: StrPath = argument(kw_only=False, check=SOURCE)
+    base: StrPath | None = base_option(
+        "The adapter's model, where its names or shapes are needed to read or write it."
+    )
+    allow_pickle: bool = option(
+        default=False,
+        check=FLAG,
+        help="Read .pt, .pth and .bin files with torch's weights_only loader.",
+    )
+
+
+convert = function_of(Convert)

@@ -1,0 +1,78 @@
+"""edit: what an adapter says of itself, and its strength, without a change of its factors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapterkit.core.options import (
+    FLAG,
+    NUMBER,
+    SETTINGS,
+    SOURCE,
+    TEXT,
+    TEXTS,
+    StrPath,
+    argument,
+    option,
+    record,
+)
+from adapterkit.core.verb import WritingVerb, function_of
+
+
+@record
+class Edit(WritingVerb):
+    """Write an adapter again, in its own format, with other words about it; its tensors keep their
+    bytes.
+
+    `base_model` is the id of its base: `base_model_name_or_path` of PEFT's layout, elsewhere the
+    metadata's `ss_sd_model_name`. `title`, `trigger` (words that a prompt needs) and `tag`s are
+    `modelspec.*` in the metadata of a file, and fields of the card (README.md) of a folder in
+    PEFT's layout. `alpha` sets the alpha of all modules, and so multiplies the delta by new / old;
+    with `fold` the delta stays as it is: b is multiplied by old / new, rounded once. `metadata`
+    sets keys of the file's metadata, `strip_metadata` first removes all that the trainer wrote
+    there, and the card. An `out` that ends in .safetensors is a file. Raises `Refused` where the
+    format has no place for a word, or is only read.
+    """
+
+    planner = "adapters.formats.planning.edit:plan_edit"
+    command = """Change what an adapter says of itself, or its alpha.
+
+    Base, title, trigger words, tags, metadata: no tensor changes. --alpha changes the strength by
+    new / old; with --fold the delta stays as it is.
+
+    \b
+    Example:
+      adapterkit edit lora.safetensors --trigger "sks dog" --title Dogs --out dogs.safetensors
+      adapterkit edit ADAPTER --base-model org/base --out edited
+    """
+
+    src: StrPath = argument(kw_only=False, check=SOURCE)
+    base_model: str | None = option(
+        default=None, check=TEXT, metavar="ID", help="Id of the base that it says it is for."
+    )
+    title: str | None = option(default=None, check=TEXT, metavar="TEXT", help="Its title.")
+    trigger: str | None = option(
+        default=None, check=TEXT, metavar="WORDS", help="Words that a prompt needs."
+    )
+    tag: Sequence[str] = option(
+        default=(), check=TEXTS, metavar="TAG", help="A tag; repeat for several."
+    )
+    alpha: float | None = option(
+        default=None, check=NUMBER, metavar="A", help="Alpha of all modules: another strength."
+    )
+    fold: bool = option(
+        default=False, check=FLAG, help="Keep the delta: b takes the ratio.", needs="alpha"
+    )
+    metadata: Mapping[str, Any] | None = option(
+        default=None,
+        check=SETTINGS,
+        metavar="KEY=VALUE",
+        help="A key of the file's metadata; repeat for several.",
+    )
+    strip_metadata: bool = option(
+        default=False,
+        check=FLAG,
+        help="Remove what the trainer wrote into the metadata, and the card.",
+    )
+
+
+edit = function_of(Edit)

@@ -1,0 +1,247 @@
+"""Where a file's scales are: read from tensors, settings or metadata, and written there, or folded
+into b."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+
+from adapterkit.adapters.formats.capabilities import word_of
+from adapterkit.adapters.formats.files.configs import fields
+from adapterkit.adapters.formats.files.templates import words_of
+from adapterkit.adapters.formats.modules.kinds import FACTORS, KINDS
+from adapterkit.adapters.formats.modules.parts import rank_of
+from adapterkit.adapters.formats.modules.record import AdapterModule, Modules
+from adapterkit.adapters.formats.modules.tensors import from_spec
+from adapterkit.adapters.formats.schema import Format
+from adapterkit.adapters.formats.uniform_rank import is_float32, shared_number, with_scale
+from adapterkit.core import dtypes
+from adapterkit.core.adapter.adapter_config import DeclaredScales, declared_settings
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.strict import strict_json
+from adapterkit.core.errors import Damaged, Refused, shown
+from adapterkit.core.options import finite
+from adapterkit.core.records import Json, Settings
+from adapterkit.core.weights.plan_reader import PlanReader
+
+SETTINGS = {  # PEFT's words for what a config says
+    "rank": "r", "alpha": "lora_alpha", "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern", "rslora": "use_rslora",
+}  # fmt: skip
+
+
+class Scales:
+    """The alphas of a file's modules; scale = alpha / rank."""
+
+    def __init__(
+        self,
+        form: Format,
+        metadata: Settings,
+        config: Settings,
+        alpha: float | None,  # where the format leaves it to the reader
+        reader: PlanReader,
+        where: str,
+    ):
+        self.form, self.asked, self.reader, self.where = form, alpha, reader, where
+        self.metadata, self.config = metadata, config
+        self.declares = False  # whether the file says an alpha itself
+
+    def alpha(self, component: str, name: str, rank: int, stored: TensorSpec | None) -> float:
+        """A module's alpha. `Refused` where the file does not say it and no default holds, or says
+        another rank than the tensors have."""
+        words = self.form.scale
+        if stored is not None:
+            self.declares = True
+            number = self.number(stored)
+            if number == 0 and words.place == "tensor":
+                raise Refused(
+                    f"{shown(stored.key)} is 0",
+                    expected="another number: the trainers take the rank for it, ComfyUI takes 0",
+                    where=self.where,
+                    hint="write the alpha that was meant into the file",
+                    code="AK504",
+                )
+            return number
+        if words.place == "metadata" and component in self._declared:
+            self.declares = True
+            return self._declared_alpha(self._declared[component], rank, name, words.key)
+        if words.place == "shared":
+            value = words_of(self.form.metadata.write, self.metadata).get(words.means)
+            if value:  # 0 counts as missing
+                number = finite(value)
+                if number is None:
+                    raise Refused(
+                        f"{words.means} is {shown(repr(value))} in the metadata",
+                        expected="a finite number",
+                        where=self.where,
+                        hint="take the file as it was saved",
+                        code="AK504",
+                    )
+                return number * (rank if words.means == "scale" else 1)
+        is_older = self.asked is not None and self.older is not None
+        if words.place == "config" and words.means in self.settings and not is_older:
+            self.declares = True
+            return self._declared_alpha(self._configured, rank, name, "the config")
+        if self.asked is not None:
+            return self.asked
+        if words.default == "ask":
+            raise Refused(
+                f"{self.form.title} does not say alpha",
+                expected="--alpha A, as in training (the scale is alpha / rank)",
+                where=self.where,
+                hint="give --alpha",
+                code="AK504",
+            )
+        if words.default == "rank":
+            return float(rank)
+        return float(words.default) * (rank if words.means == "scale" else 1)
+
+    def _declared_alpha(self, scales: DeclaredScales, rank: int, name: str, place: str) -> float:
+        """The alpha of a module; `Refused` where its tensors have another rank than declared."""
+        declared, alpha = scales.alpha_of(name)
+        if declared != rank:
+            raise Refused(
+                f"{shown(name)} has rank {rank} in the file",
+                expected=f"rank {declared}, as {place} says",
+                where=self.where,
+                hint="take the file as it was saved",
+                code="AK303",
+            )
+        return alpha
+
+    def number(self, stored: TensorSpec) -> float:
+        """The one number of a tensor; `Refused` for another shape."""
+        if stored.shape not in ((), (1,)):
+            raise Refused(
+                f"{shown(stored.key)} has shape {stored.shape}",
+                expected="one number",
+                where=self.where,
+                hint="save the adapter again",
+                code="AK504",
+            )
+        if type(stored) is TensorSpec and stored.dtype in dtypes.NUMBERS:
+            return self.reader.number(stored)
+        return float(from_spec(stored).value(self.reader).double().reshape(()))
+
+    @cached_property
+    def settings(self) -> Json:
+        return fields(self.config, dict(self.form.config.read), self.where)
+
+    @property
+    def older(self) -> float | None:
+        """The alpha that older versions of a tool made of a scale and an alpha, of which later ones
+        take the scale alone; None where the settings have not both."""
+        has_both = self.form.scale.means == "scale" and {"alpha", "scale"} <= self.settings.keys()
+        return self.settings["scale"] * self.settings["alpha"] if has_both else None
+
+    @property
+    def notes(self) -> list[str]:
+        """That another alpha may have been meant."""
+        if self.older is None or self.asked is not None:
+            return []
+        return [
+            f"the scale is {self.settings['scale']:g}, as {self.form.title} reads it now; trained "
+            f"by {self.form.scale.older}, it was that times alpha / rank: --alpha {self.older:g}"
+        ]
+
+    @cached_property
+    def _configured(self) -> DeclaredScales:
+        """The settings beside the file."""
+        values = {
+            SETTINGS[word]: value for word, value in self.settings.items() if word in SETTINGS
+        }
+        if self.form.scale.means == "scale":
+            values["lora_alpha"] = self.settings["scale"] * values.get("r", 1)
+        return DeclaredScales(values, self.where)
+
+    @cached_property
+    def _declared(self) -> dict[str, DeclaredScales]:
+        """The settings in the metadata, by component."""
+        key = self.form.scale.key
+        if key not in self.metadata:
+            return {}
+        try:
+            settings = strict_json(self.metadata[key].encode())
+            if not isinstance(settings, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise Damaged(
+                f"{key} in the metadata is not JSON: {shown(error)}",
+                expected="settings by component",
+                where=self.where,
+                hint="take the file as it was saved",
+                code="AK204",
+            ) from error
+        tables: dict[str, Json] = {}
+        for path, value in settings.items():
+            component, _, name = path.partition(".")
+            tables.setdefault(component, {})[name] = value
+        return {
+            component: DeclaredScales(table, f"{self.where}: {key}")
+            for component, table in tables.items()
+        }
+
+
+def place_scales(
+    modules: Sequence[tuple[AdapterModule, str]], form: Format, *, is_own: bool
+) -> tuple[list[tuple[AdapterModule, str]], dict[str, float], Json]:
+    """The modules as they are written, those whose scale is folded into b now, and the metadata
+    that declare the others', or the word for it. `is_own`: the source is in the format, too."""
+    words = form.scale
+    if words.place == "metadata":
+        loras = [module for module, _ in modules if module.kind == FACTORS]
+        if any(module.scale != 1 for module in loras):
+            return list(modules), {}, {words.key: _declaration(loras, words.without)}
+    if words.place == "shared":
+        number, own = shared_number([module for module, _ in modules], words.means)
+        placed = [(same, key) for same, (_, key) in zip(own, modules, strict=True)]
+        ratios = {
+            module.path: module.scale / same.scale
+            for same, (module, _) in zip(own, modules, strict=True)
+            if same is not module
+        }
+        return placed, ratios, {words.means: number}
+    if words.place == "config":
+        return list(modules), {}, {}
+    folded = {m.path: m.scale for m, _ in modules if not is_scaled(m, form, is_own)}
+    placed = [(with_scale(m, 1.0) if m.path in folded else m, key) for m, key in modules]
+    return placed, folded, {}
+
+
+def _declaration(modules: Modules, without: str) -> str:
+    """The settings of each component, in JSON; names that begin with `without` by their ends."""
+    settings: Json = {}
+    for component in sorted({module.component for module in modules}):
+        own = [module for module in modules if module.component == component]
+        table = declared_settings(
+            {m.name.removeprefix(without): m.rank for m in own},
+            {m.name.removeprefix(without): m.alpha for m in own},
+            use_dora=any("magnitude" in m.parts for m in own),
+            lora_bias=any("bias" in m.parts for m in own),
+        )
+        if any(without and m.name.startswith(without) for m in own):
+            for patterns in ("rank_pattern", "alpha_pattern"):
+                table[patterns] = {k.removeprefix("^"): v for k, v in table[patterns].items()}
+        settings |= {f"{component}.{name}": value for name, value in table.items()}
+    return json.dumps(settings, indent=2, sort_keys=True)
+
+
+def has_alpha(module: AdapterModule, form: Format, is_own: bool) -> bool:
+    """Whether a file in the format has a tensor for the module's alpha. `is_own`: the source is in
+    the format, too, and keeps its alphas where others' are folded."""
+    is_kept = is_own and form.scale.place == "none" and module.stored_alpha is not None
+    is_written = form.scale.place == "tensor" or is_kept
+    return is_written and "alpha" in form.kinds[word_of(module, form)]
+
+
+def is_scaled(module: AdapterModule, form: Format, is_own: bool) -> bool:
+    """Whether a file in the format says this module's scale; else it is folded."""
+    if not KINDS[module.kind].scaled or module.scale == 1:
+        return True
+    if rank_of(module.kind, module.parts) is None:
+        return False
+    stored = module.stored_alpha
+    is_stored = stored is not None and stored.number == module.alpha != 0
+    # a tensor says an alpha of the source, or a float32 but 0, for which trainers take the rank
+    if form.scale.place == "tensor" and not (is_stored or is_float32(module.alpha)):
+        return False
+    return form.scale.place == "config" or has_alpha(module, form, is_own)

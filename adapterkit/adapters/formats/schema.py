@@ -1,0 +1,290 @@
+"""The words of the TOML files, each with its type; a word that is not here is an error.
+
+A format says how files hold an adapter; an architecture says how modules are named. Nothing of
+theirs is evaluated.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from adapterkit.adapters.formats.files.configs import WORDS, unknown_words
+from adapterkit.adapters.formats.modules.kinds import KINDS
+from adapterkit.core import records
+from adapterkit.core.errors import Damaged
+from adapterkit.core.records import Json, Settings
+from adapterkit.core.registry import STABLE, Tier
+
+R = TypeVar("R")
+MODEL = "model"  # the naming of the loaded model
+ADAPTER_LAYOUT = "adapter"  # PEFT's: read and written by `core/adapter/`
+# rules' words that are no namings
+RULE_WORDS = ("rows", "parts", "steps", "columns", "embedding", "untied", "matrix")
+HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
+
+
+@dataclass(frozen=True)
+class FileWords:
+    """Which files hold the adapter."""
+
+    container: Literal["safetensors", "gguf", "pickle"] = "safetensors"
+    name: str = "adapter_model.safetensors"  # in a folder
+    # files of settings beside it: the first is written, all are read, earlier ones first
+    config: tuple[str, ...] = ()
+    carry: tuple[re.Pattern[str], ...] = ()  # other files that go along within a layout
+
+
+@dataclass(frozen=True)
+class DetectWords:
+    """What a file of the format looks like."""
+
+    priority: int = 0
+    keys: tuple[re.Pattern[str], ...] = ()  # each matches some key
+    no_keys: tuple[re.Pattern[str], ...] = ()  # none matches any
+    config: tuple[str, ...] = ()  # settings that are there
+    no_config: tuple[str, ...] = ()  # settings that are not
+    settings: Mapping[str, re.Pattern[str]] = field(default_factory=dict)  # their values, as JSON
+    metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InWords:
+    """Names in one architecture, where they differ from the format's others."""
+
+    naming: tuple[str, ...] | None = None
+    components: Mapping[str, tuple[str, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class NameWords:
+    """How a key names its module."""
+
+    style: Literal["dots", "underscores"] = "dots"  # underscores: every dot written as _
+    # columns of the architectures' rules: the first is written, all are read
+    naming: tuple[str, ...] = (MODEL,)
+    # regex -> replacement, in order: spellings of keys that are read like others, never written
+    renames: Mapping[str, str] = field(default_factory=dict)
+    architectures: tuple[str, ...] = ()  # none: names are the model's, of any architecture
+    unlisted: bool = False  # names that the rules do not list are the model's
+    file: bool = False  # and, of a base that is given, those in its file
+    absent: tuple[re.Pattern[str], ...] = ()  # unlisted ones that no client's model has
+    components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # -> prefixes of keys
+    architecture_key: str = ""  # of the metadata: the architecture's name, which names do not tell
+    inside: Mapping[str, InWords] = field(default_factory=dict)  # "in" in the file
+
+
+@dataclass(frozen=True)
+class ScaleWords:
+    """Where the scale is."""
+
+    # shared: a word of the metadata
+    place: Literal["tensor", "config", "metadata", "shared", "none"] = "none"
+    default: str | float = "rank"  # alpha where there is none: rank (scale 1), a number, ask
+    means: Literal["alpha", "scale"] = "alpha"  # scale: the stored number is alpha / rank
+    uniform: bool = False  # one rank and one scale for all modules
+    key: str = ""  # of the metadata: PEFT's settings in JSON, by component
+    older: str = ""  # the versions that multiplied a scale by an alpha beside it
+    without: str = ""  # what the names of modules that it declares do not begin with
+
+
+@dataclass(frozen=True)
+class MetadataWords:
+    """Metadata of the file."""
+
+    carry: tuple[re.Pattern[str], ...] = ()  # keys that stay within the format
+    write: Mapping[str, str] = field(default_factory=dict)  # key -> template
+
+
+@dataclass(frozen=True)
+class ConfigWords:
+    """The file of settings: a tree with places to fill in, and where to read each value."""
+
+    write: Settings = field(default_factory=dict)
+    read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # dotted paths, any of them
+
+
+@dataclass(frozen=True)
+class RefusedWords:
+    """A setting that the readers of a dialect do not take."""
+
+    value: re.Pattern[str]  # as JSON
+    why: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class AdapterWords:
+    """A dialect of PEFT's layout."""
+
+    # each: one module for each; base: as the base's file has them
+    experts: Literal["stacks", "each", "base"] = "stacks"
+    # the side that a stack's a is over: inputs; first axis, of the matrices as the model keeps
+    # them; outputs
+    a_over: Literal["inputs", "first axis", "outputs"] = "inputs"
+    slowest: Literal["rank", "expert"] = "rank"  # what counts slowest in the columns of a stack's b
+    names: Literal["model", "base"] = "model"  # base: as the base's file has them
+    targets: Literal["names", "ends"] = "names"  # ends: target_modules are the last words of names
+    saved: tuple[str, ...] = ()  # modules trained in full that are read; none: all
+    together: tuple[tuple[str, ...], ...] = ()  # modules that are there with all others of theirs
+    settings: Settings = field(default_factory=dict)  # that are written
+    refuse: Mapping[str, RefusedWords] = field(default_factory=dict)  # by the setting
+
+    @property
+    def is_read_by_peft(self) -> bool:
+        """Whether PEFT of some version reads it as it is meant."""
+        return self.a_over != "outputs" and self.slowest == "rank"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of adapters."""
+
+    name: str
+    title: str
+    summary: str
+    sources: tuple[str, ...]
+    tier: Tier = STABLE
+    writes: bool = True
+    layout: Literal["keys", "adapter"] = "keys"  # or ADAPTER_LAYOUT
+    clients: tuple[str, ...] = ()
+    note: str = ""  # what to do with the file, of which {file} is the name
+    file: FileWords = field(default_factory=FileWords)
+    detect: DetectWords = field(default_factory=DetectWords)
+    names: NameWords = field(default_factory=NameWords)
+    kinds: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    widens: bool = False  # clients widen a weight of the base that has fewer inputs
+    # kind -> the modules that clients take it of
+    only: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+    ties: bool = False  # factors of embeddings act in a head that the base ties to them
+    alike: tuple[str, ...] = ()  # roles that all modules of a component have, or none
+    # what no format holds, by name -> keys
+    refused: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+    steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scale: ScaleWords = field(default_factory=ScaleWords)
+    metadata: MetadataWords = field(default_factory=MetadataWords)
+    config: ConfigWords = field(default_factory=ConfigWords)
+    adapter: AdapterWords = field(default_factory=AdapterWords)
+
+    def namings(self, architecture: str | None) -> tuple[str, ...]:
+        """The columns of an architecture's rules in which names are; the first is written."""
+        own = self.names.inside.get(architecture or "")
+        return own.naming if own is not None and own.naming is not None else self.names.naming
+
+    def components(self, architecture: str | None) -> Mapping[str, tuple[str, ...]]:
+        """The prefixes of each component's keys in an architecture."""
+        own = self.names.inside.get(architecture or "")
+        if own is not None and own.components is not None:
+            return own.components
+        return self.names.components
+
+
+@dataclass(frozen=True)
+class NamingRule:
+    """One module in each naming, or modules of the model that one of another naming fuses."""
+
+    model: tuple[str, ...]
+    namings: Mapping[str, str]
+    # shares of the fused rows, or of those that a model's config tells; none: equal
+    rows: tuple[int | Literal["heads", "kv_heads"], ...] = ()
+    # orders of rows, and of columns, by naming: from the file to the model
+    steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # the architecture's, with its rules (`modules/names.py`)
+    tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    embedding: bool = False  # its factors are an embedding's
+    # namings in which the name is of a matrix (in, out) itself, and of no module with a weight
+    matrix: tuple[str, ...] = ()
+    untied: bool = False  # adapted only where the base does not tie embeddings and head
+    parts: tuple[str, ...] = ()  # words of the config: whether each of the modules is in the file
+
+
+@dataclass(frozen=True)
+class ComponentWords:
+    """The modules of one component."""
+
+    include: tuple[str, ...] = ()  # architectures whose rules hold here too
+    # regex -> replacement: names of the model that rules have in another spelling
+    renames: Mapping[str, str] = field(default_factory=dict)
+    # naming -> what its names, those that no rule lists too, begin with before the rules' own
+    inside: Mapping[str, str] = field(default_factory=dict)
+    rules: tuple[NamingRule, ...] = ()
+    inputs: Mapping[str, int] = field(default_factory=dict)  # of modules that adapters may widen
+    # regex of a module -> the kernel of its convolution; others are linear layers
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArchitectureHints:
+    """What tells architectures apart whose names are alike."""
+
+    metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+    # regex of a module -> its inputs, or what they may be
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # likewise -> rows and inputs in their lowest terms, of models of any width
+    ratios: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    models: tuple[str, ...] = ()  # model_type in config.json of the base
+    # path of a stack of blocks -> how many there are, or may be
+    blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockWords:
+    """Blocks of the denoiser, each of which adapters may have another weight on."""
+
+    # regex of a part and a module's original name -> the block, before the number that it captures
+    names: Mapping[str, str] = field(default_factory=dict)
+    lists: Mapping[str, str] = field(default_factory=dict)  # length -> the blocks, in their order
+    presets: Mapping[str, str] = field(default_factory=dict)  # name -> the weights of a list
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module names of a family of models."""
+
+    name: str
+    title: str
+    sources: tuple[str, ...]
+    components: Mapping[str, ComponentWords]
+    detect: ArchitectureHints = field(default_factory=ArchitectureHints)
+    words: Mapping[str, str] = field(default_factory=dict)  # for formats' templates of metadata
+    tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    blocks: BlockWords = field(default_factory=BlockWords)
+
+
+def format_from(name: str, table: Json) -> Format:
+    """The format of a parsed TOML file; `ValueError` or `Damaged` with what is wrong in it."""
+    names = {"inside" if word == "in" else word: v for word, v in table.get("names", {}).items()}
+    one = _record(Format, {"name": name, **table, "names": names}, name)
+    unknown = unknown_words(dict(one.config.write)) + sorted(set(one.config.read) - set(WORDS))
+    if unknown or (one.config.write and not one.file.config):
+        raise ValueError(f"{name}: settings {unknown or 'without a file'}")
+    for kind, roles in one.kinds.items():
+        if kind not in KINDS or set(roles) - KINDS[kind].roles:
+            raise ValueError(f"{name}: kind {kind!r} with roles {sorted(roles)}")
+    return one
+
+
+def architecture_from(name: str, table: Json) -> Architecture:
+    """The architecture of a parsed TOML file; `ValueError` or `Damaged` with what is wrong in
+    it."""
+    components = {
+        component: words | {"rules": [_rule(rule) for rule in words.get("rules", [])]}
+        for component, words in table.get("components", {}).items()
+    }
+    one = _record(Architecture, {"name": name, **table, "components": components}, name)
+    for rule in (rule for words in one.components.values() for rule in words.rules):
+        sizes = {len(own) for own in (rule.rows, rule.parts) if own}
+        if not rule.model or sizes - {len(rule.model)} or set(rule.parts) - set(WORDS):
+            raise ValueError(f"{name}: model, rows and parts of {rule}")
+    return one
+
+
+def _rule(table: Json) -> Json:
+    """A rule's words, of which those that are not ours are namings."""
+    own = {word: value for word, value in table.items() if word in (*RULE_WORDS, MODEL)}
+    return own | {"namings": {k: value for k, value in table.items() if k not in own}}
+
+
+def _record(kind: type[R], table: Json, name: str) -> R:
+    return records.read(kind, table, f"{name}.toml", hint="fix the file", kind=Damaged)

@@ -1,0 +1,121 @@
+"""Tensors of a converted adapter, made from stored ones."""
+
+import math
+from dataclasses import dataclass, field
+
+from adapterkit.adapters.formats.modules.deltas import Fit, FitReader
+from adapterkit.adapters.formats.modules.tensors import Expression
+from adapterkit.core import dtypes
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.layout import TensorPlan
+from adapterkit.core.errors import Unrecoverable, shown
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.plan import READ, Task, TaskResult
+from adapterkit.core.tasks.metrics import short
+from adapterkit.core.weights.reader import Reader, TensorReader
+
+LOSS = 2.0**-8  # of a tensor's norm that rounding may lose: bfloat16's largest relative error
+
+
+@dataclass(frozen=True)
+class ConvertedTensor:
+    """An expression under `key`, rounded once to `dtype`."""
+
+    key: str
+    expression: Expression
+    dtype: str
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return self.expression.reads
+
+
+@dataclass(frozen=True)
+class ConvertedTensors(Task):
+    """One tensor, or all that read the same large ones or share fits: each of these is read, or
+    computed, once. The receipt has what rounding lost, or of fits ‖Δ - b @ a‖ / ‖Δ‖."""
+
+    outputs: tuple[ConvertedTensor, ...] = field(metadata=READ)
+    fits: tuple[Fit, ...] = ()
+
+    @property
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return tuple(TensorPlan(one.key, one.dtype, one.expression.shape) for one in self.outputs)
+
+    @property
+    def memory(self) -> int:
+        made = sum(16 * math.prod(one.expression.shape) for one in self.outputs)
+        if not self.fits:
+            return made + sum(8 * math.prod(spec.shape) for spec in self.reads)
+        kept = sum(8 * fit.rank * sum(fit.delta.shape) for fit in self.fits)
+        return made + kept + max(fit.delta.memory for fit in self.fits)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        fits = FitReader(inputs)
+        reader = fits if self.fits else _ReadOnce(inputs.view(None))
+        tensors: dict[str, Tensor | TensorSpec] = {}
+        rounding: list[float] = []
+        for one in self.outputs:
+            tensors[one.key], lost = rounded(one, reader)
+            rounding += [] if lost is None else [lost]
+        if not self.fits:
+            return TaskResult(tensors, {"rounding": max(rounding)} if rounding else {})
+        factors = [fits.factors(fit) for fit in self.fits]
+        norm = math.hypot(*(one.norm for one in factors))
+        lost = math.hypot(*(one.lost for one in factors))
+        metrics = {
+            "rank": max(fit.rank for fit in self.fits),
+            "norm": short(norm),
+            "error": short(lost / norm) if norm else 0.0,
+        }
+        return TaskResult(tensors, metrics)
+
+
+class _ReadOnce:
+    """Keeps what it has read."""
+
+    def __init__(self, reader: TensorReader):
+        self.reader = reader
+        self.tensors: dict[TensorSpec, Tensor] = {}
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        if spec not in self.tensors:
+            self.tensors[spec] = self.reader.tensor(spec)
+        return self.tensors[spec]
+
+
+def rounded(one: ConvertedTensor, reader: TensorReader) -> tuple[Tensor, float | None]:
+    """The tensor in its dtype, and ‖value - rounded‖ / ‖value‖, None where nothing is rounded.
+
+    `Unrecoverable` where values are too small for the dtype: in any piece, as beside larger ones
+    the loss of a small one does not show.
+    """
+    value, own = one.expression.value(reader), dtypes.torch_dtype(one.dtype)
+    tensor = value.to(own).contiguous()
+    if value.dtype == own:
+        return tensor, None
+    lost = worst = loss(value, tensor)
+    pieces = one.expression.joined_parts
+    if len(pieces) > 1:
+        del value
+        parts = (piece.value(reader) for piece in pieces)
+        worst = max(loss(part, part.to(own)) for part in parts)
+    # what overflows is infinite, which the engine refuses
+    if own.is_floating_point and max(LOSS, torch.finfo(own).eps) < worst < math.inf:
+        raise Unrecoverable(
+            f"values of {shown(one.key)} are too small for {str(own).removeprefix('torch.')}, "
+            f"which loses {worst:.2g} of their norm",
+            expected=f"at most {LOSS:.2g}, as bfloat16 loses",
+            where=shown(one.key),
+            hint="give --dtype fp32, or choose a format that stores the scale of each module",
+            code="AK606",
+        )
+    return tensor, lost
+
+
+def loss(value: Tensor, tensor: Tensor) -> float:
+    """‖value - tensor‖ / ‖value‖ of a rounded tensor; 1 where the squares of its values are 0."""
+    wide = value.double()
+    lost = torch.linalg.vector_norm(tensor.double() - wide)
+    norm = torch.linalg.vector_norm(wide)
+    return float(lost / norm) if norm else float(wide.any())

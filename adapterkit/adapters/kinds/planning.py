@@ -1,0 +1,121 @@
+"""The deltas of an adapter of another type than LoRA, in PEFT's layout."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from adapterkit.adapters.kinds.dora_deltas import BaseWeights
+from adapterkit.core.adapter.keys import CONFIG
+from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.commands import CHECK_BASE, EXTRACT
+from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.registry import members
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.common import Delta, Kind
+
+FLATTENED = (
+    "convolutions with flattened kernels look like linear layers here: give --base if the model "
+    "has any"
+)
+
+
+@dataclass(frozen=True)
+class ModuleOfKind:
+    """The delta of one module; `tail`: the axes of its weight after `out`."""
+
+    module: str
+    delta: "Delta"
+    tail: tuple[int, ...]
+    embedding: bool
+
+
+def kind_of(source: Folder, config: Mapping) -> "type[Kind] | None":
+    """The type of an adapter; None for LoRA, and for what is no adapter. `Refused` for a type that
+    is not known."""
+    peft_type = config.get("peft_type", "LORA")
+    name = peft_type.lower() if isinstance(peft_type, str) else ""
+    if name == "lora":
+        return None
+    known = members("kinds")
+    if name in known:
+        return known[name]
+    raise Refused(
+        f"peft_type {shown(repr(peft_type))}",
+        expected=", ".join(["LORA", *map(str.upper, known)]),
+        where=f"{source.name}/{CONFIG}",
+        hint=f"if it can be merged, {EXTRACT}",
+        code="AK301",
+    )
+
+
+def read_deltas(
+    kind: "type[Kind]", source: Folder, base: Checkpoint | None, notes: list[str], errors: Problems
+) -> tuple[Adapter, list[ModuleOfKind]]:
+    """An adapter as a LoRA's config sees it, and its deltas; pruned modules are left out, which a
+    note says. What is refused of a module joins the errors."""
+    from adapterkit.adapters.kinds.common import AdaptedModule, read_kind
+
+    if kind.needs_base and base is None:
+        raise Refused(
+            f"a {kind.name.upper()} adapter without its base: {kind.needs_base}",
+            expected="--base BASE",
+            where=source.name,
+            hint="give --base, the model it was trained on",
+            code="AK402",
+        )
+    adapter, tensors = read_kind(kind, source, 0)
+    if base is None and kind.name in ("loha", "lokr"):
+        notes.append(FLATTENED)
+    shared = tensors.pop("")
+    weights = None if base is None else BaseWeights(base, adapter, list(tensors), notes)
+    modules: list[ModuleOfKind] = []
+    for module, parts in tensors.items():
+        embedding = any("embedding" in part for part in parts)
+        with errors.collected():
+            weight = None if weights is None else weights.of(module, embedding)
+            delta = kind.from_module(AdaptedModule(adapter, module, parts, shared, weight))
+            if not delta.rank:
+                notes.append(f"{shown(module)} has rank 0: left out")
+                continue
+            shape = None if weight is None else weight.weight_shape
+            tail = tail_of(module, delta, shape, adapter.name)
+            modules.append(ModuleOfKind(module, delta, tail, embedding))
+    bias = adapter.config.get("bias") or "none"
+    config = adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias}
+    return replace(adapter, config=config), modules
+
+
+def unknown_kernel(module: str) -> Refused:
+    return Refused(
+        f"{shown(module)}: a kernel of which the file does not say if it is a Conv1d's or a "
+        "Conv2d's",
+        expected="--base BASE",
+        where="options",
+        hint="give the model it was trained on",
+        code="AK402",
+    )
+
+
+def tail_of(
+    module: str, delta: "Delta", shape: Sequence[int] | None, where: str
+) -> tuple[int, ...]:
+    """The axes of a weight after `out`, of the base's `shape` where that is known; `Refused` where
+    it is another or nothing tells."""
+    if shape is None:
+        if delta.tail is not None:
+            return delta.tail
+        raise unknown_kernel(module)
+    out, *tail = shape
+    if delta.shape != (out, math.prod(tail)):
+        raise Refused(
+            f"{shown(module)}: a delta of {delta.shape}",
+            expected=f"one for the base's {tuple(shape)}",
+            where=where,
+            hint=CHECK_BASE,
+            code="AK401",
+        )
+    return tuple(tail)

@@ -1,0 +1,76 @@
+"""In which order the columns of a stack's b count experts and ranks.
+
+PEFT counts the expert fastest. Unsloth counted it slowest until 2026-09-17; its configs say which
+only since then, and either reading has the same shapes and norms.
+"""
+
+import json
+from collections.abc import Mapping
+
+from adapterkit.core.adapter.config import FASTEST, ORDER, ORDER_DETAIL, ORDERS, SLOWEST
+from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.commands import command
+from adapterkit.core.errors import Refused
+from adapterkit.core.records import Json, Settings
+
+CARD, MOST = "README.md", 1 << 20
+# of option --expert-layout
+GIVEN = {"unsloth": {ORDER: SLOWEST}} | {
+    f"peft-{one}": {ORDER: FASTEST, "peft_version": f"{one}.0"} for one in ("0.18", "0.19")
+}
+
+
+def order_of(config: Settings, leaf: str | None = None) -> str | None:
+    """The order in the stack of a parameter `leaf`, else that of any which is not in PEFT's; None
+    where the config does not say."""
+    detail = config.get(ORDER_DETAIL) or {}
+    words = detail.get("parameters") if isinstance(detail, Mapping) else None
+    own = {
+        name.rpartition(".")[2]: one.get(ORDER)
+        for name, one in (words.items() if isinstance(words, Mapping) else ())
+        if isinstance(one, Mapping)
+    }
+    known = [own[leaf]] if leaf in own else [*own.values(), config.get(ORDER)]
+    return next((order for order in ORDERS if order in known), None)
+
+
+def with_given(config: Settings, layout: str | None) -> Settings:
+    """A config with the order of option --expert-layout, where it says none."""
+    return config if layout is None or order_of(config) else {**config, **GIVEN[layout]}
+
+
+def in_order_of_peft(config: Settings, folder: Folder | None = None) -> Json:
+    """A config of stacks in PEFT's order, which it says only where its readers would ask: PEFT
+    warns of settings that it does not know."""
+    plain = {key: value for key, value in config.items() if key not in (ORDER, ORDER_DETAIL)}
+    is_asked = plain.get("target_parameters") and is_of_unsloth(plain, folder)
+    return plain | ({ORDER: FASTEST} if is_asked else {})
+
+
+def order_problem(adapter: Adapter) -> Refused | None:
+    """Why the stacks of a file cannot be read as PEFT reads them; None where they can."""
+    order, folder = order_of(adapter.config), adapter.folder
+    if order == FASTEST or not any(map(adapter.is_stack, adapter.loras)):
+        return None
+    if order is None and not is_of_unsloth(adapter.config, folder):
+        return None
+    options = {"to": "peft", "expert_layout": "unsloth", "out": "for-peft"}
+    return Refused(
+        f"stacks of experts by Unsloth, {ORDER} {order or 'unset'}: until 2026-09-17 their b had "
+        "another order",
+        expected=f"{ORDER} {FASTEST}, as PEFT has it, or {SLOWEST}",
+        where=adapter.where,
+        hint="give --expert-layout unsloth for one trained until then and --expert-layout "
+        "peft-0.19 for a later one, or convert it first, with peft-0.19 for a later one\n"
+        + command("adapterkit convert", folder.label, **options),
+        code="AK402",
+    )
+
+
+def is_of_unsloth(config: Settings, folder: Folder | None) -> bool:
+    """Whether an adapter's config or card names Unsloth; a card by adapterkit names files."""
+    size = min(folder.files().get(CARD, 0), MOST) if folder is not None else 0
+    card = folder.read(CARD, 0, size) if folder is not None and size else b""
+    text = json.dumps(config, default=str).encode() + card * (b"adapterkit" not in card)
+    return b"unsloth" in text.lower()

@@ -1,0 +1,186 @@
+"""Files of LoRA adapters as llama.cpp reads and writes them: metadata and tensors.
+
+Sources: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-adapter.cpp and
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from adapterkit.bases.gguf.header import (
+    ALIGNMENT,
+    ARRAY,
+    MAGIC,
+    MAX_RANK,
+    STRING,
+    UINT32,
+    VERSIONS,
+    GgufHeader,
+    read_gguf,
+)
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan
+from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, shown
+from adapterkit.core.records import Json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT32 = 6  # ggml's id of that type of metadata
+KINDS = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's type ids of floats
+Q8_0 = 8
+BLOCK, BLOCK_BYTES = 32, 34  # of Q8_0: 32 integers of 8 bits behind a scale of 16 bits
+SIZES = {0: (1, 4), 1: (1, 2), 30: (1, 2), Q8_0: (BLOCK, BLOCK_BYTES)}
+MAX_NAME = 63  # bytes of a tensor's name in ggml
+EXPECTED = {"general.type": "adapter", "adapter.type": "lora"}
+
+Value = str | float | int | tuple[int, ...]  # of metadata: texts, f32, u32, arrays of u32
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec(TensorSpec):
+    """A tensor in blocks of Q8_0: its shape, and the `F32` that decodes it exactly."""
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """Its bytes: (blocks, bytes of one)."""
+        shape = (self.nbytes // BLOCK_BYTES, BLOCK_BYTES)
+        own = TensorSpec(self.key, "U8", shape, self.file, self.start, self.stop, self.folder)
+        return (own,)
+
+    def decode(
+        self,
+        stored: "Tensor",  # (blocks, 34) uint8
+    ) -> "Tensor":
+        """scale · integer, in float32: 11 and 8 bits, so exact."""
+        import torch
+
+        scales = stored[:, :2].contiguous().view(torch.float16).float()
+        integers = stored[:, 2:].contiguous().view(torch.int8).float()
+        return (scales * integers).view(self.shape)
+
+
+class AdapterFile(NamedTuple):
+    """A parsed file; its tensors are in torch's order of dimensions."""
+
+    header: GgufHeader
+    metadata: Json
+    tensors: dict[str, TensorSpec]
+
+
+def is_gguf(folder: Folder, name: str) -> bool:
+    """Whether a file begins as GGUF does."""
+    return folder.read(name, 0, len(MAGIC)) == MAGIC
+
+
+def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
+    """Parse the header of a LoRA adapter; `Damaged` or `Refused` unless file and types are as
+    llama.cpp takes them. `number`: which input of the job the folder is."""
+    hint = "give an adapter of f32, f16, bf16 or q8_0"
+    header = read_gguf(folder, name, SIZES, hint)
+    errors = Problems(
+        [
+            Refused(
+                f"{key} is {shown(repr(header.metadata.get(key)))}",
+                expected=repr(value),
+                where=name,
+                hint="give a LoRA adapter; a model goes where a base is expected",
+                code="AK207",
+            )
+            for key, value in EXPECTED.items()
+            if header.metadata.get(key) != value
+        ],
+        where=name,
+        code="AK207",
+    )
+    end, size = max((entry.stop for entry in header.tensors), default=0), folder.files()[name]
+    if size not in (end, _aligned(end)):
+        errors.add(
+            f"{size} bytes: the data is followed by other bytes",
+            f"{end} bytes, as the header says",
+            "download or copy the file again",
+            kind=Damaged,
+        )
+    errors.raise_all()
+    names = {kind: dtype for dtype, kind in KINDS.items()}
+    tensors = {}
+    for entry in header.tensors:
+        spec = BlockSpec if entry.kind == Q8_0 else TensorSpec
+        dtype = names.get(entry.kind, "F32")
+        tensors[entry.name] = spec(
+            entry.name, dtype, entry.shape, name, entry.start, entry.stop, number
+        )
+    return AdapterFile(header, header.metadata | header.arrays, tensors)
+
+
+def gguf_layout(
+    file: str, tensors: Sequence[TensorPlan], metadata: Mapping[str, Value]
+) -> ShardLayout:
+    """A file with these tensors in this order; the same bytes for equal arguments. `Refused` for
+    what ggml cannot hold."""
+    Problems(_errors(file, tensors)).raise_all()
+    infos, offset, offsets = bytearray(), 0, []
+    for tensor in tensors:
+        offsets.append(offset)
+        infos += _text(tensor.key) + struct.pack("<I", len(tensor.shape))
+        infos += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+        infos += struct.pack("<IQ", KINDS[tensor.dtype], offset)
+        offset = _aligned(offset + tensor.nbytes)
+    raw = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata))
+    for key, value in metadata.items():
+        raw += _text(key) + _value(value)
+    raw += infos
+    raw += bytes(_aligned(len(raw)) - len(raw))
+    return ShardLayout(file, raw, tuple(tensors), tuple(len(raw) + at for at in offsets))
+
+
+def _errors(file: str, tensors: Sequence[TensorPlan]) -> list[AdapterkitError]:
+    """Tensors that ggml cannot hold."""
+    errors = Problems(where=file, code="AK207")
+    for tensor in tensors:
+        problem = f"{shown(tensor.key)} {tensor.dtype} {tensor.shape}"
+        hint = "leave that module out, or convert to another format"
+        if len(tensor.key.encode()) > MAX_NAME:
+            expected = f"a name of at most {MAX_NAME} bytes"
+        elif not 0 < len(tensor.shape) <= MAX_RANK or not math.prod(tensor.shape):
+            expected = f"1 to {MAX_RANK} dimensions, none of them 0"
+        elif tensor.dtype not in KINDS:
+            expected, hint = f"one of {', '.join(KINDS)}", "give --dtype fp32, fp16 or bf16"
+        else:
+            continue
+        errors.add(problem, expected, hint)
+    return errors
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Value) -> bytes:
+    """A value of metadata behind its type."""
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _text(value)
+    if isinstance(value, float):
+        return struct.pack("<If", FLOAT32, value)
+    numbers = [value] if isinstance(value, int) else value
+    if not all(0 <= number < 1 << 32 for number in numbers):
+        problem, where = f"a number of the config is {max(numbers)}", "adapter_config.json"
+        raise Refused(
+            problem,
+            expected="32 bits, as in GGUF",
+            where=where,
+            hint="fix the config",
+            code="AK207",
+        )
+    if isinstance(value, int):
+        return struct.pack("<II", UINT32, value)
+    return struct.pack(f"<IIQ{len(value)}I", ARRAY, UINT32, len(value), *value)

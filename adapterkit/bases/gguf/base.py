@@ -1,0 +1,168 @@
+"""Models in a GGUF file, or in the parts of a split one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapterkit.adapters.formats.image_model import OneFileModel
+from adapterkit.bases.gguf.beside.imatrix import Importance, read_imatrix
+from adapterkit.bases.gguf.beside.modelfile import modelfile
+from adapterkit.bases.gguf.header import GgufFiles, find_gguf, is_gguf_adapter
+from adapterkit.bases.gguf.model import GgufCheckpoint, open_gguf
+from adapterkit.bases.gguf.output import plan_gguf_files
+from adapterkit.bases.gguf.table_checkpoint import open_plain_gguf
+from adapterkit.bases.gguf.transformers_tables import table_of
+from adapterkit.bases.images.base import OF_FOLDERS, images_in, prepare_images
+from adapterkit.core.adapter.keys import CONFIG as ADAPTER_CONFIG
+from adapterkit.core.checkpoint.hashes import sha256_of_file
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.commands import command, line
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.core.inputs.base_door import GGUF, Base, has_type
+from adapterkit.core.inputs.sources import open_source
+from adapterkit.core.options import StrPath
+from adapterkit.core.plan import Files, OutputFile, Step
+
+if TYPE_CHECKING:
+    from adapterkit.core.merge.job import MergeJob
+
+MODELFILE = "Modelfile"
+
+
+@dataclass(frozen=True)
+class GgufImageModel(OneFileModel, GgufCheckpoint):
+    """An image or video model in a GGUF file."""
+
+
+@dataclass(frozen=True)
+class GgufBase(Base):
+    """A model of llama.cpp's, or an image model."""
+
+    in_safetensors = False
+    does: ClassVar = {
+        "quantize": "bases.gguf.quantize:plan_gguf_quantization",
+        "dequantize": "bases.gguf.quantize:plan_gguf_dequantization",
+        "inspect": "verbs.look.gguf:inspect_gguf",
+        "merged files": "bases.gguf.base:merged_files",
+    }
+    unfit: ClassVar = {"a base of safetensors": ("dtype", "compat", "dequantize", *OF_FOLDERS)}
+
+    @cached_property
+    def files(self) -> GgufFiles:
+        files = find_gguf(self.folder)
+        assert files is not None
+        return files
+
+    @cached_property
+    def images(self) -> GgufImageModel | None:
+        try:
+            return None if has_type(self.folder) else _images_in(self.files)
+        except AdapterkitError:
+            return None
+
+    @property
+    def ending(self) -> str | None:
+        return GGUF if len(self.files.names) == 1 else None
+
+    def own(self, work: str) -> Callable[..., Any] | None:
+        is_adapter = lambda: ADAPTER_CONFIG in self.folder.files() or is_gguf_adapter(self.files)
+        return None if work == "inspect" and is_adapter() else super().own(work)
+
+    def read(self, number: int = 0) -> Checkpoint:
+        if number == 0 and getattr(self.folder, "single", None) is not None and self.images:
+            return self.images  # read before, for the adapters
+        images = _images_in(self.files, number)
+        return images or open_gguf(self.files, number, table_of=table_of).checkpoint
+
+    def read_for(self, is_enough: Callable[[Checkpoint], bool]) -> Checkpoint:
+        """Without a model where its table's names are enough."""
+        plain = open_plain_gguf(self.files, table_of)
+        return plain if plain is not None and is_enough(plain) else self.read()
+
+    def prepare(self, job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+        prepare_images(job, errors)
+
+
+def _images_in(files: GgufFiles, number: int = 0) -> GgufImageModel | None:
+    """The image or video model in a GGUF file; None for a language model."""
+    from adapterkit.bases.gguf.images import open_image_gguf
+
+    checkpoint = open_image_gguf(files, number)
+    return None if checkpoint is None else images_in(checkpoint, GgufImageModel)
+
+
+@dataclass(frozen=True)
+class ImportanceFile:
+    """An importance matrix and the hash of its file."""
+
+    sums: Importance
+    sha256: str
+
+
+def read_importance(text: StrPath) -> ImportanceFile:
+    """`Refused` or `Damaged` for what is no such file."""
+    folder = open_source(text)
+    names = [name for name in folder.files() if "/" not in name]
+    if len(names) != 1:
+        raise Refused(
+            f"a folder of {len(names)} files",
+            expected="one file of llama-imatrix",
+            where=folder.label,
+            hint="give the path of the file itself",
+            code="AK106",
+        )
+    return ImportanceFile(read_imatrix(folder, names[0]), sha256_of_file(folder.path(names[0])))
+
+
+def merged_files(
+    job: "MergeJob", steps: Sequence[Step], file: str | None, imatrix: ImportanceFile | None
+) -> tuple[tuple[OutputFile, ...], Files, Mapping[str, str]]:
+    """The files of a merge's output, those beside them, and what its receipt says besides;
+    `Refused` for what would change the metadata of the base."""
+    base = job.original
+    assert isinstance(base, GgufCheckpoint)
+    changed = {*job.config} - {"tie_word_embeddings"}
+    changed = sorted(key for key in changed if job.config[key] != job.base.config.get(key))
+    if changed:
+        raise Refused(
+            f"the merge changes {', '.join(changed)} of the model",
+            expected="a merge that leaves the metadata of the file as they are",
+            where=base.name,
+            hint="merge into the original checkpoint, and convert that with llama.cpp's own tool",
+            code="AK404",
+        )
+    shards = plan_gguf_files(
+        base,
+        steps,
+        touched_as=job.options.touched_as,
+        keep_scales=job.options.scales == "keep",
+        importance=imatrix.sums if imatrix else {},
+        name=file,
+    )
+    files = files_beside(base, shards, job.notes, asked=job.options.modelfile)
+    return shards, files, {"imatrix": imatrix.sha256} if imatrix else {}
+
+
+def files_beside(
+    base: GgufCheckpoint, shards: Sequence[OutputFile], notes: list[str], *, asked: bool
+) -> Files:
+    """The small files of the output, a Modelfile where it is asked for, and a note on how it is
+    loaded. `Refused` for one of an image model."""
+    first = shards[0].file
+    if isinstance(base, OneFileModel):
+        if asked:
+            problem, expected = "--modelfile with an image model", "a language model"
+            raise Refused(
+                problem, expected=expected, where="options", hint="remove --modelfile", code="AK102"
+            )
+        notes.append(
+            "to load it: ComfyUI-GGUF's node Unet Loader (GGUF), from models/diffusion_models; "
+            f"stable-diffusion.cpp: {line(['--diffusion-model', first])}, -m where it has all parts"
+        )
+        return {}
+    how = f"ollama create NAME -f {MODELFILE}" if asked else "Ollama: a Modelfile (--modelfile)"
+    load = command("llama-cli -m", first)
+    notes.append(f"to load it: {load}; {how}; LM Studio: put it into the folder of its models")
+    header = next(iter(base.headers.values()))
+    return {MODELFILE: modelfile(header, first)} if asked else {}

@@ -1,0 +1,206 @@
+"""Output files of a model in GGUF: those of the base, with new values of some tensors."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from adapterkit.bases.gguf.beside.imatrix import Importance
+from adapterkit.bases.gguf.file import has_head
+from adapterkit.bases.gguf.header import EMBEDDING, HEAD, TYPES, GgufHeader
+from adapterkit.bases.gguf.layout import FileLayout, NewTensor, as_it_was, laid_out_anew, nbytes
+from adapterkit.bases.gguf.model import GgufCheckpoint
+from adapterkit.bases.gguf.weight import GgufWeight
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import Problems, Refused, listed, shown
+from adapterkit.core.plan import OutputFile, Step, Task
+from adapterkit.core.tasks.common import CopiedTensor, SomeOutputs
+from adapterkit.core.tasks.quantize import CompensatedStep, EncodedStep
+from adapterkit.core.tasks.rows import RequantizedWeight
+
+HEADS = {"lm_head.weight": HEAD}  # that a tied model's file gets
+WAY_OUT = "give --touched-as q8_0, or merge into the original checkpoint"
+
+
+def plan_gguf_files(
+    base: GgufCheckpoint,
+    steps: Iterable[Step],
+    *,
+    touched_as: str | None,
+    keep_scales: bool,
+    importance: Importance,
+    name: str | None,
+) -> tuple[OutputFile, ...]:
+    """The files of a model after these steps; `touched_as`: the type of changed tensors in blocks,
+    where it is not their own; `keep_scales` of blocks whose values fit; `importance` of
+    columns, by tensor. `name`: of a model's one file, if it is not the base's."""
+
+    def encoded_so(step: Step) -> Step:
+        if not isinstance(step.source, GgufWeight):
+            return step
+        weight = replace(step.source, keep_scales=keep_scales)
+        return replace(step, source=weighed(weight, importance))
+
+    changed = [encoded_so(step) for step in steps if _is_changed(base, step)]
+    formats = {step.key: _format(base, step, touched_as) for step in changed}
+    _check_formats(base, formats.values())
+    tasks = [_task(step, formats[step.key]) for step in changed]
+    return gguf_files(base, tasks, [*formats.values()], name)
+
+
+def gguf_files(
+    base: GgufCheckpoint, tasks: Sequence[Task], formats: Sequence[GgufWeight], name: str | None
+) -> tuple[OutputFile, ...]:
+    """The files of a model in which these tasks write weights of these formats."""
+    files = []
+    for file, header in base.headers.items():
+        layout = _layout(base, header, formats, is_last=file == [*base.headers][-1])
+        own = [*_tasks_in(layout, tasks), *_copies(header, formats)]
+        own.sort(key=lambda task: layout.starts[task.max_outputs[0].key])
+        out = name if name is not None and len(base.headers) == 1 else file
+        files.append(OutputFile.computed(out, own, {}, lay_out=layout))
+    return tuple(files)
+
+
+def _is_changed(base: GgufCheckpoint, step: Step) -> bool:
+    return bool(step.edits or step.source.folder or step.key not in base.tensors)
+
+
+def weighed(weight: GgufWeight, importance: Importance) -> GgufWeight:
+    """The weight with the importance of its columns; `Refused` where that is of another model."""
+    sums = tuple(importance.get(part.key) for part in weight.parts)
+    misfits = [
+        f"{shown(part.key)} {tuple(found.shape)}"
+        for part, found, shape in zip(weight.parts, sums, weight.shapes, strict=True)
+        if found is not None and found.shape != (math.prod(shape[:-2]), shape[-1])
+    ]
+    if misfits:
+        raise Refused(
+            f"the importance matrix has {listed(misfits)}",
+            expected=f"{weight.shapes}: a number for each column of each matrix",
+            where="--imatrix",
+            hint="make it of this model",
+            code="AK106",
+        )
+    return replace(weight, importance=sums)
+
+
+def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWeight:
+    """How the result of a step is stored."""
+    source, weights = step.source, base.tensors.values()
+    tied = (w for w in weights if isinstance(w, GgufWeight) and w.parts[0].key == EMBEDDING)
+    weight = source if isinstance(source, GgufWeight) else base.tensors.get(step.key)
+    weight = weight or next(tied, None)
+    if not isinstance(weight, GgufWeight) or weight.key != step.key:
+        weight = _renamed(weight, step.key, base)
+    types = weight.types_written(touched_as)
+    return weight if types == weight.types else retyped(weight, types)
+
+
+def _renamed(tied: TensorSpec | None, key: str, base: GgufCheckpoint) -> GgufWeight:
+    """The format of a head that the base does not store, like that of what it was tied to."""
+    if key not in HEADS or not isinstance(tied, GgufWeight):
+        raise Refused(
+            f"{shown(key)} is not in the file",
+            expected="parameters that it has, or a head that was tied",
+            where=base.name,
+            hint="merge into the original checkpoint, and convert that",
+            code="AK401",
+        )
+    architecture = next(iter(base.headers.values())).architecture
+    if not has_head(architecture):
+        raise Refused(
+            f"one side of a tied embedding changes, and {shown(architecture)} has no {HEADS[key]}: "
+            "llama.cpp would not load it",
+            expected="a change of both sides or of neither; by the gguf package's tables",
+            where=base.name,
+            hint="give --tied fold to change both sides, or leave the module out with --exclude",
+            code="AK401",
+        )
+    part, *_ = tied.parts
+    return replace(tied, key=key, parts=(replace(part, key=HEADS[key]),))
+
+
+def retyped(weight: GgufWeight, types: tuple[str, ...]) -> GgufWeight:
+    """The same parameter stored in other types."""
+    for name, shape in zip(types, weight.shapes, strict=True):
+        values = TYPES[name][1]
+        if shape[-1] % values:
+            raise Refused(
+                f"{shown(weight.key)} has rows of {shape[-1]} values",
+                expected=f"whole blocks of {values}, as {name} has them",
+                where=weight.file,
+                hint="give another --touched-as, such as q8_0",
+                code="AK404",
+            )
+    parts = []
+    for part, name, shape in zip(weight.parts, types, weight.shapes, strict=True):
+        size = nbytes(name, shape)
+        rows = part.shape[0]
+        parts.append(replace(part, shape=(rows, size // rows), stop=part.start + size))
+    return replace(weight, types=types, parts=tuple(parts))
+
+
+def _check_formats(base: GgufCheckpoint, formats: Iterable[GgufWeight]) -> None:
+    """`Refused` for changed tensors whose bytes cannot be written."""
+    errors, reasons = Problems(where=base.name, code="AK404"), dict[str, list[str]]()
+    for weight in formats:
+        if weight.read_only:
+            reasons.setdefault(weight.read_only, []).append(weight.key)
+    for reason, keys in reasons.items():
+        errors.add(
+            f"{listed(keys)} cannot be written again: {reason}",
+            "types of blocks that are written, and layouts that can be restored",
+            WAY_OUT,
+        )
+    errors.raise_all()
+
+
+def _task(step: Step, format: GgufWeight) -> Task:
+    source = step.source
+    if not step.edits and isinstance(source, GgufWeight) and source.types == format.types:
+        return CopiedTensor(step.key, source.parts[0], format.parts[0].key)  # a head, untied
+    if step.compensation is not None:
+        return CompensatedStep(step.key, step, format)
+    if format is source:
+        return RequantizedWeight(step.key, step)
+    return EncodedStep(step.key, step, format)
+
+
+def _tasks_in(layout: FileLayout, tasks: Sequence[Task]) -> list[Task]:
+    """What is computed for one file; of a stack whose parts are in two files each its own."""
+    found = []
+    for task in tasks:
+        keys = [one.key for one in task.max_outputs]
+        own = tuple(key for key in keys if key in layout.starts)
+        if own:
+            found.append(task if len(own) == len(keys) else SomeOutputs(task.name, task, own))
+    return found
+
+
+def _copies(header: GgufHeader, formats: Iterable[GgufWeight]) -> list[Task]:
+    """The tensors that stay."""
+    written = {part.key for weight in formats for part in weight.parts}
+    stored: list[TensorSpec] = [entry.stored() for entry in header.tensors]
+    return [CopiedTensor(spec.key, spec, spec.key) for spec in stored if spec.key not in written]
+
+
+def _layout(
+    base: GgufCheckpoint, header: GgufHeader, formats: Iterable[GgufWeight], *, is_last: bool
+) -> FileLayout:
+    """Where the tensors of a file are in its output; new ones go into the last file."""
+    known = {entry.name for one in base.headers.values() for entry in one.tensors}
+    parts = {
+        part.key: NewTensor(part.key, shape, name)
+        for weight in formats
+        for part, shape, name in zip(weight.parts, weight.shapes, weight.types, strict=True)
+    }
+    types = {key: tensor.type for key, tensor in parts.items()}
+    new = [tensor for key, tensor in parts.items() if key not in known]
+    header, added = header.counting(len(known) + len(new)), new if is_last else []
+    if not added and all(
+        types.get(entry.name, entry.type) == entry.type for entry in header.tensors
+    ):
+        start = min((entry.start for entry in header.tensors), default=header.size)
+        between = base.folder.read(header.file, len(header.raw), start)
+        return as_it_was(header, header.raw + between)
+    return laid_out_anew(header, types, added)

@@ -1,0 +1,213 @@
+"""Names and layouts of architectures that transformers does not read from GGUF: by a table of
+modules, and transformers' model of a config of which the metadata say some sizes.
+
+Such a model is good for the names and classes of its modules. Shapes are the file's, and nothing
+can run by such a config.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+from adapterkit.bases.gguf.config import class_name_of
+from adapterkit.bases.gguf.file import GgufFile, number_of
+from adapterkit.bases.gguf.header import EMBEDDING, HEAD, Entry
+from adapterkit.bases.gguf.placement import Build, ReadArray
+from adapterkit.bases.gguf.weight import as_tensor, converted
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.lazy import Tensor
+from adapterkit.core.records import Json
+from adapterkit.core.weights.skeleton import Skeleton
+
+COLUMNS = 3
+EXPERT = "*"  # in a key: the number of each matrix of a stack
+# architecture -> the norms whose weights llama.cpp adds 1 to
+SHIFTED = {"gemma": re.compile("norm"), "qwen3next": re.compile(r"^(?!.*\.linear_attn\.)")}
+# metadata that decide which modules there are -> the names of it in the configs that have it
+SIZES: Mapping[str, tuple[str, ...]] = {
+    "block_count": ("num_hidden_layers",),
+    "embedding_length": ("hidden_size",),
+    "feed_forward_length": ("intermediate_size", "intermediate_size_mlp"),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "expert_shared_count": ("n_shared_experts",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "leading_dense_block_count": ("first_k_dense_replace",),
+    "attention.key_length": ("head_dim",),
+    "attention.shared_kv_layers": ("num_kv_shared_layers",),
+    "attention.q_lora_rank": ("q_lora_rank",),
+    "attention.kv_lora_rank": ("kv_lora_rank",),
+}
+
+
+@dataclass(frozen=True)
+class TablePlace:
+    """A tensor in a checkpoint of transformers: its key, with `EXPERT` for each matrix of a stack,
+    and the orders of its rows in the file."""
+
+    key: str
+    steps: tuple[str, ...] = ()
+    shift: int = 0  # what the file has more in each value
+
+
+class NameTable(Protocol):
+    """What a table of an architecture says."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """transformers' model types, to try in this order."""
+        ...
+
+    def places(self, name: str) -> list[TablePlace]:
+        """Where a GGUF tensor of that name may be."""
+        ...
+
+    def rows(self, place: TablePlace, size: int, config: Json) -> Tensor | None:
+        """For each of so many rows of the model its row in the file; None: in their order."""
+        ...
+
+
+def table_config(file: GgufFile, model_type: str) -> Json:
+    """The config of a model of that type with the sizes of a file."""
+    from transformers import AutoConfig
+
+    defaults = file.call_transformers("config", lambda: AutoConfig.for_model(model_type).to_dict())
+    is_nested = isinstance(defaults.get("text_config"), dict)
+    known, metadata = defaults["text_config"] if is_nested else defaults, file.header.metadata
+    sizes: Json = {"pad_token_id": None} if "pad_token_id" in known else {}
+    for key, names in SIZES.items():
+        value = metadata.get(f"{file.architecture}.{key}")
+        if type(value) is int:
+            sizes |= {name: value for name in names if name in known}
+    if sizes.get("num_experts") and "enable_moe_block" in known:
+        sizes["enable_moe_block"] = True
+    if EMBEDDING in file.entries:
+        sizes["vocab_size"] = file.entries[EMBEDDING].shape[0]
+    tied = {"tie_word_embeddings": HEAD not in file.entries}
+    kind = known.get("model_type")
+    text = {"text_config": {"model_type": kind} | sizes | tied} if is_nested else sizes
+    classes = {"architectures": [class_name_of(file, model_type)]}
+    return {"model_type": model_type} | classes | text | tied
+
+
+class TableNames:
+    """A way of reading an architecture: by a table, then as transformers' loader does."""
+
+    def __init__(self, table: NameTable, model: Skeleton, architecture: str):
+        self.table, self.model, self.architecture = table, model, architecture
+
+    def place(self, name: str) -> TablePlace | None:
+        """Where a tensor is among those of the model, or what the table says first of one that is
+        no stack: the config may lack its layer's kind."""
+        places = [*self.table.places(name), *self._norms.get(name, ())]
+        found = (one for one in places if self._target(one)[0] in self.model.state)
+        return next(found, next((one for one in places if EXPERT not in one.key), None))
+
+    @cached_property
+    def _norms(self) -> dict[str, list[TablePlace]]:
+        """Norms, by what the gguf package calls them."""
+        import gguf
+
+        number = number_of(self.architecture)
+        if number is None:
+            return {}
+        layers = self.model.model.config.get_text_config().num_hidden_layers
+        table, shifted = gguf.get_tensor_name_map(number, layers), SHIFTED.get(self.architecture)
+        return {
+            name: [TablePlace(key, shift=int(bool(shifted and shifted.search(key))))]
+            for key, value in self.model.state.items()
+            if value.dim() == 1 and "norm" in key
+            if (name := table.get_name(key, try_suffixes=(".weight", ".bias"))) is not None
+        }
+
+    def target(self, name: str) -> str | None:
+        place = self.place(name)
+        return None if place is None else self._target(place)[0]
+
+    def shape(self, build: Build, entries: list[Entry]) -> tuple[int, ...] | None:
+        """The shape of what is built; None where it is not found out by a few columns of it."""
+        import numpy as np
+
+        widths = {entry.shape[-1] for entry in entries if len(entry.shape) > 1}
+        if not widths:
+            return entries[0].shape if len(entries) == 1 else None
+        narrow = {entry.name: (*entry.shape[:-1], COLUMNS) for entry in entries}
+        try:
+            built = build(lambda name: np.zeros(narrow[name], np.float32)).shape
+        except Exception:  # transformers' code, on shapes that it does not expect
+            return None
+        return (*built[:-1], *widths) if built[-1] == COLUMNS and len(widths) == 1 else None
+
+    def _target(self, place: TablePlace) -> tuple[str, str | None]:
+        return self.model.loaded_as(place.key.replace(EXPERT, "0"))
+
+    def build(self, key: str, names: list[str]) -> Build:
+        sources = []
+        for name in names:
+            place = self.place(name) or TablePlace(name)
+            sources.append(_PlacedTensor(name, place, self._target(place)[1]))
+        patterns = {source.pattern for source in sources}
+        among = (c for c in self.model.converters if patterns & {*c.source_patterns})
+        converter = next(among, None)
+        if converter is not None:  # in the order of its sources, gate before up
+            sources.sort(key=lambda source: converter.source_patterns.index(source.pattern))
+        return _Tabled(key, tuple(sources), converter, self.table, self.model.base.config)
+
+
+@dataclass(frozen=True)
+class _PlacedTensor:
+    name: str  # of the GGUF tensor
+    place: TablePlace
+    pattern: str | None  # of the converter, that its key matches
+
+
+@dataclass(frozen=True)
+class _Tabled:
+    """A parameter of tensors that are put where a checkpoint of transformers has them, and then
+    loaded as its loader does."""
+
+    key: str
+    sources: tuple[_PlacedTensor, ...]
+    converter: Any | None
+    table: NameTable
+    config: Json
+
+    def __call__(self, read: ReadArray, /) -> Tensor:
+        tensors = [self._in_order(source.place, read(source.name)) for source in self.sources]
+        if self.converter is None:
+            (tensor,) = tensors
+            return tensor
+        return converted(
+            self.converter,
+            self.key,
+            (
+                (source.place.key.replace(EXPERT, str(number)), source.pattern, one)
+                for source, tensor in zip(self.sources, tensors, strict=True)
+                for number, one in enumerate(tensor if EXPERT in source.place.key else [tensor])
+            ),
+        )
+
+    def _in_order(self, place: TablePlace, array: Any) -> Tensor:
+        tensor = as_tensor(array)
+        tensor = tensor - place.shift if place.shift else tensor
+        rows = self.table.rows(place, len(tensor), self.config)
+        return tensor if rows is None else tensor[rows]
+
+
+def model_by_table(file: GgufFile, table: NameTable, checkpoint: Checkpoint) -> Skeleton:
+    """The first of the table's models that transformers can build in the sizes of a file;
+    `Refused` with the first problem."""
+    problem: AdapterkitError | None = None
+    for model_type in table.models:
+        try:
+            config = table_config(file, model_type)
+            return Skeleton(replace(checkpoint, config=config), config["architectures"][0])
+        except AdapterkitError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem

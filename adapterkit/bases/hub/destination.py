@@ -1,0 +1,300 @@
+"""Where an output goes on the Hub: a repository, a branch of it, a folder there; what is refused
+before a byte is sent, and what is created.
+
+The rule is that of folders on this machine (`core/output/stage.py`): an output never takes
+the place of an input, nor of what adapterkit did not write, and that of an older output with
+--overwrite.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from adapterkit.bases.hub.errors import explained_errors
+from adapterkit.bases.hub.folder import HubFolder
+from adapterkit.bases.hub.listing import RemoteEntry, list_remote, offline
+from adapterkit.bases.hub.retry import retry
+from adapterkit.core.checkpoint.folder import Folder, original
+from adapterkit.core.checkpoint.hub_ids import COMMIT, HubId, place_on_hub
+from adapterkit.core.commands import command
+from adapterkit.core.errors import Refused, listed, shown
+from adapterkit.core.output.earlier_output import parse_receipt
+from adapterkit.core.output.stage import RECEIPT
+
+# Weights that a loader picks by their name alone: old ones beside new ones are silently wrong.
+LOADABLE = re.compile(
+    r"((diffusion_)?pytorch_model|adapter_model|model)[^/]*\.(safetensors|bin)(\.index\.json)?"
+)
+
+MOST_SOURCES = 100  # of which the Hub is asked whether they are private
+
+FOLDER = "hf://org/name[@branch][:folder]"
+FILE = "hf://org/name[@branch]:path/file"
+FILES = (".safetensors", ".gguf")
+
+
+def parse_output(out: str, *, endings: Collection[str] = ("",)) -> HubId:
+    """The place that `hf://org/name[@branch][:folder]` is, where "" is one of the `endings`, or of
+    a file of another one, in `hf://org/name[@branch]:path/file.safetensors`; `Refused` for another
+    text."""
+    expected = " or ".join(FILE + ending if ending else FOLDER for ending in endings)
+    hub_id = place_on_hub(out)
+    if hub_id is None or COMMIT.fullmatch(hub_id.revision or ""):
+        raise Refused(
+            f"{shown(out)}: {'this is a commit' if hub_id else 'this is no such name'}",
+            expected=expected,
+            where="--out",
+            hint="give your account's or organization's name, the repository's, and a branch of it",
+            code="AK701",
+        )
+    suffix = PurePosixPath(hub_id.subfolder).suffix
+    if "" not in endings and suffix not in endings:
+        raise Refused(
+            f"{shown(out)}: this is no name of a file",
+            expected=expected,
+            where="--out",
+            hint=f"give a name that ends in {' or '.join(endings)} behind the colon",
+            code="AK701",
+        )
+    if suffix in FILES and suffix not in endings:
+        raise Refused(
+            f"{shown(out)}: this is the name of a file",
+            expected=expected,
+            where="--out",
+            hint="give its folder: the file is named as its format has it",
+            code="AK701",
+        )
+    return hub_id
+
+
+def _why_private(sources: Collection[str]) -> str | None:
+    """Why what is made of these repositories is not for everybody; None where it is."""
+    from huggingface_hub import HfApi
+
+    if len(sources) > MOST_SOURCES:
+        return f"it was made of more than {MOST_SOURCES} repositories"
+    for source in sources:
+        try:
+            info = retry(lambda source=source: HfApi().model_info(source), HubId(source))
+        except Refused:  # gone, or of others
+            return f"{source}, of which it was made, cannot be seen"
+        if info.private:
+            return f"{source} is private"
+    return None
+
+
+def _role() -> str | None:
+    """What the account's token may do, where the Hub says it."""
+    from huggingface_hub import HfApi
+
+    return HfApi().whoami().get("auth", {}).get("accessToken", {}).get("role")
+
+
+def check_apart(hub_id: HubId, folders: Iterable[Folder], head: str = "") -> None:
+    """`Refused` where the output would take the place of an input; `head`: the commit of its
+    branch, which an input may be named by too."""
+    place = replace(hub_id, revision=hub_id.revision or "main")
+    for folder in map(original, folders):
+        if not isinstance(folder, HubFolder):
+            continue
+        read = replace(folder.pinned, revision=folder.hub_id.revision or "main")
+        # names of the Hub lead to one repository in any case of their letters
+        same = lambda one, other: str(one).lower() == str(other).lower()
+        # by a commit or a tag; another branch stays where it is
+        at_head = head == folder.commit and read.revision != "main"
+        if same(replace(read, revision=place.revision) if at_head else read, place):
+            raise Refused(
+                f"the output is the input {folder.label}",
+                expected="an output apart from the inputs",
+                where=str(hub_id),
+                hint=f"give another repository, or a new branch: --out hf://{hub_id.repo}@NAME",
+                code="AK705",
+            )
+
+
+class Destination:
+    """A place on the Hub that files are written to. `exists`: the repository and the branch.
+
+    `sources`: repositories whose weights go into it (`repositories`); a new one is private where
+    one of them is, or cannot be seen. `inputs`: what the output is made of.
+    `Refused` where HF_HUB_OFFLINE is set, and where the place is an input's.
+    """
+
+    def __init__(
+        self,
+        hub_id: HubId,
+        sources: Collection[str] = (),
+        inputs: Collection[Folder] = (),
+        receipt_name: str = RECEIPT,
+    ):
+        check_apart(hub_id, inputs)
+        if offline():
+            raise Refused(
+                "HF_HUB_OFFLINE is set",
+                expected="a network to push over",
+                where=hub_id.repo,
+                hint="unset HF_HUB_OFFLINE, or write a folder and push it later with `hf upload`",
+                code="AK703",
+            )
+        self.hub_id, self.sources, self.inputs = hub_id, sources, inputs
+        self.receipt_name = receipt_name  # of the output, in its folder
+        self.exists = False
+        self.is_new = True  # the place is still to be made, or a branch that stands where main does
+        self.parent = ""  # the commit that the next one is made upon; "" before `create`
+        self.before: dict[str, RemoteEntry] = {}  # the files of that commit in the folder
+        self.outdated: list[str] = []  # files of an older output that go with the commit
+        self.notes: list[str] = []  # for the receipt: what was created, and how
+        self._repo_exists: bool | None = None  # None: not asked yet
+        self._receipt: bytes | None = None  # None: not read yet
+
+    def _has_repo(self) -> bool:
+        if self._repo_exists is None:
+            from huggingface_hub import HfApi
+
+            ask = lambda: HfApi().repo_exists(self.hub_id.repo)
+            self._repo_exists = retry(ask, self.hub_id)
+        return self._repo_exists
+
+    def check_account(self) -> None:
+        """`Refused` unless there is a token that may write there, as far as the Hub says before
+        anything is created."""
+        from huggingface_hub import HfApi, get_token
+
+        expected = "a token with write access"
+        hint = "create one at https://huggingface.co/settings/tokens, then `hf auth login`"
+        if not get_token():
+            raise Refused(
+                "not logged in to the Hub",
+                expected=expected,
+                where=str(self.hub_id),
+                hint=hint,
+                code="AK702",
+            )
+        if retry(_role, self.hub_id) == "read":
+            raise Refused(
+                "the token can only read",
+                expected=expected,
+                where=str(self.hub_id),
+                hint=hint,
+                code="AK702",
+            )
+        if self._has_repo():
+            retry(lambda: HfApi().auth_check(self.hub_id.repo, write=True), self.hub_id)
+
+    def check_files(
+        self,
+        names: Collection[str],
+        *,
+        overwrite: bool,
+        job: str = "",
+        is_there: Callable[[str, RemoteEntry], bool] = lambda name, entry: False,
+    ) -> None:
+        """`Refused` where these files would take the place of some that adapterkit did not write,
+        or lie beside such weights; of an older output's without `overwrite`, unless it is of this
+        `job` (a fingerprint). `is_there`: whether a file is there with the same content. `look`
+        comes first."""
+        older = parse_receipt(self.receipt())
+        written = {*older["files"], self.receipt_name} if older else set[str]()
+        folders = {str(PurePosixPath(name).parent) for name in names}
+        beside = set(self._weights(folders)).difference(names)
+        there = set() if self.is_new else {name for name in names if name in self.before}
+        differs = lambda name: name in beside or not is_there(name, self.before[name])
+        folders = {other for other in self.before for name in names if other.startswith(f"{name}/")}
+        foreign = sorted(folders.union(filter(differs, (there | beside) - written)))
+        if foreign:
+            raise Refused(
+                f"files that adapterkit did not write are there already: {listed(foreign)}",
+                expected="a new place, or that of an older output"
+                + "; a loader might pick the old weights" * bool(beside.intersection(foreign)),
+                where=str(self.hub_id),
+                hint="push to another repository or a new branch, or delete them first\n"
+                + self._deletion(foreign),
+                code="AK705",
+            )
+        replaces = overwrite or self.is_new or bool(job and older.get("fingerprint") == job)
+        if not replaces and (replaced := sorted(filter(differs, there))):
+            raise Refused(
+                f"an older output is there: {listed(replaced)}",
+                expected="a new place",
+                where=str(self.hub_id),
+                hint="choose another repository or a new branch, or give --overwrite to replace it",
+                code="AK705",
+            )
+        self.outdated = sorted(written.intersection(self.before) - set(names)) if replaces else []
+
+    def _deletion(self, names: Collection[str]) -> str:
+        """The command that removes these files."""
+        repo, branch = self.hub_id.repo, self.hub_id.revision
+        paths = [self.hub_id.path(name) for name in names]
+        deletion = command("hf repos delete-files", repo, *paths, revision=branch)
+        if self.exists or branch is None:
+            return deletion
+        # the branch would begin with the files of main
+        return f"{command('hf repos branch create', repo, branch)} && {deletion}"
+
+    def receipt(self) -> bytes:
+        """The receipt that is there; empty without one."""
+        if self._receipt is None:
+            entry, self._receipt = self.before.get(self.receipt_name), b""
+            if entry is not None:
+                there = HubFolder(HubId(self.hub_id.repo, self.parent, self.hub_id.subfolder))
+                self._receipt = there.read(self.receipt_name, 0, entry.size)
+        return self._receipt
+
+    def look(self) -> None:
+        """List what is there: of a branch that is still to be made, what it would begin with.
+        `Refused` where that is an input, or a file."""
+        from huggingface_hub import HfApi
+
+        repo, branch, api = self.hub_id.repo, self.hub_id.revision, HfApi()
+        if not self._has_repo():
+            return
+        self.exists = branch is None or retry(
+            lambda: api.revision_exists(repo, branch), self.hub_id
+        )
+        there = self.hub_id if self.exists else HubId(repo, None, self.hub_id.subfolder)
+        self.parent, self.before = list_remote(there, hidden=True)
+        self.is_new = branch not in (None, "main") and (
+            not self.exists or self.parent == list_remote(HubId(repo))[0]
+        )
+        if not self.is_new:
+            check_apart(self.hub_id, self.inputs, self.parent)
+        if "" in self.before:
+            raise Refused(
+                "a file of this name exists",
+                expected="a folder, there or not",
+                where=str(self.hub_id),
+                hint="choose another folder",
+                code="AK705",
+            )
+
+    def create(self) -> None:
+        """The repository and the branch, where they are missing; `Refused` where this account may
+        not."""
+        from huggingface_hub import HfApi
+
+        repo, branch, api = self.hub_id.repo, self.hub_id.revision, HfApi()
+        if self.exists:
+            return
+        with explained_errors(self.hub_id):
+            if not self._has_repo():
+                why = _why_private(self.sources)
+                create = lambda: api.create_repo(repo, private=bool(why) or None, exist_ok=True)
+                retry(create, self.hub_id)
+                if why:
+                    self.notes.append(f"{repo} is new, and private: {why}")
+            if branch is not None:
+                retry(lambda: api.create_branch(repo, branch=branch, exist_ok=True), self.hub_id)
+            self.is_new = self._has_repo()  # of a new one, others may have been faster
+        self.parent, self.before = list_remote(self.hub_id, hidden=True)
+        self.exists = True
+
+    def _weights(self, folders: Collection[str]) -> list[str]:
+        """The weights that a loader would pick in these folders."""
+        return sorted(
+            name
+            for name in self.before
+            if str(PurePosixPath(name).parent) in folders
+            and LOADABLE.fullmatch(PurePosixPath(name).name)
+        )

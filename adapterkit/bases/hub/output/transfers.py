@@ -1,0 +1,193 @@
+"""What a job moves between the Hub and this machine, planned before a byte of weights moves: output
+files that are the Hub's own already, the inputs that each of the others takes, and the disk."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from adapterkit.bases.hub.folder import HubFolder
+from adapterkit.bases.hub.output.inputs import Input, conversions_in, inputs_of
+from adapterkit.bases.hub.scratch import ScratchFolder
+from adapterkit.bases.hub.upload import CopiedFile
+from adapterkit.core.errors import Refused, shown
+from adapterkit.core.plan import OutputFile, Plan
+from adapterkit.core.tasks.handoff import HANDOFF_FOLDER, HandoffFactors
+
+ORDINARY = 16 << 30  # bytes of disk that a job without a limit takes at least, if it can use them
+RECORDS = (64 << 10, 800)  # bytes of journal and receipt, and those of each tensor
+
+
+@dataclass(frozen=True)
+class MadeFile:
+    """One output file to make: the large files of the Hub that it reads, and the disk that it takes
+    while it is made."""
+
+    shard: OutputFile
+    inputs: tuple[Input, ...]
+    disk: int
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """The files of a job in the order in which they are made, and those that are not."""
+
+    made: tuple[MadeFile, ...]
+    copied: tuple[CopiedFile, ...]
+    sizes: dict[Input, int]  # of the inputs that are downloaded
+    # bytes of what stays to the end: small files, handoffs, journal and receipt, converted adapters
+    rest: int
+    small: int  # bytes of the files beside the weights
+    converted: int = 0  # bytes that are downloaded for adapters that are converted first
+    held: bool = False  # outputs stay until all are done, for a look at the whole
+
+    def without(self, done: Sequence[str]) -> "Transfers":
+        """What is left to do when these files are there."""
+        return replace(self, made=tuple(file for file in self.made if file.shard.file not in done))
+
+    def last_uses(self) -> dict[Input, int]:
+        """The number of the last file made that reads each input."""
+        return {each: number for number, file in enumerate(self.made) for each in file.inputs}
+
+    def least_disk(self) -> tuple[int, str]:
+        """Bytes without which one of the files cannot be made, and which one that is."""
+        last, present, most = self.last_uses(), set[Input](), (self.rest, "the files beside")
+        held = 0
+        for number, file in enumerate(self.made):
+            present |= set(file.inputs)
+            inputs = sum(self.sizes[each] for each in present)
+            needed = (self.rest + held + inputs + file.disk, file.shard.file)
+            most = max(most, needed, key=lambda pair: pair[0])
+            present = {each for each in present if last[each] > number}
+            held += file.shard.size if self.held else 0
+        return most
+
+    def disk(self, limit: int | None) -> int:
+        """Bytes of disk that the job takes at most."""
+        everything = self.rest + sum(self.sizes.values()) + sum(file.disk for file in self.made)
+        if limit is None:
+            # one file that is made, one that is downloaded, one that is sent
+            largest = max(
+                (sum(self.sizes[each] for each in file.inputs) + file.disk for file in self.made),
+                default=0,
+            )
+            limit = max(self.least_disk()[0] + 2 * largest, ORDINARY)
+        return min(limit, everything)
+
+    def check(self, limit: int | None) -> None:
+        """`Refused` where one of the files does not fit into the limit."""
+        least, file = self.least_disk()
+        why = ", all outputs together, which are looked at before they go" * self.held
+        check_limit(
+            limit,
+            least,
+            f"{shown(file)} takes {least:,}{why}",
+            "the inputs of one file, the file, and what stays to the end",
+        )
+
+    def totals(self, limit: int | None) -> dict[str, int]:
+        """What a dry run prints of them."""
+        return {
+            "bytes_down": sum(self.sizes.values()) + self.converted,
+            "bytes_up": self.small + sum(file.shard.size for file in self.made),
+            "bytes_copied_on_hub": sum(file.size for file in self.copied),
+            "disk_needed": self.disk(limit),
+        }
+
+
+def check_limit(limit: int | None, least: int, problem: str, parts: str) -> None:
+    """`Refused` where a job takes at least so many bytes of disk, and that is more than allowed;
+    `parts`: what takes them."""
+    if limit is not None and least > limit:
+        raise Refused(
+            f"{limit:,} bytes of disk, and {problem}",
+            expected=f"at least {least:,} bytes: {parts}",
+            where="--disk-limit",
+            hint=f"give --disk-limit {math.ceil(least / 1e6)}MB or more, with HF_HOME on a "
+            "disk that has them",
+            code="AK108",
+        )
+
+
+def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> Transfers:
+    """The transfers of a plan whose folders on the Hub are `ScratchFolder`s; `uncopied`: files that
+    are to be made here even where the Hub has them."""
+    copied = {
+        shard.file: file
+        for shard in plan.shards
+        if shard.file not in uncopied and (file := _copied_file(plan, shard)) is not None
+    }
+    made = [shard for shard in plan.shards if shard.file not in copied]
+    made.sort(key=lambda shard: not shard.tasks)  # its steps may need what tasks hand on
+    files, sizes = [], dict[Input, int]()
+    for shard in made:
+        inputs = [each for each in inputs_of(shard) if _disk(plan, each)]
+        sizes |= {each: _disk(plan, each) for each in inputs}
+        files.append(MadeFile(shard, tuple(inputs), _disk_of(shard)))
+    small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
+    tensors = sum(len(shard.layout.tensors) for shard in plan.shards)
+    rest = small + _handoffs(plan) + RECORDS[0] + RECORDS[1] * tensors
+    converted = conversions_in(plan)
+    downloads = [maker.download_size for _, maker in converted]
+    rest += sum(sum(folder.files().values()) for folder, _ in converted)
+    rest += max(downloads, default=0)
+    return Transfers(tuple(files), tuple(copied.values()), sizes, rest, small, sum(downloads), held)
+
+
+def _copied_file(plan: Plan, shard: OutputFile) -> CopiedFile | None:
+    """The file on the Hub whose bytes the output's are, header and all."""
+    if not shard.steps or not all(s.copied for s in shard.steps):
+        return None
+    sources = {(step.source.folder, step.source.file) for step in shard.steps}
+    (number, name), *others = sources
+    folder = plan.folders[number]
+    if others or not isinstance(folder, ScratchFolder | HubFolder) or name not in folder.hashes:
+        return None
+    same_places = all(
+        step.source.start == at for step, at in zip(shard.steps, shard.layout.starts, strict=True)
+    )
+    same_header = (
+        plan.headers.get((number, name)) == hashlib.sha256(shard.layout.header).hexdigest()
+    )
+    if not (same_places and same_header and shard.size == folder.files()[name]):
+        return None
+    source = folder.source if isinstance(folder, ScratchFolder) else folder
+    return CopiedFile(
+        shard.file,
+        shard.size,
+        folder.hashes[name],
+        source.hub_id.repo,
+        source.commit,
+        source.path_in_repo(name),
+    )
+
+
+def _disk(plan: Plan, which: Input) -> int:
+    """Bytes that an input takes here once it is downloaded."""
+    folder = plan.folders[which[0]]
+    return folder.disk(which[1]) if isinstance(folder, ScratchFolder) else 0
+
+
+def _disk_of(shard: OutputFile) -> int:
+    """Bytes that an output takes while it is made: twice its own where all tasks are waited for."""
+    return shard.size << (shard.finalize is not None)
+
+
+def _handoffs(plan: Plan) -> int:
+    """Bytes of what files hand on at most: it stays to the end."""
+    factors = [
+        math.prod(stored.shape)
+        for shard in plan.shards
+        for task in shard.tasks
+        if isinstance(task, HandoffFactors)
+        for stored in task.max_outputs
+    ]
+    handed_on = {
+        spec
+        for shard in plan.shards
+        for step in shard.steps
+        for edit in step.edits
+        for spec in edit.reads
+        if spec.folder == HANDOFF_FOLDER
+    }
+    return 4 * sum(factors) + sum(spec.nbytes for spec in handed_on)

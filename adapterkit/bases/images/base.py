@@ -1,0 +1,117 @@
+"""Image and video models in their publisher's names, in one file or a folder of files."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.core.errors import AdapterkitError, Problems, listed
+from adapterkit.core.inputs.base_door import SAFETENSORS, Base
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.formats.image_model import Model, OneFileModel
+    from adapterkit.core.merge.job import MergeJob
+
+AVERAGES = "model_ema."  # copies of the weights that training averages
+OF_FOLDERS = ("max_shard_size", "tokenizer")
+
+
+@dataclass(frozen=True)
+class ImageBase(Base):
+    """Safetensors whose config names no model of transformers: an image model where its keys are
+    those of one."""
+
+    does: ClassVar = {"quantize": "bases.images.quantize:plan_image_quantization"}
+
+    @cached_property
+    def images(self) -> "OneFileModel | None":
+        try:
+            return _in_safetensors(open_checkpoint(self.folder))
+        except AdapterkitError:
+            return None
+
+    @property
+    def ending(self) -> str | None:
+        is_file = getattr(self.folder, "single", None) is not None
+        return SAFETENSORS if is_file and self.images is not None else None
+
+    def own(self, work: str) -> Callable[..., Any] | None:
+        return super().own(work) if work in self.does and self.images is not None else None
+
+    def read(self, number: int = 0) -> Checkpoint:
+        if number == 0 and getattr(self.folder, "single", None) is not None and self.images:
+            return self.images  # read before, for the output's name
+        checkpoint = open_checkpoint(self.folder, number)
+        return _in_safetensors(checkpoint) or checkpoint
+
+    def unfit_with(self, file: str | None) -> Mapping[str, tuple[str, ...]]:
+        return {**self.unfit, "a folder": OF_FOLDERS if file is not None else ()}
+
+    def prepare(self, job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+        prepare_images(job, errors)
+
+
+def _in_safetensors(checkpoint: Checkpoint) -> "OneFileModel | None":
+    from adapterkit.adapters.formats.image_model import OneFileModel
+
+    return images_in(checkpoint, OneFileModel)
+
+
+def images_in(checkpoint: Checkpoint, kind: "type[Model]") -> "Model | None":
+    """The checkpoint as that of an image or video model in its publisher's names; None for
+    others."""
+    from adapterkit.adapters.formats.image_model import with_parts
+    from adapterkit.adapters.formats.schema import MODEL
+
+    model = with_parts(checkpoint, kind)
+    # of a pipeline's folder the names are the model's
+    is_plain = bool(checkpoint.config) and model and {*model.namings.values()} == {MODEL}
+    return None if is_plain else model
+
+
+def prepare_images(job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+    """`Refused` with these errors for modules of the pipeline that are not in the file, or parts of
+    it; notes on the file join the job's."""
+    from adapterkit.adapters.formats.extra_deltas import added_deltas
+    from adapterkit.adapters.formats.image_model import OneFileModel
+    from adapterkit.adapters.formats.library import architectures
+
+    model = job.original
+    if not isinstance(model, OneFileModel):
+        return
+    errors = Problems(errors, where=model.name, code="AK401")
+    known = {part for one in architectures().values() for part in one.components}
+    for adapter in job.adapters:
+        added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
+        names = [*(one.module for one in adapter.loras), *added, *adapter.replaced]
+        for part in sorted(known):
+            own = [one for one in names if one.startswith(f"{part}.") and job.is_selected(one)]
+            own = [one for one in own if one not in model.modules]
+            if own:
+                which = "that" if part in model.parts else f"of {part}, which"
+                errors.add(
+                    f"{adapter.name} trains {len(own)} modules {which} the file does not hold: "
+                    f"{listed(own)}",
+                    f"modules of {', '.join(model.parts)} ({model.architecture})",
+                    "leave them out with --exclude"
+                    if part in model.parts
+                    else f'leave them out: --exclude "^{part}[.]"',
+                )
+    errors.raise_all()
+    job.notes += file_notes(model)
+
+
+def file_notes(model: "OneFileModel") -> list[str]:
+    """What is to be said of the file."""
+    parts = ", ".join(
+        f"{name} ({part.prefix or 'no prefix'})" for name, part in model.parts.items()
+    )
+    notes = [f"{model.name} is a model of {model.architecture}: {parts}"]
+    copies = sum(key.startswith(AVERAGES) for key in model.tensors)
+    if copies:
+        notes.append(
+            f"{copies} tensors {AVERAGES}* are averages of the weights, which stay as they are: "
+            "nothing is merged into them"
+        )
+    return notes

@@ -1,0 +1,120 @@
+"""Which tensors of a merge are rounded with compensation, and with which covariances."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from adapterkit.bases.quantized.planning.weights import LINEAR
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.errors import Problems, Refused, listed, shown
+from adapterkit.core.merge.job import Change, MergeJob
+from adapterkit.core.merge.steps import is_rounded
+from adapterkit.core.plan import Compensation, Span, Step
+from adapterkit.core.weights.codec import QuantizedWeight
+from adapterkit.core.weights.slots import Positions, Slot, identity_slot
+from adapterkit.verbs.shared.statistics_file import select_covariances
+
+UNSEEN = "NonDynamicallyQuantizableLinear"  # attention's out_proj, which is never called
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the outputs of a linear layer lie on a stored tensor."""
+
+    module: str
+    width: int
+    outputs: Positions
+    by_columns: bool
+
+
+def with_compensation(
+    job: MergeJob, steps: Mapping[str, list[Step]], stats: Checkpoint
+) -> dict[str, list[Step]]:
+    """The steps; those that round changed weights of linear layers with covariances of their
+    inputs. `Refused` for layers without one, or stored so that a row is no output or input."""
+    changes = _changes_by_key(job)
+    places: dict[str, list[_Place]] = {}
+    others: list[str] = []
+    errors = Problems()
+    for step in (step for group in steps.values() for step in group):
+        if not is_rounded(job, step):
+            continue
+        with errors.collected():
+            places[step.key] = _places(job, step, changes.get(step.key, []))
+            others += [] if places[step.key] else [step.key]
+    widths = {place.module: place.width for each in places.values() for place in each}
+    selected: dict[str, TensorSpec] = {}
+    with errors.collected():
+        selected = select_covariances(stats, widths)
+    errors.raise_all()
+    if others:
+        job.notes.append(f"rounded to nearest, not weights of linear layers: {listed(others)}")
+
+    def compensated(step: Step) -> Step:
+        each = places.get(step.key)
+        if not each:
+            return step
+        spans = tuple(Span(place.outputs, selected[place.module]) for place in each)
+        return replace(step, compensation=Compensation(spans, each[0].by_columns))
+
+    return {name: [compensated(step) for step in group] for name, group in steps.items()}
+
+
+def _changes_by_key(job: MergeJob) -> dict[str, list[tuple[Change, Slot]]]:
+    """The changes of each stored tensor, and of each new one."""
+    changes: dict[str, list[tuple[Change, Slot]]] = {}
+    for change in job.changes.values():
+        for slot in change.parameter.slots:
+            changes.setdefault(slot.key, []).append((change, slot))
+    for name, change in job.new.items():
+        changes[name] = [(change, identity_slot(name, change.parameter.shape))]
+    return changes
+
+
+def _places(job: MergeJob, step: Step, changes: list[tuple[Change, Slot]]) -> list[_Place]:
+    """The changed linear layers that a step's tensor holds."""
+    source = step.source
+    packed = isinstance(source, QuantizedWeight) and not job.options.dequantize
+    turned = isinstance(source, QuantizedWeight) and source.transposed
+    places = [_place(step, change, slot) for change, slot in changes if _is_linear(job, change)]
+    if packed and any(place.by_columns != turned for place in places):
+        raise _layout_error(step, places[0].module)
+    if len({place.by_columns for place in places}) > 1:
+        raise _layout_error(step, places[0].module)
+    return places
+
+
+def _is_linear(job: MergeJob, change: Change) -> bool:
+    """Whether the parameter is the weight of a linear layer, and factors change it."""
+    parameter = change.parameter
+    if not change.additions or len(parameter.shape) != 2 or not parameter.name.endswith(".weight"):
+        return False
+    module = parameter.name.removesuffix(".weight")
+    classes = [each.__name__ for each in job.names.classes(module)]
+    if classes:
+        return any(name in LINEAR for name in classes) and UNSEEN not in classes
+    return all(one.kind != "embedding" for one in change.additions)
+
+
+def _place(step: Step, change: Change, slot: Slot) -> _Place:
+    """Raises `Refused` where inputs are not all on one axis, in order."""
+    parameter = change.parameter
+    flip = change.additions[0].flip
+    outputs, inputs = slot.axes[::-1] if flip else slot.axes
+    width = parameter.shape[0 if flip else 1]
+    whole = inputs.at == 0 and isinstance(inputs.of, range) and inputs.of == range(width)
+    whole = whole and len(slot.shape) == 2 and {outputs.axis, inputs.axis} == {0, 1}
+    if not whole or slot.shape[inputs.axis or 0] != width:
+        raise _layout_error(step, parameter.name)
+    module = parameter.name.removesuffix(".weight")
+    return _Place(module, width, outputs.of, outputs.axis == 1)
+
+
+def _layout_error(step: Step, name: str) -> Refused:
+    return Refused(
+        f"{shown(name)} lies in {shown(step.key)} in a way that errors cannot be carried along",
+        expected="all inputs of the layer, in order, on one axis of the stored tensor",
+        where="--rounding compensated",
+        hint="exclude it with --exclude, or use another rounding",
+        code="AK406",
+    )

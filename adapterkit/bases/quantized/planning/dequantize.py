@@ -1,0 +1,96 @@
+"""dequantize: a quantized checkpoint into floats."""
+
+from dataclasses import replace
+
+from adapterkit.bases.quantized.records.dequantize import Dequantize
+from adapterkit.core import dtypes
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.shards import stem_of
+from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.core.errors import Problems, Refused
+from adapterkit.core.inputs.base_door import kind_of
+from adapterkit.core.inputs.input_identity import plan_of
+from adapterkit.core.inputs.sources import open_model
+from adapterkit.core.options import parse_size
+from adapterkit.core.outputs.cards import model_card
+from adapterkit.core.outputs.folder_files import model_files
+from adapterkit.core.outputs.model import check_gaps, plan_shard, plan_shards_of_size
+from adapterkit.core.plan import Plan, Step
+from adapterkit.core.weights.codec import QuantizedWeight
+from adapterkit.core.weights.decoded import decoded_view, quantization_files, quantized_weights
+
+
+def plan_dequantize(options: Dequantize) -> Plan:
+    """Everything a dequantization will do, or `Refused`."""
+    base = kind_of(open_model(options.base))
+    if own := base.own("dequantize"):
+        return own(base, options)
+    name = base.output_file(options.out)
+    plan = plan_model_dequantization(open_checkpoint(base.folder), options, name)
+    return replace(plan, is_file=name is not None)
+
+
+def nothing_quantized(folder: Folder) -> Refused:
+    return Refused(
+        "no quantized weights",
+        expected="a quantized checkpoint",
+        where=folder.name,
+        hint="use it as it is",
+        code="AK206",
+    )
+
+
+def plan_model_dequantization(
+    original: Checkpoint, options: Dequantize, name: str | None = None
+) -> Plan:
+    """The dequantization of one model of safetensors; `name`: of an output that is one file."""
+    dtype = options.dtype
+    base = decoded_view(original)
+    packed = quantized_weights(base.tensors)
+    if not packed:
+        raise nothing_quantized(original.folder)
+    notes: list[str] = []
+    Problems(check_gaps(base, None, notes)).raise_all()
+    target_dtype = dtypes.parse(dtype) if dtype else None
+    steps: dict[str, list[Step]] = {name: [] for name in original.shards}
+    for key, spec in base.tensors.items():
+        steps[spec.file].append(
+            Step(
+                key,
+                (target_dtype or spec.dtype) if isinstance(spec, QuantizedWeight) else spec.dtype,
+                spec.shape,
+                spec,
+            )
+        )
+    config = dict(base.config)
+    if target_dtype and "config.json" in original.files:
+        config["dtype"] = dtypes.CONFIG_NAME[target_dtype]
+        config.pop("torch_dtype", None)
+    if name is not None:
+        steps = {name: [step for group in steps.values() for step in group]}
+    headers = dict(zip(steps, original.shards.values(), strict=True))
+    if options.max_shard_size and name is None:
+        shards = plan_shards_of_size(
+            [step for group in steps.values() for step in group],
+            parse_size(options.max_shard_size),
+            stem_of(headers),
+        )
+    else:
+        shards = [
+            plan_shard(file, group, headers[file], keep_format=False)
+            for file, group in steps.items()
+            if group
+        ]
+    decisions = {"dequantized": len(packed)}
+    card, omit = model_card(original.folder, "decoded to floats"), quantization_files(base.tensors)
+    files = {} if name else model_files(original, config, shards, card, omit=omit)
+    return plan_of(
+        "dequantize",
+        options.recipe_options(),
+        [original],
+        configs=(0,),
+        shards=shards,
+        files=files,
+        decisions=decisions,
+        notes=notes,
+    )

@@ -1,0 +1,40 @@
+"""dequantize: a quantized checkpoint into floats."""
+
+from adapterkit.core.options import SOURCE, StrPath, argument, record
+from adapterkit.core.shared_options import dtype_option, shard_size_option
+from adapterkit.core.verb import WritingVerb, function_of
+
+
+@record
+class Dequantize(WritingVerb):
+    """Decode a quantized checkpoint: W = round(code * scale), in `dtype` (default: what its library
+    computes in).
+
+    Every format of which the command's help tells is read, also several in one checkpoint; tensors
+    that are not quantized stay as they are. The files are the base's, or with `max_shard_size`
+    (5GB) of that size at most. Raises `Refused` before anything is written.
+
+    A GGUF model file (`pip install "adapterkit[gguf]"`) becomes a checkpoint of transformers' names
+    and layouts, with config and tokenizer, in files of 5 GB at most. Its `dtype` is bf16 where it
+    has blocks: W = code * scale has an error of its own that is larger than the rounding; a file of
+    plain floats keeps its dtype. One of an image model becomes one file of safetensors in its own
+    names.
+    """
+
+    planner = "bases.quantized.planning.dequantize:plan_dequantize"
+    command = """Decode a quantized checkpoint or GGUF file into floats.
+
+    \b
+    Example:
+      adapterkit dequantize ./model-nf4 --dtype bf16 --out model-bf16
+      adapterkit dequantize ./model.Q4_K_M.gguf --out model            # needs adapterkit[gguf]
+    """
+
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    dtype: str | None = dtype_option(
+        "Dtype of the decoded weights (default: the one the format's library computes in)."
+    )
+    max_shard_size: str | int | None = shard_size_option()
+
+
+dequantize = function_of(Dequantize)

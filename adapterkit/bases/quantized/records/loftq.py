@@ -1,0 +1,95 @@
+"""loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ,
+arXiv:2310.08659)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from adapterkit.core.options import (
+    COUNT,
+    FUNCTION,
+    SOURCE,
+    TEXTS,
+    StrPath,
+    argument,
+    option,
+    record,
+    whole_of,
+)
+from adapterkit.core.shared_options import (
+    BlockOptions,
+    ScaleOptions,
+    covariances_option,
+    factor_dtype_option,
+    targets_option,
+)
+from adapterkit.core.verb import WritingVerb, function_of
+
+if TYPE_CHECKING:
+    from adapterkit.bases.quantized.tasks.loftq import Accept
+
+
+@record
+class Loftq(WritingVerb, ScaleOptions, BlockOptions):
+    """Initialize a quantized base and an adapter together: W ≈ Q + scale·b@a, weight by weight.
+
+    Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all
+    rounds, plain quantization included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept.
+    `OUT/base` is the packed base (`bits` 4: nf4, with `double_quant`; 8: int8), which transformers
+    loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `REGEX=BITS`, other bits for
+    modules whose name, or the end of it, matches; bitsandbytes has one width for a model, so the
+    base is then compressed-tensors' (w4a16, w8a16). `targets`: which modules get factors,
+    `all-linear`, ends of their names with commas between, or a regex for whole names (default: all
+    that are quantized). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
+    default. The receipt has each module's relative error before and after. Raises `Refused` before
+    anything is written.
+
+    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each module that gets
+    factors saw (CorDA's, unscaled or scaled); then errors are those of its outputs,
+    ‖(W - Q - scale·b@a) C^½‖_F, in the choice of the factors, of the round and in the receipt;
+    `damping` is what was added to C, relative to its diagonal's mean.
+
+    With `quantized`, a quantized checkpoint of the same base, that one is kept, and `OUT` is the
+    adapter alone, from one step on W - decode(Q). There `accept(module, a, b)` is asked of each
+    module in turn, in the order of the file, whether its factors are kept; where not, b becomes
+    zero.
+
+    Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the
+    base is written packed, and the best round is kept, not the last.
+    """
+
+    planner = "bases.quantized.planning.loftq:plan_loftq"
+    command = """Quantize a base and fit an adapter to the error (LoftQ).
+
+    W ≈ Q + scale·b@a: DIR/base is the quantized base, DIR/adapter the adapter to train.
+
+    \b
+    Example:
+      adapterkit loftq ./model --rank 16 --out loftq
+      adapterkit loftq ./model --rank 16 --bits-for "down_proj|layers[.]0[.].*=8" --out loftq
+      adapterkit loftq ./model --quantized ./model-nf4 --rank 16 --out adapter
+    """
+
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    bits: int = option(default=4, check=whole_of(4, 8), help="nf4, or int8.")
+    bits_for: Sequence[str] = option(
+        default=(),
+        check=TEXTS,
+        metavar="REGEX=N",
+        help="Other bits for modules whose name, or the end of it, matches, e.g. down_proj=8; "
+        "writes compressed-tensors.",
+        excludes=("quantized",),
+    )
+    iterations: int = option(default=4, check=COUNT, help="Iterations, of which the best is kept.")
+    targets: str | Sequence[str] | None = targets_option("all quantized modules")
+    quantized: StrPath | None = option(
+        default=None,
+        check=SOURCE,
+        metavar="QBASE",
+        help="Keep this quantized version of BASE, and write only the adapter for it.",
+    )
+    stats: StrPath | None = covariances_option()
+    accept: "Accept | None" = option(default=None, check=FUNCTION, needs="quantized")
+    dtype: str = factor_dtype_option()
+
+
+loftq = function_of(Loftq)

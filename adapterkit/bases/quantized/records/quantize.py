@@ -1,0 +1,74 @@
+"""quantize: a checkpoint's linear layers into a quantized format."""
+
+from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.core.product_options import compensation_option, importance_option, modelfile_option
+from adapterkit.core.registry import load, written_formats
+from adapterkit.core.run_options import model_output_option
+from adapterkit.core.shared_options import QUANTIZED, BlockOptions
+from adapterkit.core.verb import WritingVerb, function_of
+from adapterkit.doors import CONTAINERS
+
+
+def targets() -> list[str]:
+    """The formats that are written, those of image models, and the mixes of a GGUF file."""
+    mixes = load(CONTAINERS[".gguf"]["mixes"])
+    return [*written_formats(), *written_formats("image_targets"), *mixes]
+
+
+@record
+class Quantize(WritingVerb, BlockOptions):
+    """Quantize a checkpoint's linear layers, weight by weight: Q = encode(W).
+
+    `to`: nf4, fp4 (bitsandbytes 4-bit, `block_size` values with one scale, `double_quant`: the
+    scales quantized too), int8 (bitsandbytes), fp8 (blocks of 128 x 128), w4a16 and w8a16
+    (compressed-tensors' int4 in groups of `block_size`, 128 where that divides the width, and int8
+    in rows), mxfp4 (GPT-OSS: its experts, as OpenAI stores them; else compressed-tensors'). What
+    transformers' `from_pretrained(quantization_config=...)` leaves alone is left alone: the output
+    layer, what is tied to it, embeddings, norms; `skip`: a regex on modules that are too. The files
+    are those that transformers saves, bit for bit where bitsandbytes defines them. The receipt has
+    each weight's relative error. Raises `Refused` before anything is written.
+
+    `rounding="compensated"` carries the rounding error of each input of a layer into the inputs
+    that follow, so that ‖(W - Q) C^½‖_F is small (GPTQ, arXiv:2210.17323); `stats` is a file with
+    `<module>.covariance`, C = E[x xᵀ], of every layer that is quantized. Scales are those of
+    rounding to nearest; stacks of experts are rounded so.
+
+    Of a pipeline of diffusers the denoisers and the text encoders are quantized, of diffusers'
+    models in nf4, fp4 or int8; `skip` matches modules with their part in front, and parts.
+
+    Of an image or video model in one file the linear layers in the denoiser's blocks become
+    ComfyUI's comfy-fp8, comfy-mxfp8, comfy-nvfp4 or comfy-int8, and all else stays.
+
+    Matrices of a GGUF file, also a split one, get the types of a mix of llama.cpp's (q8_0, q4_k_m,
+    ...), of an image model those that ComfyUI-GGUF gives; all else stays. `imatrix` weighs the
+    errors, `modelfile` writes a Modelfile.
+    """
+
+    planner = "bases.quantized.planning.quantize:plan_quantize"
+    command = """Quantize a checkpoint's linear layers.
+
+    As transformers would: the output layer, embeddings and norms stay as they are.
+
+    \b
+    Example:
+      adapterkit quantize ./model --to nf4 --double-quant --out model-nf4
+      adapterkit quantize ./model --to int8 --skip "layers.0[.]" --out model-int8
+      adapterkit quantize model.gguf --to q4_k_m --out model-q4_k_m.gguf
+      adapterkit quantize flux.safetensors --to comfy-fp8 --out flux-fp8.safetensors
+    """
+
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    to: str = option(check=choice(targets), help="Format to write; see the list below.")
+    rounding: str = option(
+        default="nearest",
+        check=choice(("nearest", "compensated")),
+        help="compensated: errors carried from input to input, so that outputs change least.",
+        section=QUANTIZED,
+    )
+    stats: StrPath | None = compensation_option()
+    imatrix: StrPath | None = importance_option()
+    out: StrPath = model_output_option()
+    modelfile: bool = modelfile_option()
+
+
+quantize = function_of(Quantize)

@@ -1,0 +1,1 @@
+"""The neutral adapter, its factors, and PEFT's layout on disk."""

@@ -1,0 +1,194 @@
+"""Checks of an adapter_config.json: types, unknown settings, patterns."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from adapterkit.core.commands import PLAIN
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.records import (
+    ANYTHING,
+    FINITE,
+    FLAG,
+    NAME,
+    NON_NEGATIVE_INT,
+    POSITIVE_INT,
+    TEXT,
+    Check,
+    Json,
+    also,
+    list_of,
+    one_of,
+    optional,
+    placed,
+    table_of,
+    test,
+    values,
+)
+
+# how the columns of a stack's b count: see `expert_order`
+ORDER, ORDER_DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
+SLOWEST, FASTEST = ORDERS = ("grouped_by_expert", "rank_major")
+# Settings of PEFT 0.21, and Unsloth's of stacks. Others are ignored when falsy, else refused: an
+# unknown flag may mean unknown arithmetic.
+KNOWN_SETTINGS = {
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
+    "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "kasa_config",
+    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    ORDER, "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save",
+    "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "target_modules", "target_parameters", "task_type", "trainable_token_indices",
+    ORDER_DETAIL, "use_dora", "use_rslora", "velora_config", "runtime_config",
+    "eps", "num_labels",
+}  # fmt: skip
+OTHER_ARITHMETIC = {
+    "alora_invocation_tokens": (
+        "an activated LoRA acts on the tokens after its invocation only: no weight equals it"
+    ),
+    "arrow_config": "an Arrow router picks experts for each token: no weight equals it",
+    "kasa_config": "KaSA truncates the base and has a diagonal of its own",
+    "use_qalora": "QALoRA pools the inputs before a",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal",
+    "megatron_config": "Megatron layers have another layout",
+}
+# inits that subtract from, or quantize, the base
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# of an init whose part is still in the base: the initial factors beside the adapter say which part
+IMPLICIT = "implicit_"
+OTHER_INITS = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
+MAX_LAYERS = 100_000
+# what PEFT 0.21 writes for a plain LoRA
+PEFT_DEFAULTS: Json = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+    "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "corda_config": None,
+    "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None,
+    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+    "kasa_config": None, "layer_replication": None, "layers_pattern": None,
+    "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 8, "lora_bias": False,
+    "lora_dropout": 0.0, "lora_ga_config": None, "megatron_config": None,
+    "megatron_core": "megatron.core", "modules_to_save": None, "monteclora_config": None,
+    "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 8,
+    "rank_pattern": {}, "revision": None, "target_modules": None, "target_parameters": None,
+    "task_type": None, "trainable_token_indices": None, "use_bdlora": None, "use_dora": False,
+    "use_qalora": False, "use_rslora": False, "velora_config": None,
+}  # fmt: skip
+
+
+def _is_targets(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | set) and all(isinstance(name, str) for name in value)
+    )
+
+
+# settings of all types of adapters
+SHARED_SETTINGS: dict[str, Check] = {
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"), optional(FLAG)),
+    **dict.fromkeys(("task_type", "peft_version", "bias", "revision"), optional(TEXT)),
+    "base_model_name_or_path": optional(TEXT),
+    "target_modules": optional(test("a text, or a list of names", _is_targets)),
+    **dict.fromkeys(
+        ("modules_to_save", "target_parameters"), optional(list_of(NAME, "a list of names"))
+    ),
+}
+PATTERNS = {
+    "rank_pattern": optional(table_of(TEXT, POSITIVE_INT)),
+    "alpha_pattern": optional(table_of(TEXT, FINITE)),
+}
+REPLICATION = also(
+    list_of(list_of(NON_NEGATIVE_INT)),
+    f"pairs [start, end) of at most {MAX_LAYERS:,} layers",
+    lambda pairs: (
+        all(len(pair) == 2 for pair in pairs)
+        and sum(max(0, end - start) for start, end in pairs) <= MAX_LAYERS
+    ),
+)
+
+
+def _is_init(value: object) -> bool:
+    name = value.lower() if isinstance(value, str) else ""
+    is_known = name in OTHER_INITS or name.startswith((*BASE_CHANGING_INITS, IMPLICIT))
+    return type(value) is bool or is_known
+
+
+LORA_SETTINGS: dict[str, Check] = {
+    # PEFT always writes both: a default here would be a guess at the scale
+    "r": POSITIVE_INT,
+    "lora_alpha": FINITE,
+    "init_lora_weights": optional(
+        test(f"true, false, or one of {', '.join(BASE_CHANGING_INITS + OTHER_INITS)}", _is_init)
+    ),
+    "layer_replication": optional(REPLICATION),
+    ORDER: optional(one_of(*ORDERS)),
+    ORDER_DETAIL: optional(table_of(TEXT, ANYTHING)),
+    **SHARED_SETTINGS,
+    **PATTERNS,
+}
+# PEFT adds these to modules_to_save by task_type; a model has at most one of them
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def with_heads(modules: Iterable[str] | None, task_type: str | None) -> list[str]:
+    """modules_to_save, and the heads that PEFT adds to it in memory by task_type."""
+    return list(dict.fromkeys([*(modules or ()), *TASK_HEADS.get(task_type or "", ())]))
+
+
+def saved_modules(config: dict) -> list[str]:
+    """Modules trained in full, as an adapter_config.json says."""
+    return with_heads(config.get("modules_to_save"), config.get("task_type"))
+
+
+# (config, its file for messages) -> its errors
+ConfigCheck = Callable[[dict, str], list[AdapterkitError]]
+
+
+def check_config(config: dict, where: str) -> list[AdapterkitError]:
+    """Errors of a LoRA's config: invalid values, unknown settings, other arithmetic than b @ a."""
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind.upper() != "LORA":
+        problem = f"peft_type {shown(repr(kind))}"
+        return [Refused(problem, expected="LORA", where=where, hint=PLAIN, code="AK301")]
+    hint = "use this adapter with the library that trained it; it cannot be merged"
+    errors = Problems(where=where, hint=hint, code="AK301")
+    for key in filter(config.get, OTHER_ARITHMETIC):
+        errors.add(f"{key} is set: {OTHER_ARITHMETIC[key]}", "a plain or DoRA LoRA")
+    errors += check_unknown_settings(config, KNOWN_SETTINGS | set(OTHER_ARITHMETIC), where)
+    return errors + check_settings(LORA_SETTINGS, config, where)
+
+
+def check_live_config(config: dict, where: str) -> list[AdapterkitError]:
+    """Errors of the config of an adapter for a live model: an activated LoRA acts there."""
+    return check_config(config | {"alora_invocation_tokens": None}, where)
+
+
+def check_settings(checks: Mapping[str, Check], config: dict, where: str) -> list[AdapterkitError]:
+    """Errors of the settings that have a check."""
+    errors = Problems()
+    values(checks, config, errors)
+    return placed(errors, where, hint="fix the config")
+
+
+def invalid_setting(config: dict, key: str, expected: str, where: str) -> Refused:
+    return Refused(
+        f"{key} = {shown(repr(config.get(key)))}",
+        expected=expected,
+        where=where,
+        hint="fix the config",
+        code="AK301",
+    )
+
+
+def check_unknown_settings(
+    config: dict, known: Collection[str], where: str
+) -> list[AdapterkitError]:
+    """Refusals of settings that are not `known` and not falsy."""
+    hint = "remove it from the config if it does not change the weights"
+    errors = Problems(where=where, hint=hint, code="AK301")
+    for key in filter(config.get, sorted(set(config) - set(known))):
+        errors.add(
+            f"unknown setting {shown(key)} = {shown(repr(config[key]))}",
+            "settings of PEFT 0.21 (an unknown one may mean other arithmetic)",
+        )
+    return errors

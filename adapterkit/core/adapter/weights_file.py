@@ -1,0 +1,220 @@
+"""The file of weights with which adapters are added: one number for each, and others for modules or
+for directions of their deltas. A fit writes it, or a hand, and all that takes weights reads it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from adapterkit.core.adapter.keys import CONFIG
+from adapterkit.core.checkpoint.disk import replace_file
+from adapterkit.core.checkpoint.folder import WEIGHTS, Folder, original
+from adapterkit.core.checkpoint.hashes import sha256_of_file
+from adapterkit.core.checkpoint.hub_ids import portable_name
+from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.core.records import (
+    FINITE,
+    NAME,
+    TEXT,
+    Check,
+    Json,
+    Settings,
+    check_of,
+    list_of,
+    read,
+    table_of,
+)
+
+SCHEMA = 1
+Per = Literal["adapter", "layer", "module", "direction"]
+Weight = float | tuple[float, ...]  # of a delta, or of each of its singular triplets
+HINT = "docs/which-weights.md has the schema"
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter as it was named, and the sha256 of its files by their names, where known."""
+
+    name: str = field(metadata={"check": NAME})
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WeightsBase:
+    """A base by its name, and its fingerprint (`core/checkpoint/fingerprint.py`), where known."""
+
+    name: str = field(metadata={"check": NAME})
+    fingerprint: str | None = None
+
+
+def _number(value: Any) -> float:
+    return float(FINITE.read(value))
+
+
+def _weight(value: Any) -> Weight:
+    return NUMBERS.read(value) if isinstance(value, list | tuple) else _number(value)
+
+
+def _adapter(value: Any) -> NamedAdapter:
+    return check_of(NamedAdapter).read({"name": value} if isinstance(value, str) else value)
+
+
+NUMBERS = list_of(Check("a finite number", _number), "a list of numbers")
+PER_ADAPTER = list_of(Check("a finite number, or a list of them", _weight), "a list of numbers")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """Weights c of adapters on modules: Δ' = Σᵢ cᵢ Δᵢ, each Δᵢ with its adapter's own scale.
+
+    `default`: one for each adapter, on all modules that are not in `modules`, which has one for
+    each adapter too. Where `per` is "direction" that may be a list, one for each singular triplet
+    of the adapter's delta, largest first (`kernels/lowrank/directions.py`). `per` says how finely
+    the weights were chosen; those of a layer are written for each of its modules. `fit`: where they
+    come from, for people.
+    """
+
+    adapters: tuple[NamedAdapter, ...] = field(
+        metadata={"check": list_of(Check("a name, or a table with one", _adapter))}
+    )
+    default: tuple[float, ...] = field(metadata={"check": NUMBERS})
+    modules: Mapping[str, tuple[Weight, ...]] = field(
+        default_factory=dict, metadata={"check": table_of(TEXT, PER_ADAPTER)}
+    )
+    per: Per = "module"
+    base: WeightsBase | None = None
+    fit: dict | None = None
+    schema: int = SCHEMA
+
+    def weights_of(self, number: int, module: str) -> Weight:
+        """The weight of an adapter, numbered from 0, on a module."""
+        return self.modules.get(module, self.default)[number]
+
+
+def read_weights(folder: Folder) -> WeightsFile:
+    """The weights in a folder that is one file; `Refused` with all that is wrong with it."""
+    names = list(folder.files())
+    if len(names) != 1:
+        problem, hint = f"a folder of {len(names)} files", "name the file"
+        raise Refused(
+            problem, expected="a file of weights", where=folder.label, hint=hint, code="AK112"
+        )
+    return weights_in(read_json(folder, names[0]), folder.label)
+
+
+def weights_in(table: Settings, where: str) -> WeightsFile:
+    """The weights of a table, as a file or a receipt has it; `Refused` with all that is wrong."""
+    errors = Problems(_problems(table, where))
+    with errors.collected():
+        weights = read(WeightsFile, table, where, hint=HINT)
+    errors.raise_all()
+    return weights
+
+
+def write_weights(weights: WeightsFile, path: str | os.PathLike) -> None:
+    """Write it, whole or not at all; `Refused` where it could not be read again."""
+    weights_in(json.loads(text(weights)), str(path))
+    path = Path(path)
+    replace_file(path, text(weights).encode(), path.with_name(f".{path.name}.{os.getpid()}.part"))
+
+
+def text(weights: WeightsFile) -> str:
+    """As JSON: a line for each adapter and each module, these in the order of their names; numbers
+    as the shortest that are read as the same."""
+    modules = [f"{_line(name)}: {_line(its)}" for name, its in sorted(weights.modules.items())]
+    fields = {
+        "schema": _line(weights.schema),
+        "base": weights.base and _line(_given(vars(weights.base))),
+        "adapters": _block("[]", [_line(_given(vars(one))) for one in weights.adapters]),
+        "per": _line(weights.per),
+        "default": _line(weights.default),
+        "modules": _block("{}", modules) if modules else None,
+        "fit": weights.fit and json.dumps(weights.fit, indent=1, ensure_ascii=False),
+    }
+    rows = [f'"{name}": {value}' for name, value in fields.items() if value]
+    return _block("{}", [row.replace("\n", "\n ") for row in rows]) + "\n"
+
+
+def in_receipt(weights: WeightsFile | None) -> Json:
+    """What a receipt's options say of a file of weights: names without paths, and nothing of how
+    the weights were chosen, which may be anything."""
+    if weights is None:
+        return {}
+    named = [replace(one, name=portable_name(one.name)) for one in weights.adapters]
+    base = weights.base and replace(weights.base, name=portable_name(weights.base.name))
+    return {"weights_file": json.loads(text(replace(weights, adapters=named, base=base, fit=None)))}
+
+
+def layer_of(module: str) -> str:
+    """The layer that a module is in: its name up to the first number, all of it without one."""
+    parts = module.split(".")
+    at = next((n for n, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[: at + 1])
+
+
+def digests(folder: Folder) -> dict[str, str]:
+    """The sha256 of an adapter's weights and settings, by the names of these files as they are in
+    its own format. They are read whole, unless the Hub knows their hashes."""
+    source = original(folder)
+    names = [name for name in source.files() if name == CONFIG or name.endswith(WEIGHTS)]
+    hashes = {name: source.hashes.get(name) for name in sorted(names) if "/" not in name}
+    return {name: known or sha256_of_file(source.path(name)) for name, known in hashes.items()}
+
+
+def named_adapter(name: str, folder: Folder) -> NamedAdapter:
+    """The adapter in a folder, by the last component of its path or its Hub id."""
+    return NamedAdapter(portable_name(name), digests(folder))
+
+
+def _problems(table: Settings, where: str) -> list[AdapterkitError]:
+    """What is wrong with the schema's version and the lengths of a table's lists, where they are
+    lists; all else is refused where the record is made."""
+    if not isinstance(table, Mapping):
+        return []  # likewise
+    errors, schema = Problems(where=where, hint=HINT, code="AK112"), table.get("schema", SCHEMA)
+    if isinstance(schema, int) and not 1 <= schema <= SCHEMA:
+        errors.add(f"schema {schema}", f"1 to {SCHEMA}", "update adapterkit")
+    count, default = _size(table.get("adapters")), _size(table.get("default"))
+    if count == 0:
+        errors.add("no adapters", "one or more")
+    if None not in (count, default) and count != default:
+        errors.add(f"default: {default} numbers", f"one for each of {count} adapters")
+    modules, per = table.get("modules"), table.get("per", "module")
+    its = modules if isinstance(modules, Mapping) else {}
+    sizes = {name: _size(weights) for name, weights in its.items()}
+    wrong = [name for name, size in sizes.items() if None not in (size, count) and size != count]
+    if wrong:
+        errors.add(
+            f"modules with too few or too many weights: {listed(wrong)}",
+            f"one for each of {count} adapters",
+        )
+    lists = [
+        name
+        for name in its
+        if sizes[name] and any(_size(weight) is not None for weight in its[name])
+    ]
+    if lists and per != "direction":
+        problem = f"lists for one adapter, per {per}: {listed(lists)}"
+        errors.add(problem, "numbers, or per direction")
+    if its and per == "adapter":
+        errors.add(f"weights of {len(its)} modules, per adapter", "none, or per module")
+    return errors
+
+
+def _size(value: object) -> int | None:
+    return len(value) if isinstance(value, list | tuple) else None
+
+
+def _given(fields: Json) -> Json:
+    return {name: value for name, value in fields.items() if value}
+
+
+def _line(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _block(brackets: str, rows: Sequence[str]) -> str:
+    return f"{brackets[0]}\n " + ",\n ".join(rows) + f"\n{brackets[1]}"

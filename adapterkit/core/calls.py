@@ -1,0 +1,209 @@
+"""A verb's call as data: its arguments in a file, and as a command.
+
+A file that holds a call may come from a stranger. So a call in a file says what is computed, and
+nothing that only the user decides: where it runs, what it replaces, where it is sent.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from adapterkit.core.checkpoint.hub_ids import portable_name
+from adapterkit.core.commands import argument, line
+from adapterkit.core.errors import AdapterkitError, Problems, listed, shown
+from adapterkit.core.options import OptionRecord, StrPath, finite, flag_of, option_of, weighted
+from adapterkit.core.records import Json
+from adapterkit.core.registry import load
+from adapterkit.core.run_options import RUNNING
+
+# (kind of the check: source or file, path) -> its text
+Spelling = Callable[[str, StrPath], str]
+COMMAND = "(the command)"  # stands for it in a card
+# Options that no file holds: the user gives them on the command line. The driver of a Ray cluster
+# unpickles what it is sent, so the address of a cluster is one of them.
+OF_THE_USER = (
+    "accept", "allow_pickle", "dry_run", "engine", "overwrite", "progress", "push", "ray_address",
+    "resume",
+)  # fmt: skip
+# nor does a receipt hold how the job ran, and what looked at its output
+NOT_IN_RECEIPTS = frozenset({*OF_THE_USER, *RUNNING, "verify", "fail_below"})
+
+
+def arguments_of(verb: OptionRecord, spell: Spelling, without: Collection[str]) -> Json:
+    """The arguments that were given, as JSON has them where it can; sources with their weights."""
+    arguments = {}
+    for field in dataclasses.fields(verb):
+        value, option = getattr(verb, field.name), option_of(field)
+        if field.name not in without and value != field.default:
+            value = load(option.contents)(value) if option.contents else value
+            arguments[field.name] = _spelled(option.check.kind, value, spell)
+    return arguments
+
+
+def check_call(
+    kind: type[OptionRecord], call: Json, without: Collection[str], where: str, hint: str
+) -> None:
+    """`Refused` for a call in a file that says more than what is computed: options of the user, and
+    files in the place of what they hold."""
+    errors, fields = Problems(where=where, hint=hint, code="AK114"), kind.__dataclass_fields__
+    if more := sorted(name for name in call if name in without):
+        errors.add(f"it holds {listed(more)}", "what is computed: the rest is the user's to say")
+    named = [name for name in call if name in fields and option_of(fields[name]).contents]
+    for name in named:
+        texts = call[name] if isinstance(call[name], list) else [call[name]]
+        if paths := [text for text in texts if isinstance(text, str) and _may_be_path(text)]:
+            errors.add(f"{flag_of(name)} names a file: {listed(paths)}", "what the file holds")
+    errors.raise_all()
+
+
+def _may_be_path(text: str) -> bool:
+    text = re.sub(r"^\d+:", "", text)
+    if text.lstrip().startswith("{"):
+        return False
+    names = (text, text.rpartition(":")[0])
+    return re.search(r"[/\\]|\.(txt|json)\b", text) is not None or any(map(os.path.isfile, names))
+
+
+def _spelled(kind: str, value: Any, spell: Spelling) -> Any:
+    if kind == "sources":
+        pairs = [one if isinstance(one, tuple) else (one, None) for one in value]
+        return [_weighted(source, weight, spell) for source, weight in pairs]
+    if isinstance(value, list | tuple):
+        return [_spelled(kind, one, spell) for one in value]
+    is_path = kind in ("source", "file") and isinstance(value, StrPath)
+    return spell(kind, value) if is_path else value
+
+
+def _weighted(source: StrPath, weight: float | None, spell: Spelling) -> Any:
+    """A source, with its weight where it has one."""
+    text = os.fspath(source)
+    path, _, number = text.rpartition("=")
+    if weight is None and path and not os.path.exists(text) and finite(number) is not None:
+        text, weight = path, finite(number)
+    name = spell("source", text)
+    return name if weight is None else [name, weight]
+
+
+def call_of(verb: OptionRecord) -> Json:
+    """What makes an output again, without what is of one machine: of paths the last part, ids of
+    the Hub without their commits, which the recipe has, and nothing of how the job ran."""
+    return arguments_of(verb, lambda _, path: portable_name(path), NOT_IN_RECEIPTS)
+
+
+def is_data(value: object) -> bool:
+    """Whether JSON has the value."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def command_of(kind: type[OptionRecord], call: Json, out: str) -> str:
+    """The command of a call, quoted as in a POSIX shell: the same text on every system."""
+    words = ["adapterkit", kind.name]
+    fields = sorted(dataclasses.fields(kind), key=lambda field: field.kw_only is True)
+    for field in fields:
+        if field.name not in call:
+            continue
+        value, option = call[field.name], option_of(field)
+        flag = (option.flags or (flag_of(field.name),))[-1] if field.kw_only else None
+        if option.check.kind == "flag":
+            words += [flag] if flag and value else []
+            continue
+        if isinstance(value, dict):
+            several = [f"{name}={number}" for name, number in value.items()]
+        else:
+            repeats = option.check.several or option.check.kind == "sources"
+            several = [_word(one) for one in (value if repeats else [value])]
+        for word in several:
+            words += [flag, word] if flag else [argument(word)]
+    return line([*words, "--out", out], shlex.quote)
+
+
+def with_command(files: Mapping[str, Any], verb: OptionRecord) -> dict[str, Any]:
+    """Small files with the verb's command in the place that they have for it."""
+    # a backtick would end the block of code
+    text = command_of(type(verb), call_of(verb), "OUT").replace("`", "_").encode()
+    return {
+        name: data.replace(COMMAND.encode(), text) if isinstance(data, bytes) else data
+        for name, data in files.items()
+    }
+
+
+def _word(value: Any) -> str:
+    """One value; of a source with a weight `SOURCE=WEIGHT`."""
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[1], float | int):
+        return value[0] if value[1] == 1 else f"{value[0]}={value[1]:g}"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# An option in a hint, except those that are quoted
+_OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)(?: [A-Z]+\b)?")
+_OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of commands that are none of their verbs
+# a word of a command with its quotes; one that stands for a source, and what follows it
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""")
+_STANDS_FOR = re.compile(r"([A-Z]+)(=\S*)?")
+_ADAPTERS = {"adapters", "general", "paths", "src"}
+
+
+@contextlib.contextmanager
+def own_hints(verb: OptionRecord | type[OptionRecord]) -> Iterator[None]:
+    """Errors of a verb hint at options that it has: planning is shared by verbs that differ. Of one
+    verb within another, such as a step of `run`, the inner one's options are meant. Commands get
+    the paths of a call."""
+    try:
+        yield
+    except AdapterkitError as error:
+        for one in getattr(error, "errors", (error,)):
+            if not one.is_of_verb:
+                one.hint, one.is_of_verb = own_hint(one.hint, verb, one.where), True
+        raise
+
+
+def own_hint(hint: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
+    """A hint with the verb's arguments as they are written, without alternatives that name options
+    of other verbs; its commands with the paths of a call."""
+    fields = dataclasses.fields(verb)
+    known = {field.name.replace("_", "-") for field in fields if field.kw_only}
+    known |= {"adapter"} if "adapters" in known else set()
+    arguments = {field.name for field in fields if not field.kw_only}
+    name = lambda m: m[1].upper() if m[1] in arguments else m[0]
+    fits = lambda text: all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
+    text, newline, commands = hint.partition("\n")
+    text = _OPTION.sub(name, text)
+    parts = [text] if fits(text) else re.split(r", or |, then |; (?=give |--)", text)
+    kept = ", or ".join(part for part in parts if fits(part))
+    if hint and not kept:
+        kept = "first run" if commands else f"read its options\nadapterkit {verb.name} --help"
+    return with_paths(kept + newline + commands, verb, where)
+
+
+def with_paths(hint: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
+    """A hint whose commands have a call's sources for the words that stand for them: of several
+    adapters the one that an error is about."""
+    text, newline, commands = hint.partition("\n")
+    sources: dict[str, list[str]] = {}
+    for field in dataclasses.fields(verb) if isinstance(verb, OptionRecord) else ():
+        value = getattr(verb, field.name)
+        if value and option_of(field).check.is_source:
+            given = (_weighted(*one, lambda _, path: os.fspath(path)) for one in weighted(value))
+            texts = [one if isinstance(one, str) else one[0] for one in given]
+            name = "ADAPTER" if field.name in _ADAPTERS else field.name.upper()
+            sources.setdefault(name, []).extend(texts)
+
+    def filled(word: re.Match) -> str:
+        if (stands := _STANDS_FOR.fullmatch(word[0])) is None:
+            return word[0]
+        name, rest = stands.groups("")
+        texts = sources.get(name) or sources.get(name.removesuffix("S"), [])
+        if name in sources and len(texts) > 1:
+            texts = [text for text in texts if where.startswith(shown(text))][:1]
+        return line(argument(text + rest) for text in texts) if texts else word[0]
+
+    return text + newline + _WORD.sub(filled, commands)

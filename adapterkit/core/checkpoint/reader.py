@@ -1,0 +1,295 @@
+"""Payload bytes of the inputs: files are opened once, read by position, and checked for changes.
+
+Positioned reads, not mappings: a mapping of a file that shrinks kills the process, and is slow on
+network file systems.
+"""
+
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from adapterkit.core.checkpoint.folder import Folder, LocalFolder, belonging_to, place_of
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import Damaged, Failed, Unrecoverable, shown
+from adapterkit.core.system import system
+
+NEAR = 4 << 10  # bytes between two tensors that are read along rather than skipped
+# the same in a remote file in which more than so many tensors lie apart: what comes meanwhile, when
+# each has a request of its own and several of these are under way
+APART, FAR = (64, 128 << 10)
+FEW = 4  # requests of a remote file for small tensors, where some of them will do
+RANGE = 8 << 20  # bytes of one read of small tensors
+REQUESTS = 8  # of a remote file, at a time
+Identity = tuple[int, int, int]
+
+
+def identity(status: os.stat_result) -> Identity:
+    """Size and both times in ns: different for an edited or replaced file. Not its numbers: those
+    of the device, and of FUSE's inodes, differ on other machines and when mounted again."""
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class Sources:
+    """The open files of a job's input folders, at most `limit` of them. Thread-safe."""
+
+    def __init__(
+        self,
+        folders: tuple[Folder, ...],
+        expected: dict[tuple[int, str], Identity],
+        limit: int = 16,
+    ):
+        self.folders, self.expected, self.limit = folders, expected, limit
+        self._open: dict[tuple[int, str], tuple[int, Identity]] = {}
+        self._lock = threading.Lock()
+        self._users: dict[tuple[int, str], int] = {}
+
+    def file(self, folder: int, name: str) -> "Handle":
+        """A handle on one input file, for use in a `with` block."""
+        return Handle(self, (folder, name))
+
+    def read_into(self, spec: TensorSpec, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from `offset` on."""
+        self._check_part(spec)
+        with (
+            belonging_to(self.folders[spec.folder]),
+            self.file(spec.folder, spec.file) as descriptor,
+        ):
+            read_exactly(descriptor, buffer, spec.start + offset, spec)
+
+    def _check_part(self, spec: TensorSpec) -> None:
+        """What the plan did not say that it reads is a hole in the file."""
+        parts = getattr(self.folders[spec.folder], "parts", {}).get(spec.file)
+        if parts is not None and not any(at <= spec.start and spec.stop <= to for at, to in parts):
+            raise AssertionError(f"{spec.file}: {spec.key} is read, and was not asked for")
+
+    def read(self, spec: TensorSpec) -> bytearray:
+        """All bytes of one tensor; not for large weights."""
+        data = bytearray(spec.nbytes)
+        if data:
+            self.read_into(spec, 0, memoryview(data))
+        return data
+
+    def acquire(self, which: tuple[int, str]) -> int:
+        with self._lock:
+            if which in self._open:
+                self._users[which] += 1
+                return self._open[which][0]
+        # may wait for a download, so not under the lock
+        path = self.folders[which[0]].path(which[1])
+        with self._lock:
+            if which not in self._open:
+                self._make_room()
+                self._open[which] = self._opened(which, path)
+            self._users[which] = self._users.get(which, 0) + 1
+            return self._open[which][0]
+
+    def release(self, which: tuple[int, str]) -> None:
+        with self._lock:
+            self._users[which] -= 1
+
+    def _opened(self, which: tuple[int, str], path: Path) -> tuple[int, Identity]:
+        try:
+            descriptor = system.open(path, "read")
+        except OSError as error:
+            raise Failed(
+                f"cannot open: {error.strerror}",
+                where=str(path),
+                hint="check the file, then run again with --resume",
+                code="AK209",
+            ) from error
+        current = identity(os.fstat(descriptor))
+        if self.expected.setdefault(which, current) != current:
+            os.close(descriptor)
+            raise changed(self._label(which))
+        return descriptor, current
+
+    def _label(self, which: tuple[int, str]) -> str:
+        return place_of(self.folders[which[0]], which[1])
+
+    def _make_room(self) -> None:
+        idle = [w for w in self._open if not self._users.get(w)]
+        while len(self._open) >= self.limit and idle:
+            self._close(idle.pop(0))
+
+    def _close(self, which: tuple[int, str]) -> None:
+        descriptor, before = self._open.pop(which)
+        try:
+            after = identity(os.fstat(descriptor))
+        except OSError as error:
+            raise changed(
+                self._label(which), f"the file cannot be examined any more: {error.strerror}"
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):  # nothing was written to it
+                os.close(descriptor)
+        if after != before:
+            raise changed(self._label(which))
+
+    def forget(self, which: tuple[int, str]) -> None:
+        """Close a file that is going: it is another one when it is read again."""
+        with self._lock:
+            if which in self._open:
+                self._close(which)
+            self.expected.pop(which, None)
+
+    def close(self) -> None:
+        """Close all; `Failed` if one of them changed while it was open."""
+        problems = []
+        with self._lock:
+            for which in list(self._open):
+                try:
+                    self._close(which)
+                except Failed as error:
+                    problems.append(error)
+        if problems:
+            raise problems[0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            self.close()
+        except Failed:
+            if kind is None:
+                raise
+
+
+class Handle:
+    """Keeps one input file open while a `with` block uses it."""
+
+    def __init__(self, sources: Sources, which: tuple[int, str]):
+        self.sources, self.which = sources, which
+
+    def __enter__(self) -> int:
+        return self.sources.acquire(self.which)
+
+    def __exit__(self, *_) -> None:
+        self.sources.release(self.which)
+
+
+def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: TensorSpec) -> None:
+    """Fill the buffer from `position`, through short reads.
+
+    Raises `Unrecoverable` at the end of the file, `Failed` on an error.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            n = system.read_at(descriptor, buffer[done:], position + done)
+        except OSError as error:
+            problem = f"cannot read at byte {position + done}: {error.strerror}"
+            where = f"{spec.file}: {shown(spec.key)}"
+            raise Failed(
+                problem,
+                where=where,
+                hint="check the disk, then run again with --resume",
+                code="AK209",
+            ) from error
+        if n == 0:
+            raise changed(spec.file, f"the file ends at byte {position + done}")
+        done += n
+
+
+def read_small(
+    folder: Folder, specs: Iterable[TensorSpec], most: int | None = None
+) -> Iterator[tuple[TensorSpec, memoryview]]:
+    """The bytes of small tensors, in the order of files and positions; one read for neighbors.
+
+    `most`: of a remote file in which that takes more requests, none is read. Raises `Damaged` where
+    a file ends before one of them.
+    """
+    ordered = sorted(specs, key=lambda spec: (spec.file, spec.start, spec.stop))
+    is_remote = not isinstance(folder, LocalFolder)
+    for name, group in itertools.groupby(ordered, lambda spec: spec.file):
+        in_file = list(group)
+        ranges = list(_neighbors(in_file, NEAR))
+        if is_remote and len(ranges) > (APART if most is None else most):
+            ranges = list(_neighbors(in_file, FAR))
+        if is_remote and most is not None and len(ranges) > most:
+            continue
+        bounds = [(first, stop) for first, stop, _ in ranges]
+        read = zip(ranges, _read_ranges(folder, name, bounds), strict=True)
+        for (first, stop, together), data in read:
+            if len(data) < stop - first:
+                raise Damaged(
+                    f"the file ends at byte {first + len(data)}",
+                    expected=f"{stop} bytes or more",
+                    where=name,
+                    hint="copy the file again",
+                    code="AK202",
+                )
+            view = memoryview(data)
+            yield from ((spec, view[spec.start - first : spec.stop - first]) for spec in together)
+
+
+def _read_ranges(
+    folder: Folder, name: str, ranges: list[tuple[int, int]]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of each range, in order; of a remote file several are asked for at a time."""
+    if isinstance(folder, LocalFolder):
+        with _opened(folder.path(name)) as descriptor:
+            yield from (_read_at(descriptor, first, stop, name) for first, stop in ranges)
+        return
+    with ThreadPoolExecutor(REQUESTS, "ranges") as pool:
+        for at in range(0, len(ranges), REQUESTS):
+            yield from pool.map(lambda part: folder.read(name, *part), ranges[at : at + REQUESTS])
+
+
+def _neighbors(
+    ordered: Iterable[TensorSpec], gap: int
+) -> Iterator[tuple[int, int, list[TensorSpec]]]:
+    """(start, stop, tensors) of each range to read: at most `gap` bytes between two tensors, at
+    most RANGE in all."""
+    together: list[TensorSpec] = []
+    start = stop = 0
+    for spec in ordered:
+        if together and (spec.start - stop > gap or spec.stop - start > RANGE):
+            yield start, stop, together
+            together = []
+        if not together:
+            start, stop = spec.start, spec.stop
+        together.append(spec)
+        stop = max(stop, spec.stop)
+    if together:
+        yield start, stop, together
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        descriptor = system.open(path, "read")
+    except OSError as error:
+        raise Failed(f"cannot read: {error.strerror}", where=str(path), code="AK209") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read_at(descriptor: int, start: int, stop: int, name: str) -> memoryview:
+    data = memoryview(bytearray(stop - start))
+    try:
+        return data[: system.read_at(descriptor, data, start)]
+    except OSError as error:
+        raise Failed(
+            f"cannot read at byte {start}: {error.strerror}",
+            where=name,
+            hint="check the disk",
+            code="AK209",
+        ) from error
+
+
+def changed(name: str, problem: str = "the file changed between plan and end") -> Unrecoverable:
+    """The error of an input that changed during the job."""
+    return Unrecoverable(
+        problem,
+        expected="inputs that stay as they are",
+        where=name,
+        hint="run the job again",
+        code="AK210",
+    )

@@ -1,0 +1,262 @@
+"""Which files of a checkpoint folder hold its weights: what an index names, one file, or a numbered
+set."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from adapterkit.core.checkpoint.folder import Folder, inside
+from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.commands import command
+from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, shown
+
+T = TypeVar("T")
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+# of diffusers' variants, too: model.safetensors.index.fp16.json
+INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")
+# of diffusers' models, with a variant before or behind the number
+OF_DIFFUSERS = re.compile(
+    r"(diffusion_pytorch_model(?:\.\w+)?)(?:-\d{5}-of-\d{5})?(\.\w+)?\.safetensors"
+)
+NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# files of a tokenizer beside a model
+TOKENIZER = re.compile(
+    r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"|merges\.txt|.*\.(spm|tiktoken)|spiece\.model|sentencepiece.*\.model|chat_template.*)"
+)
+# a Trainer's pickles that hold no weights
+TRAINER = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
+# names that Windows reserves for devices, with any extension
+DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{i}" for port in ("com", "lpt") for i in range(10)),
+}
+
+
+def find_shards(
+    folder: Folder, errors: Problems
+) -> tuple[list[str] | None, dict | None, str | None]:
+    """The files that hold the folder's weights and can be opened, None where that cannot be
+    determined; the content of their index, and its name. The errors get all that is wrong with
+    these."""
+    own = [name for name in folder.files() if "/" not in name]
+    index_name = _index_name(own, folder.name, errors)
+    if index_name is None:
+        return _unindexed(folder, own, errors), None, None
+    index = noted(errors, read_json, folder, index_name)
+    names = None if index is None else _indexed(index, index_name, folder, errors)
+    return names, index, index_name
+
+
+def noted(errors: Problems, read: Callable[..., T], *arguments: object) -> T | None:
+    """What can be read; None, and an error more, where the file does not allow it."""
+    try:
+        return read(*arguments)
+    except (Refused, Damaged) as error:
+        errors.include(error)
+        return None
+
+
+def stem_of(names: Iterable[str]) -> str:
+    """What new shards of a model in these files are called before their number: as their readers
+    look for them, `model` or `diffusion_pytorch_model`, with diffusers' variant."""
+    found = OF_DIFFUSERS.fullmatch(next(iter(names), ""))
+    return "model" if found is None else found[1] + (found[2] or "")
+
+
+def index_of(stem: str) -> str:
+    """The name of the index of shards that are called so."""
+    name, _, variant = stem.partition(".")
+    return f"{name}.safetensors.index.{variant + '.' if variant else ''}json"
+
+
+def likely_shards(folder: Folder) -> list[str]:
+    """Where nothing tells which files hold the model: the one with the standard name, else all."""
+    weights = weight_files(folder)
+    return [name for name in SINGLE if name in weights][:1] or weights
+
+
+def pickles(folder: Folder) -> list[str]:
+    """The folder's own pickles that may hold weights."""
+    names = (name for name in folder.files() if "/" not in name and name.endswith(PICKLES))
+    return sorted(name for name in names if not name.startswith(TRAINER))
+
+
+def weight_files(folder: Folder) -> list[str]:
+    """The folder's own safetensors files that are no adapter's."""
+    names = (name for name in folder.files() if "/" not in name and name.endswith(".safetensors"))
+    return sorted(name for name in names if not name.startswith(NOT_A_MODEL))
+
+
+def _index_name(own: list[str], where: str, errors: Problems) -> str | None:
+    """The index file, the standard name before a variant's."""
+    indexes = sorted(filter(INDEX.fullmatch, own))
+    standard = [f"{single}.index.json" for single in SINGLE if f"{single}.index.json" in indexes]
+    if standard or any(single in own for single in SINGLE):
+        return standard[0] if standard else None
+    if len(indexes) > 1:  # other readers may take another one
+        errors.add(
+            f"several indexes: {', '.join(map(shown, indexes))}",
+            "one, or model.safetensors.index.json among them",
+            "move the files of the other variants away",
+            where=where,
+            code="AK203",
+        )
+    return indexes[0] if indexes else None
+
+
+def _unindexed(folder: Folder, own: list[str], errors: Problems) -> list[str] | None:
+    """The files of a model without an index."""
+    weights = weight_files(folder)
+    for name in SINGLE:
+        if name in weights:
+            return [name]
+    if len(weights) == 1:
+        return weights
+    if not weights:
+        errors.append(_no_weights(folder, own))
+        return None
+    numbered = [NUMBERED.fullmatch(name) for name in weights]
+    if all(numbered):
+        sets = {(match[1], int(match[3])) for match in numbered if match}
+        if len(sets) == 1 and len(weights) == next(iter(sets))[1]:
+            return weights
+    errors.add(
+        f"{len(weights)} safetensors files and no index: "
+        + ", ".join(shown(name) for name in weights[:6]),
+        "model.safetensors.index.json, or one file, or a complete set "
+        "name-0000i-of-0000n.safetensors",
+        "add the index, or remove the files that are not part of the model",
+        where=folder.name,
+        code="AK203",
+    )
+    return None
+
+
+def _indexed(index: dict, index_name: str, folder: Folder, errors: Problems) -> list[str] | None:
+    """The files that an index names; None without a map of names."""
+    where, files = f"{folder.name}/{index_name}", folder.files()
+    weight_map = index.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        errors.append(_bad_index("no weight_map", "a map of keys to file names", where))
+        return None
+    if not isinstance(index.get("metadata", {}), dict):
+        problem = "metadata that is no JSON object"
+        errors.append(_bad_index(problem, "a map", where))
+    names = sorted(set(weight_map.values()))
+    wrong = {file: error for file in names if (error := _shard_name_error(file, files, where))}
+    errors += wrong.values()
+    for single in SINGLE:
+        is_ours = index_name == f"{single}.index.json"
+        if single in files and single not in names and is_ours:
+            errors.append(_two_models(single, where))
+    by_folded: dict[str, list[str]] = {}
+    for file in names:
+        by_folded.setdefault(file.casefold(), []).append(file)
+    for group in [group for group in by_folded.values() if len(group) > 1]:
+        errors.add(
+            f"file names that differ only in case: {', '.join(map(shown, group))}",
+            "names that any file system keeps apart",
+            "rename one",
+            where=where,
+            code="AK203",
+        )
+    return [file for file in names if file not in wrong]
+
+
+def _bad_index(problem: str, expected: str, where: str) -> Damaged:
+    return Damaged(problem, expected=expected, where=where, hint="restore the index", code="AK203")
+
+
+def _shard_name_error(file: str, files: dict[str, int], where: str) -> AdapterkitError | None:
+    """What is wrong with a file name that an index gives, on any operating system."""
+    try:
+        inside(file, where)
+    except Refused as error:
+        return error
+    plain = "/" not in file and ":" not in file and file == file.rstrip(". ")
+    if not plain or file.split(".")[0].casefold() in DEVICES:
+        return Refused(
+            f"file name {shown(file)!r}",
+            expected="a plain name of the folder itself",
+            where=where,
+            hint="restore the index",
+            code="AK203",
+        )
+    if file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
+        return Refused(
+            f"the index names {shown(file)} as a shard",
+            expected="safetensors files of a model",
+            where=where,
+            hint="restore the index",
+            code="AK203",
+        )
+    if file not in files:
+        return Damaged(
+            f"{shown(file)} is missing",
+            expected="every file the index names",
+            where=where,
+            hint="download it",
+            code="AK203",
+        )
+    return None
+
+
+def _two_models(single: str, where: str) -> Refused:
+    """The refusal of a single file and an index without it."""
+    return Refused(
+        f"{single} lies beside an index that does not name it",
+        expected="one of them (transformers would load the single file, the index says otherwise)",
+        where=where,
+        hint="move away the one that is not the model",
+        code="AK203",
+    )
+
+
+def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
+    """The refusal of a folder without weights, by what it holds instead."""
+    if any(name.startswith(NOT_A_MODEL) for name in own):
+        return Refused(
+            "this is an adapter",
+            expected="a model checkpoint",
+            where=folder.name,
+            hint="give the base model first, then the adapters",
+            code="AK206",
+        )
+    names = pickles(folder)
+    if names:
+        return Refused(
+            f"the weights are pickles: {', '.join(shown(p) for p in names[:6])}",
+            expected="safetensors files",
+            where=folder.name,
+            hint=(
+                "convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub "
+                "use the convert Space"
+            ),
+            code="AK206",
+        )
+    if any(name.endswith(".gguf") for name in own):
+        hint = f"make floats of it\n{command('adapterkit dequantize', folder.label, out='floats')}"
+        return Refused(
+            "this is a GGUF file",
+            expected="safetensors files",
+            where=folder.name,
+            hint=hint,
+            code="AK206",
+        )
+    return Refused(
+        "there are no safetensors files",
+        expected="a model checkpoint",
+        where=folder.name,
+        hint="check the path",
+        code="AK206",
+    )

@@ -1,0 +1,263 @@
+"""The devices that plans run on: their names, their streams, and arithmetic that no setting of the
+caller's changes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from adapterkit.core.errors import Refused, shown
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.system import system
+
+# cuBLAS repeats its bits on several streams only with workspaces of a fixed size
+WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+SHORTENING = {  # of the environment: libraries make products of shorter numbers, by others of ours
+    "NVIDIA_TF32_OVERRIDE": "products in float32 would have three digits",
+    "HIPBLASLT_ALLOW_TF32": "products in float32 would have three digits",
+    "CUBLAS_EMULATE_SINGLE_PRECISION": "products in float32 would be sums of products of bfloat16",
+    "CUBLAS_EMULATE_DOUBLE_PRECISION": "products in float64 would be sums of products of integers",
+}
+CUDA = re.compile("cuda(?::(0|[1-9][0-9]*))?")
+# which of a node's processes this one is: of torchrun, Open MPI, MPICH's kind and Slurm, the
+# innermost first, as in many/workflows/launcher.py
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
+
+@functools.cache
+def precisions() -> list[Any]:
+    """The settings of torch by which products of float32 are made of shorter numbers."""
+    backends = [torch.backends.cuda, torch.backends.mkldnn]
+    settings = [getattr(backend, "matmul", None) for backend in backends]
+    return [one for one in settings if hasattr(one, "fp32_precision")]
+
+
+def pick_device(name: str) -> torch.device:
+    """torch's device for `cpu`, `cuda` or `cuda:i`; of `auto` the CPU: `place` looks at a plan.
+
+    `Refused` where there is no such device, where it computes nothing, or where the environment has
+    the GPU shorten numbers.
+    """
+    if name in ("auto", "cpu"):
+        return torch.device("cpu")
+    count = gpu_count()
+    cuda = CUDA.fullmatch(name)
+    if cuda is None or count <= int(cuda[1] or 0):
+        raise Refused(
+            f"device {name!r}; {count} CUDA devices here",
+            expected="auto, cpu, cuda or cuda:i",
+            where="--device",
+            hint="use cpu",
+            code="AK109",
+        )
+    device = torch.device(name)
+    usable(device)
+    return device
+
+
+def gpu_count() -> int:
+    """How many GPUs torch can use; it is not loaded where the system has no driver of one."""
+    if "torch" not in sys.modules and not system.may_have_gpus():
+        return 0
+    return torch.cuda.device_count()
+
+
+def usable(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU that are free, and all of them, once it has computed something; `Refused` with
+    the driver's text where it does not: torch has no kernels for it, another process has it for
+    itself, it is full, the driver is too old."""
+    for name, problem in SHORTENING.items():
+        if os.environ.get(name, "0") not in ("", "0"):
+            raise Refused(
+                f"{name}={os.environ[name]}: {problem}",
+                expected="numbers as they are",
+                where="the environment",
+                hint="unset it, or use --device cpu",
+                code="AK109",
+            )
+    try:
+        three = float(torch.ones(3, device=device).sum())
+        text = f"1 + 1 + 1 = {three:g}" if three != 3 else ""
+        memory = torch.cuda.mem_get_info(device)
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        text, memory = str(error).partition("\n")[0], (0, 0)
+    if text:
+        raise Refused(
+            f"{device} does not compute: {shown(text)}",
+            expected="a GPU that is free, and that this torch has kernels for",
+            where="--device",
+            hint="use cpu, or free the GPU, or install the torch for it and its driver",
+            code="AK109",
+        )
+    return memory
+
+
+def own_gpu() -> int | None:
+    """The GPU of this process among those that a node's processes share; None where nobody says
+    which of them it is, or there are not several."""
+    count = gpu_count()
+    said = (os.environ[name] for name in LOCAL_RANKS if name in os.environ)
+    text = next(said, "")
+    return int(text) % count if count > 1 and text.isdecimal() else None
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """The device, or the host where it has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def has_room(device: torch.device, nbytes: int, left: float) -> bool:
+    """Whether so many bytes more, in float64, leave this share of a device's memory free."""
+    if device.type != "cuda":
+        return has_float64(device)
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept - nbytes >= left * total
+
+
+def holds(device: torch.device, nbytes: int) -> bool:
+    """Whether half of a GPU holds so many bytes, whatever is free: so that bits do not depend on
+    that."""
+    return device.type != "cuda" or 2 * nbytes <= torch.cuda.mem_get_info(device)[1]
+
+
+def begin_copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory, page-locked if there is such memory: it is there when a `Mark`
+    that follows it is."""
+    try:
+        return tensor.to("cpu", non_blocking=tensor.is_cuda)
+    except RuntimeError:  # there is none
+        return tensor.to("cpu")
+
+
+def kind(device: torch.device) -> str:
+    """What the same plan's bits depend on: `cpu`, or `cuda` with the GPU's name and torch's
+    version. GPUs, and versions of cuBLAS, sum in different orders."""
+    if device.type == "cpu":
+        return "cpu"
+    return f"{device.type} {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+
+
+def arithmetic(device: torch.device, threads: int) -> str:
+    """What the bits of torch's own products depend on: the `kind`, and of a CPU its instructions
+    and how many threads share a product."""
+    if device.type != "cpu":
+        return kind(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32 and, on a GPU, sums in the same order every time, whatever
+    the caller or the environment has set; theirs again after. Settings of the whole process."""
+    with float32_products(), _repeatable_sums() if device.type == "cuda" else nullcontext():
+        yield
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Products of float32 in float32, whatever the caller or the environment has set; theirs again
+    after. A setting of the whole process, not to be made in a compiled forward."""
+    settings = [(part, part.fp32_precision) for part in precisions()]
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the newer names alone, which hides the older one
+        before = "highest"
+    torch.set_float32_matmul_precision("highest")  # the newer names too, so that both can be read
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for part, precision in settings:
+            part.fp32_precision = precision
+
+
+@contextmanager
+def _repeatable_sums() -> Iterator[None]:
+    os.environ.setdefault(*WORKSPACE)  # read when cuBLAS starts, so it stays
+    mode = torch.get_deterministic_debug_mode()
+    filling = torch.utils.deterministic  # `empty` would fill what it allocates
+    filled = filling.fill_uninitialized_memory  # type: ignore[attr-defined] (set by its class)
+    with warnings.catch_warnings():
+        # what has no such algorithm is used for values that do not depend on an order
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        filling.fill_uninitialized_memory = False  # type: ignore[attr-defined] (likewise)
+        try:
+            yield
+        finally:
+            filling.fill_uninitialized_memory = filled  # type: ignore[attr-defined] (likewise)
+            torch.set_deterministic_debug_mode(mode)
+
+
+class Streams:
+    """A stream of the GPU for each thread, so that copies and arithmetic of different threads
+    overlap; nothing on the CPU.
+
+    What a thread's stream has been given is only done when the thread has waited for it: tensors
+    go to other threads after a copy to the host, or with a `Mark` that these wait for.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.own = device, threading.local()
+        self.numbers = itertools.count()
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        if self.device.type == "cpu":
+            yield
+            return
+        if not hasattr(self.own, "stream"):
+            index = self.device.index
+            card = torch.cuda.current_device() if index is None else index
+            self.own.stream = _stream(card, next(self.numbers))
+        with torch.cuda.stream(self.own.stream):
+            yield
+
+
+@functools.cache
+def _stream(card: int, number: int) -> torch.cuda.Stream:
+    """The stream of a job's first thread, its second, ...: the same in all jobs of a process, as
+    memory that one has freed serves no other, and each has memory of cuBLAS."""
+    return torch.cuda.Stream(card)
+
+
+class Mark:
+    """A place in this thread's stream; nothing on the CPU, nor where copies block."""
+
+    def __init__(self, device: torch.device):
+        self.event = None
+        if device.type == "cuda":
+            # blocking: a thread that waits leaves its core to those that read and hash
+            self.event = torch.cuda.Event(blocking=True)
+            self.event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """This thread waits until the stream has passed it."""
+        if self.event is not None and not self.event.query():
+            self.event.synchronize()
+
+    def precede(self) -> None:
+        """What this thread's stream is given from now on waits until it is passed."""
+        if self.event is not None:
+            self.event.wait()
+
+
+def used_here(tensor: Tensor) -> Tensor:
+    """A tensor of another stream, which this thread's stream uses: its memory goes to others after
+    that use only."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor

@@ -1,0 +1,176 @@
+"""A verb's plan becomes its output: by the engine of its name, in the output folder, on the Hub, or
+not at all (a dry run)."""
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from adapterkit.core.checkpoint.folder import Folder, LocalFolder, original
+from adapterkit.core.checkpoint.hub_ids import is_on_hub
+from adapterkit.core.engine.converted_folder import conversion_notes
+from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.errors import Refused, shown
+from adapterkit.core.execute import FolderCheck, Push, check_place, output_names, run
+from adapterkit.core.options import parse_size
+from adapterkit.core.output.stage import RECEIPT, check_name, receipt_beside
+from adapterkit.core.plan import Plan
+from adapterkit.core.receipt import Receipt, fingerprint_of
+from adapterkit.core.registry import load
+from adapterkit.core.run_options import RunOptions
+from adapterkit.doors import ENGINES, HUB
+
+
+def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:
+    """Inputs of a job that ends on the Hub stay at the commits of its first run, from its plan to
+    its end: within such a block another one does nothing."""
+    if not is_on_hub(how.out):
+        return nullcontext()
+    return load(HUB["pinned inputs"])(how.out, resume=how.resume)
+
+
+def as_it_runs(plan: Plan, call: RunOptions) -> Plan:
+    """The plan of a verb's call with the memory that it may take, and notes on inputs that are
+    converted first."""
+    memory = parse_size(call.memory) if call.memory else None
+    notes = (*plan.notes, *conversion_notes(plan.folders))
+    return replace(plan, memory=memory, notes=notes, call=call)
+
+
+def execute(
+    plan: Plan, how: RunOptions, check: FolderCheck | None = None, push: str | None = None
+) -> Receipt | Plan:
+    """Run a plan, or with `dry_run` look whether it would begin and return it.
+
+    `push` is the repository to which the finished folder goes. Raises `Refused` before anything is
+    written, `Failed` after.
+    """
+    from adapterkit.core.engine.placement import place
+
+    check_out(plan, how)
+    if push is not None:
+        check_push_of(plan, how, push)
+    if is_on_hub(how.out):
+        plan, device = place(plan, how.device)
+        done = load(HUB["run"])(plan, replace(how, device=device), check)
+        return with_verified(done, check) if isinstance(done, Receipt) else done
+    if how.dry_run:
+        if plan.is_file or not how.overwrite:
+            stage = stage_of(plan, Path(how.out))
+            check_place(stage, plan, resume=how.resume, overwrite=how.overwrite)
+        return place(plan, how.device)[0]
+    sent: Push | None = None
+    if push is not None:
+        sent = partial(load(HUB["send"]), repo=push, overwrite=how.overwrite)
+    return with_verified(load(ENGINES[how.engine])(plan, how, check, sent), check)
+
+
+def check_out(plan: Plan, how: RunOptions) -> None:
+    """`Refused` where the output of a plan cannot be where it is to be."""
+    if is_on_hub(how.out):
+        return
+    if how.disk_limit is not None:
+        raise Refused(
+            "--disk-limit is given with an output on this machine",
+            expected="an output on the Hub: --out hf://org/name",
+            where="options",
+            hint="remove --disk-limit",
+            code="AK102",
+        )
+    check_name(Path(how.out), output_names(plan))
+    check_output_apart(Path(how.out), plan.folders, is_file=plan.is_file)
+
+
+def with_verified(receipt: Receipt, check: FolderCheck | None) -> Receipt:
+    """The receipt with what the check of a merge's rows found."""
+    if found := getattr(check, "result", None):
+        receipt.data["verified"] = found
+    return receipt
+
+
+def check_push_of(plan: Plan, how: RunOptions, repository: str | None) -> None:
+    """`Refused` where the output of a plan could not be pushed there."""
+    if repository is None:  # the recipe of a large plan takes its time
+        return
+    receipt = receipt_beside(Path(how.out).name) if plan.is_file else RECEIPT
+    names, job = output_names(plan, receipt), fingerprint_of(plan.recipe())
+    load(HUB["check push"])(
+        repository, names, plan.folders, receipt, overwrite=how.overwrite, job=job
+    )
+
+
+def pushed(receipt: Receipt, how: RunOptions, repository: str | None) -> Receipt:
+    """The receipt of a finished output that is sent there."""
+    if repository is not None:
+        receipt.data["pushed"] = load(HUB["send"])(
+            Path(receipt.out), repository, overwrite=how.overwrite
+        )
+    return receipt
+
+
+def run_here(plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push | None) -> Receipt:
+    """The engine of this machine."""
+    from adapterkit.core.engine.local import local
+    from adapterkit.core.engine.placement import place
+
+    plan, device = place(plan, how.device)
+    return run(
+        plan,
+        stage_of(plan, Path(how.out)),
+        local(device),
+        hash=how.hash,
+        resume=how.resume,
+        overwrite=how.overwrite,
+        check=check,
+        push=push,
+        progress=how.progress,
+    )
+
+
+def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = False) -> None:
+    """`Refused` when the output is an input, inside one, around one, or a link to one, or cannot be
+    a folder."""
+    final = out.resolve()
+    if out.is_symlink():
+        raise Refused(
+            "the output is a link",
+            expected="a new file" if is_file else "a new folder",
+            where=str(out),
+            hint="choose another --out",
+            code="AK601",
+        )
+    places = final.parents if is_file else (final, *final.parents)
+    there = next(path for path in places if os.path.exists(path))
+    if not there.is_dir():
+        problem = (
+            "a file of this name exists"
+            if there == final
+            else f"{shown(there.name)} is a file, and no folder to make one in"
+        )
+        raise Refused(
+            problem,
+            expected="a folder to make",
+            where=str(out),
+            hint="choose another --out",
+            code="AK601",
+        )
+    for folder in map(original, folders):
+        if not isinstance(folder, LocalFolder):
+            continue
+        root = (folder.root / folder.single if folder.single else folder.root).resolve()
+        relations = {
+            "is": final == root,
+            "lies in": root in final.parents,
+            "holds": final in root.parents,
+        }
+        relation = next((name for name, holds in relations.items() if holds), None)
+        if relation is not None:
+            raise Refused(
+                f"the output {shown(str(out))} {relation} the input {folder.label}",
+                expected="an output apart from the inputs",
+                where="--out",
+                hint="choose another --out",
+                code="AK601",
+            )

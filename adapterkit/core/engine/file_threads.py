@@ -1,0 +1,144 @@
+"""Two threads beside those that compute: one makes files before they are needed, one ends those
+that are written."""
+
+import threading
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from adapterkit.core.engine.interruptible import POLL_INTERVAL, Running, result_of, signals_deferred
+from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.stage import Workspace
+from adapterkit.core.output.writer import ShardFile
+
+SHUTDOWN_TIMEOUT = 1.0  # seconds that an interrupted job gives its threads
+BEHIND = 2  # computed files that may wait for their end: a killed job makes them again
+T = TypeVar("T")
+
+
+class FileThreads:
+    """The files of a run that are open, and the threads that make and end them.
+
+    All threads of the run are counted here: an error in one stops the others.
+    """
+
+    def __init__(self, stage: Workspace, finished: Callable[[ShardResult], None]):
+        self.stage, self.finished = stage, finished
+        self.stop = threading.Event()
+        self.problem: BaseException | None = None
+        self.running = Running(1)  # the caller, threads of its own, and what is under way here
+        self.open: list[ShardFile] = []
+        self.ends: dict[str, Future[None]] = {}  # by file, in their order
+        self.opener, self.finisher = (ThreadPoolExecutor(1, name) for name in ("open", "finish"))
+
+    def fail(self, error: BaseException) -> None:
+        self.problem = self.problem or error
+        self.stop.set()
+
+    def start(self, target: Callable[[], None]) -> None:
+        """Run in a thread of its own."""
+        counted = self._counted(target)
+
+        def run() -> None:
+            with suppress(BaseException):  # it is noted
+                counted()
+
+        self._begin(lambda: threading.Thread(target=run, daemon=True).start())
+
+    def ahead(self, make: Callable[[], T]) -> "Future[T]":
+        """Make what takes a while and is not needed yet, such as the blocks of a file."""
+        counted = self._counted(make)
+        return self._begin(lambda: self.opener.submit(counted))
+
+    def create(self, name: str, size: int) -> ShardFile:
+        """A file of this size, open until its end."""
+        file = ShardFile(self.stage.path, name, size, self.stage.attempt)
+        self.open.append(file)
+        return file
+
+    def finish(self, name: str, file: ShardFile, end: Callable[[], ShardResult]) -> "Future[None]":
+        """Have a file ended: `end` does what it lacks but for fsync and name."""
+        counted = self._counted(lambda: self._finish(file, end))
+        self.ends[name] = self._begin(lambda: self.finisher.submit(counted))
+        return self.ends[name]
+
+    def _finish(self, file: ShardFile, end: Callable[[], ShardResult]) -> None:
+        if self.stop.is_set():
+            return
+        result = end()
+        if self.stop.is_set():
+            return
+        file.sync()
+        if self.stop.is_set():
+            return  # a later run may be at work on that name already
+        file.publish()
+        self.open.remove(file)
+        self.finished(result)
+
+    def await_ends(self, names: Collection[str]) -> None:
+        """Wait for the ends of these files, and of all but the last few."""
+        for number, (name, end) in enumerate(reversed(list(self.ends.items()))):
+            if number >= BEHIND or name in names:
+                result_of(end)
+
+    def end(self) -> None:
+        """Wait for all threads, and raise what went wrong in one of them. Who interrupts does not
+        wait long for what waits for the disk: it is lost anyway, as a later run begins those files
+        anew."""
+        with signals_deferred():
+            self.running.finish()
+        try:
+            while not self.running.wait(POLL_INTERVAL) and not self.stop.is_set():
+                pass
+        except BaseException as error:
+            self.fail(error)
+        interrupted = isinstance(self.problem, KeyboardInterrupt)
+        ended = self.running.wait(SHUTDOWN_TIMEOUT)
+        while not ended and not interrupted:
+            ended = self.running.wait(POLL_INTERVAL)
+        with signals_deferred():
+            self.opener.shutdown(wait=False)
+            self.finisher.shutdown(wait=False)
+        for file in self.open if ended else ():
+            file.abandon()
+        if self.problem is not None:
+            raise self.problem
+
+    def _counted(self, target: Callable[[], T]) -> Callable[[], T]:
+        def run() -> T:
+            try:
+                return target()
+            except BaseException as error:
+                self.fail(error)
+                raise
+            finally:
+                # no tensor is left to this thread: the process may end now, which a thread that
+                # frees one would not outlive quietly
+                self.running.finish()
+
+        return run
+
+    def _begin(self, start: Callable[[], T]) -> T:
+        """Begin something that is counted."""
+        with signals_deferred():
+            self.running.start()
+            try:
+                return start()
+            except RuntimeError:  # the system allows no more threads
+                self.running.finish()
+                raise
+
+
+@contextmanager
+def file_threads(
+    stage: Workspace, finished: Callable[[ShardResult], None]
+) -> Iterator[FileThreads]:
+    """Threads for the files of a run, all of which are ended with the block; `finished` is told of
+    each."""
+    files = FileThreads(stage, finished)
+    try:
+        yield files
+    except BaseException as error:
+        files.fail(error)
+    files.end()

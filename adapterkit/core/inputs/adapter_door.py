@@ -1,0 +1,114 @@
+"""The door of adapters: PEFT's layout is read as it is, others as a folder in that layout."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.core.adapter.keys import ADDED_DELTAS, CONFIG, PLAIN, WEIGHTS
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import read_header
+from adapterkit.core.checkpoint.hub_ids import is_on_hub
+from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.dtypes import FLOATS
+from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.inputs.base_door import one_file_of
+from adapterkit.core.options import StrPath
+from adapterkit.core.registry import load
+from adapterkit.doors import ADAPTERS
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.formats.modules.record import Contents
+    from adapterkit.core.plan import Plan
+
+FILES = (".safetensors", ".gguf")
+
+
+def in_adapter_layout(
+    folder: Folder,
+    base: Folder | None = None,
+    *,
+    for_merge: bool = False,
+    expert_layout: str | None = None,
+) -> Folder:
+    """The folder itself where it is in PEFT's layout, a model's, or in no format that is known (its
+    reader refuses it); else one that stands for it. `Refused` for contents that PEFT's layout
+    cannot hold. `for_merge`: what is added to weights and is no plain factors is in a file beside
+    these; `expert_layout`: of stacks whose config does not say."""
+    files = folder.files()
+    if ADDED_DELTAS in files:
+        from adapterkit.core.engine.converted_folder import check_added_deltas
+
+        check_added_deltas(folder)
+    if "config.json" in files or not any(name.endswith(FILES) for name in files):
+        return folder
+    file = one_file_of(base)
+    if file is None and is_plain(folder):
+        return folder
+    converted = load(ADAPTERS["converted"])
+    return converted(folder, base, file, for_merge=for_merge, expert_layout=expert_layout)
+
+
+def is_plain(folder: Folder) -> bool:
+    """Whether a folder needs no detection: PEFT's layout, without stacks. To read all formats takes
+    longer than to plan a job."""
+    if [name for name in folder.files() if name.endswith(FILES) and "/" not in name] != [WEIGHTS]:
+        return False
+    try:
+        config, header = read_json(folder, CONFIG), read_header(folder, WEIGHTS)
+    except (AdapterkitError, OSError):
+        return False
+    return (
+        "peft_type" in config
+        and not config.get("target_parameters")
+        and all(PLAIN.fullmatch(x.key) and x.dtype in FLOATS for x in header.tensors)
+    )
+
+
+def adapter_or_file(
+    folder: Folder, base: Folder | None = None, *, with_parts: bool = False
+) -> Folder:
+    """What `in_adapter_layout` gives, of an adapter of several parts of a pipeline (`with_parts`:
+    of one, too) `with_part_names`; the folder itself where that is refused (alphas that nothing
+    says), for verbs that tell of bare tensors too."""
+    try:
+        if not with_parts:
+            return in_adapter_layout(folder, base)
+    except AdapterkitError:
+        files = folder.files()
+        if ADDED_DELTAS in files or not any(name.endswith(".safetensors") for name in files):
+            raise
+    with suppress(AdapterkitError):
+        contents = load(ADAPTERS["contents"])(folder)
+        if contents is not None and (with_parts or len(contents.components) > 1):
+            return load(ADAPTERS["part names"])(folder, contents)
+    return folder
+
+
+@dataclass(frozen=True)
+class Together:
+    """Adapters in PEFT's layout for one job that makes one of them, and how that is written."""
+
+    folders: list[Folder]
+    first: "Contents | None" = None  # whose layout it has; None: PEFT's
+    file: str | None = None  # the name of an output that is one file
+
+    def written(self, plan: "Plan") -> "Plan":
+        """The plan of the job, its output in the layout of the first adapter."""
+        if self.first is None:
+            return plan
+        plan_in_layout = load(ADAPTERS["layout"])
+        return plan_in_layout(self.first, plan, self.file, is_alone=len(self.folders) == 1)
+
+
+def together(sources: Sequence[Folder], out: StrPath) -> Together:
+    """Adapters in any format for one job. Its output is a file in the layout of the first one where
+    `out` is, and of adapters of several parts; else PEFT's. `Refused` beside these for adapters
+    that do not say of which part they are, and for layouts that are not written so."""
+    file = Path(out).name if str(out).endswith(".safetensors") and not is_on_hub(out) else None
+    if file is not None or not all({CONFIG, "config.json"} & {*one.files()} for one in sources):
+        parts = load(ADAPTERS["parts"])(sources, out, file)
+        if parts is not None:
+            return Together(parts[0], parts[1], file)
+    return Together([in_adapter_layout(source) for source in sources])

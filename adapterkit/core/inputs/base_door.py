@@ -1,0 +1,153 @@
+"""The door of bases: which kind of base a folder is, by the names of its files and the `model_type`
+of its config alone, and the kind that most are: a model of safetensors."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.options import StrPath, flag_of
+from adapterkit.core.registry import load
+from adapterkit.doors import BASES
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.formats.image_model import OneFileModel
+    from adapterkit.core.merge.job import MergeJob
+    from adapterkit.core.merge.verb import MergeOptions
+
+CONFIG, INDEX = "config.json", "model_index.json"
+SAFETENSORS, GGUF = ".safetensors", ".gguf"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base, and what verbs do with it: here with a model of safetensors, in classes below with
+    other kinds."""
+
+    folder: Folder
+    part: str = ""  # its name, where it is a model of several
+    parts_of: Folder | None = None  # the folder of all of them
+
+    noun: ClassVar[str] = "model"
+    in_safetensors: ClassVar[bool] = True
+    does: ClassVar[Mapping[str, str]] = {}  # entries MODULE:FUNCTION by what they do
+    # options of a merge that it has no use for, by the kind of base that they are for
+    unfit: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "a base in a GGUF file": ("imatrix", "touched_as", "scales", "modelfile")
+    }
+
+    def own(self, work: str) -> Callable[..., Any] | None:
+        """What does a work of this kind of base; None where it is done as for a model."""
+        entry = self.does.get(work)
+        return None if entry is None else load(entry)
+
+    @cached_property
+    def images(self) -> "OneFileModel | None":
+        """The image or video model in its publisher's names that it is; None for others, and for
+        what cannot be read, which is refused where it is opened."""
+        return None
+
+    @property
+    def ending(self) -> str | None:
+        """How the name of an output ends that is one file, as the base is; None for a folder."""
+        return None
+
+    def read(self, number: int = 0) -> Checkpoint:
+        """Its headers, parameters under transformers' names; raises `Refused` or `Damaged` with all
+        that is wrong with it. `number`: which input of the job it is."""
+        return open_checkpoint(self.folder, number)
+
+    def read_for(self, is_enough: Callable[[Checkpoint], bool]) -> Checkpoint:
+        """`read`, or less of it where that is enough."""
+        return self.read()
+
+    def check_options(self, options: "MergeOptions", imatrix: object, file: str | None) -> None:
+        """`Refused` for options of a merge that it has no use for; `file`: the output's name where
+        it is one."""
+        errors, given = Problems(where="options", hint="remove it", code="AK102"), vars(options)
+        for expected, names in self.unfit_with(file).items():
+            for name in names:
+                if imatrix if name == "imatrix" else given[name]:
+                    errors.add(f"{flag_of(name)} with this base", expected)
+        errors.raise_all()
+        if options.variant and not self.part:
+            errors.add("--variant with this base", "a pipeline of diffusers", "remove --variant")
+            errors.raise_all()
+
+    def unfit_with(self, file: str | None) -> Mapping[str, tuple[str, ...]]:
+        return self.unfit
+
+    def prepare(self, job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+        """What a merge asks before it looks at parameters; `Refused` with these errors for adapters
+        of what the base does not hold. Notes join the job's."""
+
+    def output_file(self, out: StrPath) -> str | None:
+        """The name of an output that is one file, as the base is; `Refused` for other names."""
+        ending, name = self.ending, re.split(r"[/\\:]", str(out))[-1]
+        if ending is not None and name.lower().endswith(ending):
+            return name
+        if ending is None and not name.lower().endswith(GGUF):
+            return None
+        raise Refused(
+            f"--out {shown(out)} for a base that is {'one' if ending else 'no single'} file",
+            expected=f"a name that ends in {ending}" if ending else "a folder",
+            where="--out",
+            hint=f"give --out {shown(out)}{ending}" if ending else "give the name of a folder",
+            code="AK601",
+        )
+
+
+def _is_pipeline(folder: Folder) -> bool:
+    files = folder.files()
+    return INDEX in files and CONFIG not in files
+
+
+def _is_gguf(folder: Folder) -> bool:
+    """Beside safetensors a GGUF file is not the model; a part of a split one stands for all."""
+    here = [name for name in folder.files() if "/" not in name]
+    has_file = any(name.lower().endswith(GGUF) for name in here)
+    is_file = (getattr(folder, "single", None) or "").lower().endswith(GGUF)
+    return is_file or (has_file and not any(name.endswith(SAFETENSORS) for name in here))
+
+
+def _may_be_images(folder: Folder) -> bool:
+    return any(n.endswith(SAFETENSORS) for n in folder.files()) and not has_type(folder)
+
+
+# what finds the files of other kinds, in the order in which they are asked for
+KINDS: dict[str, Callable[[Folder], bool]] = {
+    "pipeline": _is_pipeline,
+    "gguf": _is_gguf,
+    "images": _may_be_images,
+}
+
+
+@lru_cache(maxsize=4)  # what writes the output and what reads adapters ask for it
+def kind_of(folder: Folder) -> Base:
+    """The base that a folder or file is. Its record is loaded where there are files of its kind."""
+    kind = next((kind for kind, fits in KINDS.items() if fits(folder)), None)
+    return Base(folder) if kind is None else load(BASES[kind])(folder)
+
+
+def has_type(folder: Folder) -> bool:
+    """Whether its config names a model of transformers, or cannot be read, which is refused where
+    it is opened."""
+    try:
+        return CONFIG in folder.files() and "model_type" in read_json(folder, CONFIG)
+    except AdapterkitError:
+        return True
+
+
+def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
+    """The headers of the base that a folder is, as input `number` of the job."""
+    return kind_of(folder).read(number)
+
+
+def one_file_of(base: Folder | None) -> "OneFileModel | None":
+    """The image or video model in its publisher's names that a folder or file is, if it is one."""
+    return None if base is None else kind_of(base).images

@@ -1,0 +1,363 @@
+"""A merge while it is planned: options, inputs, and the changes of each parameter of the base."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.adapter.keys import ADDED_DELTAS
+from adapterkit.core.adapter.record import Adapter, Lora
+from adapterkit.core.adapter.weights_file import WeightsFile
+from adapterkit.core.checkpoint.compare import same_bytes
+from adapterkit.core.checkpoint.fingerprint import fingerprint
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.commands import CHECK_BASE
+from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.inputs.earlier_merges import MergedAdapter
+from adapterkit.core.inputs.model_config import vocabulary_sizes
+from adapterkit.core.merge.values_by_regex import selection
+from adapterkit.core.merge.verb import MergeOptions
+from adapterkit.core.patterns import similar_names
+from adapterkit.core.records import Json
+from adapterkit.core.registry import load
+from adapterkit.core.weights.decoded import decoded_view, quantized_weights
+from adapterkit.core.weights.names import Names, mentions_weight
+from adapterkit.core.weights.parameters import Parameter
+from adapterkit.doors import ADAPTERS, MERGES
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.formats.extra_deltas import PlacedDelta
+    from adapterkit.verbs.combine.module_methods import ModuleMethods
+    from adapterkit.verbs.combine.module_weights import ModuleWeights, WeightOf
+
+OTHER_LISTS = re.compile(r"^architectures$|_token_ids?$")  # not one value for each layer
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)", re.DOTALL)
+
+
+def replicated(base: Checkpoint, adapters: list[Adapter], errors: Problems) -> Checkpoint:
+    """The base with its layers stacked anew; the base itself where no adapter has replicated
+    layers, or where they do not fit, which joins the errors."""
+    replicating = [a for a in adapters if a.config.get("layer_replication")]
+    if not replicating:
+        return base
+    if len({json.dumps(a.config.get("layer_replication")) for a in adapters}) > 1:
+        errors.add(
+            "different layer_replication in the adapters",
+            "the same in all",
+            "merge those that agree",
+            where=replicating[0].where,
+            code="AK305",
+        )
+        return base
+    ranges = replicating[0].config["layer_replication"]
+    order = [i for start, end in ranges for i in range(start, end)]
+    try:
+        prefix, count = _layer_stack(base, order)
+    except Refused as error:
+        errors.append(error)
+        return base
+    tensors: dict[str, TensorSpec] = {}
+    copies: dict[int, list[int]] = {}
+    for new, old in enumerate(order):
+        copies.setdefault(old, []).append(new)
+    for key, spec in base.tensors.items():
+        match = LAYER.match(key)
+        if match is None or match[1] != prefix:
+            tensors[key] = spec
+            continue
+        for new in copies.get(int(match[2]), ()):
+            tensors[f"{prefix}{new}{match[3]}"] = spec
+    config = stacked(base.config, count, order)
+    return replace(base, tensors=tensors, config=config)
+
+
+def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
+    """Prefix and number of the layers that can be replicated; `Refused` where that is no single
+    stack, or where it has no layer of the order."""
+    counts = {base.config[c] for c in COUNTS if isinstance(base.config.get(c), int)}
+    text = base.config.get("text_config")
+    counts |= {text[c] for c in COUNTS if isinstance(text, dict) and isinstance(text.get(c), int)}
+    layers: dict[str, set[int]] = {}
+    for key in base.tensors:
+        match = LAYER.match(key)
+        if match:
+            layers.setdefault(match[1], set()).add(int(match[2]))
+    stacks = [
+        (prefix, len(numbers))
+        for prefix, numbers in layers.items()
+        if len(numbers) in counts and numbers == set(range(len(numbers)))
+    ]
+    if len(stacks) != 1:
+        raise Refused(
+            f"{len(stacks)} stacks of layers that could be replicated: "
+            f"{', '.join(shown(prefix) for prefix, _ in stacks)}",
+            expected="one stack with the config's number of layers",
+            where=base.name,
+            hint="this model's layers cannot be replicated",
+            code="AK406",
+        )
+    bad = sorted({i for i in order if i >= stacks[0][1]})
+    if bad or not order:
+        raise Refused(
+            f"layers {bad} of {stacks[0][1]}",
+            expected="layers of the base",
+            where="layer_replication",
+            hint="use the base that the adapter was trained on",
+            code="AK406",
+        )
+    return stacks[0]
+
+
+def stacked(config: Json, count: int, order: list[int]) -> Json:
+    """A config with the new number of layers, and every per-layer list stacked as the layers
+    are."""
+
+    def setting(key: str, value: object) -> Any:
+        if key in COUNTS and value == count:
+            return len(order)
+        if isinstance(value, list) and len(value) == count and not OTHER_LISTS.search(key):
+            return [value[i] for i in order]
+        if isinstance(value, dict) and key.endswith("_config"):
+            return {k: setting(k, v) for k, v in value.items()}
+        return value
+
+    return {k: setting(k, v) for k, v in config.items()}
+
+
+def nothing_selected(
+    skipped: Iterable[str], adapters: Iterable[str], options: MergeOptions
+) -> Refused:
+    """The refusal of a merge of these adapters whose every module is left out."""
+    names = [name.partition(": ")[2] for name in skipped]
+    problem, cause = "no module is selected", "--include and --exclude"
+    if not options.include and not options.exclude:
+        problem, cause = "every weight is 0", "the weights"
+    return Refused(
+        f"nothing to merge: {problem}",
+        expected="at least one module",
+        where=", ".join(dict.fromkeys(adapters)),
+        hint=similar_names(options.include or "", names) or f"check {cause}",
+        code="AK105",
+    )
+
+
+@dataclass
+class Change:
+    """The change of one parameter: a new value to start from, rows replaced, then additions."""
+
+    parameter: Parameter
+    value: TensorSpec | None = None
+    additions: list[Factors] = field(default_factory=list)
+    vectors: list[tuple[TensorSpec, float]] = field(default_factory=list)  # biases of b, scales
+    # of other kinds than factors, each with its weight
+    deltas: list[tuple["PlacedDelta", float]] = field(default_factory=list)
+    rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
+    # of a merge by a method: the weights of adapters, by their numbers, which scales do not have
+    weights: dict[int, float] = field(default_factory=dict)
+    adapters: list[str] = field(default_factory=list)
+    value_from: int = 0  # number of the adapter that has `value`
+
+    @property
+    def has_edits(self) -> bool:
+        """Whether it is more than a new value."""
+        return bool(self.additions or self.vectors or self.deltas or self.rows)
+
+    @property
+    def stack(self) -> bool:
+        """Whether the parameter is a stack of matrices (experts); a convolution's kernel and other
+        tables may have three axes too."""
+        are_stacks = (factors.experts is not None for factors in self.additions)
+        return len(self.parameter.shape) == 3 and not self.deltas and all(are_stacks)
+
+
+class MergeJob:
+    """One merge while it is planned: its inputs, and the adapters' changes of the base's
+    parameters. Problems are collected in `errors`."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        adapters: list[Adapter],
+        weights: list[float],
+        options: MergeOptions,
+        part: str = "",
+        weight_of: "WeightOf | None" = None,
+        file: WeightsFile | None = None,
+    ):
+        self.adapters, self.weights, self.options = adapters, weights, options
+        self.part = part  # that the base is of a pipeline
+        self.errors = Problems(where="adapters")
+        self.notes: list[str] = []
+        # numbers of adapters that the next one, their initial factors, is to be taken from
+        self.with_initial: frozenset[int] = frozenset()
+        self.merged_before: list[MergedAdapter] = []
+        self.skipped: list[str] = []
+        self.changes: dict[str, Change] = {}
+        self.new: dict[str, Change] = {}  # parameters that the base does not store: heads
+        self.original = base
+        view = decoded_view(base)
+        self.base = replicated(view, adapters, self.errors)
+        self.quantized = [] if view is base else quantized_weights(self.base.tensors)
+        self.config: Json = json.loads(json.dumps(self.base.config))
+        self._selects = selection(options.include, options.exclude)
+        self.names = self._names()
+        self.file = file
+        # where an adapter may have several; the pipeline has them where it gives them
+        self.module_weights = self._module_weights() if weight_of is None else None
+        self._weight_of = self.module_weights.of if self.module_weights else weight_of
+        self.methods = None if options.method is None else self._methods(options.method)
+
+    def _module_weights(self) -> "ModuleWeights | None":
+        """The weights on each module; None where each adapter has one."""
+        options = self.options
+        if not (options.weight_for or options.lbw or self.file or options.method):
+            return None
+        return load(MERGES["weights"])(self.original, self.weights, options, self.file)
+
+    def _methods(self, name: str) -> "ModuleMethods | None":
+        """The method on each module; None for the sum."""
+        method = load(MERGES["method"])(name, self.options)
+        if method.scales:
+            raise Refused(
+                f"--method {method.name} by a norm over all modules",
+                expected="a method module by module",
+                where="options",
+                hint="combine the adapters first, and merge the result",
+                code="AK401",
+            )
+        methods = load(MERGES["methods"])(method, len(self.weights), self.options.density_for)
+        return methods if name != "linear" else None
+
+    def weight(self, adapter: Adapter, module: str) -> float:
+        """The weight of an adapter on a module."""
+        if self._weight_of is None:
+            return self.weights[adapter.number - 1]
+        return self._weight_of(adapter.number, module)
+
+    def weighted(self, adapter: Adapter, name: str, factors: Factors) -> tuple[float, Factors]:
+        """The weight of an adapter on a module or parameter, and its factors, with those of their
+        directions from a file."""
+        if self.module_weights is None or self.file is None:
+            return self.weight(adapter, factors.module), factors
+        return self.module_weights.rules.on(adapter.number - 1, name, factors)
+
+    def is_off(self, adapter: Adapter, module: str) -> bool:
+        """Whether an adapter that has a weight has none on a module; of weights from a file each
+        parameter has its own."""
+        if self.file is not None or self._weight_of is None:
+            return False
+        return self.weight(adapter, module) == 0.0 != self.weights[adapter.number - 1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the base as it is stored."""
+        return fingerprint(self.original)
+
+    def _names(self) -> Names:
+        wanted: dict[str, None] = {}
+        build_model = False
+        vocabulary = vocabulary_sizes(self.base.config)
+        for adapter in self.adapters:
+            has_parameters = bool(adapter.config.get("target_parameters"))
+            for lora in adapter.loras:
+                if lora.kind == "embedding" or (vocabulary & {lora.b.shape[0], lora.a.shape[-1]}):
+                    build_model = True
+                if len(lora.a.shape) > 2 or has_parameters:
+                    build_model = True
+                if mentions_weight(self.base.config, lora.module):
+                    build_model = True
+                if self.is_selected(lora.module) and not has_parameters:
+                    wanted[f"{lora.module}.weight"] = None
+            if ADDED_DELTAS in adapter.folder.files():
+                added_deltas = load(ADAPTERS["extra deltas"])
+                added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
+                wanted |= {f"{name}.weight": None for name in added if self.is_selected(name)}
+            replaced = adapter.replaced
+            if adapter.tokens or any(len(spec.shape) > 1 for spec in replaced.values()):
+                build_model = True
+            wanted |= {name: None for name in replaced if self.is_selected_value(name)}
+            modules = (tokens.module for tokens in adapter.tokens)
+            wanted |= {f"{module}.weight": None for module in modules if self.is_selected(module)}
+        trained = self.adapters[0].trained_class
+        is_text = not self.original.in_safetensors
+        return Names(self.base, tuple(wanted), *trained, build_model, self.notes, text_only=is_text)
+
+    @cached_property
+    def leaves(self) -> dict[str, list[str]]:
+        """The last parts of the names of a module's stored tensors, by module."""
+        leaves: dict[str, list[str]] = {}
+        for key in self.base.tensors:
+            module, _, leaf = key.rpartition(".")
+            leaves.setdefault(module, []).append(leaf)
+        return leaves
+
+    def is_selected(self, *names: str) -> bool:
+        """Whether --include and --exclude select a module, by any of its names, in a pipeline with
+        the part's in front."""
+        return self._selects(*map(self._whole, names))
+
+    def _whole(self, name: str) -> str:
+        return f"{self.part}.{name}" if self.part else name
+
+    def is_selected_value(self, parameter: str) -> bool:
+        """Whether they select a replaced parameter, by its module's name or its own."""
+        return self.is_selected(parameter.rpartition(".")[0], parameter)
+
+    def skip(self, adapter: Adapter, name: str) -> None:
+        """Note a module or parameter of the adapter that is not selected."""
+        if self.module_weights is not None:
+            self.module_weights.rules.skipped.add(name)
+        self.skipped.append(f"{adapter.name}: {self._whole(name)}")
+
+    def change(self, parameter: Parameter) -> Change:
+        """The change of this parameter, a new one if it has none."""
+        return self.changes.setdefault(parameter.name, Change(parameter))
+
+    def adapter(self, number: int) -> Adapter:
+        """The adapter of this number among the inputs, of which the base is 0."""
+        return self.adapters[number - 1]
+
+    def in_folder(self, spec: TensorSpec) -> tuple[Folder, TensorSpec]:
+        """A tensor of an adapter with the adapter's folder."""
+        return self.adapter(spec.folder).folder, spec
+
+    def same_bytes(self, one: TensorSpec | None, other: TensorSpec | None) -> bool:
+        """Whether two tensors of adapters have one dtype, one shape and the same bytes; reads
+        them."""
+        if one is None or other is None or one == other:
+            return one == other
+        return same_bytes(self.in_folder(one), self.in_folder(other))
+
+    def is_zero(self, lora: Lora) -> bool:
+        """Whether one of two factors has zeros alone; reads them."""
+        both = map(self.in_folder, (lora.a, lora.b))
+        return any(f.read(x.file, x.start, x.stop) == bytes(x.nbytes) for f, x in both)
+
+    def unknown_error(self, adapter: Adapter, key: str, name: str) -> Refused:
+        """The refusal of an adapter's tensor for a parameter that the base does not have."""
+        reason = f" ({self.notes[-1].splitlines()[0]})" if self.notes else ""
+        return Refused(
+            f"{shown(key)}: the base has no {shown(name)}",
+            expected="only parameters of the base",
+            where=adapter.label,
+            hint=CHECK_BASE + reason + self.base.otherwise,
+            code="AK401",
+        )
+
+    def shape_error(
+        self, adapter: Adapter, key: str, shape: object, expected: tuple[int, ...]
+    ) -> Refused:
+        """The refusal of an adapter's tensor, or tensors, of a shape that does not fit."""
+        return Refused(
+            f"{shown(key)}: shape {shape}",
+            expected=f"one that fits the base's {expected}",
+            where=adapter.label,
+            hint=CHECK_BASE,
+            code="AK401",
+        )

@@ -1,0 +1,392 @@
+"""merge, planned from the headers: adapters into a base, W' = round(W + Σ weight·scale·b@a)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from adapterkit.core import dtypes
+from adapterkit.core.adapter.peft import scan_adapter
+from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.adapter.weights_file import WeightsFile, in_receipt
+from adapterkit.core.checkpoint import layout
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.hub_ids import is_on_hub
+from adapterkit.core.checkpoint.shards import stem_of
+from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.core.commands import WITHOUT_INITIAL
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.inputs.base_door import Base, kind_of
+from adapterkit.core.inputs.earlier_merges import history_notes, merged_adapters
+from adapterkit.core.inputs.input_identity import plan_of
+from adapterkit.core.inputs.model_config import nested_values, set_nested
+from adapterkit.core.inputs.sources import initial_of, open_adapter, open_model, open_statistics
+from adapterkit.core.inputs.weights import notes_on_base, open_with_weights
+from adapterkit.core.merge.changes import collect_changes
+from adapterkit.core.merge.job import MergeJob, nothing_selected
+from adapterkit.core.merge.steps import plan_steps
+from adapterkit.core.merge.tied import resolve_new_head, resolve_tied_weights, resolve_vocab_resize
+from adapterkit.core.merge.verb import Merge, MergeOptions
+from adapterkit.core.options import StrPath, flag_of, parse_size
+from adapterkit.core.outputs.cards import Merged, merged_card
+from adapterkit.core.outputs.folder_files import model_files
+from adapterkit.core.outputs.model import (
+    CHANGED_BY,
+    check_gaps,
+    plan_laid_out,
+    plan_shard,
+    plan_shards_of_size,
+    rounding_warnings,
+)
+from adapterkit.core.outputs.tokenizer_files import tokenizer_files
+from adapterkit.core.plan import Files, OutputFile, Plan, Step
+from adapterkit.core.registry import load
+from adapterkit.core.shared_options import missing_statistics
+from adapterkit.core.weights.codec import QuantizedWeight, check_writable
+from adapterkit.core.weights.decoded import decoded_view, quantization_files, quantized_weights
+from adapterkit.core.weights.detect import check_not_quantized
+from adapterkit.doors import CONTAINERS, MERGES
+
+if TYPE_CHECKING:
+    from adapterkit.bases.gguf.base import ImportanceFile
+    from adapterkit.verbs.combine.module_weights import WeightOf
+
+Steps = dict[str, list[Step]]  # by output file
+
+
+def plan_merge_of(merge: Merge) -> Plan:
+    """The plan of a merge as it is asked for."""
+    if merge.push is not None and is_on_hub(merge.out):
+        raise Refused(
+            "--push does not apply to an output on the Hub",
+            expected="one place",
+            where="--push",
+            hint="remove --push",
+            code="AK102",
+        )
+    base, options = kind_of(open_model(merge.base)), merge.only(MergeOptions)
+    if own := base.own("merge"):
+        return own(base, merge, options)
+    name = base.output_file(merge.out)
+    layout = options.expert_layout
+    opener = partial(open_adapter, base=base.folder, for_merge=True, expert_layout=layout)
+    adapters, weights = open_with_weights(merge.adapters, merge.weights, opener)
+    stats = None if merge.stats is None else open_statistics(merge.stats)
+    imatrix = None if merge.imatrix is None else importance_of(merge.imatrix)
+    if merge.base16 is None:
+        more = {"file": name, "imatrix": imatrix, "weights": weights}
+        return plan_merge(base, adapters, options, stats, **more)
+    return plan_merge_into_original(merge.base, merge.base16, adapters, options, stats, weights)
+
+
+def importance_of(text: StrPath) -> "ImportanceFile":
+    """What weighs the errors of blocks; `Refused` or `Damaged` for what is no such file."""
+    return load(CONTAINERS[".gguf"]["importance"])(text)
+
+
+def plan_merge(
+    base: Base,
+    sources: list[tuple[Folder, float]],
+    options: MergeOptions,
+    stats: Folder | None = None,
+    *,
+    file: str | None = None,
+    imatrix: "ImportanceFile | None" = None,
+    weight_of: "WeightOf | None" = None,
+    weights: WeightsFile | None = None,
+) -> Plan:
+    """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
+    problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
+    output that is one file; `imatrix`: what weighs the errors of its blocks; `weight_of`: weights
+    of modules that a pipeline has for its part; `weights`: those of modules and directions."""
+    Problems(missing_statistics(options.rounding, stats)).raise_all()
+    base.check_options(options, imatrix, file)
+    if not sources:
+        raise Refused(
+            "no adapter",
+            expected="one or more",
+            hint="name the adapters after the base",
+            code="AK102",
+        )
+    sources, with_initial = _with_initial(sources, options)
+    if with_initial and weights is not None and not weights.modules:
+        weights = None  # those of the adapters say all
+    if with_initial and (options.weight_for or options.lbw or weights):
+        raise Refused(
+            "weights of modules of an adapter that goes with initial factors",
+            expected="one weight",
+            where="options",
+            hint=WITHOUT_INITIAL,
+            code="AK102",
+        )
+    adapters, errors = _scan_adapters(sources)
+    given = [weight for _, weight in sources]
+    are_plain = len(adapters) == len(given) and all(one.is_factors_alone for one in adapters)
+    is_enough = lambda it: not MergeJob(it, adapters, given, options).names.needs_model
+    try:
+        checkpoint = base.read_for(is_enough) if are_plain else base.read()
+    except AdapterkitError as error:
+        Problems([error, *errors]).raise_all()
+        raise
+    if errors and len(adapters) < len(sources):
+        Problems(errors).raise_all()
+    job = MergeJob(checkpoint, adapters, given, options, base.part, weight_of, weights)
+    job.notes += notes_on_base(weights, job.fingerprint, job.original.name) if weights else []
+    job.with_initial = with_initial
+    _decode_to_16_bits(job)
+    whole = base.parts_of or base.folder
+    job.merged_before = merged_adapters(whole)
+    if job.merged_before or len(adapters) > 1:
+        job.notes += history_notes(whole, job.merged_before, adapters, job.weights)
+    base.prepare(job, errors)
+    steps, statistics = changed_steps(job, errors), None
+    if stats is not None:
+        statistics = open_checkpoint(stats, len(sources) + 1)
+        steps = load(MERGES["compensated"])(job, steps, statistics)
+    if own := base.own("merged files"):
+        shards, files, more = own(job, list(_all_steps(steps)), file, imatrix)
+        plan = _plan_of_files(job, steps, statistics, shards, files)
+        return replace(plan, options=plan.options | more, is_file=len(shards) == 1)
+    return _plan(job, steps, statistics, file)
+
+
+def _decode_to_16_bits(job: MergeJob) -> None:
+    """Have decoded weights written in 16 bits unless `dtype` says otherwise: their own error is
+    larger than that rounding."""
+    wide = any(weight.dtype == "F32" for weight in job.quantized)
+    if job.options.dequantize and job.options.dtype is None and wide:
+        said = set(map(str, nested_values(job.base.config, "dtype"))) & {"float16", "bfloat16"}
+        dtype = "fp16" if said == {"float16"} else "bf16"
+        job.options = replace(job.options, dtype=dtype)
+        job.notes.append(f"--dequantize: written in {dtype}; --dtype fp32 keeps 32 bits")
+
+
+def changed_steps(job: MergeJob, errors: Sequence[AdapterkitError] = ()) -> Steps:
+    """The steps of all output files; `Refused` with these errors and all that the job runs into."""
+    collect_changes(job)
+    Problems([*errors, *job.errors]).raise_all()
+    brought = {*job.new, *(name for name, change in job.changes.items() if change.value)}
+    if job.original.in_safetensors:  # it stays as whole as it is
+        job.errors += check_gaps(job.base, job.names.model, job.notes, brought)
+    resolve_tied_weights(job)
+    if brought:
+        resolve_vocab_resize(job)
+        resolve_new_head(job)
+    job.errors.raise_all()
+    steps = plan_steps(job)
+    job.errors += job.methods.problems() if job.methods else []
+    job.errors.raise_all()
+    _refuse_nothing(job, steps)
+    if job.original.in_safetensors:
+        check_quantized_output(job, steps)
+    job.errors.raise_all()
+    return steps
+
+
+def _with_initial(
+    sources: list[tuple[Folder, float]], options: MergeOptions
+) -> tuple[list[tuple[Folder, float]], frozenset[int]]:
+    """The adapters, those that lack their initial factors followed by these with the opposite
+    weight; and the numbers of such."""
+    expanded: list[tuple[Folder, float]] = []
+    numbers: set[int] = set()
+    for folder, weight in sources:
+        expanded.append((folder, weight))
+        initial = None if options.base_is_residual else initial_of(folder)
+        if initial is not None:
+            numbers.add(len(expanded))
+            expanded.append((initial, -weight))
+    return expanded, frozenset(numbers)
+
+
+def _scan_adapters(
+    sources: list[tuple[Folder, float]],
+) -> tuple[list[Adapter], list[AdapterkitError]]:
+    """As much of each adapter as can be compared with the base, and all problems of them."""
+    adapters: list[Adapter] = []
+    errors = Problems()
+    for number, (folder, _) in enumerate(sources, start=1):
+        adapter, scan, is_typed = scan_adapter(folder, number)
+        errors += scan.errors
+        if is_typed and scan.shards:
+            adapters.append(adapter)
+    return adapters, errors
+
+
+def plan_merge_into_original(
+    base: StrPath,
+    base16: StrPath,
+    sources: list[tuple[Folder, float]],
+    options: MergeOptions,
+    stats: Folder | None = None,
+    chosen: WeightsFile | None = None,
+) -> Plan:
+    """The plan of a merge into the 16-bit original `base16` of the quantized base that the adapters
+    were trained on; `Refused` if it is not its original."""
+    quantized, original = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
+    errors = Problems(where=quantized.name, code="AK408")
+    weights = quantized_weights(decoded_view(quantized).tensors)
+    verbs = (header.metadata.get(CHANGED_BY) for header in quantized.shards.values())
+    changed_by = next(filter(None, verbs), None)
+    if not weights:
+        errors.add("no quantized weights", "a quantized base", "remove --base16")
+    if changed_by:
+        errors.add(
+            f"a base made by {changed_by}: what its adapter makes up for is not in the original",
+            "a quantized copy of the original",
+            "merge into the base itself",
+        )
+    check_not_quantized(original)
+    for weight in weights:
+        spec = original.tensors.get(weight.key)
+        if spec is None or spec.shape != weight.shape:
+            there = spec.shape if spec else "none"
+            problem = f"{shown(weight.key)} {weight.shape}, {there} in {original.name}"
+            hint = "give the model that the base was quantized from"
+            errors.add(problem, "the same weights", hint)
+    errors.raise_all()
+    plan = plan_merge(kind_of(original.folder), sources, options, stats, weights=chosen)
+    note = f"merged into {original.name}; the adapters were trained on {quantized.name}"
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def check_quantized_output(job: MergeJob, steps: Steps) -> None:
+    """Refuse what a quantized base's format, or its decoding, does not allow; keep the format in
+    the config where the weights keep theirs."""
+    weights, options = job.quantized, job.options
+    if not weights:
+        if options.dequantize:
+            job.notes.append("--dequantize has no effect: the base is not quantized")
+        return
+    errors, first = Problems(where=job.original.name, code="AK404"), "dequantize the base first"
+    if any(spec.key != key for key, spec in job.base.tensors.items()):
+        errors.add("layer_replication on a quantized base", "a base of 16 or 32 bits", first)
+    if any(step.source.dtype == "F64" and step.edits for step in _all_steps(steps)):
+        errors.add("edits of F64 weights beside quantized ones", "F32, F16 or BF16", first)
+    if not options.dequantize:
+        edited = []
+        for step in _all_steps(steps):
+            if isinstance(step.source, QuantizedWeight):
+                edited += [step.source] if step.edits else []
+            elif isinstance(job.base.tensors.get(step.key), QuantizedWeight):
+                problem = f"{shown(step.key)} is quantized, and an adapter trained it whole"
+                errors.add(problem, "factors on quantized weights", "give --dequantize")
+        transposed = [weight for weight in weights if getattr(weight, "transposed_scales", False)]
+        errors += check_writable([*edited, *transposed], job.original.name)
+        for name in ("dtype", "compat", "max_shard_size"):
+            if getattr(options, name):
+                problem = f"{flag_of(name)} with a quantized base"
+                hint = "give --dequantize"
+                errors.add(problem, "the format as it is", hint, where="options")
+        settings = job.original.config.get("quantization_config")
+        if settings is not None:
+            job.config["quantization_config"] = settings
+    job.errors += errors
+
+
+def _all_steps(steps: Steps) -> Iterator[Step]:
+    return (step for group in steps.values() for step in group)
+
+
+def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
+    if job.part and job.skipped:
+        return  # others may have some
+    if any(step.edits or step.source.folder for step in _all_steps(steps)):
+        return
+    names = [adapter.name for adapter in job.adapters]
+    if job.skipped:
+        raise nothing_selected(job.skipped, names, job.options)
+    raise Refused(
+        "an adapter without weights",
+        expected="at least one module",
+        where=", ".join(names),
+        hint="check the adapter",
+        code="AK105",
+    )
+
+
+def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None, file: str | None) -> Plan:
+    """The plan of a merge into safetensors; `file`: the name of an output that is one."""
+    if file is not None:
+        steps = {file: list(_all_steps(steps))}
+        return replace(_plan_of_files(job, steps, stats, _shards(job, steps), {}), is_file=True)
+    shards = _shards(job, steps)
+    if job.options.dtype:
+        name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
+        for key in ("dtype", "torch_dtype"):
+            set_nested(job.config, key, name)
+    tokenizer = tokenizer_files(job.adapters, job.options.tokenizer, job.notes)
+    merged = zip(job.adapters, job.weights, strict=True)
+    rows = [Merged(one.folder, w, len(one.loras), one.config.get("r", "")) for one, w in merged]
+    how = {}
+    if job.options.method is not None:
+        how = {"delta": load(MERGES["words"])(job.options)}
+    card = merged_card(job.original.folder, rows, **how)
+    omit = quantization_files(job.base.tensors) if job.options.dequantize else ()
+    files = model_files(job.original, job.config, shards, card, tokenizer=tokenizer, omit=omit)
+    return _plan_of_files(job, steps, stats, shards, files)
+
+
+def _plan_of_files(
+    job: MergeJob,
+    steps: Steps,
+    stats: Checkpoint | None,
+    shards: tuple[OutputFile, ...],
+    files: Files,
+) -> Plan:
+    inputs = [job.original, *job.adapters, *([stats] if stats else [])]
+    decisions = {
+        "adapters": [
+            {"name": adapter.name, "weight": weight, "modules": len(adapter.loras)}
+            for adapter, weight in zip(job.adapters, job.weights, strict=True)
+        ],
+        "left_out": job.skipped,
+        "tensors_changed": sum(step.edits != () for step in _all_steps(steps)),
+    }
+    if job.merged_before:
+        decisions["held"] = [adapter._asdict() for adapter in job.merged_before]
+    options = {k: v for k, v in vars(job.options).items() if v not in (None, False, ())}
+    options |= {"weights": job.weights} | in_receipt(job.file)
+    return plan_of(
+        "merge",
+        options,
+        inputs,
+        configs=(0,),
+        shards=shards,
+        files=files,
+        decisions=decisions,
+        notes=job.notes,
+        warn=partial(
+            rounding_warnings, compat=job.options.compat, in_gguf=not job.original.in_safetensors
+        ),
+    )
+
+
+def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
+    limit, headers = job.options.max_shard_size, job.original.shards
+    if len(steps) == len(headers) == 1:  # whose name may be another one
+        headers = dict(zip(steps, headers.values(), strict=True))
+    limit, stem = parse_size(limit) if limit else None, stem_of(headers)
+    if job.quantized:
+        if job.options.dequantize and limit:
+            return plan_shards_of_size(list(_all_steps(steps)), limit, stem)
+        return tuple(
+            plan_shard(name, group, headers[name], keep_format=not job.options.dequantize)
+            for name, group in steps.items()
+        )
+    by_key = {step.key: step for step in _all_steps(steps)}
+    if limit:
+        stored = [step.planned for step in _all_steps(steps)]
+        metadata = next(iter(headers.values())).metadata or {"format": "pt"}
+        layouts = dict.fromkeys(layout.resharded(stored, limit, metadata, stem), metadata)
+    else:
+        layouts = {
+            layout.like_base(name, [step.planned for step in group], headers[name]): (
+                headers[name].metadata or {"format": "pt"}
+            )
+            for name, group in steps.items()
+        }
+    return tuple(
+        plan_laid_out(one, [by_key[tensor.key] for tensor in one.tensors], metadata)
+        for one, metadata in layouts.items()
+    )

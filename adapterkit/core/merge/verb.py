@@ -1,0 +1,196 @@
+"""merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.core.options import (
+    COMPAT,
+    FLAG,
+    SHARE_ABOVE_0,
+    SOURCE,
+    WEIGHTED,
+    Sources,
+    StrPath,
+    argument,
+    choice,
+    option,
+    record,
+)
+from adapterkit.core.product_options import (
+    GgufMergeOptions,
+    ImageMergeOptions,
+    MethodMergeOptions,
+    QuantizedMergeOptions,
+    compensation_option,
+    importance_option,
+)
+from adapterkit.core.registry import load
+from adapterkit.core.run_options import model_output_option
+from adapterkit.core.shared_options import (
+    QUANTIZED,
+    MethodOptions,
+    ModuleFilters,
+    dtype_option,
+    expert_layout_option,
+    shard_size_option,
+    verify_option,
+    weights_option,
+)
+from adapterkit.core.verb import WritingVerb, function_of, push_option
+
+if TYPE_CHECKING:
+    from adapterkit.core.plan import Plan
+
+
+@record
+class PlainMergeOptions(ModuleFilters, MethodOptions):
+    """How adapters become part of any base."""
+
+    dtype: str | None = dtype_option(
+        "Cast floating-point tensors (default: keep the base's dtypes)."
+    )
+    max_shard_size: str | int | None = shard_size_option()
+    tied: str = option(
+        default="untie",
+        check=choice(("untie", "fold", "refuse")),
+        help="If only one of two tied embeddings changes: write two weights, change the shared one "
+        "(as PEFT does in memory), or refuse.",
+    )
+    base_is_residual: bool = option(
+        default=False,
+        check=FLAG,
+        help="BASE is the residual base that came with a PiSSA-like adapter.",
+    )
+    base_copies: str | None = option(
+        default=None,
+        check=choice(("ignore", "adapter")),
+        help="If an adapter's copy of the base's embedding differs from BASE's: ignore the copy, "
+        "or use the adapter's.",
+    )
+    compat: str | None = option(
+        default=None,
+        check=COMPAT,
+        help="PEFT's rounding, and its order of several adapters.",
+        needs="rounding=nearest",
+    )
+    expert_layout: str | None = expert_layout_option()
+    tokenizer: str | None = option(
+        default=None,
+        check=choice(("base", "adapter")),
+        help="Tokenizer of the output (default: the adapter's, if it has one).",
+    )
+
+
+@record
+class MergeOptions(
+    ImageMergeOptions,
+    GgufMergeOptions,
+    MethodMergeOptions,
+    QuantizedMergeOptions,
+    PlainMergeOptions,
+):
+    """How adapters become part of a base."""
+
+
+@record
+class Merge(WritingVerb, MergeOptions):
+    """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a), each weight
+    rounded once.
+
+    `base` and each adapter are a folder, a file or a Hub id, `base` also a pipeline of diffusers,
+    whose parts each get their share (`PART:PATH` says for which one an adapter is). An adapter may
+    carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping `{path: 0.7}`. Writes
+    the folder `out`: a complete checkpoint in the base's own layout with a receipt
+    (`adapterkit.json`); of a base in one file (GGUF, an image or video model) the file `out`, its
+    receipt beside it. Arithmetic is float32, float64 for weights that are written in float32.
+    Returns the receipt, or with `dry_run` the plan. Raises `Refused` before anything is written and
+    `Failed` after; see the errors' texts for the way out.
+
+    With `method` the deltas are combined as `combine` does, and added without a refit:
+    W' = round(W + method(w₁Δ₁, w₂Δ₂, ...)), dense deltas in float32; of a module that only some
+    adapters have, their deltas. `density_for` has other densities for modules. DoRA, biases of
+    factors and regmean need the other way: combine, then merge.
+
+    `weight_for` has other weights for modules, of a pipeline with the part's name in front, `lbw`
+    factors of the weight for the blocks of an image model: a list of numbers as
+    sd-webui-lora-block-weight's, its preset, `FILE:NAME` of a file of presets, or the settings of
+    diffusers' `set_adapters` or prefixes of names as ComfyUI's, as JSON or a file of it.
+    `weights` is a file of weights (docs/which-weights.md), one for each adapter, module or singular
+    triplet of a module's delta; the adapters are those of the file and may be left out.
+
+    `rounding="stochastic"` rounds changed weights up or down at random, so that on average the
+    whole delta stays, where nearest swallows what is below half a step; the draws depend on `seed`,
+    the tensor and the element alone. `rounding="compensated"` carries the rounding error of each
+    input of a changed linear layer into the inputs that follow, so that ‖(W' - Q) C^½‖_F is small
+    (GPTQ, arXiv:2210.17323); `stats` is the file with `<module>.covariance`, C = E[x xᵀ], of these
+    layers. Scales are those of rounding to nearest, and what is no linear layer is rounded so.
+
+    The copies of the base's embeddings that PEFT stores beside their factors are compared with the
+    base: equal ones change nothing, others are refused unless `base_copies` says which counts,
+    "ignore" (the base's own weight) or "adapter" (the copy, as in PEFT).
+
+    `fail_below` is the share of the change that the median of the changed tensors has to keep:
+    where rounding keeps less, the merge fails before anything is published. Without it the
+    receipt's `warnings` say what is lost.
+
+    Unlike PEFT's `merge_and_unload` several adapters are added before the one rounding, tied
+    embeddings that only one side changes are untied, attention's `out_proj` gets its delta once,
+    and anything unknown is an error; `compat="peft"` keeps PEFT's roundings and order.
+    """
+
+    tier = "core"
+    planner = "core.merge.plan:plan_merge_of"
+    command = """Merge adapters into a base checkpoint.
+
+    Each weight becomes W' = round(W + Σ weight·scale·b@a).
+
+    \b
+    Example:
+      adapterkit merge meta-llama/Llama-3.1-8B ./my-adapter --out merged
+      adapterkit merge ./base ./style=0.7 ./skill=0.3 --out merged --verify
+      adapterkit merge ./base ./a ./b=0.5 --method ties --density 0.2 --out merged
+      adapterkit merge ./merged ./my-adapter=-1 --out unmerged
+    """
+
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    adapters: Sources = argument(
+        kw_only=False, default=(), check=WEIGHTED, metavar="ADAPTER[=W]...", unless="weights"
+    )
+    weights: StrPath | None = weights_option()
+    base16: StrPath | None = option(
+        default=None,
+        check=SOURCE,
+        metavar="ORIGINAL",
+        help="Merge into this 16-bit original of BASE, the quantized model that was trained on.",
+        section=QUANTIZED,
+    )
+    stats: StrPath | None = compensation_option()
+    out: StrPath = model_output_option()
+    imatrix: StrPath | None = importance_option()
+    verify: bool = verify_option()
+    fail_below: float | None = option(
+        default=None,
+        check=SHARE_ABOVE_0,
+        metavar="SHARE",
+        help="Fail, and publish nothing, if rounding keeps less than this share of the change, as "
+        "the median of the changed tensors.",
+        excludes=("rounding=compensated",),
+        section=QUANTIZED,
+    )
+    push: str | None = push_option()
+
+    def plan(self) -> "Plan":
+        plan = super().plan()
+        if self.fail_below is None:
+            return plan
+        return dataclasses.replace(plan, warn=partial(plan.warn, fail_below=self.fail_below))
+
+    def check(self, plan: "Plan") -> Callable[[Path], object] | None:
+        """Recomputes rows of the finished folder, where that is asked for."""
+        return load("core.verify.row_checks:RowCheck")(plan) if self.verify else None
+
+
+merge = function_of(Merge)

@@ -1,0 +1,72 @@
+"""What is noted of an output in the making, a line for each entry: a JSON object whose last value
+is a checksum, so that a line that is torn or damaged is known and counts as not there.
+
+Who may write these files may write the output too: nothing here is checked against forgery. A line
+whose words have other kinds counts as not there, too.
+"""
+
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from adapterkit.core.records import COUNT, FINITE, TABLE, TEXT, Json, list_of
+from adapterkit.core.system import system
+
+_SUM = b',"crc32":"'  # begins the end of a line; an entry is never empty
+
+MOST = 256 << 20  # bytes of a file of them
+WORDS = {
+    "fingerprint": TEXT, "recipe": TABLE, "publish": TEXT, "old": list_of(TEXT),
+    "attempt": TEXT, "device": TEXT, "torch": TEXT, "seconds": FINITE, "joined": COUNT,
+    "process": TEXT, "number": COUNT, "done": COUNT, "pins": TABLE,
+}  # fmt: skip
+
+Entry = Json
+
+
+def line_of(entry: Entry) -> bytes:
+    """An entry as a line."""
+    text = json.dumps(entry, separators=(",", ":")).encode().removesuffix(b"}")
+    return text + _end(text)
+
+
+def entries_of(lines: bytes) -> Iterator[tuple[bytes, Entry]]:
+    """The lines with their entries, up to the first one that is not as it was written."""
+    for line in lines.splitlines(keepends=True):
+        text, _, _ = line.rpartition(_SUM)
+        if not text or line != text + _end(text):
+            return
+        if (entry := _parsed(text + b"}")) is None:
+            return
+        yield line, entry
+
+
+def _parsed(text: bytes) -> Entry | None:
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    fits = all(check.fits(entry[word]) for word, check in WORDS.items() if word in entry)
+    return entry if fits else None
+
+
+def read_entry(path: Path) -> Entry:
+    """The only entry of a file; empty where there is none."""
+    return next((entry for _, entry in entries_of(read_lines(path))), {})
+
+
+def read_lines(path: Path) -> bytes:
+    """The bytes of an ordinary file; none of a link, a pipe or more than `MOST`."""
+    try:
+        with open(system.open(path, "own"), "rb") as file:
+            status = os.fstat(file.fileno())
+            return file.read() if stat.S_ISREG(status.st_mode) and status.st_size <= MOST else b""
+    except OSError:
+        return b""
+
+
+def _end(text: bytes) -> bytes:
+    return _SUM + b'%08x"}\n' % zlib.crc32(text)

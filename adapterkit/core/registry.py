@@ -1,0 +1,151 @@
+"""Families of methods: each module of a package that holds a record with a `name` is a member.
+
+Adding a member adds one file. `members` imports the records; `declarations` reads the same from
+their source, for what must not import torch: the help and completion.
+"""
+
+import ast
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from adapterkit import doors
+from adapterkit.core import records
+from adapterkit.core.errors import Refused, did_you_mean
+from adapterkit.core.records import Json
+
+M = TypeVar("M")
+Tier = Literal["core", "stable", "experimental"]
+STABLE: Tier = "stable"  # the tier of what names none
+TIERS: dict[Tier, str] = {
+    "core": "options, files and bytes follow semantic versioning",
+    "stable": "options and files follow semantic versioning; bytes may change with any release",
+    "experimental": "may change or go with any release",
+}
+
+
+def experimental(member: M) -> M:
+    """A decorator of functions and classes that are not in a family."""
+    setattr(member, "tier", "experimental")  # noqa: B010
+    return member
+
+
+@cache
+def members(family: str) -> dict[str, type]:
+    """Name -> record of every member of a family of `doors.py`, in the order of their names."""
+    home = importlib.import_module(f"adapterkit.{doors.FAMILIES[family]}")
+    records: dict[str, type] = {}
+    for info in pkgutil.iter_modules(home.__path__):
+        module = importlib.import_module(f"{home.__name__}.{info.name}")
+        for value in vars(module).values():
+            if (
+                isinstance(value, type)
+                and value.__module__ == module.__name__
+                and isinstance(getattr(value, "name", None), str)
+            ):
+                records[value.name] = value
+    return dict(sorted(records.items()))
+
+
+def options(record: type) -> dict[str, dataclasses.Field]:
+    """The options that a method takes: the fields of its record."""
+    return {field.name: field for field in dataclasses.fields(record)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """What the source of a method's record declares."""
+
+    summary: str  # first paragraph of the module's docstring, without the method's name
+    constants: Json  # class attributes with literal values
+    options: tuple[str, ...]  # fields of the record
+
+    @property
+    def tier(self) -> str:
+        return self.constants.get("tier", STABLE)
+
+
+@cache
+def declarations(family: str) -> dict[str, Declaration]:
+    """Name -> declaration of every member of a family, without importing them."""
+    declared = {}
+    folder = Path(doors.__file__).parent / doors.FAMILIES[family].replace(".", "/")
+    for file in sorted(folder.glob("*.py")):
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        summary = (ast.get_docstring(module) or "").partition("\n\n")[0].partition(": ")[2]
+        summary = " ".join(summary.split())
+        for record in (node for node in module.body if isinstance(node, ast.ClassDef)):
+            constants = dict(_constants(record))
+            if isinstance(constants.get("name"), str):
+                declared[constants["name"]] = Declaration(
+                    summary, constants, tuple(_fields(record))
+                )
+    return dict(sorted(declared.items()))
+
+
+def verb_named(name: str) -> type:
+    """The record of a verb."""
+    module = importlib.import_module(f"adapterkit.{doors.VERBS[name]}")
+    own = (value for value in vars(module).values() if isinstance(value, type))
+    return next(one for one in own if vars(one).get("name") == name)
+
+
+def written_formats(of: str = "targets") -> list[str]:
+    """The quantized formats that can be written, by their names in `--to`; `of`: a codec's list of
+    them, `image_targets` for image models in one file."""
+    codecs = declarations("codecs").values()
+    return list(dict.fromkeys(n for one in codecs for n in one.constants.get(of, ())))
+
+
+def _constants(record: ast.ClassDef) -> Iterator[tuple[str, Any]]:
+    for item in record.body:
+        if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
+            try:
+                yield item.targets[0].id, ast.literal_eval(item.value)
+            except ValueError:  # computed
+                continue
+
+
+def _fields(record: ast.ClassDef) -> Iterator[str]:
+    for item in record.body:
+        if (
+            isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and "ClassVar" not in ast.unparse(item.annotation)
+        ):
+            yield item.target.id
+
+
+def create(family: str, name: str, settings: dict[str, object]) -> object:
+    """The record of the method `name` with the settings that are not None; `Refused` with all that
+    are unknown, missing or of another type."""
+    known = members(family)
+    if name not in known:
+        raise Refused(
+            f"unknown method {name!r}",
+            expected=", ".join(known),
+            where="--method",
+            hint=did_you_mean([name], known) or "use one of these",
+            code="AK101",
+        )
+    given = {key: value for key, value in settings.items() if value is not None}
+    where, hint = f"--method {name}", "give another value"
+    return records.read(known[name], given, where, hint=hint, name=as_flag)
+
+
+LIFTED = ("density", "majority")  # options of methods that are options of `combine`
+
+
+def as_flag(key: str) -> str:
+    """A method's option as the command line has it, without a value."""
+    return f"--{key}" if key in LIFTED else f"--set {key}"
+
+
+def load(entry: str) -> Any:
+    """The function of a `MODULE:NAME` of the package."""
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(f"adapterkit.{module}"), name)

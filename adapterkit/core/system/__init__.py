@@ -1,0 +1,60 @@
+"""What differs between operating systems, and only here: one interface, a half for each.
+
+| promise | Linux | macOS | Windows |
+|---|---|---|---|
+| `replace` | atomic | atomic | atomic, of files that nobody has open |
+| `rename_new` | renameat2 | renamex_np | rename, which never replaces |
+| `exchange` | renameat2 | renamex_np | none: two renames in its place |
+| `replace_empty` | atomic | atomic | the empty folder goes first |
+| `sync` | fsync | F_FULLFSYNC, past the disk's cache | FlushFileBuffers |
+| `sync_folder` | fsync | fsync | none: NTFS journals names |
+| `hold` | flock and the holder's record | the same | a locked byte behind the content |
+| `start_of` | boot and tick | boot and time of start | time of start |
+| `allocate` | fallocate | F_PREALLOCATE | none |
+| `copy_range` | in the kernel, as a reflink | none | none |
+| `start_writeback` | sync_file_range | none | none |
+| `limit` | setrlimit | none | none |
+| `open_unnamed` | unlinked at once | unlinked at once | deleted when it is closed |
+
+"None" is OSError with ENOSYS where the caller has another way, else nothing is done.
+"""
+
+import sys
+
+from adapterkit.core.system.interface import Held, System
+
+__all__ = ["Held", "all_cores", "cores", "quarter_of_memory", "system"]
+
+MOST_CORES = 8  # that are used unless asked otherwise
+
+
+def _chosen() -> System:
+    if sys.platform == "win32":
+        from adapterkit.core.system.windows import Windows
+
+        return Windows()
+    if sys.platform == "darwin":
+        from adapterkit.core.system.darwin import Darwin
+
+        return Darwin()
+    from adapterkit.core.system.linux import Linux
+
+    return Linux()
+
+
+system = _chosen()
+
+
+def all_cores() -> int:
+    """The processors that this process may use."""
+    return system.processors()
+
+
+def cores() -> int:
+    """Those that it uses by default: more wait for the disk, or for memory."""
+    return min(MOST_CORES, system.processors())
+
+
+def quarter_of_memory() -> int:
+    """A quarter of the machine's memory in bytes."""
+    return system.memory() // 4

@@ -1,0 +1,79 @@
+"""macOS: written from its manual pages, not yet run there."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+assert sys.platform == "darwin"  # type checkers pass over the rest elsewhere
+
+# below the assert: where types are checked for Windows, that module has no names
+from adapterkit.core.system.posix import Posix, is_alive  # noqa: E402
+
+# of <sys/fcntl.h>, <sys/stdio.h>
+_FULLFSYNC, _PREALLOCATE, _ALLOCATEALL, _PEOFPOSMODE = 51, 42, 4, 3
+_SWAP, _EXCL = 2, 4
+
+
+class Darwin(Posix):
+    longest_path = 1023
+
+    def allocate(self, descriptor: int, size: int) -> None:
+        """fstore_t: flags, mode, offset, length, bytes allocated."""
+        store = ctypes.create_string_buffer(32)
+        parts = (
+            (ctypes.c_uint32, 0, _ALLOCATEALL), (ctypes.c_int32, 4, _PEOFPOSMODE),
+            (ctypes.c_int64, 8, 0), (ctypes.c_int64, 16, size),
+        )  # fmt: skip
+        for kind, at, value in parts:
+            kind.from_buffer(store, at).value = value
+        fcntl.fcntl(descriptor, _PREALLOCATE, store.raw)
+
+    def may_have_gpus(self) -> bool:
+        return False
+
+    def sync(self, descriptor: int) -> None:
+        """fsync leaves bytes in the disk's own cache; file systems of the network lack the other
+        one."""
+        try:
+            fcntl.fcntl(descriptor, _FULLFSYNC)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
+                raise
+            os.fsync(descriptor)
+
+    def rename_new(self, old: Path, new: Path) -> None:
+        self._renamex(old, new, _EXCL)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        self._renamex(one, other, _SWAP)
+
+    def _renamex(self, old: Path, new: Path, how: int) -> None:
+        self.call("renamex_np", os.fsencode(old), os.fsencode(new), ctypes.c_uint(how))
+
+    def is_mount(self, path: Path) -> bool:
+        return os.path.ismount(path)
+
+    def start_of(self, pid: int) -> str:
+        """Boot and the second of the start, as ps and sysctl tell them."""
+        if not is_alive(pid):
+            return ""
+        boot = _told("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
+        start = _told("/bin/ps", "-o", "lstart=", "-p", str(pid))
+        return f"{boot}:{start}".replace(" ", "_") if boot and start else "?"
+
+    def processors(self) -> int:
+        return os.cpu_count() or 1
+
+
+def _told(*command: str) -> str:
+    """What a program of the system prints; empty where it fails, or is not there."""
+    environment = os.environ | {"LC_ALL": "C"}
+    try:
+        done = subprocess.run(command, capture_output=True, env=environment)
+    except OSError:
+        return ""
+    return done.stdout.decode("ascii", "replace").strip() if done.returncode == 0 else ""

@@ -1,0 +1,209 @@
+"""What a verb is: a frozen record of its sources and options, which plans and runs.
+
+    @record
+    class Resize(WritingVerb):
+        '''The docstring of the Python function.'''
+
+        command = "The help of the command."
+        planner = "verbs.combine.planning.resize:plan_resize"
+        adapter: StrPath = argument(kw_only=False, check=SOURCE)
+        rank: int | None = option(default=None, check=COUNT, help="Rank of each module.")
+
+    resize = function_of(Resize)
+
+Every help reads all records, so what needs torch is named as `MODULE:FUNCTION` and imported when it
+is called.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    get_args,
+    overload,
+)
+
+from adapterkit.core.calls import own_hints
+from adapterkit.core.errors import did_you_mean, listed
+from adapterkit.core.options import OptionRecord, option, option_of, record
+from adapterkit.core.records import Json
+from adapterkit.core.registry import STABLE, Tier, load
+from adapterkit.core.run_options import REPOSITORY, RUNNING, RunOptions
+
+if TYPE_CHECKING:
+    from adapterkit.core.plan import Plan
+    from adapterkit.core.receipt import Receipt
+
+P = ParamSpec("P")
+R = TypeVar("R")
+V = TypeVar("V", bound="Verb")
+
+
+class Verb(OptionRecord, Generic[R]):
+    """A verb: `command` is the help of its command, `runner` the function of the record that does
+    it."""
+
+    tier: ClassVar[Tier] = STABLE
+    command: ClassVar[str]
+    runner: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.name = vars(cls).get("name", cls.__name__.lower())
+
+    def run(self) -> R:
+        """Do it; what the Python function returns."""
+        return load(self.runner)(self)
+
+
+@record
+class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
+    """A verb that plans, then writes: a `Receipt`, or with `dry_run` the plan. `planner` is the
+    function of the record that gives the plan."""
+
+    planner: ClassVar[str]
+
+    @property
+    def planned_by(self) -> str:
+        """The planner for these options."""
+        return self.planner
+
+    def check(self, plan: "Plan") -> Callable[[Path], object] | None:
+        """What looks at the finished folder of a plan before it gets its name."""
+        return None
+
+    def plan(self) -> "Plan":
+        """Everything the verb will do; `Refused` with all that cannot be done. Inputs of a job that
+        ends on the Hub stay at the commits of its first run."""
+        execution = import_module("adapterkit.core.engine.execution")
+        with own_hints(self), execution.pinned_inputs(self):
+            verb = self._with_contents()
+            return execution.as_it_runs(load(verb.planned_by)(verb), verb)
+
+    def _with_contents(self: V) -> V:
+        """The verb with what files hold in the place of their paths, which are then read once."""
+        contents = {
+            field.name: load(read)(value)
+            for field in dataclasses.fields(self)
+            if (read := field.metadata["option"].contents) and (value := getattr(self, field.name))
+        }
+        return dataclasses.replace(self, **contents) if contents else self
+
+    def recipe_options(self) -> Json:
+        """The options of what is computed that were given, as the receipt has them; sources are its
+        inputs."""
+        own = (field for field in fields_of(type(self)) if field.name not in RUNNING)
+        computing = (f.name for f in own if option_of(f).help and not option_of(f).check.is_source)
+        return {name: value for name in computing if (value := getattr(self, name))}
+
+    def run(self) -> "Receipt | Plan":
+        with load("core.engine.execution:pinned_inputs")(self):
+            return self.carry_out(self.plan())
+
+    def carry_out(self, plan: "Plan", *, push: bool = True) -> "Receipt | Plan":
+        """Run a plan of this verb, or with `dry_run` look whether it would begin and return it;
+        without `push` the caller sends the output.
+
+        Raises `Refused` before anything is written, `Failed` after.
+        """
+        execution = import_module("adapterkit.core.engine.execution")
+        with own_hints(self):
+            sent = getattr(self, "push", None) if push else None
+            return execution.execute(plan, self, self.check(plan), sent)
+
+
+def push_option() -> Any:
+    """The repository to which the finished folder goes too."""
+    return option(
+        default=None,
+        check=REPOSITORY,
+        metavar="ORG/NAME",
+        help="Upload the output to this repository of the Hub too, in one commit.",
+    )
+
+
+class Function(Protocol[P]):
+    """A verb that writes, as a function. A type checker compares the other options with the verb's
+    only in calls without `dry_run`."""
+
+    __name__: str
+
+    @overload
+    def __call__(self, *args: object, dry_run: Literal[True], **options: object) -> "Plan": ...
+    @overload
+    def __call__(self, *args: object, dry_run: Literal[False], **options: object) -> "Receipt": ...
+    @overload
+    def __call__(self, *args: object, dry_run: bool, **options: object) -> "Receipt | Plan": ...
+    @overload
+    def __call__(self, *args: P.args, **options: P.kwargs) -> "Receipt": ...
+
+
+@overload
+def function_of(verb: Callable[P, WritingVerb]) -> Function[P]: ...
+@overload
+def function_of(verb: Callable[P, Verb[R]]) -> Callable[P, R]: ...
+def function_of(verb: Any) -> Any:
+    """A verb as a Python function: its sources by their places, its options by name."""
+
+    def function(*args: Any, **options: Any) -> Any:
+        with own_hints(verb):
+            call = called(verb, *args, **options)
+        with own_hints(call):
+            return call.run()
+
+    function.__name__ = function.__qualname__ = verb.name
+    function.__module__, function.__doc__ = verb.__module__, verb.__doc__
+    function.__signature__ = signature_of(verb)
+    return function
+
+
+def called(verb: type[V], *args: Any, **options: Any) -> V:
+    """The record of a call; `TypeError` for what is no option of the verb, with the nearest one,
+    and for what is missing."""
+    try:
+        return verb(*args, **options)
+    except TypeError:
+        signature = signature_of(verb)
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            unknown = [name for name in options if name not in signature.parameters]
+            problem = f"has no option {listed(unknown)}" if unknown else str(error)
+            near = did_you_mean(unknown, signature.parameters)
+            raise TypeError(f"{verb.name}() " + "; ".join(filter(None, [problem, near]))) from None
+        raise
+
+
+def fields_of(verb: type[Verb]) -> list[dataclasses.Field]:
+    """The sources and options of a verb in the order of the help: its own, then how it runs."""
+    fields = dataclasses.fields(verb)
+    of_running = RUNNING - {"out"}
+    return sorted(fields, key=lambda f: (f.kw_only, f.name != "out", f.name in of_running))
+
+
+def signature_of(verb: type[Verb]) -> inspect.Signature:
+    """The signature of a verb's function."""
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    empty = inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            kinds[field.kw_only is True],
+            default=empty if field.default is dataclasses.MISSING else field.default,
+            annotation=field.type,
+        )
+        for field in fields_of(verb)
+    ]
+    result = inspect.signature(verb.run).return_annotation
+    if result is R:
+        (result,) = get_args(verb.__orig_bases__[0])  # type: ignore[attr-defined] # is generic
+    return inspect.Signature(parameters, return_annotation=result)

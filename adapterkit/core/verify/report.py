@@ -1,0 +1,142 @@
+"""verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
+rows are recomputed in float64."""
+
+from functools import partial
+from typing import Any, cast
+
+from adapterkit.core.adapter.weights_file import weights_in
+from adapterkit.core.checkpoint.folder import OneFile
+from adapterkit.core.errors import Damaged, Problems, Refused, listed, shown
+from adapterkit.core.inputs.base_door import Base, kind_of
+from adapterkit.core.inputs.sources import (
+    if_given,
+    open_adapter,
+    open_model,
+    open_source,
+    open_statistics,
+    open_weighted,
+)
+from adapterkit.core.options import flag_of
+from adapterkit.core.output.stage import RECEIPT
+from adapterkit.core.plan import Plan
+from adapterkit.core.receipt import AGAIN, read_receipt
+from adapterkit.core.records import FINITE, TEXT, Json, entries, list_of, problems, read, table_of
+from adapterkit.core.verify.file_checks import check_files
+from adapterkit.core.verify.row_checks import check_rows
+from adapterkit.core.verify.verb import Verify
+
+
+def verify_output(verify: Verify) -> Json:
+    """What `verify` says of an output."""
+    adapters, progress, out = verify.adapters, verify.progress, open_source(verify.folder)
+    receipt = read_receipt(out)
+    base = kind_of(open_model(verify.base)) if verify.base else None
+    variant, layout = map(receipt["recipe"]["options"].get, ("variant", "expert_layout"))
+    if base is not None and (own := base.own("open adapters")):
+        sources = own(base, adapters, variant)
+    else:
+        folder = base and base.folder
+        opener = partial(open_adapter, base=folder, for_merge=True, expert_layout=layout)
+        sources = open_weighted(adapters, opener)
+    if bool(base) != bool(sources):
+        raise Refused(
+            "--base without --adapter" if base else "--adapter without --base",
+            expected="both, or neither",
+            where="options",
+            hint="give both to recompute rows of a merge",
+            code="AK102",
+        )
+    file = getattr(out, "single", None)
+    shared = file is not None and len(receipt["files"]) > 1
+    out = cast(OneFile, out).whole() if shared else out
+    result = check_files(out, receipt, progress, shared=shared)
+    if base is None:
+        return result | {"rows": 0, "tensors": 0}
+    plan = _plan_again(receipt, verify, base, sources, file)
+    return result | check_rows(out, plan, _hint(receipt, plan))
+
+
+def _hint(receipt: dict, plan: Plan) -> str:
+    """What to do where rows differ: the base may have held an adapter that the given one lacks."""
+    held, given = receipt.get("held"), plan.decisions.get("held", [])
+    held = held if isinstance(held, list) else []
+    names = [str(one.get("name")) for one in held if isinstance(one, dict) and one not in given]
+    if not names and plan.warnings and plan.warnings[0] not in receipt["warnings"]:
+        return f"{plan.warnings[0]}: give the base of the merge"
+    if not names:
+        return AGAIN
+    return (
+        f"merged twice? The receipt says that the base held {listed(names)} already: give that base"
+    )
+
+
+# what the receipt of a merge has as well
+OF_MERGE = entries({
+    "recipe": entries({
+        "options": entries({"weights": list_of(FINITE)}),
+        "inputs": list_of(entries({"files": table_of(TEXT, entries({"header": TEXT}))})),
+    })
+})  # fmt: skip
+
+
+def _plan_again(
+    receipt: dict, verify: Verify, base: Base, sources: list[tuple[Any, float]], file: str | None
+) -> Plan:
+    """The plan that made the output, from the receipt's options and inputs that are the same."""
+    from adapterkit.core.merge.plan import importance_of, plan_merge
+    from adapterkit.core.merge.verb import MergeOptions
+
+    verb = receipt["recipe"]["verb"]
+    if verb != "merge":
+        hint = "remove --base and --adapter: hashes and keys are checked without them"
+        raise Refused(
+            f"this is an output of {shown(verb)}: its arithmetic is not recomputed",
+            expected="an output of merge",
+            where="--base, --adapter",
+            hint=hint,
+            code="AK107",
+        )
+    Problems(problems(OF_MERGE, receipt, RECEIPT, hint=AGAIN, kind=Damaged)).raise_all()
+    options = dict(receipt["recipe"]["options"])
+    weights = options.pop("weights")
+    if len(sources) != len(weights):
+        raise Refused(
+            f"{len(sources)} adapters were given, {len(weights)} were merged",
+            expected=f"{len(weights)} adapters",
+            where="--adapter",
+            hint="give all of the merge, in its order",
+            code="AK107",
+        )
+    pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
+    statistics = if_given(open_statistics, verify.stats)
+    given = if_given(importance_of, verify.imatrix)
+    if (given and given.sha256) != options.pop("imatrix", None):
+        raise Refused(
+            "another importance matrix than that of the merge, or none of the two",
+            expected="the same file",
+            where="--imatrix",
+            hint="give the file of the merge",
+            code="AK107",
+        )
+    table = options.pop("weights_file", None)
+    chosen = None if table is None else weights_in(table, RECEIPT)
+    how = read(MergeOptions, options, RECEIPT, hint=AGAIN, name=flag_of, kind=Damaged)
+    planner = base.own("merge of folders") or plan_merge
+    plan = planner(base, pairs, how, statistics, file=file, imatrix=given, weights=chosen)
+    errors, entered = Problems(where=RECEIPT, code="AK107"), receipt["recipe"]["inputs"]
+    if len(entered) != len(plan.folders):
+        expected = f"{len(plan.folders)}, one for each folder"
+        errors.add(f"{len(entered)} inputs", expected, AGAIN, kind=Damaged)
+        errors.raise_all()
+    for number, entry in enumerate(entered):
+        for name, recorded in entry["files"].items():
+            if plan.headers.get((number, name)) != recorded["header"]:
+                role = "--base" if number == 0 else "--adapter"
+                errors.add(
+                    f"{role} {plan.folders[number].name} is not what was merged: "
+                    f"{shown(name)} differs",
+                    "the inputs of the merge",
+                    f"give the {role.strip('-')} of the merge",
+                )
+    errors.raise_all()
+    return plan

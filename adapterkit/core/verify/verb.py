@@ -1,0 +1,66 @@
+"""verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
+rows are recomputed in float64."""
+
+from adapterkit.core.options import (
+    PROGRESS,
+    SOURCE,
+    WEIGHTED,
+    Progress,
+    Sources,
+    StrPath,
+    argument,
+    no_progress,
+    option,
+    record,
+)
+from adapterkit.core.product_options import GGUF
+from adapterkit.core.records import Json
+from adapterkit.core.shared_options import QUANTIZED, base_option, statistics_option
+from adapterkit.core.verb import Verb, function_of
+
+
+@record
+class Verify(Verb[Json]):
+    """Check the folder's files against its receipt; with `base` and `adapters`, rows of a merge
+    against its inputs too; `stats`: the file of a merge with compensated rounding. Of a folder on
+    the Hub the hashes of large files are those that the Hub lists; only to recompute rows are they
+    downloaded.
+
+    Returns counts of what was checked; `rows` is 0 without the inputs. Raises `Damaged` naming each
+    file, and in it the first tensor, whose bytes are not what was written, and `Refused` where
+    there is no receipt or the inputs are not those of the receipt.
+    """
+
+    tier = "core"
+    runner = "core.verify.report:verify_output"
+    command = """Check an output against its receipt.
+
+    Every hash, size and key is checked; with the inputs of a merge the arithmetic too.
+
+    \b
+    Example:
+      adapterkit verify merged
+      adapterkit verify merged --base ./base --adapter ./my-adapter
+    """
+
+    folder: StrPath = argument(kw_only=False, check=SOURCE, metavar="DIR")
+    base: StrPath | None = base_option(
+        "Base of a merge: recompute rows of each changed tensor in float64."
+    )
+    adapters: Sources = option(
+        default=(),
+        check=WEIGHTED,
+        flags=("--adapter",),
+        metavar="ADAPTER",
+        help="An adapter of the merge; repeat for several, in the merge's order.",
+    )
+    stats: StrPath | None = statistics_option(
+        "Statistics of a merge that took some.", section=QUANTIZED
+    )
+    imatrix: StrPath | None = statistics_option(
+        "Importance matrix of a merge that took one.", section=GGUF
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+
+verify = function_of(Verify)

@@ -1,0 +1,108 @@
+"""Telling a quantized checkpoint from a plain one, by its config and by the scale tensors beside
+its weights."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.commands import command
+from adapterkit.core.errors import Refused, shown
+from adapterkit.core.records import Json
+
+# of transformers, older compressed-tensors, MLX
+CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+SIBLINGS = {
+    ".absmax": "bitsandbytes 4-bit",
+    ".SCB": "bitsandbytes int8",
+    ".weight_scale_inv": "block fp8",
+    ".weight_scale": "compressed-tensors, ComfyUI or fp8",
+    ".weight_scales": "EETQ",
+    ".comfy_quant": "ComfyUI",
+    ".scale_weight": "ComfyUI's older fp8",
+    ".weight_packed": "compressed-tensors packed",
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".W_q": "HQQ",
+    ".codebooks": "AQLM",
+    ".weight._data": "Quanto",
+    "._weight_qdata": "torchao",
+    ":qdata": "torchao",
+}
+QUANTIZED_METADATA = ("_quantization_metadata", "tensor_names")  # of ComfyUI, of torchao
+PAIRS = {"_blocks": ("_scales", "MXFP4")}  # a common ending, a sign only beside the other one
+PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
+
+
+def check_not_quantized(base: Checkpoint, hint: str = "") -> None:
+    """`Refused` if weights are quantized in a way that was not decoded: a delta added to their
+    bytes would be silently wrong."""
+    evidence = quantization_evidence(base.config, base.tensors)
+    if evidence is not None:
+        out = "floats" if getattr(base.folder, "single", None) is None else "floats.safetensors"
+        raise Refused(
+            f"this base is quantized: {evidence}",
+            expected="bf16, fp16 or fp32 weights",
+            where=base.name,
+            hint=hint
+            or "give the 16-bit model that it was made from, or dequantize it first\n"
+            + command("adapterkit dequantize", base.folder.label, out=out),
+            code="AK404",
+        )
+
+
+def quantization_evidence(config: dict, tensors: Mapping[str, TensorSpec]) -> str | None:
+    """The sign that some weights are quantized, or None."""
+    return _by_config(config) or _by_key(tensors) or _by_dtype(tensors)
+
+
+def without_quantization(config: dict) -> Json:
+    """A config, with its sub-configs, without settings of quantization."""
+    plain = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    return {
+        key: without_quantization(value)
+        if key.endswith("_config") and isinstance(value, dict)
+        else value
+        for key, value in plain.items()
+    }
+
+
+def is_of_comfyui(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a file has quantized weights as ComfyUI has them, but for casts."""
+    beside = any(key.endswith((".comfy_quant", ".scale_weight")) for key in keys)
+    return beside or QUANTIZED_METADATA[0] in metadata
+
+
+def metadata_of_floats(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A header's metadata without what torchao and ComfyUI say in it of quantized tensors."""
+    said = lambda key, text: key in QUANTIZED_METADATA or '"_type"' in text
+    return {key: text for key, text in metadata.items() if not said(key, text)} or {"format": "pt"}
+
+
+def _by_config(config: dict) -> str | None:
+    """A config's setting of quantization, or one of its sub-configs' (a text model inside a vision
+    model)."""
+    for key in CONFIG_KEYS:
+        value: Any = config.get(key)
+        if value is not None and value is not False:
+            is_dict = isinstance(value, dict)
+            method = value.get("quant_method", "unnamed method") if is_dict else value
+            return f"{key} ({shown(method)})"
+    parts = (v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))
+    return next(filter(None, map(_by_config, parts)), None)
+
+
+def _by_key(tensors: Mapping[str, TensorSpec]) -> str | None:
+    for key in tensors:
+        for ending, kind in SIBLINGS.items():
+            if key.endswith(ending):
+                return f"{shown(key)} ({kind})"
+        for ending, (other, kind) in PAIRS.items():
+            if key.endswith(ending) and key.removesuffix(ending) + other in tensors:
+                return f"{shown(key)} ({kind})"
+    return None
+
+
+def _by_dtype(tensors: Mapping[str, TensorSpec]) -> str | None:
+    spec = next((spec for spec in tensors.values() if spec.dtype in PACKED), None)
+    return f"{shown(spec.key)} in {spec.dtype}" if spec else None

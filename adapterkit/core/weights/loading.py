@@ -1,0 +1,165 @@
+"""What transformers' loader does not find in a checkpoint, and makes up at random.
+
+Only the model knows it, whose code takes seconds to import. Names and shapes alone tell whether
+something is missing of a stack of equal layers, which is what `looks_whole` looks at.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from adapterkit.core.checkpoint.spec import LAYER_COUNTS, Checkpoint
+from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, listed, shown
+from adapterkit.core.weights.decoded import decoded_view
+from adapterkit.core.weights.names import plain_names
+from adapterkit.core.weights.skeleton import Skeleton
+from adapterkit.core.weights.slots import Unsupported, extent
+
+NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """What the loader of a class does not find in a checkpoint, by the parameters' names."""
+
+    base: str
+    class_name: str
+    backbone: str  # the class without the head, where nothing but the head is missing
+    stored: frozenset[str]  # patterns of the names of stored parameters: # for numbers
+    count: int  # of all parameters
+    missing: tuple[str, ...]
+    misshapen: dict[str, tuple[Shape, Shape]]  # stored, the model's
+    failed: dict[str, AdapterkitError]  # conversions
+    unused: tuple[str, ...]  # keys that are no parameter's
+
+    def without(self, names: Collection[str]) -> "Gaps":
+        """These gaps but for parameters that come from elsewhere."""
+        missing = tuple(name for name in self.missing if name not in names)
+        misshapen = {name: both for name, both in self.misshapen.items() if name not in names}
+        return replace(self, missing=missing, misshapen=misshapen)
+
+    @property
+    def holes(self) -> tuple[str, ...]:
+        """Missing parameters that other layers have: no model lacks these on purpose."""
+        return tuple(name for name in self.missing if NUMBER.sub("#", name) in self.stored)
+
+    def errors(self) -> list[AdapterkitError]:
+        """Each kind of gap as a problem."""
+        errors = Problems(
+            list({str(e): e for e in self.failed.values()}.values()),
+            where=self.base,
+            kind=Damaged,
+            code="AK405",
+        )
+        if self.missing:
+            every = len(self.missing) == self.count
+            what = f"all {self.count}" if every else f"{len(self.missing)} of {self.count}"
+            errors.add(
+                f"{what} parameters of {self.class_name} are not stored: {listed(self.missing)}",
+                "every parameter: a loader makes up the missing ones at random",
+                self._hint(),
+            )
+        if self.misshapen:
+            texts = [
+                f"{shown(name)} {stored}, not {wanted}"
+                for name, (stored, wanted) in self.misshapen.items()
+            ]
+            errors.add(
+                f"{len(texts)} parameters of other shapes than {self.class_name}'s: "
+                f"{listed(texts)}",
+                "the shapes that config.json says: a loader refuses others",
+                "restore the weights, or correct config.json",
+            )
+        return errors
+
+    def _hint(self) -> str:
+        if self.unused:
+            count = len(self.unused)
+            return f"rename what is stored and never read ({count}: {listed(self.unused)})"
+        if self.backbone:
+            return (
+                "restore the head, or in config.json set tie_word_embeddings if the embedding is "
+                f"it, or the class {self.backbone} if there is to be none"
+            )
+        return "restore them from where the weights came from"
+
+
+def find_gaps(model: Skeleton) -> Gaps:
+    """The gaps of a checkpoint for a class."""
+    ignored = model.model._keys_to_ignore_on_load_missing
+    known = re.compile("|".join(f"({pattern})" for pattern in ignored)) if ignored else None
+    # all names of one parameter by the first
+    groups = {
+        name: next(n for n in model.state if n in {name, *others})
+        for name, others in model.tied.items()
+        if name in model.state
+    }
+    missing, misshapen = [], {}
+    for name, value in model.state.items():
+        parameter = model.parameters.get(name)
+        if parameter is not None:
+            shape, wanted = extent(parameter.slots), tuple(value.shape)
+            if shape != wanted and not parameter.is_alias:
+                misshapen[name] = (shape, wanted)
+        elif (
+            value.is_floating_point()  # others are counted, not drawn
+            and name not in model.unreadable
+            and not (known and known.search(name))
+            and groups.get(name, name) == name
+        ):
+            missing.append(name)
+    failed = {
+        name: error
+        for name, error in model.unreadable.items()
+        if not isinstance(error.__cause__, Unsupported)
+    }
+    prefix = f"{model.model.base_model_prefix}."
+    is_headless = missing and prefix != "." and not any(n.startswith(prefix) for n in missing)
+    has_base = model.model.base_model is not model.model
+    return Gaps(
+        model.base.name,
+        type(model.model).__name__,
+        type(model.model.base_model).__name__ if is_headless and has_base else "",
+        frozenset(NUMBER.sub("#", name) for name in model.parameters),
+        len(model.state.keys() - (groups.keys() - groups.values())),
+        tuple(missing),
+        misshapen,
+        failed,
+        tuple(model.unused),
+    )
+
+
+def gaps_of(base: Checkpoint) -> Gaps:
+    """The gaps of a checkpoint for the class that it says; `Refused` where nobody knows them."""
+    classes = [str(name) for name in base.config.get("architectures") or ()]
+    if not base.config.get("model_type"):
+        raise Refused("no model_type", where=f"{base.name}/config.json", code="AK405")
+    return find_gaps(Skeleton(decoded_view(base), classes[0] if classes else "AutoModel"))
+
+
+def looks_whole(base: Checkpoint) -> bool:
+    """Whether keys are names, all layers have the same, as many as the config says, and beside them
+    stand a norm, an embedding and, unless tied, a head."""
+    config = base.config
+    stacks: dict[str, dict[int, set[str]]] = {}  # by the names before the number
+    others: list[Shape] = []
+    for key, spec in base.tensors.items():
+        if number := NUMBER.search(key):
+            layers = stacks.setdefault(key[: number.start()], {})
+            layers.setdefault(int(number[0]), set()).add(key[number.end() :])
+        else:
+            others.append(spec.shape)
+    if len(stacks) != 1 or not plain_names(config):
+        return False
+    ((prefix, layers),) = stacks.items()
+    counts = {config.get(name) for name in LAYER_COUNTS} - {None}
+    embeddings = sum(shape[:1] == (config.get("vocab_size"),) for shape in others)
+    return (
+        prefix.count(".") <= 2  # none was put before the names
+        and counts == {len(layers)}
+        and sorted(layers) == list(range(len(layers)))
+        and all(names == layers[0] for names in layers.values())
+        and any(len(shape) == 1 for shape in others)
+        and embeddings >= (1 if config.get("tie_word_embeddings") is True else 2)
+    )

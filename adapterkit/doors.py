@@ -1,0 +1,108 @@
+"""The doors: what the core asks for by name, and where each is. Nothing is imported here.
+
+A product registers by a line in one of these tables; it is loaded when its name is asked for.
+"""
+
+# Verbs by section of the help: name -> MODULE of the record of its options
+SECTIONS = {
+    "Models": {
+        "merge": "core.merge.verb",
+        "extract": "verbs.combine.records.extract",
+        "init": "verbs.init.records.init",
+        "stats": "verbs.stats.verb",
+    },
+    "Adapters": {
+        "convert": "adapters.formats.records.convert",
+        "combine": "verbs.combine.records.combine",
+        "fit": "verbs.fit.verb",
+        "subtract": "verbs.combine.records.subtract",
+        "arrow": "verbs.combine.records.arrow",
+        "resize": "verbs.combine.records.resize",
+        "rebase": "verbs.init.records.rebase",
+        "edit": "adapters.formats.records.edit",
+    },
+    "Quantization": {
+        "quantize": "bases.quantized.records.quantize",
+        "dequantize": "bases.quantized.records.dequantize",
+        "loftq": "bases.quantized.records.loftq",
+    },
+    "Plan files and pipelines": {"run": "many.workflows.run", "finish": "many.workflows.finish"},
+    "Inspection": {
+        "inspect": "verbs.look.records.inspect",
+        "report": "verbs.look.records.report",
+        "check": "verbs.look.records.check",
+        "diff": "verbs.look.records.diff",
+        "verify": "core.verify.verb",
+        "rerun": "many.workflows.records.rerun",
+        "diagnose": "verbs.look.records.diagnose",
+    },
+}
+VERBS = {verb: module for verbs in SECTIONS.values() for verb, module in verbs.items()}
+
+# Families of methods: each module of the folder that holds a record with a `name` is a member
+FAMILIES = {
+    "codecs": "bases.quantized.codecs",
+    "kinds": "adapters.kinds",
+    "inits": "verbs.init.methods",
+    "combinations": "verbs.combine.methods",
+}
+
+# What a base can be besides a model in safetensors; `core/inputs/base_door.py` tells by the files
+BASES = {
+    "pipeline": "bases.images.pipeline_base:PipelineBase",
+    "gguf": "bases.gguf.base:GgufBase",
+    "images": "bases.images.base:ImageBase",
+}
+
+# What reads files that are no safetensors, by how their names end
+CONTAINERS = {
+    ".gguf": {
+        "check": "bases.gguf.file:check_models",
+        "tensors": "bases.gguf.header:stored_tensors",
+        "adapter": "bases.gguf.adapter:read_adapter",
+        "importance": "bases.gguf.base:read_importance",
+        "mixes": "bases.gguf.mixes:MIXES",
+    }
+}
+
+# What reads and writes adapters that are no plain LoRA in PEFT's layout
+ADAPTERS = {
+    "another layout": "adapters.formats.detect:in_another_layout",
+    "no model": "adapters.formats.detect:no_model",
+    "pickles": "adapters.formats.unpickled_folder:without_pickles",
+    "converted": "adapters.formats.planning.as_plain:converted",
+    "contents": "adapters.formats.planning.as_plain:contents_of",
+    "part names": "adapters.formats.planning.as_plain:with_part_names",
+    "parts": "adapters.formats.planning.as_plain:open_parts",
+    "layout": "adapters.formats.planning.as_plain:plan_in_layout",
+    "extra deltas": "adapters.formats.extra_deltas:added_deltas",
+    "eight bits": "adapters.variants.eight_bits:decoded",
+    "expert order": "adapters.variants.expert_order:order_problem",
+}
+
+# What a merge does besides a sum with one weight for each adapter, rounded once
+MERGES = {
+    "compensated": "bases.quantized.planning.compensation:with_compensation",
+    "method": "verbs.combine.module_methods:method_of",
+    "methods": "verbs.combine.module_methods:ModuleMethods",
+    "words": "verbs.combine.module_methods:added_by",
+    "weights": "verbs.combine.module_weights:ModuleWeights",
+    "blocks": "bases.images.block_weights:BlockWeights",
+    "block names": "bases.images.block_weights:ModelNames",
+    "combined": "verbs.combine.tasks.combined_edit:AddCombined",
+    "part": "verbs.combine.tasks.combined_edit:WeightedDelta",
+}
+
+# Inputs and outputs on the Hub
+HUB = {
+    "folder": "bases.hub.folder:HubFolder",
+    "output": "bases.hub.destination:parse_output",
+    "repository": "bases.hub.push:repository",
+    "pinned inputs": "bases.hub.output.output:pinned_inputs",
+    "run": "bases.hub.output.output:run_to_hub",
+    "check push": "bases.hub.push:check_push",
+    "send": "bases.hub.push:send",
+}
+
+# Where a plan runs, by the name in --engine; the contract is in `core/engine/__init__.py`
+ENGINES = {"local": "core.engine.execution:run_here", "ray": "many.workers.ray:run_on_ray"}

@@ -1,1 +1,0 @@
-"""One machine: threads that read, compute and write, on CPU or GPU."""

@@ -1,0 +1,148 @@
+"""The output of the files that ranks have made: journal, small files, receipt, one rename."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.placement import device_totals
+from adapterkit.core.errors import Failed, Refused
+from adapterkit.core.execute import FolderCheck, Push, check_free, run
+from adapterkit.core.output.stage import Stage
+from adapterkit.core.output.writer import part_name
+from adapterkit.core.plan import OutputFile, Placement, Plan
+from adapterkit.core.receipt import Receipt, read_receipt
+from adapterkit.core.records import Json
+from adapterkit.core.run_options import RunOptions
+from adapterkit.core.system import all_cores
+from adapterkit.core.verify.file_checks import check_files
+from adapterkit.many.workers.job_identity import RankJob, check_one_kind, job_failed, no_stage
+from adapterkit.many.workers.ranges import accepts, join, tiling
+from adapterkit.many.workers.stage import RankStage, adopt
+
+
+def finish_ranks(
+    plan: Plan,
+    job: RankJob,
+    execution: RunOptions,
+    missing: str,
+    check: FolderCheck | None = None,
+    push: Push | None = None,
+    *,
+    verify: bool = False,
+) -> Receipt:
+    """The receipt of the output of the files that ranks have made. `missing`: the command that
+    makes those that are not there; `check` looks at the finished folder, `push` sends it. With
+    `verify` all hashes are checked before the folder gets its name."""
+    job.check(plan)
+    stage = stage_of(plan, Path(execution.out))
+    worked, hashed = 0.0, execution.hash == "sha256"
+    if stage.state(job.fingerprint, resume=True, overwrite=False) == "fresh":
+        raise no_stage(stage.path)
+    with stage:
+        head = (stage.journal() or [{}])[0]
+        ranks = RankStage(stage.control, job.digest, accepts=accepts(plan, hashed=hashed))
+        if ranks.exists():
+            head, worked = _adopt(plan, stage, ranks, head, missing, hashed=hashed)
+        elif head.get("ranks"):
+            raise no_stage(ranks.path)
+    device = head.get("device", "cpu")
+    if device != "cpu":  # of the ranks: this machine may have none
+        placement = Placement(device, device_totals(plan, all_cores()))
+        plan = replace(plan, placement=placement)
+    return run(
+        plan,
+        stage,
+        _nothing_left,
+        hash=execution.hash,
+        resume=True,
+        check=_both(check, verify),
+        push=push,
+        progress=execution.progress,
+        began=time.monotonic() - worked,
+    )
+
+
+def _adopt(
+    plan: Plan, stage: Stage, ranks: RankStage, head: Json, command: str, *, hashed: bool
+) -> tuple[Json, float]:
+    """Take over what the ranks made; the journal's first entry from now on, and the seconds
+    that the slowest of them took. `Refused` where files are missing."""
+    if reason := ranks.failure():
+        raise job_failed(reason, ranks)
+    files = {shard.file: shard for shard in plan.shards}
+    names = [*files]
+    markers = ranks.markers(names)
+    done = ranks.parts()
+    parts = {
+        name: tiling(done.get(name, ()), shard.size)
+        for name, shard in files.items()
+        if name not in markers
+    }
+    missing = [name for name, ranges in parts.items() if not ranges]
+    if missing:
+        raise Refused(
+            f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
+            expected="all files of the plan",
+            where=str(ranks.path),
+            hint=f"run the plan again, as one rank or as all\n{command}",
+            code="AK610",
+        )
+    made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
+    blocks = [b.name for shard in files.values() for b in shard.block_files()]
+    check_one_kind([*markers.values(), *ranks.markers([*made, *blocks]).values()], ranks)
+    check_free(
+        max((b - a for some in parts.values() for a, b in (some or ())[1:]), default=0), ranks.path
+    )
+    for name, ranges in parts.items():
+        shard = files[name]
+        assert ranges is not None
+        join(ranks, shard, ranges, hashed=hashed)
+    ranks.leave()
+    markers = ranks.markers(names)
+    if len(markers) < len(names):
+        raise _gone(next(name for name in names if name not in markers))
+    head = {key: value for key, value in head.items() if key != "ranks"}
+    head["device"] = markers[names[0]]["device"]
+    adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
+    return head, seconds_of(markers.values())
+
+
+def seconds_of(markers: Iterable[Json]) -> float:
+    """The seconds that the slowest of the ranks took."""
+    seconds = defaultdict[str, float](float)
+    for entry in markers:
+        seconds[entry["attempt"]] += entry["seconds"]
+    return max(seconds.values(), default=0.0)
+
+
+def _nothing_left(plan: Plan, shards: list[OutputFile], *_: object, **__: object) -> None:
+    """The engine of a job whose files are all there."""
+    if shards:
+        raise _gone(shards[0].file)
+
+
+def _gone(name: str) -> Failed:
+    return Failed(
+        "a file has disappeared",
+        expected="the files of the ranks",
+        where=name,
+        hint="make the plan again with --overwrite",
+        code="AK610",
+    )
+
+
+def _both(check: FolderCheck | None, verify: bool) -> FolderCheck | None:
+    if not verify:
+        return check
+
+    def checks(folder: Path) -> None:
+        if check is not None:
+            check(folder)
+        out = LocalFolder(folder)
+        check_files(out, read_receipt(out))
+
+    return checks

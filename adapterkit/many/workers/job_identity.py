@@ -1,0 +1,128 @@
+"""What the processes that write one output have to agree on, and how a plan is handed to them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.errors import Refused
+from adapterkit.core.execute import check_space, difference
+from adapterkit.core.plan import Placement, Plan
+from adapterkit.core.receipt import digest, public_recipe
+from adapterkit.core.records import Json
+from adapterkit.core.run_options import RunOptions
+from adapterkit.many.workers.ranges import room
+from adapterkit.many.workers.stage import RankStage, prepare
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """What all processes have to agree on: the public recipe, and which files the inputs are."""
+
+    recipe: Json
+    inputs: dict[str, list[int]]  # "number name" -> size and times of local files
+    hash: str
+
+    @classmethod
+    def of(cls, plan: Plan, hash: str) -> "RankJob":
+        """The job of a plan, as it is read again from a file."""
+        recipe = public_recipe(plan.recipe())
+        return cls(recipe, _inputs(plan), hash)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.recipe)
+
+    @property
+    def digest(self) -> str:
+        return digest(vars(self))
+
+    def check(self, plan: Plan) -> None:
+        """`Refused` where a plan made here and now is another job, naming the first difference."""
+        now = RankJob.of(plan, self.hash)
+        if now.recipe != self.recipe:
+            raise Refused(
+                f"the job differs when it is planned again: {difference(self.recipe, now.recipe)}",
+                expected="the inputs, options and version of the plan file",
+                where="the plan file",
+                hint="use the same adapterkit everywhere, or make the plan again",
+                code="AK603",
+            )
+        if now.inputs != self.inputs:
+            names = [*self.inputs, *now.inputs]
+            name = next(n for n in names if self.inputs.get(n) != now.inputs.get(n))
+            raise Refused(
+                f"{name.partition(' ')[2]} is not the file that was planned with",
+                expected="inputs that stay as they are",
+                where=f"input {name.partition(' ')[0]}",
+                hint="make the plan again with --overwrite",
+                code="AK603",
+            )
+
+
+def _inputs(plan: Plan) -> dict[str, list[int]]:
+    """Which files the local inputs are."""
+    return {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
+
+
+def prepare_ranks(plan: Plan, job: RankJob, how: RunOptions) -> Plan:
+    """Refuse what cannot be done, make the stage, and leave the files to ranks; the plan, with what
+    ranks need of the disk."""
+    plan = replace(plan, placement=Placement(room=room(plan.shards)))
+    stage = stage_of(plan, Path(how.out))
+    options = {"resume": False, "overwrite": how.overwrite}
+    stage.state(job.fingerprint, **options)  # refuses before anything is made
+    with stage:
+        stage.state(job.fingerprint, **options)
+        check_space(plan, plan.shards, stage)
+        head = {
+            "fingerprint": job.fingerprint,
+            "recipe": plan.recipe(),
+            "overwrite": stage.replaces,
+            "ranks": True,
+        }
+        prepare(stage, job.digest, [shard.file for shard in plan.shards], head)
+    return plan
+
+
+def check_one_kind(entries: Sequence[Json], stage: RankStage) -> None:
+    """`Refused` where files were, or would be, made on CPU and on CUDA, or with several torch."""
+    kinds: dict[str, list[str]] = {}
+    for entry in entries:
+        kind = f"{entry['device']}, torch {entry['torch']}"
+        kinds.setdefault(kind, []).append(
+            entry["shard"]["file"] if "shard" in entry else "this run"
+        )
+    if len(kinds) > 1:
+        texts = [f"{kind} ({len(files)}, e.g. {files[0]})" for kind, files in kinds.items()]
+        raise Refused(
+            f"files were made on {' and on '.join(texts)}",
+            expected="one kind of device, one version of torch, and as many threads where they are "
+            "named (--workers): others round otherwise",
+            where=str(stage.marks),
+            hint="run with the same ones; or remove the markers NAME.json of the fewer, and run "
+            "again",
+            code="AK603",
+        )
+
+
+def job_failed(reason: str, stage: RankStage) -> Refused:
+    """The refusal of a job that one of its ranks found cannot be finished."""
+    return Refused(
+        f"the job failed: {reason}",
+        expected="inputs that stay as they are, and results that fit",
+        where=str(stage.marks),
+        hint="make the plan again with --overwrite",
+        code="AK603",
+    )
+
+
+def no_stage(path: Path) -> Refused:
+    """The refusal of a plan file whose stage is not there."""
+    return Refused(
+        "no run of this plan was found",
+        expected="the folder that --plan made, or the finished output",
+        where=str(path.parent),
+        hint="make the plan again: the same command with --plan",
+        code="AK603",
+    )

@@ -1,0 +1,139 @@
+"""Large files in parts: which file is cut for how many ranks, and how its parts become one file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from adapterkit.core.engine.partition import DIGITS, cut
+from adapterkit.core.errors import Refused
+from adapterkit.core.lazy import torch
+from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.writer import part_name, part_of
+from adapterkit.core.plan import OutputFile, Plan
+from adapterkit.core.tasks.metrics import ChangeMetrics
+from adapterkit.many.workers.joined_file import JoinedFile
+from adapterkit.many.workers.stage import RankStage
+
+LEAST = 64 << 20  # bytes of a file below which it stays whole
+MOST = 1 << 30  # bytes of a part
+
+
+def units(shards: Sequence[OutputFile], ranks: int, device: torch.device) -> list[OutputFile]:
+    """What ranks make: the files, those above a rank's fair share in parts. Files of tasks stay
+    whole, but for what is collected for them."""
+    share, found = _share(shards, ranks), list[OutputFile]()
+    for shard in shards:
+        if not shard.tasks and shard.size > share:
+            parts = max(min(ranks, math.ceil(shard.size / share)), math.ceil(shard.size / MOST))
+            found += cut(shard, parts, device)
+        else:
+            found += [*shard.block_files(), shard]
+    return found
+
+
+def room(shards: Sequence[OutputFile], ranks: int | None = None) -> int:
+    """The most bytes that parts take beside the files, for so many ranks or any: a join of theirs,
+    the sums of all blocks."""
+    share = LEAST if ranks is None else _share(shards, ranks)
+    sizes = [shard.size for shard in shards if not shard.tasks and shard.size > share]
+    collections = [shard.collection for shard in shards if shard.collection is not None]
+    blocks = sum((each.blocks - 1) * each.work for each in collections)
+    return min(max(sizes, default=0) // 2, MOST + LEAST) + blocks
+
+
+def _share(shards: Sequence[OutputFile], ranks: int) -> float:
+    """Bytes of a file above which it is cut."""
+    return max(sum(shard.size for shard in shards) / ranks, LEAST)
+
+
+def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
+    """Whether a result that was read can be of one of the plan's files, or of a part of one."""
+    files = {shard.file: shard for shard in plan.shards}
+
+    def is_of_plan(result: ShardResult) -> bool:
+        if result.file in files or (part := part_of(result.file)) is None:
+            found = files.get(result.file)
+            return found is not None and found.accepts(result, hashed=hashed)
+        name, start, stop = part
+        whole = files.get(name)
+        if whole is None or not start < stop <= _end_of(whole):
+            return False
+        return replace(whole, range=(start, stop)).accepts(result, hashed=hashed)
+
+    return is_of_plan
+
+
+def _end_of(file: OutputFile) -> int:
+    """Where the last part of a file ends: bytes, or blocks; 0 where it has no parts."""
+    if file.collection is not None:
+        return file.collection.blocks
+    return 0 if file.tasks else file.size
+
+
+def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:
+    """Some of the ranges, one behind the other from 0 to `size`; None where there are none such.
+    Ranks of several numbers may have left several tilings."""
+    ways: dict[int, list[tuple[int, int]]] = {0: []}
+    for start, stop in sorted(ranges):
+        if start in ways and stop not in ways:
+            ways[stop] = [*ways[start], (start, stop)]
+    return ways.get(size)
+
+
+def join(
+    stage: RankStage, shard: OutputFile, ranges: Sequence[tuple[int, int]], *, hashed: bool
+) -> None:
+    """Make a file, and its marker, of its parts; a part goes when the file has its bytes, its
+    marker with the last. Goes on with what a join that was killed has made."""
+    began = time.monotonic()
+    names = [part_name(shard.file, *edges) for edges in ranges]
+    entries = [entry for name in names if (entry := stage.marker(name))]
+    if len(entries) < len(names):
+        raise Refused(
+            "a range of the file has disappeared",
+            expected="parts as ranks wrote them",
+            where=str(stage.marks / shard.file),
+            hint="run the plan again\nadapterkit run PLAN",
+            code="AK610",
+        )
+    metrics = metrics_of_parts(shard, [entry["shard"]["metrics"] for entry in entries])
+    whole = JoinedFile(stage.path, shard, hashed=hashed)
+    joined = stage.joined(shard.file)
+    reached = max((stop for _, stop in ranges if stop <= joined), default=0)
+    if not reached:
+        whole.remove()
+        reached = ranges[0][1]
+        stage.mark_joined(shard.file, reached)
+        whole.begin(names[0])
+    elif reached < joined:  # of parts that were cut elsewhere
+        stage.mark_joined(shard.file, reached)
+    whole.read(reached)
+    for name, (start, stop) in zip(names, ranges, strict=True):
+        if start >= reached:
+            whole.append(name, start, stop)
+            stage.mark_joined(shard.file, stop)
+        whole.drop(name)
+    result = ShardResult(shard.file, shard.size, *whole.sums(), metrics)
+    seconds = max(entry["seconds"] for entry in entries) + time.monotonic() - began
+    same = {key: entries[0][key] for key in ("device", "torch", "host")}
+    stage.mark(shard.file, {"shard": vars(result), **same, "seconds": round(seconds, 3)})
+    whole.publish()
+    for name in (*names, whole.path.name):
+        stage.forget(name)
+
+
+def metrics_of_parts(shard: OutputFile, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:
+    """The metrics of a file's tensors, of what was measured in its parts."""
+    whole: dict[str, ChangeMetrics] = {}
+    for table in tables:
+        for key, raw in table.items():
+            part = ChangeMetrics(**raw)
+            whole.setdefault(key, ChangeMetrics(delta=part.delta)).add(part)
+    return {
+        step.key: whole.get(step.key, ChangeMetrics()).result(step, digits=DIGITS)
+        for step in shard.steps
+        if step.edits
+    }

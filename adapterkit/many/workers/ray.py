@@ -1,0 +1,247 @@
+"""Ranks on a Ray cluster whose machines see one file system: the plan is prepared as for `--plan`,
+each place of the cluster runs a rank as a task, and the end is `finish`'s.
+
+No tensor goes through Ray: the plan does, once for each worker process. The rank of a lost worker
+is tried again, or its files are made by others; one that is refused is not.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from adapterkit import __version__
+from adapterkit.core import errors
+from adapterkit.core.engine.device import pick_device
+from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.errors import (
+    AdapterkitError,
+    Failed,
+    Interrupted,
+    MultipleErrors,
+    Refused,
+    Unrecoverable,
+    shown,
+)
+from adapterkit.core.execute import FolderCheck, Push
+from adapterkit.core.lazy import torch
+from adapterkit.core.optional import optional
+from adapterkit.core.options import no_progress
+from adapterkit.core.plan import Plan
+from adapterkit.core.receipt import Receipt
+from adapterkit.core.records import Json
+from adapterkit.core.run_options import RunOptions
+from adapterkit.many.workers.finish import finish_ranks
+from adapterkit.many.workers.job_identity import RankJob, prepare_ranks
+from adapterkit.many.workers.ranges import accepts, units
+from adapterkit.many.workers.stage import RankStage
+from adapterkit.many.workers.worker import Heartbeat, Rank
+
+RETRIES = 3  # of the task of a lost worker
+OPTIONS = {"scheduling_strategy": "SPREAD", "max_retries": RETRIES, "retry_exceptions": False}
+POLL = 1.0  # seconds between looks at Ctrl-C
+LEAVE = 10.0  # seconds that cancelled tasks get
+VERSIONS = f"adapterkit {__version__}, torch {torch.__version__}"
+AGAIN = "run the same command with --resume"
+
+
+def run_on_ray(
+    plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push | None
+) -> Receipt:
+    """Run a plan by the ranks of a cluster: the one at `how.ray_address`, or the one that Ray finds
+    or starts; the connection that the process has, where it has one.
+
+    `Refused` without the package ray, where no cluster answers, and for a run to resume that was
+    one machine's.
+    """
+    job = RankJob.of(plan, how.hash)
+    finish = partial(finish_ranks, plan, job, how, "the same command with --resume", check, push)
+    state = _state(plan, job, how)
+    if state == "finished":
+        return finish()
+    with _connected(how.ray_address) as ray:
+        cluster = _Cluster(ray, on_cuda=how.device.startswith("cuda"))
+        cores, places = cluster.places()
+        if state == "fresh":
+            prepare_ranks(plan, job, how)
+        try:
+            cluster.run_ranks(plan, job, how, cores, places)
+        except Unrecoverable:  # no rank can go on
+            with stage_of(plan, Path(how.out)) as stage:
+                stage.discard()
+            raise
+        except KeyboardInterrupt:
+            where = str(stage_of(plan, Path(how.out)).control)
+            raise Interrupted("stopped; finished files are kept", where=where, hint=AGAIN) from None
+    return finish()
+
+
+def _state(plan: Plan, job: RankJob, how: RunOptions) -> str:
+    """'fresh', 'resume' or 'finished'; `Refused` for a run to resume that ranks did not begin."""
+    stage = stage_of(plan, Path(how.out))
+    state = stage.state(job.fingerprint, resume=how.resume, overwrite=how.overwrite)
+    if state == "resume" and not (stage.journal() or [{}])[0].get("ranks"):
+        stage.lock.check()
+        raise Refused(
+            "the run to resume is one machine's",
+            expected="a run that --engine ray began",
+            where=str(stage.control),
+            hint="resume it with --engine local, or give --overwrite without --resume",
+            code="AK603",
+        )
+    return state
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """The package ray, connected to a cluster for as long as the block runs."""
+    ray = optional(
+        "ray",
+        install='"adapterkit[ray]"',
+        expected="ray, on this machine and on the cluster's",
+        where="--engine",
+    )
+    connects = not ray.is_initialized()
+    if connects:
+        # a cluster that is started here would report its use over the network
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise Refused(
+                f"no Ray cluster at {shown(address or 'this machine')}: {shown(error)}",
+                expected="a cluster that runs",
+                where="--ray-address",
+                hint="check the address, or start one: ray start --head",
+                code="AK610",
+            ) from error
+    try:
+        yield ray
+    finally:
+        if connects:
+            ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """A connected cluster; `on_cuda`: each rank gets a GPU."""
+
+    ray: Any  # the package
+    on_cuda: bool
+
+    def places(self) -> tuple[int, int]:
+        """The cores of the smallest machine, or those that each GPU has, and how many such places
+        there are: each runs a rank."""
+        resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        cores = [int(each["CPU"]) for each in resources if each.get("CPU", 0) >= 1]
+        gpus = sum(int(each.get("GPU", 0)) for each in resources)
+        if not cores or (self.on_cuda and not gpus):
+            raise Failed(
+                f"the Ray cluster has {sum(cores)} CPUs and {gpus} GPUs",
+                expected="at least one" + " GPU" * self.on_cuda,
+                where="--ray-address",
+                hint=f"add a machine to the cluster, then {AGAIN}",
+                code="AK610",
+            )
+        if self.on_cuda:
+            return max(1, min(cores) // max(1, gpus)), gpus
+        return min(cores), sum(count // min(cores) for count in cores)
+
+    def run_ranks(self, plan: Plan, job: RankJob, how: RunOptions, cores: int, places: int) -> None:
+        """Let each place run a rank; on an error, or Ctrl-C, end all that run."""
+        device = "cuda" if self.on_cuda else "cpu"  # Ray says which GPU
+        work = {"num_cpus": cores, "num_gpus": int(self.on_cuda), **OPTIONS}
+        task = self.ray.remote(_run_rank).options(**work)
+        out = Path(how.out).absolute()  # a worker runs in a folder of its own
+        options = replace(how.only(RunOptions), out=out, device=device, progress=no_progress)
+        # in a list a task gets the reference
+        arguments = ([self.ray.put(plan)], job, options)
+        running = {
+            task.remote(*arguments, rank, places, cores, VERSIONS): rank for rank in range(places)
+        }
+        made = {unit.name: unit for unit in units(plan.shards, places, torch.device(device))}
+        known = accepts(plan, hashed=how.hash == "sha256")
+        stage = RankStage(stage_of(plan, Path(how.out)).control, job.digest, places, accepts=known)
+        try:
+            with Heartbeat(stage, made, how.progress) as heartbeat:
+                while running:
+                    done, _ = self.ray.wait(list(running), timeout=POLL)
+                    for reference in done:
+                        self._check(reference, running.pop(reference))
+                    heartbeat(0)
+        except BaseException:
+            for reference in running:
+                self.ray.cancel(reference, force=True)
+            if running:
+                self.ray.wait(list(running), num_returns=len(running), timeout=LEAVE)
+            raise
+        finally:
+            stage.leave()
+
+    def _check(self, reference: object, rank: int) -> None:
+        """Raise a rank's own error, and `Failed` where its workers were lost again and again."""
+        lost = self.ray.exceptions
+        try:
+            error = self.ray.get(reference)
+        except (
+            lost.WorkerCrashedError,
+            lost.NodeDiedError,
+            lost.OutOfMemoryError,
+            lost.RaySystemError,
+        ) as caught:
+            raise Failed(
+                f"the worker of rank {rank} was lost {RETRIES + 1} times: {shown(caught)}",
+                expected="machines that stay, with the memory that the plan says",
+                where="the Ray cluster",
+                hint=AGAIN,
+                code="AK610",
+            ) from caught
+        if error is not None:
+            raise _as_error(error)
+
+
+def _run_rank(
+    stored: list[Any],
+    job: RankJob,
+    how: RunOptions,
+    rank: int,
+    ranks: int,
+    workers: int,
+    versions: str,
+) -> Json | None:
+    """A task: one rank; its error as data, which is not retried."""
+    import ray
+
+    try:
+        if versions != VERSIONS:
+            raise Failed(
+                f"a worker has {VERSIONS}",
+                expected=f"{versions}, as here: others round otherwise",
+                where="the Ray cluster",
+                hint=f"install the same on all machines, then {AGAIN}",
+                code="AK610",
+            )
+        pick_device(how.device)
+        Rank(job, rank, ranks, workers=workers, wait=math.inf).make(ray.get(stored[0]), how)
+    except AdapterkitError as error:
+        return _as_data(error)
+    return None
+
+
+def _as_data(error: AdapterkitError) -> Json:
+    inner = error.errors if isinstance(error, MultipleErrors) else ()
+    parts = {key: getattr(error, key) for key in ("expected", "where", "hint", "code")}
+    # the driver knows the classes of `errors`, and those of them that others are made of
+    kind = next(each.__name__ for each in type(error).__mro__ if hasattr(errors, each.__name__))
+    own = {"kind": kind, "problem": error.problem, "parts": parts}
+    return own | {"errors": [_as_data(one) for one in inner]}
+
+
+def _as_error(data: Json) -> AdapterkitError:
+    if data["errors"]:
+        return MultipleErrors(_as_error(one) for one in data["errors"])
+    return getattr(errors, data["kind"])(data["problem"], **data["parts"])

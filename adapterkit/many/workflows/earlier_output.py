@@ -1,0 +1,135 @@
+"""What is at an output's place already: the job it is of, and whether its inputs are the same."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterkit.bases.hub.folder import HubFolder
+from adapterkit.bases.hub.output.stage import work_folder
+from adapterkit.core.checkpoint import hub_ids as ids
+from adapterkit.core.checkpoint.folder import Folder, LocalFolder, read_small
+from adapterkit.core.checkpoint.reader import Identity
+from adapterkit.core.checkpoint.strict import MAX_JSON, read_json
+from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.core.execute import check_same_job
+from adapterkit.core.inputs.input_identity import identities
+from adapterkit.core.output.earlier_output import lacking
+from adapterkit.core.output.stage import RECEIPT, Stage, receipt_beside
+from adapterkit.core.plan import CopyFile, Plan
+from adapterkit.core.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
+from adapterkit.core.records import Json
+from adapterkit.core.verify.file_checks import check_files
+from adapterkit.many.workflows.workflow_file import Location
+
+
+@dataclass(frozen=True)
+class Older:
+    """An older output of adapterkit."""
+
+    receipt: Json
+    folder: Folder
+    written: int | None  # when, in nanoseconds, where that is known
+
+    @property
+    def pipeline(self) -> Json:
+        """What the receipt says of the pipeline that wrote it."""
+        entry = self.receipt.get("pipeline")
+        return entry if isinstance(entry, dict) else {}
+
+    def is_of(self, plan: Plan) -> bool:
+        """Whether it is, whole, what the plan would write of the inputs as they are now."""
+        if self.receipt.get("fingerprint") != fingerprint_of(plan.recipe()) or not self._is_whole():
+            return False
+        if "inputs" in self.pipeline:
+            return self.pipeline["inputs"] == inputs_digest(plan)
+        times = [time for _, time, _ in _local_inputs(plan).values()]
+        return all(self.written is not None and time <= self.written for time in times)
+
+    def _is_whole(self) -> bool:
+        return not lacking({"files": {}} | self.receipt, self.folder.files().get)
+
+    def damage(self) -> str:
+        """What `verify` would say of it."""
+        try:
+            if RECEIPT in self.folder.files():
+                read_receipt(self.folder)
+            if "files" in self.receipt:
+                check_files(self.folder, self.receipt)
+        except AdapterkitError as error:
+            return str(error).splitlines()[0]
+        return ""
+
+
+def older_output(place: Location) -> Older | None:
+    """The older output at a place; None where there is none that adapterkit wrote."""
+    if place.repository:
+        return _on_hub(place)
+    path = Path(place.path)
+    if (path / RECEIPT).is_file():
+        return _with_receipt(path, path / RECEIPT)
+    if not path.is_file():
+        return None
+    beside = path.with_name(receipt_beside(path.name))
+    return _with_receipt(path, beside) if beside.is_file() else None
+
+
+def is_pushed(older: Older, there: Older | None) -> bool:
+    """Whether what is in a repository has all files of an output, and its very receipt."""
+    return there is not None and there.receipt == older.receipt and there._is_whole()
+
+
+def _with_receipt(out: Path, receipt: Path) -> Older | None:
+    try:
+        data = json.loads(read_small(receipt, MAX_JSON))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_receipt = RECEIPT_CHECK.fits(data)
+    return Older(data, LocalFolder(out), receipt.stat().st_mtime_ns) if is_receipt else None
+
+
+def _on_hub(place: Location) -> Older | None:
+    try:
+        folder = HubFolder(_hub_id(place))
+    except Refused:  # not there yet
+        return None
+    beside, name = folder, RECEIPT
+    if folder.single:
+        beside, name = HubFolder(_hub_id(place).parent), receipt_beside(folder.single)
+    if name not in beside.files():
+        return None
+    receipt = read_json(beside, name)
+    return Older(receipt, folder, None) if RECEIPT_CHECK.fits(receipt) else None
+
+
+def _hub_id(place: Location) -> ids.HubId:
+    hub_id = ids.parse(place.text)
+    assert hub_id is not None
+    return hub_id
+
+
+def can_go_on(place: Location, plan: Plan, overwrite: bool) -> bool:
+    """Whether an interrupted run of this plan can be continued. `Refused` for one of another plan,
+    or that is at work, unless it is to be overwritten."""
+    is_on_hub = bool(place.repository)  # made on this machine
+    stage = Stage(work_folder(_hub_id(place))) if is_on_hub else stage_of(plan, Path(place.path))
+    entries, recipe = stage.journal(), plan.recipe()
+    if entries and entries[0].get("recipe") != recipe and not overwrite:
+        stage.lock.check()
+        check_same_job(stage, recipe)
+    return bool(entries) and entries[0].get("recipe") == recipe
+
+
+def inputs_digest(plan: Plan) -> str:
+    """A short hash of the identities of all local files that a plan reads: it changes when one is
+    written again, whatever is in it."""
+    rows = [*_local_inputs(plan).values()]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _local_inputs(plan: Plan) -> dict[tuple[int, str], Identity]:
+    """Those of the headers that it read, and of the files that it copies."""
+    copied = ((c.folder, c.name) for c in plan.files.values() if isinstance(c, CopyFile))
+    more = [file for file in copied if file not in plan.identities]
+    return plan.identities | identities(plan.folders, more)

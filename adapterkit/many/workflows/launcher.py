@@ -1,0 +1,103 @@
+"""Which of how many processes this one is: as it is told, or as the launcher's environment says."""
+
+import os
+import re
+from collections.abc import Mapping
+
+from adapterkit.core.errors import Refused, shown
+
+Numbers = tuple[int, int]  # rank, and how many there are
+# The variables of a rank and of their number, of launchers that may start each other, the innermost
+# first: one that is started by another leaves that one's variables in the environment.
+PAIRS = (
+    ("RANK", "WORLD_SIZE"),  # torchrun
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("JOB_COMPLETION_INDEX", "ADAPTERKIT_RANKS"),  # Kubernetes
+)
+ARRAY = "SLURM_ARRAY_TASK_"
+MOST_RANKS = 999_999  # each plans the shares of all
+
+
+def rank_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
+    """The rank, from 0, and how many there are: of a text `I/N`, or with `auto` of Slurm's,
+    torchrun's, MPI's or Kubernetes' variables; 0 of 1 without any. `Refused` where these are
+    incomplete."""
+    if text == "auto":
+        rank, ranks = _from(os.environ if environment is None else environment)
+        if ranks > MOST_RANKS:
+            raise _refused(f"{ranks} ranks are too many", f"at most {MOST_RANKS}")
+        return rank, ranks
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise Refused(
+            f"--rank {shown(text)} is not valid",
+            expected="auto, or I/N with I from 0 to N - 1",
+            where="options",
+            hint="the first of four is 0/4",
+            code="AK101",
+        )
+    return int(match[1]), int(match[2])
+
+
+def _from(environment: Mapping[str, str]) -> Numbers:
+    """As the innermost launcher says, within an element of a job array: whatever is started in
+    one, it is apart from the others."""
+    element, elements = _element(environment)
+    rank, ranks = _within(environment)
+    return element * ranks + rank, elements * ranks
+
+
+def _within(environment: Mapping[str, str]) -> Numbers:
+    for pair in PAIRS:
+        if all(name in environment for name in pair):
+            numbers = _numbers(environment, *pair)
+            if numbers != (0, 1):  # one process of one: another launcher may have started it
+                return numbers
+    for pair in PAIRS:
+        # of Slurm a batch script may have the first alone, task 0, and salloc's shell the second
+        is_said = pair[0] != "SLURM_PROCID" or environment.get(pair[0], "0") != "0"
+        if is_said and any(name in environment for name in pair):
+            _numbers(environment, *pair)  # refuses what is incomplete
+    return 0, 1
+
+
+def _element(environment: Mapping[str, str]) -> Numbers:
+    """The element of Slurm's job array, and how many there are."""
+    if ARRAY + "ID" not in environment:
+        return 0, 1
+    number, least, most, count, step = (
+        _whole(environment, ARRAY + name) for name in ("ID", "MIN", "MAX", "COUNT", "STEP")
+    )
+    is_whole = step and most - least == (count - 1) * step
+    if not is_whole or number not in range(least, most + 1, step):
+        raise _refused(
+            f"element {number} of a job array of {count} elements from {least} to {most}",
+            "an array without gaps",
+        )
+    return (number - least) // step, count
+
+
+def _numbers(environment: Mapping[str, str], first: str, second: str) -> Numbers:
+    rank, ranks = _whole(environment, first), _whole(environment, second)
+    if not 0 <= rank < ranks:
+        raise _refused(f"{first}={rank} with {second}={ranks}", "a rank below their number")
+    return rank, ranks
+
+
+def _whole(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name)
+    if text is None and name == ARRAY + "STEP":
+        return 1
+    if text is None:
+        raise _refused(f"{name} is not set", "all variables of this launcher")
+    if not re.fullmatch(r"\d{1,7}", text.strip(), re.ASCII):
+        raise _refused(f"{name}={shown(text)}", "a whole number")
+    return int(text)
+
+
+def _refused(problem: str, expected: str) -> Refused:
+    return Refused(
+        problem, expected=expected, where="the environment", hint="give --rank I/N", code="AK101"
+    )

@@ -1,0 +1,219 @@
+"""plan.json: a verb's call that other processes carry out: no code, no pickle, no secret.
+
+Paths are absolute and Hub ids pinned to a commit, so that every process plans the same job; the
+recipe, and which files the inputs are, say whether it did.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapterkit import __version__
+from adapterkit.bases.hub.folder import HubFolder
+from adapterkit.bases.images.pipeline import PART
+from adapterkit.core import records
+from adapterkit.core.calls import OF_THE_USER, arguments_of, check_call, is_data, own_hints
+from adapterkit.core.checkpoint.disk import replace_file
+from adapterkit.core.checkpoint.folder import read_small
+from adapterkit.core.checkpoint.hub_ids import is_on_hub, parse
+from adapterkit.core.checkpoint.strict import MAX_JSON, nested_json, strict_json
+from adapterkit.core.commands import command
+from adapterkit.core.engine.execution import check_out
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.options import FILE, StrPath, checked, flag_of
+from adapterkit.core.plan import Plan
+from adapterkit.core.records import TABLE, TEXT, Json
+from adapterkit.core.verb import WritingVerb, called
+from adapterkit.many.workers.job_identity import RankJob, prepare_ranks
+from adapterkit.many.workflows.verbs import VERB
+
+VERSION = 1
+AGAIN = "make the plan again"
+# what is read again; shards and totals are for people
+CONTENT = records.entries({
+    "verb": VERB, "arguments": TABLE, "fingerprint": TEXT, "recipe": TABLE, "inputs": TABLE,
+    "hash": TEXT,
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan file's content, and where it lies."""
+
+    path: Path
+    verb: WritingVerb
+    job: RankJob
+
+
+def write_plan(file: StrPath, verb: str, *sources: object, **options: object) -> Plan:
+    """Plan a verb's call for several processes: writes `file`, for `run` and `finish`, and makes
+    the stage beside the output; the plan.
+
+    `verb` is a writing verb's name, `sources` and `options` its arguments. All that the verb would
+    refuse is refused here. Raises `Refused` also for an output on the Hub, and for arguments that
+    no file can hold.
+    """
+    path = Path(checked("file", FILE, file)).absolute()
+    record = checked("verb", VERB, verb)
+    given = called(record, *sources, **options)
+    arguments = _portable(given, path)
+    call = record(**arguments, overwrite=given.overwrite)
+    _check_room(path, call.overwrite, Path(call.out))
+    plan = call.plan()
+    check_out(plan, call)
+    job, needs = RankJob.of(plan, call.hash), plan.needs()
+    plan = prepare_ranks(plan, job, call)
+    _write(
+        path,
+        {
+            "adapterkit": VERSION,
+            "version": __version__,
+            "verb": verb,
+            "arguments": arguments,
+            "fingerprint": job.fingerprint,
+            **vars(job),
+            "shards": [
+                {"file": shard.file, "size": shard.size, "needs": list(needs[shard.file])}
+                for shard in plan.shards
+            ],
+            "totals": plan.totals(),
+        },
+    )
+    return plan
+
+
+def read_plan(file: StrPath) -> PlanFile:
+    """A plan file; `Refused` where it is none, or of another version."""
+    path = Path(file).absolute()
+    try:
+        data = nested_json(read_small(path, MAX_JSON))
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error), "check the path") from error
+    except ValueError as error:
+        raise _unreadable(path, f"this is not JSON: {shown(error)}") from error
+    if not isinstance(data, dict) or data.get("adapterkit") != VERSION:
+        raise _unreadable(path, f"no plan file of version {VERSION}")
+    if data.get("version") != __version__:
+        raise Refused(
+            f"the plan is of adapterkit {shown(data.get('version'))}",
+            expected=f"one of {__version__}, as this is",
+            where=str(path),
+            hint="use the same adapterkit everywhere, or make the plan again",
+            code="AK111",
+        )
+    Problems(records.problems(CONTENT, data, str(path), hint=AGAIN)).raise_all()
+    verb, arguments = VERB.read(data["verb"]), data["arguments"]
+    out = arguments.get("out")
+    if not isinstance(out, str) or not os.path.isabs(out):
+        raise _unreadable(path, "its output path is not absolute")
+    check_call(verb, arguments, OF_THE_USER, str(path), AGAIN)
+    call = records.read(verb, arguments, str(path), hint=AGAIN, name=flag_of)
+    job = RankJob(data["recipe"], data["inputs"], data["hash"])
+    if job.fingerprint != data["fingerprint"]:
+        raise _unreadable(path, "its recipe does not match its fingerprint")
+    return PlanFile(path, call, job)
+
+
+def _check_room(path: Path, overwrite: bool, out: Path) -> None:
+    """`Refused` where the plan file cannot be made, or would be in the output's place."""
+    where = str(path)
+    if out.resolve() in (path.resolve(), *path.resolve().parents):
+        problem, expected = "the plan file is the output, or in it", "a plan file beside the output"
+        where, hint = f"--plan {shown(path)}", "choose another --plan"
+    elif path.is_file() and overwrite and not _is_plan(path):
+        problem, hint = "the file is no plan file", "move it away, or choose another --plan"
+        expected = "a new file, or an older plan, which --overwrite replaces"
+    elif path.is_dir() or (path.exists() and not overwrite):
+        problem, expected = "a file of this name exists", "a new plan file"
+        hint = "choose another --plan, or give --overwrite"
+    elif not path.parent.is_dir():
+        problem, where = "the folder does not exist", str(path.parent)
+        expected = "an existing folder for the plan file"
+        hint = "create it, or choose another --plan"
+    else:
+        return
+    raise Refused(problem, expected=expected, where=where, hint=hint, code="AK111")
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is a plan, of whatever version."""
+    try:
+        data = strict_json(read_small(path, MAX_JSON))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and {"adapterkit", "verb", "fingerprint"} <= data.keys()
+
+
+def _unreadable(path: Path, problem: str, hint: str = AGAIN) -> Refused:
+    expected = "a file that `adapterkit VERB ... --plan FILE` wrote"
+    return Refused(problem, expected=expected, where=str(path), hint=hint, code="AK111")
+
+
+def _portable(verb: WritingVerb, path: Path) -> Json:
+    """The arguments that were given, as they mean the same in every process."""
+    send = command("adapterkit finish", path, push=getattr(verb, "push", None) or "ORG/NAME")
+    if is_on_hub(verb.out):
+        raise Refused(
+            "--plan cannot write to the Hub directly",
+            expected="a folder that all processes see",
+            where="--out",
+            hint=f"write into a folder, then send it\n{send}",
+            code="AK111",
+        )
+    if getattr(verb, "push", None) is not None:
+        raise Refused(
+            "--push is given with --plan",
+            expected="a plan file, which does not say where its output is sent",
+            where="options",
+            hint=f"give it later\n{send}",
+            code="AK111",
+        )
+    own = {"accept", "allow_pickle"}
+    arguments = arguments_of(verb, _portable_path, {*OF_THE_USER} - own)
+    lost = [name for name, value in arguments.items() if name in own or not is_data(value)]
+    if lost := ", ".join(lost):
+        raise Refused(
+            f"a plan file cannot hold {lost}",
+            expected="text, numbers, lists and mappings",
+            where="--plan",
+            hint=f"remove {lost}, or run without --plan",
+            code="AK111",
+        )
+    return json.loads(json.dumps(arguments))
+
+
+def _portable_path(kind: str, path: StrPath) -> str:
+    """A path as every process understands it."""
+    return _pinned(path) if kind == "source" else os.path.abspath(path)
+
+
+def _pinned(source: StrPath) -> str:
+    """An absolute path, or a Hub id with its commit; another text as it is, which is refused when
+    it is opened."""
+    text = os.fspath(source)
+    if os.path.exists(text):
+        return os.path.abspath(text)
+    if told := PART.fullmatch(text):  # of a pipeline
+        return f"{told[1]}:{_pinned(told[2])}"
+    hub_id = parse(text)
+    return text if hub_id is None else str(replace(hub_id, revision=HubFolder(hub_id).commit))
+
+
+def _write(path: Path, content: Json) -> None:
+    data = json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+    replace_file(path, data, path.with_name(f".{path.name}.{os.getpid()}.part"))
+
+
+@contextmanager
+def again(verb: WritingVerb) -> Iterator[None]:
+    """Errors in this block hint at options of the plan's verb, and at the same command, which needs
+    no --resume."""
+    try:
+        with own_hints(verb):
+            yield
+    except AdapterkitError as error:
+        error.hint = error.hint.replace(" with --resume", "")
+        raise

@@ -1,0 +1,82 @@
+"""rerun: an output made again from its receipt, and compared byte for byte."""
+
+import os
+from collections.abc import Sequence
+
+from adapterkit.core.checkpoint.hub_ids import is_on_hub
+from adapterkit.core.errors import Refused
+from adapterkit.core.options import (
+    FILES,
+    FLAG,
+    PROGRESS,
+    SOURCE,
+    Progress,
+    StrPath,
+    argument,
+    no_progress,
+    option,
+    path,
+    record,
+)
+from adapterkit.core.records import Check, Json
+from adapterkit.core.verb import Verb, function_of
+
+
+def _out(value: object) -> StrPath:
+    out = path(value)
+    if is_on_hub(out):
+        raise Refused(
+            f" = {os.fspath(out)!r}",
+            expected="a folder or a file here: nothing is sent before it is compared",
+            hint="make it here, then: hf upload ORG/NAME DIR",
+            code="AK101",
+        )
+    return out
+
+
+OUT = Check("a path", _out, kind="file")
+
+
+@record
+class Rerun(Verb[Json]):
+    """Make an output again as its receipt says, and compare its files' sha256 with the receipt's;
+    `files`, how many are the same, `command`, and `out`.
+
+    Inputs are searched by name in `inputs`, folders that hold them or inputs themselves, by default
+    in the folder that holds the output. Ids of the Hub are read at the commits of the receipt. The
+    receipt may come from a stranger, so its names lead nowhere else, and nothing is sent. Headers
+    and options have to be the receipt's, and the bytes of inputs whose sha256 it has. `out` keeps
+    the output; without it nothing is kept. Raises `Refused` for a receipt without a call, with one
+    that says more than what is computed, or where the plan differs, and `Damaged` with all files
+    that differ: another version, kind of device or CPU's LAPACK gives other last bits.
+    """
+
+    runner = "many.workflows.rerun:rerun_output"
+    command = """Make an output again from its receipt, and compare.
+
+    Inputs are searched by name next to the output, or where --inputs says. Nothing is kept without
+    --out. The exit status is 1 if a file differs.
+
+    \b
+    Example:
+      adapterkit rerun merged
+      adapterkit rerun merged --inputs ./models --inputs /data/llama --out again
+    """
+
+    output: StrPath = argument(kw_only=False, check=SOURCE, metavar="DIR")
+    inputs: StrPath | Sequence[StrPath] = option(
+        default=(),
+        check=FILES,
+        metavar="PATH",
+        help="Where the inputs are: a folder that holds them, by name, or one of them; repeat.",
+    )
+    out: StrPath | None = option(
+        default=None, check=OUT, metavar="DIR", help="Keep what is made here."
+    )
+    allow_pickle: bool = option(
+        default=False, check=FLAG, help="Read the pickle that a conversion was made of."
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+
+rerun = function_of(Rerun)

@@ -1,0 +1,218 @@
+"""run: one process's share of a plan file, or the steps of a pipeline."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.core.errors import Refused
+from adapterkit.core.options import (
+    COUNT,
+    DEVICE,
+    FILE,
+    FLAG,
+    PROGRESS,
+    TEXT,
+    Progress,
+    StrPath,
+    argument,
+    choice,
+    flag_of,
+    no_progress,
+    number,
+    option,
+    record,
+)
+from adapterkit.core.records import Json
+from adapterkit.core.run_options import OUTPUT_MODEL, WAIT
+from adapterkit.core.verb import Verb, function_of
+from adapterkit.doors import ENGINES
+
+if TYPE_CHECKING:
+    from adapterkit.core.merge.verb import Merge
+    from adapterkit.core.plan import Plan
+    from adapterkit.core.receipt import Receipt
+    from adapterkit.many.workers.worker import Outcome
+    from adapterkit.many.workflows.plan_file import PlanFile
+
+OF_PLAN_FILES, OF_RECIPES = ("rank", "workers", "wait"), ("out",)
+OF_PIPELINES = ("overwrite", "engine", "allow_push")
+
+RECIPES = (".yml", ".yaml")
+
+
+@record
+class Run(Verb["Outcome | Json | Receipt | Plan"]):
+    """Make the share of a plan file's output that one of several processes has, and what others
+    leave; what was done. Of a `.toml` file carry out the steps of the pipeline; the report on
+    them. Of a `.yml` or `.yaml` file, a recipe of mergekit whose inputs are one base with adapters,
+    merge these into `out`; what `merge` returns.
+
+    `rank`: `I/N`, I from 0, or `auto`: as Slurm, torchrun, MPI or Kubernetes say, else 0/1.
+    `device` and `workers` (threads) in place of the plan's. `wait`: seconds for files that others
+    make and that this rank's need; then `Waiting`. Killed, run again the same: what is finished
+    stays. For a pipeline, `overwrite` replaces outputs that it did not write, `engine` says where
+    its steps run, and without `allow_push` nothing is uploaded, whatever the file says; for a
+    recipe, `overwrite` replaces an older output. Raises `Refused` where the job is not that of the
+    plan file any more; `Failed` after.
+    """
+
+    command = """Run a plan file, a share of it, a pipeline or a recipe.
+
+    Any writing command with --plan writes a plan file (what to compute) instead of its output.
+    Start this command on each machine of a shared file system: each worker writes its share of the
+    output files, then files that no other has begun. If a worker dies, others or a restart finish
+    its files. `adapterkit finish` then checks and publishes the output.
+
+    A pipeline is a .toml file of steps, each a command. All steps are planned before the first one
+    runs; a step whose output exists for the same inputs and options is skipped. The exit status is
+    1 if any step was refused.
+
+    A recipe is a .yml file of mergekit, all of whose inputs are one base with adapters. Weights and
+    densities by layer (gradients) and name (filters) become those of modules; what is not covered
+    is refused by name. Experimental.
+
+    \b
+    Example:
+      adapterkit run steps.toml --dry-run
+      adapterkit run recipe.yml --out merged
+      adapterkit merge ./base ./adapter --out merged --plan merged.plan.json
+      adapterkit run merged.plan.json --rank 0/2
+      srun adapterkit run merged.plan.json
+    """
+
+    file: StrPath = argument(kw_only=False, check=FILE, metavar="FILE")
+    rank: str = option(
+        default="auto",
+        check=TEXT,
+        metavar="auto|I/N",
+        help="Which of N processes this is, from 0; auto: as Slurm, torchrun, MPI or Kubernetes "
+        "say.",
+    )
+    device: str | None = option(
+        default=None,
+        check=DEVICE,
+        metavar="auto|cpu|cuda[:i]",
+        help="Where to compute (default: as in the plan).",
+    )
+    workers: int | None = option(
+        default=None, check=COUNT, help="Threads (default: one for each core)."
+    )
+    wait: float = option(
+        default=WAIT,
+        check=number("0 or more seconds", lambda value: value >= 0),
+        help="Seconds to wait for files of other ranks, where this one's need them; then exit "
+        "status 3.",
+    )
+    overwrite: bool = option(
+        default=False,
+        check=FLAG,
+        help="Replace outputs that this pipeline did not write, or an older one of a recipe.",
+    )
+    allow_push: bool = option(
+        default=False,
+        check=FLAG,
+        help="Let a pipeline upload outputs where it says (hf://, push).",
+        section="Pipelines",
+    )
+    engine: str | None = option(
+        default=None,
+        check=choice(tuple(ENGINES)),
+        help="Where the steps of a pipeline run.",
+        section="Pipelines",
+    )
+    out: StrPath | None = option(
+        default=None,
+        check=OUTPUT_MODEL,
+        metavar="DIR|FILE|hf://ORG/NAME[:FILE]",
+        help="Output of a recipe, as of merge.",
+        section="Recipes of mergekit",
+        tier="experimental",
+    )
+    dry_run: bool = option(
+        default=False, check=FLAG, help="Print the files of this rank, or plan all steps, and stop."
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+    def run(self) -> "Outcome | Json | Receipt | Plan":
+        from adapterkit.many.workflows.launcher import rank_of
+        from adapterkit.many.workflows.plan_file import read_plan
+        from adapterkit.many.workflows.workflow import run_pipeline
+
+        if Path(self.file).suffix in RECIPES:
+            return self.merge().run()
+        if Path(self.file).suffix == ".toml":
+            self._refuse((*OF_PLAN_FILES, *OF_RECIPES), "a pipeline")
+            return run_pipeline(
+                self.file,
+                device=self.device,
+                engine=self.engine,
+                overwrite=self.overwrite,
+                allow_push=self.allow_push,
+                dry_run=self.dry_run,
+                progress=self.progress,
+            )
+        self._refuse((*OF_PIPELINES, *OF_RECIPES), "a plan file")
+        return run_rank(
+            read_plan(self.file),
+            *rank_of(self.rank),
+            device=self.device,
+            workers=self.workers,
+            wait=self.wait,
+            dry_run=self.dry_run,
+            progress=self.progress,
+        )
+
+    def merge(self) -> "Merge":
+        """The merge that a recipe describes."""
+        from adapterkit.many.workflows.recipe import merge_of
+
+        self._refuse((*OF_PLAN_FILES, "engine", "allow_push"), "a recipe")
+        running = {
+            name: getattr(self, name) for name in ("out", "overwrite", "dry_run", "progress")
+        }
+        return merge_of(Path(self.file), device=self.device or "auto", **running)
+
+    def _refuse(self, names: tuple[str, ...], what: str) -> None:
+        """`Refused` where options are given that do not apply."""
+        given = [flag_of(name) for name in names if getattr(self, name) != getattr(Run, name)]
+        if given:
+            options = ", ".join(given)
+            raise Refused(
+                f"{options} does not apply to {what}",
+                expected="--rank, --workers and --wait with a plan file, --engine and --allow-push "
+                "with a pipeline, --overwrite with a pipeline or a recipe, --out with a recipe",
+                where="options",
+                hint=f"remove {options}",
+                code="AK102",
+            )
+
+
+def run_rank(
+    plan_file: "PlanFile",
+    rank: int,
+    ranks: int,
+    *,
+    only: Sequence[str] | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    wait: float = WAIT,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+) -> "Outcome":
+    """`run` of a plan file that was read; with `only` exactly these files."""
+    from adapterkit.core.engine.execution import check_out
+    from adapterkit.many.workers.worker import Rank
+    from adapterkit.many.workflows.plan_file import again
+
+    verb = replace(plan_file.verb, resume=True, progress=progress)
+    worker = Rank(plan_file.job, rank, ranks, device, workers, wait, dry_run, only)
+    with again(verb):
+        plan = verb.plan()
+        check_out(plan, verb)
+        worker.make(plan, verb)
+    assert worker.outcome is not None
+    return worker.outcome
+
+
+run = function_of(Run)

@@ -1,0 +1,287 @@
+"""A pipeline: steps of a file, all planned before the first is carried out, each done once.
+
+A step that reads what an earlier one is still to write is planned from that one's plan, where its
+headers are known. The receipt of each output says which pipeline wrote it and from which files, so
+that a step is left as it is while neither it nor its inputs have changed.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.core.checkpoint.overlay import Overlay
+from adapterkit.core.commands import command
+from adapterkit.core.engine.execution import check_push_of, pinned_inputs, pushed
+from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.planned_folder import planned_folder
+from adapterkit.core.errors import AdapterkitError, Interrupted, Problems, Refused, listed, shown
+from adapterkit.core.execute import check_place
+from adapterkit.core.options import Progress
+from adapterkit.core.plan import Plan
+from adapterkit.core.receipt import Receipt
+from adapterkit.core.records import Json
+from adapterkit.core.verb import WritingVerb
+from adapterkit.many.workflows.earlier_output import (
+    Older,
+    can_go_on,
+    inputs_digest,
+    is_pushed,
+    older_output,
+)
+from adapterkit.many.workflows.report import Row, outcome, refusal, report, sent
+from adapterkit.many.workflows.workflow_file import (
+    Location,
+    PipelineStep,
+    StepSource,
+    read_pipeline,
+)
+
+FINISHED: Row = {"state": "done before", "notes": []}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How an output is written: `finished`: it is there."""
+
+    finished: bool = False
+    sends: bool = False  # nothing else is left to do
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class StepRun:
+    """One run of a step: its plan, how its output is written, what came of it."""
+
+    step: PipelineStep
+    mode: Mode | None = None  # None: known when its inputs are there
+    damage: str = ""  # what is wrong with the output that is there
+    plan: Plan | None = None
+    outcome: Row = field(default_factory=dict)
+
+    @property
+    def row(self) -> Row:
+        step = self.step
+        names = {"step": step.number, "verb": step.name, "inputs": list(step.inputs)}
+        return names | {"out": step.out} | self.outcome
+
+    @property
+    def is_refused(self) -> bool:
+        return self.outcome["state"] == "refused"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.mode is not None and self.mode.finished
+
+
+def run_pipeline(
+    file: str | os.PathLike,
+    *,
+    dry_run: bool = False,
+    device: str | None = None,
+    engine: str | None = None,
+    overwrite: bool = False,
+    allow_push: bool = False,
+    progress: Progress = lambda done: None,
+    tell: Callable[[Row], object] = lambda row: None,
+) -> Json:
+    """Carry out the steps of a TOML file, in order; the report: `totals`, the number of steps in
+    each state, and `steps`.
+
+    States: done, done before, planned, refused. Nothing is carried out where a step is refused in
+    planning; none after one that is refused or fails later. An output is replaced where this
+    pipeline wrote it, any older output of adapterkit with `overwrite`. `device`: of steps that
+    name none; `engine`: of all. `allow_push`: steps may upload; the file alone may not say so,
+    because it may come from a stranger. `tell` is called with each step's part of the report.
+    Raises `Refused` for a file that is no pipeline, and `Interrupted`; then the same call resumes.
+    """
+    path, steps = Path(file), read_pipeline(Path(file))
+    if not (allow_push or dry_run):
+        _check_local(steps, path)
+    pipeline = _Pipeline(path, device, engine, overwrite, progress)
+    runs = pipeline.plan(steps)
+    stopped = dry_run or any(run.is_refused for run in runs)
+    for number, run in enumerate(runs, 1):
+        if not stopped and not run.is_finished:
+            try:
+                run.outcome = pipeline.carry_out(run)
+            except (KeyboardInterrupt, Interrupted):
+                raise Interrupted(
+                    f"stopped in step {number} of {len(runs)}; those before it are done",
+                    where=path.name,
+                    hint="run the same command again",
+                ) from None
+            except AdapterkitError as error:
+                run.outcome, stopped = refusal(error), True
+        run.plan = None
+        tell(run.row)
+    return report("steps", [run.row for run in runs])
+
+
+def _check_local(steps: Sequence[PipelineStep], file: Path) -> None:
+    """`Refused` where steps send their outputs away."""
+    problems = Problems(where=shown(file.name), code="AK114")
+    for step in steps:
+        if step.sent_to:
+            problems.add(
+                f"step {step.number} ({step.name}) uploads its output to {listed(step.sent_to)}",
+                "steps that stay on this machine, or your word",
+                f"if you want that\n{command('adapterkit run', file, allow_push=True)}",
+            )
+    problems.raise_all()
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    file: Path
+    device: str | None
+    engine: str | None
+    overwrite: bool
+    progress: Progress
+
+    @property
+    def id(self) -> str:
+        """Tells this file from others of its name."""
+        return hashlib.sha256(os.fsencode(self.file.resolve())).hexdigest()[:16]
+
+    def plan(self, steps: list[PipelineStep]) -> list[StepRun]:
+        """All steps, planned as far as that is possible without data; refused ones say why. An
+        output that is there, and that a step to come reads, is checked as `verify` does; one that
+        is damaged is made again."""
+        damages: dict[int, str] = {}  # of the outputs that were checked
+        while True:
+            runs = self._plan_all(steps, damages)
+            read = {n for run in runs if not run.is_finished for n in run.step.needs.values()}
+            unchecked = [n for n in sorted(read - damages.keys()) if runs[n - 1].is_finished]
+            if not unchecked:
+                return runs
+            for number in unchecked:
+                older = older_output(steps[number - 1].place)
+                damages[number] = older.damage() if older else ""
+
+    def _plan_all(self, steps: list[PipelineStep], damages: Mapping[int, str]) -> list[StepRun]:
+        runs: list[StepRun] = []
+        for step in steps:
+            run = StepRun(step, damage=damages.get(step.number, ""))
+            runs.append(run)
+            try:
+                self._plan(run, runs)
+            except AdapterkitError as error:
+                run.outcome = refusal(error)
+        return runs
+
+    def _plan(self, run: StepRun, runs: list[StepRun]) -> None:
+        step = run.step
+        pending = {
+            source: runs[number - 1]
+            for source, number in step.needs.items()
+            if not runs[number - 1].is_finished
+        }
+        planned = {source: _planned(source, other) for source, other in pending.items()}
+        unknown = [source for source, folder in planned.items() if folder is None]
+        folders = {source: folder for source, folder in planned.items() if folder is not None}
+        verb = self._verb(step, folders)
+        try:
+            run.plan = None if unknown else _dry_run(verb)
+        except AdapterkitError:
+            if not any(folder.asked for folder in folders.values()):
+                raise
+        if any(folder.asked for folder in folders.values()):
+            run.plan = None
+        if run.plan is None:
+            numbers = sorted({other.step.number for other in pending.values()})
+            steps = " and ".join(f"step {number}" for number in numbers)
+            run.outcome = {"state": "planned", "notes": [f"planned when {steps} is done"]}
+            return
+        run.mode = self._mode(run, run.plan, changes=bool(pending))
+        run.outcome = FINISHED if run.mode.finished else outcome(run.plan)
+        if run.damage:
+            run.outcome["notes"] += [f"its output is damaged, and made again: {run.damage}"]
+        if run.mode.sends:
+            run.outcome = {"state": "planned", "notes": [sent(str(step.push))]}
+
+    def _verb(self, step: PipelineStep, planned: Mapping[StepSource, Overlay]) -> WritingVerb:
+        """The step's verb, its arguments checked; some of its sources are planned."""
+
+        def value(source: StepSource) -> Any:
+            there = planned.get(source, source.place.text)
+            return there if source.weight is None else (there, source.weight)
+
+        arguments: dict[str, Any] = step.with_sources(value) | {"out": step.place.out}
+        if self.device is not None:
+            arguments = {"device": self.device} | arguments
+        if self.engine is not None:
+            arguments["engine"] = self.engine
+        # an older output is looked at here
+        return step.verb(**arguments, overwrite=True)
+
+    def _mode(self, run: StepRun, plan: Plan, *, changes: bool) -> Mode:
+        """How to write the output; `Refused` where something is in the way that this pipeline did
+        not write. `changes`: inputs will be other ones than now."""
+        step = run.step
+        older = older_output(step.place)
+        pushed = None if step.push is None else older_output(Location("", step.push))
+        resume = can_go_on(step.place, plan, self.overwrite)
+        stays = older is not None and not (changes or resume or run.damage) and older.is_of(plan)
+        if older is not None and stays and (step.push is None or is_pushed(older, pushed)):
+            return Mode(finished=True)
+        if pushed is not None:
+            self._check_own(pushed, f"hf://{step.push}")
+        if stays:
+            return Mode(sends=True, resume=True, overwrite=pushed is not None)
+        if older is not None:
+            self._check_own(older, step.place.out)
+        overwrite = self.overwrite or older is not None or pushed is not None
+        if not resume and not step.place.repository:  # the Hub is asked when it is carried out
+            stage, own = stage_of(plan, Path(step.place.path)), older is not None
+            check_place(stage, plan, resume=False, overwrite=self.overwrite or own)
+        return Mode(resume=resume, overwrite=overwrite)
+
+    def _check_own(self, older: Older, where: str) -> None:
+        """`Refused` for an older output that this pipeline may not replace."""
+        if not self.overwrite and older.pipeline.get("id") != self.id:
+            raise Refused(
+                "the output exists, and is damaged, or this pipeline did not write it from these "
+                "inputs",
+                expected="a new output, or an older one of this pipeline",
+                where=where,
+                hint="choose another out, or give --overwrite",
+                code="AK111",
+            )
+
+    def carry_out(self, run: StepRun) -> Row:
+        """Write the step's output, unless it turns out to be there."""
+        step, plan, mode = run.step, run.plan, run.mode
+        verb = self._verb(step, {})
+        if plan is None or mode is None or step.needs:  # of what is there by now
+            plan = _dry_run(verb)
+            mode = self._mode(run, plan, changes=False)
+        if mode.finished:
+            return FINISHED
+        verb = replace(verb, resume=mode.resume, overwrite=mode.overwrite, progress=self.progress)
+        with pinned_inputs(verb):
+            if step.place.repository:  # one that goes on has its inputs at their first commits
+                plan = verb.plan()
+            entry = {"file": shown(self.file.name), "id": self.id, "inputs": inputs_digest(plan)}
+            plan = replace(plan, decisions=plan.decided() | {"pipeline": entry})
+            check_push_of(plan, verb, step.push)
+            done = verb.carry_out(plan, push=False)
+            return outcome(pushed(done, verb, step.push) if isinstance(done, Receipt) else done)
+
+
+def _dry_run(verb: WritingVerb) -> Plan:
+    """What a verb would do, where it would begin."""
+    plan = replace(verb, dry_run=True).run()
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def _planned(source: StepSource, other: StepRun) -> Overlay | None:
+    """What an earlier step will write where a source is; None where that is not known. `Refused`
+    where it will write nothing there."""
+    if other.plan is None:
+        return None
+    return planned_folder(other.step.place.text, other.plan, source.place.text)

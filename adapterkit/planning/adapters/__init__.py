@@ -1,1 +1,0 @@
-"""Adapters as they act on a base: joined, compared, as deltas."""

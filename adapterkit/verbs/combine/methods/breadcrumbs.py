@@ -1,0 +1,36 @@
+"""breadcrumbs: drop the largest and the smallest, then add."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapterkit.verbs.combine.methods.common import add_pruned, check_share, without_outliers
+from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(OnElements):
+    """Δ' = Σᵢ wᵢ βᵢ, βᵢ = Δᵢ without its outliers, the int(gamma·n) largest magnitudes, and without
+    all but the int(density·n) largest of the others.
+
+    Where density + gamma exceeds 1, fewer outliers are dropped and the density is kept; at density
+    1 none are (both as mergekit). The paper drops by layer, as here. Of equal magnitudes the first
+    in row-major order count as larger.
+    """
+
+    density: float
+    gamma: float = 0.01
+    name = "breadcrumbs"
+    source = "arXiv:2312.06795"
+    acts_on = "elements"
+
+    def __post_init__(self):
+        check_share("density", self.density)
+        check_share("gamma", self.gamma)
+
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        prunes = [
+            without_outliers(deltas, i, self.density, self.gamma) for i in range(deltas.count)
+        ]
+        return add_pruned(deltas, weights, prunes)

@@ -1,0 +1,326 @@
+"""What the methods share: checks of options, ways to prune the blocks of a delta, and two ways to
+combine pruned deltas."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from adapterkit.core import registry
+from adapterkit.core.errors import Refused
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.kernels import dense, elementwise
+from adapterkit.kernels.block_sizes import piece
+from adapterkit.kernels.lowrank.algebra import Product, Svd, norm, stack_products, svd
+from adapterkit.kernels.rows import row_ranges
+from adapterkit.verbs.combine.methods.protocol import (
+    Deltas,
+    DenseDelta,
+    Metrics,
+    OnElements,
+    OnFactors,
+    Seeds,
+)
+
+Majority = Literal["total", "frequency"]
+BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
+SUBSAMPLE = 4  # one row in four of each block is enough to estimate a threshold
+NOISE = 1e-12  # of a norm: singular values below it are float64's rounding
+# changes a block in place; the blocks of a delta come in row-major order
+Prune = Callable[[Tensor], None]
+
+
+class WeightedSum(OnFactors):
+    """Δ' = Σ shareᵢ Δᵢ: the factors side by side. The one kind of method on factors that is also
+    defined for what has no factors: values that were trained whole."""
+
+    stacks = True
+
+    @abstractmethod
+    def shares(self, weights: Sequence[float]) -> list[float]:
+        """What each delta is multiplied by."""
+
+    def combine_factors(
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
+    ) -> tuple[Product, Metrics]:
+        return stack_products(products, self.shares(weights)), {}
+
+
+class InCores(OnFactors):
+    """Δ' = U · inner(Uᵀ Δ₁ Vᵀ, Uᵀ Δ₂ Vᵀ, ...; w) · V: a method on elements, in the coordinates of
+    bases that the deltas share, in float64."""
+
+    density: float
+    majority: Majority
+    inner: str
+
+    def __post_init__(self):
+        self._inner()
+
+    @abstractmethod
+    def bases(self, products: Sequence[Product]) -> tuple[Tensor, Tensor | None]:
+        """U (out, R) and V (R', in), orthonormal; None for V: the inputs as they are."""
+
+    def _inner(self) -> OnElements:
+        """The method inside; `Refused` for one without a density."""
+        kinds = registry.members("combinations")
+        known = [
+            name
+            for name, kind in kinds.items()
+            if kind.acts_on == "elements" and "density" in registry.options(kind)
+        ]
+        if self.inner not in known:
+            raise Refused(
+                f"inner {self.inner!r}",
+                expected=", ".join(known),
+                where="--set inner",
+                hint="use one of these",
+                code="AK101",
+            )
+        given = {"density": self.density, "majority": self.majority}
+        return kinds[self.inner](
+            **{k: given[k] for k in given if k in registry.options(kinds[self.inner])}
+        )
+
+    def combine_factors(
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
+    ) -> tuple[Product, Metrics]:
+        check_count(weights, len(products))
+        u, v = self.bases(products)
+        cores = DenseDeltas(cores_of(products, u, v))
+        merged, metrics = self._inner().combine_elements(cores, weights, seeds)
+        return (Product(u, merged) if v is None else Product(u @ merged, v)), metrics
+
+
+def cores_of(products: Sequence[Product], u: Tensor, v: Tensor | None) -> list[Tensor]:
+    """Uᵀ Δᵢ Vᵀ of each, (R, R'), or Uᵀ Δᵢ (R, in)."""
+    return [(u.T @ p.left) @ (p.right if v is None else p.right @ v.T) for p in products]
+
+
+def basis(
+    x: Tensor,  # (n, k)
+) -> Tensor:  # (n, R)
+    """The left singular vectors of x above float64's noise, as `with_signs`; of zeros one column of
+    zeros."""
+    u, s, _ = dense.svd(x)
+    return with_signs(u[:, s > NOISE * x.norm()] if bool(x.any()) else torch.zeros_like(u[:, :1]))
+
+
+def with_signs(
+    u: Tensor,  # (n, R)
+) -> Tensor:  # (n, R)
+    """Columns whose largest elements are positive: the choice matters where signs are elected and a
+    sum is 0."""
+    largest = u.gather(0, u.abs().argmax(0, keepdim=True))
+    return u * torch.where(largest < 0, -1.0, 1.0)
+
+
+def svd_of_sum(products: Sequence[Product], weights: Sequence[float]) -> Svd:
+    """The triplets of Σ wᵢ Δᵢ above noise; of a sum of 0 one of zeros."""
+    check_count(weights, len(products))
+    whole = svd(stack_products(products, weights))
+    clean = without_noise(whole, sizes(products, weights).sum())
+    return clean if len(clean.s) else Svd(*(0 * part for part in whole.top(1)))
+
+
+def without_noise(svd: Svd, size: float | Tensor) -> Svd:
+    """The triplets above float64's noise in a matrix of that norm; perhaps none."""
+    return svd.top(int(torch.count_nonzero(svd.s > NOISE * size)))
+
+
+def sizes(products: Sequence[Product], weights: Sequence[float]) -> Tensor:
+    """‖wᵢ Δᵢ‖ of each, (k,) float64 on the CPU."""
+    norms = [abs(w) * norm(p) for p, w in zip(products, weights, strict=True)]
+    return torch.tensor(norms, dtype=torch.float64)
+
+
+def nearest_orthogonal(
+    x: Tensor,  # (n, K), of unit columns
+) -> Tensor:  # (n, K)
+    """The orthogonal matrix (orthonormal columns, or rows if K > n) nearest to x, on its span:
+    X = P Σ Qᵀ becomes P Qᵀ over the Σ above 1e-8."""
+    q, core = dense.qr(x)
+    p, s, qh = dense.svd(core)
+    p, qh = p[:, s > 1e-8], qh[s > 1e-8]
+    return q @ p @ qh
+
+
+class DenseDeltas:
+    """Deltas of one module, or their cores; rows of a product are multiplied out in float32
+    whenever they are asked for. `wide`: in float64, then rounded, so that every kind of device has
+    the same values, and a method that compares them decides the same."""
+
+    def __init__(self, deltas: Sequence[Product | Tensor], *, wide: bool = False):
+        dtype = torch.float64 if wide else torch.float32
+        self.deltas = [
+            Product(d.left.to(dtype), d.right.to(dtype)) if isinstance(d, Product) else d
+            for d in deltas
+        ]
+        first, self.count = self.deltas[0], len(deltas)
+        sides = (first.left, first.right) if isinstance(first, Product) else (first, first)
+        self.shape, self.device = (sides[0].shape[0], sides[1].shape[1]), sides[0].device
+        self.dtype = torch.float32 if isinstance(first, Product) else first.dtype
+
+    def blocks(self) -> list[tuple[int, int]]:
+        return row_ranges(*self.shape, piece(self.device, BLOCK))
+
+    def rows(self, which: int, first: int, last: int) -> Tensor:
+        delta = self.deltas[which]
+        if isinstance(delta, Product):
+            return (delta.left[first:last] @ delta.right).to(self.dtype)
+        return delta[first:last].clone()
+
+
+def check_share(option: str, value: float, above_zero: bool = False) -> None:
+    """Raises `Refused` for an option outside [0, 1], or of 0 with `above_zero`."""
+    if not 0 <= value <= 1 or (above_zero and value == 0):
+        bounds = "above 0, at most 1" if above_zero else "from 0 to 1"
+        raise Refused(
+            f"{option} {value}",
+            expected=f"a number {bounds}",
+            where=registry.as_flag(option),
+            hint="give a share, 0.2 for a fifth",
+            code="AK101",
+        )
+
+
+def check_majority(value: str) -> None:
+    """Raises `Refused` for an unknown rule of electing signs."""
+    if value not in ("total", "frequency"):
+        raise Refused(
+            f"majority {value!r}",
+            expected="total or frequency",
+            where="--majority",
+            hint="use one of these",
+            code="AK101",
+        )
+
+
+def check_chances(density: float, epsilon: float) -> None:
+    """Raises `Refused` where `chances` are none above 0 and at most 1; density 1 has none."""
+    if density < 1 and not epsilon < density <= 1 - epsilon:
+        low, high = density - epsilon, density + epsilon
+        raise Refused(
+            f"density {density} with epsilon {epsilon}: probabilities from {low:g} to {high:g}",
+            expected="probabilities above 0, at most 1",
+            where="--set epsilon",
+            hint=f"give an epsilon below {min(density, 1 - density):g}",
+            code="AK101",
+        )
+
+
+def check_count(weights: Sequence[float], deltas: int) -> None:
+    """Raises ValueError for another number of weights than of deltas: a mistake of the planner."""
+    if len(weights) != deltas:
+        raise ValueError(f"{len(weights)} weights for {deltas} deltas")
+
+
+def threshold(deltas: Deltas, which: int, keep: int) -> elementwise.Threshold:
+    """The threshold above which the `keep` largest magnitudes of a delta lie."""
+
+    def read(part: int = 1) -> Iterator[Tensor]:
+        return (
+            deltas.rows(which, first, first + math.ceil((last - first) / part))
+            for first, last in deltas.blocks()
+        )
+
+    size, some = math.prod(deltas.shape), lambda: read(SUBSAMPLE)
+    return elementwise.top_k_threshold(read, size, keep, some, deltas.device)
+
+
+def trim(deltas: Deltas, which: int, density: float) -> elementwise.Trim:
+    """Keeps the int(density · n) largest magnitudes of a delta, of equal ones the first."""
+    return elementwise.Trim(threshold(deltas, which, int(density * math.prod(deltas.shape))))
+
+
+def random_drop(
+    seeds: Seeds, which: int, density: float | Callable[[Tensor], Tensor], *, divided: bool = True
+) -> Prune:
+    """Keeps each element with probability `density`, of all or of those of a block, divided by it
+    (DARE, arXiv:2311.03099) unless that is left out; at 1 all of them, and nothing is drawn."""
+    if density == 1:
+        return lambda block: None
+    draws = seeds(which)
+
+    def prune(block: Tensor) -> None:
+        nonlocal draws
+        chance = density(block) if callable(density) else density
+        elementwise.drop(block, chance, draws, divided=divided)
+        draws = draws.at(block.numel())
+
+    return prune
+
+
+def add_pruned(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]) -> DenseDelta:
+    """Σ wᵢ pruneᵢ(Δᵢ)."""
+    check_count(weights, deltas.count)
+    total = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
+    for first, last in deltas.blocks():
+        for i, block in enumerate(_pruned(deltas, prunes, first, last)):
+            part = total[first:last]
+            part.add_(block, alpha=weights[i]) if i else torch.mul(block, weights[i], out=part)
+    return DenseDelta(total, {})
+
+
+def without_outliers(deltas: Deltas, which: int, density: float, gamma: float) -> Prune:
+    """Drops the int(gamma · n) largest magnitudes of a delta, fewer where that would leave less
+    than the density, and of the others all but the int(density · n) largest."""
+    size = math.prod(deltas.shape)
+    keep = int(density * size)
+    top = min(int(gamma * size), size - keep)
+    larger = elementwise.Trim(threshold(deltas, which, keep + top))
+    outliers = elementwise.Trim(threshold(deltas, which, top))
+
+    def prune(block: Tensor) -> None:
+        largest = block.clone()
+        outliers(largest)
+        larger(block)
+        block.sub_(largest)
+
+    return prune
+
+
+def chances(block: Tensor, density: float, epsilon: float) -> Tensor:
+    """By element of some rows density + epsilon·(2·rank - 1), rank from 0, the smallest magnitude
+    of the row, to 1 (arXiv:2406.11617)."""
+    return elementwise.ranks(block).mul_(2 * epsilon).add_(density - epsilon)
+
+
+def elect_pruned(
+    deltas: Deltas,
+    weights: Sequence[float],
+    prunes: Sequence[Prune],
+    majority: Majority,
+    shares: Sequence[float] | None = None,
+    *,
+    divided: bool = True,
+) -> DenseDelta:
+    """The weighted mean of the pruned deltas over those whose sign is the majority's, element by
+    element; `shares` of each in the mean, their sum where it is not `divided`."""
+    check_count(weights, deltas.count)
+    mean, overlaps, conflicts = (
+        torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device),
+        0,
+        0,
+    )
+    for first, last in deltas.blocks():
+        blocks = list(_pruned(deltas, prunes, first, last))
+        counts = elementwise.elect(
+            blocks, weights, majority, mean[first:last], shares, divided=divided
+        )
+        overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
+    return DenseDelta(mean, conflict_metric(overlaps, conflicts))
+
+
+def conflict_metric(overlaps: int, conflicts: int) -> Metrics:
+    """Of the positions with two or more nonzero values the share whose signs differ."""
+    return {"conflict": conflicts / overlaps if overlaps else 0.0}
+
+
+def _pruned(deltas: Deltas, prunes: Sequence[Prune], first: int, last: int) -> Iterator[Tensor]:
+    for i, prune in enumerate(prunes):
+        block = deltas.rows(i, first, last)
+        prune(block)
+        yield block

@@ -1,0 +1,34 @@
+"""dare_linear: drop at random, rescale, and add."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapterkit.verbs.combine.methods.common import add_pruned, check_share, random_drop
+from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+
+
+@dataclass(frozen=True)
+class DareLinear(OnElements):
+    """Δ' = Σᵢ wᵢ mᵢ Δᵢ / density, mᵢ = 1 with probability density, else 0, for each element apart:
+    Σᵢ wᵢ Δᵢ in expectation.
+
+    As PEFT, but for the random numbers. (mergekit rescales each delta to its former L1 norm
+    instead, which preserves that norm and not the expectation.) At density 1 nothing is drawn.
+    """
+
+    density: float
+    name = "dare_linear"
+    tier = "core"
+    source = "arXiv:2311.03099"
+    acts_on = "elements"
+    draws = True
+
+    def __post_init__(self):
+        check_share("density", self.density, above_zero=True)
+
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        return add_pruned(
+            deltas, weights, [random_drop(seeds, i, self.density) for i in range(deltas.count)]
+        )

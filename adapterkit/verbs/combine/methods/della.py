@@ -1,0 +1,55 @@
+"""della: drop at random, small elements of each row sooner, rescale; then as ties."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapterkit.core.lazy import Tensor
+from adapterkit.verbs.combine.methods.common import (
+    Majority,
+    chances,
+    check_chances,
+    check_majority,
+    check_share,
+    elect_pruned,
+    random_drop,
+)
+from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+
+
+@dataclass(frozen=True)
+class Della(OnElements):
+    """Δ' = Σᵢ kᵢ wᵢ δᵢ / max(Σᵢ kᵢ, 1), δᵢ = mᵢ Δᵢ / pᵢ, mᵢ = 1 with probability
+    pᵢ = density + epsilon·(2·rank - 1), kᵢ as in ties.
+
+    rank goes from 0, the smallest magnitude of the row, to 1. epsilon is half the spread of pᵢ as
+    in mergekit (the paper's ε is all of it). Each element is divided by its own pᵢ as in the paper,
+    so that the expectation is Δᵢ; mergekit rescales the whole delta to its former L1 norm. The
+    paper's λ multiplies every weight: give it in them. density 1 drops nothing.
+    """
+
+    density: float
+    epsilon: float = 0.15
+    majority: Majority = "total"
+    name = "della"
+    source = "arXiv:2406.11617"
+    acts_on = "elements"
+    draws = True
+
+    def __post_init__(self):
+        check_share("density", self.density, above_zero=True)
+        check_share("epsilon", self.epsilon)
+        check_majority(self.majority)
+        check_chances(self.density, self.epsilon)
+
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        density = 1 if self.density == 1 else self.probabilities
+        prunes = [random_drop(seeds, i, density) for i in range(deltas.count)]
+        return elect_pruned(deltas, weights, prunes, self.majority)
+
+    def probabilities(self, block: Tensor) -> Tensor:
+        """The probability of each element to stay."""
+        return chances(block, self.density, self.epsilon)

@@ -1,0 +1,129 @@
+"""What a combination method is: a frozen record that acts on factors, and never needs a dense
+delta, on factors and the covariances of the layers' inputs, or on elements, by blocks of rows.
+
+Deltas are scale · b @ a, the scale included; weights are the user's, apart. A delta of weight 0
+takes no part: the planner skips it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.registry import STABLE, Tier
+from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.kernels.quant.stochastic import Draws
+
+Over = Literal["module", "layer", "adapter"]
+Metrics = dict[str, float]  # for the receipt
+# E[x xᵀ] (in, in) float32 of the inputs that adapter `which` saw, read when it is asked for; the
+# caller may change it
+Covariances = Callable[[int], Tensor]
+
+
+class Deltas(Protocol):
+    """The dense deltas of one module, computed from their factors whenever a block of them is read:
+    that is cheaper than keeping them."""
+
+    shape: tuple[int, int]  # (out, in) of each
+    count: int
+    device: torch.device
+    dtype: torch.dtype  # of the rows, and of what is made of them
+
+    def blocks(self) -> Iterable[tuple[int, int]]:
+        """Rows [first, last) of each block: a function of the shape and the device alone."""
+        ...
+
+    def rows(self, which: int, first: int, last: int) -> Tensor:
+        """Rows [first, last) of delta `which`, (last - first, in); the caller may change them."""
+        ...
+
+
+class Seeds(Protocol):
+    def __call__(self, which: int) -> Draws:
+        """The random numbers of delta `which` of this module: the same whatever else is drawn, in
+        whatever order."""
+        ...
+
+
+class DenseDelta(NamedTuple):
+    delta: Tensor  # (out, in), of the deltas' dtype
+    metrics: Metrics
+
+
+class _Weighted(Protocol):
+    name: ClassVar[str]
+    source: ClassVar[str]  # the paper
+    tier: ClassVar[Tier] = STABLE
+    draws: ClassVar[bool] = False  # a random number for each element
+    ridge: float = 0.0  # of weights that are found by outputs
+    by_factors: ClassVar[bool] = False  # whether other factors of the same deltas matter
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        """Raises `Refused` for weights that the method is not defined for."""
+        return
+
+    def resolve_weights(self, weights: Sequence[float]) -> list[float]:
+        """The weights, also where an option of the method replaces them."""
+        return list(weights)
+
+    @property
+    def over(self) -> Over:
+        """What has one set of weights by its outputs; that of a layer or an adapter is found with
+        `ridge` before anything is combined."""
+        return "module"
+
+    @property
+    def scales(self) -> bool:
+        """Whether `scale` is asked for, before anything is combined."""
+        return False
+
+    def scale(self, gram: Tensor) -> float:
+        """By what all weights are multiplied, from the inner products ⟨wᵢ Δᵢ, wⱼ Δⱼ⟩ (k, k) over
+        all modules."""
+        return 1.0
+
+
+class OnFactors(_Weighted, Protocol):
+    """A method on factors, float64, exact but for rounding."""
+
+    acts_on: ClassVar[Literal["factors"]]
+    # whether the factors of all stand side by side: the rank is the sum, whatever the values
+    stacks: ClassVar[bool] = False
+
+    @abstractmethod
+    def combine_factors(
+        self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
+    ) -> tuple[Product, Metrics]:
+        """One product of all."""
+
+
+class OnCovariances(_Weighted, Protocol):
+    """A method on factors and on the covariances of what the layer saw with each adapter,
+    float64."""
+
+    acts_on: ClassVar[Literal["covariances"]]
+
+    @abstractmethod
+    def combine_covariances(
+        self, products: Sequence[Product], weights: Sequence[float], covariances: Covariances
+    ) -> tuple[Product, Tensor, Metrics]:
+        """One product of all, and the root (in, in) float32 of the norm in which its refit is the
+        best; see `kernels/lowrank/weighted.py`. Raises ValueError for what are no covariances."""
+
+
+class OnElements(_Weighted, Protocol):
+    """A method on the elements of dense deltas: in float32, of cores in float64."""
+
+    acts_on: ClassVar[Literal["elements"]]
+
+    @abstractmethod
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        """One dense delta of all."""
+
+
+Method = OnFactors | OnCovariances | OnElements

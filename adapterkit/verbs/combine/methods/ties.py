@@ -1,0 +1,48 @@
+"""ties: trim, elect a sign, average what agrees with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapterkit.verbs.combine.methods.common import (
+    Majority,
+    check_majority,
+    check_share,
+    elect_pruned,
+    trim,
+)
+from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+
+
+@dataclass(frozen=True)
+class Ties(OnElements):
+    """Δ' = Σᵢ kᵢ wᵢ τᵢ / max(Σᵢ kᵢ, 1), τᵢ the int(density·n) largest magnitudes of Δᵢ,
+    kᵢ = [sign(τᵢ) = sign of Σⱼ τⱼ].
+
+    PEFT's rule: signs are elected without the weights (frequency: by Σⱼ sign(τⱼ)), 0 counts as +,
+    and the divisor is a number, not a sum of weights (mergekit's is, and weights take part in its
+    election: the two agree where all weights are 1). Of equal magnitudes at the threshold the first
+    in row-major order stay, where both leave that open.
+    """
+
+    density: float
+    majority: Majority = "total"
+    name = "ties"
+    tier = "core"
+    source = "arXiv:2306.01708"
+    acts_on = "elements"
+
+    def __post_init__(self):
+        check_share("density", self.density)
+        check_majority(self.majority)
+
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        return elect_pruned(
+            deltas,
+            weights,
+            [trim(deltas, i, self.density) for i in range(deltas.count)],
+            self.majority,
+        )

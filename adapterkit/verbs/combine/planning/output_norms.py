@@ -1,0 +1,191 @@
+"""Which factors are fitted in the norm of their module's outputs, by statistics of its inputs."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from adapterkit.core.adapter.factors import Place
+from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.adapter.weights_file import layer_of
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.core.lazy import Tensor
+from adapterkit.core.weights.plan_reader import PlanReader
+from adapterkit.kernels.lowrank import span
+from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.verbs.combine.methods.linear import Linear
+from adapterkit.verbs.combine.methods.mean import Mean
+from adapterkit.verbs.combine.methods.protocol import Method
+from adapterkit.verbs.combine.tasks.combine import CombinedFactors, Refit
+from adapterkit.verbs.combine.tasks.truncate import FittedFactors
+from adapterkit.verbs.shared.statistics_file import read_covariance, select_covariances
+
+F = TypeVar("F", bound=FittedFactors)
+ALL = "all modules"
+MOST_NOTES = 3  # on weights of layers
+BY_WEIGHTS = "fitted in the norm of their weights"
+
+
+def in_output_norms(
+    tasks: list[F], stats: Checkpoint | None, parameters: Collection[str], notes: list[str]
+) -> list[F]:
+    """The tasks, those of linear layers with the covariance of their inputs; as they are without a
+    file.
+
+    `parameters`: names of factors of single parameters. What is no linear layer joins the notes.
+    `Refused` with all covariances that are missing or of another shape.
+    """
+    if stats is None:
+        return tasks
+    places = {task.name: task.place for task in tasks}
+    selected = select_covariances(stats, _widths(places, parameters, notes, BY_WEIGHTS))
+    return [replace(task, covariance=selected.get(task.name)) for task in tasks]
+
+
+def with_group_weights(
+    tasks: list[CombinedFactors],
+    inputs: Sequence[Adapter | Checkpoint],
+    shares: Sequence[float],
+    notes: list[str],
+) -> tuple[list[CombinedFactors], dict[str, list[float]]]:
+    """The tasks of a method whose weights are those of whole layers or adapters: linear with these,
+    which come from all of a group's deltas and covariances, read here; and the weights by group.
+    What has no covariances gets its group's weights too, if there are any."""
+    method = next(task.method for task in tasks if task.covariances)
+    reader, count = PlanReader([one.folder for one in inputs]), len(shares)
+    group_of = lambda task: layer_of(task.name) if method.over == "layer" else ALL
+
+    def modules() -> Iterator[tuple[str, list[Product | None], Callable[[int], Tensor]]]:
+        for task in tasks:
+            if task.covariances:
+                numbers = [part.number for part in task.parts]
+                own: list[Product | None] = [None] * count
+                for part in task.parts:
+                    (own[part.number],) = part.factors.products(reader)
+                specs = dict(zip(numbers, task.covariances, strict=True))
+                yield group_of(task), own, lambda n, its=specs: read_covariance(reader, its[n])
+
+    found = span.span_weights(modules(), shares, method.ridge)
+    notes += [
+        f"{method.name}: weights {', '.join(f'{w:.3f}' for w in c.tolist())} of {group}, at a "
+        f"distance of {error:.3f} from the adapters' outputs"
+        for group, (c, error) in sorted(found.items())[:MOST_NOTES]
+    ]
+    changed = []
+    for task in tasks:
+        if group_of(task) in found:
+            c, _ = found[group_of(task)]
+            parts = [replace(part, weight=float(c[part.number])) for part in task.parts]
+            read = () if task.refit.exact else task.covariances
+            task = replace(task, method=Linear(), parts=tuple(parts), covariances=read)
+        changed.append(task)
+    return changed, {group: c.tolist() for group, (c, _) in found.items()}
+
+
+def _widths(
+    places: Mapping[str, Place], parameters: Collection[str], notes: list[str], otherwise: str
+) -> dict[str, int]:
+    """The widths of the inputs of linear layers; a note says what happens to others."""
+    widths = {
+        name: place.a_tail[0]
+        for name, place in places.items()
+        if name not in parameters and place.is_linear
+    }
+    if not widths:
+        raise Refused(
+            "no linear layers with factors",
+            expected="some: statistics are of their inputs",
+            where="--stats",
+            hint="remove --stats",
+            code="AK106",
+        )
+    others = [name for name in places if name not in widths]
+    if others:
+        notes.append(
+            f"{len(others)} of {len(places)} modules are no linear layers (embeddings, "
+            f"convolutions, parameters), and {otherwise}: {listed(others)}"
+        )
+    return widths
+
+
+def check_statistics(method: Method, refit: Refit, space: str, adapters: int, files: int) -> None:
+    """`Refused` for a combination that lacks statistics, or does nothing with them."""
+    if method.acts_on == "covariances":
+        if files != adapters:
+            raise Refused(
+                f"{files} --stats files for {adapters} adapters",
+                expected=f"one for each adapter with {method.name}",
+                where="--stats",
+                hint="give --stats FILE once per adapter, in their order",
+                code="AK106",
+            )
+        return
+    if not files:
+        return
+    unused = "an exact result" if refit.exact else "--svd-clamp" if refit.clamp else ""
+    unused = "--space factors" if space == "factors" else unused
+    if unused:
+        raise Refused(
+            f"--stats with {unused}",
+            expected="a refit in --space delta: statistics say what it may lose",
+            where="options",
+            hint="give --rank R or --energy E, or remove --stats",
+            code="AK106",
+        )
+    if files not in (1, adapters):
+        raise Refused(
+            f"{files} --stats files for {adapters} adapters",
+            expected="one for all, or one for each",
+            where="--stats",
+            hint="give --stats FILE once, or once per adapter, in their order",
+            code="AK106",
+        )
+
+
+def without_inputs(method: Method) -> Method:
+    """What takes a method's place where the covariances of inputs are not defined."""
+    return Mean() if method.acts_on == "covariances" else method
+
+
+def with_statistics(
+    tasks: list[CombinedFactors],
+    stats: Sequence[Checkpoint],  # one for all adapters, or one for each
+    parameters: Collection[str],
+    notes: list[str],
+    errors: Problems,
+) -> list[CombinedFactors]:
+    """The tasks, those of linear layers with the inputs' covariances; see `in_output_norms`.
+    What is missing joins the errors."""
+    if not stats or not tasks:
+        return tasks
+    replaced = without_inputs(tasks[0].method)
+    otherwise = BY_WEIGHTS if replaced is tasks[0].method else f"combined by {replaced.name}"
+    if tasks[0].method.over != "module":
+        otherwise += f" where their {tasks[0].method.over} has no linear layers"
+    try:
+        places = {task.name: task.place for task in tasks}
+        widths = _widths(places, parameters, notes, otherwise)
+    except AdapterkitError as error:
+        errors.append(error)
+        return tasks
+    selected: list[Mapping[str, TensorSpec]] = []
+    for number, checkpoint in enumerate(stats):
+        own = {
+            task.name: widths[task.name]
+            for task in tasks
+            if task.name in widths
+            and (len(stats) == 1 or any(part.number == number for part in task.parts))
+        }
+        selected.append({})
+        with errors.collected():
+            selected[-1] = select_covariances(checkpoint, own)
+    weighted = []
+    for task in tasks:
+        if task.name not in widths:
+            weighted.append(replace(task, method=replaced))
+            continue
+        files = selected if len(stats) == 1 else [selected[part.number] for part in task.parts]
+        specs = tuple(file[task.name] for file in files if task.name in file)
+        weighted.append(replace(task, covariances=specs))
+    return weighted

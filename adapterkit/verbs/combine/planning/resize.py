@@ -1,0 +1,185 @@
+"""resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best
+approximation of each delta, by its singular values."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.kinds.dora_deltas import BaseWeights, dora_problems
+from adapterkit.adapters.kinds.planning import kind_of, read_deltas
+from adapterkit.core import dtypes
+from adapterkit.core.adapter.factors import Place
+from adapterkit.core.adapter.keys import CONFIG
+from adapterkit.core.adapter.peft import read_adapter
+from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.errors import Problems, Refused
+from adapterkit.core.inputs.adapter_door import together
+from adapterkit.core.inputs.base_door import read_checkpoint
+from adapterkit.core.inputs.sources import if_given, open_model, open_statistics, open_unconverted
+from adapterkit.core.merge.sites import join, levels_of, names_of, targets_of
+from adapterkit.core.plan import Plan, Task
+from adapterkit.core.records import Json
+from adapterkit.core.shared_options import TruncationOptions
+from adapterkit.core.weights.names import Names
+from adapterkit.verbs.combine.planning.output_norms import in_output_norms
+from adapterkit.verbs.combine.records.resize import Resize
+from adapterkit.verbs.combine.tasks.truncate import (
+    SHARES,
+    ConvertedFactors,
+    TruncatedFactors,
+    even_rank,
+    finalize_by_size,
+)
+from adapterkit.verbs.shared import adapter_output
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.common import Delta, Kind
+
+
+def plan_resize(options: Resize) -> Plan:
+    """Everything a resize will do, or `Refused` with all that cannot be done."""
+    inputs = together([open_unconverted(options.adapter)], options.out)
+    (source,) = inputs.folders
+    base = if_given(open_model, options.base)
+    stats = if_given(open_statistics, options.stats)
+    # the reader refuses what has none
+    config = read_json(source, CONFIG) if CONFIG in source.files() else {}
+    kind, notes = kind_of(source, config), []
+    is_plain = kind is None and not config.get("use_dora")
+    if base is not None and is_plain and not config.get("target_parameters"):
+        notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
+        base = None
+    job = _ResizePlanner(options, None if base is None else read_checkpoint(base, 1), notes)
+    if kind is not None:
+        job.convert(kind, source)
+    else:
+        job.resize(read_adapter(source, 0))
+    job.errors.raise_all()
+    adapter_output.check_factors(job.ranked, source.name)
+    statistics = None if stats is None else open_checkpoint(stats, 1 if base is None else 2)
+    job.weight(statistics)
+    return inputs.written(job.plan(statistics))
+
+
+@dataclass
+class _ResizePlanner:
+    """A resize while it is planned: what gets factors, and the adapter as the output's config sees
+    it."""
+
+    options: Resize
+    base: Checkpoint | None
+    notes: list[str]
+    errors: Problems = field(default_factory=Problems)
+    ranked: list[TruncatedFactors | ConvertedFactors] = field(default_factory=list)
+    targets: Json = field(default_factory=dict)  # what the output has to know of them
+    adapter: Adapter | None = None
+    init: Any = True  # the output's init_lora_weights
+
+    def __post_init__(self) -> None:
+        self.truncation = self.options.only(TruncationOptions)
+        self.dtype = dtypes.parse(self.options.dtype)
+
+    def resize(self, adapter: Adapter) -> None:
+        """A LoRA from its factors; a DoRA whose base is given from its weights."""
+        self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
+        if self.options.alpha == "keep" and adapter.config.get("lora_bias"):
+            expected = "--alpha rank: PEFT scales biases of b by alpha / rank too"
+            problem = "--alpha keep with lora_bias"
+            self.errors.add(problem, expected, "remove --alpha", where="options", code="AK102")
+        sites = join([adapter], self.errors, self._names(adapter))
+        self.targets = targets_of(sites)
+        joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
+        if self.base is None or not adapter.config.get("use_dora"):
+            if adapter.config.get("use_dora"):
+                self.notes.append(
+                    "DoRA without --base: the magnitudes stay, and the approximation is of "
+                    "scale·b@a, not of the delta that they and the norms of W + scale·b@a make of "
+                    "it (with --base the delta itself is fitted, as plain LoRA)"
+                )
+            levels, how = levels_of(sites.values()), self._how()
+            for name, site in sites.items():
+                place, factors = site.place(levels), joined[name]
+                self.ranked.append(TruncatedFactors(name, place, self.dtype, factors, **how))
+            return
+        self.errors += dora_problems(adapter)
+        weights = BaseWeights(
+            self.base, adapter, [lora.module for lora in adapter.loras], self.notes
+        )
+        for name, factors in joined.items():
+            with self.errors.collected():
+                delta, embedding = weights.dora(factors), factors.kind == "embedding"
+                self._add(name, delta, delta.weight.weight_shape[1:], embedding, factors.module)
+        plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
+        self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
+
+    def convert(self, kind: "type[Kind]", source: Folder) -> None:
+        """An adapter of another type, as a LoRA."""
+        if self.options.alpha == "keep":
+            raise Refused(
+                f"--alpha keep with an adapter of type {kind.name}",
+                expected="--alpha rank: the adapter has no lora_alpha",
+                where="options",
+                hint="remove --alpha",
+                code="AK102",
+            )
+        self.adapter, modules = read_deltas(kind, source, self.base, self.notes, self.errors)
+        for one in modules:
+            self._add(one.module, one.delta, one.tail, one.embedding, one.module)
+        self.targets = {"modules": {one.module: one.module for one in modules}}
+
+    def _names(self, adapter: Adapter) -> Names | None:
+        """The base's names where they tell the adapter's parameters apart."""
+        named = self.base if adapter.config.get("target_parameters") else None
+        return names_of(named, [adapter], self.notes)
+
+    def _add(
+        self, name: str, delta: "Delta", tail: tuple[int, ...], embedding: bool, module: str
+    ) -> None:
+        kind = "embedding" if embedding else "module"
+        place = Place.of_weight(module, (delta.shape[0], *tail), kind)
+        self.ranked.append(ConvertedFactors(name, place, self.dtype, delta, **self._how()))
+
+    def weight(self, stats: Checkpoint | None) -> None:
+        """Fit in the norm of the outputs, by these statistics; `Refused` where some are missing."""
+        parameters = self.targets.get("parameters", frozenset())
+        names = [name for name, target in self.targets["modules"].items() if target in parameters]
+        self.ranked = in_output_norms(self.ranked, stats, names, self.notes)
+
+    def _alpha(self) -> float | None:
+        assert self.adapter is not None
+        return self.adapter.config["lora_alpha"] if self.options.alpha == "keep" else None
+
+    def _how(self) -> Json:
+        return {"truncation": self.truncation, "alpha": self._alpha()}
+
+    def plan(self, stats: Checkpoint | None) -> Plan:
+        adapter, options = self.adapter, self.options
+        assert adapter is not None
+        ranked, finalize = self.ranked, None
+        beside = adapter_output.copy_all_but_factors(adapter, self.dtype)
+        if self.truncation.max_size:
+            limit = SHARES * even_rank(self.truncation, ranked)
+            ranked = [
+                replace(task, limit=limit) if isinstance(task, ConvertedFactors) else task
+                for task in ranked
+            ]
+            made_for = adapter.base_fingerprint
+            finalize = partial(finalize_by_size, self.truncation, made_for=made_for)
+        settings = adapter_output.settings_of(adapter) | {"init_lora_weights": self.init}
+        tasks: list[Task] = [*ranked, *beside]
+        modules = {task.name: self.targets["modules"][task.name] for task in ranked}
+        more = self.targets | {
+            "modules": modules,
+            "settings": settings,
+            "finalize": finalize,
+            "alpha": self._alpha(),
+        }
+        output = adapter_output.Output([adapter], tasks, summary="resized", **more)
+        decisions = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
+        inputs = [adapter, *(one for one in (self.base, stats) if one is not None)]
+        return adapter_output.plan_adapters(
+            "resize", options.recipe_options(), inputs, [output], self.notes, decisions
+        )

@@ -1,0 +1,83 @@
+"""extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints'
+difference."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.core.registry import load
+from adapterkit.core.shared_options import (
+    ModuleFilters,
+    TruncationOptions,
+    covariances_option,
+    factor_dtype_option,
+)
+from adapterkit.core.verb import WritingVerb, function_of
+
+if TYPE_CHECKING:
+    from adapterkit.core.plan import Plan
+
+
+@record
+class Extract(WritingVerb, TruncationOptions, ModuleFilters):
+    """Extract the adapter between two checkpoints: b@a is the best approximation of
+    W_tuned - W_base of its rank, weight by weight.
+
+    Linear layers, convolutions, routers and stacks of experts get factors (one of `rank`, `energy`,
+    `sv_ratio`, `max_size`, as in `resize`; with `max_size` none gets more than 8 times the even
+    rank), by a truncated SVD in float32. A stack has one rank, the largest that one of its experts
+    needs; stacks, routers and other matrices that are no layer's stand in the config as
+    target_parameters. What has no low rank and differs (embeddings, norms, biases, heads of one
+    side) is saved whole (`rest="save"`), left out (`"drop"`), or a reason to refuse (`"refuse"`). A
+    weight whose two values differ by the rounding of one side's dtype alone is unchanged.
+    `include`, `exclude`: regexes on modules. Both sides may be sharded and stored differently;
+    names are those of the loaded model. The receipt has each weight's relative error. Raises
+    `Refused` before anything is written: also for shapes that differ, the vocabulary's apart. What
+    was written is read back, and a merge of it planned, before it gets its name.
+
+    `stats`: as in `resize`: factors of linear layers are the best in the norm of their outputs, and
+    the receipt has the errors in both norms, also of the plain fit, which costs a second SVD.
+
+    Of two pipelines of diffusers each part that differs gets a folder in PEFT's layout, of which
+    `convert --to diffusers` makes one file.
+
+    Saved whole means: a module without children in modules_to_save; a layer's bias with
+    `bias="lora_only"`; and a single parameter that no module can stand for (ViT's cls_token,
+    Mamba's A_log and D, a tied embedding) under its own key, its name beside the modules of
+    modules_to_save. PEFT loads such a value into the model itself, as it does biases:
+    `disable_adapter` leaves it there.
+    """
+
+    planner = "verbs.combine.planning.extract:plan_extract"
+    command = """Extract the adapter between a base and its fine-tune.
+
+    b@a ≈ W_tuned - W_base, the best approximation of that rank. Before it is published, the adapter
+    is read back and its merge into the base planned. Differing shapes are refused, except the
+    vocabulary's. Loading parameters that are saved whole (a class token, a tied embedding, biases)
+    with PEFT modifies the base in memory.
+
+    \b
+    Example:
+      adapterkit extract ./base ./fine-tune --rank 32 --out adapter
+      adapterkit extract ./base ./fine-tune --max-size 50MB --out adapter
+    """
+
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    tuned: StrPath = argument(kw_only=False, check=SOURCE)
+    stats: StrPath | None = covariances_option()
+    rest: str = option(
+        default="save",
+        check=choice(("save", "drop", "refuse")),
+        help="Tensors that differ and get no factors (embeddings, norms, biases): save them whole, "
+        "drop them, or refuse.",
+    )
+    dtype: str = factor_dtype_option()
+
+    def check(self, plan: "Plan") -> Callable[[Path], object]:
+        """Reads the extracted adapter back, and plans its merge into the base."""
+        return partial(load("verbs.combine.planning.extract:plan_merge_back"), plan)
+
+
+extract = function_of(Extract)

@@ -1,0 +1,75 @@
+"""resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best
+approximation of each delta, by its singular values."""
+
+from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.core.run_options import adapter_output_option
+from adapterkit.core.shared_options import (
+    TruncationOptions,
+    base_option,
+    covariances_option,
+    factor_dtype_option,
+)
+from adapterkit.core.verb import WritingVerb, function_of
+
+
+@record
+class Resize(WritingVerb, TruncationOptions):
+    """Change an adapter's rank: b'@a' is the best approximation of scale·b@a of its rank, from QR
+    of both factors.
+
+    One of `rank`, `energy` (the smallest rank of each module that keeps this share of the squared
+    singular values), `sv_ratio` (singular values of at least the largest one divided by this) and
+    `max_size` (a file of at most this size; the ranks go to the largest singular values of all
+    modules). The factors' norms are balanced. `alpha="rank"` gives every module scale 1, `"keep"`
+    keeps lora_alpha and folds the difference into b. Ranks are exact: no rank above the one asked
+    for. Everything that is no factor (biases, magnitudes, trained modules, token rows) is kept.
+    Raises `Refused` before anything is written.
+
+    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each linear layer with
+    factors saw; then b'@a' is the best in the norm of the layer's outputs, ‖(Δ - b'@a') C^½‖_F, by
+    which `energy`, `sv_ratio` and `max_size` count too (C scaled to a mean diagonal of 1, between
+    modules). The receipt has both relative errors of these factors (`error`, `output_error`) and of
+    those without statistics (`unweighted_error`, `unweighted_output_error`). Embeddings,
+    convolutions and parameters are fitted in the norm of their weights, which a note says.
+
+    Of adapters of several parts of an image model's pipeline (unet, text_encoder, ...) the names of
+    modules have the part's in front, and the output is in the layout of the adapter; so is that
+    to an `out` that ends in .safetensors.
+
+    LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does
+    too. OFT needs it for the weights that it rotates, VeRA for the widths of its layers,
+    convolutions of the others for their kernels, `target_parameters` that patterns tell apart for
+    their order. Of a DoRA without `base` the magnitudes stay and scale·b@a is approximated, which a
+    note says.
+    """
+
+    tier = "core"
+    planner = "verbs.combine.planning.resize:plan_resize"
+    command = """Change an adapter's rank, or its kind to plain LoRA.
+
+    Each delta gets its best approximation of the new rank, computed from the factors alone.
+    LoHa, LoKr, VeRA, AdaLoRA and OFT adapters, and with --base DoRA, become plain LoRA.
+
+    \b
+    Example:
+      adapterkit resize ./rank-64 --rank 16 --out rank-16
+      adapterkit resize ./rank-64 --energy 0.95 --dtype bf16 --out smaller
+      adapterkit resize ./oft --base ./model --rank 32 --out lora
+    """
+
+    adapter: StrPath = argument(kw_only=False, check=SOURCE)
+    base: StrPath | None = base_option(
+        "The model it was trained on: OFT, VeRA and convolutions need it; with it DoRA becomes "
+        "plain LoRA."
+    )
+    stats: StrPath | None = covariances_option()
+    alpha: str = option(
+        default="rank",
+        check=choice(("rank", "keep")),
+        help="lora_alpha of the result: each module's rank (scale 1), or the adapter's own.",
+    )
+    dtype: str = factor_dtype_option()
+    out: StrPath = adapter_output_option()
+
+
+resize = function_of(Resize)

@@ -1,0 +1,83 @@
+"""subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54):
+Δ' = Δ - mean of the general Δ."""
+
+from adapterkit.core.options import (
+    REGEX,
+    UNWEIGHTED,
+    Sources,
+    StrPath,
+    argument,
+    choice,
+    option,
+    record,
+)
+from adapterkit.core.run_options import adapter_output_option
+from adapterkit.core.shared_options import (
+    EXACT_BY_DEFAULT,
+    FOR_AMBIGUOUS_PARAMETERS,
+    base_option,
+    energy_option,
+    factor_dtype_option,
+    rank_option,
+    tokenizer_option,
+)
+from adapterkit.core.verb import WritingVerb, function_of
+
+
+@record
+class Subtract(WritingVerb):
+    """Subtract the mean of general adapters from each task adapter: Δ' = scale·b@a - (1/G) Σ
+    scale_g·b_g@a_g.
+
+    One task adapter is written to `out`, several to `out/<folder name>`. In delta space the result
+    is exact, of rank r·(1+G) unless `rank` or `energy` refits it; a module that a general adapter
+    lacks counts as zero there, and one that the task lacks is added. `space="factors"` subtracts
+    the means of a and b apart, as PEFT does (cross terms; scales of the general adapters ignored),
+    and keeps the rank. Where `exclude` is found in a module's name nothing is subtracted and the
+    task's values stay, of a head that a general adapter trained whole for one. Factors are written
+    in `dtype`, scale 1. `base` tells parameters of `target_parameters` apart where the files do
+    not. Raises `Refused` before anything is written.
+
+    Of adapters of several parts of an image model's pipeline (unet, text_encoder, ...) the names of
+    modules have the part's in front, and the output is in the layout of the first one; so is that
+    to an `out` that ends in .safetensors.
+    """
+
+    planner = "verbs.combine.planning.subtract:plan_subtract"
+    command = """Subtract the mean of general adapters (GenKnowSub).
+
+    Δ' = Δ - mean Δ_general, of each task adapter.
+
+    \b
+    Example:
+      adapterkit subtract ./medicine --general ./english --general ./french --out medicine-only
+      adapterkit subtract ./law ./medicine --general ./english --rank 16 --out purified
+    The second writes purified/law and purified/medicine.
+    """
+
+    adapters: Sources = argument(kw_only=False, check=UNWEIGHTED, metavar="ADAPTER...")
+    general: Sources = option(
+        check=UNWEIGHTED,
+        metavar="ADAPTER",
+        help="Adapter of what all tasks share; repeat for several.",
+    )
+    base: StrPath | None = base_option(FOR_AMBIGUOUS_PARAMETERS)
+    space: str = option(
+        default="delta",
+        check=choice(("delta", "factors")),
+        help="Subtract the deltas (exact), or the means of a and b separately, as PEFT does.",
+    )
+    exclude: str | None = option(
+        default=None,
+        check=REGEX,
+        metavar="REGEX",
+        help="Subtract nothing from modules whose name matches this regex.",
+    )
+    rank: int | None = rank_option(EXACT_BY_DEFAULT)
+    energy: float | None = energy_option()
+    tokenizer: str | None = tokenizer_option()
+    dtype: str = factor_dtype_option()
+    out: StrPath = adapter_output_option()
+
+
+subtract = function_of(Subtract)

@@ -1,0 +1,371 @@
+"""One module of a combination: its adapters' factors in, new factors out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.plan import PIECE_BYTES, READ, Effort, Metrics, TaskResult
+from adapterkit.core.tasks.common import FactorsTask, RankedFactors
+from adapterkit.core.tasks.metrics import short
+from adapterkit.core.weights.reader import Reader
+from adapterkit.kernels import elementwise
+from adapterkit.kernels.block_sizes import GPU
+from adapterkit.kernels.lowrank import algebra, weighted
+from adapterkit.kernels.lowrank.algebra import Product, Svd
+from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.verbs.combine.methods.common import DenseDeltas, WeightedSum, add_pruned
+from adapterkit.verbs.combine.methods.protocol import Method
+from adapterkit.verbs.combine.tasks.truncate import energies_of, fit_metrics
+from adapterkit.verbs.shared.statistics_file import (
+    covariance_errors,
+    read_covariance,
+    read_root,
+    root_memory,
+)
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.dora import DoRA
+
+Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How a result becomes factors: a rank, a share of the energy, the inputs' largest rank, or as
+    it is (exact).
+
+    `clamp`: b = U s and a = Vᵀ are clamped to this quantile of their elements and their negatives
+    (PEFT's svd_clamp).
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    largest: bool = False
+    clamp: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        return not (self.rank or self.energy or self.largest or self.clamp)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One adapter's share in a module."""
+
+    number: int
+    factors: Factors
+    weight: float
+    dora: DoRA | None = None  # where its delta depends on the base's weight
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return self.dora.reads if self.dora else self.factors.reads
+
+    @property
+    def memory(self) -> int:
+        dense = self.dora.memory + 8 * math.prod(self.factors.shape) if self.dora else 0
+        return 12 * (self.factors.a.nbytes + self.factors.b.nbytes) + dense
+
+    def deltas(self, inputs: Reader) -> list[Delta]:
+        """Its delta, or one for each expert."""
+        return [self.dora.value(inputs)] if self.dora else list(self.factors.products(inputs))
+
+
+@dataclass(frozen=True)
+class CombinedFactors(FactorsTask):
+    """The factors of one module that a method makes of all adapters' deltas, or of their factors
+    (space "factors")."""
+
+    parts: tuple[Operand, ...] = field(metadata=READ)
+    method: Method
+    refit: Refit
+    space: str = "delta"
+    seed: int = 0
+    # of the module's inputs: of each part's, or one for all; with them the refit is in the norm of
+    # the outputs
+    covariances: tuple[TensorSpec, ...] = field(default=(), metadata=READ)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the result is dense: the method needs the deltas multiplied out, or one of them
+        is no product."""
+        return self.method.acts_on == "elements" or any(part.dora for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of each delta."""
+        return self.parts[0].factors.shape
+
+    @property
+    def max_rank(self) -> int:
+        ranks = [part.factors.rank for part in self.parts]
+        if self.space == "factors":
+            return ranks[0]
+        full = min(self.shape)
+        full = full if self.is_dense else min(sum(ranks), full)
+        return min(full, max(ranks) if self.refit.largest else self.refit.rank or full)
+
+    @property
+    def planned_metrics(self) -> Metrics | None:
+        known = self.space == "factors" or self.method.acts_on == "elements"
+        known = known or (self.method.acts_on == "factors" and self.method.stacks)
+        return {"rank": self.max_rank} if known and not self.refit.energy else None
+
+    @property
+    def effort(self) -> Effort:
+        roots = Effort(wide=sum(spec.shape[0] ** 3 for spec in self.covariances))
+        if not self.is_dense:
+            return roots
+        size = math.prod(self.shape) * (self.place.experts or 1)
+        flops = 2 * size * sum(part.factors.rank for part in self.parts)
+        elements = size * len(self.parts)
+        drawn = elements if self.method.draws else 0
+        dense = Effort(elected=elements, drawn=drawn, flops=flops)
+        return roots + dense + self.decomposition(self.max_rank)
+
+    @property
+    def memory(self) -> int:
+        parts, size = sum(part.memory for part in self.parts), math.prod(self.shape)
+        if self.covariances:
+            dense = 8 * size if self.is_dense else 0
+            parts += parts + dense + root_memory(*self.covariances)
+        by_elements = self.method.acts_on == "elements" or isinstance(self.method, WeightedSum)
+        if self.is_dense and not by_elements:
+            return parts + 40 * len(self.parts) * size  # dense deltas as products in float64
+        return parts + (12 * size if self.is_dense else 0)
+
+    @property
+    def gpu_memory(self) -> int:
+        """Also blocks of all deltas, twice while signs are elected, and all elements of one of
+        which the largest are selected."""
+        if not self.is_dense:
+            return super().gpu_memory
+        size, each = math.prod(self.shape), 8 * len(self.parts) + PIECE_BYTES
+        return super().gpu_memory + each * min(GPU, size) + 16 * min(elementwise.AT_ONCE, size)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        if self.space == "factors":
+            return self._on_factors(inputs)
+        weights = [part.weight for part in self.parts]
+        results, metrics, spans = [], [], []
+        root, damping = None, {}
+        if self.method.acts_on != "covariances":
+            root, damping = read_root(inputs, *self.covariances)
+        for expert, deltas in enumerate(
+            zip(*(part.deltas(inputs) for part in self.parts), strict=True)
+        ):
+            if self.method.acts_on == "covariances":
+                result, root, measured = self._regress(deltas, weights, inputs)
+            else:
+                seeds = ModuleSeeds(self.seed, f"{self.name}/{expert}")
+                result, measured = combined_delta(self.method, deltas, weights, seeds)
+            results.append(result)
+            metrics.append(measured | damping | _cosines(deltas))
+            spans.append(None if isinstance(result, Product) else _span(deltas))
+        return self._refit(results, metrics, spans, root)
+
+    def _regress(
+        self, deltas: Sequence[Delta], weights: list[float], inputs: Reader
+    ) -> tuple[Product, Tensor, Metrics]:
+        assert self.method.acts_on == "covariances"
+        products = [algebra.as_product(delta) for delta in deltas]
+        with self.covariance_errors():
+            return self.method.combine_covariances(
+                products, weights, lambda which: self.covariance(inputs, which)
+            )
+
+    def covariance(self, inputs: Reader, which: int) -> Tensor:
+        """E[x xᵀ] (in, in) float32 of the inputs that a part saw."""
+        return read_covariance(inputs, self.covariances[which])
+
+    def covariance_errors(self) -> AbstractContextManager[None]:
+        """A ValueError inside is one of them."""
+        return covariance_errors(*self.covariances)
+
+    def _refit(
+        self,
+        results: list[Delta],
+        metrics: list[dict],
+        spans: list[Svd | None],
+        root: Tensor | None,
+    ) -> TaskResult:
+        """`spans`: for each result directions near which those of its singular vectors are;
+        `root`: of the norm of the refit."""
+        products = [result for result in results if isinstance(result, Product)]
+        if self.refit.exact and products and products[0].rank <= min(self.shape):
+            pairs = [algebra.balance(product) for product in products]
+            norm = math.hypot(*map(algebra.norm, products))
+            return self._result(pairs, metrics, {"norm": short(norm), "energy": 1.0})
+        most, share = self.max_rank, self.refit.energy
+        decompositions = [
+            weighted.decompose_product(result, root)
+            if isinstance(result, Product)
+            else weighted.decompose_dense(result, most, share, start=near, root=root)
+            for result, near in zip(results, spans, strict=True)
+        ]
+        if share:
+            rank = max(
+                algebra.rank_for_energy(one.svd.s, share, one.total) for one in decompositions
+            )
+            rank = min(rank, most)
+        else:
+            rank = min(most, *(len(one.svd.s) for one in decompositions))
+        fit = fit_metrics(energies_of(decompositions, rank), rank)
+        if root is None:
+            del fit["error"]  # the root of what the energy lacks to 1
+        return self._result([self._factors(one, rank) for one in decompositions], metrics, fit)
+
+    def _factors(self, decomposition: weighted.Decomposition, rank: int) -> tuple[Tensor, Tensor]:
+        if self.refit.clamp is None:
+            return decomposition.factors(rank)
+        svd = decomposition.svd
+        a, b = svd.vh[:rank], svd.u[:, :rank] * svd.s[:rank]
+        values = torch.cat([b.reshape(-1), a.reshape(-1)])
+        # PEFT's quantile of the signed values depends on the signs that the decomposition happens
+        # to give
+        limit = quantile(torch.cat([values, -values]), self.refit.clamp)
+        return a.clamp(-limit, limit), b.clamp(-limit, limit)
+
+    def _on_factors(self, inputs: Reader) -> TaskResult:
+        """PEFT's way: the method acts on the a's with sign(c)√|c| and on the b's with √|c|,
+        c = weight · scale, whatever that does to their products."""
+        pairs = [part.factors.stored(inputs) for part in self.parts]
+        roots = [
+            (math.copysign(abs(c) ** 0.5, c), abs(c) ** 0.5)
+            for c in (p.weight * p.factors.scale for p in self.parts)
+        ]
+        sides = []
+        for side in (0, 1):
+            matrices, weights = [pair[side] for pair in pairs], [root[side] for root in roots]
+            if self.method.acts_on == "elements":
+                seeds = ModuleSeeds(self.seed, f"{self.name}/{'ab'[side]}")
+                sides.append(self.method.combine_elements(DenseDeltas(matrices), weights, seeds)[0])
+            else:
+                sides.append(sum(m * w for m, w in zip(matrices, weights, strict=True)))
+        rank = self.parts[0].factors.rank
+        a, b = sides
+        return TaskResult(self.round_matrices(a, b, rank), {"rank": rank})
+
+    def _result(
+        self, pairs: list[tuple[Tensor, Tensor]], metrics: list[dict], fit: dict[str, float]
+    ) -> TaskResult:
+        """`fit`: metrics of what the factors lose of the delta."""
+        merged: Metrics = {"rank": len(pairs[0][0]), **fit}
+        # of a stack of experts: the mean over them
+        merged |= {key: _mean([metric[key] for metric in metrics]) for key in metrics[0]}
+        return TaskResult(self.round(self.place.stored(pairs)), merged)
+
+
+def combined_delta(
+    method: Method,
+    deltas: Sequence[Delta],
+    weights: Sequence[float],
+    seeds: ModuleSeeds,
+    *,
+    wide: bool = False,
+) -> tuple[Delta, Metrics]:
+    """What a method of no covariances makes of deltas, as a product where it keeps them so, else
+    dense, and its metrics; `wide`: as `DenseDeltas` has it."""
+    if method.acts_on == "elements":
+        return method.combine_elements(DenseDeltas(deltas, wide=wide), weights, seeds)
+    assert method.acts_on == "factors"
+    is_dense = not all(isinstance(delta, Product) for delta in deltas)
+    if is_dense and isinstance(method, WeightedSum):
+        shares = method.shares(weights)
+        dense = DenseDeltas(deltas, wide=wide)
+        return add_pruned(dense, shares, [lambda block: None] * len(shares))
+    return method.combine_factors([algebra.as_product(d) for d in deltas], weights, seeds)
+
+
+class ModuleSeeds:
+    """Random numbers for each delta of one module, from the run's seed and the module's name."""
+
+    def __init__(self, seed: int, name: str):
+        self.seed, self.name = seed, name
+
+    def __call__(self, which: int) -> Draws:
+        return Draws.of(self.seed, f"{self.name}\0{which}")
+
+
+def quantile(values: Tensor, share: float) -> float:
+    """The quantile with linear interpolation, of any number of values (torch.quantile stops at 16
+    million)."""
+    at = share * (len(values) - 1)
+    low = math.floor(at)
+    first = float(values.kthvalue(low + 1).values)
+    second = float(values.kthvalue(min(low + 2, len(values))).values)
+    return first + (second - first) * (at - low)
+
+
+def _span(deltas: Sequence[Delta]) -> Svd | None:
+    """The directions of all factors, near which are those of whatever combines their products; None
+    where one is dense."""
+    products = [delta for delta in deltas if isinstance(delta, Product)]
+    if len(products) < len(deltas):
+        return None
+    left, right = torch.cat([p.left for p in products], 1), torch.cat([p.right for p in products])
+    sizes = left.norm(dim=0), right.norm(dim=1)
+    used = (sizes[0] > 0) & (sizes[1] > 0)
+    if not bool(used.any()):
+        return None
+    left, right = (left / sizes[0])[:, used], (right / sizes[1][:, None])[used]
+    return Svd(left, left.new_ones(len(right)), right)
+
+
+def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:
+    """Cosines between the inputs' deltas, row by row of the triangle above the diagonal."""
+    products = [delta for delta in deltas if isinstance(delta, Product)]
+    table = algebra.gram(products) if len(products) == len(deltas) else _gram(DenseDeltas(deltas))
+    norms = table.diagonal().clamp_min(0).sqrt()
+    pairs = itertools.combinations(range(len(deltas)), 2)
+    return {
+        "cosines": [
+            float(table[i, j] / (norms[i] * norms[j])) if norms[i] * norms[j] else 0.0
+            for i, j in pairs
+        ]
+    }
+
+
+def _gram(deltas: DenseDeltas) -> Tensor:
+    """All inner products of dense deltas, in float64."""
+    table = torch.zeros(deltas.count, deltas.count, dtype=torch.float64)
+    for first, last in deltas.blocks():
+        rows = torch.stack(
+            [deltas.rows(i, first, last).reshape(-1) for i in range(deltas.count)]
+        ).double()
+        table += (rows @ rows.T).cpu()
+    return table
+
+
+def _mean(values: list) -> Any:
+    if isinstance(values[0], list):
+        return [_mean(list(column)) for column in zip(*values, strict=True)]
+    return short(math.fsum(values) / len(values))
+
+
+@dataclass(frozen=True)
+class SubtractedFactors(RankedFactors):
+    """PEFT's subtraction: a - mean of the general a's, scale · (b - mean of the general b's)."""
+
+    task_adapter: Factors = field(metadata=READ)
+    generals: tuple[Factors, ...] = field(metadata=READ)
+
+    @property
+    def memory(self) -> int:
+        return 12 * sum(spec.nbytes for spec in self.reads)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        a, b = self.task_adapter.stored(inputs)
+        others = [factors.stored(inputs) for factors in self.generals]
+        count = len(others)
+        a = a - sum(other for other, _ in others) / count
+        b = (b - sum(other for _, other in others) / count) * self.task_adapter.scale
+        return TaskResult(self.round_matrices(a, b, self.rank), self.planned_metrics)

@@ -1,0 +1,177 @@
+"""The factors of the difference of two parameters, or the new parameter whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from adapterkit.core import dtypes
+from adapterkit.core.adapter.keys import factor_keys
+from adapterkit.core.checkpoint.layout import TensorPlan
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.plan import READ, Effort, Task, TaskResult
+from adapterkit.core.tasks.common import CopiedTensor
+from adapterkit.core.weights.parameters import StoredParameter
+from adapterkit.core.weights.reader import Reader
+from adapterkit.kernels.block_sizes import piece
+from adapterkit.kernels.lowrank import weighted as weighted_kernel
+from adapterkit.kernels.lowrank.algebra import Svd
+from adapterkit.verbs.combine.tasks.truncate import FittedFactors
+from adapterkit.verbs.shared.statistics_file import read_root, root_memory
+
+BLOCK = 1 << 20  # elements converted to float32 at a time on a CPU
+
+
+@dataclass(frozen=True)
+class DifferenceFactors(FittedFactors):
+    """Factors of one weight's difference between both sides; of a stack of experts, of each matrix
+    of it."""
+
+    module: str
+    old: StoredParameter = field(metadata=READ)
+    new: StoredParameter = field(metadata=READ)
+    transposed: bool
+    target: str  # what PEFT's config calls it
+
+    def with_keys(self, wrappers: Mapping[str, int], depth: int) -> DifferenceFactors:
+        """The same with keys as deep as they can become, `depth` among those of its module."""
+        a_key, b_key = factor_keys(self.module, wrappers, depth)
+        return replace(self, place=replace(self.place, a_key=a_key, b_key=b_key))
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """(out, in) of each matrix."""
+        return self.place.out, math.prod(self.place.a_tail)
+
+    @property
+    def full_rank(self) -> int:
+        return min(self._shape)
+
+    @property
+    def effort(self) -> Effort:
+        root = 0 if self.covariance is None else self.covariance.shape[0]
+        weighted = Effort(flops=2 * self.place.out * root**2, wide=root**3)
+        return weighted + self.decomposition(self.max_rank)
+
+    @property
+    def memory(self) -> int:
+        """The difference of one matrix, the vectors of its decomposition or a product of its short
+        side, and the factors; with statistics also what it does to the inputs, and its root."""
+        size, short_side = math.prod(self._shape), min(self._shape)
+        factors = sum(4 * math.prod(stored.shape) for stored in self.max_outputs)
+        plain = 8 * size + 32 * min(short_side**2, size) + 2 * factors + 32 * BLOCK
+        if self.covariance is None:
+            return plain
+        return plain + 8 * size + 3 * factors + root_memory(self.covariance)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        differences = (_difference(old, new, inputs) for old, new in self._matrices())
+        damping: dict[str, float] = {}
+        decompositions: list[weighted_kernel.Decomposition | None] = []
+        for delta in differences:
+            if delta is None or not bool(delta.any()):
+                decompositions.append(None)
+                continue
+            root, damping = read_root(inputs, self.covariance)
+            decompositions.append(self._decompose(delta, root))
+        if all(one is None for one in decompositions):
+            return TaskResult({}, {"unchanged": True})
+        out, width = self._shape
+        zeros = partial(torch.zeros, device=inputs.device)
+        zero = Svd(zeros(out, 1), zeros(1), zeros(1, width))
+        return self.fit(
+            [one or weighted_kernel.Decomposition(zero, 0.0) for one in decompositions], damping
+        )
+
+    def _matrices(self) -> Iterator[tuple[StoredParameter, StoredParameter]]:
+        """Both sides of each matrix."""
+        if self.place.experts is None:
+            yield self.old, self.new
+        for i in range(self.place.experts or 0):
+            yield self.old.expert(i), self.new.expert(i)
+
+    def _decompose(self, delta: Tensor, root: Tensor | None) -> weighted_kernel.Decomposition:
+        delta = delta.T if self.transposed else delta.reshape(self._shape)
+        energy, ratio = self.truncation.energy, self.truncation.sv_ratio
+        return weighted_kernel.decompose_dense(delta, self.max_rank, energy, ratio, root=root)
+
+
+@dataclass(frozen=True)
+class WholeParameter(Task):
+    """One parameter's value, put together where it is stored in parts or as a part of something
+    else."""
+
+    parameter: str
+    value: StoredParameter = field(metadata=READ)
+    key: str
+    only_beside_factors: bool = False  # written if its layer has factors alone
+
+    @property
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan(self.key, dtypes.name_of(self.value.widest), self.value.shape),)
+
+    @property
+    def memory(self) -> int:
+        return 2 * sum(spec.nbytes for spec in self.value.reads)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        if self.value.is_one_tensor:
+            copy = CopiedTensor(self.name, self.value.specs[0], self.key, checked=True)
+            return copy.compute(inputs)
+        tensor = self.value.native(inputs.view(None).tensor).contiguous()
+        return TaskResult({self.key: tensor}, {"taken": True})
+
+
+def _difference(old: StoredParameter, new: StoredParameter, inputs: Reader) -> Tensor | None:
+    """new - old in float32, a block of rows at a time; None where both store the same, or one is
+    the other's rounding."""
+    each = piece(inputs.device, BLOCK)
+    blocks = new.row_ranges(each)
+    blocks = blocks if len(old.row_ranges(each)) == len(blocks) else [(0, new.shape[0])]
+    pieces = [(first, old.rows(first, last), new.rows(first, last)) for first, last in blocks]
+    if _same_bytes(old, new, pieces, inputs) or _is_rounding(old, new, pieces, inputs):
+        return None
+    delta: Tensor | None = None
+    for first, before, after in pieces:
+        part = after.read(inputs).sub_(before.read(inputs))
+        if len(pieces) == 1:
+            return part
+        delta = part.new_empty(new.shape) if delta is None else delta
+        delta[first : first + len(part)] = part
+    return delta
+
+
+Pieces = list[tuple[int, StoredParameter, StoredParameter]]
+
+
+def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Reader) -> bool:
+    """Whether both sides store the same, compared before anything is converted."""
+    if not old.same_storage(new):
+        return False
+    pairs = (
+        (a, b)
+        for _, before, after in pieces
+        for a, b in zip(before.specs, after.specs, strict=True)
+    )
+    return all(inputs.bytes(a) == inputs.bytes(b) for a, b in pairs)
+
+
+def _is_rounding(
+    old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Reader
+) -> bool:
+    """Whether all of one side is the other's rounding."""
+    if old.dtypes == new.dtypes or len(old.dtypes) > 1 or len(new.dtypes) > 1:
+        return False
+    (first,), (second,) = (
+        {dtypes.torch_dtype(name) for name in side.dtypes} for side in (old, new)
+    )
+    down = up = True
+    for _, before, after in pieces:
+        a, b = before.read(inputs), after.read(inputs)
+        down = down and torch.equal(a.to(second), b.to(second))
+        up = up and torch.equal(b.to(first), a.to(first))
+        if not down and not up:
+            return False
+    return True

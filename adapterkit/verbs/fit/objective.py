@@ -1,0 +1,138 @@
+"""What adapters are weighed by: the loss of the tokens that count, or how far the predictions are
+from those of each file's own adapter."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from adapterkit.verbs.stats.data.masks import IGNORED
+from adapterkit.verbs.stats.model.coroutines import Coroutine
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.fit.runs import FitBatch
+    from adapterkit.verbs.fit.weighted_adapters import Mixture
+
+STATES = 0.1  # weight of the last hidden states beside the predictions
+LARGEST = 65504.0  # of float16
+
+
+class WithoutLoss(TorchFunctionMode):
+    """A model that makes its decoder's inputs of labels computes no loss: a head may have made
+    predictions of more rows than they have."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].new_zeros(()) if func is F.cross_entropy else func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Objective:
+    """The model's own loss of each sample, the mean over its tokens that count, in nats.
+
+    Labels are those of the batch: of a causal model the next tokens, else of the same place; of
+    whole inputs, such as images, one for each."""
+
+    model: Any
+
+    @property
+    def has_decoder(self) -> bool:
+        """Its inputs are made of the labels."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def is_causal(self) -> bool:
+        others = ("ForMaskedLM", "Classification")  # labels of the same place, or of the whole
+        own = any(word in type(self.model).__name__ for word in others)
+        return not self.has_decoder and not own
+
+    def logits(self, batch: "FitBatch") -> Tensor:
+        """(rows, tokens, vocabulary), at least float32."""
+        given = batch.inputs.items()
+        inputs = {key: value for key, value in given if key != "labels" or self.has_decoder}
+        with WithoutLoss() if self.has_decoder else nullcontext():
+            logits = self.model(**inputs).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def losses(self, batch: "FitBatch") -> Tensor:
+        """(rows,)"""
+        logits, labels = self.logits(batch), batch.inputs["labels"]
+        if labels.ndim < 2:  # one for each input
+            return F.cross_entropy(logits, labels, reduction="none")
+        labels = self.targets(labels)
+        options = {"ignore_index": IGNORED, "reduction": "none"}
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), **options)
+        return losses.view_as(labels).sum(1) / (labels != IGNORED).sum(1)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Of each place (rows, tokens) what is predicted there; of a causal model's last nothing.
+        Labels are moved, as a slice of the logits would be a copy of them."""
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.is_causal else labels
+
+    @contextmanager
+    def watching(self, mixture: "Mixture") -> Iterator[None]:
+        """What it needs of the model's calls is seen meanwhile."""
+        yield
+
+
+@dataclass
+class TeacherObjective(Objective):
+    """KL(p ‖ q) of each sample, the mean over the places whose label counts, and STATES·‖h - t‖² /
+    ‖t‖² of the last hidden states; p and t are those of a teacher, of which the states alone are
+    kept, in 16 bits: the head makes its predictions of them again, with the teacher's adapters,
+    beside the others'. Of a model that names no head, a classifier, the predictions are kept."""
+
+    mixture: "Mixture" = field(init=False)
+
+    states: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seen: dict[Coroutine | None, Tensor] = field(default_factory=dict)  # by the pass
+    added: dict[Coroutine | None, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, mixture: "Mixture") -> Iterator[None]:
+        self.mixture, head = mixture, mixture.head
+        if head is None:
+            yield
+            return
+
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            one, (x,) = Coroutine.current(), args
+            self.seen[one] = x
+            other = self.added.get(one)
+            return (x if other is None else torch.cat([x, other.to(x)]),)
+
+        hook = head.register_forward_pre_hook(see)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def look(self, batch: "FitBatch") -> Tensor:
+        """Keep the states of a batch, with the teacher acting, and its coefficients, of members;
+        (rows,) zeros."""
+        logits = self.logits(batch)
+        states = self.seen.pop(Coroutine.current(), logits).detach()
+        short = torch.float16 if float(states.abs().max()) < LARGEST else torch.bfloat16
+        self.states[batch.samples] = states.to("cpu", short), self.mixture.acting.own.detach()
+        return torch.zeros(len(states))
+
+    def losses(self, batch: "FitBatch") -> Tensor:
+        """(rows,)"""
+        one, (states, c) = Coroutine.current(), self.states[batch.samples]
+        self.added[one] = states
+        self.mixture.acting.beside = self.mixture.expanded(c)
+        both = self.logits(batch)
+        del self.added[one]
+        logits, theirs = (both, states.to(both)) if self.mixture.head is None else both.chunk(2)
+        own, states = self.seen.pop(one, logits), states.to(logits)
+        counts = self.targets(batch.inputs["labels"]) != IGNORED
+        p, q = theirs.log_softmax(-1), logits.log_softmax(-1)
+        apart = (p.exp() * (p - q)).sum(-1)
+        sums = lambda values: values.reshape(len(counts), -1).sum(1)
+        error = sums(((own - states) * counts[..., None]).square())
+        size = sums((states * counts[..., None]).square())
+        return sums(apart * counts) / sums(counts) + STATES * error / size

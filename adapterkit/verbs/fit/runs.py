@@ -1,0 +1,210 @@
+"""The model with its adapters on samples: losses, and their gradients by the coefficients."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit.verbs.fit.objective import Objective
+from adapterkit.verbs.fit.weighted_adapters import Acting, MixedModule, Mixture
+from adapterkit.verbs.stats.model.activations import ActivationStore
+from adapterkit.verbs.stats.model.layers import Unit, Units, is_within
+from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep, Pass
+from adapterkit.verbs.stats.model.stored_model import StoredModel
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class FitBatch:
+    """Samples of one file that run together: arguments of the model's forward, (rows, ...) each;
+    `weights` (rows,): of their losses in that of the file; `samples`: their numbers."""
+
+    inputs: Mapping[str, Tensor]
+    weights: Tensor
+    samples: tuple[int, ...]
+    file: int
+
+    def total(self, losses: Tensor) -> Tensor:
+        """The batch's share of its file's loss."""
+        return (losses * self.weights.to(losses)).sum()
+
+
+Compute = Callable[[FitBatch], Tensor]
+
+
+@dataclass
+class Runs:
+    """Runs a stored model with a mixture, whole or one layer at a time. `step`: is called for each
+    batch, of a layer's or of the model's."""
+
+    stored: StoredModel
+    mixture: Mixture
+    units: Units
+    target: Objective
+    whole: bool
+    work: Path
+    memory: int
+    step: Step
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The adapters are attached; of a whole model all is in memory."""
+        names = self.stored.parameters() if self.whole else self.units.outside
+        device = self.stored.device if self.whole else torch.device("cpu")
+        with ExitStack() as stack:
+            self.stored.load(names, device)
+            stack.callback(self.stored.free, names)
+            stack.enter_context(self.mixture.attached())
+            stack.enter_context(self.target.watching(self.mixture))
+            places = self._places(None)
+            self.mixture.load(places, device, self.stored.dtype)
+            stack.callback(self.mixture.free, places)
+            if self.whole:
+                stack.enter_context(self.stored.buffers_on_device(self.stored.model))
+            yield
+
+    def _places(self, unit: Unit | None) -> list[MixedModule]:
+        """Places in a unit; of None those that are always in memory."""
+        if unit is not None:
+            return [one for one in self.mixture.places if is_within(one.path, [unit.name])]
+        outside = lambda one: self.whole or self.units.unit_of(one.path) is None
+        return list(filter(outside, self.mixture.places))
+
+    def number(self, directions: bool) -> None:
+        """Give the mixture other coefficients."""
+        self.mixture.number(directions)
+        device = self.stored.device if self.whole else torch.device("cpu")
+        self.mixture.load(self._places(None), device, self.stored.dtype)
+
+    @contextmanager
+    def loaded(self, place: MixedModule) -> Iterator[None]:
+        """The factors of a module are in memory."""
+        if place in self._places(None):
+            yield
+            return
+        self.mixture.load([place], torch.device("cpu"), self.stored.dtype)
+        try:
+            yield
+        finally:
+            self.mixture.free([place])
+
+    def losses(self, c: Tensor, batches: Sequence[FitBatch]) -> Tensor:
+        """(samples,) in float64, in nats per token that counts, those of the batches in their
+        order; `c`: (coefficients,)."""
+        return self.run(c, batches, self.target.losses)[0]
+
+    def gradients(self, c: Tensor, batches: Sequence[FitBatch]) -> tuple[Tensor, Tensor]:
+        """`losses`, and of each file's loss the gradient (files, coefficients)."""
+        losses, own = self.run(c, batches, self.target.losses, gradients=True)
+        files = torch.tensor([batch.file for batch in batches])
+        rows = own.new_zeros(int(files.max()) + 1, len(c))
+        return losses, rows.index_add_(0, files, own)
+
+    def run(
+        self, c: Tensor, batches: Sequence[FitBatch], compute: Compute, gradients: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """What `compute` gives of the samples, and of each batch the gradient of its weighted sum,
+        or c."""
+        one = Evaluation.of(c, batches, compute, gradients, self.stored.dtype)
+        (self._run_whole if self.whole else self._run_layerwise)(one)
+        return torch.cat(one.results).double(), torch.stack(one.sums).detach().double()
+
+    def _run_whole(self, one: "Evaluation") -> None:
+        for number, (batch, acting) in enumerate(zip(one.batches, one.acting, strict=True)):
+            self.mixture.acting = acting
+            moved = {key: value.to(self.stored.device) for key, value in batch.inputs.items()}
+            total = one.see(number, replace(batch, inputs=moved))
+            if total is not None:
+                (one.sums[number],) = torch.autograd.grad(total, acting.own)
+            self.step()
+
+    def _run_layerwise(self, one: "Evaluation") -> None:
+        by_inputs = {id(batch.inputs): number for number, batch in enumerate(one.batches)}
+
+        def loss(inputs: Mapping[str, Tensor]) -> Tensor | None:
+            number = by_inputs[id(inputs)]
+            return one.see(number, one.batches[number])
+
+        with closing(ActivationStore(self.work, self.memory)) as room:
+            reader = CoefficientsReader(self, one)
+            lockstep = Lockstep(self.stored, self.units, reader, room, None, self.step)
+            inputs = [(0, batch.inputs) for batch in one.batches]
+            lockstep.run(inputs, loss, [None] * len(inputs))
+        for acting, total in zip(one.acting, one.sums, strict=True):
+            if one.gradients and acting.own.grad is not None:  # of what is outside the layers
+                total += acting.own.grad
+
+
+@dataclass
+class Evaluation:
+    """Batches at a point, each with coefficients of its own that get a gradient: `acting`;
+    `results`, `sums`: what comes of each batch, losses (rows,) and gradients (coefficients,)."""
+
+    batches: Sequence[FitBatch]
+    compute: Compute
+    gradients: bool
+    acting: list[Acting]
+    results: list[Tensor]
+    sums: list[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        c: Tensor,
+        batches: Sequence[FitBatch],
+        compute: Compute,
+        gradients: bool,
+        dtype: torch.dtype,
+    ) -> "Evaluation":
+        kind = torch.promote_types(dtype, torch.float32)
+        leaves = [c.to(kind, copy=True).requires_grad_(gradients) for _ in batches]
+        sums = [torch.zeros_like(leaf) if gradients else leaf for leaf in leaves]
+        acting = [*map(Acting, leaves)]
+        return cls(batches, compute, gradients, acting, [torch.empty(0)] * len(batches), sums)
+
+    def see(self, number: int, batch: FitBatch) -> Tensor | None:
+        """Keep a batch's losses; what is to be differentiated, if anything is."""
+        with torch.set_grad_enabled(self.gradients):
+            values = self.compute(batch)
+            self.results[number] = values.detach().to("cpu", copy=True)
+            return batch.total(values) if self.gradients else None
+
+
+class CoefficientsReader:
+    """Reads off the gradients of each pass's coefficients; factors are in memory with their
+    unit."""
+
+    def __init__(self, runs: Runs, evaluation: Evaluation):
+        self.runs, self.evaluation, self.gradients = runs, evaluation, evaluation.gradients
+
+    @contextmanager
+    def visited(self, unit: Unit) -> Iterator[None]:
+        places, stored = self.runs._places(unit), self.runs.stored
+        self.runs.mixture.load(places, stored.device, stored.dtype)
+        try:
+            yield
+        finally:
+            self.runs.mixture.free(places)
+
+    def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+        self.runs.mixture.acting = self.evaluation.acting[one.number]
+
+    def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+        pass
+
+    def wants(self, unit: Unit) -> bool:
+        return self.gradients and bool(self.runs._places(unit))
+
+    def wanted(self, one: Pass, unit: Unit) -> dict[str, Tensor]:
+        return {"": self.evaluation.acting[one.number].own} if self.wants(unit) else {}
+
+    def take(self, one: Pass, name: str, gradient: Tensor) -> None:
+        self.evaluation.sums[one.number] += gradient
+
+    def see(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> None:
+        pass

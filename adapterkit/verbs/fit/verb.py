@@ -1,0 +1,210 @@
+"""fit: the weights with which adapters are added, chosen by data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from adapterkit.core.options import (
+    COUNT,
+    DEVICE,
+    FILE,
+    FILES,
+    FLAG,
+    PROGRESS,
+    SOURCE,
+    TEXT,
+    WEIGHTED,
+    Progress,
+    Sources,
+    StrPath,
+    argument,
+    choice,
+    finite,
+    no_progress,
+    number,
+    option,
+    record,
+)
+from adapterkit.core.records import Check, Json
+from adapterkit.core.shared_options import (
+    activations_option,
+    dtype_option,
+    length_option,
+    seed_option,
+    whole_option,
+)
+from adapterkit.core.verb import Verb, function_of
+
+LEVELS = ("adapter", "layer", "module", "direction")
+# options of a fit to data
+OF_DATA = (
+    "target", "per", "start", "samples", "length", "hold", "ridge", "balance", "whole", "dtype",
+    "device", "memory",
+)  # fmt: skip
+SCORE = "A program instead of data"
+BALANCES = ("files", "tokens", "worst", "retention")
+
+
+def _ridge(value: object) -> str | float:
+    amount = finite(value)
+    if value != "auto" and (amount is None or amount < 0):
+        raise ValueError
+    return "auto" if amount is None else amount
+
+
+def _bounds(value: object) -> tuple[float, float]:
+    parts: Any = value.split(":") if isinstance(value, str) else value
+    low, high = map(finite, parts)
+    if low is None or high is None or low >= high:
+        raise ValueError
+    return low, high
+
+
+RIDGE = Check("auto, or a number of at least 0", _ridge)
+BOUNDS = Check("two numbers, LOW:HIGH", _bounds)
+
+
+@record
+class WeightFit(Verb[Json]):
+    """Choose the weights of adapters by data: Δ' = Σᵢ cᵢ Δᵢ at each module, the c that give the
+    least loss; written as a file of weights that `combine`, `merge` and the runtime read.
+
+    The model runs with all adapters; only the c get gradients. c = start + u(adapter) +
+    v(adapter, layer) + z(adapter, module) is fitted as a staircase, each step from the one before
+    and down to `per`, and a step is kept if the loss of samples that are held out falls by more
+    than its standard error. `direction`: one number for each singular triplet of each delta.
+    With 8 samples expect it to stop at one number for each adapter.
+
+    `data`: files as `stats` takes them, of which each has an equal share of the samples and of the
+    loss, or `FILE=SHARE`. Of `samples` the share `hold` is held out, by `seed`. `target`: `labels`,
+    the loss of the tokens that count; `teacher`: each file is of the adapter of its place, and what
+    counts is KL(p_adapter ‖ p) and 0.1 of the relative error of the last hidden states.
+    Adapters' weights (`PATH=0.7`) are the start, else 1/N each; `start="stats"`: the closed form of
+    the `regspan` method. `ridge`: λ/2 Σᵢ meanₘ δᵢₘ² is added, in nats, of what a step changes;
+    `auto`: 1, 0.3, 0.1, 0.03, 0.01, as far as what is held out gains. `bounds`: of all c.
+    `balance`: the mean over files, over tokens, the worst file, or (L - own)/(base - own) of each
+    with its adapter.
+    `whole`: the model in memory, else one layer at a time, to the same weights within rounding.
+    `dtype`: of the model; by default float32 on a CPU, on a GPU the checkpoint's.
+
+    `score`: instead of data a program, such as `evaluate {}`, that is called with the
+    folder of a candidate, the adapters' sum with one weight for each, and prints a number, of which
+    the last one counts, the larger the better. CMA-ES chooses `evaluations` candidates, the start
+    the first; each is kept in a folder beside `out` until the search is done. Where the program
+    fails, or prints no number, `Failed` says which are the best so far, and how to write them.
+
+    Returns what `--json` prints: `losses` held out, by row and file (`base`, each adapter, `equal`,
+    `start`, each step) with `value` (what is minimized), `steps` (`gain`, `error`, `kept`, `ridge`,
+    `train`, `train_gain` and `held`), `passes` (gradients of the samples that were computed until
+    then, in all), `spread` of
+    the weights, `written`: the level, and why, `notes`, one of them where the base or one adapter
+    is as good; with `score`: `evaluations`, of each `weights` and `score`, and the `best`.
+
+    Raises `Refused` with all that is wrong before the model runs: DoRA (its change is no sum of
+    changes), adapters of another base, trained values that are no factors, the same sample in both
+    parts, too few samples. `Failed` for losses that are not finite. `resume` continues an
+    interrupted fit, to the same bits.
+    """
+
+    name = "fit"
+    one_needed = ("data", "score")
+    none_given = "nothing says which weights are good"
+    runner = "verbs.fit.fit:fit_weights"
+    command = """Choose weights of adapters by data.
+
+    Runs the model with all adapters on samples, and writes the weights that give the least loss;
+    combine, merge and the runtime read them. Steps from one number for each adapter to one for each
+    module are kept only if samples that are held out say so.
+
+    \b
+    Example:
+      adapterkit fit BASE en fr --data en.jsonl --data fr.jsonl --out weights.json
+      adapterkit combine en fr --weights weights.json --out both
+      adapterkit fit BASE en fr --score "evaluate {}" --out weights.json
+    """
+
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    adapters: Sources = argument(kw_only=False, check=WEIGHTED, metavar="ADAPTER[=W]...")
+    data: StrPath | Sequence[StrPath] = option(
+        default=(),
+        check=FILES,
+        metavar="FILE[=SHARE]",
+        help="Samples: .txt, .jsonl, .parquet, or a folder of datasets; repeat for several.",
+    )
+    out: StrPath = option(check=FILE, metavar="FILE.json", help="The file of weights.")
+    score: str | None = option(
+        default=None,
+        check=TEXT,
+        metavar="CMD",
+        help="Instead of --data: a program that prints a number, the larger the better, of an "
+        "adapter in the folder {}; one weight for each of at most 8 adapters.",
+        excludes=OF_DATA,
+        section=SCORE,
+        tier="experimental",
+    )
+    evaluations: int = option(
+        default=60,
+        check=COUNT,
+        help="How often to call that program.",
+        needs="score",
+        section=SCORE,
+        tier="experimental",
+    )
+    target: str = option(
+        default="labels",
+        check=choice(("labels", "teacher")),
+        help="Fit to the data's tokens, or to what each file's own adapter predicts.",
+    )
+    per: str = option(default="module", check=choice(LEVELS), help="Finest weights to try.")
+    start: str = option(
+        default="weights",
+        check=choice(("weights", "stats")),
+        help="Begin with the adapters' weights (1/N each), or with the closed form.",
+    )
+    samples: int = option(default=64, check=COUNT, help="Number of samples to draw.")
+    length: int | None = length_option()
+    hold: float = option(
+        default=0.25,
+        check=number("a share between 0 and 1", lambda value: 0 < value < 1),
+        help="Share of each file's samples that is held out.",
+    )
+    seed: int = seed_option("Seed of the draw and of the split.")
+    ridge: str | float = option(
+        default="auto",
+        check=RIDGE,
+        metavar="auto|NATS",
+        help="Pull to the step before, at first to the start.",
+    )
+    bounds: str | tuple[float, float] = option(
+        default="-1:2", check=BOUNDS, metavar="LOW:HIGH", help="Bounds of all weights."
+    )
+    positive: bool = option(default=False, check=FLAG, help="No weights below 0.")
+    balance: str = option(
+        default="files", check=choice(BALANCES), help="What is a mean over, or its worst."
+    )
+    whole: bool = whole_option()
+    dtype: str | None = dtype_option("Dtype of the model (default: fp32 on a CPU, else its own).")
+    device: str = option(
+        default="auto", check=DEVICE, metavar="auto|cpu|cuda[:i]", help="Where to compute."
+    )
+    memory: str | int | None = activations_option()
+    dry_run: bool = option(
+        default=False, check=FLAG, help="Print samples, tokens and numbers of weights, and stop."
+    )
+    resume: bool = option(default=False, check=FLAG, help="Continue an interrupted fit.")
+    overwrite: bool = option(default=False, check=FLAG, help="Replace an earlier file of weights.")
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The bounds of all weights."""
+        low, high = _bounds(self.bounds)
+        return (max(low, 0.0) if self.positive else low), high
+
+    def recipe(self) -> Json:
+        """The options of what is computed."""
+        names = "target per start samples length hold seed ridge balance whole dtype device".split()
+        given = {name: getattr(self, name) for name in names}
+        return given | {"bounds": list(self.limits)}
+
+
+fit = function_of(WeightFit)

@@ -1,0 +1,267 @@
+"""All adapters on one model together, each with a coefficient at each module."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.errors import Problems
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.runtime.layers.linear import LinearPart
+from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed, of_parameter
+from adapterkit.runtime.load.reading import StoredAdapter, join_folder
+from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.state import State
+from adapterkit.verbs.look.heatmaps import place_of
+
+NAME = "fit"  # of the parts at the sites
+
+
+@dataclass
+class Acting:
+    """The coefficients (all,) of a pass; `beside`: those of a teacher, whose states the head gets
+    below the pass's own."""
+
+    own: Tensor
+    beside: Tensor | None = None
+
+
+class Mixed(FactorsPart):
+    """y + b·(g ⊙ a·x): factors of all adapters of a module, those of one below those of another; g:
+    the coefficients of a's rows, of those that act in the mixture."""
+
+    mixture: "Mixture"
+    columns: Tensor  # of the coefficients, for each of a's rows: (R,), or (experts, R)
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        return self._of(self.mixture.acting.own)
+
+    def _of(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        gain = c.to(self.b.device)[self.columns.to(self.b.device)].to(self.b)
+        is_stack = self.b.ndim == 3 and self.rank_axes == (-2, -1)
+        shape = (-1, 1, gain.shape[-1]) if is_stack else (-1, *(1 for _ in self.b.shape[2:]))
+        return self.a, self.b * gain.view(shape)
+
+    def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
+        x = self.input(x)
+        if self.mixture.seen is not None and self.is_matrix:
+            self.mixture.seen.add(self.site.path, F.linear(x, self.a))
+        acting = self.mixture.acting
+        if acting.beside is None or self.host is not self.mixture.head:
+            return y + self.product(x, *self.joined())
+        halves = zip(x.chunk(2), (acting.own, acting.beside), strict=True)
+        return y + torch.cat([self.product(half, *self._of(c)) for half, c in halves])
+
+
+class Seen:
+    """E[u uᵀ] (R, R) of u = a·x by module, all tokens alike."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts = Counter[str]()
+
+    def add(self, path: str, u: Tensor) -> None:
+        u = u.reshape(-1, u.shape[-1]).double()
+        self.sums[path] = self.sums.get(path, 0) + (u.T @ u).cpu()
+        self.counts[path] += len(u)
+
+    def mean(self, path: str) -> Tensor | None:
+        return self.sums[path] / self.counts[path] if path in self.sums else None
+
+
+@cache
+def mixed(kind: type[FactorsPart]) -> type[Mixed]:
+    """The kind of layer with coefficients."""
+    return type(f"Mixed{kind.__name__}", (Mixed, kind), {})
+
+
+@dataclass
+class MixedModule:
+    """A module or a parameter, the factors that adapters (by their numbers) have there, and its
+    first coefficient: each of them has one, or one for each singular triplet."""
+
+    path: str
+    leaf: str | None
+    kind: type[FactorsPart]
+    members: dict[int, Factors] = field(default_factory=dict)
+    first: int = 0
+    part: Mixed | None = None
+
+    @property
+    def name(self) -> str:
+        """As files of weights have it."""
+        return self.path if self.leaf is None else f"{self.path}.{self.leaf}"
+
+    def counts(self, directions: bool) -> list[int]:
+        """Coefficients of each member."""
+        return [one.count if directions else 1 for one in self.members.values()]
+
+
+class Mixture:
+    """Adapters joined with a model whose parameters come later; `directions`: each singular triplet
+    has a coefficient."""
+
+    acting: Acting
+    seen: Seen | None = None  # what modules see is added to it, where there is one
+
+    def __init__(self, model: nn.Module, folders: tuple[Folder, ...]):
+        self.model, self.folders, self.directions = model, folders, False
+        self.state = State(model)
+        errors = Problems()
+        self.adapters: list[StoredAdapter] = []
+        for number, folder in enumerate(folders):
+            with errors.collected():
+                self.adapters.append(join_folder(self.state, folder, number))
+        errors.raise_all()
+        self.places = self._places()
+        self.number(False)
+
+    def _places(self) -> list[MixedModule]:
+        found: dict[tuple[str, str | None], MixedModule] = {}
+        for number, stored in enumerate(self.adapters):
+            own = [*stored.factors, *((self._kind(one), one) for one in stored.parameters)]
+            for kind, factors in own:
+                key = factors.module, factors.leaf
+                place = found.setdefault(key, MixedModule(*key, kind))
+                place.members[number] = factors
+        order = {name: number for number, name in enumerate(self.state.modules)}
+        return sorted(found.values(), key=lambda place: order[place.path])
+
+    @cached_property
+    def head(self) -> Any:
+        """What makes predictions of the last hidden states; None where the model names none."""
+        model: Any = self.model
+        return model.get_output_embeddings()
+
+    def _kind(self, factors: Factors) -> type[FactorsPart]:
+        """Of a parameter; the head's weight acts on rows, some of which may be a teacher's."""
+        host = self.state.modules[factors.module]
+        is_head = host is self.head and isinstance(host, nn.Linear)
+        return LinearPart if is_head and factors.leaf == "weight" else ParameterPart
+
+    def number(self, directions: bool) -> None:
+        """Give each member its coefficients: one, or one for each triplet."""
+        self.directions, first = directions, 0
+        for place in self.places:
+            place.first = first
+            first += sum(place.counts(directions))
+        self.size = first
+        vars(self).pop("owners", None)
+
+    def expanded(self, c: Tensor) -> Tensor:
+        """Coefficients of members as those of what has one now."""
+        counts = [n for place in self.places for n in place.counts(self.directions)]
+        return c.repeat_interleave(torch.tensor(counts, device=c.device))
+
+    @cached_property
+    def owners(self) -> list[tuple[int, str, str]]:
+        """Of each coefficient its adapter, layer (or the module outside of layers) and module."""
+        return [
+            (number, place_of(place.name)[0] or place.name, place.name)
+            for place in self.places
+            for number, count in zip(place.members, place.counts(self.directions), strict=True)
+            for _ in range(count)
+        ]
+
+    def count(self, level: str) -> int:
+        """How many coefficients a level has."""
+        directions = level == "direction"
+        if level in ("module", "direction"):
+            return sum(sum(place.counts(directions)) for place in self.places)
+        ends = {"adapter": 1, "layer": 2}[level]
+        return len({owner[:ends] for owner in self.owners})
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The adapters act, with values once they are loaded."""
+        for place in self.places:
+            host = self.state.modules[place.path]
+            more: dict[str, Any] = {}
+            if place.leaf is not None and place.kind is ParameterPart:
+                transposed = is_transposed(host, place.leaf)
+                more = {"leaf": place.leaf, "transposed": transposed, "depth": 0}
+            empty = torch.empty(0, device="meta")
+            place.part = mixed(place.kind)(NAME, empty, empty, 1.0, **more)
+            place.part.mixture = self
+            if place.leaf is not None and not more:
+                place.part.role = f"delta:{place.leaf}"  # the module may have factors, too
+            self.state.site(place.path).add(place.part.eval())
+        for site in self.state.sites.values():
+            site.select({NAME: 1.0})
+        try:
+            yield
+        finally:
+            for site in list(self.state.sites.values()):
+                site.remove(NAME)
+                site.leave()
+            self.state.sites.clear()
+
+    def load(self, places: Sequence[MixedModule], device: torch.device, dtype: torch.dtype) -> None:
+        """Read factors; at least float32."""
+        with Sources(self.folders, {}) as sources:
+            reader = LocalReader(sources, device, dtype=None)
+            for place in places:
+                assert place.part is not None
+                self._fill(place, place.part, reader, torch.promote_types(dtype, torch.float32))
+
+    def _fill(
+        self, place: MixedModule, part: Mixed, reader: LocalReader, dtype: torch.dtype
+    ) -> None:
+        host, at = self.state.modules[place.path], place.first
+        a_axis, b_axis = part.rank_axes
+        rows, outputs, columns = [], [], []
+        counts = place.counts(self.directions)
+        for factors, count in zip(place.members.values(), counts, strict=True):
+            a, b = reader.tensor(factors.a).to(dtype), reader.tensor(factors.b).to(dtype)
+            if place.leaf is not None:
+                a, b = of_parameter(factors, host, a, b)
+            own = torch.arange(at, at + count)
+            if self.directions:
+                is_stack = a_axis < 0 and a.ndim == 3
+                a, b = _triplets(a, b, is_stack)
+                own = own.view(len(a), -1) if is_stack else own
+            rows.append(a)
+            outputs.append(b * factors.scale)
+            columns.append(own if self.directions else own.expand(a.shape[a_axis]))
+            at += count
+        part.a = nn.Parameter(torch.cat(rows, a_axis), False)
+        part.b = nn.Parameter(torch.cat(outputs, b_axis), False)
+        part.columns = torch.cat(columns, -1)
+
+    def free(self, places: Sequence[MixedModule]) -> None:
+        for place in places:
+            assert place.part is not None
+            empty = nn.Parameter(torch.empty(0, device="meta"), False)
+            place.part.a = place.part.b = empty
+
+    def zeros(self) -> set[int]:
+        """The adapters whose deltas are all zero."""
+        with Sources(self.folders, {}) as sources:
+            read = LocalReader(sources, torch.device("cpu"), dtype=None).tensor
+            acts = lambda one: bool(read(one.a).any()) and bool(read(one.b).any())
+            factors = {
+                n: [p.members[n] for p in self.places if n in p.members]
+                for n in range(len(self.folders))
+            }
+            return {n for n, its in factors.items() if not any(map(acts, its))}
+
+
+def _triplets(a: Tensor, b: Tensor, is_stack: bool = False) -> tuple[Tensor, Tensor]:
+    """a and b of as many rows and columns as b·a has singular values, each a triplet."""
+    if is_stack:
+        pairs = [_triplets(*each) for each in zip(a, b, strict=True)]
+        return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+    u, s, vh = algebra.svd(Product(b.flatten(1).double(), a.flatten(1).double()))
+    right, left = (s[:, None] * vh).view(-1, *a.shape[1:]), u.view(len(b), -1, *b.shape[2:])
+    return right.to(a.dtype), left.to(b.dtype)

@@ -1,0 +1,151 @@
+"""The modules and stacks of experts on which a new adapter starts: which, with which rank and
+scale, and where their factors and weights are stored."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from adapterkit.adapters.kinds.dora_deltas import stored_weight
+from adapterkit.bases.quantized.planning.weights import is_stack, known_model
+from adapterkit.core.adapter.factors import Place
+from adapterkit.core.adapter.keys import factor_keys
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.merge.values_by_regex import pattern_table, read_rules
+from adapterkit.core.options import ABOVE_0, COUNT
+from adapterkit.core.weights.names import Names
+from adapterkit.core.weights.parameters import StoredParameter
+from adapterkit.verbs.init.records.init import Init
+from adapterkit.verbs.shared.lora_config import LoraConfig
+from adapterkit.verbs.shared.targets.resolve import PARAMETER, Target
+from adapterkit.verbs.shared.targets.stored_targets import StoredResolver, entries_of
+
+RANGE = re.compile(r"\d+(-\d+)?")
+KINDS = {"conv1d": "linear", PARAMETER: "experts"}  # what inits call a kind, where it is another
+
+
+@dataclass(frozen=True)
+class InitialTarget:
+    """A module, or a stack of experts, that gets factors."""
+
+    name: str  # of the module, or of the stack's parameter
+    module: str
+    kind: str  # linear, embedding, conv, experts
+    weight: StoredParameter
+    place: Place
+    rank: int
+    alpha: float
+    scale: float
+    depth: int = 0  # wrappers of the module's other parameters around this one's
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of its factors' product, a kernel's axes flattened."""
+        return self.place.out, math.prod(self.place.a_tail)
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.kind == "experts"
+
+
+def find_targets(base: Checkpoint, options: Init, notes: list[str]) -> list[InitialTarget]:
+    """The targets in the model's order; `Refused` with all names that match none, and all modules
+    whose weights cannot be read.
+
+    `base` as it decodes. Without `targets`, PEFT's for the model's type."""
+    names = known_model(base, notes)
+    resolver = _resolver(names, options, notes)
+    order = {name: number for number, name in enumerate(resolver.modules)}
+    errors = Problems()
+    targets: list[InitialTarget] = []
+    for target in sorted(resolver.resolve(), key=lambda target: order[target.path]):
+        with errors.collected():
+            targets.append(_target(names, target))
+    Problems(errors).raise_all()
+    return _nested(names, targets)
+
+
+def _resolver(names: Names, options: Init, notes: list[str]) -> StoredResolver:
+    """What finds the targets; `Refused` for texts that are none of these options'."""
+    assert names.model is not None
+    ranks = read_rules("--rank-for", options.rank_for, COUNT, "REGEX=N")
+    alphas = read_rules("--alpha-for", options.alpha_for, ABOVE_0, "REGEX=A")
+    config = LoraConfig(
+        options.rank,
+        options.lora_alpha,
+        None if options.targets is None else entries_of("--targets", options.targets),
+        rslora=options.rslora,
+        rank_pattern=pattern_table(ranks),
+        alpha_pattern=pattern_table(alphas),
+        exclude=None if options.exclude is None else entries_of("--exclude", options.exclude),
+    )
+    resolver = StoredResolver(names, config, notes)
+    resolver.alpha = options.alpha
+    resolver.layers = None if options.layers is None else _numbers(options.layers)
+    resolver.stacks = [name for name, weight in names.model.state.items() if is_stack(name, weight)]
+    return resolver
+
+
+def _numbers(text: str) -> list[int]:
+    """The layers `0-11,20`."""
+    numbers: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        first, _, last = part.partition("-")
+        if not RANGE.fullmatch(part) or int(last or first) < int(first):
+            raise Refused(
+                f"--layers {shown(part)!r}",
+                expected="numbers and ranges, e.g. 0-11,20",
+                where="--layers",
+                code="AK101",
+            )
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return sorted(numbers)
+
+
+def _target(names: Names, target: Target) -> InitialTarget:
+    name, kind = target.name, KINDS.get(target.kind, target.kind)
+    parameter = name if kind == "experts" else f"{name}.weight"
+    weight = stored_weight(names, target.path, parameter, "remove it from --targets")
+    if kind == "experts":
+        transposed = names.transposed_experts(target.path)
+    else:
+        transposed = kind == "embedding" or names.transposed(target.path)
+    weight = replace(weight, transposed=transposed)
+    shape, experts = weight.weight_shape, None
+    if kind == "experts":
+        experts, *matrix = weight.shape
+        shape = tuple(matrix[::-1] if weight.transposed else matrix)
+    place_kind = "embedding" if kind == "embedding" else "module"
+    return InitialTarget(
+        name=name,
+        module=target.path,
+        kind=kind,
+        weight=weight,
+        place=Place.of_weight(target.path, shape, place_kind, experts),
+        rank=target.rank,
+        alpha=target.alpha,
+        scale=target.scale,
+    )
+
+
+def _nested(names: Names, targets: list[InitialTarget]) -> list[InitialTarget]:
+    """The targets with keys for a file in which PEFT wraps modules for their parameters: once for
+    each, the last one of the module's code outermost."""
+    stacks = Counter(target.module for target in targets if target.is_parameter)
+    if not stacks:
+        return targets
+    depths: dict[str, int] = {}
+    for module in stacks:
+        leaves = names.children(module) or []
+        own = [t.name for t in targets if t.is_parameter and t.module == module]
+        own.sort(key=lambda name: leaves.index(name.rpartition(".")[2]))
+        depths |= {name: len(own) - 1 - i for i, name in enumerate(own)}
+    nested = []
+    for target in targets:
+        depth = depths.get(target.name, 0)
+        kind = "embedding" if target.kind == "embedding" else "module"
+        a_key, b_key = factor_keys(target.module, stacks, depth, kind)
+        place = replace(target.place, a_key=a_key, b_key=b_key)
+        nested.append(replace(target, place=place, depth=depth))
+    return nested

@@ -1,0 +1,116 @@
+"""What an init is: a frozen record whose fields are its options, drawn from random numbers alone,
+or computed from the weight and statistics of a layer. Shapes are those of the file: a (r, in),
+b (out, r)."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import ClassVar
+
+from adapterkit.core.errors import Refused
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.registry import STABLE, Tier
+
+Pair = tuple[Tensor, Tensor]  # a and b, float32
+
+
+class Initialization(ABC):
+    """What all of them say. A record has no other public attributes: a misspelt one is refused."""
+
+    name: ClassVar[str]  # what users type
+    source: ClassVar[str]  # the paper
+    tier: ClassVar[Tier] = STABLE
+    # what the factors are computed from: the weight, and kinds of statistics
+    needs: ClassVar[tuple[str, ...]] = ()
+    changes_base: ClassVar[bool]  # whether the base becomes W - scale·b@a
+    # the layers on which it is defined
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv", "experts")
+    fixed: ClassVar[tuple[str, ...]] = ()  # factors that are not trained
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            return
+        known = {name for base in cls.__mro__[1:] for name in (*vars(base), *_annotated(base))}
+        unknown = {name for name in vars(cls) if name[0] != "_"} - known - {*_annotated(cls)}
+        if unknown:
+            raise TypeError(f"{cls.__name__} has what no init has: {', '.join(sorted(unknown))}")
+
+
+def _annotated(cls: type) -> Iterable[str]:
+    return inspect.get_annotations(cls)
+
+
+class DrawnInit(Initialization):
+    """An init that needs nothing."""
+
+    zero_b: ClassVar[bool]  # whether b is zero
+
+    @abstractmethod
+    def draw(
+        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: torch.Generator
+    ) -> Pair: ...
+
+    def start(
+        self,
+        a_shape: tuple[int, ...],
+        b_shape: tuple[int, ...],
+        generator: torch.Generator,
+        embedding: bool,
+    ) -> Pair:
+        """a and b of a layer. On an embedding the factor of the lookup is the one that is zero, as
+        in LoRA's own code."""
+        if embedding and self.zero_b:
+            return torch.zeros(a_shape), torch.randn(b_shape, generator=generator)
+        return self.draw(a_shape, b_shape, generator)
+
+
+class ComputedInit(Initialization):
+    """An init that needs a layer's weight, or statistics of it."""
+
+    triplets_per_rank: ClassVar[int] = 1  # singular triplets of the weight
+    # (weight (out, in), rank, scale, **statistics by their kinds); the weight has no values where
+    # it is not needed. ValueError for statistics that it cannot use
+    factors: Callable[..., Pair]
+
+    @property
+    def draws(self) -> bool:
+        """Whether `factors` takes a `generator`."""
+        return False
+
+    def start(
+        self,
+        weight: Tensor,
+        rank: int,
+        scale: float,
+        statistics: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> Pair:
+        """a and b of a layer."""
+        drawn = {"generator": generator} if self.draws else {}
+        return self.factors(weight, rank, scale, **statistics, **drawn)
+
+
+class RedistributingInit(ComputedInit):
+    """An init whose ranks go where the components of the layers' inputs explain most."""
+
+    @abstractmethod
+    def candidates(self, modules: Iterable[tuple[Hashable, int, int]]) -> dict[Hashable, int]:
+        """How many components take part in the redistribution, by what modules have them in common:
+        as many as the one of them with the largest rank asks for.
+
+        `modules`: (what has the components, rank, in) of each."""
+
+    @abstractmethod
+    def too_few(self, module: str, rank: int, stored: int, needed: int, where: str) -> Refused:
+        """The refusal of a file without as many components as take part."""
+
+    @abstractmethod
+    def ratios(self, rank: int, variances: Tensor, variance: Tensor) -> list[float]:
+        """The shares of a layer's variance that its first components explain, falling; none for
+        those without."""
+
+    @abstractmethod
+    def new_alpha(self, alpha: float, rank: int, new_rank: int) -> float:
+        """alpha after the redistribution."""

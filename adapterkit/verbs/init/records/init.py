@@ -1,0 +1,122 @@
+"""init: an adapter that starts by any method, and for some the base that is left without the part
+that the adapter takes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapterkit.core.options import (
+    SOURCE,
+    TARGETS,
+    TEXT,
+    TEXTS,
+    StrPath,
+    argument,
+    choice,
+    option,
+    record,
+)
+from adapterkit.core.registry import declarations, written_formats
+from adapterkit.core.shared_options import (
+    QUANTIZED,
+    BlockOptions,
+    ScaleOptions,
+    factor_dtype_option,
+    seed_option,
+    settings_option,
+    statistics_option,
+    targets_option,
+)
+from adapterkit.core.verb import WritingVerb, function_of
+
+MATCHING = "Another {} for modules whose name, or the end of it, matches."
+
+
+@record
+class Init(WritingVerb, ScaleOptions, BlockOptions):
+    """Initialize an adapter on a base: `OUT/adapter`, and for methods that take a part of each
+    weight `OUT/base`, the rest, W' = W - scale·b@a.
+
+    `method`: zero deltas (default, gaussian, orthogonal, mica), random factors (random), parts of
+    the weights (pissa, arXiv:2404.02948; olora, arXiv:2406.01775; milora, arXiv:2406.09044), or
+    from statistics (corda, arXiv:2406.05223; eva, arXiv:2410.07170; lora_ga, arXiv:2407.05000).
+    `stats`: the file of `adapterkit.stats`. `settings`: the method's own options, by PEFT's names.
+
+    `targets`, by PEFT's rule: `all-linear`, ends of modules' names with commas between, or a regex
+    for whole names; without it PEFT's for the model's type. `exclude`: such ends, or a regex;
+    `layers`: numbers and ranges, `0-11,20`. scale is alpha / rank (alpha / √rank with `rslora`);
+    alpha is the rank by default. `rank_for`, `alpha_for`: texts `REGEX=N`, others for the modules
+    whose name, or the end of it, matches; of several the first counts.
+
+    `residual`: `write` the base that is left, or `implicit`: no base is written, the initial
+    factors lie in `OUT/adapter/initial`, and `adapterkit.merge` onto the original takes them out.
+    The factors as they are written define the rest. `quantize`, a format as `adapterkit.quantize`
+    knows it: the rest is written quantized (QPiSSA), and the receipt has each weight's relative
+    error beside that of plain quantization; weights without factors are quantized plainly, those
+    that `skip` matches not at all. To have a trained adapter on the original afterwards:
+    `adapterkit rebase TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
+
+    Unlike PEFT: the base is never loaded, layers on which a method is not defined are refused, and
+    the adapter that is saved says nothing that makes PEFT change a base again.
+    """
+
+    tier = "core"
+    planner = "verbs.init.planning.init:plan_init"
+    needs = dict.fromkeys(("skip", "block_size", "double_quant"), "quantize")
+    command = """Initialize an adapter on a base.
+
+    DIR/adapter gets the factors. Methods that take a part of each weight leave the residual in
+    DIR/base.
+
+    \b
+    Example:
+      adapterkit init ./model --method gaussian --rank 16 --targets all-linear --out start
+      adapterkit init ./model --method pissa --rank 16 --out pissa
+      adapterkit init ./model --method olora --rank 16 --residual implicit --out olora
+      adapterkit init ./model --method pissa --rank 16 --quantize nf4 --double-quant --out qpissa
+      adapterkit init ./model --method eva --rank 16 --stats stats.safetensors --out eva
+    """
+
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    method: str = option(
+        check=choice(lambda: declarations("inits")), help="Initialization; see the list below."
+    )
+    rank_for: Sequence[str] = option(
+        default=(), check=TEXTS, metavar="REGEX=N", help=MATCHING.format("rank")
+    )
+    alpha_for: Sequence[str] = option(
+        default=(), check=TEXTS, metavar="REGEX=A", help=MATCHING.format("lora_alpha")
+    )
+    targets: str | Sequence[str] | None = targets_option("PEFT's for the model's type")
+    exclude: str | Sequence[str] | None = option(
+        default=None,
+        check=TARGETS,
+        metavar="NAMES|REGEX",
+        help="No factors on these: name suffixes, or a regex for whole names.",
+    )
+    layers: str | None = option(
+        default=None,
+        check=TEXT,
+        metavar="N-M,N",
+        help="Only targets in these layers, e.g. 0-11,20.",
+    )
+    stats: StrPath | None = statistics_option(
+        "Statistics from `adapterkit stats` (corda, eva, lora_ga)."
+    )
+    settings: Mapping[str, Any] | None = settings_option()
+    seed: int = seed_option()
+    residual: str = option(
+        default="write",
+        check=choice(("write", "implicit")),
+        help="Write the base that is left, or keep the original and the initial factors "
+        "(implicit).",
+    )
+    quantize: str | None = option(
+        default=None,
+        check=choice(written_formats),
+        help="Quantize the residual base, e.g. nf4 (QPiSSA).",
+        section=QUANTIZED,
+    )
+    dtype: str = factor_dtype_option()
+
+
+init = function_of(Init)

@@ -1,0 +1,228 @@
+"""Norms and effective ranks of an adapter's deltas, and the norms relative to the base's weights.
+
+`b @ a` is never multiplied out and the base is read by blocks of rows. Errors of a tensor are added
+to the problems, not raised.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from adapterkit.core import dtypes
+from adapterkit.core.adapter.record import Adapter, Lora
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.engine.reader import LocalReader
+from adapterkit.core.errors import WARNING, AdapterkitError, Damaged, Problems, Refused, shown
+from adapterkit.core.inputs.base_door import read_checkpoint
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.options import Progress, expect
+from adapterkit.core.records import Json
+from adapterkit.core.weights.detect import check_not_quantized
+from adapterkit.core.weights.parameters import Parameter
+from adapterkit.core.weights.reader import Reader
+from adapterkit.core.weights.slots import Slot
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.sums import all_finite, squared_norm
+from adapterkit.verbs.look.heatmaps import module_label
+from adapterkit.verbs.look.lost_shards import LostShards
+
+BLOCK = 4 << 20  # bytes of a base's weight that are read at a time
+CHECK_BASE = "check the base"
+NOT_FINITE = "values that are not finite (NaN or infinity)"
+
+
+@dataclass
+class Join:
+    """A base, and the parameter of each of the adapter's modules in it, by (module, depth)."""
+
+    base: Checkpoint
+    parameters: dict[tuple[str, int], Parameter] = field(default_factory=dict)
+    experts: dict[tuple[str, int], int | None] = field(default_factory=dict)
+
+
+def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
+    """Match the adapter with the base as merge does; what merge refuses is added to `problems`."""
+    from adapterkit.core.merge.changes import collect_changes, other_base
+    from adapterkit.core.merge.job import MergeJob
+    from adapterkit.core.merge.verb import MergeOptions
+
+    base = read_checkpoint(on)
+    check_not_quantized(base)
+    # a norm is the same in either layout of experts
+    job = MergeJob(base, [adapter], [1.0], MergeOptions(expert_layout="peft-0.19"))
+    collect_changes(job)
+    problems += job.errors
+    # a local copy may have any name
+    names = [] if "repo" in on.origin else other_base(job, adapter)
+    found = [note.removeprefix(WARNING) for note in job.notes if note not in names]
+    problems += [Refused(note, where=adapter.label, code="AK202") for note in found]
+    joined = Join(job.base)
+    for change in job.changes.values():
+        for factors in change.additions:
+            at = factors.module, factors.depth
+            joined.parameters[at] = change.parameter
+            joined.experts[at] = factors.experts
+    return joined
+
+
+def read_factors(
+    adapter: Adapter,
+    modules: list[Json],  # of the adapter's loras, in their order; changed in place
+    joined: Join | None,
+    problems: Problems,
+    progress: Progress,
+    spectra: dict[str, Tensor] | None = None,
+) -> None:
+    """Add the statistics of the factors to `modules`; check all other tensors for NaN and infinity.
+    `spectra` gets the singular values of scale * b @ a by the module's label; of a stack the root
+    mean square over the experts."""
+    parameters = joined.parameters if joined is not None else {}
+    total = sum(spec.nbytes for spec in adapter.tensors.values())
+    if joined is not None:
+        slots = (slot for parameter in parameters.values() for slot in parameter.slots)
+        total += sum(joined.base.tensors[slot.key].nbytes for slot in slots)
+    expect(progress, total)
+    factors = {spec.key for lora in adapter.loras for spec in (lora.a, lora.b)}
+    lost = LostShards()
+    base = joined.base.folder if joined is not None else adapter.folder
+    with Sources((base, adapter.folder), {}) as sources:
+        reader = LocalReader(sources, torch.device("cpu"), dtype=None, finite=False)
+        for lora, module in zip(adapter.loras, modules, strict=True):
+            statistics, spectrum = _statistics(lora, module, reader, problems, lost)
+            module |= statistics
+            if spectra is not None and spectrum is not None:
+                spectra[module_label(module)] = spectrum
+            progress(lora.a.nbytes + lora.b.nbytes)
+            parameter = parameters.get((lora.module, lora.depth))
+            if joined is not None and parameter is not None and module["norm"] is not None:
+                norm = _weight_norm(joined.base, parameter, reader, problems, progress)
+                module["relative"] = finite(module["norm"] / norm) if norm else None
+        for spec in adapter.tensors.values():
+            if spec.key not in factors and spec.dtype in dtypes.FLOATS:
+                _check_values(spec, reader, problems, progress)
+    if (problem := lost.problem(adapter.label)) is not None:
+        problems.append(problem)
+
+
+def _statistics(
+    lora: Lora, module: Json, reader: Reader, problems: Problems, lost: LostShards
+) -> tuple[Json, Tensor | None]:
+    """trained, and effective_rank and norm where the factors are finite and fit each other; then
+    also their singular values."""
+    a, b = (reader.tensor(spec).double().flatten(1) for spec in (lora.a, lora.b))
+    statistics: Json = {"trained": bool((b != 0).any())}
+    bad = {
+        spec.key: count
+        for spec, factor in ((lora.a, a), (lora.b, b))
+        if (count := int((~factor.isfinite()).sum()))
+    }
+    problems += [
+        _not_finite(f"{count} {NOT_FINITE}", f"{lora.a.file}: {shown(key)}")
+        for key, count in bad.items()
+    ]
+    if a.shape[0] != b.shape[1]:
+        problems.add(
+            f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",
+            "as many columns of b as rows of a",
+            "save the adapter again (of a grouped convolution: such factors cannot be read here)",
+            where=lora.a.file,
+            kind=Damaged,
+            code="AK202",
+        )
+        return statistics, None
+    if bad:
+        return statistics, None
+    lost.see(lora, a, b)
+    # their sizes apart: the product may leave float64's range
+    sizes = [float(factor.abs().max()) or 1.0 for factor in (a, b)]
+    products = algebra.products_of(a / sizes[0], b / sizes[1], module["experts"] or 1)
+    spectra = [algebra.svd(product).s for product in products]
+    ranks = [effective_rank(s) for s in spectra if bool(s.any())]
+    statistics["effective_rank"] = sum(ranks) / len(ranks) if ranks else 0.0
+    if module["scale"] is not None:
+        norm = float(torch.linalg.vector_norm(torch.cat(spectra)))
+        norm *= sizes[0]
+        norm *= sizes[1]
+        norm *= abs(module["scale"])
+        statistics["norm"] = finite(norm)
+        if not math.isfinite(norm):
+            problem = f"the delta of {shown(lora.module)} is larger than any number of float64"
+            problems.append(_not_finite(problem, lora.a.file))
+    spectrum = torch.stack(spectra).square().mean(0).sqrt() * sizes[0] * sizes[1]
+    spectrum *= abs(module["scale"] or 1.0)
+    return statistics, spectrum if all_finite(spectrum) else None
+
+
+def effective_rank(s: Tensor) -> float:
+    """exp(-Σ p log p) with p = s² / Σ s², for `s` that are not all zero.
+
+    Roy and Vetterli 2007, who have s in place of s².
+    """
+    p = (s / s.max()).square()
+    p = p[p > 0] / p.sum()
+    return float((-(p * p.log()).sum()).exp())
+
+
+def _not_finite(problem: str, where: str) -> AdapterkitError:
+    """A tensor, or a delta, with values that training does not give."""
+    hint = "the training run diverged: use an earlier save"
+    return Damaged(problem, expected="finite values", where=where, hint=hint, code="AK208")
+
+
+def _check_values(spec: TensorSpec, reader: Reader, problems: Problems, progress: Progress) -> None:
+    for _, values in reader.blocks(spec, (math.prod(spec.shape), 1)):
+        progress(values.nbytes)
+        if not all_finite(values):
+            where = f"{spec.file}: {shown(spec.key)}"
+            problems.append(_not_finite(NOT_FINITE, where))
+            return
+
+
+def _weight_norm(
+    base: Checkpoint, parameter: Parameter, reader: Reader, problems: Problems, progress: Progress
+) -> float | None:
+    """‖W‖_F of a parameter; None, with a problem, where it is zero, not finite or not floats."""
+    specs = [base.tensors[slot.key] for slot in parameter.slots]
+    packed = next((spec for spec in specs if spec.dtype not in dtypes.FLOATS), None)
+    if packed is not None:
+        problem = f"{shown(packed.key)} is {packed.dtype}"
+        problems.add(
+            problem, "a float weight", "dequantize the base", where=base.name, code="AK202"
+        )
+        return None
+    pairs = zip(specs, parameter.slots, strict=True)
+    total = sum(_sum_of_squares(spec, slot, reader, progress) for spec, slot in pairs)
+    if total and math.isfinite(total):
+        return math.sqrt(total)
+    problem = f"the norm of {shown(parameter.name)} is {'not finite' if total else 'zero'}"
+    problems.add(
+        problem, "a weight to compare with", CHECK_BASE, where=base.name, kind=Damaged, code="AK202"
+    )
+    return None
+
+
+def _sum_of_squares(spec: TensorSpec, slot: Slot, reader: Reader, progress: Progress) -> float:
+    """Σ w² over the positions of one slot, by blocks of rows of the stored tensor."""
+    positions = {
+        axis.axis: torch.as_tensor(list(axis.of)) for axis in slot.axes if axis.axis is not None
+    }
+    rows, rest, total = positions.pop(0), slot.shape[1:], 0.0
+    width = dtypes.size(spec.dtype, math.prod(rest))
+    step, stop = max(1, BLOCK // max(width, 1)), int(rows.max()) + 1
+    for first in range(int(rows.min()), stop, step):
+        last = min(first + step, stop)
+        block = reader.rows(spec, (slot.shape[0], math.prod(rest)), first, last)
+        block = block.view(last - first, *rest)
+        progress((last - first) * width)
+        here = rows[(rows >= first) & (rows < last)] - first
+        block = block if len(here) == len(block) else block[here]
+        for axis, of in positions.items():
+            block = block if len(of) == block.shape[axis] else block.index_select(axis, of)
+        total += squared_norm(block)
+    return total
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,175 @@
+"""check: a conversion for an engine that is only planned, beside the rules of the engine."""
+
+from collections.abc import Iterable, Iterator, Sequence, Set
+
+from adapterkit.adapters.formats.detect import Detection, detect
+from adapterkit.adapters.formats.engines import Client, ModuleRule, engines
+from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
+from adapterkit.adapters.formats.planning.as_plain import conversion_hint
+from adapterkit.adapters.formats.planning.convert import base_for
+from adapterkit.adapters.formats.planning.plan import plan_contents
+from adapterkit.adapters.formats.planning.source import named_base, read_contents
+from adapterkit.adapters.formats.records.convert import ConvertOptions
+from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT
+from adapterkit.core.adapter.keys import module_of_factors
+from adapterkit.core.adapter.peft import scan_adapter
+from adapterkit.core.adapter.targets import NamedBy
+from adapterkit.core.calls import with_paths
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.commands import command
+from adapterkit.core.errors import AdapterkitError, Problems, advice, listed
+from adapterkit.core.inputs.base_door import kind_of
+from adapterkit.core.inputs.sources import open_adapter, open_model, open_unconverted
+from adapterkit.core.plan import Plan
+from adapterkit.core.records import Json
+from adapterkit.core.weights.detect import quantization_evidence
+from adapterkit.verbs.look.factors import join
+from adapterkit.verbs.look.records.check import EngineCheck
+
+VERSION = 1
+
+
+class _Verdicts:
+    """What was found of an adapter for an engine."""
+
+    def __init__(self, client: Client, check: EngineCheck):
+        self.client, self.check, self.rows = client, check, list[Json]()
+        self.base = None if check.base is None else "BASE"
+        options = {"to": client.format, "base": self.base, "out": f"for-{client.format}"}
+        self.convert = f"convert it\n{command('adapterkit convert', 'ADAPTER', **options)}"
+
+    def add(
+        self, verdict: str, problem: str, do: str, expected: str = "", modules: int | None = None
+    ) -> None:
+        row = {"verdict": verdict, "problem": problem, "expected": expected, "modules": modules}
+        row["source"] = self.client.sources[0]
+        self.rows.append(row | advice(with_paths(do, self.check)))
+
+    def include(self, errors: Iterable[AdapterkitError]) -> None:
+        """Refusals of a conversion: what the engine's format cannot hold."""
+        for error in errors:
+            do = conversion_hint(error.hint, self.client.format, self.base) or self.convert
+            self.add("refuses", error.problem, do, error.expected)
+
+
+def check_adapter(check: EngineCheck) -> Json:
+    """What `check` says of an adapter."""
+    source = open_unconverted(check.adapter)
+    base = None if check.base is None else base_for(check.base, source)
+    detection, client = detect(source), engines()[check.program]
+    form, found = formats()[client.format], _Verdicts(client, check)
+    options, plan, contents = ConvertOptions(to=form.name), None, Contents(form.name, (), ())
+    try:
+        model = named_base(base, detection, form)
+        contents = read_contents(source, detection, options, base, model)
+        plan = plan_contents(source, contents, options, base, model)
+    except AdapterkitError as error:
+        found.include(getattr(error, "errors", (error,)))
+    modules = contents.modules
+    kinds = {*contents.architectures, str(base and base.config.get("model_type"))}
+    rules = [rule for rule in client.rules if not rule.of or kinds & {*rule.of}]
+    if not client.reads(detection.form):
+        problem = f"{client.title} does not read {detection.form.title}"
+        found.add("refuses", problem, found.convert, f"{form.title}: {form.summary}", len(modules))
+    elif plan is not None and form.layout == detection.form.layout == ADAPTER_LAYOUT:
+        _compare(detection, plan, rules, found)
+    _check_ranks(modules, found)
+    _check_rules(modules, rules, found)
+    if base is not None:
+        _check_base(detection, base, found)
+    if base is not None and not found.rows:
+        _check_names(check, base, found)
+    return {
+        "check": VERSION,
+        "engine": client.title,
+        "version": client.version,
+        "format": detection.form.name,
+        "takes": not found.rows,
+        "modules": len(modules),
+        "findings": found.rows,
+    }
+
+
+def _compare(
+    detection: Detection, plan: Plan, rules: Sequence[ModuleRule], found: _Verdicts
+) -> None:
+    """Keys that the engine's own layout of the same adapter does not have."""
+    wanted = {tensor.key for shard in plan.shards for tensor in shard.layout.tensors}
+    read = _renamed(detection, wanted, rules)
+    own = [key for key in detection.container.tensors if key not in wanted | read]
+    if own:
+        problem = f"{len(own)} keys have other names there: {listed(own)}"
+        expected = f"names such as {listed(sorted(wanted - set(detection.container.tensors)))}"
+        found.add("drops", problem, found.convert, expected, len(own))
+    elif folded := plan.decisions.get("folded"):
+        problem = f"the scales of {len(folded)} modules are not read"
+        found.add("differs", problem, found.convert, "one scale for all", len(folded))
+
+
+def _renamed(detection: Detection, wanted: Set[str], rules: Sequence[ModuleRule]) -> set[str]:
+    """The keys of factors that the engine renames while it loads them: where the targets in the
+    config mean the new names, of which it makes its layers."""
+    rules = [rule for rule in rules if rule.verdict == "renames"]
+    targets = detection.config.get("target_modules")
+    if not rules or detection.config.get("peft_type") != "LORA" or not targets:
+        return set()
+    is_target = NamedBy(targets, "target_modules")
+    modules = {key: module_of_factors(key) for key in detection.container.tensors}
+    if not all(is_target(module_of_factors(key)) for key in wanted - modules.keys()):
+        return set()
+    is_renamed = lambda module: any(rule.modules.search(module) for rule in rules)
+    return {key for key, module in modules.items() if module and is_renamed(module)}
+
+
+def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
+    limit, most = found.client.rank, max((module.rank for module in modules), default=0)
+    if limit.most and most > limit.most:
+        large = sum(module.rank > limit.most for module in modules)
+        resize = command("adapterkit resize", "ADAPTER", rank=limit.most, out="smaller")
+        do = f"serve with {limit.flag} {most}, or shrink it\n{resize}"
+        problem, expected = f"rank {most}", f"at most {limit.most}, unless {limit.flag} is larger"
+        found.add("refuses", problem, do, expected, large)
+
+
+def _check_rules(
+    modules: Sequence[AdapterModule], rules: Sequence[ModuleRule], found: _Verdicts
+) -> None:
+    """What the engine does with modules, but for new names."""
+    for rule in (rule for rule in rules if rule.verdict != "renames"):
+        names = [module.path for module in modules if rule.modules.search(module.path)]
+        if names:
+            problem = f"{len(names)} modules such as {names[0]}: {rule.why}"
+            found.add(rule.verdict, problem, rule.do, modules=len(names))
+
+
+def _check_names(check: EngineCheck, base: Checkpoint, found: _Verdicts) -> None:
+    """Modules and shapes that the base does not have, as a merge finds them."""
+    errors = Problems()
+    with errors.collected():
+        for folder, on in _on_models(check, base):
+            adapter, _, typed = scan_adapter(folder)
+            is_floats = quantization_evidence(on.config, on.tensors) is None
+            if typed and is_floats and on.tensors:
+                join(adapter, on.folder, errors)
+    found.include(errors)
+
+
+def _on_models(check: EngineCheck, base: Checkpoint) -> Iterator[tuple[Folder, Checkpoint]]:
+    """The adapter and its base; of a pipeline the adapter of each part, and that part."""
+    assert check.base is not None
+    kind = kind_of(open_model(check.base))
+    if own := kind.own("adapters on models"):
+        yield from own(kind, check.adapter)
+    else:
+        yield open_adapter(check.adapter, base.folder), base
+
+
+def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> None:
+    """The id of another base; shapes and names were compared by the conversion."""
+    said, given = detection.config.get("base_model_name_or_path"), base.folder.origin.get("repo")
+    if isinstance(said, str) and isinstance(given, str) and said != given:
+        edit = command("adapterkit edit", "ADAPTER", base_model=given, out="edited")
+        do = f"check the base, or change what it says\n{edit}"
+        found.add("differs", f"the adapter says that it is for {listed([said])}", do, given)

@@ -1,0 +1,129 @@
+"""inspect: what a checkpoint or an adapter holds, from headers and JSON, and on request from the
+factors."""
+
+from pathlib import Path
+from typing import Any
+
+from adapterkit.core.adapter.keys import CONFIG
+from adapterkit.core.checkpoint.folder import Folder, LocalFolder, original
+from adapterkit.core.checkpoint.shards import NOT_A_MODEL, pickles
+from adapterkit.core.errors import Refused, shown
+from adapterkit.core.inputs.adapter_door import adapter_or_file
+from adapterkit.core.inputs.base_door import kind_of
+from adapterkit.core.inputs.sources import open_model, open_source
+from adapterkit.core.options import StrPath, unweighted
+from adapterkit.core.records import Json
+from adapterkit.verbs.look.adapter import inspect_adapter
+from adapterkit.verbs.look.checkpoint import MAX_NAMES, inspect_base, inspect_file
+from adapterkit.verbs.look.heatmaps import check_page, write_page
+from adapterkit.verbs.look.overview.page import heatmap_page
+from adapterkit.verbs.look.pages.page import frame
+from adapterkit.verbs.look.records.inspect import Inspect
+
+
+class Inspection(dict[str, Any]):
+    """What `inspect` says of a source; of an adapter notebooks show heatmaps."""
+
+    def _repr_html_(self) -> str | None:
+        is_drawn = any(module["norm"] is not None for module in self.get("modules", ()))
+        return frame(heatmap_page(self)) if is_drawn else None
+
+
+def inspect_source(inspect: Inspect) -> Inspection:
+    """What `inspect` says of a source, or of several adapters."""
+    sources = unweighted(inspect.paths)
+    if len(sources) == 1:
+        return Inspection(_of_one(inspect, *sources))
+    from adapterkit.verbs.look.overview.several import inspect_several  # reads factors
+
+    return Inspection(inspect_several(inspect))
+
+
+def _of_one(inspect: Inspect, path: StrPath) -> Json:
+    base, plot = inspect.base, inspect.plot
+    download, headers = inspect.download, inspect.headers
+    if plot is not None:
+        check_page(Path(plot), "--plot", inspect.overwrite)
+    on = open_model(base) if base is not None else None
+    folder = open_source(path)
+    its = kind_of(folder)
+    if own := its.own("inspect"):
+        _refuse_options(folder, f"a {its.noun}, no adapter", base, plot)
+        return own(its, headers)
+    if CONFIG not in folder.files():
+        folder = adapter_or_file(folder, on)
+    kind = _kind(folder)
+    if kind != "adapter":
+        _refuse_options(folder, f"a {kind}, no adapter", base, plot)
+        return inspect_base(folder, headers) if kind == "base" else inspect_file(folder)
+    if headers:
+        _refuse_options(folder, "headers alone (--headers)", base, plot, download)
+    given = [one and original(one) for one in (folder, on)]
+    far = [one for one in given if one is not None and not isinstance(one, LocalFolder)]
+    if far and not download:
+        _refuse_options(
+            far[0], "weights on the Hub, which are read with --download only", base, plot
+        )
+    with_factors = not headers and (download or not far)
+    if with_factors:  # in a dialect of PEFT's layout they may be other ones than PEFT would read
+        folder = adapter_or_file(folder, on)
+    result = inspect_adapter(folder, on, with_factors, inspect.progress)
+    if plot is not None:
+        write_page(Path(plot), heatmap_page(result))
+    return result
+
+
+def _refuse_options(
+    folder: Folder, problem: str, base: object, plot: object, download: bool = False
+) -> None:
+    """`Refused` where factors are asked about that there are not, or that are not read."""
+    options = {"--base": base, "--plot": plot, "--download": download or None}
+    names = " and ".join(name for name, value in options.items() if value is not None)
+    if names:
+        hint = f"remove {names}" + (", or give --download" if "download" in problem else "")
+        raise Refused(
+            problem,
+            expected=f"an adapter whose factors are read, for {names}",
+            where=folder.name,
+            hint=hint,
+            code="AK102",
+        )
+
+
+def _kind(folder: Folder) -> str:
+    if single := getattr(folder, "single", None):
+        if single.endswith(".safetensors"):
+            return "file"
+        raise Refused(
+            "not a .safetensors file",
+            expected="a .safetensors file or a folder",
+            where=folder.name,
+            hint="check the path",
+            code="AK206",
+        )
+    here = [name for name in folder.files() if "/" not in name]
+    if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
+        return "adapter"
+    if "config.json" not in here:
+        from adapterkit.adapters.formats.detect import in_another_layout
+
+        if in_another_layout(folder) is not None:
+            return "file"
+    if pickles(folder) or any(
+        name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
+        for name in here
+    ):
+        return "base"
+    ends = (".safetensors", CONFIG)
+    nested = sorted(
+        {name.rpartition("/")[0] for name in folder.files() if name.endswith(ends) and "/" in name}
+    )
+    raise Refused(
+        "neither a checkpoint nor an adapter",
+        expected=f"safetensors files, config.json or {CONFIG}",
+        where=folder.name,
+        hint=f"name a subfolder: {', '.join(map(shown, nested[:MAX_NAMES]))}"
+        if nested
+        else "check the path",
+        code="AK206",
+    )

@@ -1,0 +1,194 @@
+"""report: the numbers of its document, and the file of its page."""
+
+import json
+import math
+import ntpath
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from adapterkit.core.adapter.weights_file import WeightsFile
+from adapterkit.core.errors import Refused, listed, shown
+from adapterkit.core.inputs.sources import if_given, open_model, open_source
+from adapterkit.core.inputs.weights import weighted_sources
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.options import StrPath, unweighted, weighted
+from adapterkit.core.receipt import find_receipt, read_receipt
+from adapterkit.core.records import Json
+from adapterkit.kernels.lowrank import algebra
+from adapterkit.verbs.look.adapter import inspect_adapter
+from adapterkit.verbs.look.factors import finite
+from adapterkit.verbs.look.heatmaps import (
+    NUMBER,
+    check_page,
+    heatmaps_of,
+    module_label,
+    place_of,
+    write_page,
+)
+from adapterkit.verbs.look.overview.advice import advise, loading
+from adapterkit.verbs.look.overview.outcome import outcome_of
+from adapterkit.verbs.look.overview.page import report_page
+from adapterkit.verbs.look.overview.spaces import adapter_of, compare_adapters, distinct
+from adapterkit.verbs.look.overview.weights import weights_document
+from adapterkit.verbs.look.records.report import Report
+
+VERSION = 1
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+def write_report(report: Report) -> Json:
+    """Write the page of a report; its document."""
+    path = Path(report.out)
+    check_page(path, "--out", report.overwrite)
+    document = document_of(report)
+    write_page(path, report_page(_for_others(document, report)))
+    return document
+
+
+def document_of(report: Report) -> Json:
+    """The numbers of a report."""
+    base = if_given(open_model, report.base)
+    sources, weights = _sources(report)
+    folders = [adapter_of(source, base) for source in sources]
+    spectra: list[dict[str, Tensor]] = [{} for _ in folders]
+    inspected = [
+        inspect_adapter(folder, base, True, report.progress, its)
+        for folder, its in zip(folders, spectra, strict=True)
+    ]
+    names = distinct([one["name"] for one in inspected])
+    parts = list(zip(names, inspected, spectra, strict=True))
+    document: Json = {
+        "report": VERSION,
+        "base": None if base is None else base.name,
+        "adapters": [_adapter(*part) for part in parts],
+        "heatmaps": heatmaps_of({name: one for name, one, _ in parts}),
+        "spectra": [one for part in parts for one in _spectra(*part)],
+        "ranks": [{"adapter": name, "rows": _ranks(one, its)} for name, one, its in parts],
+        "pairs": compare_adapters(folders, report.stats) if len(folders) > 1 else None,
+        "weights": None if weights is None else weights_document(weights, names),
+        "outcome": _outcome(report.output) if report.output is not None else None,
+    }
+    return document | _commands(document, sources, report.base or "BASE")
+
+
+def _commands(document: Json, sources: Sequence[StrPath], base: StrPath) -> Json:
+    return {"advice": advise(document, sources, base), "loading": loading(document, sources[0])}
+
+
+def _for_others(document: Json, report: Report) -> Json:
+    """The document without absolute paths, because these say whose machine it was made on."""
+    given = [os.fspath(one) for one in (*_sources(report)[0], report.base or "BASE")]
+    text = json.dumps(document)
+    for one in (*given, *map(os.path.normpath, given)):  # problems have either
+        label, name = (json.dumps(shown(each))[1:-1] for each in (one, _name(one)))
+        text = text.replace(label, name)
+    *sources, base = map(_name, given)
+    document = json.loads(text)
+    document |= _commands(document, sources, base)
+    for one in document["adapters"]:
+        one["base"] = one["base"] and _name(str(one["base"]))
+    return document
+
+
+def _name(path: str) -> str:
+    """The path, or the last part of an absolute one, of whichever system it is."""
+    return ntpath.basename(ntpath.normpath(path)) if re.match(r"[\\/]|\w:", path) else path
+
+
+def _sources(report: Report) -> tuple[list[StrPath], WeightsFile | None]:
+    """The adapters, those of a file of weights where there is one; `Refused` for others than
+    its."""
+    if report.weights is None:
+        return unweighted(report.adapters), None
+    sources, weights = weighted_sources(report.adapters, report.weights)
+    return [source for source, _ in weighted(sources)], weights
+
+
+def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:
+    modules = one["modules"]
+    norms = [module["norm"] for module in modules if module["norm"] is not None]
+    relative = [module["relative"] for module in modules if module["relative"] is not None]
+    used = [s for s in spectra.values() if bool(s.any())]
+    only = lambda key: values.pop() if len(values := {m[key] for m in modules}) == 1 else None
+    known = ("format", "peft_type", "base", "bytes", "flags")
+    return {
+        "name": name,
+        **{key: one[key] for key in known},
+        "problems": one["problems"] + _idle(modules),
+        **{key: only(key) for key in ("rank", "alpha", "scale")},
+        "modules": len(modules),
+        "norm": finite(math.hypot(*norms)) if norms else None,
+        "relative": median(relative) if relative else None,
+        "stable_rank": median(float((s / s.max()).square().sum()) for s in used) if used else None,
+        **{
+            f"rank_{share}": max(algebra.rank_for_energy(s, share / 100) for s in used)
+            if used
+            else None
+            for share in (90, 99)
+        },
+    }
+
+
+def _idle(modules: Sequence[Json]) -> list[Json]:
+    """The problem of modules that change nothing where others do, which `inspect` takes as
+    saved."""
+    idle = [module_label(module) for module in modules if module["norm"] == 0]
+    if not idle or len(idle) == len(modules):
+        return []
+    found = f"the deltas of {len(idle)} of {len(modules)} modules are zero: {listed(idle)}"
+    hint = "check that training reached these modules"
+    return [Refused(found, expected="deltas that change the model", hint=hint, code="AK202").row()]
+
+
+def _spectra(name: str, one: Json, spectra: dict[str, Tensor]) -> list[Json]:
+    """The singular values of each kind of module, from small to large over its modules."""
+    kinds: dict[str, list[Tensor]] = {}
+    for label, values in spectra.items():
+        kind = NUMBER.sub("", f".{place_of(label)[1]}").lstrip(".")
+        kinds.setdefault(kind, []).append(values)
+    found = []
+    for kind, lines in kinds.items():
+        width = min(map(len, lines))
+        table = torch.stack([line[:width] for line in lines])
+        low, middle, high = (table.quantile(share, dim=0).tolist() for share in QUANTILES)
+        found.append(
+            {"adapter": name, "modules": kind, "count": len(lines), "median": middle}
+            | {"low": low, "high": high}
+        )
+    return found
+
+
+def _ranks(one: Json, spectra: dict[str, Tensor]) -> list[Json]:
+    """What is kept at ranks of 1, 2, 4, ... and how large the file is then: its bytes are those of
+    factors by their rank."""
+    largest = max(map(len, spectra.values()), default=0)
+    size = math.hypot(*(float(s.norm()) for s in spectra.values()))
+    if not size:
+        return []
+    counts = {module_label(m): (m["rank"] or 0, m["experts"] or 1) for m in one["modules"]}
+    stored = sum(rank * experts for rank, experts in counts.values())
+    ranks = [2**n for n in range(largest.bit_length()) if 2**n < largest] + [largest]
+    rows = []
+    for rank in ranks:
+        kept = sum(float((s[:rank] / size).square().sum()) for s in spectra.values())
+        left = sum(min(rank, own) * experts for own, experts in counts.values())
+        rows.append(
+            {"rank": rank, "energy": min(kept, 1.0), "bytes": one["bytes"] * left // stored}
+        )
+    return rows
+
+
+def _outcome(source: StrPath) -> Json:
+    folder = open_source(source)
+    if find_receipt(folder) is None:
+        raise Refused(
+            "no receipt",
+            expected="an output of adapterkit",
+            where=folder.label,
+            hint="name what a command wrote, or leave --output out",
+            code="AK608",
+        )
+    return outcome_of(read_receipt(folder))

@@ -1,0 +1,62 @@
+"""check: whether a program that runs models takes an adapter, all of it."""
+
+from collections.abc import Iterable
+
+from adapterkit.core.options import SOURCE, StrPath, argument, option, record, text
+from adapterkit.core.records import Check, Json
+from adapterkit.core.shared_options import base_option
+from adapterkit.core.verb import Verb, function_of
+
+
+def engine_names() -> Iterable[str]:
+    """The programs whose rules are known."""
+    from adapterkit.adapters.formats.engines import engines
+
+    return list(engines())
+
+
+def _engine(value: object) -> str:
+    if text(value) not in engine_names():
+        raise ValueError
+    return text(value)
+
+
+@record
+class EngineCheck(Verb[Json]):
+    """Say what a program does with an adapter, from its rules in `formats/engines`; returns
+
+    - `check`: 1, the version of this document; `engine`, its `version`; the adapter's `format`
+    - `takes`: whether the program loads all of it, as it is
+    - `modules`: how many it has; `findings`: of each `verdict` ("refuses", "drops", or "differs":
+      it is loaded and acts differently), `problem`, `modules` (how many), `expected`, `source` and
+      `do`, the command that repairs it
+
+    With `base` names, shapes and the base's id are compared too. Raises `Refused` for what is no
+    adapter.
+    """
+
+    tier = "core"
+    name = "check"
+    runner = "verbs.look.findings.engine_check:check_adapter"
+    command = """Check whether an inference engine takes an adapter.
+
+    Says which of its modules the engine drops or refuses, by the rules of its sources, and the
+    command that repairs it. The exit status is 1 unless it takes all of it.
+
+    \b
+    Example:
+      adapterkit check ADAPTER --for vllm --base BASE
+      adapterkit check lora.safetensors --for diffusers
+    """
+
+    adapter: StrPath = argument(kw_only=False, check=SOURCE)
+    program: str = option(
+        check=Check("an engine", _engine, words=engine_names),
+        flags=("--for",),
+        metavar="ENGINE",
+        help="transformers, peft, vllm, sglang, llama.cpp, mlx, diffusers or comfyui.",
+    )
+    base: StrPath | None = base_option("The model that it is to act on.")
+
+
+check = function_of(EngineCheck)

@@ -1,0 +1,62 @@
+"""diagnose: why a model with adapters merged into it does not answer as it should."""
+
+from adapterkit.core.options import (
+    PROGRESS,
+    SOURCE,
+    UNWEIGHTED,
+    Progress,
+    Sources,
+    StrPath,
+    argument,
+    no_progress,
+    option,
+    record,
+)
+from adapterkit.core.records import Json
+from adapterkit.core.shared_options import base_option
+from adapterkit.core.verb import Verb, function_of
+
+
+@record
+class Diagnose(Verb[Json]):
+    """Look for what makes a merged model answer badly; returns `diagnose` (1, the version of this
+    document), `findings`, and of the adapters `coefficients`, each the factor of its delta in
+    MODEL - BASE, by least squares over sampled rows, with `unexplained`, the share of the change
+    that no adapter explains.
+
+    A finding has `kind`, `problem`, `evidence` and `do`. Kinds: `headers` (files, parameters that a
+    loader would make up, a stored head that is tied), `not_finite`, `quantization` (of floats, or
+    none of packed values), `tokenizer` (of another model, or with tokens that have no row),
+    `history` (what the receipts say was merged twice), with `base` also `wrong_base` (weights are
+    missing, or those that no adapter touches differ) and `other_changes`, with `adapters`
+    `adapter` (what `inspect` finds), `not_merged`, `merged_twice`, `subtracted`, `scale` (the
+    delta without alpha / rank, or with it twice, or with the root of the rank) and `strength`
+    (another factor than 1). Raises `Refused` where the files cannot be compared.
+    """
+
+    runner = "verbs.look.findings.diagnosis:diagnose_model"
+    command = """Find out why a merged model answers badly.
+
+    Looks at its files, values and tokenizer; with --base and --adapter also at how much of each
+    adapter is in it: none, twice, without its scale, or into another base. The exit status is 1 if
+    something was found.
+
+    \b
+    Example:
+      adapterkit diagnose merged --base BASE --adapter style
+    """
+
+    model: StrPath = argument(kw_only=False, check=SOURCE)
+    base: StrPath | None = base_option("What it was made of.")
+    adapters: Sources = option(
+        default=(),
+        check=UNWEIGHTED,
+        flags=("--adapter",),
+        metavar="ADAPTER",
+        help="An adapter that should be in it; repeat for several.",
+        needs="base",
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+
+diagnose = function_of(Diagnose)

@@ -1,0 +1,98 @@
+"""diff: what two checkpoints, or two adapters, do not have in common. Read by blocks of rows;
+nothing large is held whole."""
+
+from adapterkit.core.options import (
+    PROGRESS,
+    SHARE,
+    SOURCE,
+    Progress,
+    StrPath,
+    argument,
+    no_progress,
+    number,
+    option,
+    record,
+)
+from adapterkit.core.records import Json
+from adapterkit.core.verb import Verb, function_of
+
+
+@record
+class Diff(Verb[Json]):
+    """Compare two checkpoints, pipelines, adapters or .safetensors files, by key or by module;
+    returns what `--json` prints. Names of a pipeline's parts, and of modules of adapters for
+    several, have the part's in front.
+
+    - `diff`: 1, the version of this document; `kind`: "checkpoints" or "adapters"; `a`, `b`: the
+      sources' names and origins
+    - `same`: nothing differs by more than `tolerance`, a relative Frobenius error per tensor or
+      module, nor a setting that decides
+    - `totals`: `compared` and of them `identical` (the same bytes), `equal` (the same values: -0
+      and 0, kinds of NaN), `rounded` (one side is the other rounded to its dtype, or a delta
+      differs by what float64 arithmetic leaves), `within` the tolerance, `changed`; then `added`
+      and `removed`
+    - `change`: `norm` ‖A−B‖ and `relative` ‖A−B‖/‖A‖ over all values that differ and were compared
+      as numbers, together; null where there are none, or one is not finite
+    - `changed`: a list, in A's file order, of `name`, `kind` ("tensor"; in adapters "delta",
+      "magnitude", "bias", "replaced", "rows"), `why` ("values", "dtype", "shape"; "rows" where
+      `rows_only_a` or `rows_only_b` trained token rows have no partner), `a` and `b` (`dtype` and
+      `shape`, or `rank`, `scale`, `shape` and `experts`), and if they can be compared
+      `relative_error` ‖A−B‖/‖A‖, `max_abs`, `cosine`, `differing` (the share of elements), `norm`
+      ‖A‖, `rank`: {`energy`, `needed`: the smallest rank that keeps this share of ‖A−B‖², null if
+      it is above `above`, `estimate`: from a sketch, then never too small}. A number that is not
+      finite, or not measured, is null. Integers and fp8 are compared as bytes; where one side alone
+      is quantized, its weights are compared as they decode to float32, `dtype` being the format
+    - `added`, `removed`: what only B, only A has; `notes`: texts
+    - `config`: the settings of config.json, or of adapter_config.json, that differ: `name` (dotted
+      inside sub-configs), `change` ("added", "removed", "changed"), `a`, `b` (null too where there
+      is none) and `decides`: whether it counts as a difference, whatever the tolerance. Of models
+      all count but dtypes (rounded copies are the same), dropouts, initializers and labels; who
+      saved the file, and caches and outputs of a run, are not compared. Where transformers knows
+      the model, its defaults stand for what one file leaves out. Of adapters those count whose
+      effect is not in the deltas (`target_parameters`, `layer_replication`, `ensure_weight_tying`,
+      an init that changed the base); rank, alpha and the like count by what they do
+
+    `rank_for_energy` is 0.9 for checkpoints and 0.99 for adapters; 0 suggests no rank. A stack of
+    experts (three axes, "expert" in its key) gets one rank for all of them. Raises `Refused` for
+    two things that cannot be compared, and for adapters of other types than LoRA: resize makes LoRA
+    of them (with their base: without it the flattened kernel of a LoHa or LoKr looks linear).
+    """
+
+    runner = "verbs.look.difference:compare_sources"
+    command = """Compare two checkpoints, adapters or .safetensors files.
+
+    Checkpoints are compared by key, however they are sharded; a copy rounded to another dtype is
+    the same. Adapters are compared by their deltas scale·b@a, whatever their ranks and alphas.
+
+    Columns: relative ‖A−B‖/‖A‖, largest difference, cosine, share of elements that differ, and the
+    rank that holds 90 % of the squared singular values of the difference (~: at most that, from a
+    sketch). Differing config settings come last; those that change the arithmetic count as a
+    difference.
+
+    Exit status: 0 the same; 1 different by more than the tolerance; 2 wrong usage, refused or
+    failed.
+
+    \b
+    Example:
+      adapterkit diff ./base ./tuned
+      adapterkit diff ./adapter ./resized --tolerance 1e-3
+    """
+
+    a: StrPath = argument(kw_only=False, check=SOURCE)
+    b: StrPath = argument(kw_only=False, check=SOURCE)
+    tolerance: float = option(
+        default=0.0,
+        check=number("0 or more", lambda value: value >= 0),
+        help="Largest relative error of tensors that count as the same.",
+    )
+    rank_for_energy: float | None = option(
+        default=None,
+        check=SHARE,
+        metavar="SHARE",
+        help="Suggest the rank that keeps this energy share of each difference (default: 0.9, for "
+        "adapters 0.99; 0: none).",
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+
+diff = function_of(Diff)

@@ -1,0 +1,121 @@
+"""inspect: what a checkpoint or an adapter holds, from headers and JSON, and on request from the
+factors."""
+
+from adapterkit.core.options import (
+    FILE,
+    FLAG,
+    PROGRESS,
+    UNWEIGHTED,
+    Progress,
+    Sources,
+    StrPath,
+    argument,
+    no_progress,
+    option,
+    record,
+)
+from adapterkit.core.records import Json
+from adapterkit.core.shared_options import base_option
+from adapterkit.core.verb import Verb, function_of
+
+
+@record
+class Inspect(Verb[Json]):
+    """What a base, an adapter or a .safetensors file holds, and what is wrong with it; of several
+    adapters also how they go together. A dict that `--json` prints as it is.
+
+    Of every kind:
+      inspect       1, the version of this schema
+      kind          "base", "adapter", "file" or "pipeline"
+      name, origin  the folder's name, and what a receipt would say of it (repo, revision)
+      parameters    elements of all tensors; of a quantized base those of the storage
+      bytes         of the weight files
+      dtypes        {dtype: {tensors, parameters, bytes}}
+      shards        [{file, bytes, tensors}]; tensors null where the header cannot be read
+      architecture  {classes, model_type} from config.json, of diffusers its class, or null
+      tied          {config, head_stored}: tie_word_embeddings (null: not said) and whether a head
+                    is stored; null unless a base
+      quantization  {found, config}, or null
+      loads         {class, missing, misshapen} of a base: the class that transformers loads, and
+                    how many parameters it makes up or refuses; null where it does not know the
+                    model, and with `headers`
+      readable      whether all files are there and could be read
+      problems      [{found, expected, where, do, code}]
+      modules       a LoRA's modules, else [] (of other types of adapters the config and the header
+                    are told)
+    Of a pipeline of diffusers the sums of its parts, their problems with the part in front, and
+      parts         {name: what is said of a base}
+    Of an adapter:
+      format, peft_type, base, revision, task_type, peft_version
+      flags         {rslora, dora, lora_bias, bias, init, ensure_weight_tying, layer_replication,
+                    target_parameters}
+      modules_to_save, replaced (parameters that are replaced as a whole), tokens [{module, rows}]
+      groups        [{modules, count, kind, rank, alpha, scale}], modules by their last component
+                    and equal values
+      statistics    whether the factors were read
+    Of a module: module, kind ("module" or "embedding"), depth (wrapper levels inside it), parameter
+    (known with `base`), experts, rank, alpha, scale, trained (b is not zero), norm (Frobenius, of
+    scale * b @ a; of a stack over all experts; without DoRA's rescaling), effective_rank (exp of
+    the entropy of the normalized squared singular values of b @ a, 0 for zero; of a stack the mean
+    over experts that are not zero), relative (norm by the base weight's norm, with `base`). What is
+    not known is null.
+
+    Of several adapters `kind` is "adapters", and beside it are `inspect`, `readable`, `adapters`
+    (what is said of each), `pairs` as in `report` (over all modules that two of them have: cosines,
+    the share of opposed signs, and in `sum` the retention ⟨Σ Δ, Δᵢ⟩ / ‖Δᵢ‖²), and `advice`: one
+    `command` to try, with its `reason`.
+
+    Weights on the Hub are not read unless `download` is given, of a file of another tool only what
+    tells ranks and scales; and with `headers` no factors are read anywhere (of an adapter with tens
+    of thousands of modules they take minutes), and no model's class is built. `plot` draws norms
+    and ranks, relative ones with `base`, into an HTML page; with `overwrite`
+    an older page is replaced. Raises `Refused` where there is nothing to inspect or an option does
+    not apply.
+    """
+
+    tier = "core"
+    runner = "verbs.look.inspection:inspect_source"
+    command = """Show what a checkpoint or adapter holds, and its problems.
+
+    Of a base and of sources on the Hub, headers and JSON are read; of a local adapter also the
+    factors, for norms and effective ranks, unless --headers is given. Of several adapters: how far
+    they are from each other, what a sum keeps of each, and what to try. The exit status is 1 if a
+    file is missing or cannot be read, else 0, whatever the problems; a path without anything to
+    inspect is refused.
+
+    \b
+    Example:
+      adapterkit inspect ./my-adapter --base ./base --plot norms.html
+      adapterkit inspect ./english ./french ./german
+      adapterkit inspect meta-llama/Llama-3.1-8B --json
+    """
+
+    paths: Sources = argument(kw_only=False, check=UNWEIGHTED, metavar="PATH...")
+    base: StrPath | None = base_option(
+        "The adapter's base: norms are also given relative to its weights' norms."
+    )
+    download: bool = option(
+        default=False,
+        check=FLAG,
+        help="Read weights on the Hub too (default: only headers and JSON).",
+    )
+    headers: bool = option(
+        default=False,
+        check=FLAG,
+        help="Read only headers and JSON: no norms and effective ranks of an adapter, and of a "
+        "base no search for missing parameters, for which transformers builds the model without "
+        "data.",
+    )
+    plot: StrPath | None = option(
+        default=None,
+        check=FILE,
+        metavar="FILE.html",
+        help="Draw norms and ranks as heatmaps, layers by modules, into a page for a browser.",
+    )
+    overwrite: bool = option(
+        default=False, check=FLAG, help="Replace an earlier page.", needs="plot"
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+
+inspect = function_of(Inspect)

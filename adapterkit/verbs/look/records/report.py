@@ -1,0 +1,87 @@
+"""report: adapters, how they go together, and what a merge made of them, as one HTML page."""
+
+from adapterkit.core.options import (
+    FILE,
+    FLAG,
+    PROGRESS,
+    SOURCE,
+    UNWEIGHTED,
+    Progress,
+    Sources,
+    StrPath,
+    argument,
+    no_progress,
+    option,
+    record,
+)
+from adapterkit.core.records import Json
+from adapterkit.core.shared_options import base_option, statistics_option, weights_option
+from adapterkit.core.verb import Verb, function_of
+
+
+@record
+class Report(Verb[Json]):
+    """Write what adapters are, how they go together, and what became of them into one HTML page,
+    and return its numbers, which `--json` prints:
+
+    - `report`: 1, the version of this document
+    - `adapters`: of each `name`, `format`, `peft_type`, `base`, `rank`, `alpha`, `scale` (null
+      where modules differ), `modules`, `bytes`, `norm` (Frobenius, of all deltas), `relative` (the
+      median over modules of ‖delta‖/‖W‖, with `base`), `stable_rank` (median of ‖delta‖²/σ₁²),
+      `rank_90`, `rank_99` (the largest over modules of the rank that keeps this share of the
+      squared singular values), `problems` as in `inspect`, and modules whose delta is zero; a
+      pipeline's adapter is one for each of its models
+    - `heatmaps`: `rows` (layers), `columns` (modules), and `tables`: of each adapter and `measure`
+      ("relative" or "norm", "effective_rank", "share" of the squared norm) the values, null where
+      there is no such module
+    - `spectra`: of each adapter and kind of module (its name without numbers) `median`, `low`,
+      `high` (10 and 90 % over its modules) of the singular values
+    - `ranks`: of each adapter, for each rank, the `energy` that all modules keep together and the
+      `bytes` of the file
+    - `pairs`: null for one adapter; matrices over all modules that two adapters share: `cosines`,
+      `inputs` and `outputs` (overlap of the spaces of a's rows and b's columns, 0 to 1), `opposed`
+      (share of sampled elements with opposed signs), with `stats` also `output_cosines` (on the
+      inputs of the statistics); `layers`: cosines by layer; `sum`: `norm`, `independent` (the root
+      of the sum of squares: of orthogonal deltas the same) and `retention` of each adapter,
+      ⟨sum, delta⟩ / ‖delta‖²
+    - `weights`: of a file of weights `per`, `default`, and by layer and module `rows`, `columns`
+      and `tables` (of each adapter the weights, of directions their mean); `fit`: of weights that
+      `fit` chose its `files`, `losses`, `steps`, what was `written` and `seconds`; or null
+    - `outcome`: of `output` its receipt's verb, totals, metrics by tensor and the 20 `worst`; or
+      null
+    - `advice`: one `command` with its `reason`; `loading`: commands by program
+
+    Raises `Refused` where an adapter cannot be read or `out` is a file; with `overwrite` an older
+    page is replaced.
+    """
+
+    runner = "verbs.look.overview.document:write_report"
+    command = """Write a page for a browser about adapters.
+
+    One HTML file without scripts that any browser shows and prints: problems first, norms and ranks
+    of all modules, singular values, what a sum of the adapters would keep, and of a finished
+    output what was lost.
+
+    \b
+    Example:
+      adapterkit report ADAPTER --out report.html
+      adapterkit report style skill --base BASE --output merged --out report.html
+    """
+
+    adapters: Sources = argument(
+        kw_only=False, default=(), check=UNWEIGHTED, metavar="ADAPTER...", unless="weights"
+    )
+    out: StrPath = option(check=FILE, metavar="FILE.html", help="The page to write.")
+    base: StrPath | None = base_option("The adapters' base: norms relative to its weights' norms.")
+    output: StrPath | None = option(
+        default=None, check=SOURCE, metavar="DIR", help="What was made of them: metrics by tensor."
+    )
+    stats: StrPath | None = statistics_option(
+        "Input covariances of the base: cosines of the adapters' outputs."
+    )
+    weights: StrPath | None = weights_option()
+    overwrite: bool = option(default=False, check=FLAG, help="Replace an earlier page.")
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+
+report = function_of(Report)

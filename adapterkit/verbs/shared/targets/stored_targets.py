@@ -1,0 +1,260 @@
+"""Which layers of a stored model options mean, and where PEFT can put factors, or a trained copy in
+a module's place: PEFT's rules on the model without data."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import Any
+
+from adapterkit.core.adapter.record import EMBEDDINGS
+from adapterkit.core.adapter.targets import ALL_LINEAR
+from adapterkit.core.errors import Refused, listed, shown
+from adapterkit.core.lazy import torch
+from adapterkit.core.options import targets as text_of_targets
+from adapterkit.core.patterns import matcher
+from adapterkit.core.weights.linear import is_linear, kind_of
+from adapterkit.core.weights.names import Names
+from adapterkit.core.weights.parameters import Parameter
+from adapterkit.core.weights.unsupported_layers import (
+    ATTENTION,
+    is_bypassed,
+    is_taken_for_experts,
+    looks_up_otherwise,
+    weight_reader,
+)
+from adapterkit.verbs.shared.lora_config import LoraConfig
+from adapterkit.verbs.shared.targets.resolve import LINEAR, Resolver, embeddings_of
+
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+LAYERS = ("Linear", "Conv1D", *CONVOLUTIONS)  # classes of modules with factors
+PARAMETRIZED = "ParametrizationList"  # torch's: cannot be replaced by a copy
+EXPERTS = re.compile("expert", re.IGNORECASE)
+NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
+OPTIONS = {
+    "targets": "--targets", "exclude": "--exclude", "layers": "--layers:",
+    "rank_pattern": "--rank-for", "alpha_pattern": "--alpha-for",
+}  # fmt: skip
+
+
+def prefixes(path: str) -> list[str]:
+    """The modules of a dotted path, from the outermost to the path itself."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def why_not_on_layer(names: Names, path: str, module: torch.nn.Module) -> str:
+    """What a module is on which PEFT puts no factors as on a layer; "" for one that takes them."""
+    kind, cls = kind_of(module), type(module)
+    is_plain = is_linear(module) if kind in LINEAR else cls.__name__ in CONVOLUTIONS
+    if kind == "embedding":
+        is_plain = not looks_up_otherwise(cls.__mro__)
+    elif is_bypassed(names, path) or is_taken_for_experts(
+        names.base.config.get("model_type"), path
+    ):
+        return "passed by in PEFT, or its weight is read by others"
+    return "" if is_plain else f"a {cls.__name__}, on which no factors start"
+
+
+class FactorTargets:
+    """Answers by the classes of a model's modules, or by names where transformers does not know
+    the model."""
+
+    def __init__(self, names: Names):
+        self.names = names
+        self.model: Any = None if names.model is None else names.model.model
+        self._reversed_parameters = sorted(name[::-1] for name in names.all())
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """The names of all modules."""
+        if self.model is None:
+            return sorted({path for name in self.names.all() for path in prefixes(name)[:-1]})
+        return [name for name, _ in self.model.named_modules() if name]
+
+    @cached_property
+    def _reversed_modules(self) -> list[str]:
+        return sorted(module[::-1] for module in self.modules)
+
+    @property
+    def auto_mapping(self) -> dict[str, str] | None:
+        """The model's class, as PEFT's config has it; None where it is not known."""
+        if self.model is None:
+            return None
+        cls = type(self.model)
+        return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+
+    def of(self, name: str, parameter: Parameter) -> str | None:
+        """The target of factors on a parameter: its module, itself, or none."""
+        module, _, leaf = name.rpartition(".")
+        axes, classes = len(parameter.shape), self._class_names(module)
+        if axes < 2 or 0 in parameter.shape:
+            return None
+        if not classes:
+            # of four axes and more it is a convolution; of three perhaps a stack
+            is_layer = leaf == "weight" and axes != 3 and not self._is_looked_up(name)
+            return module if is_layer else None
+        if parameter.tied or any(part in cls for cls in classes for part in ("Embedding", "Norm")):
+            return None
+        if ATTENTION in classes:
+            return None
+        if any(cls in LAYERS for cls in classes):
+            is_grouped = axes > 2 and self.names.groups(module) != 1
+            if leaf != "weight" or is_grouped or is_bypassed(self.names, module):
+                return None
+            # Llama 4's router is a Linear that gives a tuple: a parameter, as what PEFT renames
+            is_layer = not why_not_on_layer(self.names, module, self.model.get_submodule(module))
+            return module if axes > 2 or is_layer else name
+        if not self._is_wrappable(module, name):
+            return None
+        if EXPERTS.search(f"{module} {' '.join(classes)}"):
+            return name if axes == 2 or (axes == 3 and parameter.shape[0] > 1) else None
+        return name if axes == 2 and 1 not in parameter.shape else None
+
+    def _is_looked_up(self, name: str) -> bool:
+        """Whether a name is that of an embedding or a head; of an image model's that of neither of
+        what its family's rules name, as these are layers."""
+        is_layer = self.names.base.names_layer(name.rpartition(".")[0])
+        return not is_layer and EMBEDDINGS.search(name) is not None
+
+    def _is_wrappable(self, module: str, name: str) -> bool:
+        """Whether PEFT can wrap a module for one of its parameters.
+
+        The wrapper is called with the first argument by position and has none of the module's
+        attributes: the worse, the more there is in the module."""
+        submodule = self.model.get_submodule(module)
+        own = dict(submodule.named_parameters(recurse=False))
+        size = sum(parameter.numel() for parameter in own.values())
+        size_inside = sum(parameter.numel() for parameter in submodule.parameters()) - size
+        is_suffix = _is_suffix_of_any("." + name, self._reversed_parameters)
+        return name.rpartition(".")[2] in own and not is_suffix and size_inside <= size
+
+    def is_embedding_or_head(self, name: str) -> bool:
+        """Whether a parameter is of the input embedding or of the output layer."""
+        if self.model is None:
+            return bool(EMBEDDINGS.search(name))
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return any(module is end for end in embeddings_of(self.model))
+
+    def can_be_copied(self, module: str, names: list[str]) -> bool:
+        """Whether PEFT can put a trained copy in a module's place and find it again: these are all
+        its parameters, and no other module's name ends with its name."""
+        if not module or PARAMETRIZED in self._class_names(module):
+            return False
+        if _is_suffix_of_any(module, self._reversed_modules):
+            return False
+        if self.model is None:
+            inside = [name for name in self.names.all() if name.startswith(f"{module}.")]
+            return all(name in names for name in inside)
+        state = self.model.get_submodule(module).state_dict()
+        return {f"{module}.{key}" for key in state} == set(names)
+
+    def _class_names(self, module: str) -> list[str]:
+        """A module's class and its bases; none where the model was not built."""
+        return [cls.__name__ for cls in self.names.classes(module)]
+
+
+def _is_suffix_of_any(suffix: str, reversed_names: list[str]) -> bool:
+    """Whether another name ends with this one; `reversed_names`: all, reversed, sorted."""
+    at = bisect_right(reversed_names, suffix[::-1])
+    return at < len(reversed_names) and reversed_names[at].startswith(suffix[::-1])
+
+
+def entries_of(option: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
+    """A text of --targets or --exclude as PEFT has it: "all-linear", ends of names, of several with
+    commas between, or a regular expression for whole names."""
+    text = text_of_targets(value)
+    if text.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    if NAMES.fullmatch(text):
+        return tuple(text.replace(" ", "").split(","))
+    matcher(text, option)
+    return text
+
+
+class StoredResolver(Resolver):
+    """A config on a stored model. `among`: the layers that can get factors; the others are
+    `lacking`, as messages say. What "all-linear" leaves out joins the notes."""
+
+    where = "--targets"
+
+    def __init__(
+        self,
+        names: Names,
+        config: LoraConfig,
+        notes: list[str],
+        among: Collection[str] | None = None,
+        lacking: str = "",
+    ):
+        model = torch.nn.Module() if names.model is None else names.model.model
+        modules = {name: module for name, module in model.named_modules() if name}
+        for name in among or ():  # transformers does not know the model, or has these elsewhere
+            modules.setdefault(name, torch.nn.Linear(1, 1, device="meta"))
+        super().__init__(model, modules, config)
+        self.stored_names, self.notes, self.among, self.lacking = names, notes, among, lacking
+
+    def label(self, setting: str) -> str:
+        return OPTIONS[setting]
+
+    @property
+    def is_classifier(self) -> bool:
+        return type(self.model).__name__.endswith("ForSequenceClassification")
+
+    def why_not(self, path: str) -> str:
+        """What a layer is on which no factors can start; "" for one on which they can."""
+        why = why_not_on_layer(self.stored_names, path, self.modules[path])
+        return why or self._lacks(path)
+
+    def _lacks(self, path: str) -> str:
+        return "" if self.among is None or path in self.among else self.lacking
+
+    def unread(self, path: str) -> Refused | None:
+        problem = self.why_not(path)
+        if not problem:
+            return None
+        return Refused(
+            f"target {shown(path)} is {problem}",
+            expected="layers on which factors act",
+            where=self.where,
+            hint="leave it out",
+            code="AK105",
+        )
+
+    def fitting(self, paths: list[str]) -> list[str]:
+        left_out: dict[str, list[str]] = {}
+        for path in paths:
+            left_out.setdefault(self.why_not(path), []).append(path)
+        fit = left_out.pop("", [])
+        self.notes += [f"no factors for {listed(its)}: {why}" for why, its in left_out.items()]
+        return fit
+
+    def in_layers(self, names: list[str], whole: Sequence[str]) -> list[str]:
+        return super().in_layers(names, ())
+
+
+class CalledLayers(StoredResolver):
+    """Layers whose inputs are seen, because the code around them calls them: factors may not act
+    there."""
+
+    def why_not(self, path: str) -> str:
+        reader = weight_reader(self.stored_names, path)
+        return f"read by {reader}, and not called" if reader else self._lacks(path)
+
+
+def select_layers(
+    names: Names,
+    targets: str | Sequence[str] | None,
+    among: Collection[str],
+    lacking: str,
+    notes: list[str],
+    kind: type[StoredResolver] = StoredResolver,
+) -> list[str]:
+    """Those of the layers that --targets means, in the model's order; without it all that `kind`
+    takes. `lacking`: what a model's other layers are."""
+    config = LoraConfig(targets=ALL_LINEAR if targets is None else entries_of("--targets", targets))
+    resolver = kind(names, config, notes, among, lacking)
+    if targets is None:
+        return resolver.fitting(list(among))
+    return [target.path for target in resolver.resolve()]

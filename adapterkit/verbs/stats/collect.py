@@ -1,0 +1,222 @@
+"""Sums of a model's layers, of batches of data; the file of statistics that they give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+from adapterkit.bases.hub.output.sources import BoundedFolder, BoundedSources
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.layout import TensorPlan
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.engine.device import holds
+from adapterkit.core.lazy import torch
+from adapterkit.core.plan import Effort, OutputFile, Task, TaskResult
+from adapterkit.core.records import Json
+from adapterkit.core.tasks.common import decomposition
+from adapterkit.core.weights.reader import Reader
+from adapterkit.verbs.shared.statistics_file import INPUTS, METADATA, key_of
+from adapterkit.verbs.stats.job import Batch, CollectionJob, check_options
+from adapterkit.verbs.stats.model.activations import ActivationStore
+from adapterkit.verbs.stats.model.layerwise import SumsReader, run_layerwise
+from adapterkit.verbs.stats.model.stored_model import StoredModel
+from adapterkit.verbs.stats.model.whole import run_whole
+from adapterkit.verbs.stats.sums import Sums
+from adapterkit.verbs.stats.sums_files import Ledger, SumsFile, groups_of, sums_files
+from adapterkit.verbs.stats.verb import StatsOptions
+
+Progress = Callable[[int, int], None]  # (steps done, of how many)
+
+
+def collect(
+    base: Checkpoint,
+    batches: Sequence[Batch],
+    options: StatsOptions,
+    *,
+    work: Path,
+    memory: int,
+    device: torch.device,
+    blocks: Sequence[int] = (),
+    attempt: str = "",
+    progress: Progress,
+) -> None:
+    """Sum up what the layers of a checkpoint's model see, and their gradients, while it runs on
+    `batches`; the sums become files in `work`, those that are there are not made again.
+
+    `batches`: keyword arguments of the model's forward, each of samples (batch, ...); with `labels`
+    (batch, tokens) only tokens whose label is not -100 count, with `attention_mask` only those that
+    it lets count. In memory are one layer, one batch's activations, and those of `memory` bytes of
+    batches that wait, the rest is in `work`. `blocks`: these alone, kept apart, for a process that
+    is this `attempt`.
+
+    The model is in eval mode (PEFT collects gradients in training mode, whose dropout makes them
+    random), in its checkpoint's dtype, without a cache. Raises `Refused` for models and data that
+    cannot be run so; `Failed` for inputs that are not finite.
+    """
+    check_options(options)
+    with open_sources(base.folder) as sources:
+        job = CollectionJob(StoredModel(base, sources, device), options, batches)
+        if attempt:
+            job.runs = [run for run in job.runs if run[0] in blocks]
+        ledger = Ledger(job, work, attempt)
+        name = f"activations.{attempt}.part" if attempt else "activations"
+        with closing(ActivationStore(work, memory, name)) as room:
+            if job.is_whole:
+                run_whole(job, ledger, progress)
+            else:
+                reader = run_layerwise(job, partial(SumsReader, job, ledger), room, progress)
+                if reader.outside is not None:
+                    reader.outside.close()
+
+
+def open_sources(folder: Folder) -> Sources:
+    """The base's files; those of the Hub that come one after another, on bounded disk."""
+    return BoundedSources(folder) if isinstance(folder, BoundedFolder) else Sources((folder,), {})
+
+
+@dataclass(frozen=True)
+class InputStatistics(Task):
+    """Statistics of inputs that some modules share, the sum of sums in files of the work folder."""
+
+    modules: tuple[str, ...]
+    width: int
+    options: StatsOptions
+    sums: tuple[tuple[SumsFile, int], ...] = ()
+
+    @property
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        width, k = self.width, min(self.options.components, self.width)
+        shapes = {
+            "covariance": (width, width),
+            "mean": (width,),
+            "components": (k, width),
+            "variances": (k,),
+            "variance": (1,),
+        }
+        what = [name for name in INPUTS if name in self.options.what]
+        kinds = [kind for name in what for kind in INPUTS[name]]
+        return tuple(TensorPlan(key_of(self.name, kind), "F32", shapes[kind]) for kind in kinds)
+
+    @property
+    def effort(self) -> Effort:
+        if "pca" not in self.options.what:
+            return Effort()
+        one = decomposition(self.width, self.width, self.options.components)
+        return replace(one, flops=0, wide=one.flops)
+
+    @property
+    def memory(self) -> int:
+        # two sums, a covariance in both precisions, its eigenvectors
+        return self.width**2 * (2 * 5 + 12 + 24 * ("pca" in self.options.what))
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        sums = Sums([name for name in INPUTS if name in self.options.what], self.options.components)
+        (file, number), *others = self.sums
+        total = file.sum(number)
+        for file, number in others:
+            file.sum(number).add_to(total)
+        total.modules = dict.fromkeys(self.modules)
+        if "pca" in self.options.what and holds(inputs.device, self.memory):
+            total = total.to(inputs.device)  # much arithmetic, unlike a mean
+        values = {key_of(self.name, kind): value for kind, value in sums.of(total).items()}
+        shared = {"shared": list(self.modules[1:])} if self.modules[1:] else {}
+        return TaskResult(values, {"vectors": total.vectors, **shared})
+
+
+@dataclass(frozen=True)
+class GradientMean(Task):
+    """dLoss/dW (out, in) of a module, the mean over so many batches."""
+
+    shape: tuple[int, ...]
+    batches: int
+    sums: tuple[SumsFile, ...] = ()
+
+    @property
+    def max_outputs(self) -> tuple[TensorPlan, ...]:
+        return (TensorPlan(key_of(self.name, "gradient"), "F32", self.shape),)
+
+    @property
+    def memory(self) -> int:
+        return 2 * sum(stored.nbytes for stored in self.max_outputs)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        first, *others = self.sums
+        total = first.gradient(self.name)
+        for file in others:
+            total += file.gradient(self.name)
+        mean = {key_of(self.name, "gradient"): total.div_(self.batches)}
+        return TaskResult(mean, {"batches": self.batches})
+
+
+@dataclass(frozen=True)
+class CollectedFile:
+    """The file of statistics that the sums in a work folder give."""
+
+    work: Path
+    options: StatsOptions
+    batches: int
+
+    @cached_property
+    def files(self) -> list[SumsFile]:
+        return sums_files(self.work)
+
+    @cached_property
+    def tasks(self) -> list[InputStatistics | GradientMean]:
+        """In the order of the model; `shared` and `modules` follow from them."""
+        tasks: dict[str, list[InputStatistics | GradientMean]] = {}
+        for modules, places in groups_of(self.files):
+            records = [file.records[number] for file, number in places]
+            if sum(record["vectors"] for record in records):
+                task = InputStatistics(
+                    modules[0], tuple(modules), records[0]["width"], self.options, tuple(places)
+                )
+                tasks.setdefault(_part_of(places[0][0]), []).append(task)
+        gradients: dict[str, list[SumsFile]] = {}
+        for file in self.files:
+            for module in file.gradients:
+                gradients.setdefault(module, []).append(file)
+        for module, files in gradients.items():
+            shape = files[0].gradients[module]
+            task = GradientMean(module, shape, self.batches, tuple(files))
+            tasks.setdefault(_part_of(files[0]), []).append(task)
+        return [task for part in sorted(tasks) for task in tasks[part]]
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Modules whose statistics of inputs have another's name, and that name."""
+        inputs = [task for task in self.tasks if isinstance(task, InputStatistics)]
+        return {module: task.name for task in inputs for module in task.modules[1:]}
+
+    @property
+    def modules(self) -> set[str]:
+        """Modules that have statistics of their inputs, or a gradient."""
+        return {task.name for task in self.tasks}.union(self.shared)
+
+
+def _part_of(file: SumsFile) -> str:
+    return file.name.rpartition("@")[2]
+
+
+def metadata_with(shared: dict[str, str], about: Json) -> dict[str, str]:
+    """Those of the file's header."""
+    return {"format": "pt", METADATA: json.dumps({"shared": shared, **about})}
+
+
+def planned_file(
+    name: str, shapes: dict[str, tuple[int, int]], options: StatsOptions, batches: int, about: Json
+) -> OutputFile:
+    """The file as large as it can become: layers that see the same inputs share their
+    statistics."""
+    tasks: list[Task] = []
+    for module, (rows, width) in shapes.items():
+        if {*INPUTS}.intersection(options.what):
+            tasks.append(InputStatistics(module, (module,), width, options))
+        if "gradient" in options.what:
+            tasks.append(GradientMean(module, (rows, width), batches))
+    shared = dict.fromkeys(shapes, max(shapes, key=len))  # longer than it can be
+    return OutputFile.computed(name, tasks, metadata_with(shared, about))

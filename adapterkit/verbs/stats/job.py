@@ -1,0 +1,174 @@
+"""What is collected of which model from which data."""
+
+from collections.abc import Mapping, Sequence
+
+from adapterkit.core.adapter.targets import ALL_LINEAR
+from adapterkit.core.errors import Refused, listed
+from adapterkit.core.lazy import Tensor
+from adapterkit.core.records import Json
+from adapterkit.core.weights.linear import is_linear
+from adapterkit.core.weights.names import TRANSPOSED
+from adapterkit.verbs.shared.statistics_file import INPUTS
+from adapterkit.verbs.shared.targets.stored_targets import CalledLayers, select_layers
+from adapterkit.verbs.stats.data.masks import Masks, token_masks
+from adapterkit.verbs.stats.model.hooks import SumsWatch
+from adapterkit.verbs.stats.model.layers import Unit, Units
+from adapterkit.verbs.stats.model.stored_model import StoredModel
+from adapterkit.verbs.stats.sums import Sums
+from adapterkit.verbs.stats.verb import StatsOptions
+
+BLOCKS = 8  # at most: as many processes can share the work
+Batch = Mapping[str, Tensor]
+
+
+def check_options(options: StatsOptions) -> None:
+    """`Refused` for what cannot be collected together."""
+    if options.compat and "pca" in options.what:
+        raise Refused(
+            "pca does not go with compat peft, whose covariance is of scaled inputs",
+            expected="one of them",
+            where="compat",
+            hint="remove --compat, or pca",
+            code="AK102",
+        )
+
+
+def takes_rows(options: StatsOptions) -> bool:
+    """Whether the model runs on one sample at a time: PEFT's covariance is a mean over them."""
+    return options.compat == "peft" and "covariance" in options.what
+
+
+class CollectionJob:
+    """A model, its layers whose statistics are collected, and the data."""
+
+    def __init__(self, stored: StoredModel, options: StatsOptions, batches: Sequence[Batch]):
+        self.stored, self.options, self.batches = stored, options, batches
+        self.runs = [(block_of(n, len(batches)), batch) for n, batch in enumerate(batches)]
+        self.model, self.notes = stored.model, stored.notes
+        names = [n for n, module in self.model.named_modules() if is_linear(module)]
+        targets, lacking = options.targets or ALL_LINEAR, "no linear layer"
+        given = (targets, names, lacking, self.notes, CalledLayers)
+        self.targets = select_layers(stored.names, *given)
+        self.gradients = "gradient" in options.what
+        self.inputs = tuple(name for name in options.what if name in INPUTS)
+        self.units = Units.of(stored)
+        if not batches:
+            raise Refused(
+                "there are no data", expected="one batch or more", where="data", code="AK902"
+            )
+        if self.gradients:
+            self._check_labels()
+        if takes_rows(options) and any(_samples(batch) > 1 for batch in batches):
+            raise Refused(
+                "batches have several rows, with compat peft",
+                expected="one row in each, as PEFT's preprocess_corda takes them",
+                where="data",
+                hint="remove --compat, or give the rows one by one",
+                code="AK902",
+            )
+        self._check_parameters()
+        self.is_whole = options.whole or not self.units.has_layers
+        if self.is_whole and not options.whole:
+            self.notes.append("no list of layers in the model: it was run whole")
+
+    def _check_labels(self) -> None:
+        """`Refused` if some batch has no loss."""
+        without = sum("labels" not in batch for batch in self.batches)
+        if without:
+            raise Refused(
+                f"{without} of {len(self.batches)} batches have no labels, which gradients need",
+                expected="labels, from which the model computes its loss",
+                where="data",
+                hint="remove gradient from --what",
+                code="AK902",
+            )
+
+    @property
+    def head(self) -> Unit | None:
+        """The output layer, if it is a unit that is not needed."""
+        head = self.model.get_output_embeddings()
+        units = [unit for unit in self.units.outer if unit.module is head]
+        needed = self.gradients or (units and units[0].name in self.targets)
+        return units[0] if units and not needed else None
+
+    def _check_parameters(self) -> None:
+        """`Refused` for parameters that are not stored and may be needed; those behind all layers
+        become zero."""
+        head = self.head
+        absent = [
+            name for name in self.stored.absent() if head is None or name not in head.parameters
+        ]
+        last = max((unit.order for unit in self.units.outer if unit.is_layer), default=0)
+        order = {name: number for number, (name, _) in enumerate(self.model.named_modules())}
+        in_layers = {n for unit in self.units.outer if unit.is_layer for n in unit.parameters}
+        behind = [
+            name
+            for name in absent
+            if order[name.rpartition(".")[0]] > last and name not in in_layers
+        ]
+        if len(behind) < len(absent) or (absent and self.gradients):
+            raise Refused(
+                f"the model has no {listed(absent)}",
+                expected="every parameter that the model computes with",
+                where=self.stored.base.name,
+                hint="save the model with all of its parts",
+                code="AK902",
+            )
+        if absent:
+            self.notes.append(f"zero, because it is not stored: {listed(absent)}")
+
+    def arguments(self, batch: Batch) -> Json:
+        """Of the model's forward: without labels where no loss is asked for, unless the decoder's
+        inputs are made of them."""
+        decodes = getattr(self.model.config, "is_encoder_decoder", False)
+        if self.gradients or decodes:
+            return dict(batch)
+        return {key: value for key, value in batch.items() if key != "labels"}
+
+    def sums(self) -> Sums:
+        return Sums(self.inputs, self.options.components, self.options.compat == "peft")
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether a layer's weight is (in, out)."""
+        return type(self.model.get_submodule(module)).__name__ == TRANSPOSED
+
+    def watch(self) -> SumsWatch:
+        """Hooks on the layers; none where no statistics of inputs are asked for."""
+        layers = {name: self.model.get_submodule(name) for name in self.targets if self.inputs}
+        return SumsWatch(self.model, layers)
+
+    def masks(self, watch: SumsWatch, batch: Batch) -> Masks | None:
+        """Which tokens of a batch count; None: all, as for CorDA's own covariance."""
+        return watch.masks_of(batch) if self.inputs and self.options.compat is None else None
+
+    def loss(self, output: object) -> Tensor:
+        """The loss of a model's output."""
+        loss = getattr(output, "loss", None)
+        if not isinstance(loss, Tensor):
+            raise Refused(
+                f"{type(self.model).__name__} computes no loss",
+                expected="a model that computes a loss from labels, such as a causal LM",
+                where=self.stored.base.name,
+                hint="remove gradient from --what",
+                code="AK902",
+            )
+        return loss
+
+
+def block_of(number: int, batches: int) -> int:
+    """The block that a batch is in."""
+    return number * min(BLOCKS, batches) // batches
+
+
+def tokens_of(batch: Batch) -> int:
+    """How many tokens of a batch count, the decoder's not included; of images, how many there
+    are."""
+    mask = token_masks(batch)[0]
+    if mask is not None:
+        return int(mask.sum())
+    ids = batch.get("input_ids")
+    return int(ids.numel()) if ids is not None else _samples(batch)
+
+
+def _samples(batch: Batch) -> int:
+    return len(next(iter(batch.values())))

@@ -1,0 +1,232 @@
+"""Activations that wait: in memory as far as there is room for them, else in a file."""
+
+import ctypes
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from adapterkit.core.budget import pinned_size
+from adapterkit.core.checkpoint.disk import storage_errors, write_all
+from adapterkit.core.errors import Failed
+from adapterkit.core.system import system
+
+SMALL = 1 << 16  # bytes of a tensor that is left where it is
+
+
+class ActivationStore:
+    """Memory for activations that wait, and a file for those that it does not hold.
+
+    The file has no name, so that nothing is left of it however the process ends.
+    """
+
+    def __init__(self, folder: Path, limit: int, name: str = "activations"):
+        self.limit, self.used = limit, 0
+        self.path = folder / f"{name}.{secrets.token_hex(8)}"
+        self._free: dict[int, list[int]] = {}  # places by size
+        self._end = 0
+        with storage_errors(self.path):
+            self._descriptor = system.open_unnamed(self.path)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def take(self, nbytes: int) -> bool:
+        """Whether so many bytes fit in memory; they are taken then."""
+        fits = self.used + nbytes <= self.limit
+        self.used += nbytes * fits
+        return fits
+
+    def write(self, data: memoryview) -> int:
+        """Write to a place of the file."""
+        places = self._free.get(len(data))
+        at = places.pop() if places else self._end
+        self._end = max(self._end, at + len(data))
+        with storage_errors(self.path):
+            write_all(data, lambda rest, done: system.write_at(self._descriptor, rest, at + done))
+        return at
+
+    def read(self, data: memoryview, at: int) -> None:
+        done = 0
+        while done < len(data):
+            count = system.read_at(self._descriptor, data[done:], at + done)
+            if not count:
+                raise Failed(
+                    "activations that were written are gone", where=str(self.path), code="AK209"
+                )
+            done += count
+
+    def free(self, nbytes: int, at: int) -> None:
+        self._free.setdefault(nbytes, []).append(at)
+
+
+class Copy:
+    """The bytes of a storage, in memory or in the file, for as long as this object lives."""
+
+    def __init__(self, room: ActivationStore, storage: UntypedStorage, in_file: bool = False):
+        self.room, self.nbytes = room, storage.nbytes()
+        self.memory = self.at = None
+        if not in_file and room.take(self.nbytes):
+            self.memory = storage.clone()
+        else:
+            self.at = room.write(_bytes(storage))
+
+    def fill(self, storage: UntypedStorage) -> None:
+        """Give a storage these bytes."""
+        storage.resize_(self.nbytes)
+        if self.memory is not None:
+            storage.copy_(self.memory)
+        elif self.at is not None:
+            self.room.read(_bytes(storage), self.at)
+
+    def __del__(self) -> None:
+        if self.memory is not None:
+            self.room.used -= self.nbytes
+        elif self.at is not None:
+            self.room.free(self.nbytes, self.at)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that can be had again."""
+
+    copy: Copy
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+    def tensor(self) -> Tensor:
+        storage = UntypedStorage(0)
+        self.copy.fill(storage)
+        empty = torch.empty(0, dtype=self.dtype)
+        return empty.set_(storage, self.offset, self.size, self.stride)
+
+
+@dataclass
+class _Tracked:
+    """A storage that is taken out of memory while its batch waits."""
+
+    storage: StorageWeakRef
+    nbytes: int  # of memory
+    tensor: ReferenceType[Tensor]
+    version: int | None = None  # of the tensor when the copy was made
+    copy: Copy | None = None
+    parks: bool = False
+    is_out: bool = False
+    taken: int = 0  # bytes of the room
+
+
+@dataclass
+class Activations:
+    """The large tensors of one batch's pass through the model.
+
+    While it waits (`park`) their storages are emptied, and filled again (`restore`) before it goes
+    on: all views see their values again. These are outputs of units, and what looks like a hidden
+    state or a mask in their arguments and in what autograd saves between them: a table that the
+    model keeps for several batches must stay. `rows`: of the batch; `fixed`: storages that are left
+    alone, those of parameters, of buffers, and of the data.
+    """
+
+    room: ActivationStore
+    rows: int
+    fixed: set[int]
+    _tracked: dict[int, _Tracked] = field(default_factory=dict)
+
+    def track(self, tree: object, is_output: bool = False) -> None:
+        """Know the tensors in these arguments, or in this output."""
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, Tensor) and self._is_movable(tensor):
+                known = self._known(tensor)
+                known.parks = known.parks or is_output or self._is_state(tensor)
+
+    def _known(self, tensor: Tensor) -> _Tracked:
+        storage = tensor.untyped_storage()
+        known = self._tracked.get(storage._cdata)
+        if known is None or known.storage.expired():
+            nbytes = storage.nbytes()
+            taken = pinned_size(nbytes) if tensor.is_pinned() else nbytes
+            known = _Tracked(StorageWeakRef(storage), taken, ref(tensor))
+            self._tracked[storage._cdata] = known
+        elif known.tensor() is not tensor:
+            known.tensor, known.copy = ref(tensor), None
+        return known
+
+    def _is_state(self, tensor: Tensor) -> bool:
+        is_batch = tensor.dim() > 1 and len(tensor) == self.rows
+        return is_batch and (tensor.is_floating_point() or tensor.dtype == torch.bool)
+
+    def _is_movable(self, tensor: Tensor) -> bool:
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return False
+        storage = tensor.untyped_storage()
+        is_large = storage.nbytes() >= SMALL and storage.resizable()
+        return is_large and storage.data_ptr() not in self.fixed
+
+    def save(self, tensor: Tensor) -> Saved | Tensor:
+        """A tensor for later, as it is now: a copy; itself where it is small or fixed."""
+        if not self._is_movable(tensor):
+            return tensor.detach()
+        copy = self._copy(self._known(tensor), tensor.untyped_storage())
+        return Saved(copy, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def _copy(self, known: _Tracked, storage: UntypedStorage, in_file: bool = False) -> Copy:
+        """A copy of a storage: the one that there is if nothing has changed since."""
+        tensor = known.tensor()
+        version = None if tensor is None or tensor.is_inference() else tensor._version
+        is_same = known.copy is not None and version is not None and version == known.version
+        if not is_same or (in_file and known.copy is not None and known.copy.at is None):
+            with _disable_current_modes():  # bytes, no operation of the model
+                known.copy, known.version = Copy(self.room, storage, in_file), version
+        assert known.copy is not None
+        return known.copy
+
+    def _alive(self) -> Iterator[tuple[_Tracked, UntypedStorage]]:
+        for key, known in list(self._tracked.items()):
+            storage = UntypedStorage._new_with_weak_ptr(known.storage.cdata)
+            if storage is None:
+                self.room.used -= known.taken
+                del self._tracked[key]
+            else:
+                yield known, storage
+
+    def park(self) -> None:
+        """The batch waits."""
+        for known, storage in self._alive():
+            if not known.parks:
+                continue
+            if self.room.take(known.nbytes):
+                known.taken = known.nbytes
+            else:
+                self._copy(known, storage, in_file=True)
+                storage.resize_(0)
+                known.is_out = True
+
+    def restore(self) -> None:
+        """The batch goes on."""
+        for known, storage in self._alive():
+            self.room.used -= known.taken
+            known.taken = 0
+            if known.is_out and known.copy is not None:
+                known.copy.fill(storage)
+                known.is_out = False
+
+    def forget(self) -> None:
+        """The batch has ended."""
+        for known in self._tracked.values():
+            self.room.used -= known.taken
+        self._tracked.clear()
+
+
+def _bytes(storage: UntypedStorage) -> memoryview:
+    """A view of a storage's memory. (One by numpy would keep it from being emptied.)"""
+    array = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    return memoryview(array).cast("B")

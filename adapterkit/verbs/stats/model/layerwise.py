@@ -1,0 +1,138 @@
+"""A model run one layer at a time, from its shards."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from adapterkit.verbs.stats.job import Batch, CollectionJob
+from adapterkit.verbs.stats.model.activations import ActivationStore
+from adapterkit.verbs.stats.model.hooks import SumsWatch
+from adapterkit.verbs.stats.model.layers import Unit, is_within
+from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep, Pass, PassReader
+from adapterkit.verbs.stats.sums_files import Collected, Ledger, Tally
+
+R = TypeVar("R", bound=PassReader)
+Rehearsal = Callable[[Unit], AbstractContextManager[bool]]  # as of `Lockstep`
+
+
+class Visit:
+    """What is collected of a unit while the batches go through it: `sums` in the forward pass,
+    `gradients` in the backward pass, begun when they are first asked for."""
+
+    def __init__(self, ledger: Ledger, unit: Unit):
+        self.ledger, self.unit = ledger, unit
+
+    @cached_property
+    def sums(self) -> Tally | None:
+        return self.ledger.sums(self.unit)
+
+    @cached_property
+    def gradients(self) -> Tally | None:
+        return self.ledger.gradients(self.unit)
+
+    def close(self) -> None:
+        for tally in vars(self).values():
+            if isinstance(tally, Tally):
+                tally.close()
+
+
+class SumsReader:
+    """Sums of what layers see, and of the gradients of their weights; `outside`: of the layers
+    outside the units."""
+
+    visit: Visit
+    collected: Collected | None = None  # of the pass that runs
+
+    def __init__(self, job: CollectionJob, ledger: Ledger, watch: SumsWatch):
+        self.job, self.ledger, self.watch = job, ledger, watch
+        self.gradients, self.outside = job.gradients, ledger.outside()
+        self.outer = self._weights(None)
+        for weight in self.outer.values():
+            weight.requires_grad_(job.gradients)
+
+    def _weights(self, unit: Unit | None) -> dict[str, Tensor]:
+        """Weights of the targets in a unit, or of those outside all units."""
+        units, names = self.job.units, self.job.targets
+        inside = lambda n: units.unit_of(n) is None if unit is None else is_within(n, [unit.name])
+        return {n: self.job.model.get_submodule(n).weight for n in filter(inside, names)}
+
+    @contextmanager
+    def visited(self, unit: Unit) -> Iterator[None]:
+        self.visit = Visit(self.ledger, unit)
+        yield
+        self.visit.close()
+
+    def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+        tally = self.outside
+        if unit is not None:
+            tally = self.visit.gradients if is_backward else self.visit.sums
+        self.collected = None if tally is None else tally.of(one.block)
+        self.watch.masks = one.masks
+        self.watch.sums = None
+        if self.collected is not None and not is_backward:
+            self.watch.sums = self.collected.sums
+
+    def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+        if self.watch.sums is not None:
+            self.watch.sums.settle()
+        for name, weight in self.outer.items() if unit is None else ():
+            if weight.grad is not None and self.collected is not None:
+                self.collected.add_gradient(name, weight.grad)
+                weight.grad = None
+
+    def wants(self, unit: Unit) -> bool:
+        return bool(self._weights(unit))
+
+    def wanted(self, one: Pass, unit: Unit) -> dict[str, Tensor]:
+        weights = {} if self.collected is None else self._weights(unit)
+        return {name: weight.requires_grad_() for name, weight in weights.items()}
+
+    def take(self, one: Pass, name: str, gradient: Tensor) -> None:
+        assert self.collected is not None
+        self.collected.add_gradient(name, gradient)
+
+    def see(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.watch.see(unit.name, args, kwargs)
+
+
+def run_layerwise(
+    job: CollectionJob,
+    reader_of: Callable[[SumsWatch], R],
+    room: ActivationStore,
+    progress: Callable[[int, int], None],
+    rehearsal: Rehearsal | None = None,
+) -> R:
+    """All batches through one layer, then the next; what has read them. `room`: for activations
+    that wait."""
+    stored, units = job.stored, job.units
+    steps = len(job.runs) * len(units.outer) * (2 if job.gradients else 1)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, steps - 1), steps)
+
+    stored.load(units.outside, torch.device("cpu"))
+    try:
+        with job.watch() as watch:
+            watch.stops = {unit.module for unit in (*units.outer, *units.inner)}
+            reader = reader_of(watch)
+            masks = [job.masks(watch, batch) for _, batch in job.runs]
+            lockstep = Lockstep(stored, units, reader, room, job.head, step, rehearsal)
+            lockstep.run(job.runs, partial(_loss, job), masks)
+    finally:
+        stored.free(units.outside)
+    progress(steps, steps)
+    return reader
+
+
+def _loss(job: CollectionJob, batch: Batch) -> Tensor | None:
+    """What a batch's pass computes."""
+    with torch.set_grad_enabled(job.gradients):
+        output = job.model(**job.arguments(batch))
+        return job.loss(output) if job.gradients else None

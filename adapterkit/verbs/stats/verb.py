@@ -1,0 +1,113 @@
+"""stats: statistics of what a model's layers see of some data, for what is initialized, quantized
+or refitted by them."""
+
+from collections.abc import Sequence
+
+from adapterkit.core.options import (
+    COMPAT,
+    COUNT,
+    FILES,
+    SOURCE,
+    OptionRecord,
+    StrPath,
+    argument,
+    kinds,
+    option,
+    record,
+)
+from adapterkit.core.run_options import OUTPUT_FILE
+from adapterkit.core.shared_options import (
+    activations_option,
+    length_option,
+    seed_option,
+    targets_option,
+    whole_option,
+)
+from adapterkit.core.verb import WritingVerb, function_of
+
+
+@record
+class StatsOptions(OptionRecord):
+    """What is collected, of which samples."""
+
+    what: str | Sequence[str] = option(
+        default=("covariance",),
+        check=kinds(("covariance", "mean", "pca", "gradient")),
+        metavar="KINDS",
+        help="Comma-separated: covariance, mean, pca, gradient.",
+    )
+    samples: int = option(default=256, check=COUNT, help="Number of samples to draw.")
+    length: int | None = length_option()
+    targets: str | Sequence[str] | None = targets_option("all-linear", "Modules to measure")
+    batch: int = option(default=8, check=COUNT, help="Samples per batch.")
+    seed: int = seed_option("Seed of the draw.")
+    whole: bool = whole_option()
+    components: int = option(
+        default=256, check=COUNT, help="Principal components of each module with pca."
+    )
+    compat: str | None = option(
+        default=None,
+        check=COMPAT,
+        help="PEFT's covariance of CorDA: inputs divided by their largest.",
+    )
+
+
+@record
+class Stats(WritingVerb, StatsOptions):
+    """Collect statistics of what a model's linear layers see of some texts, one layer of the model
+    in memory at a time.
+
+    `data`: files. `.txt`: paragraphs with blank lines between them, or else each line is a sample.
+    `.jsonl`: each line is one, with `text`; or with `prompt` and `completion`, of which the
+    completion's tokens count; or with `messages`, for the tokenizer's chat template, of which the
+    assistant's count where the template marks them; or with `input_ids`, and `labels` which are
+    -100 where a token does not count. `.parquet`, or a folder of `datasets`: each row is one, of
+    these columns. `samples` of them are drawn by `seed`, without replacement; each is cut to
+    `length` tokens (default: 512, or the model's positions), to which none is added but the
+    tokenizer's own.
+
+    `what`, texts or one with commas: covariance E[x xᵀ], mean E[x], pca (the leading `components`
+    principal directions of the centered inputs, with their variances), gradient (dLoss/dW of the
+    model's loss, the mean over the batches of `batch` samples). `targets`: `all-linear` (the
+    default: all linear layers but the output), ends of modules' names with commas between, or a
+    regex. `whole`: run the whole model in memory, to the same numbers within rounding.
+    `compat="peft"`: the covariance as PEFT's CorDA computes it, of inputs divided by their largest,
+    one sample after the other whatever `batch` says.
+    `memory`: bytes of activations in memory, beyond which they go to disk (default: a quarter of
+    the machine's).
+
+    `out` is one safetensors file that appears whole or not at all, here or in one commit to the Hub
+    (hf://org/name[@branch]:path/file.safetensors), where `disk_limit` bounds what lies on this
+    machine's disk meanwhile; its metadata say what it is of, and its receipt lies beside it as
+    NAME.adapterkit.json. Several processes share the samples (`write_plan`, `engine="ray"`). Raises
+    `Refused` before anything is written; `Failed` for inputs that are not finite.
+    """
+
+    planner = "verbs.stats.plan:plan_stats"
+    command = """Collect what a model's layers see of some texts.
+
+    The input covariances, means, principal components and gradients that loftq --stats,
+    data-driven inits and the like read. The model runs one layer at a time.
+
+    \b
+    Example:
+      adapterkit stats ./model --data texts.jsonl --out stats.safetensors
+      adapterkit stats ./model --data chats.jsonl --what pca,gradient --out stats.safetensors
+      adapterkit stats org/model --data texts.jsonl --out hf://me/statistics:model.safetensors
+    """
+
+    base: StrPath = argument(kw_only=False, check=SOURCE)
+    data: StrPath | Sequence[StrPath] = option(
+        check=FILES,
+        metavar="FILE",
+        help="Samples: .txt, .jsonl, .parquet, or a folder of datasets; repeat for several.",
+    )
+    out: StrPath = option(
+        check=OUTPUT_FILE,
+        metavar="FILE.safetensors|hf://ORG/NAME:FILE.safetensors",
+        help="Output file (published atomically), or a file of the Hub (one commit).",
+    )
+    memory: str | int | None = activations_option()
+
+
+stats = function_of(Stats)
