@@ -36,9 +36,9 @@ def contents_of(
     detection = detect(folder)
     checkpoint = None if base is None else open_base(base)
     model = named_base(checkpoint, detection, peft)
-    asked = ConvertOptions(to=detection.form.name, **options)
+    asked = ConvertOptions(to=detection.format.name, **options)
     contents = read_contents(folder, detection, asked, checkpoint, model)
-    stacked = detection.form.layout == "adapter" if stacked is None else stacked
+    stacked = detection.format.layout == "adapter" if stacked is None else stacked
     if model is None or not stacked:
         return contents
     return arranged(contents, peft, model, PlanReader(contents.folders))

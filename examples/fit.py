@@ -229,10 +229,10 @@ class Measurement:
         plan, work = plan_fit(options), self.folder / "evaluations"
         work.mkdir(exist_ok=True)
         fit, cpu = collection_of(plan), torch.device("cpu")
-        with climbed(fit, plan, work, cpu, lambda: None) as stairs:
+        with climbed(fit, plan, work, cpu, lambda: None) as search:
             for row in rows:
-                documents[row] = outcome(stairs, row) | {"seconds": 0}
-                write_weights(weights_file(stairs, documents[row]), self.folder / f"{row}.json")
+                documents[row] = outcome(search, row) | {"seconds": 0}
+                write_weights(weights_file(search, documents[row]), self.folder / f"{row}.json")
         return {row: self.written(row, self.adapters, its) for row, its in documents.items()}
 
     def written(self, row: str, sources: list[Path], document: Json) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def verbs_that_read() -> None:
 
 def several_processes(file: Path) -> None:
     assert_type(adapterkit.write_plan(file, "merge", "BASE", ["lora"], out="m"), Plan)
-    adapterkit.run(file, rank="0/2")
+    adapterkit.run(file, worker="0/2")
     assert_type(adapterkit.finish(file), Receipt)
 
 

@@ -150,7 +150,8 @@ def rerun(verb: type[Verb], output: str, as_json: bool, quiet: bool, **options: 
 
 
 def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Run a rank of a plan file, the steps of a pipeline, or a recipe, and print what was done."""
+    """Run a worker of a plan file, the steps of a pipeline, or a recipe, and print what was
+    done."""
     from adapterkit.many.workflows.run import RECIPES
 
     ctx = click.get_current_context()
@@ -158,7 +159,7 @@ def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any)
         run_verb(verb, file, as_json=as_json, quiet=quiet, **options)
         return
     if file.endswith(".toml"):
-        names = ("rank", "workers", "wait", "out")
+        names = ("worker", "workers", "wait", "out")
         given = [n for n in names if ctx.get_parameter_source(n) is not ParameterSource.DEFAULT]
         if given:
             raise click.UsageError(f"--{given[0]} does not apply to a pipeline; remove it")
@@ -184,12 +185,12 @@ def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any)
 
 def _print_outcome(file: str, outcome: "Outcome") -> None:
     others = len({*outcome.made} - {*outcome.share})
-    text = f"rank {outcome.rank}/{outcome.ranks}: wrote {len(outcome.made)} files"
-    text += f", {others} of them for other ranks" if others else ""
+    text = f"worker {outcome.worker}/{outcome.worker_count}: wrote {len(outcome.made)} files"
+    text += f", {others} of them for other workers" if others else ""
     if outcome.finished:
         text += "; the output is already published"
     elif outcome.left:
-        text += f"; other ranks are writing {len(outcome.left)} more"
+        text += f"; other workers are writing {len(outcome.left)} more"
     else:
         text += f"; all files are written\nnext: {command('adapterkit finish', file)}"
     click.echo(text, err=True)

@@ -67,7 +67,7 @@ class Unrecoverable(Failed):
 
 
 class Waiting(Failed):
-    """A rank whose last files need one that no rank has made yet."""
+    """A worker whose last files need one that no worker has made yet."""
 
     code = "AK610"
 

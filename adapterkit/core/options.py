@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transfor
 from adapterkit.core import dtypes
 from adapterkit.core.errors import AdapterkitError, Problems
 from adapterkit.core.patterns import matcher
-from adapterkit.core.records import MOST, Check, Json, inside, unfit
+from adapterkit.core.records import MOST, Check, Json, inside, invalid_value
 from adapterkit.core.registry import Tier
 
 T = TypeVar("T")
@@ -193,7 +193,7 @@ def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
     def read(value: object) -> str:
         words = tuple(allowed() if callable(allowed) else allowed)
         if not isinstance(value, str) or value not in words:
-            raise unfit(value, " or ".join(words), "use one of these", words)
+            raise invalid_value(value, " or ".join(words), "use one of these", words)
         return str(value)
 
     return Check("one of the words", read, words=allowed)
@@ -210,7 +210,7 @@ def dtype(value: object) -> str:
     return short
 
 
-def whole(least: int = 1, most: int = MOST) -> Check:
+def integer(least: int = 1, most: int = MOST) -> Check:
     """An integer within bounds."""
 
     def read(value: object) -> int:
@@ -222,7 +222,7 @@ def whole(least: int = 1, most: int = MOST) -> Check:
     return Check(f"a whole number, {least} to {most}", read, kind="integer")
 
 
-def whole_of(*allowed: int) -> Check:
+def integer_of(*allowed: int) -> Check:
     """One of these integers."""
     words = tuple(map(str, allowed))
     read = lambda value: allowed[allowed.index(_integer(value))]
@@ -251,7 +251,7 @@ def flag(value: object) -> bool:
 def text(value: object) -> str:
     """A text of printable characters."""
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise unfit(value, "a text")
+        raise invalid_value(value, "a text")
     return str(value)
 
 
@@ -260,7 +260,7 @@ def regex(value: object) -> str:
     if isinstance(value, re.Pattern) and value.flags in (0, re.UNICODE):
         value = value.pattern
     if not isinstance(value, str) or not value:
-        raise unfit(value, "a regular expression", "give a text")
+        raise invalid_value(value, "a regular expression", "give a text")
     matcher(value, "")
     return str(value)
 
@@ -268,7 +268,7 @@ def regex(value: object) -> str:
 def path(value: object) -> StrPath:
     """A path, or what else a source can be called."""
     if not isinstance(value, str | os.PathLike) or not _is_name(os.fspath(value)):
-        raise unfit(value, "a path", "give a text or a Path")
+        raise invalid_value(value, "a path", "give a text or a Path")
     return value
 
 
@@ -309,7 +309,7 @@ def files(value: object) -> tuple[StrPath, ...]:
     """One path or more."""
     items = paths(value)
     if not items:
-        raise unfit(value, "one path or more", "give a file")
+        raise invalid_value(value, "one path or more", "give a file")
     return items
 
 
@@ -338,7 +338,7 @@ def settings(value: object) -> Json:
 def function(value: object) -> Any:
     """Something to call."""
     if not callable(value):
-        raise unfit(value, "a function")
+        raise invalid_value(value, "a function")
     return value
 
 
@@ -382,7 +382,7 @@ def _items(value: object) -> list[Any]:
         return [value]
     has_order = not isinstance(value, bytes | bytearray | AbstractSet)
     if not has_order or hasattr(value, "shape") or not isinstance(value, Iterable):
-        raise unfit(value, "a list, in the order that counts", "give a list")
+        raise invalid_value(value, "a list, in the order that counts", "give a list")
     return list(value)
 
 
@@ -400,9 +400,9 @@ def weighted(adapters: object) -> list[tuple[StrPath, float | None]]:
         number = finite(weight)
         if not isinstance(source, str | os.PathLike) or not _is_name(os.fspath(source)):
             hint = "give a text, a Path or a pair"
-            errors.append(unfit(item, "a source, or a source and its weight", hint))
+            errors.append(invalid_value(item, "a source, or a source and its weight", hint))
         elif source is not item and number is None:
-            errors.append(unfit(item, "a number as the weight", "give a finite number"))
+            errors.append(invalid_value(item, "a number as the weight", "give a finite number"))
         pairs.append((source, number))
     errors.raise_all()
     return pairs
@@ -413,7 +413,7 @@ def unweighted(adapters: object) -> list[StrPath]:
     pairs = weighted(adapters)
     expected, hint = "no weights: this verb has none", "remove the weight"
     wrong = (pair for pair in pairs if pair[1] not in (None, 1))
-    Problems(unfit(pair, expected, hint) for pair in wrong).raise_all()
+    Problems(invalid_value(pair, expected, hint) for pair in wrong).raise_all()
     return [source for source, _ in pairs]
 
 
@@ -461,7 +461,11 @@ FUNCTION, PROGRESS = Check("a function", function), Check("a function", progress
 DEVICE = Check("auto, cpu, cuda or cuda:i", device, hint=ONE_OF)
 DTYPE = Check(" or ".join(dtypes.SHORT), dtype, tuple(dtypes.SHORT), ONE_OF)
 COMPAT = choice(("peft",))
-COUNT, SEED, SHARE = whole(), whole(0, MOST_SEED), number("a share, 0 to 1", lambda x: 0 <= x <= 1)
+COUNT, SEED, SHARE = (
+    integer(),
+    integer(0, MOST_SEED),
+    number("a share, 0 to 1", lambda x: 0 <= x <= 1),
+)
 SHARE_ABOVE_0 = number("a share above 0, at most 1", lambda x: 0 < x <= 1)
 ABOVE_0 = number("a number above 0", lambda x: x > 0)
 NUMBER = number("a finite number", lambda x: True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-from adapterkit.core.checkpoint.folder import Folder, OneFile
+from adapterkit.core.checkpoint.folder import Folder, SingleFile
 from adapterkit.core.checkpoint.hashes import sha256_of_file
 from adapterkit.core.checkpoint.hub_ids import repositories
 from adapterkit.core.checkpoint.strict import read_json
@@ -230,7 +230,7 @@ def find_receipt(folder: Folder) -> tuple[Folder, str] | None:
     single = getattr(folder, "single", None)
     if single is None:
         return None
-    around, name = cast(OneFile, folder).whole(), receipt_beside(single)
+    around, name = cast(SingleFile, folder).containing_folder(), receipt_beside(single)
     return (around, name) if name in around.files() else None
 
 

@@ -134,12 +134,12 @@ def inside(check: Check, value: object, place: str, errors: Problems) -> Any:
                 one.where = place + one.where
             errors.append(one)
     except (ValueError, TypeError):
-        errors.append(unfit(value, check.expected, check.hint, check.words))
+        errors.append(invalid_value(value, check.expected, check.hint, check.words))
         errors[-1].where = place
     return None
 
 
-def unfit(
+def invalid_value(
     value: object,
     expected: str,
     hint: str = "",

@@ -26,7 +26,7 @@ from adapterkit.core.records import Check
 from adapterkit.core.registry import load
 from adapterkit.doors import ENGINES, HUB
 
-WAIT = 600.0  # seconds for files of other ranks that a rank's own need
+WAIT = 600.0  # seconds for files of other workers that a worker's own need
 
 
 def _output(value: object, *, endings: tuple[str, ...]) -> StrPath:

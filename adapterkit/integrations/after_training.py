@@ -40,9 +40,11 @@ class AfterTraining:
         if self.report is not None:
             document = report([adapter], base=_if_local(model), out=self.report, overwrite=True)
             lines.append(f"{os.fspath(self.report)}: {document['advice']['reason']}")
-        for form, out in self.convert.items():
-            convert(adapter, to=form, base=_if_local(model), out=out, overwrite=Path(out).exists())
-            lines.append(f"{os.fspath(out)}: in the format {form}")
+        for format, out in self.convert.items():
+            convert(
+                adapter, to=format, base=_if_local(model), out=out, overwrite=Path(out).exists()
+            )
+            lines.append(f"{os.fspath(out)}: in the format {format}")
         if self.merge is not None:
             if model is None:
                 raise Refused(

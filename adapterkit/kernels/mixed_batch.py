@@ -73,10 +73,10 @@ def side_by_side(factors: Sequence[tuple[Tensor, Tensor, float]]) -> SideBySide:
     """Of a (r, in), b (out, r) and the scale of each adapter."""
     a, b, scales = zip(*factors, strict=True)
     if b[0].device.type == "cpu":
-        beside = torch.cat([one.T for one in b])
+        stacked_b = torch.cat([one.T for one in b])
     else:  # in one launch, which takes what is contiguous only
-        beside = torch.cat(b, 1).T.contiguous()
-    return SideBySide(torch.cat(a), beside, tuple(len(one) for one in a), scales)
+        stacked_b = torch.cat(b, 1).T.contiguous()
+    return SideBySide(torch.cat(a), stacked_b, tuple(len(one) for one in a), scales)
 
 
 def dense_mask(

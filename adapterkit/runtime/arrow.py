@@ -37,7 +37,7 @@ from adapterkit.core.records import Json
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.load import writing
-from adapterkit.runtime.load.placing import home
+from adapterkit.runtime.load.placing import factor_device
 from adapterkit.runtime.state import Attached, State, unique
 from adapterkit.verbs.combine.planning.arrow import CONFIG, FORMAT, WEIGHTS
 from adapterkit.verbs.combine.records.arrow import arrow as write_arrow
@@ -158,7 +158,7 @@ def place(state: State, stored: StoredRouter, name: str) -> ArrowRouter:
 
 
 def part_at(state: State, router: ArrowRouter, path: str, experts: Experts) -> RoutedPart:
-    experts = experts.to(home(state.modules[path]))
+    experts = experts.to(factor_device(state.modules[path]))
     top_k, temperature = router.settings["top_k"], router.settings["temperature"]
     return RoutedPart(router.name, experts, top_k, temperature)
 

@@ -13,7 +13,7 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     return hasattr(tensor, "device_mesh")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor, gathered on each process where it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 

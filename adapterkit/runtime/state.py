@@ -25,7 +25,7 @@ from adapterkit.runtime.watch import FirstCallWatch
 from adapterkit.verbs.shared.lora_config import LoraConfig
 
 
-class MergeState(Protocol):
+class MergingState(Protocol):
     """Weights that a merge replaced; see `merging`."""
 
     active: dict[str, float]
@@ -86,7 +86,7 @@ class State:
         self.adapters: dict[str, Attached] = {}
         self.active: dict[str, float] = {}
         self.merged: dict[str, float] = {}
-        self.merge: MergeState | None = None  # what `merged` replaced
+        self.merge: MergingState | None = None  # what `merged` replaced
         self.rows: Batch | None = None  # the mixed batch in progress; see `rows`
         self.store: Provider | None = None  # of adapters that are not loaded
         self.invocations: Invocations | None = None  # while there is an aLoRA

@@ -50,11 +50,11 @@ class LiveResolver(Resolver):
 
     def fitting(self, paths: list[str]) -> list[str]:
         paths = super().fitting(paths)
-        unfit = [path for path in paths if self._unfit_as_parameter(path)]
-        if unfit:
+        unfitting = [path for path in paths if self._unfit_as_parameter(path)]
+        if unfitting:
             text = "PEFT takes them for stacks of experts, whose factors have no such settings"
-            warnings.warn(f"no factors for {listed(unfit)}: {text}", stacklevel=2)
-        return [path for path in paths if path not in unfit]
+            warnings.warn(f"no factors for {listed(unfitting)}: {text}", stacklevel=2)
+        return [path for path in paths if path not in unfitting]
 
     def resolve(self) -> list[Target]:
         targets = super().resolve()
@@ -67,8 +67,8 @@ class LiveResolver(Resolver):
             )
         return targets
 
-    def unfit(self, path: str) -> Refused | None:
-        return super().unfit(path) or self._unfit_as_parameter(path)
+    def refusal_reason(self, path: str) -> Refused | None:
+        return super().refusal_reason(path) or self._unfit_as_parameter(path)
 
     def unfit_settings(self, target: Target) -> Iterator[Refused]:
         part, config = layers.KINDS[target.kind], self.config
@@ -79,7 +79,7 @@ class LiveResolver(Resolver):
         ]
         if target.tied is not None and (config.dora or "tie" not in part.takes):
             wrong.append(("dora with tie" if config.dora else "tie", "a linear head without dora"))
-        if (unfit := part.unfit(target.module, target.rank)) is not None:
+        if (unfit := part.refusal_reason(target.module, target.rank)) is not None:
             wrong.append(unfit)
         for setting, expected in wrong:
             yield Refused(

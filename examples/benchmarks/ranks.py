@@ -7,8 +7,8 @@ over a checkpoint of 671B.
     python examples/benchmarks/ranks.py --json ranks.json
 
 `local` is one process with a thread for each core. `ranks-N` is `merge --plan`, N processes of
-`run --rank i/N` at once, each with its share of the cores, and `finish`. `ray` is `--engine ray` on
-a cluster of this machine whose workers have done a small merge before. All write the same bytes,
+`run --worker i/N` at once, each with its share of the cores, and `finish`. `ray` is `--engine ray`
+on a cluster of this machine whose workers have done a small merge before. All write the same bytes,
 which is checked. `start-up` is what processes take to begin, and stays the same for a model of any
 size: imports and planning, measured by dry runs of the same commands, of all three steps for ranks;
 for Ray the start of the cluster and of its workers. `work` is the rest, and `/ local` compares it
@@ -162,7 +162,7 @@ def ranks(count: int) -> Callable[[Job], Run]:
         """Seconds of all ranks at once, and the peak of the largest."""
         began = time.perf_counter()
         words = ["run", job.plan, "--quiet", *options]
-        processes = [adapterkit(*words, "--rank", f"{i}/{count}") for i in range(count)]
+        processes = [adapterkit(*words, "--worker", f"{i}/{count}") for i in range(count)]
         peak = max(process.wait()[0].peak for process in processes)
         return time.perf_counter() - began, peak
 
@@ -265,10 +265,10 @@ def large(args: argparse.Namespace) -> dict[str, dict]:
     base, adapter = elsewhere(large_inputs, args.work)
     job = Job(base, adapter, args.work, 1)
     common.fresh(args.work / "run")
-    share = ["run", job.plan, "--rank", f"0/{RANKS}", "--dry-run"]
+    share = ["run", job.plan, "--worker", f"0/{RANKS}", "--dry-run"]
     steps: dict[str, tuple[list[object], int]] = {
         "merge --plan": ([*job.merge, "--plan", job.plan], 0),
-        f"run --rank 0/{RANKS} --dry-run": (share, 0),
+        f"run --worker 0/{RANKS} --dry-run": (share, 0),
         "finish (refused)": (["finish", job.plan, "--quiet"], 1),
     }
     results = {}

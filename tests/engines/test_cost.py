@@ -10,7 +10,7 @@ import pytest
 
 import adapterkit
 from adapterkit.core.checkpoint.layout import TensorPlan, laid_out
-from adapterkit.core.engine.cost import CONSUMER, H100, PRICES, Job, Machine
+from adapterkit.core.engine.cost import CONSUMER, H100, PRICES, Machine, Work
 from adapterkit.core.engine.placement import least_memory
 from adapterkit.core.plan import Effort, Plan
 
@@ -114,10 +114,10 @@ LAPTOP = 7 << 30  # bytes of a card of 8 GB, beside a desktop
 @pytest.mark.parametrize("name", PLANS)
 def test_what_goes_to_a_gpu(name: str, plans: Callable[[str], Plan]):
     plan = plans(name)
-    job = Job.of(plan)
+    work = Work.of(plan)
     taken = {
         machine: " ".join(
-            disk for disk, rate in DISKS.items() if job.gains(replace(each, disk=rate))
+            disk for disk, rate in DISKS.items() if work.gains(replace(each, disk=rate))
         )
         for machine, each in MACHINES.items()
     }
@@ -126,16 +126,16 @@ def test_what_goes_to_a_gpu(name: str, plans: Callable[[str], Plan]):
 
 
 def test_a_small_job_is_not_worth_starting_a_gpu(plans: Callable[[str], Plan]):
-    job, machine = Job.of(plans("nf4")), replace(MACHINES["H100"], disk=DISKS["fast"])
-    counts = {name: count / 10 for name, count in job.counts.items()}
-    tenth = replace(job, nbytes=job.nbytes / 10, changed=job.changed / 10, counts=counts)
-    assert job.gains(machine) and not tenth.gains(machine)
+    work, machine = Work.of(plans("nf4")), replace(MACHINES["H100"], disk=DISKS["fast"])
+    counts = {name: count / 10 for name, count in work.counts.items()}
+    tenth = replace(work, nbytes=work.nbytes / 10, changed=work.changed / 10, counts=counts)
+    assert work.gains(machine) and not tenth.gains(machine)
 
 
 def test_small_weights_are_not_worth_their_launches(plans: Callable[[str], Plan]):
     """As many elements in thirty times as many weights, as experts have."""
-    job, machine = Job.of(plans("loftq")), replace(MACHINES["4090"], disk=DISKS["fast"])
-    assert job.gains(machine) and not replace(job, launches=30 * job.launches).gains(machine)
+    work, machine = Work.of(plans("loftq")), replace(MACHINES["4090"], disk=DISKS["fast"])
+    assert work.gains(machine) and not replace(work, launches=30 * work.launches).gains(machine)
 
 
 def test_every_count_of_an_effort_has_a_price():

@@ -16,7 +16,7 @@ from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.engine import chunk as chunks
 from adapterkit.core.engine import device, local
-from adapterkit.core.engine.cost import Job
+from adapterkit.core.engine.cost import Work
 from adapterkit.core.engine.out_of_memory import memory_errors
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Failed, Refused
@@ -152,7 +152,7 @@ def test_a_card_that_does_not_compute_is_refused_or_left_alone(
         card.fails = error
     else:
         monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
-    monkeypatch.setattr(Job, "gains", lambda job, machine: job.has_tasks)  # which a merge has not
+    monkeypatch.setattr(Work, "gains", lambda job, machine: job.has_tasks)  # which a merge has not
     arguments: dict[str, Any] = {
         "merge": {"adapters": ["style"]},
         "quantize": {"to": "nf4"},

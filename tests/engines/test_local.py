@@ -147,7 +147,7 @@ def test_a_worker_is_done_when_it_holds_no_tensor(tmp_path, monkeypatch):
     """The process may end then: a thread that still freed one would abort it."""
     held, alive, caller = {}, [], threading.get_ident()
 
-    class Watched(buffers.Rooms):
+    class Watched(buffers.StagingBuffers):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             if threading.get_ident() != caller:
@@ -159,7 +159,7 @@ def test_a_worker_is_done_when_it_holds_no_tensor(tmp_path, monkeypatch):
         real(running)
 
     real = file_threads.Running.finish
-    monkeypatch.setattr(buffers, "Rooms", Watched)
+    monkeypatch.setattr(buffers, "StagingBuffers", Watched)
     monkeypatch.setattr(file_threads.Running, "finish", finish)
     job(tmp_path, torch.bfloat16)
     merged(tmp_path)

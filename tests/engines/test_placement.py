@@ -9,7 +9,7 @@ import adapterkit
 from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import TensorPlan, laid_out
-from adapterkit.core.engine.cost import H100, PRICES, Job, Machine
+from adapterkit.core.engine.cost import H100, PRICES, Machine, Work
 from adapterkit.core.engine.device import LOCAL_RANKS, own_gpu
 from adapterkit.core.engine.placement import (
     device_totals,
@@ -106,8 +106,8 @@ def test_a_merge_takes_a_card_where_arithmetic_is_longer_than_the_disk(
     count: int, rank: int, cores: int, disk: float, card: bool
 ):
     plan = merge_of(count, rank)
-    assert Job.of(plan).gains(Machine(cores, H100, disk)) is card
-    assert not Job.of(plan).gains(Machine(cores, None, disk))
+    assert Work.of(plan).gains(Machine(cores, H100, disk)) is card
+    assert not Work.of(plan).gains(Machine(cores, None, disk))
 
 
 def test_tasks_take_a_card_with_room():
@@ -191,5 +191,5 @@ def test_a_rank_takes_its_own_card(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(rank, "local", local)
     monkeypatch.setenv("LOCAL_RANK", "5")
     with installed(Card(count=4)):
-        adapterkit.run("plan.json", device="cuda", rank="0/1")
+        adapterkit.run("plan.json", device="cuda", worker="0/1")
     assert taken == ["cuda:1"]

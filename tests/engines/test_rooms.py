@@ -16,7 +16,7 @@ from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.engine import buffers, local
-from adapterkit.core.engine.buffers import own_rooms
+from adapterkit.core.engine.buffers import own_staging
 from adapterkit.core.engine.file_stage import stage_of
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Unrecoverable
@@ -56,7 +56,7 @@ def all_read(
 ) -> dict[str, Tensor]:
     """Each tensor but the one that is not finite, twice."""
     specs = open_checkpoint(folder).tensors
-    with Sources((folder,), {}) as sources, torch.inference_mode(), own_rooms(device):
+    with Sources((folder,), {}) as sources, torch.inference_mode(), own_staging(device):
         reader = LocalReader(sources, device, dtype)
         read = [{k: reader.tensor(spec) for k, spec in specs.items() if k != "nan"} for _ in "12"]
         with pytest.raises(Unrecoverable, match="nan: values are not finite"):
@@ -93,7 +93,7 @@ def test_a_read_to_a_card_waits_for_a_room_and_for_whether_it_is_finite(
         Sources((stored[0],), {}) as sources,
         torch.inference_mode(),
         torch.cuda.stream(torch.cuda.Stream()),
-        own_rooms(DEVICE),
+        own_staging(DEVICE),
     ):
         reader = LocalReader(sources, DEVICE)
         reader.tensor(spec)
@@ -106,7 +106,7 @@ def test_a_read_to_a_card_waits_for_a_room_and_for_whether_it_is_finite(
 
 
 def test_rows_may_go_to_memory_that_is_used_again(stored: tuple[LocalFolder, dict[str, Tensor]]):
-    with Sources((stored[0],), {}) as sources, own_rooms(CPU) as rooms:
+    with Sources((stored[0],), {}) as sources, own_staging(CPU) as rooms:
         for key in ("torch.bfloat16", "torch.float32"):
             spec, places = spec_of(stored, key), set()
             for first, last in ((0, 5), (5, 7), (90, 96)):

@@ -61,7 +61,7 @@ def test_planted_weights(tmp_path, per):
     ids = tokens(8, 12)
     batches = batches_of([{"input_ids": ids, "labels": ids}])
     with runs_of(tmp_path / "base", adapters, tmp_path / "work", target=TeacherObjective) as runs:
-        owners = [owner[0] for owner in runs.mixture.owners]
+        owners = [owner[0] for owner in runs.weighted_model.owners]
         groups = torch.tensor(owners if per == "adapter" else range(len(owners)))
         planted = torch.tensor([0.7, -0.3, 0.4, 1.1, 0.2, 0.9]).double()[groups]
         runs.run(planted, batches, runs.target.look)
@@ -121,15 +121,17 @@ def test_a_layer_at_a_time_holds_its_factors_alone(tmp_path, adapters, large):
     oracle.save_base(oracle.llama(), tmp_path / "base", "fp32")
     held = []
     with runs_of(tmp_path / "base", adapters, tmp_path / "work", whole=False) as runs:
-        places, load_more = runs.mixture.places, runs.mixture.load
+        places, load_more = runs.weighted_model.places, runs.weighted_model.load
 
         def counted(*args):
             load_more(*args)
             held.append(sum(not place.part.a.is_meta for place in places))
 
-        runs.mixture.load = counted
+        runs.weighted_model.load = counted
         ids = tokens(2, 6)
-        runs.gradients(points(runs.mixture.size), batches_of([{"input_ids": ids, "labels": ids}]))
+        runs.gradients(
+            points(runs.weighted_model.size), batches_of([{"input_ids": ids, "labels": ids}])
+        )
     assert max(held) == len(places) // 2 == 2  # of one of two layers
 
 

@@ -61,7 +61,7 @@ def test_gradients(case, tmp_path, large, directions):
     for whole in (True, False):
         work = tmp_path / "work"
         with runs_of(base, adapters, work, whole=whole, directions=directions) as runs:
-            batches, c = batches_of(inputs, 2), points(runs.mixture.size)
+            batches, c = batches_of(inputs, 2), points(runs.weighted_model.size)
             found.append(runs.gradients(c, batches))
             torch.testing.assert_close(runs.losses(c, batches), found[-1][0])
             if len(found) == 1:
@@ -86,7 +86,7 @@ def test_losses_are_those_of_the_runtime(case, tmp_path):
     base, adapters, inputs = case
     batches = batches_of(inputs, 1)
     with runs_of(base, adapters, tmp_path / "work") as runs:
-        numbers = torch.tensor([owner[0] for owner in runs.mixture.owners])
+        numbers = torch.tensor([owner[0] for owner in runs.weighted_model.owners])
         losses = runs.losses(0.7 * (numbers == 1), batches)
         model = type(runs.stored.model)
     live = in_float64(model.from_pretrained(base, dtype=torch.float64).eval())

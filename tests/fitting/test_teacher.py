@@ -73,11 +73,11 @@ def test_divergence_is_of_both_models_predictions(tmp_path, large, name, whole):
     with runs_of(base, adapters, tmp_path / "work", whole=whole, target=TeacherObjective) as runs:
         kind = type(runs.stored.model)
         batches = batches_of(inputs, 2)
-        owners = torch.tensor([owner[0] for owner in runs.mixture.owners])
+        owners = torch.tensor([owner[0] for owner in runs.weighted_model.owners])
         runs.run((owners == 0).double(), batches, runs.target.look)
         found = [runs.losses(c.double(), batches) for c in (owners == 0, 0.7 * (owners == 1))]
         runs.number(True)
-        each = runs.losses(runs.mixture.expanded(0.7 * (owners == 1)).double(), batches)
+        each = runs.losses(runs.weighted_model.expanded(0.7 * (owners == 1)).double(), batches)
     ends = [predictions(kind, base, adapters[0], 1.0, batch) for batch in batches]
     others = [predictions(kind, base, adapters[1], 0.7, batch) for batch in batches]
     right = torch.cat([expected(*pair) for pair in zip(ends, others, strict=True)])

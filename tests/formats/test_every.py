@@ -19,7 +19,7 @@ from adapterkit.adapters.formats.modules.kinds import FACTORS
 from adapterkit.adapters.formats.modules.names import names_of
 from adapterkit.adapters.formats.modules.record import LANGUAGE, Contents
 from adapterkit.adapters.formats.peft.dialects import SINGLE
-from adapterkit.adapters.formats.schema import DetectWords, Format
+from adapterkit.adapters.formats.schema import DetectSchema, Format
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.core.inputs.adapter_door import is_plain
@@ -100,7 +100,7 @@ def test_a_golden_file_is_recognized_and_read_whole(sample: Sample):
     """Every key is read by a module."""
     pickled = sample.options.get("allow_pickle", False)
     told, form = detect_format(sample.path, allow_pickle=pickled)["format"], formats()[sample.form]
-    if form.detect == DetectWords():  # nothing tells it from the layout that it is a dialect of
+    if form.detect == DetectSchema():  # nothing tells it from the layout that it is a dialect of
         assert formats()[told].layout == form.layout
     else:
         assert told == sample.form
@@ -296,7 +296,7 @@ def test_what_is_plain_needs_no_detection(tmp_path: Path) -> None:
             continue
         shutil.copy(path, copy)
         if is_plain(LocalFolder(tmp_path)):
-            form = detect(LocalFolder(tmp_path)).form
+            form = detect(LocalFolder(tmp_path)).format
             assert form.layout == "adapter" and form.adapter.is_read_by_peft, sample.id
             plain.add(sample.form)
     assert "peft" in plain and len(plain) > 3, plain

@@ -281,7 +281,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=case_of)
 def test_detected(folder: Path) -> None:
-    assert detect(LocalFolder(folder)).form.name == folder.parent.name
+    assert detect(LocalFolder(folder)).format.name == folder.parent.name
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=case_of)
@@ -311,7 +311,7 @@ def test_there_and_back(folder: Path, layout: str, tmp_path: Path) -> None:
             convert(folder, to=layout, out=tmp_path / "there", base=folder / "base")
         return
     convert(folder, to=layout, out=tmp_path / "there", base=folder / "base")
-    assert detect(LocalFolder(tmp_path / "there")).form.name == layout
+    assert detect(LocalFolder(tmp_path / "there")).format.name == layout
     own = folder.parent.name
     convert(tmp_path / "there", to=own, out=tmp_path / "back", base=folder / "base")
     expected, actual = tensors_of(folder), tensors_of(tmp_path / "back")

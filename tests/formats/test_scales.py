@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import adapterkit
 from adapterkit.adapters.formats.modules.tensors import gathered, joined, scaled, stored
 from adapterkit.adapters.formats.task import ConvertedTensor, ConvertedTensors
-from adapterkit.core.adapter.adapter_config import whole
+from adapterkit.core.adapter.adapter_config import as_int
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.dtypes import name_of
 from adapterkit.core.errors import Unrecoverable
@@ -48,7 +48,7 @@ def test_a_scale_of_zero_is_in_b(tmp_path):
 )
 def test_numbers_of_a_config(alpha, kind):
     """An integer of 300 digits is none that a strict reader takes."""
-    assert type(whole(alpha)) is kind and whole(alpha) == alpha
+    assert type(as_int(alpha)) is kind and as_int(alpha) == alpha
 
 
 @pytest.mark.parametrize("alpha", [1e-60, 1e60])

@@ -11,7 +11,7 @@ import pytest
 import adapterkit
 from adapterkit.core.errors import AdapterkitError, Failed, MultipleErrors, Refused
 from adapterkit.core.output.journal import line_of, read_entry
-from adapterkit.many.workflows.launcher import rank_of
+from adapterkit.many.workflows.launcher import worker_of
 from adapterkit.many.workflows.workflow import run_pipeline
 from tests.support.raw_files import base, plain
 
@@ -206,7 +206,7 @@ def test_parts_that_the_plan_has_none_of(work: Path):
 def test_a_job_array_that_is_none(numbers: str):
     names = ("ID", "MIN", "MAX", "COUNT", "STEP")
     environment = {f"SLURM_ARRAY_TASK_{n}": v for n, v in zip(names, numbers.split(), strict=True)}
-    refused(lambda: rank_of("auto", environment))
+    refused(lambda: worker_of("auto", environment))
 
 
 @pytest.mark.parametrize("rank, ranks", [
@@ -214,8 +214,8 @@ def test_a_job_array_that_is_none(numbers: str):
     ("1e0", "2"),
 ])  # fmt: skip
 def test_ranks_that_are_none(rank: str, ranks: str):
-    refused(lambda: rank_of("auto", {"RANK": rank, "WORLD_SIZE": ranks}))
-    refused(lambda: rank_of(f"{rank}/{ranks}", {}))
+    refused(lambda: worker_of("auto", {"RANK": rank, "WORLD_SIZE": ranks}))
+    refused(lambda: worker_of(f"{rank}/{ranks}", {}))
 
 
 # -- pipelines -----------------------------------------------------------------------------------

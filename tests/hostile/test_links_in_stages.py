@@ -22,7 +22,7 @@ from adapterkit.core.output.file_result import ShardResult, read_result
 from adapterkit.core.output.journal import entries_of, line_of, read_lines
 from adapterkit.core.output.stage import Stage, work_folder
 from adapterkit.core.system import system
-from adapterkit.many.workers.stage import RankStage
+from adapterkit.many.workers.stage import WorkerStage
 from adapterkit.verbs.fit.journal import Evaluations
 from adapterkit.verbs.stats.model.activations import ActivationStore
 from adapterkit.verbs.stats.sums_files import Ledger
@@ -183,7 +183,7 @@ def test_a_linked_folder_in_that_of_ranks(home: Path, pipeline, top: str):
     adapterkit.write_plan("p.json", "merge", "base", ["a.safetensors"], out="out")
     (folder,) = (CONTROL / "ranks").iterdir()
     move_away(folder / top / "unet", home)
-    refused(lambda: adapterkit.run("p.json", rank="0/1"), "cannot write")
+    refused(lambda: adapterkit.run("p.json", worker="0/1"), "cannot write")
     refused(lambda: adapterkit.finish("p.json"), "files are not there")
     assert not Path("out").exists()
 
@@ -323,7 +323,7 @@ def test_a_result_of_another_form_is_not_there(change: dict[str, Any]):
 
 @pytest.mark.parametrize("word", ["attempt", "device", "torch", "seconds"])
 def test_a_marker_without_a_word_is_not_there(tmp_path: Path, word: str):
-    stage = RankStage(tmp_path, "x" * 16, accepts=lambda result: True)
+    stage = WorkerStage(tmp_path, "x" * 16, accepts=lambda result: True)
     for folder in (stage.path, stage.marks):
         folder.mkdir(parents=True)
     stage.path.joinpath(WEIGHTS).write_bytes(b"x")

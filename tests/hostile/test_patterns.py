@@ -174,7 +174,12 @@ def of_files(value: Any, where: str, used: Collection[str] = ("search",)) -> Ite
 
 
 def found() -> list[Found]:
-    records = (library.formats(), library.architectures(), library.one_file(), engines.engines())
+    records = (
+        library.formats(),
+        library.architectures(),
+        library.single_file_format(),
+        engines.engines(),
+    )
     several = [*written(), *(one for value in records for one in of_files(value, "formats"))]
     several += [Found(pattern, 0, ("search",), where) for pattern, where in gguf_kinds().items()]
     return list({(one.pattern, one.flags, one.methods): one for one in several}.values())

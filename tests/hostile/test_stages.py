@@ -171,7 +171,7 @@ def parts(work: Path, monkeypatch) -> Path:
     monkeypatch.setattr(rows, "ELEMENTS", 16)
     adapterkit.write_plan("p.json", "merge", "base", ["adapter"], out="out")
     for rank in ("0/2", "1/2"):
-        adapterkit.run("p.json", rank=rank)
+        adapterkit.run("p.json", worker=rank)
     (folder,) = (CONTROL / "ranks").iterdir()
     return folder
 

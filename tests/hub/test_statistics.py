@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, load_file, save
 
 import adapterkit
-from adapterkit.bases.hub.output.sources import Kept, bytes_down
+from adapterkit.bases.hub.output.sources import ShardCache, bytes_down
 from adapterkit.core.checkpoint.header import FIRST_READ
 from tests.hub.test_output_faults import kill_at
 from tests.support.hub_client import TOKEN, Client, ClientError, during
@@ -398,7 +398,7 @@ def test_a_download_of_other_bytes_is_refused(place):
 
 def test_which_files_stay():
     sizes = {"a": 4, "b": 3, "c": 2}
-    kept = Kept(sizes, 6)
+    kept = ShardCache(sizes, 6)
     assert [kept.read(name) for name in "aacbac"] == [[], None, [], ["a"], ["c", "b"], []]
     for room, down in [(9, 9), (6, 13), (4, 18)]:
         assert bytes_down("abcbca", sizes, room) == down
@@ -411,7 +411,7 @@ def test_ranks_make_it_and_finish_pushes_it(place, standing, expected):
     file, made = f"{out.replace('/', '-')}.plan.json", f"{out.replace('/', '-')}.safetensors"
     client(f"adapterkit.write_plan({file!r}, 'stats', 'org/base', {HOW}, out={made!r}).verb")
     for rank in ("0/2", "1/2"):
-        client(f"adapterkit.run({file!r}, rank={rank!r}).made")
+        client(f"adapterkit.run({file!r}, worker={rank!r}).made")
     finish = f"adapterkit.finish({file!r}, push={out!r}).data['pushed']"
     assert client(finish)["revision"] == hub.repos[out].refs["main"]
     files = hub.files(out)

@@ -52,14 +52,14 @@ class RanksBench(AdapterBench):
     def plan(self, *more: str, **settings) -> Ended:
         return self.merge("--plan", str(self.file), *more, **settings)
 
-    def begin(self, rank: str = "auto", *more: str, **settings) -> int:
-        """Start a rank; its process."""
+    def begin(self, worker: str = "auto", *more: str, **settings) -> int:
+        """Start a worker; its process."""
         constants = QUICK | settings.pop("constants", {})
-        argv = ["run", str(self.file), "--rank", rank, *more]
+        argv = ["run", str(self.file), "--worker", worker, *more]
         return self.start(argv, constants=constants, **settings)
 
-    def rank(self, rank: str = "auto", *more: str, **settings) -> Ended:
-        return self.wait(self.begin(rank, *more, **settings))
+    def worker(self, worker: str = "auto", *more: str, **settings) -> Ended:
+        return self.wait(self.begin(worker, *more, **settings))
 
     def finish(self, *more: str, **settings) -> Ended:
         return self.run(["finish", str(self.file), *more], **settings)
@@ -156,9 +156,9 @@ def write_command(folder: Path) -> None:
     command.chmod(0o755)
 
 
-def ranks_in(printed: str) -> list[str]:
+def workers_in(printed: str) -> list[str]:
     """The ranks that have said what they did."""
-    return sorted(re.findall(r"^rank (\d+/\d+): ", printed, re.MULTILINE))
+    return sorted(re.findall(r"^worker (\d+/\d+): ", printed, re.MULTILINE))
 
 
 @dataclass(frozen=True)

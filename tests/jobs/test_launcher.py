@@ -1,10 +1,10 @@
-"""Which rank a process is: as it is told, or by the variables of launchers."""
+"""Which worker a process is: as it is told, or by the variables of launchers."""
 
 import pytest
 
 from adapterkit.core.errors import Refused
 from adapterkit.many.workers.worker import assigned
-from adapterkit.many.workflows.launcher import rank_of
+from adapterkit.many.workflows.launcher import worker_of
 
 pytestmark = pytest.mark.quick
 
@@ -50,7 +50,7 @@ KUBERNETES = {"JOB_COMPLETION_INDEX": "4", "ADAPTERKIT_RANKS": "6"}
     ({"WORLD_SIZE": "3", "MASTER_ADDR": "node1"} | STEP, (1, 3)),  # as scripts of torch export it
 ])  # fmt: skip
 def test_what_launchers_say(environment: dict[str, str], expected: tuple[int, int]):
-    assert rank_of("auto", environment) == expected
+    assert worker_of("auto", environment) == expected
 
 
 @pytest.mark.parametrize("environment, problem", [
@@ -67,14 +67,14 @@ def test_what_launchers_say(environment: dict[str, str], expected: tuple[int, in
 ])  # fmt: skip
 def test_what_is_incomplete_is_refused(environment: dict[str, str], problem: str):
     with pytest.raises(Refused, match=problem):
-        rank_of("auto", environment)
+        worker_of("auto", environment)
 
 
 def test_told():
-    assert rank_of("3/4", TORCHRUN) == (3, 4)
+    assert worker_of("3/4", TORCHRUN) == (3, 4)
     for text in ("4/4", "1", "a/b", "-1/2", "1/2/3", "0/0", ""):
-        with pytest.raises(Refused, match="--rank"):
-            rank_of(text, {})
+        with pytest.raises(Refused, match="--worker"):
+            worker_of(text, {})
 
 
 def test_the_longest_first_and_evenly():

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.jobs.conftest import FINISH, PLAN, LinesBench, launcher_lines, ranks_in, write_command
+from tests.jobs.conftest import FINISH, PLAN, LinesBench, launcher_lines, workers_in, write_command
 from tests.support.documents import ROOT
 
 LINES = {name: line for name, line in launcher_lines().items() if name in ("mpirun", "torchrun")}
@@ -45,5 +45,5 @@ def test_the_lines_of_scale_make_the_bytes_of_one_process(
         )
         assert done.returncode == 0, done.stdout + done.stderr
         printed += done.stdout + done.stderr
-    assert ranks_in(printed) == [f"{rank}/4" for rank in range(4)], printed
+    assert workers_in(printed) == [f"{rank}/4" for rank in range(4)], printed
     lines_bench.check_done()

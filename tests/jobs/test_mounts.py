@@ -31,10 +31,10 @@ def test_another_mount_of_the_same_file_system(merging):
         pytest.skip(f"no overlay mount here: {shown.stderr.strip()}")
     assert int(shown.stdout) != os.stat(base / "config.json").st_dev
     bench.plan().succeeded()
-    words = [sys.executable, "-m", "adapterkit", "run", str(bench.file), "--rank", "0/2"]
+    words = [sys.executable, "-m", "adapterkit", "run", str(bench.file), "--worker", "0/2"]
     ended = elsewhere(base, empty, "exec", *words)
     assert ended.returncode == 0, ended.stderr
-    bench.rank("1/2").succeeded()
+    bench.worker("1/2").succeeded()
     assert "0/2: wrote 3 files" in ended.stderr
     bench.finish().succeeded()
     # metrics are of samples, and a process that is no fork of the driver has other chunks

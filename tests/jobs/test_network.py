@@ -210,7 +210,7 @@ def machines(bench: tuple[Machines, dict[str, str]]) -> Iterator[Machines]:
 
 def test_the_bytes_of_one_process(machines: Machines, bench, tmp_path: Path):
     ranks = [
-        machines.start(f"node{rank}", "run", machines.plan_file, "--rank", f"{rank}/2")
+        machines.start(f"node{rank}", "run", machines.plan_file, "--worker", f"{rank}/2")
         for rank in range(2)
     ]
     for rank in ranks:
@@ -224,7 +224,7 @@ def test_a_machine_is_lost(machines: Machines, bench, tmp_path: Path):
     lost = machines.start("node0", *words, "0/2", first=LOST)
     lost.communicate()
     assert lost.returncode == 128 + 9
-    assert "for other ranks" in machines.run("node1", *words, "1/2", first=SOON)
+    assert "for other workers" in machines.run("node1", *words, "1/2", first=SOON)
     machines.check_done(bench[1], tmp_path / "copy")
 
 

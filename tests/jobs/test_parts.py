@@ -75,7 +75,7 @@ def test_the_bytes_of_one_process(large, ranks: int, killed: bool):
     bench.clear()
     bench.plan().succeeded()
     fault = {"kill": True, "calls": ["fsync"], "when": 2} if killed else None
-    ended = bench.rank(f"0/{ranks}", fault=fault, **SMALL)
+    ended = bench.worker(f"0/{ranks}", fault=fault, **SMALL)
     assert ended.status == (-signal.SIGKILL if killed else 0)
     pids = [bench.begin(f"{rank}/{ranks}", **SMALL) for rank in range(1, ranks)]
     for pid in pids:
@@ -92,12 +92,12 @@ def test_another_number_of_ranks(large):
     bench.clear()
     bench.plan().succeeded()
     fault = {"kill": True, "calls": ["fsync"], "when": 5}
-    bench.rank("0/3", fault=fault, **SMALL)
+    bench.worker("0/3", fault=fault, **SMALL)
     bench.finish().failed_cleanly("1 of 1 files are not there")
-    bench.rank("1/4", **SMALL).succeeded()
+    bench.worker("1/4", **SMALL).succeeded()
     before = bench.marked()
-    bench.rank("0/3", **SMALL).succeeded()
-    bench.rank("0/1", **SMALL).succeeded()
+    bench.worker("0/3", **SMALL).succeeded()
+    bench.worker("0/1", **SMALL).succeeded()
     assert bench.marked() == before
     bench.finish().succeeded()
     bench.check_done(whole)
@@ -111,7 +111,7 @@ def test_the_join_is_killed_at_each_call(large, ranks: int, step: int):
     for when in range(3, 400, step):
         bench.clear()
         bench.plan().succeeded()
-        bench.rank(f"0/{ranks}", **SMALL).succeeded()
+        bench.worker(f"0/{ranks}", **SMALL).succeeded()
         ended = bench.finish(fault={"kill": True, "when": when})
         bench.finish().succeeded()
         bench.check_done(whole)
@@ -129,11 +129,11 @@ def test_after_a_join_that_was_killed(large, call: str, match: str, when: int, m
     bench, whole = large
     bench.clear()
     bench.plan().succeeded()
-    bench.rank("0/4", **SMALL).succeeded()
+    bench.worker("0/4", **SMALL).succeeded()
     fault = {"kill": True, "calls": [call], "match": match, "when": when}
     assert bench.finish(fault=fault).status == -signal.SIGKILL
     for rank in more:
-        bench.rank(rank, **SMALL).succeeded()
+        bench.worker(rank, **SMALL).succeeded()
     bench.finish().succeeded()
     bench.check_done(whole)
 
@@ -144,7 +144,7 @@ def test_a_join_goes_on_with_parts_that_are_cut_elsewhere(large):
     for calls in (["pwrite"], ["fsync"], ["rename"]):
         bench.clear()
         bench.plan().succeeded()
-        bench.rank("0/4", **SMALL).succeeded()
+        bench.worker("0/4", **SMALL).succeeded()
         fault = {"kill": True, "calls": ["unlink"], "match": "/out/", "when": 4}
         assert bench.finish(fault=fault).status == -signal.SIGKILL
         *_, last = sorted(
@@ -152,7 +152,7 @@ def test_a_join_goes_on_with_parts_that_are_cut_elsewhere(large):
         )
         last.unlink()
         bench.finish().failed_cleanly("1 of 1 files are not there")
-        bench.rank("0/3", **SMALL).succeeded()
+        bench.worker("0/3", **SMALL).succeeded()
         fault = {"kill": True, "calls": calls, "match": "/out/", "when": 1}
         assert bench.finish(fault=fault).status == -signal.SIGKILL
         bench.finish().succeeded()
@@ -164,7 +164,7 @@ def test_a_join_takes_the_room_of_one_part(large, monkeypatch):
     bench, whole = large
     bench.clear()
     bench.plan().succeeded()
-    bench.rank("0/4", **SMALL).succeeded()
+    bench.worker("0/4", **SMALL).succeeded()
     folder, used, synced = bench.stage / "out", [], disk.sync
 
     def sync(descriptor: int) -> None:
@@ -197,7 +197,7 @@ def test_too_little_room_for_a_join(large, monkeypatch):
     totals = json.loads(bench.file.read_bytes())["totals"]
     assert totals == plan.totals()
     assert totals["disk_needed"] == totals["bytes_written"] + size // 2
-    bench.rank("0/2", **SMALL).succeeded()
+    bench.worker("0/2", **SMALL).succeeded()
     before = bench.marked()
     free(size // 4)
     with pytest.raises(Refused, match="bytes free"):

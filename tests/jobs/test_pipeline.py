@@ -523,8 +523,8 @@ def test_the_command(write, tmp_path: Path):
     refused = command()
     assert refused.exit_code == 1 and "1 refused" in refused.stderr
     assert "refused: step 1, subtract -> out/law-only" in refused.stderr
-    usage = command("--rank", "0/2")
-    assert usage.exit_code == 2 and "--rank does not apply to a pipeline" in usage.stderr
+    usage = command("--worker", "0/2")
+    assert usage.exit_code == 2 and "--worker does not apply to a pipeline" in usage.stderr
 
 
 def test_in_python(write):

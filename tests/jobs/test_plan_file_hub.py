@@ -40,7 +40,7 @@ def test_ranks_read_the_commits_of_the_plan_and_finish_pushes(
     assert weight == 0.5
     hub.commit("org/adapter", adapter_files(seed=9))  # its branch moves: the plan's commit counts
     for rank in ("1/2", "0/2"):
-        client(f"adapterkit.run({str(file)!r}, rank={rank!r}).made")
+        client(f"adapterkit.run({str(file)!r}, worker={rank!r}).made")
     pushed = client(f"adapterkit.finish({str(file)!r}, push='org/merged').data['pushed']['repo']")
     assert pushed == "org/merged"
     there = hub.files("org/merged")

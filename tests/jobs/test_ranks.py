@@ -47,13 +47,13 @@ def test_the_bytes_of_one_process_where_one_is_killed(
     bench, whole = ranks_bench(job, system)
     bench.plan().succeeded()
     fault = {"kill": True, "calls": ["fsync"], "when": 1}
-    assert bench.rank(f"0/{ranks}", fault=fault).status == -signal.SIGKILL
+    assert bench.worker(f"0/{ranks}", fault=fault).status == -signal.SIGKILL
     pids = [bench.begin(f"{rank}/{ranks}") for rank in range(1, ranks)]
     for pid in pids:
         bench.wait(pid).succeeded()
     if ranks == 1:
         bench.finish().failed_cleanly("files are not there")
-        bench.rank("0/1").succeeded()
+        bench.worker("0/1").succeeded()
     bench.finish().succeeded()
     bench.check_done(whole)
 
@@ -69,14 +69,14 @@ def test_a_rank_is_killed_at_each_call(ranks_bench, job: str, step: int, system:
         bench.clear()
         bench.plan().succeeded()
         quiet = {"many.workers.worker.HEARTBEAT": 60}  # each word of a rank is calls, too
-        ended = bench.rank("0/2", fault={"kill": True, "when": when}, constants=quiet)
+        ended = bench.worker("0/2", fault={"kill": True, "when": when}, constants=quiet)
         if ended.status == 0:
             break
         assert ended.status == -signal.SIGKILL
         files = bench.stage / "out"
         for name in bench.marked():
             assert (files / name).exists(), ended.last
-        bench.rank("1/2").succeeded()
+        bench.worker("1/2").succeeded()
         bench.finish().succeeded()
         bench.check_done(whole)
     assert when > 20
@@ -95,10 +95,10 @@ def test_the_plan_and_the_end_are_killed_at_each_call(
         if command == "plan":
             ended = bench.plan(fault=fault)
             bench.plan("--overwrite").succeeded()
-            bench.rank().succeeded()
+            bench.worker().succeeded()
         else:
             bench.plan().succeeded()
-            bench.rank().succeeded()
+            bench.worker().succeeded()
             ended = bench.finish(fault=fault)
         bench.finish().succeeded()
         bench.check_done(whole)
@@ -112,7 +112,7 @@ def test_killed_between_the_journal_and_the_folder(merging):
     """The journal is a single process's already, the files are where the ranks left them."""
     bench, whole = merging
     bench.plan().succeeded()
-    bench.rank().succeeded()
+    bench.worker().succeeded()
     fault = {"kill": True, "calls": ["rename"], "match": "/ranks/", "when": 1}
     assert bench.finish(fault=fault).status == -signal.SIGKILL
     bench.finish().succeeded()
@@ -127,7 +127,7 @@ def test_a_stopped_rank_wakes_after_its_file_was_made(merging):
         bench.plan().succeeded()
         pid = bench.begin("0/2", fault={"calls": ["fsync"], "when": 1, "act": [["stop", "."]]})
         until(lambda pid=pid: stopped(pid))
-        bench.rank("1/2").succeeded()
+        bench.worker("1/2").succeeded()
         if finished:
             bench.finish().succeeded()
         os.kill(pid, signal.SIGCONT)
@@ -144,7 +144,7 @@ def test_a_rank_of_an_older_plan_wakes(merging):
     pid = bench.begin("0/2", fault={"calls": ["fsync"], "when": 1, "act": [["stop", "."]]})
     until(lambda: stopped(pid))
     bench.plan("--overwrite").succeeded()
-    bench.rank().succeeded()
+    bench.worker().succeeded()
     os.kill(pid, signal.SIGCONT)
     bench.wait(pid).failed_cleanly()
     bench.finish().succeeded()
@@ -156,16 +156,16 @@ def test_missing_files_are_named(merging):
     bench.plan().succeeded()
     names = [entry["file"] for entry in json.loads(bench.file.read_bytes())["shards"]]
     bench.finish().failed_cleanly("3 of 3 files are not there", *names, f"run {bench.file}")
-    bench.rank().succeeded()
+    bench.worker().succeeded()
     (bench.stage / "out" / names[1]).unlink()
     bench.finish().failed_cleanly("1 of 3 files", names[1])
-    bench.rank("4/9").succeeded()
+    bench.worker("4/9").succeeded()
     bench.finish("--verify").succeeded()
     shutil.copy(bench.file, kept := bench.root / "kept")
     ended = bench.finish()
     ended.succeeded()
     assert "finished before" in ended.stderr
-    bench.rank().succeeded()
+    bench.worker().succeeded()
     bench.check_done(whole)
     kept.unlink()
 
@@ -175,16 +175,16 @@ def test_a_changed_input_is_the_end_for_all(merging):
     bench, whole = merging
     bench.plan().succeeded()
     path = bench.root / "base" / "model-00001-of-00003.safetensors"
-    bench.rank("0/2", fault={"calls": ["fsync"], "when": 1, "kill": True})
+    bench.worker("0/2", fault={"calls": ["fsync"], "when": 1, "kill": True})
     change = {"calls": ["fsync"], "when": 1, "act": [["poke", str(path), 4000, [1, 2, 3]]]}
     before = path.read_bytes()
-    bench.rank("0/2", fault=change).failed_cleanly("changed between plan and end")
+    bench.worker("0/2", fault=change).failed_cleanly("changed between plan and end")
     assert (bench.stage / "marks" / "FAILED").is_file()
-    bench.rank("1/2").failed_cleanly("is not the file that was planned with", path.name)
+    bench.worker("1/2").failed_cleanly("is not the file that was planned with", path.name)
     path.write_bytes(before)
     bench.finish().failed_cleanly("is not the file that was planned with")
     bench.plan("--overwrite").succeeded()
-    bench.rank().succeeded()
+    bench.worker().succeeded()
     bench.finish().succeeded()
     bench.check_done(whole)
 
@@ -193,7 +193,7 @@ def test_what_is_given_up_stays_so(merging):
     bench, _ = merging
     bench.plan().succeeded()
     (bench.stage / "marks" / "FAILED").write_bytes(line_of({"reason": "a file changed"}))
-    for ended in (bench.rank(), bench.finish()):
+    for ended in (bench.worker(), bench.finish()):
         ended.failed_cleanly("the job failed: a file changed", "--overwrite")
 
 
@@ -201,13 +201,13 @@ def test_what_is_given_up_stays_so(merging):
 def test_two_kinds_of_arithmetic_are_refused(merging, entry: dict):
     bench, _ = merging
     bench.plan().succeeded()
-    bench.rank().succeeded()
+    bench.worker().succeeded()
     path = next((bench.stage / "marks").rglob("*.json"))
     path.write_bytes(line_of(read_entry(path) | entry))
-    for ended in (bench.finish(), bench.rank()):
+    for ended in (bench.finish(), bench.worker()):
         ended.failed_cleanly("files were made on", next(iter(entry.values())))
     path.unlink()
-    bench.rank().succeeded()
+    bench.worker().succeeded()
     bench.finish().succeeded()
 
 
@@ -218,15 +218,15 @@ def test_a_rank_waits_for_what_its_file_needs(ranks_bench):
     bench.plan().succeeded()
     pid = bench.begin("0/2", fault={"calls": ["fsync"], "when": 1, "act": [["stop", "."]]})
     until(lambda: stopped(pid))
-    ended = bench.rank("1/2", "--wait", "0.1", constants={"many.workers.worker.STALLED": 60})
+    ended = bench.worker("1/2", "--wait", "0.1", constants={"many.workers.worker.STALLED": 60})
     share = json.loads(
-        bench.run(["run", str(bench.file), "--rank", "1/2", "--dry-run", "--json"]).stdout
+        bench.run(["run", str(bench.file), "--worker", "1/2", "--dry-run", "--json"]).stdout
     )["share"]
     if any("adapter" in name for name in share):
         assert ended.status == 3 and "waiting for base/model-0000" in ended.stderr
     os.kill(pid, signal.SIGCONT)
     bench.wait(pid).succeeded()
-    bench.rank("1/2").succeeded()
+    bench.worker("1/2").succeeded()
     bench.finish().succeeded()
     bench.check_done(whole)
 

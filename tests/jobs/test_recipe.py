@@ -146,8 +146,8 @@ def test_options(home: Path, tmp_path: Path) -> None:
     file.write_text(recipe("gradients", home))
     with pytest.raises(Refused, match="no --out"):
         adapterkit.run(file)
-    with pytest.raises(Refused, match="--rank does not apply to a recipe"):
-        adapterkit.run(file, out=tmp_path / "out", rank="0/2")
+    with pytest.raises(Refused, match="--worker does not apply to a recipe"):
+        adapterkit.run(file, out=tmp_path / "out", worker="0/2")
     with pytest.raises(Refused, match="no such file"):
         adapterkit.run(tmp_path / "none.yml", out=tmp_path / "out")
     result = CliRunner().invoke(cli, ["run", str(file), "--out", str(tmp_path / "out"), "--json"])

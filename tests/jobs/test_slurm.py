@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.conftest import FINISH, PLAN, LinesBench, launcher_lines, ranks_in, write_command
+from tests.jobs.conftest import FINISH, PLAN, LinesBench, launcher_lines, workers_in, write_command
 from tests.support import daemons
 from tests.support.documents import ROOT
 
@@ -184,6 +184,6 @@ def test_the_lines_of_scale_make_the_bytes_of_one_process(
     for file in folder.glob("slurm-*_*.out"):
         printed += file.read_text()
         file.unlink()
-    assert ranks_in(printed) == [f"{rank}/4" for rank in range(4)], printed
+    assert workers_in(printed) == [f"{rank}/4" for rank in range(4)], printed
     slurm.run(shlex.split(FINISH), folder)
     lines_bench.check_done()

@@ -20,7 +20,7 @@ import adapterkit
 from adapterkit.core.errors import Interrupted
 from adapterkit.core.output.journal import line_of, read_entry
 from adapterkit.many.workflows.plan_file import read_plan
-from adapterkit.many.workflows.run import run_rank
+from adapterkit.many.workflows.run import run_worker
 from adapterkit.verbs.stats.model import activations, stored_model
 from adapterkit.verbs.stats.model import layers as units
 from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep
@@ -113,10 +113,10 @@ def test_a_killed_rank_and_a_stopped_one(benches):
     bench, whole = benches()
     bench.plan().succeeded()
     fault = {"kill": True, "calls": ["fsync"], "match": ".sums.", "when": 3}
-    assert bench.rank("0/2", fault=fault).status == -signal.SIGKILL
+    assert bench.worker("0/2", fault=fault).status == -signal.SIGKILL
     assert not bench.sums() and [*bench.stage.rglob("*.sums.safetensors")]
     bench.finish().failed_cleanly("1 of 1 files are not there", bench.out.name)
-    bench.rank("1/2").succeeded()
+    bench.worker("1/2").succeeded()
     assert bench.out.name in bench.sums() and len(bench.sums()) == 4
     bench.finish().succeeded()
     bench.check_done(whole)
@@ -129,18 +129,18 @@ def test_a_changed_input_is_the_end_for_all(benches):
     data = bench.root / "ids.jsonl"
     lines = data.read_text()
     data.write_text(lines.replace("[", "[1, "))
-    bench.rank().failed_cleanly("options.data.sha256")
+    bench.worker().failed_cleanly("options.data.sha256")
     data.write_text(lines)
     path = bench.root / "base" / "model-00001-of-00003.safetensors"
     before = path.read_bytes()
     poke = [["poke", str(path), 4000, [1, 2, 3]]]
     change = {"calls": ["fsync"], "match": ".sums.", "when": 1, "act": poke}
-    bench.rank("0/2", fault=change).failed_cleanly("changed between plan and end")
+    bench.worker("0/2", fault=change).failed_cleanly("changed between plan and end")
     assert (bench.stage / "marks" / "FAILED").is_file() and not bench.sums()
-    bench.rank("1/2").failed_cleanly("is not the file that was planned with", path.name)
+    bench.worker("1/2").failed_cleanly("is not the file that was planned with", path.name)
     path.write_bytes(before)
     bench.plan("--overwrite").succeeded()
-    bench.rank().succeeded()
+    bench.worker().succeeded()
     bench.finish().succeeded()
     bench.check_done(whole)
 
@@ -149,10 +149,10 @@ def test_a_changed_input_is_the_end_for_all(benches):
 def test_two_kinds_of_arithmetic_are_refused(benches, entry: dict):
     bench, _ = benches()
     bench.plan().succeeded()
-    bench.rank().succeeded()
+    bench.worker().succeeded()
     path = next((bench.stage / "marks").rglob("*.json"))
     path.write_bytes(line_of(read_entry(path) | entry))
-    for ended in (bench.finish(), bench.rank()):
+    for ended in (bench.finish(), bench.worker()):
         ended.failed_cleanly("files were made on", next(iter(entry.values())), "--workers")
 
 
@@ -199,7 +199,7 @@ def twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_ranks(tmp_path: Path, name: str, steps: Iterable[int], **options) -> list[str]:
-    """Compare the file of a single process with that of ranks, which all but the last stop at a
+    """Compare the file of a single process with that of workers, which all but the last stop at a
     step; the names of the files of sums."""
     MODELS[name][0]().save_pretrained(tmp_path / "base")
     options |= {"data": write_ids(tmp_path / "ids.jsonl"), "batch": 2, "memory": "1KB"}
@@ -211,8 +211,8 @@ def by_ranks(tmp_path: Path, name: str, steps: Iterable[int], **options) -> list
     adapterkit.write_plan(file, "stats", tmp_path / "base", out=two, **options)
     for step in steps:
         with contextlib.suppress(Interrupted):
-            adapterkit.run(file, rank="0/2", progress=stopping(step))
-    assert not adapterkit.run(file, rank="1/2").left
+            adapterkit.run(file, worker="0/2", progress=stopping(step))
+    assert not adapterkit.run(file, worker="1/2").left
     names = [path.name for path in two.parent.glob(".s*/ranks/*/work/*/*")]
     two = adapterkit.finish(file)
     assert Path(one.out).read_bytes() == Path(two.out).read_bytes()
@@ -250,6 +250,6 @@ def test_ranks_share_the_forward_passes(tmp_path: Path, monkeypatch: pytest.Monk
     plan = read_plan(file)
     for rank in range(2):
         own = [f"{out.name}@{n}-{n + 1}" for n in range(rank, 6, 2)]
-        assert run_rank(plan, rank, 2, only=own).made == own
+        assert run_worker(plan, rank, 2, only=own).made == own
     assert passes == [3, 3] and len(loads) == 2 * 4  # three layers, and what is around them
-    assert adapterkit.run(file, rank="0/2").made == [out.name] and passes == [3, 3]
+    assert adapterkit.run(file, worker="0/2").made == [out.name] and passes == [3, 3]

@@ -43,7 +43,7 @@ def by_plan(verb: str, *sources, ranks: int = 2, **options) -> Receipt:
     os.chdir("/")
     try:
         for rank in range(ranks):
-            adapterkit.run(file, rank=f"{rank}/{ranks}")
+            adapterkit.run(file, worker=f"{rank}/{ranks}")
         return adapterkit.finish(file)
     finally:
         os.chdir(here)

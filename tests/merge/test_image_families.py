@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.adapters.formats.library import architectures, described, one_file
+from adapterkit.adapters.formats.library import architectures, described, single_file_format
 from tests.formats import test_flux, test_video
 from tests.formats.video_models import MODELS, named_parameters
 from tests.support.one_file import (
@@ -68,7 +68,7 @@ def test_every_family_is_here():
 
 
 def one_file_names() -> tuple[str, ...]:
-    return one_file().names.architectures
+    return single_file_format().names.architectures
 
 
 # what each loader of LoRAs in diffusers is for: families with names of other tools, and models of

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.adapters.formats.image_model import OneFileModel
+from adapterkit.adapters.formats.image_model import SingleFileModel
 from adapterkit.adapters.formats.library import described
 from adapterkit.core.errors import MultipleErrors
 from adapterkit.core.inputs.base_door import read_checkpoint
@@ -538,7 +538,7 @@ def test_names_are_those_that_comfyui_tells_models_by(family, home):
     keys |= {key.replace("norms.0.weight", "norms.0.scale") for key in keys}
     assert {*TOLD_BY[family]} <= keys
     model = read_checkpoint(open_model(base))
-    assert isinstance(model, OneFileModel)
+    assert isinstance(model, SingleFileModel)
     assert model.architecture in (FAMILIES[family].architecture, "sd2" if family == "sd15" else "")
 
 

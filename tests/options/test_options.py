@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.core.options import option_of, parse_size, weighted, whole
+from adapterkit.core.options import integer, option_of, parse_size, weighted
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import COUNT
 from adapterkit.core.registry import verb_named
@@ -196,7 +196,8 @@ def test_dry_run_checks_too(calls, tmp_path):
 def test_whole_numbers_end_where_they_are_said_to():
     """The last that is taken, and the first that is not."""
     for check, last, beyond in [
-        (whole(), 2**31 - 1, 2**31), (whole(), 1, 0), (whole(0), 0, -1), (whole(1, 8), 8, 9),
+        (integer(), 2**31 - 1, 2**31), (integer(), 1, 0), (integer(0), 0, -1),
+        (integer(1, 8), 8, 9),
     ]:  # fmt: skip
         assert check.read(last) == last and not check.fits(beyond)
 

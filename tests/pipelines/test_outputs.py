@@ -84,8 +84,8 @@ def test_ranks_make_the_same(place):
     words = ["merge", "base", "lora.safetensors=0.5", "--out", "ranked", "--plan", "plan.json"]
     for line in (
         words,
-        ["run", "plan.json", "--rank", "0/2"],
-        ["run", "plan.json", "--rank", "1/2"],
+        ["run", "plan.json", "--worker", "0/2"],
+        ["run", "plan.json", "--worker", "1/2"],
     ):
         run(place, *line).succeeded()
     run(place, "finish", "plan.json").succeeded()

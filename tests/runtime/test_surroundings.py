@@ -12,7 +12,7 @@ from torch import nn
 from adapterkit import LoraConfig
 from adapterkit.core.errors import Refused
 from adapterkit.runtime import attach, load
-from adapterkit.runtime.load.placing import home
+from adapterkit.runtime.load.placing import factor_device
 from tests.support.live import llama, on_meta, peft_of, tokens
 
 CONFIG = LoraConfig(4, 8, ["q_proj", "v_proj", "down_proj"], init=False)
@@ -218,11 +218,11 @@ def test_home_of_an_offloaded_module():
     from accelerate.hooks import AlignDevicesHook, SequentialHook
 
     module = nn.Linear(2, 2, device="meta")
-    assert home(module) == torch.device("cpu")
+    assert factor_device(module) == torch.device("cpu")
     for hook in (AlignDevicesHook("cuda:1"), SequentialHook(AlignDevicesHook("cuda:1"))):
         module._hf_hook = hook
-        assert home(module) == torch.device("cuda:1")
-    assert home(nn.Linear(2, 2)) == torch.device("cpu")
+        assert factor_device(module) == torch.device("cuda:1")
+    assert factor_device(nn.Linear(2, 2)) == torch.device("cpu")
 
 
 def test_prepared_by_accelerate(reference):

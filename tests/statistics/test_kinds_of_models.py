@@ -12,7 +12,7 @@ from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.errors import Refused
 from adapterkit.verbs.stats.collect import open_sources
 from adapterkit.verbs.stats.data.tokens import TokenTracker
-from adapterkit.verbs.stats.job import CollectionJob
+from adapterkit.verbs.stats.job import CollectionPlan
 from adapterkit.verbs.stats.model import layers as units
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.verb import StatsOptions
@@ -27,7 +27,7 @@ WHAT = ("covariance", "gradient")
 def notes_of(base, batches, **options):
     with open_sources(base.folder) as sources:
         stored = StoredModel(base, sources, torch.device("cpu"))
-        return CollectionJob(stored, StatsOptions(**options), batches).notes
+        return CollectionPlan(stored, StatsOptions(**options), batches).notes
 
 
 def inputs_of(model, data, names):

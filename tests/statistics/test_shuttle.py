@@ -23,7 +23,7 @@ def card() -> Iterator[Card]:
 
 def test_a_table_goes_there_once(card: Card):
     """Until the pass changes it, a unit changes its copy, or nobody has it any more."""
-    between, table = shuttle.Shuttle(DEVICE), torch.arange(8.0)
+    between, table = shuttle.BatchOffloader(DEVICE), torch.arange(8.0)
     (first, again), copies = between.to_device((table, [table]))
     assert again[0] is first and copies == {id(table): first} and card.transfers == 1
     assert between.to_device(table)[0] is first and card.transfers == 1
@@ -42,14 +42,14 @@ def test_a_table_goes_there_once(card: Card):
 
 def test_tables_have_a_limit(card: Card, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shuttle, "TABLES", 40)
-    between, tables = shuttle.Shuttle(DEVICE), [torch.ones(8), torch.ones(8)]
+    between, tables = shuttle.BatchOffloader(DEVICE), [torch.ones(8), torch.ones(8)]
     for _ in range(2):
         between.to_device(tables)
     assert between.used == 32 and card.transfers == 3
 
 
 def test_an_output_is_there_once_its_mark_is_passed(card: Card):
-    between, waits = shuttle.Shuttle(DEVICE), card.waits
+    between, waits = shuttle.BatchOffloader(DEVICE), card.waits
     state = torch.full((4,), 3.0, device=DEVICE)
     (one, other), mark = between.to_host((state, state)), Mark(DEVICE)
     assert one is other and card.waits == waits and not torch.equal(one, torch.full((4,), 3.0))
@@ -57,7 +57,7 @@ def test_an_output_is_there_once_its_mark_is_passed(card: Card):
     assert torch.equal(one, torch.full((4,), 3.0))
     between.to_device(one)
     assert card.waits == waits + 1  # from page-locked memory
-    assert shuttle.Shuttle(torch.device("cpu")).to_host(one) is one
+    assert shuttle.BatchOffloader(torch.device("cpu")).to_host(one) is one
 
 
 def test_what_crosses_the_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

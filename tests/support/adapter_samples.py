@@ -99,7 +99,7 @@ def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
         folder = open_unconverted(out)
         found = detect(folder)
         names = Reading(modules=[module.name for module in source.modules])  # as a base has them
-        return read(found.form, folder, found.container, found.config, names)
+        return read(found.format, folder, found.container, found.config, names)
     return contents_of(out, stacked=sample.is_in_peft_layout, **(options | family))
 
 

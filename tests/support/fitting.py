@@ -13,8 +13,8 @@ from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.verbs.fit.objective import Objective
 from adapterkit.verbs.fit.runs import FitBatch, Runs
-from adapterkit.verbs.fit.weighted_adapters import Mixture
-from adapterkit.verbs.stats.model.layers import Units
+from adapterkit.verbs.fit.weighted_adapters import WeightedModel
+from adapterkit.verbs.stats.model.layers import OffloadedLayers
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
 
@@ -34,11 +34,11 @@ def runs_of(
     work.mkdir(exist_ok=True)
     with Sources((folder,), {}) as sources:
         stored = StoredModel(open_checkpoint(folder), sources, torch.device("cpu"), dtype=dtype)
-        units = Units.of(stored)
-        mixture = Mixture(stored.model, tuple(map(LocalFolder, adapters)))
-        mixture.number(directions)
+        units = OffloadedLayers.of(stored)
+        weighted_model = WeightedModel(stored.model, tuple(map(LocalFolder, adapters)))
+        weighted_model.number(directions)
         own = target(in_float64(stored.model) if dtype == torch.float64 else stored.model)
-        runs = Runs(stored, mixture, units, own, whole, work, 0, lambda: None)
+        runs = Runs(stored, weighted_model, units, own, whole, work, 0, lambda: None)
         with runs.ready():
             yield runs
 

@@ -231,7 +231,7 @@ def budget(task: Task) -> tuple[int, int]:
         return 1000, 150
     if isinstance(task, EncodedStep):  # a search of scales, whatever its size
         return 400, 40
-    step = getattr(getattr(task, "whole", task), "step", None)
+    step = getattr(getattr(task, "task", task), "step", None)
     if isinstance(getattr(step, "source", None), GgufWeight):
         return 120, 30  # put together by transformers' code, on the host
     return 120, 25

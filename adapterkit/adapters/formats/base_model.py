@@ -41,7 +41,9 @@ class NamedBase:
     def by_key(self) -> dict[str, str]:
         """The parameter that each stored tensor is, where it is a whole one."""
         parameters = [self.names.parameter(name) for name in self.names.all()]
-        return {one.slots[0].key: one.name for one in parameters if one is not None and one.whole}
+        return {
+            one.slots[0].key: one.name for one in parameters if one is not None and one.is_whole
+        }
 
 
 def facts_of(config: Settings, keys: Collection[str], family: str | None = None) -> BaseFacts:

@@ -27,11 +27,11 @@ OTHER_FORMAT = "choose another format"
 MATRIX = f"give the base, by which a router's matrix is a module's; or {OTHER_FORMAT}"
 
 
-def roles_by_kind(form: Format) -> dict[str, tuple[str, ...]]:
+def roles_by_kind(format: Format) -> dict[str, tuple[str, ...]]:
     """What a format holds: kinds of deltas, and the tensors of each."""
-    if form.layout == ADAPTER_LAYOUT and not form.kinds:
+    if format.layout == ADAPTER_LAYOUT and not format.kinds:
         return IN_ADAPTER
-    return {kind: tuple(roles) for kind, roles in form.kinds.items()}
+    return {kind: tuple(roles) for kind, roles in format.kinds.items()}
 
 
 def kind_of(contents: Contents) -> str | None:
@@ -41,28 +41,28 @@ def kind_of(contents: Contents) -> str | None:
     return kind if len(kinds) == 1 and kind in OF_ONE_TYPE else None
 
 
-def word_of(module: AdapterModule, form: Format) -> str:
+def word_of(module: AdapterModule, format: Format) -> str:
     """The format's word for a module's kind: those for embeddings and norms are apart."""
     if module.embedding:
         return "embedding"
     diff = module.parts.get("diff")
     is_vector = module.kind == "full" and diff is not None and len(diff.shape) == 1
-    return "norm" if is_vector and "norm" in form.kinds else module.kind
+    return "norm" if is_vector and "norm" in format.kinds else module.kind
 
 
-def lacking(module: AdapterModule, form: Format, contents: Contents) -> list[str]:
+def lacking(module: AdapterModule, format: Format, contents: Contents) -> list[str]:
     """The roles of a module that the format has no keys for; its kind where it lacks that."""
-    if form.layout == ADAPTER_LAYOUT and not form.kinds:  # else a dialect that lists its own
+    if format.layout == ADAPTER_LAYOUT and not format.kinds:  # else a dialect that lists its own
         return _lacking_in_adapter(module, contents)
-    kind = word_of(module, form)
-    roles, only = form.kinds.get(kind), form.only.get(kind)
+    kind = word_of(module, format)
+    roles, only = format.kinds.get(kind), format.only.get(kind)
     if roles is None:
         return [kind]
     absent = [role for role in module.parts if role not in roles and role != SHAPE]
     if only is not None and not only.search(module.name):
         absent.append(f"{kind} outside of {only.pattern}")
     everywhere = contents.common_roles[module.component, module.kind]
-    absent += [role for role in form.alike if role in module.parts and role not in everywhere]
+    absent += [role for role in format.alike if role in module.parts and role not in everywhere]
     return absent
 
 
@@ -86,9 +86,9 @@ def can_be_plain(module: AdapterModule) -> bool:
     return module.kind in (*OF_ONE_TYPE, "oft")
 
 
-def is_fitted(module: AdapterModule, form: Format, contents: Contents) -> bool:
+def is_fitted(module: AdapterModule, format: Format, contents: Contents) -> bool:
     """Whether `--rank` makes plain factors of a module, and the format holds them."""
-    absent = set(lacking(module, form, contents)) if module.kind == FACTORS else set()
+    absent = set(lacking(module, format, contents)) if module.kind == FACTORS else set()
     return can_be_plain(module) or (bool(absent) and absent <= {"mid", *MAGNITUDES})
 
 
@@ -104,14 +104,14 @@ def is_vector(module: AdapterModule) -> bool:
 
 def ways_out(
     modules: Iterable[AdapterModule],
-    form: Format,
+    format: Format,
     contents: Contents,
     otherwise: str = OTHER_FORMAT,
 ) -> str:
     """The hint for modules that the format does not hold: the options that help."""
     ways: dict[str, None] = {}
     for module in modules:
-        if is_fitted(module, form, contents):
+        if is_fitted(module, format, contents):
             ways[FIT_ON_BASE if depends_on_base(module) else FIT] = None
         else:
             own = MATRIX if module.kind == PARAMETER else otherwise
@@ -121,11 +121,11 @@ def ways_out(
     return "; ".join(ways)
 
 
-def refused_by_name(form: Format, keys: Iterable[str], where: str) -> list[AdapterkitError]:
+def refused_by_name(format: Format, keys: Iterable[str], where: str) -> list[AdapterkitError]:
     """Refusals of kinds of deltas that no format holds, with their names."""
     keys, errors = list(keys), Problems(where=where, hint=EXTRACT, code="AK503")
-    for name, regex in form.refused.items():
+    for name, regex in format.refused.items():
         if some := list(filter(regex.search, keys)):
-            expected = f"kinds of deltas that can be converted: {', '.join(form.kinds)}"
+            expected = f"kinds of deltas that can be converted: {', '.join(format.kinds)}"
             errors.add(f"{name}: {listed(some)}", expected)
     return errors

@@ -25,7 +25,7 @@ CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf"}
 class Detection:
     """A source's format, its file, and what was read of it."""
 
-    form: Format
+    format: Format
     container: Container
     config: Settings = field(default_factory=dict)
     parts: tuple[str, ...] = ()  # folders of a pipeline's parts, of which it is the first one's
@@ -37,22 +37,22 @@ def detect(folder: Folder, number: int = 0) -> Detection:
     containers: dict[str, Container] = {}
     damage: AdapterkitError | None = None
     matches: list[Detection] = []
-    for form in formats().values():
-        for file in _files(folder, form):
+    for format in formats().values():
+        for file in _files(folder, format):
             if file not in containers:
                 try:
                     containers[file] = open_container(folder, file, number)
                 except AdapterkitError as error:
                     damage = error
                     continue
-            config = _config(folder, form)
-            if _is_of(form, containers[file], config):
-                matches.append(Detection(form, containers[file], config))
+            config = _config(folder, format)
+            if _is_of(format, containers[file], config):
+                matches.append(Detection(format, containers[file], config))
     if matches:
-        highest = max(match.form.detect.priority for match in matches)
-        first, *others = [match for match in matches if match.form.detect.priority == highest]
+        highest = max(match.format.detect.priority for match in matches)
+        first, *others = [match for match in matches if match.format.detect.priority == highest]
         if others:
-            names = ", ".join(match.form.name for match in (first, *others))
+            names = ", ".join(match.format.name for match in (first, *others))
             raise Refused(
                 f"the file has keys of {names}",
                 expected="those of one format",
@@ -98,14 +98,14 @@ def in_another_layout(folder: Folder) -> Detection | None:
         detection = detect(folder)
     except AdapterkitError:
         return None
-    return detection if detection.form.layout == "keys" else None
+    return detection if detection.format.layout == "keys" else None
 
 
 def no_model(detection: Detection, where: str) -> Refused:
     """The refusal of an adapter where a model is expected."""
-    name, form = shown(detection.container.file), detection.form
+    name, format = shown(detection.container.file), detection.format
     return Refused(
-        f"{name} is an adapter in the format {form.name}",
+        f"{name} is an adapter in the format {format.name}",
         expected="a model, or an adapter of one model",
         where=where,
         hint="give it as the adapter, of a pipeline's one part\n"
@@ -114,10 +114,10 @@ def no_model(detection: Detection, where: str) -> Refused:
     )
 
 
-def _files(folder: Folder, form: Format) -> Iterator[str]:
+def _files(folder: Folder, format: Format) -> Iterator[str]:
     """The files of a source that may hold an adapter of this format; pickles are rewritten."""
     files = [name for name in folder.files() if "/" not in name]
-    container, own = form.file.container, form.file.name
+    container, own = format.file.container, format.file.name
     if container == PICKLE:
         container, own = "safetensors", rewritten_name(own)
     fits = [name for name in files if CONTAINERS.get(PurePosixPath(name).suffix) == container]
@@ -127,17 +127,17 @@ def _files(folder: Folder, form: Format) -> Iterator[str]:
         yield fits[0]
 
 
-def _config(folder: Folder, form: Format) -> Settings:
+def _config(folder: Folder, format: Format) -> Settings:
     """The settings beside a file, of all its configs."""
     config: Json = {}
-    for name in form.file.config:
+    for name in format.file.config:
         if name in folder.files():
             config = read_config(folder, name) | config
     return config
 
 
-def _is_of(form: Format, container: Container, config: Settings) -> bool:
-    words, keys = form.detect, container.tensors
+def _is_of(format: Format, container: Container, config: Settings) -> bool:
+    words, keys = format.detect, container.tensors
     if not (words.keys or words.config or words.metadata):
         return False
     return (

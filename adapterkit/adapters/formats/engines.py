@@ -51,13 +51,13 @@ class Client:
     rules: tuple[ModuleRule, ...] = ()
     like: str = ""  # another one, whose rules hold too
 
-    def reads(self, form: "Format") -> bool:
+    def reads(self, format: "Format") -> bool:
         """Whether it reads files of a format as they are."""
-        return form.name == self.format or self.title in form.clients
+        return format.name == self.format or self.title in format.clients
 
-    def loading(self, form: str, file: str, base: str, rank: object = "RANK") -> str:
+    def loading(self, format: str, file: str, base: str, rank: object = "RANK") -> str:
         """What loads an adapter of a format onto a base, after a conversion where it is needed."""
-        if form == self.format:
+        if format == self.format:
             return filled(self.load, file=file, base=base, rank=rank)
         folder = f"for-{self.name}"
         convert = command("adapterkit convert", file, to=self.format, out=folder)

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TypeVar
 
-from adapterkit.adapters.formats.library import one_file
+from adapterkit.adapters.formats.library import single_file_format
 from adapterkit.adapters.formats.modules.names import (
     ComponentNames,
     Match,
@@ -19,7 +19,7 @@ from adapterkit.adapters.formats.modules.names import (
     likely,
     names_of,
 )
-from adapterkit.adapters.formats.schema import Format, NameWords
+from adapterkit.adapters.formats.schema import Format, NameSchema
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Refused
 
@@ -28,7 +28,7 @@ LEAST = 0.5  # share of the denoiser's modules whose names are known, of a file 
 
 
 @dataclass(frozen=True)
-class FilePart:
+class FileComponent:
     """Where a part of the pipeline is in the file."""
 
     prefix: str  # of its keys
@@ -36,11 +36,11 @@ class FilePart:
 
 
 @dataclass(frozen=True)
-class OneFileModel(Checkpoint):
+class SingleFileModel(Checkpoint):
     """The checkpoint of an image or video model in its publisher's names."""
 
     architecture: str = ""
-    parts: Mapping[str, FilePart] = field(default_factory=dict)  # by component
+    parts: Mapping[str, FileComponent] = field(default_factory=dict)  # by component
 
     @cached_property
     def modules(self) -> set[str]:
@@ -62,9 +62,9 @@ class OneFileModel(Checkpoint):
     def names(self) -> Format:
         """A format whose modules are named as in this file."""
         prefixes = {component: (part.prefix,) for component, part in self.parts.items()}
-        form = one_file()
-        words = NameWords(architectures=(self.architecture,), components=prefixes)
-        return replace(form, names=words)
+        format = single_file_format()
+        words = NameSchema(architectures=(self.architecture,), components=prefixes)
+        return replace(format, names=words)
 
     @property
     def namings(self) -> dict[str, str]:
@@ -72,14 +72,14 @@ class OneFileModel(Checkpoint):
         return {component: part.naming for component, part in self.parts.items()}
 
 
-Model = TypeVar("Model", bound=OneFileModel)
+Model = TypeVar("Model", bound=SingleFileModel)
 
 
 @dataclass(frozen=True)
 class _Known:
     """The modules of one part of a file that an architecture knows."""
 
-    part: FilePart
+    part: FileComponent
     names: ComponentNames
     matches: Mapping[str, Match]  # by the name in the file
     of: int  # modules of the part
@@ -101,16 +101,16 @@ class _Known:
 Found = dict[str, dict[str, _Known]]  # architecture -> component -> its modules
 
 
-def with_parts(checkpoint: Checkpoint, kind: type[Model] = OneFileModel) -> Model | None:
+def with_parts(checkpoint: Checkpoint, kind: type[Model] = SingleFileModel) -> Model | None:
     """The checkpoint as an image or video model's; None where its keys are of none. `Refused` where
     they are of several families that mean other modules by them. `kind`: of its container."""
-    modules, form = sorted(_modules(checkpoint.tensors)), one_file()
+    modules, format = sorted(_modules(checkpoint.tensors)), single_file_format()
     found: Found = {}
-    for name in form.names.architectures:
-        denoiser, *others = form.components(name)
-        known = _known(form, name, denoiser, modules, LEAST)
+    for name in format.names.architectures:
+        denoiser, *others = format.components(name)
+        known = _known(format, name, denoiser, modules, LEAST)
         if known is not None and known.is_denoiser:
-            parts = {one: _known(form, name, one, modules) for one in others}
+            parts = {one: _known(format, name, one, modules) for one in others}
             found[name] = {denoiser: known} | {k: v for k, v in parts.items() if v and v.matches}
     if not found:
         return None
@@ -141,7 +141,7 @@ def family_of(checkpoint: Checkpoint) -> str | None:
     if "model_type" in checkpoint.config:
         return None
     with suppress(Refused):
-        model = checkpoint if isinstance(checkpoint, OneFileModel) else with_parts(checkpoint)
+        model = checkpoint if isinstance(checkpoint, SingleFileModel) else with_parts(checkpoint)
         return None if model is None else model.architecture
     return None
 
@@ -156,23 +156,23 @@ def _modules(keys: Iterable[str]) -> set[str]:
 
 
 def _known(
-    form: Format, name: str, component: str, modules: Sequence[str], least: float = 0
+    format: Format, name: str, component: str, modules: Sequence[str], least: float = 0
 ) -> _Known | None:
     """What an architecture knows of a component, in the naming that fits best; None where the file
     has none of its prefixes, or where first words show that it is less than `least` of the part."""
-    prefixes = form.components(name)[component]
+    prefixes = format.components(name)[component]
     prefix = next((p for p in prefixes if any(one.startswith(p) for one in modules)), None)
     if prefix is None:
         return None
     heads = [one.removeprefix(prefix) for one in modules if one.startswith(prefix)]
     words, ways = Counter(head.partition(".")[0] for head in heads), []
-    for naming in form.namings(name):
+    for naming in format.namings(name):
         own = first_words(name, component, naming)
         if least and sum(words[word] for word in own) < least * len(heads):
             continue  # before patterns are made, which takes longer than all else
         names = names_of(name, component, naming)
         matches = {head: found[0] for head in heads if (found := names.find(head))}
-        ways.append(_Known(FilePart(prefix, naming), names, matches, len(heads)))
+        ways.append(_Known(FileComponent(prefix, naming), names, matches, len(heads)))
     return max(ways, key=lambda way: len(way.matches), default=None)
 
 

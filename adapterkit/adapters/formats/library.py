@@ -29,13 +29,13 @@ def formats() -> dict[str, Format]:
     from adapterkit.adapters.formats.modules.tensors import GROUPED, STEPS
 
     known = described()
-    for name, form in known.items():
-        _check_steps(form.steps.values(), (*STEPS, GROUPED), f"{name}.toml")
+    for name, format in known.items():
+        _check_steps(format.steps.values(), (*STEPS, GROUPED), f"{name}.toml")
     return known
 
 
 @cache
-def one_file() -> Format:
+def single_file_format() -> Format:
     """Where the parts of image and video models are in files that hold them whole."""
     return read_files(format_from, "checkpoints")["one-file"]
 

@@ -9,7 +9,7 @@ from adapterkit.adapters.formats.capabilities import refused_by_name
 from adapterkit.adapters.formats.files.containers import Container
 from adapterkit.adapters.formats.files.keys import Raw, raws_of
 from adapterkit.adapters.formats.files.templates import words_of
-from adapterkit.adapters.formats.image_model import OneFileModel
+from adapterkit.adapters.formats.image_model import SingleFileModel
 from adapterkit.adapters.formats.library import architectures
 from adapterkit.adapters.formats.modules.experts import unstacked
 from adapterkit.adapters.formats.modules.fusing import Fusion, split, telling_rows
@@ -77,7 +77,7 @@ class Reading:
     model_type: str | None = None  # likewise
     tied: bool | None = None  # whether the base has one weight for embeddings and head
     component: str | None = None  # the only one whose values are read, where the names have it
-    file: OneFileModel | None = None  # modules that are named as in it keep these names
+    file: SingleFileModel | None = None  # modules that are named as in it keep these names
     family: str | None = None  # the base's, which counts where names are of several
 
 
@@ -103,7 +103,7 @@ class Attempt:
 
 
 def read(
-    form: Format,
+    format: Format,
     folder: Folder,
     container: Container,
     config: Mapping,
@@ -115,21 +115,21 @@ def read(
     errors = Problems(where=place_of(folder, container.file), code="AK102")
     where = errors.where
     reader = PlanReader((folder,) * (number + 1))
-    names = _Names(form, container, reading, where)
+    names = _Names(format, container, reading, where)
     candidates = names.candidates()
-    Problems(refused_by_name(form, container.tensors, where)).raise_all()
-    raws = raws_of(form, container, candidates, errors)
+    Problems(refused_by_name(format, container.tensors, where)).raise_all()
+    raws = raws_of(format, container, candidates, errors)
     errors.raise_all()
     chosen, attempt = names.resolve(raws, candidates)
     resolved = [one for one in attempt.resolved if one.component == reading.component]
     resolved = resolved or attempt.resolved
     numbers = (one.raw.roles.get(role) for one in resolved for role in (ALPHA, SHAPE))
     reader.prefetch(spec for spec in numbers if spec is not None)
-    scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
+    scales = Scales(format, container.metadata, config, reading.alpha, reader, where)
     found: list[tuple[AdapterModule, NamedModule]] = []
     for one in resolved:
         with errors.collected():
-            found.append(_module(form, one, scales, where))
+            found.append(_module(format, one, scales, where))
     reader.prefetch(
         spec
         for module, one in found
@@ -153,10 +153,10 @@ def read(
             "remove --alpha",
         )
     errors.raise_all()
-    modules, notes = with_heads(modules, form, reading.tied)
+    modules, notes = with_heads(modules, format, reading.tied)
     base = scales.settings.get("base")
     return Contents(
-        form.name,
+        format.name,
         (folder,),
         tuple(modules),
         tuple(chosen),
@@ -164,7 +164,7 @@ def read(
         container.metadata,
         # a path on some machine is none
         {BASE: base} if base is not None and HUB_ID.fullmatch(base) else {},
-        words_of(form.metadata.write, container.metadata),
+        words_of(format.metadata.write, container.metadata),
         {(number, container.file): container.header_sha256},
         [*names.unchecked(attempt.resolved), *notes, *scales.notes, *notes_on(container.tensors)],
     )
@@ -174,15 +174,15 @@ def read(
 class _Names:
     """Which modules of the model the names in a file are."""
 
-    form: Format
+    format: Format
     container: Container
     reading: Reading
     where: str
 
     def candidates(self) -> list[str]:
         """The architectures that the names may be of."""
-        known = list(self.form.names.architectures)
-        key, asked = self.form.names.architecture_key, self.reading.architecture
+        known = list(self.format.names.architectures)
+        key, asked = self.format.names.architecture_key, self.reading.architecture
         if key:
             name = self.container.metadata.get(key)
             if name not in known:
@@ -217,17 +217,17 @@ class _Names:
             f"this is an adapter for a model of type {shown(model_type)}",
             expected=", ".join(sorted({one for own in models.values() for one in own})),
             where="config.json",
-            hint=f"other models' names in {self.form.title} are not known",
+            hint=f"other models' names in {self.format.title} are not known",
             code="AK502",
         )
 
     def resolve(self, raws: Sequence[Raw], candidates: Sequence[str]) -> tuple[list[str], Attempt]:
         """The architectures whose names these are, and each module's in the model."""
-        form, modules = self.form, self.reading.modules
+        format, modules = self.format, self.reading.modules
         if not candidates:
             return [], self._without_rules(raws)
-        if form.names.unlisted:
-            naming = form.namings(None)[0]
+        if format.names.unlisted:
+            naming = format.namings(None)[0]
             attempts = [self._named(name, naming, raws) for name in candidates]
             attempt = max(attempts, key=lambda own: sum(bool(one.fusion) for one in own.resolved))
             self._check_stacks(attempt)
@@ -238,7 +238,7 @@ class _Names:
             name = min(attempts, key=lambda name: len(attempts[name].unknown))
             attempts[name] = self._by_base(name, attempts[name], raws)
             fits = [name] if not attempts[name].unknown else []
-        if not fits and MODEL in form.names.naming and (form.names.style == "dots" or modules):
+        if not fits and MODEL in format.names.naming and (format.names.style == "dots" or modules):
             return [], self._without_rules(raws)
         if not fits:
             name = min(attempts, key=lambda name: len(attempts[name].unknown))
@@ -273,11 +273,11 @@ class _Names:
     def _by_base(self, name: str, attempt: Attempt, raws: Sequence[Raw]) -> Attempt:
         """The attempt, with modules that no rule lists and that the base has by the model's name:
         it may have more blocks than the models that are known."""
-        if MODEL not in self.form.namings(name) or not attempt.resolved:
+        if MODEL not in self.format.namings(name) or not attempt.resolved:
             return attempt
         spelled: dict[str, list[str]] = {}
         for module in self.reading.modules:
-            spelled.setdefault(in_style(module, self.form.names.style), []).append(module)
+            spelled.setdefault(in_style(module, self.format.names.style), []).append(module)
         left, resolved, unknown = {*attempt.unknown}, list(attempt.resolved), list[str]()
         for raw in (raw for raw in raws if raw.key in left):
             component, own = self._component(name, raw.prefix), spelled.get(raw.head, [])
@@ -289,7 +289,7 @@ class _Names:
 
     def _component(self, architecture: str | None, prefix: str) -> str | None:
         """The component whose keys have this prefix; None where there is none."""
-        components = self.form.components(architecture) or {LANGUAGE: ("",)}
+        components = self.format.components(architecture) or {LANGUAGE: ("",)}
         return next((name for name, own in components.items() if prefix in own), None)
 
     def _attempt(self, name: str, raws: Sequence[Raw]) -> Attempt:
@@ -300,7 +300,7 @@ class _Names:
             parts.setdefault(self._component(name, raw.prefix), []).append(raw)
         best = [
             min(
-                (self._named(name, naming, part) for naming in self.form.namings(name)),
+                (self._named(name, naming, part) for naming in self.format.namings(name)),
                 key=lambda way: len(way.unknown),
             )
             for part in parts.values()
@@ -313,7 +313,7 @@ class _Names:
 
     def _named(self, name: str, naming: str, raws: Sequence[Raw]) -> Attempt:
         """The modules by an architecture's names in one naming."""
-        names, style = self.form.names, self.form.names.style
+        names, style = self.format.names, self.format.names.style
         resolved: list[NamedModule] = []
         unknown: list[str] = []
         spelled: dict[ComponentNames, dict[str, str]] = {}
@@ -389,7 +389,7 @@ class _Names:
         errors = Problems(
             where=self.where, hint="give --base, the model it was trained on", code="AK402"
         )
-        style = self.form.names.style
+        style = self.format.names.style
         resolved: list[NamedModule] = []
         for raw in raws:
             names = [raw.head]
@@ -407,9 +407,9 @@ class _Names:
         names of a model inside a larger one."""
         if self.reading.modules:
             return []
-        is_grouped = self.form.steps.get(FACTORS) == (GROUPED,)
+        is_grouped = self.format.steps.get(FACTORS) == (GROUPED,)
         bare = [one.raw.head for one in resolved if one.fusion is None and is_grouped]
-        spaces = {self._names_in(name).inside for name in self.form.names.architectures} - {""}
+        spaces = {self._names_in(name).inside for name in self.format.names.architectures} - {""}
         inner = [one.raw.head for one in resolved if one.raw.head.startswith((*spaces,))]
         texts = {
             "taken for linear layers, which --base would tell from convolutions": bare,
@@ -418,7 +418,7 @@ class _Names:
         return [f"{text}: {listed(heads)}" for text, heads in texts.items() if heads]
 
     def _names_in(self, architecture: str) -> ComponentNames:
-        return names_of(architecture, LANGUAGE, self.form.namings(architecture)[0])
+        return names_of(architecture, LANGUAGE, self.format.namings(architecture)[0])
 
 
 def _sizes(resolved: Sequence[NamedModule]) -> Iterator[Size]:
@@ -451,21 +451,21 @@ def _meaning(resolved: Sequence[NamedModule]) -> dict[tuple[str, ...], object]:
 
 
 def _module(
-    form: Format, one: NamedModule, scales: Scales, where: str
+    format: Format, one: NamedModule, scales: Scales, where: str
 ) -> tuple[AdapterModule, NamedModule]:
     """The module of a file, still under the file's name, and the modules of the model that it is.
     `Refused` where shapes or the alpha are not right."""
     raw, fusion = one.raw, one.fusion
     parts = {role: from_spec(spec) for role, spec in raw.roles.items() if role != ALPHA}
     for role in parts:
-        for step in form.steps.get(f"{raw.kind}.{role}", form.steps.get(role, ())):
+        for step in format.steps.get(f"{raw.kind}.{role}", format.steps.get(role, ())):
             parts[role] = STEPS[step].read(parts[role])
-    parts = with_magnitudes(parts, form.kinds[raw.kind])
+    parts = with_magnitudes(parts, format.kinds[raw.kind])
     kind = {"embedding": FACTORS, "norm": "full"}.get(raw.kind, raw.kind)
     if kind == EXPERTS and len(parts["a"].shape) == 2:  # one of a stack
         kind = FACTORS
     groups = 1
-    if kind == FACTORS and form.steps.get(kind) == (GROUPED,):
+    if kind == FACTORS and format.steps.get(kind) == (GROUPED,):
         groups = groups_in(parts)
         if fusion is None:
             check_whole(groups, raw.head, where)

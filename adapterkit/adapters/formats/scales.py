@@ -34,21 +34,21 @@ class Scales:
 
     def __init__(
         self,
-        form: Format,
+        format: Format,
         metadata: Settings,
         config: Settings,
         alpha: float | None,  # where the format leaves it to the reader
         reader: PlanReader,
         where: str,
     ):
-        self.form, self.asked, self.reader, self.where = form, alpha, reader, where
+        self.format, self.asked, self.reader, self.where = format, alpha, reader, where
         self.metadata, self.config = metadata, config
         self.declares = False  # whether the file says an alpha itself
 
     def alpha(self, component: str, name: str, rank: int, stored: TensorSpec | None) -> float:
         """A module's alpha. `Refused` where the file does not say it and no default holds, or says
         another rank than the tensors have."""
-        words = self.form.scale
+        words = self.format.scale
         if stored is not None:
             self.declares = True
             number = self.number(stored)
@@ -65,7 +65,7 @@ class Scales:
             self.declares = True
             return self._declared_alpha(self._declared[component], rank, name, words.key)
         if words.place == "shared":
-            value = words_of(self.form.metadata.write, self.metadata).get(words.means)
+            value = words_of(self.format.metadata.write, self.metadata).get(words.means)
             if value:  # 0 counts as missing
                 number = finite(value)
                 if number is None:
@@ -85,7 +85,7 @@ class Scales:
             return self.asked
         if words.default == "ask":
             raise Refused(
-                f"{self.form.title} does not say alpha",
+                f"{self.format.title} does not say alpha",
                 expected="--alpha A, as in training (the scale is alpha / rank)",
                 where=self.where,
                 hint="give --alpha",
@@ -124,13 +124,13 @@ class Scales:
 
     @cached_property
     def settings(self) -> Json:
-        return fields(self.config, dict(self.form.config.read), self.where)
+        return fields(self.config, dict(self.format.config.read), self.where)
 
     @property
     def older(self) -> float | None:
         """The alpha that older versions of a tool made of a scale and an alpha, of which later ones
         take the scale alone; None where the settings have not both."""
-        has_both = self.form.scale.means == "scale" and {"alpha", "scale"} <= self.settings.keys()
+        has_both = self.format.scale.means == "scale" and {"alpha", "scale"} <= self.settings.keys()
         return self.settings["scale"] * self.settings["alpha"] if has_both else None
 
     @property
@@ -139,8 +139,9 @@ class Scales:
         if self.older is None or self.asked is not None:
             return []
         return [
-            f"the scale is {self.settings['scale']:g}, as {self.form.title} reads it now; trained "
-            f"by {self.form.scale.older}, it was that times alpha / rank: --alpha {self.older:g}"
+            f"the scale is {self.settings['scale']:g}, as {self.format.title} reads it now; "
+            f"trained by {self.format.scale.older}, it was that times alpha / rank: "
+            f"--alpha {self.older:g}"
         ]
 
     @cached_property
@@ -149,14 +150,14 @@ class Scales:
         values = {
             SETTINGS[word]: value for word, value in self.settings.items() if word in SETTINGS
         }
-        if self.form.scale.means == "scale":
+        if self.format.scale.means == "scale":
             values["lora_alpha"] = self.settings["scale"] * values.get("r", 1)
         return DeclaredScales(values, self.where)
 
     @cached_property
     def _declared(self) -> dict[str, DeclaredScales]:
         """The settings in the metadata, by component."""
-        key = self.form.scale.key
+        key = self.format.scale.key
         if key not in self.metadata:
             return {}
         try:
@@ -182,11 +183,12 @@ class Scales:
 
 
 def place_scales(
-    modules: Sequence[tuple[AdapterModule, str]], form: Format, *, is_own: bool
+    modules: Sequence[tuple[AdapterModule, str]], format: Format, *, same_format: bool
 ) -> tuple[list[tuple[AdapterModule, str]], dict[str, float], Json]:
     """The modules as they are written, those whose scale is folded into b now, and the metadata
-    that declare the others', or the word for it. `is_own`: the source is in the format, too."""
-    words = form.scale
+    that declare the others', or the word for it. `same_format`: the source is in the format,
+    too."""
+    words = format.scale
     if words.place == "metadata":
         loras = [module for module, _ in modules if module.kind == FACTORS]
         if any(module.scale != 1 for module in loras):
@@ -202,7 +204,7 @@ def place_scales(
         return placed, ratios, {words.means: number}
     if words.place == "config":
         return list(modules), {}, {}
-    folded = {m.path: m.scale for m, _ in modules if not is_scaled(m, form, is_own)}
+    folded = {m.path: m.scale for m, _ in modules if not is_scaled(m, format, same_format)}
     placed = [(with_scale(m, 1.0) if m.path in folded else m, key) for m, key in modules]
     return placed, folded, {}
 
@@ -225,15 +227,15 @@ def _declaration(modules: Modules, without: str) -> str:
     return json.dumps(settings, indent=2, sort_keys=True)
 
 
-def has_alpha(module: AdapterModule, form: Format, is_own: bool) -> bool:
-    """Whether a file in the format has a tensor for the module's alpha. `is_own`: the source is in
-    the format, too, and keeps its alphas where others' are folded."""
-    is_kept = is_own and form.scale.place == "none" and module.stored_alpha is not None
-    is_written = form.scale.place == "tensor" or is_kept
-    return is_written and "alpha" in form.kinds[word_of(module, form)]
+def has_alpha(module: AdapterModule, format: Format, same_format: bool) -> bool:
+    """Whether a file in the format has a tensor for the module's alpha. `same_format`: the source
+    is in the format, too, and keeps its alphas where others' are folded."""
+    is_kept = same_format and format.scale.place == "none" and module.stored_alpha is not None
+    is_written = format.scale.place == "tensor" or is_kept
+    return is_written and "alpha" in format.kinds[word_of(module, format)]
 
 
-def is_scaled(module: AdapterModule, form: Format, is_own: bool) -> bool:
+def is_scaled(module: AdapterModule, format: Format, same_format: bool) -> bool:
     """Whether a file in the format says this module's scale; else it is folded."""
     if not KINDS[module.kind].scaled or module.scale == 1:
         return True
@@ -242,6 +244,6 @@ def is_scaled(module: AdapterModule, form: Format, is_own: bool) -> bool:
     stored = module.stored_alpha
     is_stored = stored is not None and stored.number == module.alpha != 0
     # a tensor says an alpha of the source, or a float32 but 0, for which trainers take the rank
-    if form.scale.place == "tensor" and not (is_stored or is_float32(module.alpha)):
+    if format.scale.place == "tensor" and not (is_stored or is_float32(module.alpha)):
         return False
-    return form.scale.place == "config" or has_alpha(module, form, is_own)
+    return format.scale.place == "config" or has_alpha(module, format, same_format)

@@ -25,7 +25,7 @@ HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
 
 
 @dataclass(frozen=True)
-class FileWords:
+class FileSchema:
     """Which files hold the adapter."""
 
     container: Literal["safetensors", "gguf", "pickle"] = "safetensors"
@@ -36,7 +36,7 @@ class FileWords:
 
 
 @dataclass(frozen=True)
-class DetectWords:
+class DetectSchema:
     """What a file of the format looks like."""
 
     priority: int = 0
@@ -49,7 +49,7 @@ class DetectWords:
 
 
 @dataclass(frozen=True)
-class InWords:
+class InSchema:
     """Names in one architecture, where they differ from the format's others."""
 
     naming: tuple[str, ...] | None = None
@@ -57,7 +57,7 @@ class InWords:
 
 
 @dataclass(frozen=True)
-class NameWords:
+class NameSchema:
     """How a key names its module."""
 
     style: Literal["dots", "underscores"] = "dots"  # underscores: every dot written as _
@@ -71,11 +71,11 @@ class NameWords:
     absent: tuple[re.Pattern[str], ...] = ()  # unlisted ones that no client's model has
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # -> prefixes of keys
     architecture_key: str = ""  # of the metadata: the architecture's name, which names do not tell
-    inside: Mapping[str, InWords] = field(default_factory=dict)  # "in" in the file
+    inside: Mapping[str, InSchema] = field(default_factory=dict)  # "in" in the file
 
 
 @dataclass(frozen=True)
-class ScaleWords:
+class ScaleSchema:
     """Where the scale is."""
 
     # shared: a word of the metadata
@@ -89,7 +89,7 @@ class ScaleWords:
 
 
 @dataclass(frozen=True)
-class MetadataWords:
+class MetadataSchema:
     """Metadata of the file."""
 
     carry: tuple[re.Pattern[str], ...] = ()  # keys that stay within the format
@@ -97,7 +97,7 @@ class MetadataWords:
 
 
 @dataclass(frozen=True)
-class ConfigWords:
+class ConfigSchema:
     """The file of settings: a tree with places to fill in, and where to read each value."""
 
     write: Settings = field(default_factory=dict)
@@ -105,7 +105,7 @@ class ConfigWords:
 
 
 @dataclass(frozen=True)
-class RefusedWords:
+class RefusedSchema:
     """A setting that the readers of a dialect do not take."""
 
     value: re.Pattern[str]  # as JSON
@@ -114,7 +114,7 @@ class RefusedWords:
 
 
 @dataclass(frozen=True)
-class AdapterWords:
+class AdapterSchema:
     """A dialect of PEFT's layout."""
 
     # each: one module for each; base: as the base's file has them
@@ -128,7 +128,7 @@ class AdapterWords:
     saved: tuple[str, ...] = ()  # modules trained in full that are read; none: all
     together: tuple[tuple[str, ...], ...] = ()  # modules that are there with all others of theirs
     settings: Settings = field(default_factory=dict)  # that are written
-    refuse: Mapping[str, RefusedWords] = field(default_factory=dict)  # by the setting
+    refuse: Mapping[str, RefusedSchema] = field(default_factory=dict)  # by the setting
 
     @property
     def is_read_by_peft(self) -> bool:
@@ -149,9 +149,9 @@ class Format:
     layout: Literal["keys", "adapter"] = "keys"  # or ADAPTER_LAYOUT
     clients: tuple[str, ...] = ()
     note: str = ""  # what to do with the file, of which {file} is the name
-    file: FileWords = field(default_factory=FileWords)
-    detect: DetectWords = field(default_factory=DetectWords)
-    names: NameWords = field(default_factory=NameWords)
+    file: FileSchema = field(default_factory=FileSchema)
+    detect: DetectSchema = field(default_factory=DetectSchema)
+    names: NameSchema = field(default_factory=NameSchema)
     kinds: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     widens: bool = False  # clients widen a weight of the base that has fewer inputs
     # kind -> the modules that clients take it of
@@ -161,10 +161,10 @@ class Format:
     # what no format holds, by name -> keys
     refused: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    scale: ScaleWords = field(default_factory=ScaleWords)
-    metadata: MetadataWords = field(default_factory=MetadataWords)
-    config: ConfigWords = field(default_factory=ConfigWords)
-    adapter: AdapterWords = field(default_factory=AdapterWords)
+    scale: ScaleSchema = field(default_factory=ScaleSchema)
+    metadata: MetadataSchema = field(default_factory=MetadataSchema)
+    config: ConfigSchema = field(default_factory=ConfigSchema)
+    adapter: AdapterSchema = field(default_factory=AdapterSchema)
 
     def namings(self, architecture: str | None) -> tuple[str, ...]:
         """The columns of an architecture's rules in which names are; the first is written."""
@@ -200,7 +200,7 @@ class NamingRule:
 
 
 @dataclass(frozen=True)
-class ComponentWords:
+class ComponentSchema:
     """The modules of one component."""
 
     include: tuple[str, ...] = ()  # architectures whose rules hold here too
@@ -229,7 +229,7 @@ class ArchitectureHints:
 
 
 @dataclass(frozen=True)
-class BlockWords:
+class BlockSchema:
     """Blocks of the denoiser, each of which adapters may have another weight on."""
 
     # regex of a part and a module's original name -> the block, before the number that it captures
@@ -245,11 +245,11 @@ class Architecture:
     name: str
     title: str
     sources: tuple[str, ...]
-    components: Mapping[str, ComponentWords]
+    components: Mapping[str, ComponentSchema]
     detect: ArchitectureHints = field(default_factory=ArchitectureHints)
     words: Mapping[str, str] = field(default_factory=dict)  # for formats' templates of metadata
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    blocks: BlockWords = field(default_factory=BlockWords)
+    blocks: BlockSchema = field(default_factory=BlockSchema)
 
 
 def format_from(name: str, table: Json) -> Format:

@@ -89,9 +89,9 @@ def is_float32(number: float) -> bool:
 BIAS, DIFFERENCE, FULL = "bias", "diff_b", "full"
 
 
-def as_the_format_has_them(modules: Modules, form: Format) -> list[AdapterModule]:
+def as_the_format_has_them(modules: Modules, format: Format) -> list[AdapterModule]:
     """The modules with their biases where the format's files have them."""
-    kinds = roles_by_kind(form)
+    kinds = roles_by_kind(format)
     has_role = BIAS in kinds.get(FACTORS, ())
     has_difference = DIFFERENCE in kinds.get(FULL, ())
     if has_difference and not has_role:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from adapterkit.adapters.formats.files.pickles import pickles_of, rewrite, rewritten_name
-from adapterkit.core.checkpoint.folder import Folder, LocalFolder, OneFile
+from adapterkit.core.checkpoint.folder import Folder, LocalFolder, SingleFile
 from adapterkit.core.checkpoint.overlay import Copied, Overlay, identities_of
 from adapterkit.core.checkpoint.reader import Identity
 from adapterkit.core.errors import Refused, listed
@@ -19,7 +19,7 @@ def without_pickles(folder: Folder) -> Folder:
     if not names:
         return folder
     if single := getattr(folder, "single", None):
-        folder = cast(OneFile, folder).as_weights(single)
+        folder = cast(SingleFile, folder).as_weights(single)
     if len(names) > 1:
         raise Refused(
             f"{len(names)} pickles: {listed(names)}",

@@ -57,7 +57,7 @@ class WrittenTensor:
 class FormatFile:
     """A file in a format: its tensors, metadata, and the settings beside it."""
 
-    form: Format
+    format: Format
     tensors: Sequence[WrittenTensor]
     metadata: Settings
     modules: Modules  # as they are written: fused, scales folded
@@ -69,7 +69,7 @@ class FormatFile:
 
 def write(
     contents: Contents,
-    form: Format,
+    format: Format,
     *,
     architecture: str | None = None,
     dtype: str | None = None,
@@ -77,67 +77,67 @@ def write(
     base: BaseFacts | None = None,
 ) -> FormatFile:
     """The file of these contents. `Refused` with all that the format cannot hold."""
-    if not form.writes:
+    if not format.writes:
         raise Refused(
-            f"{form.title} is read only",
+            f"{format.title} is read only",
             expected="a format that is written",
             where="--to",
             hint=LIST_FORMATS,
             code="AK103",
         )
-    Problems(unsupported(contents, form)).raise_all()
-    if form.names.architecture_key and not architecture:
-        is_own = contents.format == form.name
+    Problems(unsupported(contents, format)).raise_all()
+    if format.names.architecture_key and not architecture:
+        same_format = contents.format == format.name
         architecture = (
             contents.architectures[0]
-            if is_own
-            else architecture_of(base, form.names.architectures, form.title)
+            if same_format
+            else architecture_of(base, format.names.architectures, format.title)
         )
-    name, modules, words = _placed(contents, form, architecture, base)
-    _check_components(modules, form, name)
-    modules = with_widths(modules, form, [name] if name else contents.architectures)
-    reader, is_own = PlanReader(contents.folders), contents.format == form.name
-    modules, notes = without_heads(modules, form, base, reader)
-    namings = _namings(contents, form, name, modules)
-    whole = in_names_of(modules, form, name, namings, heads, base, reader)
-    if form.scale.uniform:
+    name, modules, words = _placed(contents, format, architecture, base)
+    _check_components(modules, format, name)
+    modules = with_widths(modules, format, [name] if name else contents.architectures)
+    reader, same_format = PlanReader(contents.folders), contents.format == format.name
+    modules, notes = without_heads(modules, format, base, reader)
+    namings = _namings(contents, format, name, modules)
+    whole = in_names_of(modules, format, name, namings, heads, base, reader)
+    if format.scale.uniform:
         same = uniform([module for module, _ in whole])
         whole = [(module, key) for module, (_, key) in zip(same, whole, strict=True)]
-    own, folded, declared = place_scales(whole, form, is_own=is_own)
+    own, folded, declared = place_scales(whole, format, same_format=same_format)
     final = [module for module, _ in own]
-    settings = settings_of(form, final, contents.config)
-    tensors = [t for module, key in own for t in _tensors(module, key, form, dtype, is_own)]
+    settings = settings_of(format, final, contents.config)
+    tensors = [t for module, key in own for t in _tensors(module, key, format, dtype, same_format)]
     values = base_words(contents.facts.get("base")) | {**contents.facts, "architecture": name}
     values |= numbers(final) | words
-    if form.scale.place == "shared":
+    if format.scale.place == "shared":
         values, declared = values | declared, {}
-    metadata = filled(form.metadata.write, values)
-    if is_own:
+    metadata = filled(format.metadata.write, values)
+    if same_format:
         metadata |= {
             key: value
             for key, value in contents.metadata.items()
-            if any(pattern.search(key) for pattern in form.metadata.carry)
-            and not (contents.refitted and form.metadata.write.get(key) in NUMBERS)
+            if any(pattern.search(key) for pattern in format.metadata.carry)
+            and not (contents.refitted and format.metadata.write.get(key) in NUMBERS)
         }
         metadata = {k: metadata[k] for k in [*contents.metadata, *metadata] if k in metadata}
     metadata |= declared
-    if form.file.container == "safetensors":
+    if format.file.container == "safetensors":
         tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
-    notes = [*notes, *([form.note] if form.note else [])]
-    notes += _perhaps_absent(modules, form, namings) if base is None else []
+    notes = [*notes, *([format.note] if format.note else [])]
+    notes += _perhaps_absent(modules, format, namings) if base is None else []
     if declared:
         notes.append(
-            f"the scales are in the metadata ({form.scale.key}): readers that ignore it apply "
+            f"the scales are in the metadata ({format.scale.key}): readers that ignore it apply "
             "scale 1"
         )
-    return FormatFile(form, tensors, metadata, final, name, folded, notes, settings)
+    return FormatFile(format, tensors, metadata, final, name, folded, notes, settings)
 
 
-def _perhaps_absent(modules: Modules, form: Format, namings: Mapping[str, str]) -> list[str]:
+def _perhaps_absent(modules: Modules, format: Format, namings: Mapping[str, str]) -> list[str]:
     """Notes on modules that some models do not have in the format, where no base tells the
     model."""
     notes = []
-    for name in form.names.architectures:
+    for name in format.names.architectures:
         known, absent = architectures()[name], []
         if not known.detect.models:
             continue
@@ -148,63 +148,63 @@ def _perhaps_absent(modules: Modules, form: Format, namings: Mapping[str, str]) 
                 absent += [module.path] if named is not None and not named[1] else []
         if absent:
             notes.append(
-                f"{listed(absent)}: {form.title} has no such modules for "
+                f"{listed(absent)}: {format.title} has no such modules for "
                 f"{', '.join(known.detect.models)}; --base tells whether the model is one of these"
             )
     return notes
 
 
 def unsupported(
-    contents: Contents, form: Format, otherwise: str = OTHER_FORMAT
+    contents: Contents, format: Format, otherwise: str = OTHER_FORMAT
 ) -> list[AdapterkitError]:
     """Refusals of kinds and roles that the format has no keys for, and of an invocation that it
     does not hold; `otherwise`: the hint where no option helps."""
     errors = Problems(where=contents.folders[0].label if contents.folders else "", code="AK503")
-    if contents.facts.get("invocation") and "{invocation}" not in form.metadata.write.values():
+    if contents.facts.get("invocation") and "{invocation}" not in format.metadata.write.values():
         errors.add(
             "this is an activated LoRA, which acts on the tokens after its invocation only",
-            f"one that acts on all: {form.title} holds no invocation",
+            f"one that acts on all: {format.title} holds no invocation",
             OTHER_FORMAT,
         )
     absent: dict[str, list[AdapterModule]] = {}
     for module in contents.modules:
-        kind = word_of(module, form)
-        for what in lacking(module, form, contents):
+        kind = word_of(module, format)
+        for what in lacking(module, format, contents):
             name = f"{what} of {kind}" if what in module.parts else what
             absent.setdefault(name, []).append(module)
     for what, modules in absent.items():
         errors.add(
-            f"{form.title} cannot hold {what}, in {len(modules)} modules: "
+            f"{format.title} cannot hold {what}, in {len(modules)} modules: "
             f"{listed([m.path for m in modules])}",
-            f"what {form.title} holds: {', '.join(form.kinds)}",
-            ways_out(modules, form, contents, otherwise),
+            f"what {format.title} holds: {', '.join(format.kinds)}",
+            ways_out(modules, format, contents, otherwise),
         )
     return errors
 
 
 def _placed(
-    contents: Contents, form: Format, architecture: str | None, base: BaseFacts | None
+    contents: Contents, format: Format, architecture: str | None, base: BaseFacts | None
 ) -> tuple[str | None, list[AdapterModule], dict[str, str]]:
     """The architecture in whose names the file is written, None where names are the model's; the
     modules with their components; the words of all architectures that it may be."""
-    needed = bool(form.names.architectures)
+    needed = bool(format.names.architectures)
     modules = list(contents.modules)
     bare = [m for m in modules if m.component == LANGUAGE]
-    components = form.names.components
+    components = format.names.components
     if not needed and (not components or not bare or LANGUAGE in components):
         return None, modules, {}
-    if form.names.unlisted:
-        own = of_type(form.names.architectures, None if base is None else base.model_type)
+    if format.names.unlisted:
+        own = of_type(format.names.architectures, None if base is None else base.model_type)
         if base is None and architecture is None:
-            _check_spelled(contents, form)
-        return architecture or (*own, *form.names.architectures)[0], modules, {}
+            _check_spelled(contents, format)
+        return architecture or (*own, *format.names.architectures)[0], modules, {}
     if LANGUAGE in components and len(bare) == len(modules) and architecture is None:
         return None, modules, {}
     among = [architecture] if architecture else list(contents.architectures)
     if not among:
-        among = list(form.names.architectures) if needed else list(architectures())
+        among = list(format.names.architectures) if needed else list(architectures())
     if needed:
-        among = [name for name in among if name in form.names.architectures]
+        among = [name for name in among if name in format.names.architectures]
     among = [name for name in among if name in architectures()]
     options = [(name, placed) for name in among for placed in _components(modules, name)]
     sizes = [
@@ -217,16 +217,16 @@ def _placed(
         fits = [base.family]
     options = [option for option in options if option[0] in fits]
     keys = {
-        tuple(_keys(form, name, _namings(contents, form, name, placed), placed))
+        tuple(_keys(format, name, _namings(contents, format, name, placed), placed))
         for name, placed in options
     }
     if len(keys) != 1:
         raise Refused(
             f"modules of {', '.join(fits)}"
             if fits
-            else f"these names match none of the models that {form.title} supports: "
+            else f"these names match none of the models that {format.title} supports: "
             f"{listed([m.path for m in modules])}",
-            expected="one of " + ", ".join(form.names.architectures or sorted(architectures())),
+            expected="one of " + ", ".join(format.names.architectures or sorted(architectures())),
             where=contents.folders[0].label,
             hint="give --architecture" + (", or --prefix-only" if bare else "")
             if fits or bare
@@ -238,15 +238,15 @@ def _placed(
     return (options[0][0] if needed else None), options[0][1], common
 
 
-def _check_spelled(contents: Contents, form: Format) -> None:
+def _check_spelled(contents: Contents, format: Format) -> None:
     """`Refused` where the model decides what modules are called in a file of the format."""
-    names = [names_of(name, LANGUAGE, MODEL) for name in form.names.architectures]
+    names = [names_of(name, LANGUAGE, MODEL) for name in format.names.architectures]
     modules = contents.modules
     differing = [m.path for m in modules if any(n.in_rules(m.name) != m.name for n in names)]
     if differing:
         raise Refused(
             f"{len(differing)} modules inside a larger model: {listed(differing)}",
-            expected=f"the model, on which their names in {form.title} depend",
+            expected=f"the model, on which their names in {format.title} depend",
             where=contents.folders[0].label,
             hint="give --base MODEL",
             code="AK503",
@@ -273,17 +273,17 @@ def _components(modules: Modules, architecture: str) -> list[list[AdapterModule]
 
 
 def _namings(
-    contents: Contents, form: Format, architecture: str | None, modules: Modules
+    contents: Contents, format: Format, architecture: str | None, modules: Modules
 ) -> dict[str, str]:
     """The column of the rules in which each component's names are written: the source's own within
     a format, else the first that has them all."""
     if architecture is None:
         return {}
-    own = contents.namings.get(architecture, {}) if contents.format == form.name else {}
+    own = contents.namings.get(architecture, {}) if contents.format == format.name else {}
     columns = {}
     for component in {module.component for module in modules}:
         names = [module.name for module in modules if module.component == component]
-        known = sorted(form.namings(architecture), key=lambda n: n != own.get(component))
+        known = sorted(format.namings(architecture), key=lambda n: n != own.get(component))
         columns[component] = next(
             (
                 naming
@@ -296,22 +296,22 @@ def _namings(
 
 
 def _keys(
-    form: Format, architecture: str, namings: Mapping[str, str], modules: Modules
+    format: Format, architecture: str, namings: Mapping[str, str], modules: Modules
 ) -> list[str | None]:
     """The names that modules would have in the file."""
     keys: list[str | None] = []
     for module in modules:
-        prefixes = form.components(architecture).get(module.component, ("",))
+        prefixes = format.components(architecture).get(module.component, ("",))
         naming = namings[module.component]
-        names = names_of(architecture, module.component, naming, form.names.style)
+        names = names_of(architecture, module.component, naming, format.names.style)
         named = names.named(module.name)
         keys.append(None if named is None else prefixes[0] + named[1])
     return keys
 
 
-def _check_components(modules: Modules, form: Format, architecture: str | None) -> None:
+def _check_components(modules: Modules, format: Format, architecture: str | None) -> None:
     """`Refused` for components that the format has no keys for, or names alike."""
-    components = form.components(architecture)
+    components = format.components(architecture)
     used = sorted({module.component for module in modules})
     errors = Problems(
         where="--to", hint="give --prefix-only COMPONENT, one after the other", code="AK503"
@@ -319,7 +319,7 @@ def _check_components(modules: Modules, form: Format, architecture: str | None) 
     if not components and len(used) > 1:
         errors.add(
             f"the adapter has components {listed(used)}",
-            f"one: {form.title} is for a single model",
+            f"one: {format.title} is for a single model",
             ONE_PART,
         )
     homes: dict[str, list[str]] = {}
@@ -330,7 +330,7 @@ def _check_components(modules: Modules, form: Format, architecture: str | None) 
         errors.add(
             f"the adapter has {f'component {shown(name)}' if name else 'modules of no component'}",
             f"{listed([name or 'modules of no component' for name in components])}, which "
-            f"{form.title} holds",
+            f"{format.title} holds",
             "give --prefix-only to convert the other part alone"
             if any(components)
             else "leave out --prefix-only: it is for one model",
@@ -338,13 +338,13 @@ def _check_components(modules: Modules, form: Format, architecture: str | None) 
     for names in homes.values():
         if len(names) > 1:
             problem = f"the adapter has components {listed(names)}"
-            errors.add(problem, f"one of them: {form.title} names their modules alike")
+            errors.add(problem, f"one of them: {format.title} names their modules alike")
     errors.raise_all()
 
 
 def in_names_of(
     modules: Modules,
-    form: Format,
+    format: Format,
     architecture: str | None,
     namings: Mapping[str, str],  # by component
     heads: Heads | None,
@@ -353,22 +353,22 @@ def in_names_of(
 ) -> list[tuple[AdapterModule, str]]:
     """The modules of a file in a format, fused as it has them, with their keys without suffix.
     `Refused` for those that it has no name for, or that cannot be one."""
-    components = form.components(architecture)
+    components = format.components(architecture)
     prefix = lambda module: components.get(module.component, ("",))[0]
     if architecture is None:
         Problems(error for module in modules for error in norm_problems([module])).raise_all()
-        return [(m, prefix(m) + in_style(m.name, form.names.style)) for m in modules]
+        return [(m, prefix(m) + in_style(m.name, format.names.style)) for m in modules]
     groups: dict[tuple[str, str, str], _Group] = {}
     lacking, tied = [], []
     plain: list[tuple[AdapterModule, str]] = []
     for module in modules:
         naming = namings[module.component]
-        names = names_of(architecture, module.component, naming, form.names.style)
+        names = names_of(architecture, module.component, naming, format.names.style)
         named = names.named(module.name)
-        if named is None and form.names.unlisted:
+        if named is None and format.names.unlisted:
             text = names.unlisted(module.name)
             plain.append((replace(module, name=text), prefix(module) + text))
-            if any(one.search(module.name) for one in form.names.absent):
+            if any(one.search(module.name) for one in format.names.absent):
                 lacking.append(module.path)
             continue
         if named is None or not named[1]:
@@ -386,11 +386,11 @@ def in_names_of(
         own.members[part] = module
         if match.rule.untied and base is not None and base.tied:
             tied.append(module.path)
-    errors = _unnamed(form, architecture, tied, lacking)
+    errors = _unnamed(format, architecture, tied, lacking)
     whole = []
     for (_, text, _), group in groups.items():
         with errors.collected():
-            module = group.whole(text, base, reader)
+            module = group.fused_module(text, base, reader)
             whole.append((replace(module, name=text), prefix(module) + text))
     errors.raise_all()
     return whole + plain
@@ -404,7 +404,7 @@ class _Group:
     is_stack: bool
     members: dict[int, AdapterModule] = field(default_factory=dict)  # by their places
 
-    def whole(self, name: str, base: BaseFacts | None, reader: PlanReader) -> AdapterModule:
+    def fused_module(self, name: str, base: BaseFacts | None, reader: PlanReader) -> AdapterModule:
         """The file's module of that name."""
         if not self.is_stack:
             return fuse(self.members, name, self.fusion, reader)
@@ -412,21 +412,21 @@ class _Group:
         return stack(self.members, height, name)
 
 
-def _unnamed(form: Format, architecture: str, tied: list[str], lacking: list[str]) -> Problems:
+def _unnamed(format: Format, architecture: str, tied: list[str], lacking: list[str]) -> Problems:
     """Refusals of modules that the format cannot name."""
     errors = Problems(code="AK403")
     if tied:
         errors.add(
             f"the base has one weight for embeddings and head: {listed(tied)} cannot have "
             "factors alone",
-            f"other modules: what reads {form.title} would apply it to both, or fails",
+            f"other modules: what reads {format.title} would apply it to both, or fails",
             "merge the adapter into its base instead",
             where="--base",
         )
     if lacking:
         errors.add(
             f"{len(lacking)} modules have no name there: {listed(lacking)}",
-            f"modules that {form.title} names for {architecture}",
+            f"modules that {format.title} names for {architecture}",
             OTHER_FORMAT,
             where="--to",
         )
@@ -434,14 +434,14 @@ def _unnamed(form: Format, architecture: str, tied: list[str], lacking: list[str
 
 
 def _tensors(
-    module: AdapterModule, key: str, form: Format, dtype: str | None, is_own: bool
+    module: AdapterModule, key: str, format: Format, dtype: str | None, same_format: bool
 ) -> list[WrittenTensor]:
     """The tensors of a module under their keys."""
-    kind = word_of(module, form)
-    suffixes = form.kinds[kind]
+    kind = word_of(module, format)
+    suffixes = format.kinds[kind]
     written = []
     for role, part in module.parts.items():
-        value, steps = part, form.steps.get(f"{kind}.{role}", form.steps.get(role, ()))
+        value, steps = part, format.steps.get(f"{kind}.{role}", format.steps.get(role, ()))
         if role in MAGNITUDES:
             value = magnitude_in_file(module, role, column=COLUMN in steps)
         for step in reversed(steps):
@@ -449,7 +449,7 @@ def _tensors(
         suffix = suffixes[role][0].replace("{adapter}", "")
         own = dtype if dtype and value.dtype in dtypes.FLOATS else value.dtype
         written.append(WrittenTensor(key + suffix, value, own, module.path))
-    if has_alpha(module, form, is_own):
+    if has_alpha(module, format, same_format):
         held, value = module.stored_alpha, constant(module.alpha)
         if held is not None and held.number == module.alpha:  # as the source has it
             value = reshaped(held.expression, ())

@@ -81,7 +81,7 @@ class AdaLora(ProductDelta):
         return self.b.shape[0], self.a.shape[1]
 
     @property
-    def tail(self) -> tuple[int, ...]:
+    def trailing_shape(self) -> tuple[int, ...]:
         return self.shape[1:]
 
     def value(self, reader: TensorReader) -> Product:

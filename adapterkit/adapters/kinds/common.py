@@ -40,7 +40,7 @@ class Delta(Protocol):
         ...
 
     @property
-    def tail(self) -> tuple[int, ...] | None:
+    def trailing_shape(self) -> tuple[int, ...] | None:
         """The axes after `out` of a LoRA of it; None where the file does not determine them."""
         ...
 
@@ -99,10 +99,10 @@ class AdaptedModule:
             hint = "restore the config that was saved with the file, and check the base"
             self.fail(shapes, expected, hint)
 
-    def fail(self, why: str, expected: str, hint: str) -> NoReturn:
+    def fail(self, reason: str, expected: str, hint: str) -> NoReturn:
         """Raise `Refused` for this module."""
         errors = Problems(where=self.adapter.label, code="AK302")
-        errors.fail(f"{shown(self.module)}: {why}", expected, hint)
+        errors.fail(f"{shown(self.module)}: {reason}", expected, hint)
 
 
 class Kind(Protocol):
@@ -194,7 +194,7 @@ class WeightDelta(ComputedDelta):
         return self.weight.weight_shape[0], math.prod(self.weight.weight_shape[1:])
 
     @property
-    def tail(self) -> tuple[int, ...]:
+    def trailing_shape(self) -> tuple[int, ...]:
         return self.weight.weight_shape[1:]
 
     @property

@@ -6,7 +6,7 @@ from functools import cache
 
 from adapterkit.adapters.kinds.loha import LoHa
 from adapterkit.adapters.kinds.lokr import LoKr
-from adapterkit.core.adapter.adapter_config import rank_settings, whole
+from adapterkit.core.adapter.adapter_config import as_int, rank_settings
 from adapterkit.core.adapter.keys import PREFIX
 from adapterkit.core.errors import Problems, Refused, listed
 from adapterkit.core.records import Json
@@ -46,7 +46,7 @@ def kind_settings(
     if kind == "lokr":
         settings |= _decomposition(modules, kernels)
     ranks = {name: _rank(shapes) for name, shapes in modules.items()}
-    alphas = {name: whole(ranks[name] * scales[name]) for name in modules}
+    alphas = {name: as_int(ranks[name] * scales[name]) for name in modules}
     numbers = rank_settings(ranks, alphas)
     return settings | {"alpha" if k == "lora_alpha" else k: v for k, v in numbers.items()}
 

@@ -72,7 +72,7 @@ class LoHa(ComputedDelta):
         return w_a.shape[1 if self._kernel else 0], w_b.shape[1] * math.prod(self._kernel)
 
     @property
-    def tail(self) -> tuple[int, ...] | None:
+    def trailing_shape(self) -> tuple[int, ...] | None:
         return kernel_tail(self.first[1].shape[1], self._kernel)
 
     @property

@@ -49,11 +49,11 @@ class LoKr:
         rank, alpha = adapted.adapter.rank_and_alpha(adapted.module, config["r"], config["alpha"])
         first, second = (_side(adapted, f"lokr_w{i}", f"lokr_t{i}", rank) for i in (1, 2))
         if len(second[0].shape) == 3:
-            why = (
+            reason = (
                 "PEFT's product of a whole w2 on a Conv1d is not the Kronecker product: it mixes "
                 "kernel and outputs"
             )
-            adapted.fail(why, "linear layers, Conv2d, or a w2 of low rank", EXTRACT)
+            adapted.fail(reason, "linear layers, Conv2d, or a w2 of low rank", EXTRACT)
         adapted.check(len(first[0].shape) == 2, "w1 a matrix")
         return LoKr(first, second, alpha / rank)
 
@@ -67,7 +67,7 @@ class LoKr:
         return out1 * out2, in1 * in2
 
     @property
-    def tail(self) -> tuple[int, ...] | None:
+    def trailing_shape(self) -> tuple[int, ...] | None:
         """A full w2 of four axes is a Conv2d's; of low rank without a core its kernel is
         flattened."""
         kernel = self.second[-1].shape[2:]

@@ -64,9 +64,9 @@ class Oft(WeightDelta):
         embedding = EMBEDDING in adapted.parts
         (rotation,) = adapted.require(EMBEDDING if embedding else ROTATION)
         if math.prod(shape[2:]) != 1:
-            why = "OFT of a kernel larger than 1: what PEFT computes with it is no convolution"
+            reason = "OFT of a kernel larger than 1: what PEFT computes with it is no convolution"
             adapted.fail(
-                why,
+                reason,
                 "linear layers, embeddings, kernels of size 1",
                 "leave the module out of the adapter",
             )

@@ -25,11 +25,11 @@ FLATTENED = (
 
 @dataclass(frozen=True)
 class ModuleOfKind:
-    """The delta of one module; `tail`: the axes of its weight after `out`."""
+    """The delta of one module; `trailing_shape`: the axes of its weight after `out`."""
 
     module: str
     delta: "Delta"
-    tail: tuple[int, ...]
+    trailing_shape: tuple[int, ...]
     embedding: bool
 
 
@@ -82,8 +82,8 @@ def read_deltas(
                 notes.append(f"{shown(module)} has rank 0: left out")
                 continue
             shape = None if weight is None else weight.weight_shape
-            tail = tail_of(module, delta, shape, adapter.name)
-            modules.append(ModuleOfKind(module, delta, tail, embedding))
+            trailing_shape = tail_of(module, delta, shape, adapter.name)
+            modules.append(ModuleOfKind(module, delta, trailing_shape, embedding))
     bias = adapter.config.get("bias") or "none"
     config = adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias}
     return replace(adapter, config=config), modules
@@ -106,11 +106,11 @@ def tail_of(
     """The axes of a weight after `out`, of the base's `shape` where that is known; `Refused` where
     it is another or nothing tells."""
     if shape is None:
-        if delta.tail is not None:
-            return delta.tail
+        if delta.trailing_shape is not None:
+            return delta.trailing_shape
         raise unknown_kernel(module)
-    out, *tail = shape
-    if delta.shape != (out, math.prod(tail)):
+    out, *trailing_shape = shape
+    if delta.shape != (out, math.prod(trailing_shape)):
         raise Refused(
             f"{shown(module)}: a delta of {delta.shape}",
             expected=f"one for the base's {tuple(shape)}",
@@ -118,4 +118,4 @@ def tail_of(
             hint=CHECK_BASE,
             code="AK401",
         )
-    return tuple(tail)
+    return tuple(trailing_shape)

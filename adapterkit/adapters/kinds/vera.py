@@ -78,7 +78,7 @@ class Vera(ProductDelta):
         return (self.a, self.b, self.lambda_b, self.lambda_d)
 
     @property
-    def tail(self) -> tuple[int, ...]:
+    def trailing_shape(self) -> tuple[int, ...]:
         return self.shape[1:]
 
     def value(self, reader: TensorReader) -> Product:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterkit.adapters.formats.image_model import OneFileModel
+from adapterkit.adapters.formats.image_model import SingleFileModel
 from adapterkit.bases.gguf.beside.imatrix import Importance, read_imatrix
 from adapterkit.bases.gguf.beside.modelfile import modelfile
 from adapterkit.bases.gguf.header import GgufFiles, find_gguf, is_gguf_adapter
@@ -25,13 +25,13 @@ from adapterkit.core.options import StrPath
 from adapterkit.core.plan import Files, OutputFile, Step
 
 if TYPE_CHECKING:
-    from adapterkit.core.merge.job import MergeJob
+    from adapterkit.core.merge.job import MergeState
 
 MODELFILE = "Modelfile"
 
 
 @dataclass(frozen=True)
-class GgufImageModel(OneFileModel, GgufCheckpoint):
+class GgufImageModel(SingleFileModel, GgufCheckpoint):
     """An image or video model in a GGUF file."""
 
 
@@ -80,8 +80,8 @@ class GgufBase(Base):
         plain = open_plain_gguf(self.files, table_of)
         return plain if plain is not None and is_enough(plain) else self.read()
 
-    def prepare(self, job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
-        prepare_images(job, errors)
+    def prepare(self, state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
+        prepare_images(state, errors)
 
 
 def _images_in(files: GgufFiles, number: int = 0) -> GgufImageModel | None:
@@ -116,14 +116,14 @@ def read_importance(text: StrPath) -> ImportanceFile:
 
 
 def merged_files(
-    job: "MergeJob", steps: Sequence[Step], file: str | None, imatrix: ImportanceFile | None
+    state: "MergeState", steps: Sequence[Step], file: str | None, imatrix: ImportanceFile | None
 ) -> tuple[tuple[OutputFile, ...], Files, Mapping[str, str]]:
     """The files of a merge's output, those beside them, and what its receipt says besides;
     `Refused` for what would change the metadata of the base."""
-    base = job.original
+    base = state.original
     assert isinstance(base, GgufCheckpoint)
-    changed = {*job.config} - {"tie_word_embeddings"}
-    changed = sorted(key for key in changed if job.config[key] != job.base.config.get(key))
+    changed = {*state.config} - {"tie_word_embeddings"}
+    changed = sorted(key for key in changed if state.config[key] != state.base.config.get(key))
     if changed:
         raise Refused(
             f"the merge changes {', '.join(changed)} of the model",
@@ -135,12 +135,12 @@ def merged_files(
     shards = plan_gguf_files(
         base,
         steps,
-        touched_as=job.options.touched_as,
-        keep_scales=job.options.scales == "keep",
+        touched_as=state.options.touched_as,
+        keep_scales=state.options.scales == "keep",
         importance=imatrix.sums if imatrix else {},
         name=file,
     )
-    files = files_beside(base, shards, job.notes, asked=job.options.modelfile)
+    files = files_beside(base, shards, state.notes, asked=state.options.modelfile)
     return shards, files, {"imatrix": imatrix.sha256} if imatrix else {}
 
 
@@ -150,7 +150,7 @@ def files_beside(
     """The small files of the output, a Modelfile where it is asked for, and a note on how it is
     loaded. `Refused` for one of an image model."""
     first = shards[0].file
-    if isinstance(base, OneFileModel):
+    if isinstance(base, SingleFileModel):
         if asked:
             problem, expected = "--modelfile with an image model", "a language model"
             raise Refused(

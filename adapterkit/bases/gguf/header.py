@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
-from adapterkit.core.checkpoint.folder import Folder, OneFile
+from adapterkit.core.checkpoint.folder import Folder, SingleFile
 from adapterkit.core.checkpoint.header import MAX_NAME, Header, TensorSpec
 from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, listed, shown
 from adapterkit.core.records import Json
@@ -158,7 +158,7 @@ def find_gguf(folder: Folder) -> GgufFiles | None:
     none, or safetensors beside them. `Refused` for several models, and for missing parts."""
     single = getattr(folder, "single", None)
     if single and NUMBERED.fullmatch(single):
-        folder = cast(OneFile, folder).whole()
+        folder = cast(SingleFile, folder).containing_folder()
     names = [name for name in folder.files() if "/" not in name]
     files = sorted(name for name in names if name.lower().endswith(ENDING))
     if single and NUMBERED.fullmatch(single):
@@ -217,10 +217,12 @@ def read_model(files: GgufFiles) -> tuple[GgufHeader, dict[str, GgufHeader]]:
     headers = {name: read_gguf(files.folder, name) for name in files.names}
     errors = _damage(files.names[0])
     for number, (name, header) in enumerate(headers.items()):
-        said = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0)
-        if said != (number, len(headers)) and (len(headers) > 1 or said not in ((0, 0), (0, 1))):
+        declared = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0)
+        if declared != (number, len(headers)) and (
+            len(headers) > 1 or declared not in ((0, 0), (0, 1))
+        ):
             errors.add(
-                f"{shown(name)} is file {shown(said[0])} of {shown(said[1])}, from 0 on",
+                f"{shown(name)} is file {shown(declared[0])} of {shown(declared[1])}, from 0 on",
                 f"{number} of {len(headers)} of a split model",
                 "give a folder with all files, named as llama.cpp names them, or join them: "
                 "llama-gguf-split --merge FIRST OUT",

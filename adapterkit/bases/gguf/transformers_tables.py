@@ -17,10 +17,10 @@ ONLY_MODELS = "gguf_model"  # the naming of modules that llama.cpp's graphs take
 @cache
 def table_of(architecture: str) -> "ArchitectureNames | None":
     """The table of an architecture by its name in GGUF; None without one."""
-    form = format_named(FORMAT).names
-    if architecture not in form.architectures:
+    format = format_named(FORMAT).names
+    if architecture not in format.architectures:
         return None
-    namings = (names_of(architecture, "", one) for one in (*form.naming, ONLY_MODELS))
+    namings = (names_of(architecture, "", one) for one in (*format.naming, ONLY_MODELS))
     return ArchitectureNames(architectures()[architecture].detect.models, tuple(namings))
 
 

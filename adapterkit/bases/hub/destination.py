@@ -279,11 +279,11 @@ class Destination:
             return
         with explained_errors(self.hub_id):
             if not self._has_repo():
-                why = _why_private(self.sources)
-                create = lambda: api.create_repo(repo, private=bool(why) or None, exist_ok=True)
+                reason = _why_private(self.sources)
+                create = lambda: api.create_repo(repo, private=bool(reason) or None, exist_ok=True)
                 retry(create, self.hub_id)
-                if why:
-                    self.notes.append(f"{repo} is new, and private: {why}")
+                if reason:
+                    self.notes.append(f"{repo} is new, and private: {reason}")
             if branch is not None:
                 retry(lambda: api.create_branch(repo, branch=branch, exist_ok=True), self.hub_id)
             self.is_new = self._has_repo()  # of a new one, others may have been faster

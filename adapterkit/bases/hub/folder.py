@@ -80,18 +80,18 @@ class HubFolder:
         folder._entries = {name: one for name, one in self._entries.items() if name not in names}
         return folder
 
-    def whole(self) -> "HubFolder":
+    def containing_folder(self) -> "HubFolder":
         """The folder that holds the file."""
         return HubFolder(self.pinned)
 
-    def beside(self) -> set[str]:
+    def next_to(self) -> set[str]:
         """The names of the files in the file's folder, its own too."""
-        return {name for name in self.whole().files() if "/" not in name}
+        return {name for name in self.containing_folder().files() if "/" not in name}
 
     def as_weights(self, name: str) -> "HubFolder":
         """As of a `LocalFolder`."""
         assert self.single is not None
-        folder = self.whole()
+        folder = self.containing_folder()
         here = {n: entry for n, entry in folder._entries.items() if "/" not in n}
         folder._entries = {n: e for n, e in here.items() if not n.endswith(OTHER_WEIGHTS)}
         folder._entries[name] = here[self.single]

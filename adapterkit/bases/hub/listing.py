@@ -119,7 +119,7 @@ def _in_subfolder(
     return {name: entry for name, entry in below.items() if hidden or not is_hidden(name)}
 
 
-def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, RemoteEntry]]:
+def _list_cache(hub_id: HubId, reason: str, hint: str) -> tuple[str, dict[str, RemoteEntry]]:
     """As `list_files`, from the local cache; `Refused` with both texts where it has no copy."""
     folder = cache_folder(hub_id)
     commit = hub_id.revision or "main"
@@ -137,10 +137,10 @@ def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, R
     only = f"{hub_id.subfolder}{inside_it}" if hub_id.subfolder else None
     download = command("hf download", hub_id.repo, revision=hub_id.revision, include=only)
     raise Refused(
-        f"no such file or folder here, nor in the local Hub cache, and {why}",
+        f"no such file or folder here, nor in the local Hub cache, and {reason}",
         expected="a path that exists, a cached copy, or a network",
         where=str(hub_id),
-        hint=f"{way_out}, or where there is a network\n{download}",
+        hint=f"{hint}, or where there is a network\n{download}",
         code="AK703",
     )
 

@@ -15,7 +15,7 @@ from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.options import checked
 from adapterkit.core.output.stage import RECEIPT, receipt_beside
-from adapterkit.core.records import Check, Json, unfit
+from adapterkit.core.records import Check, Json, invalid_value
 
 
 def check_push(
@@ -109,9 +109,9 @@ def _is_there(file: Path, entry: RemoteEntry) -> bool:
 
 def _finished_files(output: Path, receipt: str) -> dict[str, int]:
     """An output's files and sizes; `Refused` unless it is that of a finished job."""
-    beside = output.with_name(receipt)
-    if output.is_file() and beside.is_file():
-        return {path.name: path.stat().st_size for path in (output, beside)}
+    next_to = output.with_name(receipt)
+    if output.is_file() and next_to.is_file():
+        return {path.name: path.stat().st_size for path in (output, next_to)}
     if not output.is_dir():
         raise Refused(
             "this is not a folder, nor a file with its receipt beside it",
@@ -137,7 +137,7 @@ def repository(value: object) -> str:
     """A repository on the Hub."""
     hub_id = parse(value) if isinstance(value, str) else None
     if hub_id is None or hub_id.revision or hub_id.subfolder:
-        raise unfit(
+        raise invalid_value(
             value,
             "a repository on the Hub, org/name, without revision or folder",
             "give your account's or organization's name and the repository's",

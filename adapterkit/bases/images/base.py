@@ -10,8 +10,8 @@ from adapterkit.core.errors import AdapterkitError, Problems, listed
 from adapterkit.core.inputs.base_door import SAFETENSORS, Base
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.formats.image_model import Model, OneFileModel
-    from adapterkit.core.merge.job import MergeJob
+    from adapterkit.adapters.formats.image_model import Model, SingleFileModel
+    from adapterkit.core.merge.job import MergeState
 
 AVERAGES = "model_ema."  # copies of the weights that training averages
 OF_FOLDERS = ("max_shard_size", "tokenizer")
@@ -25,7 +25,7 @@ class ImageBase(Base):
     does: ClassVar = {"quantize": "bases.images.quantize:plan_image_quantization"}
 
     @cached_property
-    def images(self) -> "OneFileModel | None":
+    def images(self) -> "SingleFileModel | None":
         try:
             return _in_safetensors(open_checkpoint(self.folder))
         except AdapterkitError:
@@ -48,14 +48,14 @@ class ImageBase(Base):
     def unfit_with(self, file: str | None) -> Mapping[str, tuple[str, ...]]:
         return {**self.unfit, "a folder": OF_FOLDERS if file is not None else ()}
 
-    def prepare(self, job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
-        prepare_images(job, errors)
+    def prepare(self, state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
+        prepare_images(state, errors)
 
 
-def _in_safetensors(checkpoint: Checkpoint) -> "OneFileModel | None":
-    from adapterkit.adapters.formats.image_model import OneFileModel
+def _in_safetensors(checkpoint: Checkpoint) -> "SingleFileModel | None":
+    from adapterkit.adapters.formats.image_model import SingleFileModel
 
-    return images_in(checkpoint, OneFileModel)
+    return images_in(checkpoint, SingleFileModel)
 
 
 def images_in(checkpoint: Checkpoint, kind: "type[Model]") -> "Model | None":
@@ -70,23 +70,23 @@ def images_in(checkpoint: Checkpoint, kind: "type[Model]") -> "Model | None":
     return None if is_plain else model
 
 
-def prepare_images(job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+def prepare_images(state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
     """`Refused` with these errors for modules of the pipeline that are not in the file, or parts of
     it; notes on the file join the job's."""
     from adapterkit.adapters.formats.extra_deltas import added_deltas
-    from adapterkit.adapters.formats.image_model import OneFileModel
+    from adapterkit.adapters.formats.image_model import SingleFileModel
     from adapterkit.adapters.formats.library import architectures
 
-    model = job.original
-    if not isinstance(model, OneFileModel):
+    model = state.original
+    if not isinstance(model, SingleFileModel):
         return
     errors = Problems(errors, where=model.name, code="AK401")
     known = {part for one in architectures().values() for part in one.components}
-    for adapter in job.adapters:
+    for adapter in state.adapters:
         added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
         names = [*(one.module for one in adapter.loras), *added, *adapter.replaced]
         for part in sorted(known):
-            own = [one for one in names if one.startswith(f"{part}.") and job.is_selected(one)]
+            own = [one for one in names if one.startswith(f"{part}.") and state.is_selected(one)]
             own = [one for one in own if one not in model.modules]
             if own:
                 which = "that" if part in model.parts else f"of {part}, which"
@@ -99,10 +99,10 @@ def prepare_images(job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
                     else f'leave them out: --exclude "^{part}[.]"',
                 )
     errors.raise_all()
-    job.notes += file_notes(model)
+    state.notes += file_notes(model)
 
 
-def file_notes(model: "OneFileModel") -> list[str]:
+def file_notes(model: "SingleFileModel") -> list[str]:
     """What is to be said of the file."""
     parts = ", ".join(
         f"{name} ({part.prefix or 'no prefix'})" for name, part in model.parts.items()

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from adapterkit.adapters.formats.image_model import OneFileModel, with_parts
-from adapterkit.adapters.formats.library import architectures, one_file
+from adapterkit.adapters.formats.image_model import SingleFileModel, with_parts
+from adapterkit.adapters.formats.library import architectures, single_file_format
 from adapterkit.adapters.formats.modules.names import names_of
-from adapterkit.adapters.formats.schema import BlockWords
+from adapterkit.adapters.formats.schema import BlockSchema
 from adapterkit.bases.images.pipeline import Pipeline
 from adapterkit.core.checkpoint.folder import read_small
 from adapterkit.core.checkpoint.spec import Checkpoint
@@ -30,11 +30,11 @@ ATTENTION = re.compile(r"(\w+\.\d+|mid_block)\.attentions\.(\d+)\.")
 SELECTED, FILTER = "selected_blocks", "layer_filter"  # of WanVideoWrapper's node
 LETTERS = frozenset("AaBbRrUu")
 MOST_BYTES = 1 << 20  # of a file of weights
-Factor = Callable[["Named"], float | None]
+Factor = Callable[["ModuleNames"], float | None]
 
 
 @dataclass(frozen=True)
-class Named:
+class ModuleNames:
     """A module of a base: its part, its name in the loaded model, and its publisher's name."""
 
     part: str
@@ -55,20 +55,20 @@ class ModelNames:
         base = self.base
         if isinstance(base, Pipeline):
             base = base.denoiser and with_parts(base.denoiser)
-        return base.architecture if isinstance(base, OneFileModel) else None
+        return base.architecture if isinstance(base, SingleFileModel) else None
 
     @property
     def parts(self) -> Sequence[str]:
-        return [*self.base.parts] if isinstance(self.base, (OneFileModel, Pipeline)) else []
+        return [*self.base.parts] if isinstance(self.base, (SingleFileModel, Pipeline)) else []
 
     @property
     def denoiser(self) -> str:
         """What the architecture calls its denoiser."""
-        return next(iter(one_file().components(self.architecture)))
+        return next(iter(single_file_format().components(self.architecture)))
 
-    def of(self, module: str) -> list[Named]:
+    def of(self, module: str) -> list[ModuleNames]:
         """What a module of the base is; several that the file fuses, none for one of no part."""
-        if isinstance(self.base, OneFileModel):
+        if isinstance(self.base, SingleFileModel):
             found = self.base.found(module)
             pairs = [(part, part, names.models(match)) for part, names, match in found]
         else:
@@ -82,13 +82,13 @@ class ModelNames:
         parts = self.base.parts if isinstance(self.base, Pipeline) else {}
         return self.denoiser if part in parts and parts[part].is_denoiser else part
 
-    def _named(self, part: str, component: str, model: str) -> Named:
+    def _named(self, part: str, component: str, model: str) -> ModuleNames:
         named = names_of(str(self.architecture), component, "original").named(model)
-        return Named(part, model, named[1] if named else model, component)
+        return ModuleNames(part, model, named[1] if named else model, component)
 
-    def all(self, part: str) -> Iterator[Named]:
+    def all(self, part: str) -> Iterator[ModuleNames]:
         """The modules of a part."""
-        if isinstance(self.base, OneFileModel):
+        if isinstance(self.base, SingleFileModel):
             modules = sorted(self.base.modules)
         else:
             assert isinstance(self.base, Pipeline)
@@ -199,7 +199,7 @@ def _of_numbers(text: str, names: ModelNames) -> Factor:
         raise _unknown_family(names.architecture)
     weights = _weights_of(text, words)
 
-    def factor(one: Named) -> float | None:
+    def factor(one: ModuleNames) -> float | None:
         block = _block(one, words)
         if block is None:
             return weights.get(REST)
@@ -208,7 +208,7 @@ def _of_numbers(text: str, names: ModelNames) -> Factor:
     return factor
 
 
-def _block(one: Named, words: BlockWords) -> str | None:
+def _block(one: ModuleNames, words: BlockSchema) -> str | None:
     """The block that a module is in."""
     name = f"{one.component}.{one.original}"
     for pattern, word in words.names.items():
@@ -217,7 +217,7 @@ def _block(one: Named, words: BlockWords) -> str | None:
     return None
 
 
-def _weights_of(text: str, words: BlockWords) -> dict[str, float]:
+def _weights_of(text: str, words: BlockSchema) -> dict[str, float]:
     numbers = [number.strip() for number in words.presets.get(text, text).split(",")]
     values = [finite(number) for number in numbers]
     blocks: Sequence[str] = words.lists.get(str(len(values)), "").split()
@@ -278,7 +278,7 @@ def _of_prefixes(settings: Json, names: ModelNames, default: float | None = None
     _check_used(weights, originals, str.startswith)
     ordered = sorted(weights, key=len, reverse=True)
 
-    def factor(one: Named) -> float | None:
+    def factor(one: ModuleNames) -> float | None:
         fits = (prefix for prefix in ordered if f"{one.original}.".startswith(prefix))
         prefix = next(fits, None) if one.component == names.denoiser else None
         return default if prefix is None else weights[prefix]
@@ -314,7 +314,7 @@ def _of_parts(settings: Json, names: ModelNames) -> Factor:
             _check_used(weights, [one.model for one in names.all(part)], str.__contains__)
             by_part[part] = weights
 
-    def factor(one: Named) -> float:
+    def factor(one: ModuleNames) -> float:
         weights = by_part.get(one.part, 1.0)
         if not isinstance(weights, Mapping):
             return weights

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
-from adapterkit.bases.images.pipeline import Pipeline, PipelinePart
+from adapterkit.bases.images.pipeline import Pipeline, PipelineComponent
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hashes import sha256_of_small_file
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -100,7 +100,7 @@ class _Joint:
                 self.files[f"{name}/{file}"] = content
         self.notes += plan.notes_of(name)
 
-    def leave(self, part: PipelinePart, plan: Plan) -> None:
+    def leave(self, part: PipelineComponent, plan: Plan) -> None:
         """Note the weights of a part that its plan does not read."""
         used = {*plan.files, *(file for number, file in plan.headers if number == 0)}
         self.left_out += [
@@ -109,12 +109,12 @@ class _Joint:
             if is_weights(name) and name not in used
         ]
 
-    def _files_of(self, part: PipelinePart) -> list[str]:
+    def _files_of(self, part: PipelineComponent) -> list[str]:
         """All files of a part, of all variants."""
         start, files = f"{part.name}/", part.pipeline.files()
         return [name.removeprefix(start) for name in files if name.startswith(start)]
 
-    def copy(self, part: PipelinePart) -> None:
+    def copy(self, part: PipelineComponent) -> None:
         """A part whose weights stay as they are: those that are read of several variants; pickles
         alone."""
         files = part.folder.files()

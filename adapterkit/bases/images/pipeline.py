@@ -26,7 +26,7 @@ TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
 
 
 @dataclass(frozen=True)
-class PipelinePart:
+class PipelineComponent:
     """A model of a pipeline."""
 
     name: str  # of its folder
@@ -77,7 +77,7 @@ class Pipeline:
     """A pipeline's folder, its models by name, and what its index names and is not there."""
 
     folder: Folder
-    parts: Mapping[str, PipelinePart]
+    parts: Mapping[str, PipelineComponent]
     absent: tuple[str, ...]
 
     @property
@@ -88,7 +88,7 @@ class Pipeline:
                 return part.as_base
         return None
 
-    def part(self, name: str) -> PipelinePart:
+    def part(self, name: str) -> PipelineComponent:
         """`Refused` for a name that is none of a part with weights."""
         if name in self.parts:
             return self.parts[name]
@@ -125,7 +125,7 @@ def read_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
     parts, absent = {}, []
     for name in named:
         if any(file.startswith(f"{name}/") for file in files):
-            part = PipelinePart(name, folder, variant or "")
+            part = PipelineComponent(name, folder, variant or "")
             if weight_files(part.folder) or pickles(part.folder):
                 parts[name] = part
         elif isinstance(folder, LocalFolder) and (folder.root / inside(name, INDEX)).is_symlink():

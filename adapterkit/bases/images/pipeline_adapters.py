@@ -8,7 +8,7 @@ from typing import Protocol, cast
 from adapterkit.adapters.formats.detect import part_folders
 from adapterkit.adapters.formats.modules.record import LANGUAGE, Contents
 from adapterkit.adapters.formats.planning.as_plain import as_component, contents_of
-from adapterkit.bases.images.pipeline import PART, Pipeline, PipelinePart
+from adapterkit.bases.images.pipeline import PART, Pipeline, PipelineComponent
 from adapterkit.core.adapter.keys import CONFIG
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.checkpoint.folder import Folder, WithSubfolders
@@ -65,9 +65,9 @@ def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
     a pipeline by their names, in folders `unet/`, `text_encoder/`, ... by these; of a single model
     for the part that is told (`transformer_2:ADAPTER`), or whose names and shapes alone fit.
     `Refused` for parts that the pipeline does not have, and where several or none fit."""
-    told = PART.fullmatch(os.fspath(source))
-    told = told if told and told[1] in pipeline.parts else None
-    folder, name = open_unconverted(told[2] if told else source), told[1] if told else None
+    named = PART.fullmatch(os.fspath(source))
+    named = named if named and named[1] in pipeline.parts else None
+    folder, name = open_unconverted(named[2] if named else source), named[1] if named else None
     contents = None if is_plain(folder) else contents_of(folder, pipeline.denoiser)
     if contents is None and CONFIG in folder.files():
         name = name or _fitting(folder, _shapes_of(folder, None), pipeline)
@@ -75,7 +75,7 @@ def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
     if contents is not None and contents.components == (LANGUAGE,):
         name = name or _fitting(folder, _shapes_of(folder, contents), pipeline)
     if name is not None:
-        return {name: _told(folder, contents, pipeline.parts[name])}
+        return {name: _for_named(folder, contents, pipeline.parts[name])}
     components = contents.components if contents is not None else _folders(folder)
     parts: dict[str, Folder] = {}
     errors = Problems()
@@ -105,7 +105,7 @@ def _folders(folder: Folder) -> tuple[str, ...]:
     return names
 
 
-def _told(folder: Folder, contents: Contents | None, part: PipelinePart) -> Folder:
+def _for_named(folder: Folder, contents: Contents | None, part: PipelineComponent) -> Folder:
     """An adapter for the part that it is said to be for."""
     if contents is None or len(contents.components) != 1:
         names = _folders(folder) if contents is None else contents.components
@@ -120,11 +120,13 @@ def _told(folder: Folder, contents: Contents | None, part: PipelinePart) -> Fold
     return _converted(folder, contents, component, part)
 
 
-def _converted(folder: Folder, contents: Contents, component: str, part: PipelinePart) -> Folder:
+def _converted(
+    folder: Folder, contents: Contents, component: str, part: PipelineComponent
+) -> Folder:
     return as_component(folder, contents, component, part.as_base if part.is_denoiser else None)
 
 
-def _in_layout(folder: Folder, part: PipelinePart) -> Folder:
+def _in_layout(folder: Folder, part: PipelineComponent) -> Folder:
     return folder if is_plain(folder) else in_adapter_layout(folder, part.folder, for_merge=True)
 
 
@@ -163,7 +165,7 @@ def _fitting(folder: Folder, shapes: Shapes, pipeline: Pipeline, *, of_a_kind: b
     )
 
 
-def _count(part: PipelinePart, shapes: Shapes) -> int:
+def _count(part: PipelineComponent, shapes: Shapes) -> int:
     """How many of these modules the part has, by its keys, or by the names of its model."""
     try:
         base = decoded_view(open_checkpoint(part.folder))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.adapters.formats.card import adapter_card
 from adapterkit.bases.images.joined_plans import in_folders, joined
-from adapterkit.bases.images.pipeline import PipelinePart, read_pipeline
+from adapterkit.bases.images.pipeline import PipelineComponent, read_pipeline
 from adapterkit.bases.images.pipeline_adapters import Split, base_of_conversion, split_adapters
 from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.weights_file import WeightsFile, in_receipt
@@ -160,7 +160,7 @@ def plan_merge_into_parts(
     return replace(plan, options=receipt, decisions=decisions, warn=warn)
 
 
-def _model(part: PipelinePart) -> Base:
+def _model(part: PipelineComponent) -> Base:
     return Base(part.folder, part.name, part.pipeline)
 
 
@@ -290,5 +290,5 @@ def plan_pipeline_extraction(base: Base, tuned: Base, options: "Extract") -> Pla
         key: [f"{part}.{name}" for part, own in plans.items() for name in own.decisions[key]]
         for key in ("left_out", "unchanged")
     }
-    more = (f"{why}: {', '.join(names)}" for why, names in notes.items())
+    more = (f"{reason}: {', '.join(names)}" for reason, names in notes.items())
     return replace(plan, decisions=decisions, notes=(*plan.notes, *more))

@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 
-from adapterkit.adapters.formats.image_model import OneFileModel
+from adapterkit.adapters.formats.image_model import SingleFileModel
 from adapterkit.adapters.formats.modules.names import NUMBER
 from adapterkit.bases.images.base import file_notes
 from adapterkit.bases.quantized.planning.quantize import check_fit
@@ -65,7 +65,7 @@ def plan_image_quantization(base: Base, options: Quantize) -> Plan:
     return replace(plan, is_file=name is not None)
 
 
-def is_in_block(model: OneFileModel, module: str) -> bool:
+def is_in_block(model: SingleFileModel, module: str) -> bool:
     """Whether it is a linear layer in a numbered block of the denoiser, or a kernel that a GGUF
     file has as a matrix."""
     spec = model.tensors.get(f"{module}.weight")

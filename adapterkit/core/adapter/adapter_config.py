@@ -156,11 +156,11 @@ def declared_settings(
     ranks: Mapping[str, int], alphas: Mapping[str, float], **settings: object
 ) -> Json:
     """The settings of a LoRA with these ranks and alphas by module."""
-    numbers = {name: whole(alpha) for name, alpha in alphas.items()}
+    numbers = {name: as_int(alpha) for name, alpha in alphas.items()}
     targets = {"target_modules": sorted(ranks)}
     return plain_settings() | targets | settings | rank_settings(ranks, numbers)
 
 
-def whole(value: float) -> float | int:
+def as_int(value: float) -> float | int:
     """A whole number as an int, as configs have them; beyond 2^53 a float has no unit."""
     return int(value) if float(value).is_integer() and abs(value) < 2**53 else value

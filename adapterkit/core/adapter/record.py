@@ -8,7 +8,7 @@ from functools import cached_property
 
 from adapterkit.core.adapter.config import BASE_CHANGING_INITS, IMPLICIT, saved_modules
 from adapterkit.core.adapter.keys import BASE_LAYER_VALUE, CONFIG
-from adapterkit.core.adapter.targets import ALL_LINEAR, NamedBy, Patterns, has_end
+from adapterkit.core.adapter.targets import ALL_LINEAR, Patterns, TargetMatcher, has_end
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Refused, shown
@@ -173,7 +173,9 @@ class Adapter:
         targets = self.config.get("target_modules")
         if not isinstance(targets, str | list):
             return False
-        return targets == ALL_LINEAR or NamedBy(targets, f"{self.where}: target_modules")(module)
+        return targets == ALL_LINEAR or TargetMatcher(targets, f"{self.where}: target_modules")(
+            module
+        )
 
     def attention(self, lora: Lora) -> str | None:
         """The MultiheadAttention whose output projection the factors are for, else None.

@@ -40,7 +40,7 @@ def is_within(name: str, entry: str) -> bool:
     return f".{entry}." in f".{name}."
 
 
-class NamedBy:
+class TargetMatcher:
     """Whether a name is meant by targets or exclude: a text is a regular expression for the whole
     name, a list has whole names or their ends after a dot."""
 

@@ -76,11 +76,11 @@ def size_below(root: Path, name: str) -> int | None:
     return status.st_size if is_own and not is_linked(root, path.parent) else None
 
 
-def replace_file(path: Path, data: bytes, beside: Path, *, durable: bool = True) -> None:
-    """Write a small file as a whole: under the name `beside` in its folder, then renamed."""
+def replace_file(path: Path, data: bytes, temporary: Path, *, durable: bool = True) -> None:
+    """Write a small file as a whole: under the name `temporary` in its folder, then renamed."""
     with storage_errors(path):
-        beside.unlink(missing_ok=True)  # it may be a hard link
-        descriptor = system.open(beside, "create")
+        temporary.unlink(missing_ok=True)  # it may be a hard link
+        descriptor = system.open(temporary, "create")
         try:
             try:
                 write_all(data, lambda rest, _: os.write(descriptor, rest))
@@ -88,9 +88,9 @@ def replace_file(path: Path, data: bytes, beside: Path, *, durable: bool = True)
                     sync(descriptor)
             finally:
                 os.close(descriptor)
-            system.replace(beside, path)
+            system.replace(temporary, path)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         if durable:
             sync_folder(path.parent)

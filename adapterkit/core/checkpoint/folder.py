@@ -69,13 +69,13 @@ class WithSubfolders(Folder, Protocol):
         ...
 
 
-class OneFile(Folder, Protocol):
+class SingleFile(Folder, Protocol):
     """One file, as a folder that holds nothing else."""
 
     single: str
 
-    def whole(self) -> Folder: ...
-    def beside(self) -> set[str]: ...
+    def containing_folder(self) -> Folder: ...
+    def next_to(self) -> set[str]: ...
     def as_weights(self, name: str) -> Folder: ...
 
 
@@ -169,11 +169,11 @@ class LocalFolder:
         folder._files = {name: size for name, size in self.files().items() if name not in names}
         return folder
 
-    def whole(self) -> "LocalFolder":
+    def containing_folder(self) -> "LocalFolder":
         """The folder that holds the file."""
         return LocalFolder(self.root)
 
-    def beside(self) -> set[str]:
+    def next_to(self) -> set[str]:
         """The names of the files in the file's folder, its own too."""
         return {name for name in os.listdir(self.root) if os.path.isfile(self.root / name)}
 
@@ -182,8 +182,10 @@ class LocalFolder:
         assert self.single is not None
         folder = LocalFolder(self.root / self.single)
         folder.renamed = {name: self.single}
-        beside = sorted(n for n in self.beside() if not (n[0] == "." or n.endswith(OTHER_WEIGHTS)))
-        sizes = {str(inside(n, self.name)): (self.root / n).stat().st_size for n in beside}
+        next_to = sorted(
+            n for n in self.next_to() if not (n[0] == "." or n.endswith(OTHER_WEIGHTS))
+        )
+        sizes = {str(inside(n, self.name)): (self.root / n).stat().st_size for n in next_to}
         folder._files = sizes | {name: self.files()[self.single]}
         if self.single == name:
             folder.name, folder.label = shown(self.root.resolve().name), shown(self.root)
@@ -317,8 +319,8 @@ def check_names(names: Iterable[str]) -> None:
     )
     seen: dict[str, str] = {}
     for name in names:
-        if why := unportable(name):
-            problems.add(f"an output file {shown(name)!r}: {why}", everywhere)
+        if reason := unportable(name):
+            problems.add(f"an output file {shown(name)!r}: {reason}", everywhere)
         # folders of macOS and Windows know neither case nor how accents are composed
         twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if twin != name:

@@ -69,7 +69,7 @@ def stem_of(names: Iterable[str]) -> str:
     return "model" if found is None else found[1] + (found[2] or "")
 
 
-def index_of(stem: str) -> str:
+def index_filename(stem: str) -> str:
     """The name of the index of shards that are called so."""
     name, _, variant = stem.partition(".")
     return f"{name}.safetensors.index.{variant + '.' if variant else ''}json"

@@ -12,5 +12,5 @@ folder `how.out` of this machine's file system; `doors.ENGINES` has them by the 
 - An `Unrecoverable` error, such as an input that changed, leaves nothing to resume.
 
 Dry runs, outputs on the Hub and the plan itself are settled before an engine is called. Engines of
-several processes need no more than `many.workers`: prepare, a rank a process, finish.
+several processes need no more than `many.workers`: prepare, a worker a process, finish.
 """

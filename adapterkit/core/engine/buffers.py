@@ -52,7 +52,7 @@ class Buffer:
         return self.memory[:size].view(dtype)
 
 
-class Rooms:
+class StagingBuffers:
     """A thread's own memory for stored bytes on their way to numbers: on a GPU two pinned rooms, of
     which one is read into while the other is copied; on the CPU one that fits a core's cache."""
 
@@ -60,8 +60,8 @@ class Rooms:
         self.device, self.on_gpu = device, device.type != "cpu"
         self.ahead = int(self.on_gpu)  # chunks that may be on the GPU while the next one is read
         size, count = (ROOM, ROOMS) if self.on_gpu else (CACHED, 1)
-        self.rooms = [Buffer(size, pinned=self.on_gpu) for _ in range(count)]
-        self.copied: list[Mark | None] = [None] * len(self.rooms)
+        self.staging = [Buffer(size, pinned=self.on_gpu) for _ in range(count)]
+        self.copied: list[Mark | None] = [None] * len(self.staging)
         self.turn = 0
         # those of the last call, and all that there is room for
         self.numbers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
@@ -114,18 +114,18 @@ class Rooms:
             room.tensor(len(part), torch.uint8).copy_(part, non_blocking=True)
             self.copied[self.turn] = mark = Mark(self.device)
             waiting.append((first, room.view(len(part)), mark))
-            if len(waiting) == len(self.rooms):
+            if len(waiting) == len(self.staging):
                 yield _landed(*waiting.popleft())
         while waiting:
             yield _landed(*waiting.popleft())
 
     def _free_room(self) -> Buffer:
         """The room that was copied longest ago."""
-        self.turn = (self.turn + 1) % len(self.rooms)
+        self.turn = (self.turn + 1) % len(self.staging)
         mark = self.copied[self.turn]
         if mark is not None:
             mark.wait()
-        return self.rooms[self.turn]
+        return self.staging[self.turn]
 
     def _read(
         self,
@@ -134,7 +134,7 @@ class Rooms:
         value: Tensor,
         look: Callable[[Tensor], None] | None,
     ) -> None:
-        width, size, room = stored.itemsize, value.numel(), self.rooms[0]
+        width, size, room = stored.itemsize, value.numel(), self.staging[0]
         direct = value.dtype == stored
         count = max(1, size) if direct and look is None else CACHED // width
         for first in range(0, size, count):
@@ -174,26 +174,26 @@ def _landed(first: int, data: memoryview, mark: Mark) -> tuple[int, memoryview]:
 _own = threading.local()
 
 
-def keep_rooms(device: torch.device) -> Rooms:
+def keep_staging(device: torch.device) -> StagingBuffers:
     """Rooms that this thread keeps as long as it lives."""
-    _own.rooms = Rooms(device)
-    return _own.rooms
+    _own.staging = StagingBuffers(device)
+    return _own.staging
 
 
 @contextmanager
-def own_rooms(device: torch.device) -> Iterator[Rooms]:
+def own_staging(device: torch.device) -> Iterator[StagingBuffers]:
     """Rooms that this thread keeps until the end of the block."""
-    before = getattr(_own, "rooms", None)
+    before = getattr(_own, "staging", None)
     try:
-        yield keep_rooms(device)
+        yield keep_staging(device)
     finally:
-        _own.rooms = before
+        _own.staging = before
 
 
-def rooms_of(device: torch.device) -> Rooms:
+def staging_of(device: torch.device) -> StagingBuffers:
     """Those that this thread keeps; else some for once."""
-    rooms = getattr(_own, "rooms", None)
-    return rooms if rooms is not None and rooms.device == device else Rooms(device)
+    staging = getattr(_own, "staging", None)
+    return staging if staging is not None and staging.device == device else StagingBuffers(device)
 
 
 class BufferPool:

@@ -21,7 +21,7 @@ from adapterkit.core.budget import AHEAD
 from adapterkit.core.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan
-from adapterkit.core.engine.buffers import Rooms, keep_rooms, rooms_of
+from adapterkit.core.engine.buffers import StagingBuffers, keep_staging, staging_of
 from adapterkit.core.engine.device import Mark, Streams
 from adapterkit.core.engine.file_threads import FileThreads
 from adapterkit.core.engine.interruptible import result_of, signals_deferred
@@ -59,15 +59,15 @@ def write_computed(
     opening = files.ahead(lambda: files.create(file.file, file.size))
     places = _SortedPlaces(file) if file.sizes_are_planned else _AppendedPlaces(file)
     metrics, handoffs = {}, HandoffWriter(files.stage, file)
-    with threads.here() as rooms:
-        results = _results(file, files.stage, inputs, threads, rooms, progress)
+    with threads.here() as staging:
+        results = _results(file, files.stage, inputs, threads, staging, progress)
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
             result = next(results)
             shard = result_of(opening)  # tasks were begun while it was made
             measured = finite_metrics(result.metrics)
             if measured:
                 metrics[task.name] = metrics.get(task.name, {}) | measured
-            handoffs.put(result.handoff, rooms.blocks)
+            handoffs.put(result.handoff, staging.blocks)
             for key, tensor in result.tensors.items():
                 if isinstance(tensor, TensorSpec):
                     at = places.next(TensorPlan(key, tensor.dtype, tensor.shape))
@@ -75,7 +75,7 @@ def write_computed(
                 else:
                     name = dtypes.name_of(tensor.dtype)
                     at = places.next(TensorPlan(key, name, tuple(tensor.shape)))
-                    for first, block in rooms.blocks(tensor):
+                    for first, block in staging.blocks(tensor):
                         shard.write(block, at + first)
                     del tensor
             del result
@@ -193,7 +193,7 @@ class TaskThreads:
     def __init__(self, device: torch.device, workers: int, budget: int):
         self.device, self.workers, self.budget = device, workers, budget
         self.streams = Streams(device)
-        self.pool = ThreadPoolExecutor(workers, "compute", keep_rooms, (device,))
+        self.pool = ThreadPoolExecutor(workers, "compute", keep_staging, (device,))
 
     def __enter__(self) -> TaskThreads:
         return self
@@ -203,10 +203,10 @@ class TaskThreads:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
-    def here(self) -> Iterator[Rooms]:
+    def here(self) -> Iterator[StagingBuffers]:
         """A stream for this thread, which writes the results, and its rooms."""
         with self.streams.use(), torch.inference_mode():
-            yield rooms_of(self.device)
+            yield staging_of(self.device)
 
     def results(self, tasks: Sequence[Task], inputs: Reader) -> Iterator[TaskResult]:
         """The tasks' results in order, on the device; this thread's stream waits for each."""
@@ -230,7 +230,7 @@ def _results(
     stage: Workspace,
     inputs: Reader,
     threads: TaskThreads,
-    rooms: Rooms,
+    staging: StagingBuffers,
     progress: Progress,
 ) -> Iterator[TaskResult]:
     """The results of a file's tasks, as they are written."""
@@ -246,7 +246,7 @@ def _results(
         for task in file.tasks:
             result = next(results)
             tensors = cast(dict[str, Tensor], result.tensors)
-            waiting.append((spill.put(tensors, rooms), result.metrics))
+            waiting.append((spill.put(tensors, staging), result.metrics))
             del tensors
             del result
             progress(sum(stored.nbytes for stored in task.max_outputs))
@@ -312,12 +312,12 @@ class _Spill:
         self.file, self.at = ShardFile(stage.path, name, file.size, stage.attempt), 0
 
     def put(
-        self, tensors: dict[str, Tensor], rooms: Rooms
+        self, tensors: dict[str, Tensor], staging: StagingBuffers
     ) -> list[tuple[str, torch.dtype, torch.Size, int]]:
         where = []
         for key, tensor in tensors.items():
             where.append((key, tensor.dtype, tensor.shape, self.at))
-            for first, block in rooms.blocks(tensor):
+            for first, block in staging.blocks(tensor):
                 self.file.write(block, self.at + first)
             self.at += tensor.nbytes
         return where

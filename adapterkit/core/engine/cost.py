@@ -70,7 +70,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Job:
+class Work:
     """A plan as what it takes: bytes that are read and written, those of them that are no copies,
     how many there are of what `PRICES` names, operations that a GPU would be given, and whether
     there are tasks, of which a GPU computes few at a time."""
@@ -82,7 +82,7 @@ class Job:
     has_tasks: bool
 
     @classmethod
-    def of(cls, plan: Plan) -> "Job":
+    def of(cls, plan: Plan) -> "Work":
         totals, counts, launches = plan.totals(), dict.fromkeys(PRICES, 0.0), 0
         for part in _parts(plan):
             effort = vars(part.effort)

@@ -59,7 +59,7 @@ def pick_device(name: str) -> torch.device:
             code="AK109",
         )
     device = torch.device(name)
-    usable(device)
+    probe_gpu_memory(device)
     return device
 
 
@@ -70,7 +70,7 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def usable(device: torch.device) -> tuple[int, int]:
+def probe_gpu_memory(device: torch.device) -> tuple[int, int]:
     """Bytes of a GPU that are free, and all of them, once it has computed something; `Refused` with
     the driver's text where it does not: torch has no kernels for it, another process has it for
     itself, it is full, the driver is too old."""
@@ -104,8 +104,8 @@ def own_gpu() -> int | None:
     """The GPU of this process among those that a node's processes share; None where nobody says
     which of them it is, or there are not several."""
     count = gpu_count()
-    said = (os.environ[name] for name in LOCAL_RANKS if name in os.environ)
-    text = next(said, "")
+    declared = (os.environ[name] for name in LOCAL_RANKS if name in os.environ)
+    text = next(declared, "")
     return int(text) % count if count > 1 and text.isdecimal() else None
 
 

@@ -18,20 +18,20 @@ def stage_of(plan: Plan, out: Path) -> Stage:
 
 
 class FileStage(Stage):
-    """The `Stage` of one file; the receipt lies beside it, and so do small files `beside`. They are
-    moved there one by one."""
+    """The `Stage` of one file; the receipt lies next to it, and so do small files, `next_to`.
+    They are moved there one by one."""
 
-    def __init__(self, out: Path, beside: tuple[str, ...] = ()):
+    def __init__(self, out: Path, next_to: tuple[str, ...] = ()):
         super().__init__(out)
-        self.beside = beside
+        self.next_to = next_to
         self.inside, self.final = True, out.parent
         self.control = out.resolve().parent / control_of(out)
         self.receipt = out.with_name(receipt_beside(out.name))
 
     @property
     def is_new(self) -> bool:
-        beside = (self.out.with_name(name) for name in self.beside)
-        return super().is_new and not any(map(os.path.lexists, beside))
+        next_to = (self.out.with_name(name) for name in self.next_to)
+        return super().is_new and not any(map(os.path.lexists, next_to))
 
     def _check_kind(self) -> None:
         if self.out.is_symlink() or self.out.is_dir():
@@ -41,7 +41,7 @@ class FileStage(Stage):
         """`Refused` unless there is nothing or, with --overwrite, an older output."""
         written = self.published().get("files", {})
         paths = {self.out: self.out.name, self.receipt: self.out.name}
-        paths |= {self.out.with_name(name): name for name in self.beside}
+        paths |= {self.out.with_name(name): name for name in self.next_to}
         there = next((p for p, name in paths.items() if p.exists() and name not in written), None)
         if there is not None:
             owner = self._owner(there.name)
@@ -76,8 +76,8 @@ class FileStage(Stage):
         final = self.out.resolve()
         with storage_errors(final):
             final.parent.mkdir(parents=True, exist_ok=True)
-            beside = [(name, final.with_name(name)) for name in self.beside]
-            for staged, there in ((self.out.name, final), *beside, (RECEIPT, self.receipt)):
+            next_to = [(name, final.with_name(name)) for name in self.next_to]
+            for staged, there in ((self.out.name, final), *next_to, (RECEIPT, self.receipt)):
                 if size_below(self.path, staged) is not None:
                     system.replace(self.path / staged, there)
             sync_folder(final.parent)

@@ -23,8 +23,8 @@ from adapterkit.core.engine.buffers import (
     GPU_BUFFERS,
     Buffer,
     BufferPool,
-    Rooms,
-    own_rooms,
+    StagingBuffers,
+    own_staging,
 )
 from adapterkit.core.engine.chunk import ComputedChunk, compute_chunk
 from adapterkit.core.engine.computed import TaskThreads, write_computed
@@ -78,7 +78,7 @@ def local(device: str = "auto", workers: int | None = None):
             memory_errors(where),
             Sources(plan.folders, plan.identities) as sources,
             _torch_threads(workers),
-            own_rooms(where),
+            own_staging(where),
             file_threads(stage, finished) as files,
         ):
             for folder in range(len(plan.folders)):
@@ -188,16 +188,16 @@ class _ShardRun:
 
     def _take_pieces(self, pieces: Iterator[Piece]) -> None:
         torch.set_num_threads(1)  # this thread's; the workers are the parallelism
-        with self.streams.use(), torch.inference_mode(), own_rooms(self.device) as rooms:
+        with self.streams.use(), torch.inference_mode(), own_staging(self.device) as staging:
             while (buffer := self.buffers.take(self.files.stop)) is not None:
                 with self.turn:
                     piece = next(pieces, None)
                 if piece is None:
                     self.buffers.give(buffer)
                     return
-                self._do(piece, buffer, rooms)
+                self._do(piece, buffer, staging)
 
-    def _do(self, piece: Piece, buffer: Buffer, rooms: Rooms) -> None:
+    def _do(self, piece: Piece, buffer: Buffer, staging: StagingBuffers) -> None:
         shard = piece.shard
         if piece.data is not None:
             shard.file.write(piece.data, 0)
@@ -205,7 +205,7 @@ class _ShardRun:
         elif piece.step is None:
             self._copy(piece, buffer)
         else:
-            self._compute(piece, buffer, rooms)
+            self._compute(piece, buffer, staging)
         self.progress(piece.length)
         with self.lock:
             shard.remaining -= 1
@@ -237,7 +237,7 @@ class _ShardRun:
             shard.file.write(view, piece.position)
         shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
 
-    def _compute(self, piece: Piece, buffer: Buffer, rooms: Rooms) -> None:
+    def _compute(self, piece: Piece, buffer: Buffer, staging: StagingBuffers) -> None:
         open_step, metrics, waiting = piece.step, ChangeMetrics(), deque[ComputedChunk]()
         assert open_step is not None
         step, columns = open_step.step, open_step.step.grid[1]
@@ -262,10 +262,10 @@ class _ShardRun:
         with self.sources.file(step.source.folder, step.source.file):  # it stays open
             for chunk in piece.chunks:
                 shape, outgoing = (chunk.last - chunk.first, columns), written[rows(chunk)]
-                room = rooms.kept(shape, arithmetic(step))
+                room = staging.kept(shape, arithmetic(step))
                 w = inputs.rows(step.source, step.grid, chunk.first, chunk.last, room)
                 waiting.append(compute_chunk(w, edits, step, chunk, outgoing))
-                if len(waiting) > rooms.ahead:
+                if len(waiting) > staging.ahead:
                     write(waiting.popleft())
             while waiting:
                 write(waiting.popleft())

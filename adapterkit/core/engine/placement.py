@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from adapterkit.core.budget import GPU_TASKS, pinned_size
 from adapterkit.core.engine.buffers import GPU_BUFFERS, ROOM, ROOMS
-from adapterkit.core.engine.cost import CONSUMER, GPUS, H100, Job, Machine
-from adapterkit.core.engine.device import gpu_count, kind, pick_device, usable
+from adapterkit.core.engine.cost import CONSUMER, GPUS, H100, Machine, Work
+from adapterkit.core.engine.device import gpu_count, kind, pick_device, probe_gpu_memory
 from adapterkit.core.engine.partition import largest_piece
 from adapterkit.core.errors import Refused
 from adapterkit.core.lazy import torch
@@ -24,7 +24,7 @@ USABLE = 0.8  # of a GPU's free memory: the rest is the allocator's and the libr
 
 def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
     """The plan with the device that it runs on and what it takes there, and that device's name;
-    `Refused` where there is no such device. `auto`: see `Job.gains`. `own`: the GPU of this
+    `Refused` where there is no such device. `auto`: see `Work.gains`. `own`: the GPU of this
     process, where several of a machine share its GPUs."""
     if name == "auto":
         name, notes = _auto(plan, own)
@@ -41,14 +41,14 @@ def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
     """The device that a plan is best off on, and notes on GPUs that cannot be used: of those that
     can and have room for it, the one with most memory free."""
     count = gpu_count()
-    job = Job.of(plan) if count else None
-    if job is None or not job.gains(Machine(all_cores(), H100)):
+    work = Work.of(plan) if count else None
+    if work is None or not work.gains(Machine(all_cores(), H100)):
         return "cpu", []  # before CUDA is started
     free, notes = {}, []
     for number in range(count) if own is None else [own]:
         device = torch.device("cuda", number)
         try:
-            free[device], total = usable(device)
+            free[device], total = probe_gpu_memory(device)
         except Refused as error:
             notes.append(f"{error.problem}; {error.hint}")
             continue
@@ -58,7 +58,7 @@ def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
     if best is None or free[best] < least_memory(plan):
         return "cpu", notes
     gpu = GPUS.get(torch.cuda.get_device_capability(best), CONSUMER)
-    return str(best) if job.gains(Machine(all_cores(), gpu)) else "cpu", notes
+    return str(best) if work.gains(Machine(all_cores(), gpu)) else "cpu", notes
 
 
 def least_memory(plan: Plan) -> int:

@@ -13,7 +13,7 @@ from adapterkit.core.budget import STACKS
 from adapterkit.core.checkpoint.folder import place_of
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources
-from adapterkit.core.engine.buffers import rooms_of
+from adapterkit.core.engine.buffers import staging_of
 from adapterkit.core.engine.device import used_here
 from adapterkit.core.errors import Unrecoverable, shown
 from adapterkit.core.lazy import Tensor, torch
@@ -65,7 +65,7 @@ class LocalReader:
             value = dtypes.tensor_of(data, spec.dtype, spec.shape).to(self.device)
             return value if dtype is None else value.to(dtype)
         is_checked = self.finite and spec.dtype in dtypes.FLOATS
-        return rooms_of(self.device).load(
+        return staging_of(self.device).load(
             partial(self.sources.read_into, spec),
             dtypes.torch_dtype(spec.dtype),
             spec.shape,
@@ -99,7 +99,7 @@ class LocalReader:
     ) -> Tensor:
         """`into`: memory for them that is used again; on the CPU."""
         width = dtypes.BITS[spec.dtype] // 8 * grid[1]
-        return rooms_of(self.device).load(
+        return staging_of(self.device).load(
             lambda at, room: self.sources.read_into(spec, first * width + at, room),
             dtypes.torch_dtype(spec.dtype),
             (last - first, grid[1]),

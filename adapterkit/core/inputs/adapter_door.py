@@ -13,7 +13,7 @@ from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.dtypes import FLOATS
 from adapterkit.core.errors import AdapterkitError
-from adapterkit.core.inputs.base_door import one_file_of
+from adapterkit.core.inputs.base_door import single_file_of
 from adapterkit.core.options import StrPath
 from adapterkit.core.registry import load
 from adapterkit.doors import ADAPTERS
@@ -43,7 +43,7 @@ def in_adapter_layout(
         check_added_deltas(folder)
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
-    file = one_file_of(base)
+    file = single_file_of(base)
     if file is None and is_plain(folder):
         return folder
     converted = load(ADAPTERS["converted"])
@@ -87,7 +87,7 @@ def adapter_or_file(
 
 
 @dataclass(frozen=True)
-class Together:
+class ComponentAdapters:
     """Adapters in PEFT's layout for one job that makes one of them, and how that is written."""
 
     folders: list[Folder]
@@ -102,7 +102,7 @@ class Together:
         return plan_in_layout(self.first, plan, self.file, is_alone=len(self.folders) == 1)
 
 
-def together(sources: Sequence[Folder], out: StrPath) -> Together:
+def together(sources: Sequence[Folder], out: StrPath) -> ComponentAdapters:
     """Adapters in any format for one job. Its output is a file in the layout of the first one where
     `out` is, and of adapters of several parts; else PEFT's. `Refused` beside these for adapters
     that do not say of which part they are, and for layouts that are not written so."""
@@ -110,5 +110,5 @@ def together(sources: Sequence[Folder], out: StrPath) -> Together:
     if file is not None or not all({CONFIG, "config.json"} & {*one.files()} for one in sources):
         parts = load(ADAPTERS["parts"])(sources, out, file)
         if parts is not None:
-            return Together(parts[0], parts[1], file)
-    return Together([in_adapter_layout(source) for source in sources])
+            return ComponentAdapters(parts[0], parts[1], file)
+    return ComponentAdapters([in_adapter_layout(source) for source in sources])

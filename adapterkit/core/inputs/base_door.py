@@ -16,8 +16,8 @@ from adapterkit.core.registry import load
 from adapterkit.doors import BASES
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.formats.image_model import OneFileModel
-    from adapterkit.core.merge.job import MergeJob
+    from adapterkit.adapters.formats.image_model import SingleFileModel
+    from adapterkit.core.merge.job import MergeState
     from adapterkit.core.merge.verb import MergeOptions
 
 CONFIG, INDEX = "config.json", "model_index.json"
@@ -47,7 +47,7 @@ class Base:
         return None if entry is None else load(entry)
 
     @cached_property
-    def images(self) -> "OneFileModel | None":
+    def images(self) -> "SingleFileModel | None":
         """The image or video model in its publisher's names that it is; None for others, and for
         what cannot be read, which is refused where it is opened."""
         return None
@@ -82,7 +82,7 @@ class Base:
     def unfit_with(self, file: str | None) -> Mapping[str, tuple[str, ...]]:
         return self.unfit
 
-    def prepare(self, job: "MergeJob", errors: Sequence[AdapterkitError]) -> None:
+    def prepare(self, state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
         """What a merge asks before it looks at parameters; `Refused` with these errors for adapters
         of what the base does not hold. Notes join the job's."""
 
@@ -148,6 +148,6 @@ def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     return kind_of(folder).read(number)
 
 
-def one_file_of(base: Folder | None) -> "OneFileModel | None":
+def single_file_of(base: Folder | None) -> "SingleFileModel | None":
     """The image or video model in its publisher's names that a folder or file is, if it is one."""
     return None if base is None else kind_of(base).images

@@ -11,7 +11,7 @@ from adapterkit.core.adapter.keys import CONFIG, INITIAL, WEIGHTS
 from adapterkit.core.checkpoint.folder import (
     Folder,
     LocalFolder,
-    OneFile,
+    SingleFile,
     WithSubfolders,
     is_plain_path,
     leads_inside,
@@ -125,9 +125,9 @@ def open_model(text: StrPath) -> Folder:
     return folder
 
 
-def _model_of(folder: OneFile) -> Folder:
+def _model_of(folder: SingleFile) -> Folder:
     """The model that a file of weights is part of, or is."""
-    whole, here = folder.whole(), folder.beside()
+    whole, here = folder.containing_folder(), folder.next_to()
     indexes = [read_json(whole, name) for name in here if name.endswith(INDEX)]
     named = [
         index["weight_map"].values()
@@ -169,12 +169,12 @@ def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
     `.safetensors` file, whatever its name, is one of PEFT's where its adapter_config.json lies
     beside it; `Refused` where that belongs to another file."""
     folder = open_source(text)
-    beside = folder.beside() if _is_weights(folder) else ()
-    if not _is_weights(folder) or CONFIG not in beside:
+    next_to = folder.next_to() if _is_weights(folder) else ()
+    if not _is_weights(folder) or CONFIG not in next_to:
         if not allow_pickle:
             return folder
         return load(ADAPTERS["pickles"])(folder)
-    if folder.single != WEIGHTS and WEIGHTS in beside:
+    if folder.single != WEIGHTS and WEIGHTS in next_to:
         problem = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
         hint = "give each a folder of its own with its config"
         raise Refused(
@@ -183,7 +183,7 @@ def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
     return folder.as_weights(WEIGHTS)
 
 
-def _is_weights(folder: Folder) -> TypeGuard[OneFile]:
+def _is_weights(folder: Folder) -> TypeGuard[SingleFile]:
     single = getattr(folder, "single", None)
     return single is not None and single.endswith(".safetensors")
 

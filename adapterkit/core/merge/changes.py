@@ -17,7 +17,7 @@ from adapterkit.core.commands import PLAIN, WITHOUT_INITIAL
 from adapterkit.core.errors import WARNING, Refused, listed, shown
 from adapterkit.core.inputs.earlier_merges import merged_change, same_merges
 from adapterkit.core.inputs.model_config import vocabulary_sizes
-from adapterkit.core.merge.job import Change, MergeJob
+from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.merge.sites import flips_square_experts, sites_of
 from adapterkit.core.merge.value_comparison import (
     decoded_difference,
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 
 def resolve_targets(
-    job: MergeJob, adapter: Adapter, module: str, loras: list[Lora]
+    state: MergeState, adapter: Adapter, module: str, loras: list[Lora]
 ) -> list[tuple[str, str | None, Lora]]:
     """The parameter of each of a module's factor pairs, with its own name where target_parameters
     has it; `Refused` where there is none, or several fit."""
     own, leaves, candidates = None, [], []
     if adapter.config.get("target_parameters") or any(lora.depth for lora in loras):
-        own = job.names.children(module)
-        candidates = own if own is not None else job.leaves.get(module, [])
+        own = state.names.children(module)
+        candidates = own if own is not None else state.leaves.get(module, [])
         leaves = [] if loras[0].kind == "embedding" else adapter.leaves(module, candidates)
     if not leaves and all(lora.depth == 0 for lora in loras):
         for leaf in ("weight", "in_proj_weight"):
-            if job.names.parameter(f"{module}.{leaf}") is not None:
+            if state.names.parameter(f"{module}.{leaf}") is not None:
                 return [(f"{module}.{leaf}", None, loras[0])]
     leaves = leaves or adapter.leaves(module) or candidates
-    if not any(job.names.parameter(f"{module}.{leaf}") for leaf in leaves):
-        raise job.unknown_error(adapter, loras[0].a.key, module)
-    number, names = adapter.number, job.names
+    if not any(state.names.parameter(f"{module}.{leaf}") for leaf in leaves):
+        raise state.unknown_error(adapter, loras[0].a.key, module)
+    number, names = adapter.number, state.names
     sites = sites_of(module, {number: loras}, {number: leaves}, {number: adapter}, own, names)
     if any(site.leaf is None for site in sites):
         raise Refused(
@@ -67,7 +67,7 @@ def resolve_targets(
 
 
 def orient(
-    job: MergeJob,
+    state: MergeState,
     adapter: Adapter,
     parameter: Parameter,
     lora: Lora,
@@ -85,7 +85,7 @@ def orient(
     if lora.kind == "embedding":
         fits, flip = is_matrix and (a[1], b[0]) == shape and rank == b[1], True
     elif len(shape) > 3 or (len(shape) == 3 and len(a) == 3):
-        _check_groups(job, adapter, parameter, lora)
+        _check_groups(state, adapter, parameter, lora)
         fits = b[:1] + a[1:] == shape and all(n == 1 for n in b[2:])
     elif len(shape) == 3:
         experts, *matrix = shape
@@ -93,14 +93,14 @@ def orient(
         as_is, flip = matrix == [b[0], a[-1]], matrix == [a[-1], b[0]]
         fits = not rest and b[1] == a[0] and (as_is or flip)
         if fits and as_is and flip:
-            transposed = job.names.transposed_experts(parameter.name.rpartition(".")[0])
-            layout = job.options.expert_layout
+            transposed = state.names.transposed_experts(parameter.name.rpartition(".")[0])
+            layout = state.options.expert_layout
             hint = "give --expert-layout peft-0.18 or --expert-layout peft-0.19"
             flip = flips_square_experts(adapter, parameter.name, transposed, layout, hint)
     else:
         as_is = is_matrix and shape == (b[0], a[1])
         flip = is_matrix and shape == (a[1], b[0]) and a[0] == b[1] and leaf is None
-        flip = flip and job.names.transposed(
+        flip = flip and state.names.transposed(
             lora.module,
             fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
             square=as_is,
@@ -108,13 +108,13 @@ def orient(
         )
         fits = is_matrix and a[0] == b[1] and (flip or as_is)
     if not fits:
-        raise job.shape_error(adapter, lora.a.key, (a, b), shape)
+        raise state.shape_error(adapter, lora.a.key, (a, b), shape)
     return Factors.of(lora, scale, rank, experts, flip, leaf)
 
 
-def _check_groups(job: MergeJob, adapter: Adapter, parameter: Parameter, lora: Lora) -> None:
+def _check_groups(state: MergeState, adapter: Adapter, parameter: Parameter, lora: Lora) -> None:
     module = parameter.name.rpartition(".")[0]
-    groups = job.names.groups(module)
+    groups = state.names.groups(module)
     if groups > 1 or lora.b.shape[1:2] != lora.a.shape[:1]:
         raise Refused(
             f"a grouped convolution: {shown(module)} has {groups} groups",
@@ -129,7 +129,7 @@ QUANTIZED = 0.3  # the most by which a weight differs from its original, relativ
 ROUNDING = 2.0**-8  # what bf16 adds to the relative change that a receipt tells
 
 
-def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
+def _trained(state: MergeState, adapter: Adapter) -> dict[str, TensorSpec]:
     """Those of an adapter's replaced parameters that are no copies of the base's.
 
     Copies of other weights are refused, unless the option says which weight counts: the base's
@@ -142,30 +142,30 @@ def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
         is_automatic = (
             EMBEDDINGS.search(name) and not adapter.saves(name) and not name.endswith("bias")
         )
-        if not (is_copy or is_automatic) or not job.is_selected_value(name):
+        if not (is_copy or is_automatic) or not state.is_selected_value(name):
             continue
-        parameter = job.names.parameter(name)
+        parameter = state.names.parameter(name)
         if parameter is None or parameter.shape != spec.shape:
             continue  # another vocabulary
         if not spec.shape or spec.dtype not in dtypes.FLOATS:
             continue  # refused when the file was read
-        stored = job.base.tensors[parameter.slots[0].key]
+        stored = state.base.tensors[parameter.slots[0].key]
         comparable = (
-            parameter.whole and type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
+            parameter.is_whole and type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
         )
         count = spec.shape[0]
         if comparable:
-            count = differing_rows((adapter.folder, spec), (job.base.folder, stored))
-        asked = job.options.base_copies is not None
-        error = None if asked else _quantization_error(job, parameter, adapter, spec)
-        if count == 0 or (is_copy and job.options.base_copies == "ignore"):
+            count = differing_rows((adapter.folder, spec), (state.base.folder, stored))
+        asked = state.options.base_copies is not None
+        error = None if asked else _quantization_error(state, parameter, adapter, spec)
+        if count == 0 or (is_copy and state.options.base_copies == "ignore"):
             del trained[name]
         elif error is not None and error < QUANTIZED:
             del trained[name]
             quantized.append(f"{shown(spec.key)} ({error:.0%})")
             continue
-        is_told = count and is_copy and comparable and not job.options.base_copies
-        if is_told and _is_of_original(job, adapter, spec, stored):
+        may_explain = count and is_copy and comparable and not state.options.base_copies
+        if may_explain and _is_of_original(state, adapter, spec, stored):
             del trained[name]
             explained.append(spec.key)
         elif count and is_copy:
@@ -174,12 +174,12 @@ def _trained(job: MergeJob, adapter: Adapter) -> dict[str, TensorSpec]:
                 if comparable
                 else "the base's is quantized"
             )
-    _tell_of_copies(job, adapter, quantized, explained, differing)
+    _tell_of_copies(state, adapter, quantized, explained, differing)
     return trained
 
 
 def _tell_of_copies(
-    job: MergeJob,
+    state: MergeState,
     adapter: Adapter,
     quantized: list[str],
     explained: list[str],
@@ -188,18 +188,18 @@ def _tell_of_copies(
     """Notes on copies of weights that the base has quantized or merged into, by key; `Refused` for
     those of other weights."""
     if quantized:
-        job.notes.append(
+        state.notes.append(
             f"{adapter.name}: copies of weights that the base has quantized count as its own, from "
             f"which they differ by {listed(quantized)}; --base-copies adapter starts from them"
         )
     if explained:
-        job.notes.append(
+        state.notes.append(
             f"{adapter.name}: {listed(explained)}: weights of the base before what its receipt "
             "says was merged; the base's own count"
         )
     text = ", ".join(f"{shown(key)} ({difference})" for key, difference in differing.items())
-    if differing and job.options.base_copies is None:
-        job.errors.add(
+    if differing and state.options.base_copies is None:
+        state.errors.add(
             f"copies of another base's weights: {text}",
             "the base that the adapter was trained on",
             "if another adapter was merged into BASE, give --base-copies ignore to add to its "
@@ -209,64 +209,67 @@ def _tell_of_copies(
             code="AK403",
         )
     elif differing:
-        effect = "ignored" if job.options.base_copies == "ignore" else "replace the base's"
-        job.notes.append(f"{adapter.name}: copies of another base's weights {effect}: {text}")
+        effect = "ignored" if state.options.base_copies == "ignore" else "replace the base's"
+        state.notes.append(f"{adapter.name}: copies of another base's weights {effect}: {text}")
 
 
 def _quantization_error(
-    job: MergeJob, parameter: Parameter, adapter: Adapter, copy: TensorSpec
+    state: MergeState, parameter: Parameter, adapter: Adapter, copy: TensorSpec
 ) -> float | None:
     """By how much a copy differs from the base's weight as that decodes; None where that is not
     quantized."""
-    stored = job.base.tensors[parameter.slots[0].key]
-    if not parameter.whole or not isinstance(stored, QuantizedWeight):
+    stored = state.base.tensors[parameter.slots[0].key]
+    if not parameter.is_whole or not isinstance(stored, QuantizedWeight):
         return None
-    return decoded_difference((adapter.folder, copy), (job.base.folder, stored))
+    return decoded_difference((adapter.folder, copy), (state.base.folder, stored))
 
 
-def _is_of_original(job: MergeJob, adapter: Adapter, copy: TensorSpec, stored: TensorSpec) -> bool:
+def _is_of_original(
+    state: MergeState, adapter: Adapter, copy: TensorSpec, stored: TensorSpec
+) -> bool:
     """Whether a copy is of the base before the merges that its receipt tells of: this adapter is
     one of them, or the copy differs by about what the last merge changed."""
-    if not job.merged_before:
+    if not state.merged_before:
         return False
-    if same_merges(job.merged_before, adapter):
+    if same_merges(state.merged_before, adapter):
         return True
-    changed = merged_change(job.original.folder, stored.key)
-    sides = (job.base.folder, stored), (adapter.folder, copy)
+    changed = merged_change(state.original.folder, stored.key)
+    sides = (state.base.folder, stored), (adapter.folder, copy)
     return changed > 0 and relative_difference(*sides) <= 1.1 * changed + ROUNDING
 
 
-def collect_changes(job: MergeJob) -> None:
+def collect_changes(state: MergeState) -> None:
     """Fill the job's changes from its adapters; its errors get everything that does not fit."""
-    job.adapters = [
-        replace(one, replaced=_trained(job, one)) if one.replaced else one for one in job.adapters
+    state.adapters = [
+        replace(one, replaced=_trained(state, one)) if one.replaced else one
+        for one in state.adapters
     ]
-    for adapter in job.adapters:
-        _check_adapter(job, adapter)
-        _check_complete(job, adapter)
-        _add_values(job, adapter)
-        _add_products(job, adapter)
+    for adapter in state.adapters:
+        _check_adapter(state, adapter)
+        _check_complete(state, adapter)
+        _add_values(state, adapter)
+        _add_products(state, adapter)
         if ADDED_DELTAS in adapter.folder.files():
-            _add_deltas(job, adapter)
-        _check_rows(job, adapter)
-        _add_rows(job, adapter)
-    if job.module_weights is not None:
-        job.errors += job.module_weights.problems()
-        job.notes += job.module_weights.notes()
-    if job.methods is not None:
-        _check_method(job)
-    _check_together(job)
+            _add_deltas(state, adapter)
+        _check_rows(state, adapter)
+        _add_rows(state, adapter)
+    if state.module_weights is not None:
+        state.errors += state.module_weights.problems()
+        state.notes += state.module_weights.notes()
+    if state.methods is not None:
+        _check_method(state)
+    _check_together(state)
 
 
-def _check_adapter(job: MergeJob, adapter: Adapter) -> None:
+def _check_adapter(state: MergeState, adapter: Adapter) -> None:
     if adapter.base_fingerprint is not None:
-        job.notes += other_values(job, adapter)
-    job.notes += other_base(job, adapter)
+        state.notes += other_values(state, adapter)
+    state.notes += other_base(state, adapter)
     init = adapter.changed_base()
-    if adapter.number in job.with_initial:
-        _check_initial(job, adapter)
-    elif init is not None and not job.options.base_is_residual:
-        job.errors.add(
+    if adapter.number in state.with_initial:
+        _check_initial(state, adapter)
+    elif init is not None and not state.options.base_is_residual:
+        state.errors.add(
             f"init_lora_weights {init!r}: this adapter was trained on a base that the init had "
             "changed",
             "an adapter of the base as it is",
@@ -276,16 +279,16 @@ def _check_adapter(job: MergeJob, adapter: Adapter) -> None:
             where=adapter.where,
             code="AK304",
         )
-    with job.errors.collected():
-        _check_weighted(job, adapter)
+    with state.errors.collected():
+        _check_weighted(state, adapter)
 
 
-def _check_initial(job: MergeJob, adapter: Adapter) -> None:
+def _check_initial(state: MergeState, adapter: Adapter) -> None:
     """Refuse initial factors on other modules than the adapter's."""
-    pair = adapter, job.adapter(adapter.number + 1)
+    pair = adapter, state.adapter(adapter.number + 1)
     modules, others = ({(lora.module, lora.depth) for lora in one.loras} for one in pair)
     if different := sorted(module for module, _ in modules ^ others):
-        job.errors.add(
+        state.errors.add(
             f"only one of the adapter and its initial factors has {listed(different)}",
             "the same modules in both",
             "keep the folder that `adapterkit init` wrote together",
@@ -294,13 +297,13 @@ def _check_initial(job: MergeJob, adapter: Adapter) -> None:
         )
 
 
-def _check_weighted(job: MergeJob, adapter: Adapter) -> None:
+def _check_weighted(state: MergeState, adapter: Adapter) -> None:
     """Refuse multiples of values that replace the base's; with --exclude the base's stay."""
-    is_weighted = lambda module: job.is_selected(module) and job.weight(adapter, module) != 1.0
+    is_weighted = lambda module: state.is_selected(module) and state.weight(adapter, module) != 1.0
     values = [
         name
         for name in adapter.replaced
-        if job.is_selected_value(name) and job.weight(adapter, name.rpartition(".")[0]) != 1.0
+        if state.is_selected_value(name) and state.weight(adapter, name.rpartition(".")[0]) != 1.0
     ]
     rows = [tokens.module for tokens in adapter.tokens if is_weighted(tokens.module)]
     doras = [
@@ -308,11 +311,11 @@ def _check_weighted(job: MergeJob, adapter: Adapter) -> None:
         for lora in adapter.loras
         if lora.magnitude is not None
         and is_weighted(lora.module)
-        and not job.is_off(adapter, lora.module)
+        and not state.is_off(adapter, lora.module)
     ]
-    options = job.options
-    weight = f"{job.weights[adapter.number - 1]:g}"
-    by_module = options.weight_for or options.lbw or job.file is not None
+    options = state.options
+    weight = f"{state.weights[adapter.number - 1]:g}"
+    by_module = options.weight_for or options.lbw or state.file is not None
     weight = "other than 1" if by_module else weight
     exclude = (
         f'give --exclude "{adapter.pattern_of([*values, *rows])}" to leave them as they are in '
@@ -325,7 +328,7 @@ def _check_weighted(job: MergeJob, adapter: Adapter) -> None:
     ]:
         if names:
             some = ", ".join(map(shown, names[:4])) + ", ..." * (len(names) > 4)
-            job.errors.add(
+            state.errors.add(
                 f"{kind} with weight {weight}: {some}",
                 "weight 1: these are values, not additions",
                 hint,
@@ -334,30 +337,30 @@ def _check_weighted(job: MergeJob, adapter: Adapter) -> None:
             )
 
 
-def other_values(job: MergeJob, adapter: Adapter) -> list[str]:
+def other_values(state: MergeState, adapter: Adapter) -> list[str]:
     """A warning of an adapter that was made for a base of the same tensors with other values, by
     its fingerprint."""
     made_for = adapter.base_fingerprint
-    if made_for is None or difference(made_for, job.fingerprint) != "values":
+    if made_for is None or difference(made_for, state.fingerprint) != "values":
         return []
     return [
         f"{WARNING}{adapter.name} was made for a base with other values than "
-        f"{job.original.name} (fingerprint {made_for}, not {job.fingerprint})"
+        f"{state.original.name} (fingerprint {made_for}, not {state.fingerprint})"
     ]
 
 
-def other_base(job: MergeJob, adapter: Adapter) -> list[str]:
+def other_base(state: MergeState, adapter: Adapter) -> list[str]:
     """Notes on an adapter that was made for a base stored otherwise, by its fingerprint, or that
     names another one on the Hub: shapes do not tell two models of one size apart."""
     made_for, notes = adapter.base_fingerprint, []
-    differs = None if made_for is None else difference(made_for, job.fingerprint)
+    differs = None if made_for is None else difference(made_for, state.fingerprint)
     if differs in ("", "values"):
         return []
     if differs is not None:
         what = "dtypes of tensors" if differs == "dtypes" else "names or shapes of tensors"
         notes.append(f"{adapter.name} was made for a base with other {what}")
     named = str(adapter.config.get("base_model_name_or_path"))
-    base = str(job.original.folder.origin.get("repo") or job.original.name)
+    base = str(state.original.folder.origin.get("repo") or state.original.name)
     on_hub = named.count("/") == 1 and not named.startswith(("/", ".", "~"))
     if on_hub and named.rpartition("/")[2].casefold() != base.rpartition("/")[2].casefold():
         notes.append(
@@ -366,17 +369,19 @@ def other_base(job: MergeJob, adapter: Adapter) -> list[str]:
     return notes
 
 
-def _check_complete(job: MergeJob, adapter: Adapter) -> None:
+def _check_complete(state: MergeState, adapter: Adapter) -> None:
     """Refuse a file without some of the tensors that PEFT saves together: the whole state of a
     saved module, each bias that was trained."""
     if not adapter.saved and adapter.config.get("bias") not in ("all", "lora_only"):
         return
-    names = job.names.all()
+    names = state.names.all()
     expected: dict[str, str] = {}
     for module in adapter.saved:
         by_task = module not in (adapter.config.get("modules_to_save") or [])
         reason = f"modules_to_save {shown(module)}" + " (by task_type)" * by_task
-        within = (name for name in names if is_inside(name, module) and job.is_selected_value(name))
+        within = (
+            name for name in names if is_inside(name, module) and state.is_selected_value(name)
+        )
         expected |= dict.fromkeys(within, reason)
     if adapter.config.get("bias") == "all":
         biases = (name for name in names if name.rpartition(".")[2] == "bias")
@@ -385,9 +390,9 @@ def _check_complete(job: MergeJob, adapter: Adapter) -> None:
         biases = (f"{lora.module}.bias" for lora in adapter.loras)
         expected |= dict.fromkeys((name for name in biases if name in names), 'bias "lora_only"')
     for name, reason in expected.items():
-        parameter = job.names.parameter(name)
+        parameter = state.names.parameter(name)
         if parameter is not None and not adapter.replaced.keys() & {name, *parameter.tied}:
-            job.errors.add(
+            state.errors.add(
                 f"{reason}, and the file holds no {shown(name)}",
                 "every tensor that was trained",
                 "save the adapter again, or keep the base's with --exclude",
@@ -396,24 +401,24 @@ def _check_complete(job: MergeJob, adapter: Adapter) -> None:
             )
 
 
-def _add_values(job: MergeJob, adapter: Adapter) -> None:
+def _add_values(state: MergeState, adapter: Adapter) -> None:
     for name, spec in adapter.replaced.items():
-        if not job.is_selected_value(name):
-            job.skip(adapter, name)
+        if not state.is_selected_value(name):
+            state.skip(adapter, name)
             continue
-        parameter = job.names.parameter(name)
+        parameter = state.names.parameter(name)
         if parameter is None:
-            _add_new_parameter(job, adapter, name, spec)
+            _add_new_parameter(state, adapter, name, spec)
             continue
-        if parameter.shape != spec.shape and not _is_resized_vocabulary(job, parameter, spec):
-            job.errors.append(job.shape_error(adapter, name, spec.shape, parameter.shape))
+        if parameter.shape != spec.shape and not _is_resized_vocabulary(state, parameter, spec):
+            state.errors.append(state.shape_error(adapter, name, spec.shape, parameter.shape))
             continue
-        change = job.change(parameter)
+        change = state.change(parameter)
         if change.value is not None and not (
-            name in adapter.copies and job.same_bytes(change.value, spec)
+            name in adapter.copies and state.same_bytes(change.value, spec)
         ):
-            other = job.adapter(change.value_from).name
-            job.errors.add(
+            other = state.adapter(change.value_from).name
+            state.errors.add(
                 f"{shown(name)} is replaced by both {other} and {adapter.name}",
                 "one adapter for each replaced parameter",
                 "exclude one with --exclude in a run of its own, or merge one adapter",
@@ -425,51 +430,51 @@ def _add_values(job: MergeJob, adapter: Adapter) -> None:
         change.adapters.append(adapter.name)
 
 
-def _is_resized_vocabulary(job: MergeJob, parameter: Parameter, spec: TensorSpec) -> bool:
+def _is_resized_vocabulary(state: MergeState, parameter: Parameter, spec: TensorSpec) -> bool:
     """Whether the new value is an embedding (or head) of another vocabulary size, which a
     checkpoint may have."""
-    sizes = vocabulary_sizes(job.base.config)
+    sizes = vocabulary_sizes(state.base.config)
     if parameter.shape[1:] != spec.shape[1:] or len(parameter.shape) not in (1, 2) or not sizes:
         return False
-    layer = job.names.layer(parameter.name.rpartition(".")[0])
+    layer = state.names.layer(parameter.name.rpartition(".")[0])
     return parameter.shape[0] in sizes or "Embedding" in (layer or "")
 
 
-def _add_new_parameter(job: MergeJob, adapter: Adapter, name: str, spec: TensorSpec) -> None:
-    if not adapter.saves(name) or job.names.layer(name.rpartition(".")[0]) is None:
-        job.errors.append(job.unknown_error(adapter, spec.key, name))
+def _add_new_parameter(state: MergeState, adapter: Adapter, name: str, spec: TensorSpec) -> None:
+    if not adapter.saves(name) or state.names.layer(name.rpartition(".")[0]) is None:
+        state.errors.append(state.unknown_error(adapter, spec.key, name))
         return
     parameter = Parameter(name, spec.shape, ())
-    job.new[name] = Change(parameter, spec, adapters=[adapter.name], value_from=adapter.number)
+    state.new[name] = Change(parameter, spec, adapters=[adapter.name], value_from=adapter.number)
 
 
-def _add_products(job: MergeJob, adapter: Adapter) -> None:
+def _add_products(state: MergeState, adapter: Adapter) -> None:
     by_module: dict[str, list[Lora]] = {}
     for lora in adapter.loras:
-        if job.is_selected(lora.module) and not job.is_off(adapter, lora.module):
+        if state.is_selected(lora.module) and not state.is_off(adapter, lora.module):
             by_module.setdefault(lora.module, []).append(lora)
         else:
-            job.skip(adapter, lora.module)
+            state.skip(adapter, lora.module)
     for module, loras in by_module.items():
-        _check_acting(job, adapter, module, "factors", loras)
-        with job.errors.collected():
-            for name, leaf, lora in resolve_targets(job, adapter, module, loras):
-                _add_product(job, adapter, name, leaf, lora)
+        _check_acting(state, adapter, module, "factors", loras)
+        with state.errors.collected():
+            for name, leaf, lora in resolve_targets(state, adapter, module, loras):
+                _add_product(state, adapter, name, leaf, lora)
 
 
 def _check_acting(
-    job: MergeJob, adapter: Adapter, module: str, what: str, loras: Sequence[Lora] = ()
+    state: MergeState, adapter: Adapter, module: str, what: str, loras: Sequence[Lora] = ()
 ) -> None:
     """Refuse what does in training nothing, or something else than in a merged weight; factors may
     be zero, as training leaves what does not act."""
-    if reader := weight_reader(job.names, module):
+    if reader := weight_reader(state.names, module):
         reason = f"whose weight {reader} reads itself: PEFT's do nothing there before a merge"
-    elif looks_up_otherwise(classes := job.names.classes(module)):
+    elif looks_up_otherwise(classes := state.names.classes(module)):
         reason = f"a {classes[0].__name__} with a forward of its own, which PEFT's act after"
     else:
         return
-    if not loras or not all(map(job.is_zero, loras)):
-        job.errors.add(
+    if not loras or not all(map(state.is_zero, loras)):
+        state.errors.add(
             f"{what} of {shown(module)}, {reason}",
             f"{what} that act as a change of the weight",
             f'give --exclude "{re.escape(module.rpartition(".")[2])}$" to leave them out',
@@ -478,24 +483,26 @@ def _check_acting(
         )
 
 
-def _add_product(job: MergeJob, adapter: Adapter, name: str, leaf: str | None, lora: Lora) -> None:
+def _add_product(
+    state: MergeState, adapter: Adapter, name: str, leaf: str | None, lora: Lora
+) -> None:
     """Raises `Refused` where the factors do not fit the parameter or the config."""
-    parameter = job.names.parameter(name)
+    parameter = state.names.parameter(name)
     assert parameter is not None
-    shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
+    shape = state.changes[name].parameter.shape if name in state.changes else parameter.shape
     parameter = replace(parameter, shape=shape)
     rank, scale = rank_and_scale(adapter, lora, leaf)
     site = lora.module if leaf is None else name
     if lora.bias is not None:
-        _add_bias(job, adapter, lora, scale * job.weight(adapter, site))
-    factors = orient(job, adapter, parameter, lora, leaf, scale)
+        _add_bias(state, adapter, lora, scale * state.weight(adapter, site))
+    factors = orient(state, adapter, parameter, lora, leaf, scale)
     if factors.rank != rank:
         raise rank_mismatch(adapter, lora, factors.rank, rank)
-    weight, factors = job.weighted(adapter, site, factors)
-    if not weight and job.file is not None:
-        job.skip(adapter, site)
+    weight, factors = state.weighted(adapter, site, factors)
+    if not weight and state.file is not None:
+        state.skip(adapter, site)
         return
-    factors = replace(factors, scale=scale * (1 if job.methods else weight))
+    factors = replace(factors, scale=scale * (1 if state.methods else weight))
     magnitude = lora.magnitude
     if magnitude is not None and factors.experts is not None:
         raise Refused(
@@ -507,39 +514,39 @@ def _add_product(job: MergeJob, adapter: Adapter, name: str, leaf: str | None, l
         )
     outputs = shape[1 if factors.flip else 0]
     if magnitude is not None and math.prod(magnitude.shape) != outputs:
-        raise job.shape_error(adapter, magnitude.key, magnitude.shape, (outputs,))
-    change = job.change(parameter)
+        raise state.shape_error(adapter, magnitude.key, magnitude.shape, (outputs,))
+    change = state.change(parameter)
     change.additions.append(factors)
     change.weights[adapter.number] = weight
     change.adapters.append(adapter.name)
 
 
-def _add_deltas(job: MergeJob, adapter: Adapter) -> None:
+def _add_deltas(state: MergeState, adapter: Adapter) -> None:
     """Deltas of other kinds than factors."""
     for added in load(ADAPTERS["extra deltas"])(adapter.folder, adapter.number):
         module = added.module.name
-        with job.errors.collected():
-            _add_delta(job, adapter, added, module)
+        with state.errors.collected():
+            _add_delta(state, adapter, added, module)
 
 
-def _add_delta(job: MergeJob, adapter: Adapter, added: "AddedDelta", module: str) -> None:
+def _add_delta(state: MergeState, adapter: Adapter, added: "AddedDelta", module: str) -> None:
     """Raises `Refused` for weights of its directions."""
-    weight = job.weight(adapter, module)
-    if not job.is_selected(module) or job.is_off(adapter, module):
-        job.skip(adapter, module)
+    weight = state.weight(adapter, module)
+    if not state.is_selected(module) or state.is_off(adapter, module):
+        state.skip(adapter, module)
         return
     names = [f"{module}.{leaf}" if leaf else module for leaf in added.leaves]
-    parameter = next(filter(None, map(job.names.parameter, names)), None)
+    parameter = next(filter(None, map(state.names.parameter, names)), None)
     if parameter is None:
-        job.errors.append(job.unknown_error(adapter, added.module.path, names[0]))
+        state.errors.append(state.unknown_error(adapter, added.module.path, names[0]))
         return
-    placed = added.on(parameter, job.base.tensors)
+    placed = added.on(parameter, state.base.tensors)
     if placed is None:
         shapes = [part.shape for part in added.module.parts.values()]
-        job.errors.append(job.shape_error(adapter, module, shapes, parameter.shape))
+        state.errors.append(state.shape_error(adapter, module, shapes, parameter.shape))
         return
     if placed.needs_base and weight != 1.0:
-        job.errors.add(
+        state.errors.add(
             f"{added.module.kind} of {shown(module)} with weight {weight:g}",
             "weight 1: it is a change of the base's weight, and no addition",
             "merge it with weight 1",
@@ -547,17 +554,17 @@ def _add_delta(job: MergeJob, adapter: Adapter, added: "AddedDelta", module: str
             code="AK107",
         )
         return
-    change = job.change(parameter)
+    change = state.change(parameter)
     change.deltas.append((placed, weight))
     change.weights[adapter.number] = weight
     change.adapters.append(adapter.name)
 
 
-def _add_bias(job: MergeJob, adapter: Adapter, lora: Lora, scale: float) -> None:
+def _add_bias(state: MergeState, adapter: Adapter, lora: Lora, scale: float) -> None:
     assert lora.bias is not None
-    parameter = job.names.parameter(f"{lora.module}.bias")
+    parameter = state.names.parameter(f"{lora.module}.bias")
     if parameter is None:
-        job.errors.add(
+        state.errors.add(
             f"{shown(lora.bias.key)}: a bias for {shown(lora.module)}, which has none in the base",
             "a module with a bias",
             "merge into a model whose module has a bias",
@@ -566,23 +573,25 @@ def _add_bias(job: MergeJob, adapter: Adapter, lora: Lora, scale: float) -> None
         )
         return
     if parameter.shape != lora.bias.shape:
-        job.errors.append(job.shape_error(adapter, lora.bias.key, lora.bias.shape, parameter.shape))
+        state.errors.append(
+            state.shape_error(adapter, lora.bias.key, lora.bias.shape, parameter.shape)
+        )
         return
-    change = job.change(parameter)
+    change = state.change(parameter)
     change.vectors.append((lora.bias, scale))
     change.adapters.append(adapter.name)
 
 
-def _check_rows(job: MergeJob, adapter: Adapter) -> None:
+def _check_rows(state: MergeState, adapter: Adapter) -> None:
     """Refuse a file without the rows of a module of trainable_token_indices, unless that is tied to
     one whose rows it has (PEFT saves those once)."""
     declared = adapter.config.get("trainable_token_indices")
     names = {f"{tokens.module}.weight" for tokens in adapter.tokens}
-    for parameter in [job.names.parameter(name) for name in names]:
+    for parameter in [state.names.parameter(name) for name in names]:
         names |= set() if parameter is None else {parameter.name, *parameter.tied}
     for module in declared if isinstance(declared, dict) else ():
         if not any(name.endswith(f"{module}.weight") for name in names):
-            job.errors.add(
+            state.errors.add(
                 f"trainable_token_indices of {shown(module)}, and the file holds none of its rows",
                 "its trained rows",
                 "save the adapter again",
@@ -591,21 +600,21 @@ def _check_rows(job: MergeJob, adapter: Adapter) -> None:
             )
 
 
-def _add_rows(job: MergeJob, adapter: Adapter) -> None:
+def _add_rows(state: MergeState, adapter: Adapter) -> None:
     for tokens in adapter.tokens:
         name = f"{tokens.module}.weight"
-        if not job.is_selected(tokens.module):
-            job.skip(adapter, tokens.module)
+        if not state.is_selected(tokens.module):
+            state.skip(adapter, tokens.module)
             continue
-        parameter = job.names.parameter(name)
+        parameter = state.names.parameter(name)
         if parameter is None:
-            job.errors.append(job.unknown_error(adapter, tokens.values.key, name))
+            state.errors.append(state.unknown_error(adapter, tokens.values.key, name))
             continue
-        _check_acting(job, adapter, tokens.module, "rows")
-        shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
+        _check_acting(state, adapter, tokens.module, "rows")
+        shape = state.changes[name].parameter.shape if name in state.changes else parameter.shape
         above = [i for i in tokens.indices if i >= shape[0]]
         if len(tokens.values.shape) != 2 or tokens.values.shape[1] != shape[1] or above:
-            job.errors.add(
+            state.errors.add(
                 f"{shown(tokens.values.key)} {tokens.values.shape} for rows "
                 f"{shown(str(above or tokens.indices))}",
                 f"rows of {shown(name)}, which has shape {shape}",
@@ -614,57 +623,57 @@ def _add_rows(job: MergeJob, adapter: Adapter) -> None:
                 code="AK403",
             )
             continue
-        change = job.change(replace(parameter, shape=shape))
+        change = state.change(replace(parameter, shape=shape))
         change.rows.append((tokens.values, tokens.indices))
         change.adapters.append(adapter.name)
 
 
-def _check_method(job: MergeJob) -> None:
+def _check_method(state: MergeState) -> None:
     """Refuse what is no delta that a method could take."""
-    name = f"--method {job.options.method}"
-    for adapter in job.adapters:
+    name = f"--method {state.options.method}"
+    for adapter in state.adapters:
         doras = [lora.module for lora in adapter.loras if lora.magnitude is not None]
         biased = [lora.module for lora in adapter.loras if lora.bias is not None]
         kinds = {"DoRA, whose delta depends on the base": doras, "biases of factors": biased}
         for what, modules in kinds.items():
-            if own := [module for module in modules if job.is_selected(module)]:
-                job.errors.add(
+            if own := [module for module in modules if state.is_selected(module)]:
+                state.errors.add(
                     f"{name} and {what}: {listed(own)}",
                     "plain deltas",
                     PLAIN if modules is doras else "remove --method",
                     where=adapter.label,
                     code="AK401",
                 )
-    if job.with_initial:
-        numbers = sorted(job.with_initial)
-        job.errors.add(
+    if state.with_initial:
+        numbers = sorted(state.with_initial)
+        state.errors.add(
             f"{name} and adapters beside their initial factors",
             "plain deltas",
             WITHOUT_INITIAL,
-            where=", ".join(job.adapter(number).name for number in numbers),
+            where=", ".join(state.adapter(number).name for number in numbers),
             code="AK401",
         )
 
 
-def _check_together(job: MergeJob) -> None:
+def _check_together(state: MergeState) -> None:
     """Refuse changes of one parameter by several adapters whose order would matter."""
-    for name, change in job.changes.items():
+    for name, change in state.changes.items():
         numbers = {one.a.folder for one in change.additions}
         parts = (part for one, _ in change.deltas for part in one.delta.module.parts.values())
         numbers |= {spec.folder for part in parts for spec in part.reads}
         dora = next((one.a for one in change.additions if one.magnitude is not None), None)
         if any(one.needs_base for one, _ in change.deltas):
             dora = next(part.reads[0] for part in change.deltas[0][0].delta.module.parts.values())
-        if dora is not None and len(numbers) > 1 and job.options.compat != "peft":
-            job.errors.add(
-                f"{shown(name)}: DoRA of {job.adapter(dora.folder).name} beside another adapter",
+        if dora is not None and len(numbers) > 1 and state.options.compat != "peft":
+            state.errors.add(
+                f"{shown(name)}: DoRA of {state.adapter(dora.folder).name} beside another adapter",
                 "one adapter on a module that DoRA rescales: the result depends on the order",
                 "merge one after the other, or give --compat peft for PEFT's order",
                 code="AK305",
             )
         rows = [i for _, indices in change.rows for i in indices]
         if len(set(rows)) != len(rows):
-            job.errors.add(
+            state.errors.add(
                 f"{shown(name)}: a token row trained by two adapters",
                 "one adapter for each row",
                 "merge one of them",

@@ -176,7 +176,7 @@ class Change:
         return len(self.parameter.shape) == 3 and not self.deltas and all(are_stacks)
 
 
-class MergeJob:
+class MergeState:
     """One merge while it is planned: its inputs, and the adapters' changes of the base's
     parameters. Problems are collected in `errors`."""
 

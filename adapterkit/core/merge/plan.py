@@ -23,7 +23,7 @@ from adapterkit.core.inputs.model_config import nested_values, set_nested
 from adapterkit.core.inputs.sources import initial_of, open_adapter, open_model, open_statistics
 from adapterkit.core.inputs.weights import notes_on_base, open_with_weights
 from adapterkit.core.merge.changes import collect_changes
-from adapterkit.core.merge.job import MergeJob, nothing_selected
+from adapterkit.core.merge.job import MergeState, nothing_selected
 from adapterkit.core.merge.steps import plan_steps
 from adapterkit.core.merge.tied import resolve_new_head, resolve_tied_weights, resolve_vocab_resize
 from adapterkit.core.merge.verb import Merge, MergeOptions
@@ -122,7 +122,7 @@ def plan_merge(
     adapters, errors = _scan_adapters(sources)
     given = [weight for _, weight in sources]
     are_plain = len(adapters) == len(given) and all(one.is_factors_alone for one in adapters)
-    is_enough = lambda it: not MergeJob(it, adapters, given, options).names.needs_model
+    is_enough = lambda it: not MergeState(it, adapters, given, options).names.needs_model
     try:
         checkpoint = base.read_for(is_enough) if are_plain else base.read()
     except AdapterkitError as error:
@@ -130,56 +130,59 @@ def plan_merge(
         raise
     if errors and len(adapters) < len(sources):
         Problems(errors).raise_all()
-    job = MergeJob(checkpoint, adapters, given, options, base.part, weight_of, weights)
-    job.notes += notes_on_base(weights, job.fingerprint, job.original.name) if weights else []
-    job.with_initial = with_initial
-    _decode_to_16_bits(job)
+    state = MergeState(checkpoint, adapters, given, options, base.part, weight_of, weights)
+    state.notes += notes_on_base(weights, state.fingerprint, state.original.name) if weights else []
+    state.with_initial = with_initial
+    _decode_to_16_bits(state)
     whole = base.parts_of or base.folder
-    job.merged_before = merged_adapters(whole)
-    if job.merged_before or len(adapters) > 1:
-        job.notes += history_notes(whole, job.merged_before, adapters, job.weights)
-    base.prepare(job, errors)
-    steps, statistics = changed_steps(job, errors), None
+    state.merged_before = merged_adapters(whole)
+    if state.merged_before or len(adapters) > 1:
+        state.notes += history_notes(whole, state.merged_before, adapters, state.weights)
+    base.prepare(state, errors)
+    steps, statistics = changed_steps(state, errors), None
     if stats is not None:
         statistics = open_checkpoint(stats, len(sources) + 1)
-        steps = load(MERGES["compensated"])(job, steps, statistics)
+        steps = load(MERGES["compensated"])(state, steps, statistics)
     if own := base.own("merged files"):
-        shards, files, more = own(job, list(_all_steps(steps)), file, imatrix)
-        plan = _plan_of_files(job, steps, statistics, shards, files)
+        shards, files, more = own(state, list(_all_steps(steps)), file, imatrix)
+        plan = _plan_of_files(state, steps, statistics, shards, files)
         return replace(plan, options=plan.options | more, is_file=len(shards) == 1)
-    return _plan(job, steps, statistics, file)
+    return _plan(state, steps, statistics, file)
 
 
-def _decode_to_16_bits(job: MergeJob) -> None:
+def _decode_to_16_bits(state: MergeState) -> None:
     """Have decoded weights written in 16 bits unless `dtype` says otherwise: their own error is
     larger than that rounding."""
-    wide = any(weight.dtype == "F32" for weight in job.quantized)
-    if job.options.dequantize and job.options.dtype is None and wide:
-        said = set(map(str, nested_values(job.base.config, "dtype"))) & {"float16", "bfloat16"}
-        dtype = "fp16" if said == {"float16"} else "bf16"
-        job.options = replace(job.options, dtype=dtype)
-        job.notes.append(f"--dequantize: written in {dtype}; --dtype fp32 keeps 32 bits")
+    wide = any(weight.dtype == "F32" for weight in state.quantized)
+    if state.options.dequantize and state.options.dtype is None and wide:
+        declared = set(map(str, nested_values(state.base.config, "dtype"))) & {
+            "float16",
+            "bfloat16",
+        }
+        dtype = "fp16" if declared == {"float16"} else "bf16"
+        state.options = replace(state.options, dtype=dtype)
+        state.notes.append(f"--dequantize: written in {dtype}; --dtype fp32 keeps 32 bits")
 
 
-def changed_steps(job: MergeJob, errors: Sequence[AdapterkitError] = ()) -> Steps:
+def changed_steps(state: MergeState, errors: Sequence[AdapterkitError] = ()) -> Steps:
     """The steps of all output files; `Refused` with these errors and all that the job runs into."""
-    collect_changes(job)
-    Problems([*errors, *job.errors]).raise_all()
-    brought = {*job.new, *(name for name, change in job.changes.items() if change.value)}
-    if job.original.in_safetensors:  # it stays as whole as it is
-        job.errors += check_gaps(job.base, job.names.model, job.notes, brought)
-    resolve_tied_weights(job)
+    collect_changes(state)
+    Problems([*errors, *state.errors]).raise_all()
+    brought = {*state.new, *(name for name, change in state.changes.items() if change.value)}
+    if state.original.in_safetensors:  # it stays as whole as it is
+        state.errors += check_gaps(state.base, state.names.model, state.notes, brought)
+    resolve_tied_weights(state)
     if brought:
-        resolve_vocab_resize(job)
-        resolve_new_head(job)
-    job.errors.raise_all()
-    steps = plan_steps(job)
-    job.errors += job.methods.problems() if job.methods else []
-    job.errors.raise_all()
-    _refuse_nothing(job, steps)
-    if job.original.in_safetensors:
-        check_quantized_output(job, steps)
-    job.errors.raise_all()
+        resolve_vocab_resize(state)
+        resolve_new_head(state)
+    state.errors.raise_all()
+    steps = plan_steps(state)
+    state.errors += state.methods.problems() if state.methods else []
+    state.errors.raise_all()
+    _refuse_nothing(state, steps)
+    if state.original.in_safetensors:
+        check_quantized_output(state, steps)
+    state.errors.raise_all()
     return steps
 
 
@@ -250,16 +253,16 @@ def plan_merge_into_original(
     return replace(plan, notes=(*plan.notes, note))
 
 
-def check_quantized_output(job: MergeJob, steps: Steps) -> None:
+def check_quantized_output(state: MergeState, steps: Steps) -> None:
     """Refuse what a quantized base's format, or its decoding, does not allow; keep the format in
     the config where the weights keep theirs."""
-    weights, options = job.quantized, job.options
+    weights, options = state.quantized, state.options
     if not weights:
         if options.dequantize:
-            job.notes.append("--dequantize has no effect: the base is not quantized")
+            state.notes.append("--dequantize has no effect: the base is not quantized")
         return
-    errors, first = Problems(where=job.original.name, code="AK404"), "dequantize the base first"
-    if any(spec.key != key for key, spec in job.base.tensors.items()):
+    errors, first = Problems(where=state.original.name, code="AK404"), "dequantize the base first"
+    if any(spec.key != key for key, spec in state.base.tensors.items()):
         errors.add("layer_replication on a quantized base", "a base of 16 or 32 bits", first)
     if any(step.source.dtype == "F64" and step.edits for step in _all_steps(steps)):
         errors.add("edits of F64 weights beside quantized ones", "F32, F16 or BF16", first)
@@ -268,34 +271,34 @@ def check_quantized_output(job: MergeJob, steps: Steps) -> None:
         for step in _all_steps(steps):
             if isinstance(step.source, QuantizedWeight):
                 edited += [step.source] if step.edits else []
-            elif isinstance(job.base.tensors.get(step.key), QuantizedWeight):
+            elif isinstance(state.base.tensors.get(step.key), QuantizedWeight):
                 problem = f"{shown(step.key)} is quantized, and an adapter trained it whole"
                 errors.add(problem, "factors on quantized weights", "give --dequantize")
         transposed = [weight for weight in weights if getattr(weight, "transposed_scales", False)]
-        errors += check_writable([*edited, *transposed], job.original.name)
+        errors += check_writable([*edited, *transposed], state.original.name)
         for name in ("dtype", "compat", "max_shard_size"):
             if getattr(options, name):
                 problem = f"{flag_of(name)} with a quantized base"
                 hint = "give --dequantize"
                 errors.add(problem, "the format as it is", hint, where="options")
-        settings = job.original.config.get("quantization_config")
+        settings = state.original.config.get("quantization_config")
         if settings is not None:
-            job.config["quantization_config"] = settings
-    job.errors += errors
+            state.config["quantization_config"] = settings
+    state.errors += errors
 
 
 def _all_steps(steps: Steps) -> Iterator[Step]:
     return (step for group in steps.values() for step in group)
 
 
-def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
-    if job.part and job.skipped:
+def _refuse_nothing(state: MergeState, steps: Steps) -> None:
+    if state.part and state.skipped:
         return  # others may have some
     if any(step.edits or step.source.folder for step in _all_steps(steps)):
         return
-    names = [adapter.name for adapter in job.adapters]
-    if job.skipped:
-        raise nothing_selected(job.skipped, names, job.options)
+    names = [adapter.name for adapter in state.adapters]
+    if state.skipped:
+        raise nothing_selected(state.skipped, names, state.options)
     raise Refused(
         "an adapter without weights",
         expected="at least one module",
@@ -305,48 +308,48 @@ def _refuse_nothing(job: MergeJob, steps: Steps) -> None:
     )
 
 
-def _plan(job: MergeJob, steps: Steps, stats: Checkpoint | None, file: str | None) -> Plan:
+def _plan(state: MergeState, steps: Steps, stats: Checkpoint | None, file: str | None) -> Plan:
     """The plan of a merge into safetensors; `file`: the name of an output that is one."""
     if file is not None:
         steps = {file: list(_all_steps(steps))}
-        return replace(_plan_of_files(job, steps, stats, _shards(job, steps), {}), is_file=True)
-    shards = _shards(job, steps)
-    if job.options.dtype:
-        name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
+        return replace(_plan_of_files(state, steps, stats, _shards(state, steps), {}), is_file=True)
+    shards = _shards(state, steps)
+    if state.options.dtype:
+        name = dtypes.CONFIG_NAME[dtypes.parse(state.options.dtype)]
         for key in ("dtype", "torch_dtype"):
-            set_nested(job.config, key, name)
-    tokenizer = tokenizer_files(job.adapters, job.options.tokenizer, job.notes)
-    merged = zip(job.adapters, job.weights, strict=True)
+            set_nested(state.config, key, name)
+    tokenizer = tokenizer_files(state.adapters, state.options.tokenizer, state.notes)
+    merged = zip(state.adapters, state.weights, strict=True)
     rows = [Merged(one.folder, w, len(one.loras), one.config.get("r", "")) for one, w in merged]
     how = {}
-    if job.options.method is not None:
-        how = {"delta": load(MERGES["words"])(job.options)}
-    card = merged_card(job.original.folder, rows, **how)
-    omit = quantization_files(job.base.tensors) if job.options.dequantize else ()
-    files = model_files(job.original, job.config, shards, card, tokenizer=tokenizer, omit=omit)
-    return _plan_of_files(job, steps, stats, shards, files)
+    if state.options.method is not None:
+        how = {"delta": load(MERGES["words"])(state.options)}
+    card = merged_card(state.original.folder, rows, **how)
+    omit = quantization_files(state.base.tensors) if state.options.dequantize else ()
+    files = model_files(state.original, state.config, shards, card, tokenizer=tokenizer, omit=omit)
+    return _plan_of_files(state, steps, stats, shards, files)
 
 
 def _plan_of_files(
-    job: MergeJob,
+    state: MergeState,
     steps: Steps,
     stats: Checkpoint | None,
     shards: tuple[OutputFile, ...],
     files: Files,
 ) -> Plan:
-    inputs = [job.original, *job.adapters, *([stats] if stats else [])]
+    inputs = [state.original, *state.adapters, *([stats] if stats else [])]
     decisions = {
         "adapters": [
             {"name": adapter.name, "weight": weight, "modules": len(adapter.loras)}
-            for adapter, weight in zip(job.adapters, job.weights, strict=True)
+            for adapter, weight in zip(state.adapters, state.weights, strict=True)
         ],
-        "left_out": job.skipped,
+        "left_out": state.skipped,
         "tensors_changed": sum(step.edits != () for step in _all_steps(steps)),
     }
-    if job.merged_before:
-        decisions["held"] = [adapter._asdict() for adapter in job.merged_before]
-    options = {k: v for k, v in vars(job.options).items() if v not in (None, False, ())}
-    options |= {"weights": job.weights} | in_receipt(job.file)
+    if state.merged_before:
+        decisions["held"] = [adapter._asdict() for adapter in state.merged_before]
+    options = {k: v for k, v in vars(state.options).items() if v not in (None, False, ())}
+    options |= {"weights": state.weights} | in_receipt(state.file)
     return plan_of(
         "merge",
         options,
@@ -355,23 +358,25 @@ def _plan_of_files(
         shards=shards,
         files=files,
         decisions=decisions,
-        notes=job.notes,
+        notes=state.notes,
         warn=partial(
-            rounding_warnings, compat=job.options.compat, in_gguf=not job.original.in_safetensors
+            rounding_warnings,
+            compat=state.options.compat,
+            in_gguf=not state.original.in_safetensors,
         ),
     )
 
 
-def _shards(job: MergeJob, steps: Steps) -> tuple[OutputFile, ...]:
-    limit, headers = job.options.max_shard_size, job.original.shards
+def _shards(state: MergeState, steps: Steps) -> tuple[OutputFile, ...]:
+    limit, headers = state.options.max_shard_size, state.original.shards
     if len(steps) == len(headers) == 1:  # whose name may be another one
         headers = dict(zip(steps, headers.values(), strict=True))
     limit, stem = parse_size(limit) if limit else None, stem_of(headers)
-    if job.quantized:
-        if job.options.dequantize and limit:
+    if state.quantized:
+        if state.options.dequantize and limit:
             return plan_shards_of_size(list(_all_steps(steps)), limit, stem)
         return tuple(
-            plan_shard(name, group, headers[name], keep_format=not job.options.dequantize)
+            plan_shard(name, group, headers[name], keep_format=not state.options.dequantize)
             for name, group in steps.items()
         )
     by_key = {step.key: step for step in _all_steps(steps)}

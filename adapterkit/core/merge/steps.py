@@ -8,7 +8,7 @@ from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Refused, shown
-from adapterkit.core.merge.job import Change, MergeJob
+from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.plan import RowEdit, Step
 from adapterkit.core.registry import load
 from adapterkit.core.tasks.edits import (
@@ -40,7 +40,7 @@ def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedF
     """The factors on one slot; `Refused` where the slot's layout does not allow it."""
     shape = parameter.shape
     if factors.experts is None and len(shape) > 2:  # a convolution: one row per output channel
-        if not parameter.whole:
+        if not parameter.is_whole:
             raise _layout_error(parameter, slot)
         whole = Block(Band(0, shape[0]), Band(0, math.prod(shape[1:])))
         return PlacedFactors(factors, (whole,))
@@ -110,7 +110,7 @@ def place_magnitude(
     magnitude, axis = factors.magnitude, int(factors.flip)
     assert magnitude is not None
     if len(parameter.shape) > 2:
-        if not parameter.whole:
+        if not parameter.is_whole:
             raise _layout_error(parameter, slot)
         return Decompose(magnitude, Band(0, parameter.shape[0]), False, before)
     outputs, inputs = slot.axes[axis], slot.axes[1 - axis]
@@ -119,7 +119,9 @@ def place_magnitude(
         raise _layout_error(parameter, slot)  # the norm of a row needs all of it
     rows = _band(outputs, shape[axis])
     by_columns = outputs.axis == 1
-    if rows.of is not None or (by_columns and not slot.whole and slot.shape[1] != len(outputs.of)):
+    if rows.of is not None or (
+        by_columns and not slot.is_whole and slot.shape[1] != len(outputs.of)
+    ):
         raise _layout_error(parameter, slot)
     return Decompose(magnitude, rows, by_columns, before)
 
@@ -158,42 +160,42 @@ def _layout_error(parameter: Parameter, slot: Slot) -> Refused:
     )
 
 
-def plan_steps(job: MergeJob) -> dict[str, list[Step]]:
+def plan_steps(state: MergeState) -> dict[str, list[Step]]:
     """Steps per output file, in the base's order; new tensors at the end of the last file. Changes
     that cannot be laid on stored tensors join the job's errors."""
     changed: dict[str, Step] = {}
-    for change in job.changes.values():
+    for change in state.changes.values():
         for slot in change.parameter.slots:
-            with job.errors.collected():
-                _place(job, changed, change, slot)
-    dtype = dtypes.parse(job.options.dtype) if job.options.dtype else None
-    groups: dict[str, list[Step]] = {name: [] for name in job.base.shards}
-    obsolete = _obsolete(job)
-    for key, spec in job.base.tensors.items():
+            with state.errors.collected():
+                _place(state, changed, change, slot)
+    dtype = dtypes.parse(state.options.dtype) if state.options.dtype else None
+    groups: dict[str, list[Step]] = {name: [] for name in state.base.shards}
+    obsolete = _obsolete(state)
+    for key, spec in state.base.tensors.items():
         if key in obsolete:
             continue
         step = changed.get(key) or Step(key, spec.dtype, spec.shape, spec)
-        groups[spec.file].append(_with_rounding(job, step, dtype))
+        groups[spec.file].append(_with_rounding(state, step, dtype))
     last = list(groups)[-1]
-    for name, change in job.new.items():
-        groups[last].append(_with_rounding(job, _new_step(job, name, change), dtype))
+    for name, change in state.new.items():
+        groups[last].append(_with_rounding(state, _new_step(state, name, change), dtype))
     return {name: steps for name, steps in groups.items() if steps}
 
 
-def _obsolete(job: MergeJob) -> set[str]:
+def _obsolete(state: MergeState) -> set[str]:
     """Keys that the class with the new head no longer has (the old head)."""
-    model = job.names.model
-    if model is None or job.config.get("architectures") == job.base.config.get("architectures"):
+    model = state.names.model
+    if model is None or state.config.get("architectures") == state.base.config.get("architectures"):
         return set()
     used = {slot.key for parameter in model.parameters.values() for slot in parameter.slots}
-    obsolete = set(job.base.tensors) - used - set(job.changes)
+    obsolete = set(state.base.tensors) - used - set(state.changes)
     if obsolete:
-        class_name = job.config["architectures"][0]
-        job.notes.append(f"dropped, not part of {class_name}: {', '.join(sorted(obsolete))}")
+        class_name = state.config["architectures"][0]
+        state.notes.append(f"dropped, not part of {class_name}: {', '.join(sorted(obsolete))}")
     return obsolete
 
 
-def _with_rounding(job: MergeJob, step: Step, dtype: str | None) -> Step:
+def _with_rounding(state: MergeState, step: Step, dtype: str | None) -> Step:
     """The step, cast to `dtype` if it is of floats; with the width of its arithmetic and the draws
     of its rounding if it has edits.
 
@@ -203,36 +205,36 @@ def _with_rounding(job: MergeJob, step: Step, dtype: str | None) -> Step:
         step = replace(step, dtype=dtype)
     if not step.edits:
         return step
-    is_wide = any(name in WIDE for name in _types(job, step))
-    step = replace(step, wide=is_wide and job.options.compat is None)
-    if job.options.rounding != "stochastic" or not is_rounded(job, step):
+    is_wide = any(name in WIDE for name in _types(state, step))
+    step = replace(step, wide=is_wide and state.options.compat is None)
+    if state.options.rounding != "stochastic" or not is_rounded(state, step):
         return step
-    return replace(step, draws=Draws.of(job.options.seed, step.key))
+    return replace(step, draws=Draws.of(state.options.seed, step.key))
 
 
-def is_rounded(job: MergeJob, step: Step) -> bool:
+def is_rounded(state: MergeState, step: Step) -> bool:
     """Whether a step's edits are written with fewer digits than they are computed with."""
     narrower = dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]
-    narrower = narrower or any(name not in WIDE for name in _types(job, step))
+    narrower = narrower or any(name not in WIDE for name in _types(state, step))
     return bool(step.edits) and narrower
 
 
-def _types(job: MergeJob, step: Step) -> tuple[str, ...]:
+def _types(state: MergeState, step: Step) -> tuple[str, ...]:
     """What it is written as."""
-    weight = job.base.tensors.get(step.key, step.source)
-    if job.options.dequantize or not isinstance(weight, QuantizedWeight):
+    weight = state.base.tensors.get(step.key, step.source)
+    if state.options.dequantize or not isinstance(weight, QuantizedWeight):
         return (step.dtype,)
-    return weight.types_written(job.options.touched_as)
+    return weight.types_written(state.options.touched_as)
 
 
-def _place(job: MergeJob, steps: dict[str, Step], change: Change, slot: Slot) -> None:
+def _place(state: MergeState, steps: dict[str, Step], change: Change, slot: Slot) -> None:
     parameter = change.parameter
-    spec = job.base.tensors[slot.key]
+    spec = state.base.tensors[slot.key]
     step = steps.get(slot.key) or Step(slot.key, spec.dtype, spec.shape, spec)
     edits: list[RowEdit] = list(step.edits)
     resized = slot
     if change.value is not None:
-        if parameter.whole:
+        if parameter.is_whole:
             value = change.value
             step = replace(
                 step,
@@ -246,20 +248,22 @@ def _place(job: MergeJob, steps: dict[str, Step], change: Change, slot: Slot) ->
         raise Refused(
             f"{shown(slot.key)} is {spec.dtype}",
             expected="a float weight",
-            where=job.base.name,
+            where=state.base.name,
             hint="dequantize the base",
             code="AK404",
         )
-    steps[slot.key] = _edited(job, step, edits, change, resized)
+    steps[slot.key] = _edited(state, step, edits, change, resized)
 
 
-def _edited(job: MergeJob, step: Step, edits: list[RowEdit], change: Change, slot: Slot) -> Step:
+def _edited(
+    state: MergeState, step: Step, edits: list[RowEdit], change: Change, slot: Slot
+) -> Step:
     """The step with these edits, then the change's rows, then its additions on the slot: in PEFT a
     LoRA wraps the rows of the same weight."""
     edits = edits + [
         place_rows(change.parameter, slot, values, indices) for values, indices in change.rows
     ]
-    edits = _additions(job, edits, change, slot, step.dtype)
+    edits = _additions(state, edits, change, slot, step.dtype)
     names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
     has_stack = change.stack and len(slot.shape) in (2, 3) and slot.axes[0].axis is not None
     rows = math.prod(slot.shape[: 2 if has_stack else 1])  # of the stored tensor as a grid
@@ -267,17 +271,17 @@ def _edited(job: MergeJob, step: Step, edits: list[RowEdit], change: Change, slo
 
 
 def _additions(
-    job: MergeJob, edits: list[RowEdit], change: Change, slot: Slot, dtype: str
+    state: MergeState, edits: list[RowEdit], change: Change, slot: Slot, dtype: str
 ) -> list[RowEdit]:
     """The edits, followed by those of the change's additions."""
     parameter = change.parameter
     edits += [place_vector(parameter, slot, *vector) for vector in change.vectors]
-    if job.methods is not None and change.weights:
-        return [*edits, _combined(job, change, slot, job.methods)]
+    if state.methods is not None and change.weights:
+        return [*edits, _combined(state, change, slot, state.methods)]
     for one, weight in change.deltas:
         edits.append(AddDelta(one.delta, weight, Band(one.rows.start, one.rows.stop)))
-    if job.options.compat == "peft":
-        return _additions_like_peft(job, edits, change, slot, dtype)
+    if state.options.compat == "peft":
+        return _additions_like_peft(state, edits, change, slot, dtype)
     placed = [place_factors(parameter, slot, factors) for factors in change.additions]
     if placed:
         # neighbors in one stored tensor (q, k, v in a fused projection) share one edit, so one
@@ -293,7 +297,7 @@ def _additions(
     return edits
 
 
-def _combined(job: MergeJob, change: Change, slot: Slot, methods: "ModuleMethods") -> RowEdit:
+def _combined(state: MergeState, change: Change, slot: Slot, methods: "ModuleMethods") -> RowEdit:
     """What the method makes of the change's deltas; of those of weight 0 nothing, if there are
     others."""
     placed: dict[int, list[PlacedFactors]] = {}
@@ -309,7 +313,7 @@ def _combined(job: MergeJob, change: Change, slot: Slot, methods: "ModuleMethods
         other, own = others.get(number), tuple(placed.get(number, ()))
         if other is not None and (own or len(other.rows) < change.parameter.shape[0]):
             raise Refused(
-                f"{shown(module)}: several parts of {job.adapter(number).name}",
+                f"{shown(module)}: several parts of {state.adapter(number).name}",
                 expected="one delta of each adapter for all of the parameter",
                 where=f"--method {methods.method.name}",
                 hint="combine the adapters first, and merge the result",
@@ -321,19 +325,19 @@ def _combined(job: MergeJob, change: Change, slot: Slot, methods: "ModuleMethods
     shape = change.additions[0].shape if change.additions else change.deltas[0][0].delta.shape
     method = methods.of(module, [number - 1 for number in weights])
     method.check_weights([*weights.values()])
-    seed = job.options.seed
+    seed = state.options.seed
     return load(MERGES["combined"])(module, tuple(parts), blocks, flip, shape, method, seed)
 
 
 def _additions_like_peft(
-    job: MergeJob, edits: list[RowEdit], change: Change, slot: Slot, dtype: str
+    state: MergeState, edits: list[RowEdit], change: Change, slot: Slot, dtype: str
 ) -> list[RowEdit]:
     """The same in PEFT's order, with its roundings to `dtype` between."""
     parameter = change.parameter
     for factors in change.additions:
         placed = place_factors(parameter, slot, factors)
         if factors.magnitude is None:
-            edits.append(AddLikePeft((placed,), dtype, _delta_first(job, parameter, factors)))
+            edits.append(AddLikePeft((placed,), dtype, _delta_first(state, parameter, factors)))
             continue
         # PEFT's DoRA norm is that of the weight before any merge: W' = g ⊙ (W + Δ), rounded before
         # the next adapter
@@ -343,28 +347,28 @@ def _additions_like_peft(
     return edits
 
 
-def _delta_first(job: MergeJob, parameter: Parameter, factors: Factors) -> bool:
+def _delta_first(state: MergeState, parameter: Parameter, factors: Factors) -> bool:
     """Whether PEFT rounds this kind of delta before it adds it."""
     return (
         factors.kind == "embedding"
         or factors.leaf is not None
         or not parameter.name.endswith(".weight")
-        or job.adapter(factors.a.folder).attention(factors) is not None
+        or state.adapter(factors.a.folder).attention(factors) is not None
     )
 
 
-def _new_step(job: MergeJob, name: str, change: Change) -> Step:
+def _new_step(state: MergeState, name: str, change: Change) -> Step:
     """The step of a tensor that the base does not store: an untied weight, or a head."""
     parameter = change.parameter
     if not parameter.slots:
         assert change.value is not None
-        dtype = _usual_dtype(job, change.value.dtype)
+        dtype = _usual_dtype(state, change.value.dtype)
         return Step(name, dtype, change.value.shape, change.value, adapters=tuple(change.adapters))
-    spec = job.base.tensors[parameter.slots[0].key]
+    spec = state.base.tensors[parameter.slots[0].key]
     source = change.value or spec
     change = replace(change, parameter=replace(parameter, shape=source.shape))
     return _edited(
-        job,
+        state,
         Step(name, spec.dtype, source.shape, source),
         [],
         change,
@@ -372,11 +376,11 @@ def _new_step(job: MergeJob, name: str, change: Change) -> Step:
     )
 
 
-def _usual_dtype(job: MergeJob, fallback: str) -> str:
+def _usual_dtype(state: MergeState, fallback: str) -> str:
     """The dtype of most of the base's bytes, the fallback if none are floats: a head trained in
     float32 beside a bf16 model is loaded as bf16."""
     sizes: dict[str, int] = {}
-    for spec in job.base.tensors.values():
+    for spec in state.base.tensors.values():
         if spec.dtype in dtypes.FLOATS:
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
     return max(sizes, key=lambda d: sizes[d]) if sizes else fallback

@@ -20,20 +20,20 @@ from adapterkit.core.inputs.model_config import (
     sub_configs,
     vocabulary_sizes,
 )
-from adapterkit.core.merge.job import Change, MergeJob
+from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.plan import HANDOFF_FOLDER
 from adapterkit.core.weights.parameters import Parameter
 from adapterkit.core.weights.skeleton import tied_names
 from adapterkit.core.weights.unsupported_layers import weight_reader
 
 
-def resolve_vocab_resize(job: MergeJob) -> None:
+def resolve_vocab_resize(state: MergeState) -> None:
     """Set the config's vocab_size to that of a resized embedding; refuse another size of a stored
     embedding or head."""
     resized: dict[int, str] = {}
     old = 0
-    for name, change in {**job.changes, **job.new}.items():
-        before = job.names.parameter(name)
+    for name, change in {**state.changes, **state.new}.items():
+        before = state.names.parameter(name)
         if change.value is not None and before is not None and before.shape != change.value.shape:
             resized[change.value.shape[0]] = name
             old = before.shape[0]
@@ -41,7 +41,7 @@ def resolve_vocab_resize(job: MergeJob) -> None:
         return
     if len(resized) > 1:
         sizes = ", ".join(f"{size} ({shown(name)})" for size, name in resized.items())
-        job.errors.add(
+        state.errors.add(
             f"vocabularies of {sizes} rows",
             "one size",
             "save the adapter with both embeddings (save_embedding_layers=True)",
@@ -51,23 +51,23 @@ def resolve_vocab_resize(job: MergeJob) -> None:
     size, name = next(iter(resized.items()))
     others = [
         parameter.name
-        for parameter in _embedding_and_head(job)
-        if parameter.shape[:1] == (old,) and not _is_replaced(job, parameter)
+        for parameter in _embedding_and_head(state)
+        if parameter.shape[:1] == (old,) and not _is_replaced(state, parameter)
     ]
     if others:
-        job.errors.add(
+        state.errors.add(
             f"{shown(name)} has {size} rows, {shown(others[0])} stays at {old}",
             "embedding and head of one size",
             "save the adapter with both (save_embedding_layers=True)",
             code="AK403",
         )
-    set_nested(job.config, "vocab_size", size, old=old)
-    job.notes.append(f"vocab_size: {old} -> {size}")
+    set_nested(state.config, "vocab_size", size, old=old)
+    state.notes.append(f"vocab_size: {old} -> {size}")
 
 
-def _embedding_and_head(job: MergeJob) -> list[Parameter]:
+def _embedding_and_head(state: MergeState) -> list[Parameter]:
     """Parameters of the model's input embedding and of its head."""
-    model = job.names.model
+    model = state.names.model
     if model is None:
         return []
     ends = [model.model.get_input_embeddings(), model.model.get_output_embeddings()]
@@ -75,45 +75,45 @@ def _embedding_and_head(job: MergeJob) -> list[Parameter]:
         name for name, module in model.model.named_modules() if any(module is end for end in ends)
     ]
     names = (f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
-    return [parameter for name in names if (parameter := job.names.parameter(name)) is not None]
+    return [parameter for name in names if (parameter := state.names.parameter(name)) is not None]
 
 
-def _is_replaced(job: MergeJob, parameter: Parameter) -> bool:
+def _is_replaced(state: MergeState, parameter: Parameter) -> bool:
     """Whether an adapter has a new value for the parameter, or for one to which it stays tied."""
-    own = job.changes.get(parameter.name) or job.new.get(parameter.name)
-    tied = [job.changes[name] for name in parameter.tied if name in job.changes]
+    own = state.changes.get(parameter.name) or state.new.get(parameter.name)
+    tied = [state.changes[name] for name in parameter.tied if name in state.changes]
     return any(change.value is not None for change in ([own] if own else tied))
 
 
-def resolve_new_head(job: MergeJob) -> None:
+def resolve_new_head(state: MergeState) -> None:
     """Give the config the class and labels of a head that the base lacks; refuse a class of which
     other parameters have no values."""
-    heads = [name for name, change in job.new.items() if not change.parameter.slots]
-    model = job.names.model
+    heads = [name for name, change in state.new.items() if not change.parameter.slots]
+    model = state.names.model
     if not heads or model is None:
         return
     class_name = type(model.model).__name__
-    _check_complete(job, class_name, heads)
-    if class_name not in (job.config.get("architectures") or []):
-        job.notes.append(f"architectures: {job.config.get('architectures')} -> {class_name}")
-        job.config["architectures"] = [class_name]
+    _check_complete(state, class_name, heads)
+    if class_name not in (state.config.get("architectures") or []):
+        state.notes.append(f"architectures: {state.config.get('architectures')} -> {class_name}")
+        state.config["architectures"] = [class_name]
     if "Classification" in class_name:
-        last = next((n for n in reversed(heads) if len(job.new[n].parameter.shape) == 2), None)
+        last = next((n for n in reversed(heads) if len(state.new[n].parameter.shape) == 2), None)
         if last is not None:
-            count = job.new[last].parameter.shape[0]
-            job.config.pop("num_labels", None)
-            if len(job.config.get("id2label") or {}) != count:
-                job.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
-                job.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+            count = state.new[last].parameter.shape[0]
+            state.config.pop("num_labels", None)
+            if len(state.config.get("id2label") or {}) != count:
+                state.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
+                state.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
 
 
-def _check_complete(job: MergeJob, class_name: str, heads: list[str]) -> None:
+def _check_complete(state: MergeState, class_name: str, heads: list[str]) -> None:
     """Refuse a class with parameters without a value: transformers would draw them on every
     load."""
-    model = job.names.model
+    model = state.names.model
     assert model is not None
     optional = getattr(model.model, "_keys_to_ignore_on_load_missing", None) or ()
-    known = model.parameters.keys() | model.unreadable.keys() | job.new.keys()
+    known = model.parameters.keys() | model.unreadable.keys() | state.new.keys()
     ties = tied_names(model.model)
     missing = [
         name
@@ -123,14 +123,14 @@ def _check_complete(job: MergeJob, class_name: str, heads: list[str]) -> None:
     ]
     if not missing:
         return
-    adapter = job.adapter(job.new[heads[0]].value_from)
+    adapter = state.adapter(state.new[heads[0]].value_from)
     names = ", ".join(map(shown, missing[:8])) + ", ..." * (len(missing) > 8)
-    job.errors.add(
+    state.errors.add(
         f"{class_name} needs {names}, which neither base nor adapter has",
         "values for all parameters: transformers would make these up at random on every load",
         "use the base of the training, saved with these, or train them too (modules_to_save); "
         f'--exclude "{adapter.pattern_of(heads)}" leaves the head out',
-        where=f"{job.base.name}, {adapter.name}",
+        where=f"{state.base.name}, {adapter.name}",
         code="AK403",
     )
 
@@ -138,114 +138,117 @@ def _check_complete(job: MergeJob, class_name: str, heads: list[str]) -> None:
 Sides = dict[str, Change]  # the effective change under each name of one tied parameter
 
 
-def resolve_tied_weights(job: MergeJob) -> None:
+def resolve_tied_weights(state: MergeState) -> None:
     """Untie parameters whose names are not changed in the same way, or as the option `tied` has it:
     refuse them, or fold all changes into the shared weight."""
-    if job.names.model is None:
-        _check_unknown_ties(job)
+    if state.names.model is None:
+        _check_unknown_ties(state)
     unequal: dict[tuple[str, ...], Sides] = {}
-    for group in _groups(job):
-        changed = [name for name in group if name in job.changes]
+    for group in _groups(state):
+        changed = [name for name in group if name in state.changes]
         if not changed:
             continue
-        sides = _sides(job, group)
-        if _are_equal(job, group, sides):
-            _set_all(job, group, sides[group[0]])
-        elif job.options.tied == "refuse":
+        sides = _sides(state, group)
+        if _are_equal(state, group, sides):
+            _set_all(state, group, sides[group[0]])
+        elif state.options.tied == "refuse":
             others = ", ".join(name for name in group if name != changed[0])
-            job.errors.add(
+            state.errors.add(
                 f"{shown(changed[0])} is tied to {shown(others)}",
                 "a change of both or of neither (--tied refuse)",
                 "give --tied untie to make them two, or --tied fold for PEFT's in-memory result",
                 code="AK403",
             )
-        elif job.options.tied == "fold" and _foldable(job, changed):
-            _set_all(job, group, _sum(job, changed))
+        elif state.options.tied == "fold" and _foldable(state, changed):
+            _set_all(state, group, _sum(state, changed))
         else:
             unequal[group] = sides
     if unequal:
-        _untie(job, unequal)
-    _note_biases(job)
+        _untie(state, unequal)
+    _note_biases(state)
 
 
-def _check_unknown_ties(job: MergeJob) -> None:
+def _check_unknown_ties(state: MergeState) -> None:
     """Without the model nobody knows what is tied to an embedding: refuse to change one where the
     config says that something is."""
-    sizes = vocabulary_sizes(job.base.config)
+    sizes = vocabulary_sizes(state.base.config)
     names = [
         name
-        for name, change in job.changes.items()
+        for name, change in state.changes.items()
         if sizes.intersection(change.parameter.shape[:1])
     ]
-    tied = True in nested_values(job.base.config, SWITCH)
-    if names and tied and job.options.tied != "fold":
-        job.errors.add(
+    tied = True in nested_values(state.base.config, SWITCH)
+    if names and tied and state.options.tied != "fold":
+        state.errors.add(
             f"{', '.join(map(shown, names))} may have other names: the config says "
             "tie_word_embeddings, and transformers cannot build the model",
             "a model that transformers knows",
             "update transformers, or give --tied fold to change what is tied to it as well",
-            where=job.base.name,
+            where=state.base.name,
             code="AK403",
         )
 
 
-def _note_biases(job: MergeJob) -> None:
+def _note_biases(state: MergeState) -> None:
     """Note heads with a bias and trained token rows: PEFT 0.21 computes these without the bias
     before a merge, and with it afterwards."""
-    for name, change in {**job.changes, **job.new}.items():
+    for name, change in {**state.changes, **state.new}.items():
         heads = [
             n
             for n in (name, *change.parameter.tied)
-            if change.rows and job.names.layer(n.rpartition(".")[0]) == "Linear"
+            if change.rows and state.names.layer(n.rpartition(".")[0]) == "Linear"
         ]
         for head in heads:
-            if job.names.parameter(f"{head.rpartition('.')[0]}.bias") is not None:
-                job.notes.append(
+            if state.names.parameter(f"{head.rpartition('.')[0]}.bias") is not None:
+                state.notes.append(
                     f"{shown(head)} has trained rows and a bias: PEFT ignores the bias until it "
                     "merges, here it counts"
                 )
 
 
-def _groups(job: MergeJob) -> list[tuple[str, ...]]:
+def _groups(state: MergeState) -> list[tuple[str, ...]]:
     """The names of each parameter that has several, the stored one first."""
-    parameters = job.names.model.parameters if job.names.model is not None else {}
+    parameters = state.names.model.parameters if state.names.model is not None else {}
     groups = {
         frozenset((name, *parameter.tied))
         for name, parameter in parameters.items()
         if parameter.tied
     }
     return sorted(
-        tuple(sorted(group, key=lambda name: (not _is_stored(job, name), name))) for group in groups
+        tuple(sorted(group, key=lambda name: (not _is_stored(state, name), name)))
+        for group in groups
     )
 
 
-def _is_stored(job: MergeJob, name: str) -> bool:
-    parameter = job.names.parameter(name)
+def _is_stored(state: MergeState, name: str) -> bool:
+    parameter = state.names.parameter(name)
     return parameter is not None and not parameter.is_alias
 
 
-def _sides(job: MergeJob, group: tuple[str, ...]) -> Sides:
+def _sides(state: MergeState, group: tuple[str, ...]) -> Sides:
     """The effective change under each name of a parameter, as in PEFT.
 
     An adapter's token rows at the input embedding act under all names, unless it trained rows under
     another name too; so do values that are no module of their own (a resized embedding), where a
     name has none.
     """
-    own = {name: job.changes[name] for name in group if name in job.changes}
+    own = {name: state.changes[name] for name in group if name in state.changes}
     rows_of: dict[int, list[str]] = {}  # adapter -> the names at which it trained rows
     for name, change in own.items():
         for values, _ in change.rows:
             rows_of.setdefault(values.folder, []).append(name)
     sides: Sides = {}
     for name in group:
-        parameter = job.names.parameter(name)
+        parameter = state.names.parameter(name)
         assert parameter is not None
         change = own.get(name) or Change(parameter)
         side = sides[name] = replace(change, rows=[*change.rows], adapters=[*change.adapters])
         for source, change in own.items():
-            follows = source != name and _is_input(job, source) and name in _followers(job)
+            follows = source != name and _is_input(state, source) and name in _followers(state)
             rows = [row for row in change.rows if follows and rows_of[row[0].folder] == [source]]
-            shared = side.value is None and change.value is not None and not _is_saved(job, source)
+            shared = (
+                side.value is None and change.value is not None and not _is_saved(state, source)
+            )
             if shared:
                 side.value, side.value_from = change.value, change.value_from
                 side.parameter = replace(side.parameter, shape=change.parameter.shape)
@@ -257,45 +260,45 @@ def _sides(job: MergeJob, group: tuple[str, ...]) -> Sides:
     return sides
 
 
-def _followers(job: MergeJob) -> dict[str, str]:
+def _followers(state: MergeState) -> dict[str, str]:
     """The names that a model ties to others: PEFT wraps the rows there as well, which does nothing
     where the code around a head reads its weight itself. Blt ties its embedding to its head, and
     PEFT's head has no rows then."""
-    assert job.names.model is not None
-    tied = job.names.model.model.all_tied_weights_keys
+    assert state.names.model is not None
+    tied = state.names.model.model.all_tied_weights_keys
     return {
         name: other
         for name, other in tied.items()
-        if weight_reader(job.names, name.rpartition(".")[0]) is None
+        if weight_reader(state.names, name.rpartition(".")[0]) is None
     }
 
 
-def _is_input(job: MergeJob, name: str) -> bool:
+def _is_input(state: MergeState, name: str) -> bool:
     """Whether a parameter is the input embedding's: trained rows there are the head's too, those of
     the head its own."""
-    assert job.names.model is not None
-    model: Any = job.names.model.model
+    assert state.names.model is not None
+    model: Any = state.names.model.model
     return model.get_submodule(name.rpartition(".")[0]) is model.get_input_embeddings()
 
 
-def _is_saved(job: MergeJob, name: str) -> bool:
+def _is_saved(state: MergeState, name: str) -> bool:
     """Whether the new value is a module of its own in the trained model (modules_to_save), no
     longer the shared one."""
-    change = job.changes[name]
-    return change.value is not None and job.adapter(change.value_from).saves(name)
+    change = state.changes[name]
+    return change.value is not None and state.adapter(change.value_from).saves(name)
 
 
-def _are_equal(job: MergeJob, names: Iterable[str], sides: Sides) -> bool:
+def _are_equal(state: MergeState, names: Iterable[str], sides: Sides) -> bool:
     """Whether the names are changed in the same way, by the values, whatever a config says of
     them."""
     first, *others = (sides[name] for name in names)
-    return all(_equal_changes(job, first, other) for other in others)
+    return all(_equal_changes(state, first, other) for other in others)
 
 
-def _equal_changes(job: MergeJob, one: Change, other: Change) -> bool:
+def _equal_changes(state: MergeState, one: Change, other: Change) -> bool:
     if [indices for _, indices in one.rows] != [indices for _, indices in other.rows]:
         return False
-    if job.methods and one.weights != other.weights:
+    if state.methods and one.weights != other.weights:
         return False
     if len(one.additions) != len(other.additions) or (one.value is None) != (other.value is None):
         return False
@@ -307,13 +310,13 @@ def _equal_changes(job: MergeJob, one: Change, other: Change) -> bool:
         *((a, b) for (a, _), (b, _) in zip(one.rows, other.rows, strict=True)),
         *((a, b) for (a, _), (b, _) in zip(one.vectors, other.vectors, strict=True)),
     ]
-    if not all(job.same_bytes(a, b) for a, b in pairs):
+    if not all(state.same_bytes(a, b) for a, b in pairs):
         return False
     additions = zip(one.additions, other.additions, strict=True)
-    return all(_equal_additions(job, a, b) for a, b in additions)
+    return all(_equal_additions(state, a, b) for a, b in additions)
 
 
-def _equal_additions(job: MergeJob, one: Factors, other: Factors) -> bool:
+def _equal_additions(state: MergeState, one: Factors, other: Factors) -> bool:
     """Whether two additions are the same: equal scales, weights of directions and, element by
     element, factors; those of an embedding are stored transposed."""
     if one is other:
@@ -325,54 +328,56 @@ def _equal_additions(job: MergeJob, one: Factors, other: Factors) -> bool:
         return False
     if one.flip == other.flip:
         sides = ((each.magnitude, each.a, each.b) for each in (one, other))
-        return all(job.same_bytes(a, b) for a, b in zip(*sides, strict=True))
+        return all(state.same_bytes(a, b) for a, b in zip(*sides, strict=True))
     is_plain = one.magnitude is None and other.magnitude is None
     return (
-        is_plain and _are_transposes(job, one.a, other.b) and _are_transposes(job, one.b, other.a)
+        is_plain
+        and _are_transposes(state, one.a, other.b)
+        and _are_transposes(state, one.b, other.a)
     )
 
 
-def _are_transposes(job: MergeJob, one: TensorSpec, other: TensorSpec) -> bool:
+def _are_transposes(state: MergeState, one: TensorSpec, other: TensorSpec) -> bool:
     """Whether two matrices of adapters are each other's transpose, bit for bit."""
     if one.dtype != other.dtype or len(one.shape) != 2 or one.shape != other.shape[::-1]:
         return False
     width = f"u{one.nbytes // math.prod(one.shape)}"
     matrices = []
-    for folder, spec in map(job.in_folder, (one, other)):
+    for folder, spec in map(state.in_folder, (one, other)):
         data = folder.read(spec.file, spec.start, spec.stop)
         matrices.append(np.frombuffer(data, width).reshape(spec.shape))
     return bool(np.array_equal(matrices[0], matrices[1].T))
 
 
-def _set_all(job: MergeJob, group: tuple[str, ...], change: Change) -> None:
+def _set_all(state: MergeState, group: tuple[str, ...], change: Change) -> None:
     """Change the shared weight under every name that the base stores (some store the tied head
     too)."""
     for name in group:
-        job.changes.pop(name, None)
-        parameter = job.names.parameter(name)
+        state.changes.pop(name, None)
+        parameter = state.names.parameter(name)
         if parameter is not None and not parameter.is_alias:
-            job.changes[name] = replace(
+            state.changes[name] = replace(
                 change, parameter=replace(parameter, shape=change.parameter.shape)
             )
 
 
-def _foldable(job: MergeJob, names: list[str]) -> bool:
+def _foldable(state: MergeState, names: list[str]) -> bool:
     """Whether one weight can take all the changes. New values of modules_to_save cannot be folded:
     PEFT has two weights then."""
-    changes = [job.changes[name] for name in names]
+    changes = [state.changes[name] for name in names]
     valued = [change for change in changes if change.value is not None]
     rows = [index for change in changes for _, indices in change.rows for index in indices]
-    if any(_is_saved(job, name) for name in names) or len(set(rows)) != len(rows):
+    if any(_is_saved(state, name) for name in names) or len(set(rows)) != len(rows):
         return False
     weights = {pair for change in changes for pair in change.weights.items()}
-    if job.methods and len(weights) > len(dict(weights)):
+    if state.methods and len(weights) > len(dict(weights)):
         return False  # one adapter has several
-    return all(job.same_bytes(valued[0].value, change.value) for change in valued)
+    return all(state.same_bytes(valued[0].value, change.value) for change in valued)
 
 
-def _sum(job: MergeJob, changed: list[str]) -> Change:
+def _sum(state: MergeState, changed: list[str]) -> Change:
     """The changes of all names as one change."""
-    changes = [job.changes[name] for name in changed]
+    changes = [state.changes[name] for name in changed]
     valued = next((change for change in changes if change.value is not None), changes[0])
     return replace(
         valued,
@@ -384,42 +389,44 @@ def _sum(job: MergeJob, changed: list[str]) -> Change:
     )
 
 
-def _untie(job: MergeJob, unequal: dict[tuple[str, ...], Sides]) -> None:
+def _untie(state: MergeState, unequal: dict[tuple[str, ...], Sides]) -> None:
     """Turn the config's switch off, and write every parameter that this releases, also those that
     no adapter changes.
 
     Which ones are released is read off the model itself, built with the changed config.
     """
-    assert job.names.model is not None
-    for config in _untied_configs(job.config):
-        model = job.names.model.with_config(config)
+    assert state.names.model is not None
+    for config in _untied_configs(state.config):
+        model = state.names.model.with_config(config)
         ties = tied_names(model)
         if all(
-            _are_equal(job, names, sides)
+            _are_equal(state, names, sides)
             for group, sides in unequal.items()
             for names in _split(group, ties)
         ):
             break
     else:
-        _refuse_untying(job, unequal, "this model's code ties them")
+        _refuse_untying(state, unequal, "this model's code ties them")
         return
-    if has_other_effects(job.names.model.model, model):
-        _refuse_untying(job, unequal, "this model's code does more by tie_word_embeddings than tie")
+    if has_other_effects(state.names.model.model, model):
+        _refuse_untying(
+            state, unequal, "this model's code does more by tie_word_embeddings than tie"
+        )
         return
-    for group in _groups(job):
-        shared = job.changes.get(group[0])
+    for group in _groups(state):
+        shared = state.changes.get(group[0])
         for names in _split(group, ties):
             change = unequal[group][names[0]] if group in unequal else shared
-            for name in [name for name in names if _is_stored(job, name)] or [names[0]]:
-                _set_one(job, name, change)
-    job.config = config
-    released = [name for group in _groups(job) if len(_split(group, ties)) > 1 for name in group]
-    job.notes.append(f"untied: {', '.join(sorted(released))}; tie_word_embeddings is now false")
+            for name in [name for name in names if _is_stored(state, name)] or [names[0]]:
+                _set_one(state, name, change)
+    state.config = config
+    released = [name for group in _groups(state) if len(_split(group, ties)) > 1 for name in group]
+    state.notes.append(f"untied: {', '.join(sorted(released))}; tie_word_embeddings is now false")
 
 
-def _refuse_untying(job: MergeJob, groups: Iterable[tuple[str, ...]], reason: str) -> None:
+def _refuse_untying(state: MergeState, groups: Iterable[tuple[str, ...]], reason: str) -> None:
     for group in groups:
-        job.errors.add(
+        state.errors.add(
             f"{shown(', '.join(sorted(group)))} cannot be untied: {reason}",
             "a change that the shared weight can take",
             "exclude it with --exclude, or give --tied fold to change all sides",
@@ -427,25 +434,25 @@ def _refuse_untying(job: MergeJob, groups: Iterable[tuple[str, ...]], reason: st
         )
 
 
-def _set_one(job: MergeJob, name: str, change: Change | None) -> None:
+def _set_one(state: MergeState, name: str, change: Change | None) -> None:
     """Change one name alone; it becomes a tensor of its own if the base does not store it."""
-    parameter = job.names.parameter(name)
-    assert parameter is not None and job.names.model is not None
-    job.changes.pop(name, None)
+    parameter = state.names.parameter(name)
+    assert parameter is not None and state.names.model is not None
+    state.changes.pop(name, None)
     own = replace(parameter, shape=change.parameter.shape if change else parameter.shape, tied=())
     if parameter.is_alias:
-        job.new[name] = replace(change, parameter=own) if change else Change(own)
-        key = job.names.model.renamed(name)
+        state.new[name] = replace(change, parameter=own) if change else Change(own)
+        key = state.names.model.renamed(name)
         if key != name:
-            job.errors.add(
+            state.errors.add(
                 f"{shown(name)} cannot be stored: transformers reads that key as {shown(key)}",
                 "a key of its own",
                 "exclude it with --exclude",
-                where=job.base.name,
+                where=state.base.name,
                 code="AK403",
             )
     elif change is not None and (change.value is not None or change.has_edits):
-        job.changes[name] = replace(change, parameter=own)
+        state.changes[name] = replace(change, parameter=own)
 
 
 def _split(group: tuple[str, ...], ties: dict[str, tuple[str, ...]]) -> list[tuple[str, ...]]:

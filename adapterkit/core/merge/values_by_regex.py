@@ -31,16 +31,16 @@ Rule = tuple[str, V]  # a pattern and its value
 
 
 def read_rules(
-    option: str, texts: Iterable[str], check: Check, form: str = "REGEX=VALUE"
+    option: str, texts: Iterable[str], check: Check, format: str = "REGEX=VALUE"
 ) -> list[Rule[Any]]:
-    """The rules of an option, in their order, their values by the check; `form`: as the option
+    """The rules of an option, in their order, their values by the check; `format`: as the option
     spells them. `Refused` with all that are no rules."""
     rules: list[Rule[Any]] = []
     errors = Problems(where="options", hint="give a regex, = and the value", code="AK101")
     for text in texts:
         pattern, _, value = text.rpartition("=")
         if not pattern or not check.fits(value):
-            errors.add(f"{option} {shown(text)!r}", f"{form}, the value {check.expected}")
+            errors.add(f"{option} {shown(text)!r}", f"{format}, the value {check.expected}")
             continue
         with errors.collected():
             matcher(pattern, option)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from adapterkit.core.checkpoint.folder import read_small
 from adapterkit.core.errors import Refused, shown
-from adapterkit.core.system import Held, system
+from adapterkit.core.system import LockHeldError, system
 
 LOCK = "lock"
 
@@ -38,7 +38,7 @@ class Lock:
         """`Refused` while another process holds the lock."""
         try:
             self._descriptor = system.hold(self.path, process_record(), may_run)
-        except Held as held:
+        except LockHeldError as held:
             raise self._refusal(held.holder) from None
 
     def check(self) -> None:

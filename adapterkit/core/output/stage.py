@@ -375,8 +375,8 @@ class Stage:
     def rewrite(self, entries: Iterable[dict]) -> None:
         """Put these entries in the place of the journal's, all at once."""
         self._close_journal()
-        beside = self.control / unfinished_name(JOURNAL)
-        disk.replace_file(self.control / JOURNAL, b"".join(map(line_of, entries)), beside)
+        temporary = self.control / unfinished_name(JOURNAL)
+        disk.replace_file(self.control / JOURNAL, b"".join(map(line_of, entries)), temporary)
 
     def write_file(self, name: str, blocks: Iterable[bytes]) -> tuple[int, str]:
         """Write a small file durably; its size and sha256."""

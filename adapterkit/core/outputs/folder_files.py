@@ -8,7 +8,7 @@ from functools import partial
 
 from adapterkit.core.adapter.keys import CONFIG
 from adapterkit.core.checkpoint import layout
-from adapterkit.core.checkpoint.shards import INDEX, index_of, stem_of
+from adapterkit.core.checkpoint.shards import INDEX, index_filename, stem_of
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.checkpoint.strict import nested_json
 from adapterkit.core.output.stage import RECEIPT
@@ -45,7 +45,7 @@ def model_files(
     files["README.md"] = card.encode()
     names = [shard.file.removeprefix(prefix) for shard in shards]
     if len(shards) > 1 or (base.index is not None and any(name in base.shards for name in names)):
-        files[base.index_name or index_of(stem_of(base.shards))] = _index(base, names, shards)
+        files[base.index_name or index_filename(stem_of(base.shards))] = _index(base, names, shards)
     if "config.json" in base.files:
         files["config.json"] = (
             CopyFile(0, "config.json") if config == base.config else as_json(config)

@@ -21,9 +21,9 @@
 
 import sys
 
-from adapterkit.core.system.interface import Held, System
+from adapterkit.core.system.interface import LockHeldError, System
 
-__all__ = ["Held", "all_cores", "cores", "quarter_of_memory", "system"]
+__all__ = ["LockHeldError", "all_cores", "cores", "quarter_of_memory", "system"]
 
 MOST_CORES = 8  # that are used unless asked otherwise
 

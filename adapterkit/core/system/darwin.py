@@ -61,15 +61,15 @@ class Darwin(Posix):
         """Boot and the second of the start, as ps and sysctl tell them."""
         if not is_alive(pid):
             return ""
-        boot = _told("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
-        start = _told("/bin/ps", "-o", "lstart=", "-p", str(pid))
+        boot = _output_of("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
+        start = _output_of("/bin/ps", "-o", "lstart=", "-p", str(pid))
         return f"{boot}:{start}".replace(" ", "_") if boot and start else "?"
 
     def processors(self) -> int:
         return os.cpu_count() or 1
 
 
-def _told(*command: str) -> str:
+def _output_of(*command: str) -> str:
     """What a program of the system prints; empty where it fails, or is not there."""
     environment = os.environ | {"LC_ALL": "C"}
     try:

@@ -25,7 +25,7 @@ ALL, MINE = 0o666, 0o600  # the umask decides, as for any file; or nobody else
 Handler = Callable[[int, FrameType | None], object]
 
 
-class Held(Exception):
+class LockHeldError(Exception):
     """Another process holds a lock; `holder` is its record."""
 
     def __init__(self, holder: str):
@@ -118,9 +118,9 @@ class System(ABC):
 
     @abstractmethod
     def hold(self, path: Path, record: str, may_run: Callable[[str], bool]) -> int:
-        """The descriptor of a lock that this process now holds, with a record of it; `Held` while
-        another one does. One that nobody has locked, and whose record is of no process that
-        `may_run`, is taken over."""
+        """The descriptor of a lock that this process now holds, with a record of it;
+        `LockHeldError` while another one does. One that nobody has locked, and whose record is of
+        no process that `may_run`, is taken over."""
 
     @abstractmethod
     def release(self, path: Path, descriptor: int) -> None:

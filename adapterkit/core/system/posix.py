@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from adapterkit.core.system.interface import ALL, FLAGS, MINE, Handler, Held, Mode, System
+from adapterkit.core.system.interface import ALL, FLAGS, MINE, Handler, LockHeldError, Mode, System
 
 assert sys.platform != "win32"  # type checkers pass over the rest there
 
@@ -103,7 +103,7 @@ class Posix(System):
         try:
             holder = os.read(descriptor, 1000).decode("utf-8", "replace")
             if not _flock(descriptor) or may_run(holder):
-                raise Held(holder)
+                raise LockHeldError(holder)
             # only the process that has a file flocked removes it, and only under this name
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from ctypes import wintypes
 from pathlib import Path
 
-from adapterkit.core.system.interface import ALL, FLAGS, MINE, Handler, Held, Mode, System
+from adapterkit.core.system.interface import ALL, FLAGS, MINE, Handler, LockHeldError, Mode, System
 
 assert sys.platform == "win32"  # type checkers pass over the rest elsewhere
 
@@ -127,7 +127,7 @@ class Windows(System):
             os.lseek(descriptor, 0, os.SEEK_SET)
             holder = os.read(descriptor, 1000).decode("utf-8", "replace")
             os.close(descriptor)
-            raise Held(holder) from None
+            raise LockHeldError(holder) from None
         os.ftruncate(descriptor, 0)
         self.write_at(descriptor, memoryview(record.encode()), 0)
         return descriptor

@@ -162,34 +162,34 @@ class SomeOutputs(Task):
     """The tensors of a task with these keys, where one file gets some of them and another file the
     rest; it is computed once for each file."""
 
-    whole: Task
+    task: Task
     keys: tuple[str, ...]
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return self.whole.reads
+        return self.task.reads
 
     @property
     def shared_reads(self) -> tuple[TensorSpec, ...]:
-        return self.whole.shared_reads
+        return self.task.shared_reads
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
-        return tuple(one for one in self.whole.max_outputs if one.key in self.keys)
+        return tuple(one for one in self.task.max_outputs if one.key in self.keys)
 
     @property
     def planned_metrics(self) -> Metrics | None:
-        return self.whole.planned_metrics
+        return self.task.planned_metrics
 
     @property
     def effort(self) -> Effort:
-        return self.whole.effort
+        return self.task.effort
 
     @property
     def memory(self) -> int:
-        return self.whole.memory
+        return self.task.memory
 
     def compute(self, inputs: Reader) -> TaskResult:
-        result = self.whole.compute(inputs)
+        result = self.task.compute(inputs)
         tensors = {key: value for key, value in result.tensors.items() if key in self.keys}
         return result._replace(tensors=tensors)

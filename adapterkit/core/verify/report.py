@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, cast
 
 from adapterkit.core.adapter.weights_file import weights_in
-from adapterkit.core.checkpoint.folder import OneFile
+from adapterkit.core.checkpoint.folder import SingleFile
 from adapterkit.core.errors import Damaged, Problems, Refused, listed, shown
 from adapterkit.core.inputs.base_door import Base, kind_of
 from adapterkit.core.inputs.sources import (
@@ -48,7 +48,7 @@ def verify_output(verify: Verify) -> Json:
         )
     file = getattr(out, "single", None)
     shared = file is not None and len(receipt["files"]) > 1
-    out = cast(OneFile, out).whole() if shared else out
+    out = cast(SingleFile, out).containing_folder() if shared else out
     result = check_files(out, receipt, progress, shared=shared)
     if base is None:
         return result | {"rows": 0, "tensors": 0}

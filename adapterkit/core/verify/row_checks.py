@@ -152,7 +152,7 @@ def _checks(shard: OutputFile) -> Iterator["_TensorCheck"]:
     """A check of every tensor that a file does not copy."""
     yield from (FloatCheck(step) for step in shard.steps if not step.copied)
     for task in shard.tasks:
-        task = task.whole if isinstance(task, SomeOutputs) else task
+        task = task.task if isinstance(task, SomeOutputs) else task
         if isinstance(task, EditedTensor):
             yield FloatCheck(task.step)
         elif isinstance(task, RequantizedWeight):

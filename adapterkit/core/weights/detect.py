@@ -69,14 +69,16 @@ def without_quantization(config: dict) -> Json:
 
 def is_of_comfyui(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
     """Whether a file has quantized weights as ComfyUI has them, but for casts."""
-    beside = any(key.endswith((".comfy_quant", ".scale_weight")) for key in keys)
-    return beside or QUANTIZED_METADATA[0] in metadata
+    next_to = any(key.endswith((".comfy_quant", ".scale_weight")) for key in keys)
+    return next_to or QUANTIZED_METADATA[0] in metadata
 
 
 def metadata_of_floats(metadata: Mapping[str, str]) -> dict[str, str]:
     """A header's metadata without what torchao and ComfyUI say in it of quantized tensors."""
-    said = lambda key, text: key in QUANTIZED_METADATA or '"_type"' in text
-    return {key: text for key, text in metadata.items() if not said(key, text)} or {"format": "pt"}
+    is_quantized = lambda key, text: key in QUANTIZED_METADATA or '"_type"' in text
+    return {key: text for key, text in metadata.items() if not is_quantized(key, text)} or {
+        "format": "pt"
+    }
 
 
 def _by_config(config: dict) -> str | None:

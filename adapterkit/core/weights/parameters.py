@@ -28,9 +28,9 @@ class Parameter:
     is_alias: bool = False  # the file has it under a tied name only
 
     @property
-    def whole(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether one stored tensor is the parameter, in its own order, and nothing else."""
-        return len(self.slots) == 1 and self.slots[0].whole
+        return len(self.slots) == 1 and self.slots[0].is_whole
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class StoredParameter:
     @property
     def is_one_tensor(self) -> bool:
         """Whether it is one stored tensor, in its own order and shape."""
-        return self.parameter.whole and self.specs[0].shape == self.shape
+        return self.parameter.is_whole and self.specs[0].shape == self.shape
 
     @property
     def widest(self) -> torch.dtype:
@@ -93,7 +93,7 @@ class StoredParameter:
 
     def _joined(self, read: Callable[[TensorSpec], Tensor]) -> Tensor:
         parameter = self.parameter
-        if parameter.whole:
+        if parameter.is_whole:
             return read(self.specs[0]).reshape(parameter.shape)
         value: Tensor | None = None
         for slot in parameter.slots:

@@ -110,20 +110,20 @@ class CheckpointScan:
         read = read_small(self.base.folder, specs, None if self.reads_freely else FEW)
         self._cache |= {spec.key: bytes(data) for spec, data in read}
 
-    def read(self, spec: TensorSpec, beside: Sequence[TensorSpec]) -> Tensor:
+    def read(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> Tensor:
         """The value of a small stored tensor among these; `fetch` first if there are many.
 
         Where reads are not free, what was not fetched is taken to be as in the first weight of its
         kind: keys that differ in numbers only, and dtypes and shapes that do not differ. Weights
         that are decoded are checked then (`read_parts`).
         """
-        return dtypes.tensor_of(bytearray(self._bytes(spec, beside)), spec.dtype, spec.shape)
+        return dtypes.tensor_of(bytearray(self._bytes(spec, next_to)), spec.dtype, spec.shape)
 
-    def read_json(self, spec: TensorSpec, beside: Sequence[TensorSpec]) -> Json:
+    def read_json(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> Json:
         """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, if it
         is none."""
         try:
-            value = nested_json(self._bytes(spec, beside))
+            value = nested_json(self._bytes(spec, next_to))
         except ValueError:
             value = None
         if not isinstance(value, dict):
@@ -131,13 +131,13 @@ class CheckpointScan:
             return {}
         return value
 
-    def _bytes(self, spec: TensorSpec, beside: Sequence[TensorSpec]) -> bytes:
+    def _bytes(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> bytes:
         if spec.key in self._cache:
             return self._cache[spec.key]
         read = lambda: self.base.folder.read(spec.file, spec.start, spec.stop)
         if self.reads_freely:
             return read()
-        kind = (NUMBER.sub("#", spec.key), *((other.dtype, other.shape) for other in beside))
+        kind = (NUMBER.sub("#", spec.key), *((other.dtype, other.shape) for other in next_to))
         if kind not in self._alike:
             self._alike[kind] = read()
         return self._alike[kind]

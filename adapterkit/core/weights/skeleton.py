@@ -71,7 +71,7 @@ class Skeleton:
         into."""
         stack = self.parameters[stack_name]
         number = re.search(pattern.replace("*", r"(\d+)"), name)
-        if len(stack.shape) != 3 or number is None or not stack.whole:
+        if len(stack.shape) != 3 or number is None or not stack.is_whole:
             return None
         key = (stack_name, name.replace(number[0], "*"))
         if key not in self._experts:
@@ -257,7 +257,7 @@ def _conversions(model) -> tuple[list, list]:
 
 def _stored_shape(shape: tuple[int, ...], slots: tuple[Slot, ...]) -> tuple[int, ...]:
     """The parameter's true shape: a checkpoint may have another vocabulary than the config says."""
-    if len(slots) == 1 and slots[0].whole:
+    if len(slots) == 1 and slots[0].is_whole:
         return tuple(len(axis.of) for axis in slots[0].axes)
     return shape
 

@@ -50,7 +50,7 @@ class Slot:
     axes: tuple[Axis, ...]  # one per axis of the parameter
 
     @property
-    def whole(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether the slot is all of the stored tensor, in its own order, from the parameter's
         beginning on: all of the parameter if that has no other slot."""
         return len(self.shape) == len(self.axes) and all(

@@ -193,7 +193,7 @@ def _reshape(tensor: Symbol, *shape) -> Symbol:
             if shape[:axis] == old[:axis] and shape[axis + extra + 1 :] == old[axis + 1 :]:
                 positions = np.arange(old[axis]).reshape(shape[axis : axis + extra + 1])
                 return _symbol(shape, tensor.slots, _Split(axis, positions))
-    elif len(tensor.slots) == 1 and tensor.slots[0].whole:
+    elif len(tensor.slots) == 1 and tensor.slots[0].is_whole:
         # several axes of a stored tensor made one (a convolution as a matrix): the bytes stay where
         # they are
         return _symbol(shape, (identity_slot(tensor.slots[0].key, shape),))

@@ -143,7 +143,7 @@ def _calls_reader(around: tuple[type, ...], leaf: str, owner: tuple[type, ...], 
 
 
 @dataclass(frozen=True)
-class Use:
+class AttributeAccess:
     """What code does with an attribute of an attribute: self.conv1d.weight.squeeze(1) calls
     ("conv1d", "weight", "squeeze")."""
 
@@ -164,7 +164,7 @@ class Use:
         )
 
 
-def _uses_of(around: tuple[type, ...], *names: str) -> list[Use]:
+def _uses_of(around: tuple[type, ...], *names: str) -> list[AttributeAccess]:
     """The uses of attributes of these names in the code of classes, torch's own and bases of all
     models left out."""
     # to read the source of a model's classes takes half a second
@@ -174,7 +174,7 @@ def _uses_of(around: tuple[type, ...], *names: str) -> list[Use]:
 
 
 @cache
-def _uses(cls: type) -> tuple[Use, ...]:
+def _uses(cls: type) -> tuple[AttributeAccess, ...]:
     """All uses of attributes in a class's own code; none where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
@@ -183,7 +183,7 @@ def _uses(cls: type) -> tuple[Use, ...]:
     return tuple(_found(tree, "", False))
 
 
-def _found(node: ast.AST, how: str, starts: bool) -> Iterator[Use]:
+def _found(node: ast.AST, how: str, starts: bool) -> Iterator[AttributeAccess]:
     if isinstance(node, ast.FunctionDef):
         starts = starts or STARTS.match(node.name) is not None
     if isinstance(node, ast.Attribute):
@@ -192,7 +192,7 @@ def _found(node: ast.AST, how: str, starts: bool) -> Iterator[Use]:
             path.append(base.attr)
             base = base.value
         if isinstance(node.ctx, ast.Load):
-            yield Use(tuple(reversed(path)), how, starts)
+            yield AttributeAccess(tuple(reversed(path)), how, starts)
         node = base
     for field, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:

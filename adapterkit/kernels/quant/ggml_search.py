@@ -30,7 +30,7 @@ CELLS = 512  # parts of [-128, 128], of half a unit: the middles of integers are
 CROSS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
 
 
-class Tried(NamedTuple):
+class SearchParams(NamedTuple):
     """What a search tries."""
 
     # of a part its range, or its value of largest magnitude, in units of a scale
@@ -46,20 +46,20 @@ def _steps(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(first + (last - first) * i / (count - 1) for i in range(count))
 
 
-TERNARY = Tried((1.4, 2.4))
-TRIED: Mapping[str, Tried] = {
-    "Q4_0": Tried((-8.3,), _steps(-10, -4, 14)),
-    "Q4_1": Tried((15,), _steps(11, 15.5, 12), fits=1),
-    "Q5_0": Tried((-16,), _steps(-18, -12, 14)),
-    "Q5_1": Tried((31,), _steps(27, 31.5, 12), fits=1),
-    "Q8_0": Tried((127,), _steps(125, 127, 4), fits=0),
-    "Q2_K": Tried(_steps(1.7, 3.5, 6), power=0.5, near=(*CROSS, (1, 1), (-1, -1))),
-    "Q3_K": Tried((-5, -4, -3), _steps(-6, -2, 12), power=1),
-    "Q4_K": Tried(_steps(12, 15.5, 7), power=0.5, rounds=3, near=CROSS),
-    "Q5_K": Tried(_steps(28, 31.5, 6), power=0.5, rounds=3, near=CROSS),
-    "Q6_K": Tried(_steps(-34, -30, 8), power=1),
-    "IQ4_NL": Tried(_steps(-150, -80, 16), power=1),
-    "IQ4_XS": Tried(_steps(-150, -80, 16), power=1),
+TERNARY = SearchParams((1.4, 2.4))
+TRIED: Mapping[str, SearchParams] = {
+    "Q4_0": SearchParams((-8.3,), _steps(-10, -4, 14)),
+    "Q4_1": SearchParams((15,), _steps(11, 15.5, 12), fits=1),
+    "Q5_0": SearchParams((-16,), _steps(-18, -12, 14)),
+    "Q5_1": SearchParams((31,), _steps(27, 31.5, 12), fits=1),
+    "Q8_0": SearchParams((127,), _steps(125, 127, 4), fits=0),
+    "Q2_K": SearchParams(_steps(1.7, 3.5, 6), power=0.5, near=(*CROSS, (1, 1), (-1, -1))),
+    "Q3_K": SearchParams((-5, -4, -3), _steps(-6, -2, 12), power=1),
+    "Q4_K": SearchParams(_steps(12, 15.5, 7), power=0.5, rounds=3, near=CROSS),
+    "Q5_K": SearchParams(_steps(28, 31.5, 6), power=0.5, rounds=3, near=CROSS),
+    "Q6_K": SearchParams(_steps(-34, -30, 8), power=1),
+    "IQ4_NL": SearchParams(_steps(-150, -80, 16), power=1),
+    "IQ4_XS": SearchParams(_steps(-150, -80, 16), power=1),
     "TQ1_0": TERNARY,
     "TQ2_0": TERNARY,
 }
@@ -333,7 +333,7 @@ def nest_lines(
     nested: PartScales,
     scale: Tensor,  # (n, parts of each)
     minimum: Tensor,  # as scale
-    tried: Tried,
+    tried: SearchParams,
 ) -> BlockScales:
     """d · integer and m · integer."""
     shape, top, best = scale.shape, nested.ends[1], _Best()

@@ -1,4 +1,4 @@
-"""The output of the files that ranks have made: journal, small files, receipt, one rename."""
+"""The output of the files that workers have made: journal, small files, receipt, one rename."""
 
 import time
 from collections import defaultdict
@@ -19,14 +19,14 @@ from adapterkit.core.records import Json
 from adapterkit.core.run_options import RunOptions
 from adapterkit.core.system import all_cores
 from adapterkit.core.verify.file_checks import check_files
-from adapterkit.many.workers.job_identity import RankJob, check_one_kind, job_failed, no_stage
+from adapterkit.many.workers.job_identity import WorkerJob, check_one_kind, job_failed, no_stage
 from adapterkit.many.workers.ranges import accepts, join, tiling
-from adapterkit.many.workers.stage import RankStage, adopt
+from adapterkit.many.workers.stage import WorkerStage, adopt
 
 
-def finish_ranks(
+def finish_workers(
     plan: Plan,
-    job: RankJob,
+    job: WorkerJob,
     execution: RunOptions,
     missing: str,
     check: FolderCheck | None = None,
@@ -34,7 +34,7 @@ def finish_ranks(
     *,
     verify: bool = False,
 ) -> Receipt:
-    """The receipt of the output of the files that ranks have made. `missing`: the command that
+    """The receipt of the output of the files that workers have made. `missing`: the command that
     makes those that are not there; `check` looks at the finished folder, `push` sends it. With
     `verify` all hashes are checked before the folder gets its name."""
     job.check(plan)
@@ -44,13 +44,13 @@ def finish_ranks(
         raise no_stage(stage.path)
     with stage:
         head = (stage.journal() or [{}])[0]
-        ranks = RankStage(stage.control, job.digest, accepts=accepts(plan, hashed=hashed))
-        if ranks.exists():
-            head, worked = _adopt(plan, stage, ranks, head, missing, hashed=hashed)
+        workers = WorkerStage(stage.control, job.digest, accepts=accepts(plan, hashed=hashed))
+        if workers.exists():
+            head, worked = _adopt(plan, stage, workers, head, missing, hashed=hashed)
         elif head.get("ranks"):
-            raise no_stage(ranks.path)
+            raise no_stage(workers.path)
     device = head.get("device", "cpu")
-    if device != "cpu":  # of the ranks: this machine may have none
+    if device != "cpu":  # of the workers: this machine may have none
         placement = Placement(device, device_totals(plan, all_cores()))
         plan = replace(plan, placement=placement)
     return run(
@@ -67,16 +67,16 @@ def finish_ranks(
 
 
 def _adopt(
-    plan: Plan, stage: Stage, ranks: RankStage, head: Json, command: str, *, hashed: bool
+    plan: Plan, stage: Stage, workers: WorkerStage, head: Json, command: str, *, hashed: bool
 ) -> tuple[Json, float]:
-    """Take over what the ranks made; the journal's first entry from now on, and the seconds
+    """Take over what the workers made; the journal's first entry from now on, and the seconds
     that the slowest of them took. `Refused` where files are missing."""
-    if reason := ranks.failure():
-        raise job_failed(reason, ranks)
+    if reason := workers.failure():
+        raise job_failed(reason, workers)
     files = {shard.file: shard for shard in plan.shards}
     names = [*files]
-    markers = ranks.markers(names)
-    done = ranks.parts()
+    markers = workers.markers(names)
+    done = workers.parts()
     parts = {
         name: tiling(done.get(name, ()), shard.size)
         for name, shard in files.items()
@@ -87,32 +87,33 @@ def _adopt(
         raise Refused(
             f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
             expected="all files of the plan",
-            where=str(ranks.path),
-            hint=f"run the plan again, as one rank or as all\n{command}",
+            where=str(workers.path),
+            hint=f"run the plan again, as one worker or as all\n{command}",
             code="AK610",
         )
     made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
     blocks = [b.name for shard in files.values() for b in shard.block_files()]
-    check_one_kind([*markers.values(), *ranks.markers([*made, *blocks]).values()], ranks)
+    check_one_kind([*markers.values(), *workers.markers([*made, *blocks]).values()], workers)
     check_free(
-        max((b - a for some in parts.values() for a, b in (some or ())[1:]), default=0), ranks.path
+        max((b - a for some in parts.values() for a, b in (some or ())[1:]), default=0),
+        workers.path,
     )
     for name, ranges in parts.items():
         shard = files[name]
         assert ranges is not None
-        join(ranks, shard, ranges, hashed=hashed)
-    ranks.leave()
-    markers = ranks.markers(names)
+        join(workers, shard, ranges, hashed=hashed)
+    workers.leave()
+    markers = workers.markers(names)
     if len(markers) < len(names):
         raise _gone(next(name for name in names if name not in markers))
     head = {key: value for key, value in head.items() if key != "ranks"}
     head["device"] = markers[names[0]]["device"]
-    adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
+    adopt(stage, workers, [head, *({"shard": entry["shard"]} for entry in markers.values())])
     return head, seconds_of(markers.values())
 
 
 def seconds_of(markers: Iterable[Json]) -> float:
-    """The seconds that the slowest of the ranks took."""
+    """The seconds that the slowest of the workers took."""
     seconds = defaultdict[str, float](float)
     for entry in markers:
         seconds[entry["attempt"]] += entry["seconds"]
@@ -128,7 +129,7 @@ def _nothing_left(plan: Plan, shards: list[OutputFile], *_: object, **__: object
 def _gone(name: str) -> Failed:
     return Failed(
         "a file has disappeared",
-        expected="the files of the ranks",
+        expected="the files of the workers",
         where=name,
         hint="make the plan again with --overwrite",
         code="AK610",

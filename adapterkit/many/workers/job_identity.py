@@ -12,11 +12,11 @@ from adapterkit.core.receipt import digest, public_recipe
 from adapterkit.core.records import Json
 from adapterkit.core.run_options import RunOptions
 from adapterkit.many.workers.ranges import room
-from adapterkit.many.workers.stage import RankStage, prepare
+from adapterkit.many.workers.stage import WorkerStage, prepare
 
 
 @dataclass(frozen=True)
-class RankJob:
+class WorkerJob:
     """What all processes have to agree on: the public recipe, and which files the inputs are."""
 
     recipe: Json
@@ -24,7 +24,7 @@ class RankJob:
     hash: str
 
     @classmethod
-    def of(cls, plan: Plan, hash: str) -> "RankJob":
+    def of(cls, plan: Plan, hash: str) -> "WorkerJob":
         """The job of a plan, as it is read again from a file."""
         recipe = public_recipe(plan.recipe())
         return cls(recipe, _inputs(plan), hash)
@@ -39,7 +39,7 @@ class RankJob:
 
     def check(self, plan: Plan) -> None:
         """`Refused` where a plan made here and now is another job, naming the first difference."""
-        now = RankJob.of(plan, self.hash)
+        now = WorkerJob.of(plan, self.hash)
         if now.recipe != self.recipe:
             raise Refused(
                 f"the job differs when it is planned again: {difference(self.recipe, now.recipe)}",
@@ -65,9 +65,9 @@ def _inputs(plan: Plan) -> dict[str, list[int]]:
     return {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
 
 
-def prepare_ranks(plan: Plan, job: RankJob, how: RunOptions) -> Plan:
-    """Refuse what cannot be done, make the stage, and leave the files to ranks; the plan, with what
-    ranks need of the disk."""
+def prepare_workers(plan: Plan, job: WorkerJob, how: RunOptions) -> Plan:
+    """Refuse what cannot be done, make the stage, and leave the files to workers; the plan, with
+    what workers need of the disk."""
     plan = replace(plan, placement=Placement(room=room(plan.shards)))
     stage = stage_of(plan, Path(how.out))
     options = {"resume": False, "overwrite": how.overwrite}
@@ -85,7 +85,7 @@ def prepare_ranks(plan: Plan, job: RankJob, how: RunOptions) -> Plan:
     return plan
 
 
-def check_one_kind(entries: Sequence[Json], stage: RankStage) -> None:
+def check_one_kind(entries: Sequence[Json], stage: WorkerStage) -> None:
     """`Refused` where files were, or would be, made on CPU and on CUDA, or with several torch."""
     kinds: dict[str, list[str]] = {}
     for entry in entries:
@@ -106,8 +106,8 @@ def check_one_kind(entries: Sequence[Json], stage: RankStage) -> None:
         )
 
 
-def job_failed(reason: str, stage: RankStage) -> Refused:
-    """The refusal of a job that one of its ranks found cannot be finished."""
+def job_failed(reason: str, stage: WorkerStage) -> Refused:
+    """The refusal of a job that one of its workers found cannot be finished."""
     return Refused(
         f"the job failed: {reason}",
         expected="inputs that stay as they are, and results that fit",

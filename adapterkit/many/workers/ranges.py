@@ -1,4 +1,5 @@
-"""Large files in parts: which file is cut for how many ranks, and how its parts become one file."""
+"""Large files in parts: which file is cut for how many workers, and how its parts become one
+file."""
 
 from __future__ import annotations
 
@@ -15,38 +16,42 @@ from adapterkit.core.output.writer import part_name, part_of
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.tasks.metrics import ChangeMetrics
 from adapterkit.many.workers.joined_file import JoinedFile
-from adapterkit.many.workers.stage import RankStage
+from adapterkit.many.workers.stage import WorkerStage
 
 LEAST = 64 << 20  # bytes of a file below which it stays whole
 MOST = 1 << 30  # bytes of a part
 
 
-def units(shards: Sequence[OutputFile], ranks: int, device: torch.device) -> list[OutputFile]:
-    """What ranks make: the files, those above a rank's fair share in parts. Files of tasks stay
+def units(
+    shards: Sequence[OutputFile], worker_count: int, device: torch.device
+) -> list[OutputFile]:
+    """What workers make: the files, those above a worker's fair share in parts. Files of tasks stay
     whole, but for what is collected for them."""
-    share, found = _share(shards, ranks), list[OutputFile]()
+    share, found = _share(shards, worker_count), list[OutputFile]()
     for shard in shards:
         if not shard.tasks and shard.size > share:
-            parts = max(min(ranks, math.ceil(shard.size / share)), math.ceil(shard.size / MOST))
+            parts = max(
+                min(worker_count, math.ceil(shard.size / share)), math.ceil(shard.size / MOST)
+            )
             found += cut(shard, parts, device)
         else:
             found += [*shard.block_files(), shard]
     return found
 
 
-def room(shards: Sequence[OutputFile], ranks: int | None = None) -> int:
-    """The most bytes that parts take beside the files, for so many ranks or any: a join of theirs,
-    the sums of all blocks."""
-    share = LEAST if ranks is None else _share(shards, ranks)
+def room(shards: Sequence[OutputFile], worker_count: int | None = None) -> int:
+    """The most bytes that parts take beside the files, for so many workers or any: a join of
+    theirs, the sums of all blocks."""
+    share = LEAST if worker_count is None else _share(shards, worker_count)
     sizes = [shard.size for shard in shards if not shard.tasks and shard.size > share]
     collections = [shard.collection for shard in shards if shard.collection is not None]
     blocks = sum((each.blocks - 1) * each.work for each in collections)
     return min(max(sizes, default=0) // 2, MOST + LEAST) + blocks
 
 
-def _share(shards: Sequence[OutputFile], ranks: int) -> float:
+def _share(shards: Sequence[OutputFile], worker_count: int) -> float:
     """Bytes of a file above which it is cut."""
-    return max(sum(shard.size for shard in shards) / ranks, LEAST)
+    return max(sum(shard.size for shard in shards) / worker_count, LEAST)
 
 
 def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
@@ -75,7 +80,7 @@ def _end_of(file: OutputFile) -> int:
 
 def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:
     """Some of the ranges, one behind the other from 0 to `size`; None where there are none such.
-    Ranks of several numbers may have left several tilings."""
+    Workers of several numbers may have left several tilings."""
     ways: dict[int, list[tuple[int, int]]] = {0: []}
     for start, stop in sorted(ranges):
         if start in ways and stop not in ways:
@@ -84,7 +89,7 @@ def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]
 
 
 def join(
-    stage: RankStage, shard: OutputFile, ranges: Sequence[tuple[int, int]], *, hashed: bool
+    stage: WorkerStage, shard: OutputFile, ranges: Sequence[tuple[int, int]], *, hashed: bool
 ) -> None:
     """Make a file, and its marker, of its parts; a part goes when the file has its bytes, its
     marker with the last. Goes on with what a join that was killed has made."""
@@ -94,7 +99,7 @@ def join(
     if len(entries) < len(names):
         raise Refused(
             "a range of the file has disappeared",
-            expected="parts as ranks wrote them",
+            expected="parts as workers wrote them",
             where=str(stage.marks / shard.file),
             hint="run the plan again\nadapterkit run PLAN",
             code="AK610",

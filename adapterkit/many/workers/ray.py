@@ -1,7 +1,7 @@
-"""Ranks on a Ray cluster whose machines see one file system: the plan is prepared as for `--plan`,
-each place of the cluster runs a rank as a task, and the end is `finish`'s.
+"""Workers on a Ray cluster whose machines see one file system: the plan is prepared as for
+`--plan`, each place of the cluster runs a worker as a task, and the end is `finish`'s.
 
-No tensor goes through Ray: the plan does, once for each worker process. The rank of a lost worker
+No tensor goes through Ray: the plan does, once for each worker process. The share of a lost worker
 is tried again, or its files are made by others; one that is refused is not.
 """
 
@@ -35,11 +35,11 @@ from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt
 from adapterkit.core.records import Json
 from adapterkit.core.run_options import RunOptions
-from adapterkit.many.workers.finish import finish_ranks
-from adapterkit.many.workers.job_identity import RankJob, prepare_ranks
+from adapterkit.many.workers.finish import finish_workers
+from adapterkit.many.workers.job_identity import WorkerJob, prepare_workers
 from adapterkit.many.workers.ranges import accepts, units
-from adapterkit.many.workers.stage import RankStage
-from adapterkit.many.workers.worker import Heartbeat, Rank
+from adapterkit.many.workers.stage import WorkerStage
+from adapterkit.many.workers.worker import Heartbeat, Worker
 
 RETRIES = 3  # of the task of a lost worker
 OPTIONS = {"scheduling_strategy": "SPREAD", "max_retries": RETRIES, "retry_exceptions": False}
@@ -52,14 +52,14 @@ AGAIN = "run the same command with --resume"
 def run_on_ray(
     plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push | None
 ) -> Receipt:
-    """Run a plan by the ranks of a cluster: the one at `how.ray_address`, or the one that Ray finds
-    or starts; the connection that the process has, where it has one.
+    """Run a plan by the workers of a cluster: the one at `how.ray_address`, or the one that Ray
+    finds or starts; the connection that the process has, where it has one.
 
     `Refused` without the package ray, where no cluster answers, and for a run to resume that was
     one machine's.
     """
-    job = RankJob.of(plan, how.hash)
-    finish = partial(finish_ranks, plan, job, how, "the same command with --resume", check, push)
+    job = WorkerJob.of(plan, how.hash)
+    finish = partial(finish_workers, plan, job, how, "the same command with --resume", check, push)
     state = _state(plan, job, how)
     if state == "finished":
         return finish()
@@ -67,10 +67,10 @@ def run_on_ray(
         cluster = _Cluster(ray, on_cuda=how.device.startswith("cuda"))
         cores, places = cluster.places()
         if state == "fresh":
-            prepare_ranks(plan, job, how)
+            prepare_workers(plan, job, how)
         try:
-            cluster.run_ranks(plan, job, how, cores, places)
-        except Unrecoverable:  # no rank can go on
+            cluster.run_workers(plan, job, how, cores, places)
+        except Unrecoverable:  # no worker can go on
             with stage_of(plan, Path(how.out)) as stage:
                 stage.discard()
             raise
@@ -80,8 +80,8 @@ def run_on_ray(
     return finish()
 
 
-def _state(plan: Plan, job: RankJob, how: RunOptions) -> str:
-    """'fresh', 'resume' or 'finished'; `Refused` for a run to resume that ranks did not begin."""
+def _state(plan: Plan, job: WorkerJob, how: RunOptions) -> str:
+    """'fresh', 'resume' or 'finished'; `Refused` for a run to resume that workers did not begin."""
     stage = stage_of(plan, Path(how.out))
     state = stage.state(job.fingerprint, resume=how.resume, overwrite=how.overwrite)
     if state == "resume" and not (stage.journal() or [{}])[0].get("ranks"):
@@ -128,14 +128,14 @@ def _connected(address: str | None) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Cluster:
-    """A connected cluster; `on_cuda`: each rank gets a GPU."""
+    """A connected cluster; `on_cuda`: each worker gets a GPU."""
 
     ray: Any  # the package
     on_cuda: bool
 
     def places(self) -> tuple[int, int]:
         """The cores of the smallest machine, or those that each GPU has, and how many such places
-        there are: each runs a rank."""
+        there are: each runs a worker."""
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         cores = [int(each["CPU"]) for each in resources if each.get("CPU", 0) >= 1]
         gpus = sum(int(each.get("GPU", 0)) for each in resources)
@@ -151,21 +151,26 @@ class _Cluster:
             return max(1, min(cores) // max(1, gpus)), gpus
         return min(cores), sum(count // min(cores) for count in cores)
 
-    def run_ranks(self, plan: Plan, job: RankJob, how: RunOptions, cores: int, places: int) -> None:
-        """Let each place run a rank; on an error, or Ctrl-C, end all that run."""
+    def run_workers(
+        self, plan: Plan, job: WorkerJob, how: RunOptions, cores: int, places: int
+    ) -> None:
+        """Let each place run a worker; on an error, or Ctrl-C, end all that run."""
         device = "cuda" if self.on_cuda else "cpu"  # Ray says which GPU
         work = {"num_cpus": cores, "num_gpus": int(self.on_cuda), **OPTIONS}
-        task = self.ray.remote(_run_rank).options(**work)
+        task = self.ray.remote(_run_worker).options(**work)
         out = Path(how.out).absolute()  # a worker runs in a folder of its own
         options = replace(how.only(RunOptions), out=out, device=device, progress=no_progress)
         # in a list a task gets the reference
         arguments = ([self.ray.put(plan)], job, options)
         running = {
-            task.remote(*arguments, rank, places, cores, VERSIONS): rank for rank in range(places)
+            task.remote(*arguments, worker, places, cores, VERSIONS): worker
+            for worker in range(places)
         }
         made = {unit.name: unit for unit in units(plan.shards, places, torch.device(device))}
         known = accepts(plan, hashed=how.hash == "sha256")
-        stage = RankStage(stage_of(plan, Path(how.out)).control, job.digest, places, accepts=known)
+        stage = WorkerStage(
+            stage_of(plan, Path(how.out)).control, job.digest, places, accepts=known
+        )
         try:
             with Heartbeat(stage, made, how.progress) as heartbeat:
                 while running:
@@ -182,8 +187,9 @@ class _Cluster:
         finally:
             stage.leave()
 
-    def _check(self, reference: object, rank: int) -> None:
-        """Raise a rank's own error, and `Failed` where its workers were lost again and again."""
+    def _check(self, reference: object, worker: int) -> None:
+        """Raise a worker's own error, and `Failed` where its processes were lost again and
+        again."""
         lost = self.ray.exceptions
         try:
             error = self.ray.get(reference)
@@ -194,7 +200,7 @@ class _Cluster:
             lost.RaySystemError,
         ) as caught:
             raise Failed(
-                f"the worker of rank {rank} was lost {RETRIES + 1} times: {shown(caught)}",
+                f"worker {worker} was lost {RETRIES + 1} times: {shown(caught)}",
                 expected="machines that stay, with the memory that the plan says",
                 where="the Ray cluster",
                 hint=AGAIN,
@@ -204,16 +210,16 @@ class _Cluster:
             raise _as_error(error)
 
 
-def _run_rank(
+def _run_worker(
     stored: list[Any],
-    job: RankJob,
+    job: WorkerJob,
     how: RunOptions,
-    rank: int,
-    ranks: int,
+    worker: int,
+    worker_count: int,
     workers: int,
     versions: str,
 ) -> Json | None:
-    """A task: one rank; its error as data, which is not retried."""
+    """A task: one worker; its error as data, which is not retried."""
     import ray
 
     try:
@@ -226,7 +232,9 @@ def _run_rank(
                 code="AK610",
             )
         pick_device(how.device)
-        Rank(job, rank, ranks, workers=workers, wait=math.inf).make(ray.get(stored[0]), how)
+        Worker(job, worker, worker_count, workers=workers, wait=math.inf).make(
+            ray.get(stored[0]), how
+        )
     except AdapterkitError as error:
         return _as_data(error)
     return None

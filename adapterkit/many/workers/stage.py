@@ -32,7 +32,7 @@ HEARTBEAT = ".heartbeat"  # suffix of a file: a process says that it lives, and 
 
 
 def prepare(stage: Stage, job: str, names: Iterable[str], head: Json) -> None:
-    """Make the folders in which ranks work; the journal's only entry is `head`. The caller holds
+    """Make the folders in which workers work; the journal's only entry is `head`. The caller holds
     the stage's lock."""
     stage.forget()
     root = _root(stage.control, job)
@@ -49,16 +49,16 @@ def _root(control: Path, job: str) -> Path:
     return control / RANKS / job[:16]
 
 
-class RankStage:
+class WorkerStage:
     """Where one process writes its share of an output's files; `job` is the digest of what is to be
     done. `accepts`: whether a result that was read can be of one of the job's files."""
 
     def __init__(
-        self, control: Path, job: str, rank: int = 0, *, accepts: Callable[[ShardResult], bool]
+        self, control: Path, job: str, worker: int = 0, *, accepts: Callable[[ShardResult], bool]
     ):
-        self.accepts, self.rank, root = accepts, rank, _root(control, job)
+        self.accepts, self.worker, root = accepts, worker, _root(control, job)
         self.path, self.marks = root / FILES, root / MARKS
-        self.attempt = f"{rank}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.attempt = f"{worker}-{os.getpid()}-{secrets.token_hex(4)}"
 
     def exists(self) -> bool:
         """Whether the output is still being written; not where a link leads elsewhere."""
@@ -177,18 +177,18 @@ class RankStage:
                     path.unlink(missing_ok=True)
 
     def _write(self, name: str, entry: Json, *, durable: bool = True) -> None:
-        beside = self.marks / unfinished_name(name, self.attempt)
-        with storage_errors(beside):
-            disk.check_folder(self.marks, beside.parent)
-        replace_file(self.marks / name, line_of(entry), beside, durable=durable)
+        temporary = self.marks / unfinished_name(name, self.attempt)
+        with storage_errors(temporary):
+            disk.check_folder(self.marks, temporary.parent)
+        replace_file(self.marks / name, line_of(entry), temporary, durable=durable)
 
 
-def adopt(stage: Stage, ranks: RankStage, entries: Iterable[Json]) -> None:
-    """Make what the ranks wrote the content of the stage, and these entries its journal. The caller
-    holds the stage's lock."""
+def adopt(stage: Stage, workers: WorkerStage, entries: Iterable[Json]) -> None:
+    """Make what the workers wrote the content of the stage, and these entries its journal. The
+    caller holds the stage's lock."""
     stage.rewrite(entries)
     with storage_errors(stage.path):
-        system.replace_empty(ranks.path, stage.path)
+        system.replace_empty(workers.path, stage.path)
         sync_folder(stage.control)
 
 

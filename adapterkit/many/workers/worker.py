@@ -1,8 +1,8 @@
 """One of several processes that write an output: what it makes, and what it tells the others.
 
-Every rank plans again from the headers. It takes its share, the longest files first, then files of
-others that nobody has begun or whose rank is gone. Nobody gives orders: two processes that make one
-file write the same bytes, and the last rename wins (`many/workers/stage.py`).
+Every worker plans again from the headers. It takes its share, the longest files first, then files
+of others that nobody has begun or whose worker is gone. Nobody gives orders: two processes that
+make one file write the same bytes, and the last rename wins (`many/workers/stage.py`).
 """
 
 import contextlib
@@ -34,32 +34,32 @@ from adapterkit.core.output.file_result import ShardResult
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.run_options import WAIT, RunOptions
-from adapterkit.many.workers.job_identity import RankJob, check_one_kind, job_failed, no_stage
+from adapterkit.many.workers.job_identity import WorkerJob, check_one_kind, job_failed, no_stage
 from adapterkit.many.workers.ranges import accepts, tiling, units
-from adapterkit.many.workers.stage import RankStage, has_ended
+from adapterkit.many.workers.stage import WorkerStage, has_ended
 
-HEARTBEAT = 2.0  # seconds after which a rank says again that it lives
+HEARTBEAT = 2.0  # seconds after which a worker says again that it lives
 POLL = 1.0  # seconds between looks at what others have done
-STALLED = 90.0  # seconds without a word after which a rank on another machine counts as gone
+STALLED = 90.0  # seconds without a word after which a worker on another machine counts as gone
 
 
-def assigned(sizes: Iterable[tuple[str, int]], ranks: int) -> list[list[str]]:
-    """The files of each rank: the longest first, each to the rank that has least so far."""
-    shares: list[list[str]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
+def assigned(sizes: Iterable[tuple[str, int]], worker_count: int) -> list[list[str]]:
+    """The files of each worker: the longest first, each to the worker that has least so far."""
+    shares: list[list[str]] = [[] for _ in range(worker_count)]
+    loads = [0] * worker_count
     for name, size in sorted(sizes, key=lambda pair: (-pair[1], pair[0])):
-        rank = loads.index(min(loads))
-        shares[rank].append(name)
-        loads[rank] += size
+        worker = loads.index(min(loads))
+        shares[worker].append(name)
+        loads[worker] += size
     return shares
 
 
 @dataclass
 class Outcome:
-    """What a rank did: files of its own, of others, and what other ranks are still at."""
+    """What a worker did: files of its own, of others, and what other workers are still at."""
 
-    rank: int
-    ranks: int
+    worker: int
+    worker_count: int
     share: list[str]
     made: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -67,13 +67,13 @@ class Outcome:
 
 
 @dataclass
-class Rank:
-    """One rank: makes files until none is left for it. `outcome` is there
+class Worker:
+    """One worker: makes files until none is left for it. `outcome` is there
     afterwards. `only`: these files and no others."""
 
-    job: RankJob
-    rank: int
-    ranks: int
+    job: WorkerJob
+    worker: int
+    worker_count: int
     device: str | None = None
     workers: int | None = None
     wait: float = WAIT
@@ -85,12 +85,14 @@ class Rank:
         """Make files of a plan; the plan."""
         self.job.check(plan)
         plan, device = place(plan, self.device or execution.device, own_gpu())
-        made = {unit.name: unit for unit in units(plan.shards, self.ranks, pick_device(device))}
+        made = {
+            unit.name: unit for unit in units(plan.shards, self.worker_count, pick_device(device))
+        }
         # whoever is last makes what all have collected for it
         sizes = [
             (name, unit.size) for name, unit in made.items() if not unit.collection or unit.range
         ]
-        share = list(self.only or assigned(sizes, self.ranks)[self.rank])
+        share = list(self.only or assigned(sizes, self.worker_count)[self.worker])
         if unknown := [name for name in share if name not in made]:
             raise Refused(
                 f"the plan has no file {listed(unknown)}",
@@ -99,11 +101,11 @@ class Rank:
                 hint="make the plan again",
                 code="AK610",
             )
-        outcome = self.outcome = Outcome(self.rank, self.ranks, share)
+        outcome = self.outcome = Outcome(self.worker, self.worker_count, share)
         if not self.dry_run:
 
-            def run(stage: RankStage) -> None:
-                work = _RankRun(plan, made, stage, outcome, device, self.workers, execution)
+            def run(stage: WorkerStage) -> None:
+                work = _WorkerRun(plan, made, stage, outcome, device, self.workers, execution)
                 work.make_files(self.wait, steal=self.only is None)
 
             of_plan = accepts(plan, hashed=execution.hash == "sha256")
@@ -111,11 +113,14 @@ class Rank:
         return plan
 
     def _at_work(
-        self, whole: Stage, run: Callable[[RankStage], None], accepts: Callable[[ShardResult], bool]
+        self,
+        whole: Stage,
+        run: Callable[[WorkerStage], None],
+        accepts: Callable[[ShardResult], bool],
     ) -> None:
         """Let `run` make files; what becomes of its errors, and of what it does not finish."""
         assert self.outcome is not None
-        stage = RankStage(whole.control, self.job.digest, self.rank, accepts=accepts)
+        stage = WorkerStage(whole.control, self.job.digest, self.worker, accepts=accepts)
         if not stage.exists() and _is_ended(whole, self.job):
             self.outcome.finished = True
             return
@@ -139,8 +144,8 @@ class Rank:
             stage.leave()
 
 
-def _is_ended(stage: Stage, job: RankJob) -> bool:
-    """Whether the output is there, or made of the ranks' files just now."""
+def _is_ended(stage: Stage, job: WorkerJob) -> bool:
+    """Whether the output is there, or made of the workers' files just now."""
     try:
         state = stage.state(job.fingerprint, resume=True, overwrite=False)
     except Refused:
@@ -153,14 +158,14 @@ class _Made(Exception):
     """Another process finished the file that this one was at."""
 
 
-class _RankRun:
-    """One rank's run: what it has to make, and what is done."""
+class _WorkerRun:
+    """One worker's run: what it has to make, and what is done."""
 
     def __init__(
         self,
         plan: Plan,
         units: dict[str, OutputFile],
-        stage: RankStage,
+        stage: WorkerStage,
         outcome: Outcome,
         device: str,
         workers: int | None,
@@ -184,7 +189,7 @@ class _RankRun:
         self.watch = Liveness(stage)
 
     def make_files(self, wait: float, *, steal: bool) -> None:
-        """Make files until none is left that this rank can make. Raises `Waiting` after `wait`
+        """Make files until none is left that this worker can make. Raises `Waiting` after `wait`
         seconds for what its own need, `Refused` where the job failed or its folder is gone."""
         self.marks.check(self.units)
         waited = 0.0
@@ -221,22 +226,22 @@ class _RankRun:
         return sorted(left, key=lambda name: (-self.units[name].size, name))
 
     def _is_done_otherwise(self, unit: OutputFile, parts: dict[str, list[tuple[int, int]]]) -> bool:
-        """Whether ranks of another number have made it, in other parts or whole."""
+        """Whether workers of another number have made it, in other parts or whole."""
         if unit.range is not None and self.stage.marker(unit.file) is not None:
             return True
         return unit.file in parts and tiling(parts[unit.file], unit.layout.size) is not None
 
     def _free(self, ready: Sequence[str], heartbeat: "Heartbeat") -> str | None:
-        """A file that nobody is at: from the end, as its rank begins with the longest; ranks that
-        look at the same time take different ones."""
+        """A file that nobody is at: from the end, as its worker begins with the longest; workers
+        that look at the same time take different ones."""
         free = [name for name in reversed(ready) if not self.watch.alive(name)]
-        return free[self.stage.rank % len(free)] if free else None
+        return free[self.stage.worker % len(free)] if free else None
 
     def _in_progress_elsewhere(self, ready: Sequence[str]) -> bool:
         return all(self.watch.advancing(name) for name in ready)
 
     def _make(self, names: Sequence[str], heartbeat: "Heartbeat", *, shared: bool = False) -> None:
-        """Make files; one of another rank only until that rank has made it."""
+        """Make files; one of another worker only until that worker has made it."""
         self.marks.began = time.monotonic()
 
         def progress(done: int) -> None:
@@ -257,9 +262,9 @@ class _RankRun:
 
 
 class Marks:
-    """What a rank notes of each file that it has made; it goes on only where all agree."""
+    """What a worker notes of each file that it has made; it goes on only where all agree."""
 
-    def __init__(self, stage: RankStage, outcome: Outcome, device: str):
+    def __init__(self, stage: WorkerStage, outcome: Outcome, device: str):
         self.stage, self.outcome = stage, outcome
         self.kind = {"device": device, "torch": torch.__version__}
         self.began = time.monotonic()  # the file that is made now
@@ -285,7 +290,7 @@ class Marks:
         check_one_kind([*self.stage.markers(names).values(), self.kind], self.stage)
 
     def check_not_failed(self) -> None:
-        """`Refused` where another rank gave the job up, `Failed` where its folder is gone."""
+        """`Refused` where another worker gave the job up, `Failed` where its folder is gone."""
         if not self.stage.exists():
             raise Failed(
                 "the output was finished, or begun again, by another process",
@@ -300,7 +305,7 @@ class Marks:
 class Liveness:
     """Which processes are at work on a file, by what they say and whether they go on saying it."""
 
-    def __init__(self, stage: RankStage):
+    def __init__(self, stage: WorkerStage):
         self.stage = stage
         self.seen: dict[str, tuple[int, float, bool]] = {}  # attempt -> word, since, not the first
 
@@ -326,9 +331,9 @@ class Liveness:
 class Heartbeat:
     """Says every few seconds that this process lives, and shows how far all are together."""
 
-    def __init__(self, stage: RankStage, units: dict[str, OutputFile], progress: Progress):
+    def __init__(self, stage: WorkerStage, units: dict[str, OutputFile], progress: Progress):
         self.stage, self.units, self.progress = stage, units, progress
-        self.bytes = self.shown = 0  # of files without a marker; of all ranks, shown so far
+        self.bytes = self.shown = 0  # of files without a marker; of all workers, shown so far
         self.made: set[str] = set()
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.running, self.problem = Running(1), None
@@ -388,7 +393,7 @@ def _waiting(name: str, needs: Sequence[str], todo: Sequence[str]) -> Waiting:
     missing = next(need for need in needs if need in todo)
     return Waiting(
         f"waiting for {missing}",
-        expected="a rank that makes it",
+        expected="a worker that makes it",
         where=name,
         hint="run the same command again when it is there",
     )

@@ -1,1 +1,1 @@
-"""Jobs beyond one call: pipelines, plans as files, ranks."""
+"""Jobs beyond one call: pipelines, plans as files, workers."""

@@ -71,8 +71,8 @@ def older_output(place: Location) -> Older | None:
         return _with_receipt(path, path / RECEIPT)
     if not path.is_file():
         return None
-    beside = path.with_name(receipt_beside(path.name))
-    return _with_receipt(path, beside) if beside.is_file() else None
+    next_to = path.with_name(receipt_beside(path.name))
+    return _with_receipt(path, next_to) if next_to.is_file() else None
 
 
 def is_pushed(older: Older, there: Older | None) -> bool:
@@ -94,12 +94,12 @@ def _on_hub(place: Location) -> Older | None:
         folder = HubFolder(_hub_id(place))
     except Refused:  # not there yet
         return None
-    beside, name = folder, RECEIPT
+    next_to, name = folder, RECEIPT
     if folder.single:
-        beside, name = HubFolder(_hub_id(place).parent), receipt_beside(folder.single)
-    if name not in beside.files():
+        next_to, name = HubFolder(_hub_id(place).parent), receipt_beside(folder.single)
+    if name not in next_to.files():
         return None
-    receipt = read_json(beside, name)
+    receipt = read_json(next_to, name)
     return Older(receipt, folder, None) if RECEIPT_CHECK.fits(receipt) else None
 
 

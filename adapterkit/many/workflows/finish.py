@@ -1,4 +1,4 @@
-"""finish: the output of a plan file, once its ranks have made the files."""
+"""finish: the output of a plan file, once its workers have made the files."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @record
 class Finish(Verb["Receipt"]):
-    """Publish the output of a plan file: the ranks' files, the small ones, the receipt; the
+    """Publish the output of a plan file: the workers' files, the small ones, the receipt; the
     receipt.
 
     `verify` reads the output again and checks every hash, of a merge also rows of each changed
@@ -54,7 +54,7 @@ class Finish(Verb["Receipt"]):
 
     def run(self) -> "Receipt":
         from adapterkit.core.engine.execution import check_out, check_push_of, pushed, with_verified
-        from adapterkit.many.workers.finish import finish_ranks
+        from adapterkit.many.workers.finish import finish_workers
         from adapterkit.many.workflows.plan_file import again, read_plan
 
         plan_file = read_plan(self.file)
@@ -69,7 +69,7 @@ class Finish(Verb["Receipt"]):
             check = verb.check(plan)
             check_out(plan, verb)
             verify = self.verify and not recomputes
-            receipt = finish_ranks(plan, plan_file.job, verb, missing, check, verify=verify)
+            receipt = finish_workers(plan, plan_file.job, verb, missing, check, verify=verify)
         return with_verified(pushed(receipt, verb, self.push), check)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from adapterkit.core.errors import Refused, shown
 
-Numbers = tuple[int, int]  # rank, and how many there are
-# The variables of a rank and of their number, of launchers that may start each other, the innermost
-# first: one that is started by another leaves that one's variables in the environment.
+Numbers = tuple[int, int]  # worker, and how many there are
+# The variables of a worker and of their number, of launchers that may start each other, the
+# innermost first: one that is started by another leaves that one's variables in the environment.
 PAIRS = (
     ("RANK", "WORLD_SIZE"),  # torchrun
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -17,22 +17,22 @@ PAIRS = (
     ("JOB_COMPLETION_INDEX", "ADAPTERKIT_RANKS"),  # Kubernetes
 )
 ARRAY = "SLURM_ARRAY_TASK_"
-MOST_RANKS = 999_999  # each plans the shares of all
+MOST_WORKERS = 999_999  # each plans the shares of all
 
 
-def rank_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
-    """The rank, from 0, and how many there are: of a text `I/N`, or with `auto` of Slurm's,
+def worker_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
+    """The worker, from 0, and how many there are: of a text `I/N`, or with `auto` of Slurm's,
     torchrun's, MPI's or Kubernetes' variables; 0 of 1 without any. `Refused` where these are
     incomplete."""
     if text == "auto":
-        rank, ranks = _from(os.environ if environment is None else environment)
-        if ranks > MOST_RANKS:
-            raise _refused(f"{ranks} ranks are too many", f"at most {MOST_RANKS}")
-        return rank, ranks
+        worker, worker_count = _from(os.environ if environment is None else environment)
+        if worker_count > MOST_WORKERS:
+            raise _refused(f"{worker_count} workers are too many", f"at most {MOST_WORKERS}")
+        return worker, worker_count
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
     if match is None or not int(match[1]) < int(match[2]):
         raise Refused(
-            f"--rank {shown(text)} is not valid",
+            f"--worker {shown(text)} is not valid",
             expected="auto, or I/N with I from 0 to N - 1",
             where="options",
             hint="the first of four is 0/4",
@@ -45,8 +45,8 @@ def _from(environment: Mapping[str, str]) -> Numbers:
     """As the innermost launcher says, within an element of a job array: whatever is started in
     one, it is apart from the others."""
     element, elements = _element(environment)
-    rank, ranks = _within(environment)
-    return element * ranks + rank, elements * ranks
+    worker, worker_count = _within(environment)
+    return element * worker_count + worker, elements * worker_count
 
 
 def _within(environment: Mapping[str, str]) -> Numbers:
@@ -57,8 +57,8 @@ def _within(environment: Mapping[str, str]) -> Numbers:
                 return numbers
     for pair in PAIRS:
         # of Slurm a batch script may have the first alone, task 0, and salloc's shell the second
-        is_said = pair[0] != "SLURM_PROCID" or environment.get(pair[0], "0") != "0"
-        if is_said and any(name in environment for name in pair):
+        is_set = pair[0] != "SLURM_PROCID" or environment.get(pair[0], "0") != "0"
+        if is_set and any(name in environment for name in pair):
             _numbers(environment, *pair)  # refuses what is incomplete
     return 0, 1
 
@@ -80,10 +80,12 @@ def _element(environment: Mapping[str, str]) -> Numbers:
 
 
 def _numbers(environment: Mapping[str, str], first: str, second: str) -> Numbers:
-    rank, ranks = _whole(environment, first), _whole(environment, second)
-    if not 0 <= rank < ranks:
-        raise _refused(f"{first}={rank} with {second}={ranks}", "a rank below their number")
-    return rank, ranks
+    worker, worker_count = _whole(environment, first), _whole(environment, second)
+    if not 0 <= worker < worker_count:
+        raise _refused(
+            f"{first}={worker} with {second}={worker_count}", "a worker below their number"
+        )
+    return worker, worker_count
 
 
 def _whole(environment: Mapping[str, str], name: str) -> int:
@@ -99,5 +101,5 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
 
 def _refused(problem: str, expected: str) -> Refused:
     return Refused(
-        problem, expected=expected, where="the environment", hint="give --rank I/N", code="AK101"
+        problem, expected=expected, where="the environment", hint="give --worker I/N", code="AK101"
     )

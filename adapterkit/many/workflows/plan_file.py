@@ -27,7 +27,7 @@ from adapterkit.core.options import FILE, StrPath, checked, flag_of
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import TABLE, TEXT, Json
 from adapterkit.core.verb import WritingVerb, called
-from adapterkit.many.workers.job_identity import RankJob, prepare_ranks
+from adapterkit.many.workers.job_identity import WorkerJob, prepare_workers
 from adapterkit.many.workflows.verbs import VERB
 
 VERSION = 1
@@ -45,7 +45,7 @@ class PlanFile:
 
     path: Path
     verb: WritingVerb
-    job: RankJob
+    job: WorkerJob
 
 
 def write_plan(file: StrPath, verb: str, *sources: object, **options: object) -> Plan:
@@ -64,8 +64,8 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
     _check_room(path, call.overwrite, Path(call.out))
     plan = call.plan()
     check_out(plan, call)
-    job, needs = RankJob.of(plan, call.hash), plan.needs()
-    plan = prepare_ranks(plan, job, call)
+    job, needs = WorkerJob.of(plan, call.hash), plan.needs()
+    plan = prepare_workers(plan, job, call)
     _write(
         path,
         {
@@ -111,7 +111,7 @@ def read_plan(file: StrPath) -> PlanFile:
         raise _unreadable(path, "its output path is not absolute")
     check_call(verb, arguments, OF_THE_USER, str(path), AGAIN)
     call = records.read(verb, arguments, str(path), hint=AGAIN, name=flag_of)
-    job = RankJob(data["recipe"], data["inputs"], data["hash"])
+    job = WorkerJob(data["recipe"], data["inputs"], data["hash"])
     if job.fingerprint != data["fingerprint"]:
         raise _unreadable(path, "its recipe does not match its fingerprint")
     return PlanFile(path, call, job)
@@ -196,8 +196,8 @@ def _pinned(source: StrPath) -> str:
     text = os.fspath(source)
     if os.path.exists(text):
         return os.path.abspath(text)
-    if told := PART.fullmatch(text):  # of a pipeline
-        return f"{told[1]}:{_pinned(told[2])}"
+    if named := PART.fullmatch(text):  # of a pipeline
+        return f"{named[1]}:{_pinned(named[2])}"
     hub_id = parse(text)
     return text if hub_id is None else str(replace(hub_id, revision=HubFolder(hub_id).commit))
 

@@ -139,9 +139,9 @@ class _Recipe:
         document, errors = self.document, self.errors
         if self.method not in (*SPARSE, "linear", "nuslerp", "sce"):
             known = ", ".join((*SPARSE, "linear", "nuslerp", "sce"))
-            why = OTHERS.get(self.method, "is not known here")
+            reason = OTHERS.get(self.method, "is not known here")
             hint = did_you_mean([self.method], known.split(", ")) or "use one of these"
-            errors.add(f"merge_method {shown(self.method)} {why}", known, hint, code="AK113")
+            errors.add(f"merge_method {shown(self.method)} {reason}", known, hint, code="AK113")
         if len(document.slices) > 1 or document.modules or not (document.models or document.slices):
             problem = "modules, or several slices: layers of models put together anew"
             errors.add(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.many.workers.worker import Outcome
     from adapterkit.many.workflows.plan_file import PlanFile
 
-OF_PLAN_FILES, OF_RECIPES = ("rank", "workers", "wait"), ("out",)
+OF_PLAN_FILES, OF_RECIPES = ("worker", "workers", "wait"), ("out",)
 OF_PIPELINES = ("overwrite", "engine", "allow_push")
 
 RECIPES = (".yml", ".yaml")
@@ -48,9 +48,9 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
     them. Of a `.yml` or `.yaml` file, a recipe of mergekit whose inputs are one base with adapters,
     merge these into `out`; what `merge` returns.
 
-    `rank`: `I/N`, I from 0, or `auto`: as Slurm, torchrun, MPI or Kubernetes say, else 0/1.
+    `worker`: `I/N`, I from 0, or `auto`: as Slurm, torchrun, MPI or Kubernetes say, else 0/1.
     `device` and `workers` (threads) in place of the plan's. `wait`: seconds for files that others
-    make and that this rank's need; then `Waiting`. Killed, run again the same: what is finished
+    make and that this worker's need; then `Waiting`. Killed, run again the same: what is finished
     stays. For a pipeline, `overwrite` replaces outputs that it did not write, `engine` says where
     its steps run, and without `allow_push` nothing is uploaded, whatever the file says; for a
     recipe, `overwrite` replaces an older output. Raises `Refused` where the job is not that of the
@@ -77,12 +77,12 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
       adapterkit run steps.toml --dry-run
       adapterkit run recipe.yml --out merged
       adapterkit merge ./base ./adapter --out merged --plan merged.plan.json
-      adapterkit run merged.plan.json --rank 0/2
+      adapterkit run merged.plan.json --worker 0/2
       srun adapterkit run merged.plan.json
     """
 
     file: StrPath = argument(kw_only=False, check=FILE, metavar="FILE")
-    rank: str = option(
+    worker: str = option(
         default="auto",
         check=TEXT,
         metavar="auto|I/N",
@@ -101,7 +101,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
     wait: float = option(
         default=WAIT,
         check=number("0 or more seconds", lambda value: value >= 0),
-        help="Seconds to wait for files of other ranks, where this one's need them; then exit "
+        help="Seconds to wait for files of other workers, where this one's need them; then exit "
         "status 3.",
     )
     overwrite: bool = option(
@@ -130,12 +130,14 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         tier="experimental",
     )
     dry_run: bool = option(
-        default=False, check=FLAG, help="Print the files of this rank, or plan all steps, and stop."
+        default=False,
+        check=FLAG,
+        help="Print the files of this worker, or plan all steps, and stop.",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
     def run(self) -> "Outcome | Json | Receipt | Plan":
-        from adapterkit.many.workflows.launcher import rank_of
+        from adapterkit.many.workflows.launcher import worker_of
         from adapterkit.many.workflows.plan_file import read_plan
         from adapterkit.many.workflows.workflow import run_pipeline
 
@@ -153,9 +155,9 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
                 progress=self.progress,
             )
         self._refuse((*OF_PIPELINES, *OF_RECIPES), "a plan file")
-        return run_rank(
+        return run_worker(
             read_plan(self.file),
-            *rank_of(self.rank),
+            *worker_of(self.worker),
             device=self.device,
             workers=self.workers,
             wait=self.wait,
@@ -180,18 +182,19 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
             options = ", ".join(given)
             raise Refused(
                 f"{options} does not apply to {what}",
-                expected="--rank, --workers and --wait with a plan file, --engine and --allow-push "
-                "with a pipeline, --overwrite with a pipeline or a recipe, --out with a recipe",
+                expected="--worker, --workers and --wait with a plan file, --engine and "
+                "--allow-push with a pipeline, --overwrite with a pipeline or a recipe, "
+                "--out with a recipe",
                 where="options",
                 hint=f"remove {options}",
                 code="AK102",
             )
 
 
-def run_rank(
+def run_worker(
     plan_file: "PlanFile",
-    rank: int,
-    ranks: int,
+    worker: int,
+    worker_count: int,
     *,
     only: Sequence[str] | None = None,
     device: str | None = None,
@@ -202,17 +205,17 @@ def run_rank(
 ) -> "Outcome":
     """`run` of a plan file that was read; with `only` exactly these files."""
     from adapterkit.core.engine.execution import check_out
-    from adapterkit.many.workers.worker import Rank
+    from adapterkit.many.workers.worker import Worker
     from adapterkit.many.workflows.plan_file import again
 
     verb = replace(plan_file.verb, resume=True, progress=progress)
-    worker = Rank(plan_file.job, rank, ranks, device, workers, wait, dry_run, only)
+    own = Worker(plan_file.job, worker, worker_count, device, workers, wait, dry_run, only)
     with again(verb):
         plan = verb.plan()
         check_out(plan, verb)
-        worker.make(plan, verb)
-    assert worker.outcome is not None
-    return worker.outcome
+        own.make(plan, verb)
+    assert own.outcome is not None
+    return own.outcome
 
 
 run = function_of(Run)

@@ -1,6 +1,6 @@
 """The verbs that write, by name: all that a plan file or a pipeline can call."""
 
-from adapterkit.core.records import Check, unfit
+from adapterkit.core.records import Check, invalid_value
 from adapterkit.core.registry import verb_named
 from adapterkit.core.verb import WritingVerb
 from adapterkit.doors import VERBS
@@ -16,7 +16,7 @@ def _verb(name: object) -> type[WritingVerb]:
     known = writing_verbs()
     if not isinstance(name, str) or name not in known:
         expected = f"a verb that writes: {', '.join(known)}"
-        raise unfit(name, expected, "use one of these", list(known))
+        raise invalid_value(name, expected, "use one of these", list(known))
     return known[name]
 
 

@@ -34,8 +34,8 @@ from adapterkit.many.workflows.earlier_output import (
 from adapterkit.many.workflows.report import Row, outcome, refusal, report, sent
 from adapterkit.many.workflows.workflow_file import (
     Location,
-    PipelineStep,
     StepSource,
+    WorkflowStep,
     read_pipeline,
 )
 
@@ -56,7 +56,7 @@ class Mode:
 class StepRun:
     """One run of a step: its plan, how its output is written, what came of it."""
 
-    step: PipelineStep
+    step: WorkflowStep
     mode: Mode | None = None  # None: known when its inputs are there
     damage: str = ""  # what is wrong with the output that is there
     plan: Plan | None = None
@@ -101,7 +101,7 @@ def run_pipeline(
     path, steps = Path(file), read_pipeline(Path(file))
     if not (allow_push or dry_run):
         _check_local(steps, path)
-    pipeline = _Pipeline(path, device, engine, overwrite, progress)
+    pipeline = _Workflow(path, device, engine, overwrite, progress)
     runs = pipeline.plan(steps)
     stopped = dry_run or any(run.is_refused for run in runs)
     for number, run in enumerate(runs, 1):
@@ -121,7 +121,7 @@ def run_pipeline(
     return report("steps", [run.row for run in runs])
 
 
-def _check_local(steps: Sequence[PipelineStep], file: Path) -> None:
+def _check_local(steps: Sequence[WorkflowStep], file: Path) -> None:
     """`Refused` where steps send their outputs away."""
     problems = Problems(where=shown(file.name), code="AK114")
     for step in steps:
@@ -135,7 +135,7 @@ def _check_local(steps: Sequence[PipelineStep], file: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Pipeline:
+class _Workflow:
     file: Path
     device: str | None
     engine: str | None
@@ -147,7 +147,7 @@ class _Pipeline:
         """Tells this file from others of its name."""
         return hashlib.sha256(os.fsencode(self.file.resolve())).hexdigest()[:16]
 
-    def plan(self, steps: list[PipelineStep]) -> list[StepRun]:
+    def plan(self, steps: list[WorkflowStep]) -> list[StepRun]:
         """All steps, planned as far as that is possible without data; refused ones say why. An
         output that is there, and that a step to come reads, is checked as `verify` does; one that
         is damaged is made again."""
@@ -162,7 +162,7 @@ class _Pipeline:
                 older = older_output(steps[number - 1].place)
                 damages[number] = older.damage() if older else ""
 
-    def _plan_all(self, steps: list[PipelineStep], damages: Mapping[int, str]) -> list[StepRun]:
+    def _plan_all(self, steps: list[WorkflowStep], damages: Mapping[int, str]) -> list[StepRun]:
         runs: list[StepRun] = []
         for step in steps:
             run = StepRun(step, damage=damages.get(step.number, ""))
@@ -203,7 +203,7 @@ class _Pipeline:
         if run.mode.sends:
             run.outcome = {"state": "planned", "notes": [sent(str(step.push))]}
 
-    def _verb(self, step: PipelineStep, planned: Mapping[StepSource, Overlay]) -> WritingVerb:
+    def _verb(self, step: WorkflowStep, planned: Mapping[StepSource, Overlay]) -> WritingVerb:
         """The step's verb, its arguments checked; some of its sources are planned."""
 
         def value(source: StepSource) -> Any:

@@ -63,7 +63,7 @@ class StepSource:
 
 
 @dataclass(frozen=True)
-class PipelineStep:
+class WorkflowStep:
     """One step: a call of a verb. In its arguments `StepSource` stands for what the verb reads."""
 
     number: int  # from 1
@@ -97,7 +97,7 @@ class PipelineStep:
 
 
 @dataclass(frozen=True)
-class PipelineDocument:
+class WorkflowDocument:
     """The file."""
 
     step: tuple[Json, ...] = field(metadata={"check": STEPS})
@@ -113,7 +113,7 @@ class StepTable:
     options: Json = field(default_factory=dict, metadata={"check": records.TABLE})
 
 
-def read_pipeline(file: Path) -> list[PipelineStep]:
+def read_pipeline(file: Path) -> list[WorkflowStep]:
     """The steps of a pipeline; `Refused` with all that is wrong in any of them."""
     entries, folder = _entries(file), file.absolute().parent
     errors = Problems()
@@ -138,9 +138,9 @@ def _entries(file: Path) -> list[Json]:
     try:
         document = tomllib.loads(read_small(file, MAX_FILE).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # of TOML, of UTF-8, of its numbers
-        why = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
+        reason = error.strerror if isinstance(error, OSError) else f"not TOML: {error}"
         raise Refused(
-            shown(why),
+            shown(reason),
             expected="[[step]] tables",
             where=where,
             hint="check the path and the file",
@@ -148,10 +148,10 @@ def _entries(file: Path) -> list[Json]:
         ) from error
     refuse_shares(document, where)
     hint = "add a [[step]] with verb, inputs and out"
-    return list(records.read(PipelineDocument, document, where, hint=hint).step)
+    return list(records.read(WorkflowDocument, document, where, hint=hint).step)
 
 
-def _step(number: int, entry: Json, outs: Mapping[int, Location], folder: Path) -> PipelineStep:
+def _step(number: int, entry: Json, outs: Mapping[int, Location], folder: Path) -> WorkflowStep:
     name = entry.get("verb")
     where = f"step {number}" + (f" ({shown(name)})" if isinstance(name, str) else "")
     step = records.read(StepTable, entry, where, hint=HINT)
@@ -167,7 +167,7 @@ def _step(number: int, entry: Json, outs: Mapping[int, Location], folder: Path) 
     for one in _all_sources(arguments):
         errors += _needed(one, number, outs, where, needs)
     errors.raise_all()
-    return PipelineStep(
+    return WorkflowStep(
         number, step.verb.name, step.verb, step.inputs, step.out, outs[number], arguments, needs
     )
 

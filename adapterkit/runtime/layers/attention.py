@@ -28,7 +28,7 @@ class AttentionPart(FactorsPart):
         return [(path, cls), (f"{path}.{OUTPUT}", AttentionOutputPart)]
 
     @classmethod
-    def unfit(cls, host: Host, rank: int) -> tuple[str, str] | None:
+    def refusal_reason(cls, host: Host, rank: int) -> tuple[str, str] | None:
         is_one = host._qkv_same_embed_dim
         return None if is_one else ("factors", "one width of queries, keys and values")
 
@@ -62,7 +62,7 @@ class AttentionOutputPart(AttentionPart):
         return [(path, cls)]
 
     @classmethod
-    def unfit(cls, host: Host, rank: int) -> tuple[str, str] | None:
+    def refusal_reason(cls, host: Host, rank: int) -> tuple[str, str] | None:
         return None
 
     @classmethod

@@ -31,7 +31,7 @@ class ConvPart(FactorsPart):
         )
 
     @classmethod
-    def unfit(cls, host: Host, rank: int) -> tuple[str, str] | None:
+    def refusal_reason(cls, host: Host, rank: int) -> tuple[str, str] | None:
         expected = f"a multiple of the {host.groups} groups"
         return (f"rank {rank}", expected) if rank % host.groups else None
 

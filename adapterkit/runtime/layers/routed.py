@@ -11,7 +11,7 @@ from adapterkit.core.errors import Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.routing import add_routed
-from adapterkit.runtime.sharding import spread, whole
+from adapterkit.runtime.sharding import full_tensor, spread
 from adapterkit.runtime.site import Part, Site
 
 
@@ -102,7 +102,7 @@ class RoutedPart(Part):
     @property
     def experts(self) -> Experts:
         count, width = len(self.names), self.up.shape[0]
-        down, up = whole(self.down.detach()), whole(self.up.detach())
+        down, up = full_tensor(self.down.detach()), full_tensor(self.up.detach())
         a = down[:width].view(count, -1, down.shape[1])
         b = up.view(count, -1, up.shape[1]).transpose(1, 2)
         return Experts(self.names, a, b, self.scales, down[width:])

@@ -91,7 +91,7 @@ def _part(
     dtype: torch.dtype | None,
     ephemeral_gpu_offload: bool,
 ) -> FactorsPart:
-    where = home(host)
+    where = factor_device(host)
     a, b = values.a.to(where, dtype), values.b.to(where, dtype)
     bias, magnitude = (
         None if value is None else value.to(where, dtype)
@@ -136,7 +136,7 @@ def _fill(module: nn.Module, name: str, value: Tensor) -> None:
         inner._buffers[leaf] = value.to(own.dtype)
 
 
-def home(host: nn.Module) -> torch.device:
+def factor_device(host: nn.Module) -> torch.device:
     """Where a host's factors live: beside its weight; where it runs if accelerate offloads it; on
     the CPU while it is on meta."""
     tensor: Tensor | None = next(host.parameters(), None)

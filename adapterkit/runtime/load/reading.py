@@ -118,13 +118,13 @@ def join(state: State, source: StrPath) -> StoredAdapter:
 
 
 def join_folder(
-    state: State, folder: Folder, number: int = 0, *, beside: bool = False
+    state: State, folder: Folder, number: int = 0, *, is_second: bool = False
 ) -> StoredAdapter:
-    """`join` of a folder, which has a number among several. `beside`: of initial factors, for the
-    layers as their adapter has them."""
+    """`join` of a folder, which has a number among several. `is_second`: of initial factors, for
+    the layers as their adapter has them."""
     adapter = read_adapter(folder, number, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
-    if not beside:
+    if not is_second:
         replicate(state, config.layer_replication, adapter.where)
     hint = "the adapter was trained on another model"
     errors = Problems(where=adapter.label, hint=hint, code="AK803")
@@ -332,7 +332,7 @@ def _subtract_stored(
     state: State, adapter: Adapter, folder: Folder, parts: list[tuple[str, Part]]
 ) -> None:
     """Give parts the initial factors of the folder beside their adapter."""
-    initial = read_parts(state, join_folder(state, folder, beside=True), "initial", None)
+    initial = read_parts(state, join_folder(state, folder, is_second=True), "initial", None)
     own, others = (
         {(path, part.role): part for path, part in each if isinstance(part, FactorsPart)}
         for each in (parts, initial)

@@ -28,7 +28,7 @@ from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.parts.copies import CopyPart, ValuePart, entries_for_peft
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.tokens import TokensPart
-from adapterkit.runtime.sharding import whole
+from adapterkit.runtime.sharding import full_tensor
 from adapterkit.runtime.state import Attached, State, refuse_merged
 from adapterkit.runtime.targets import unfit_as_parameter
 from adapterkit.verbs.shared.targets.resolve import embeddings_of, model_type
@@ -221,7 +221,7 @@ def _is_shorthand(config: Mapping[str, object]) -> bool:
 
 def stored_value(value: Tensor) -> Tensor:
     """A tensor as the file holds it: gathered where it is sharded, dense and of its own memory."""
-    return whole(value).detach().cpu().clone(memory_format=torch.contiguous_format)
+    return full_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def writes() -> bool:

@@ -101,7 +101,7 @@ class FactorsPart(Part):
         return [(path, cls)]
 
     @classmethod
-    def unfit(cls, host: Host, rank: int) -> tuple[str, str] | None:
+    def refusal_reason(cls, host: Host, rank: int) -> tuple[str, str] | None:
         """What a host does not take, and what is expected; None for nothing."""
         return None
 

@@ -23,7 +23,7 @@ from adapterkit.runtime.handle import Adapters
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.memo import bits_of, same
-from adapterkit.runtime.sharding import is_sharded, spread, whole
+from adapterkit.runtime.sharding import full_tensor, is_sharded, spread
 from adapterkit.runtime.site import Part, Site
 
 T = TypeVar("T")
@@ -193,7 +193,7 @@ class LoraFA(Optimizer):
 
 def _stamp(a: Tensor) -> Tensor | None:
     """Changes with a; on a GPU with the writes that count a version: to compare bits would wait."""
-    bits = bits_of([whole(a)], wait=False)
+    bits = bits_of([full_tensor(a)], wait=False)
     return torch.tensor([a.data_ptr(), a._version]) if bits is None else bits
 
 
@@ -322,7 +322,7 @@ def stacked(parts: Sequence[FactorsPart], values: Sequence[Tensor]) -> Tensor:
 
 def _matrices(part: FactorsPart, value: Tensor) -> Tensor:
     """As `stacked` one part's, gathered where it is sharded."""
-    value = whole(value.detach())
+    value = full_tensor(value.detach())
     if isinstance(part, ParameterPart) and value.ndim == 3:
         return value
     groups = part.a.shape[0] // part.b.shape[1]

@@ -16,7 +16,7 @@ from adapterkit.runtime.guard import OWNER
 from adapterkit.runtime.load import reading, writing
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.quantized import quantization_of
-from adapterkit.runtime.sharding import is_sharded, spread, whole
+from adapterkit.runtime.sharding import full_tensor, is_sharded, spread
 from adapterkit.runtime.site import CHILD, Part, Site, owner
 from adapterkit.runtime.state import State
 
@@ -244,7 +244,7 @@ def _tensor(part: Part, name: str) -> Tensor:
 def _exchange(tensor: Tensor, value: Tensor) -> Tensor:
     """Give a tensor a whole value, and return what it had."""
     if is_sharded(tensor):
-        own: Tensor = whole(tensor.detach()).clone()
+        own: Tensor = full_tensor(tensor.detach()).clone()
         new: Any = spread(value.to(tensor.device), tensor)
         # in place: FSDP2 gathers from memory of its own
         tensor.to_local().data.copy_(new.to_local())

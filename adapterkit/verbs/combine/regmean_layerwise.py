@@ -25,10 +25,10 @@ from adapterkit.verbs.combine.records.combine import Combine
 from adapterkit.verbs.combine.tasks.combine import CombinedFactors
 from adapterkit.verbs.stats.data.records import draw_records
 from adapterkit.verbs.stats.data.samples import Samples
-from adapterkit.verbs.stats.job import Batch, CollectionJob
+from adapterkit.verbs.stats.job import Batch, CollectionPlan
 from adapterkit.verbs.stats.model.activations import ActivationStore
 from adapterkit.verbs.stats.model.hooks import SumsWatch
-from adapterkit.verbs.stats.model.layers import Unit, is_within
+from adapterkit.verbs.stats.model.layers import OffloadedLayer, is_within
 from adapterkit.verbs.stats.model.layerwise import run_layerwise
 from adapterkit.verbs.stats.model.layerwise_schedule import Pass
 from adapterkit.verbs.stats.model.stored_model import StoredModel
@@ -146,10 +146,10 @@ def job_of(
     options: StatsOptions,
     batches: Sequence[tuple[int, Batch]],
     names: list[str],
-) -> CollectionJob:
+) -> CollectionPlan:
     """The job of these modules; `Refused` with those that are no linear layers in a list of
     layers."""
-    job = CollectionJob(stored, options, [batch for _, batch in batches])
+    job = CollectionPlan(stored, options, [batch for _, batch in batches])
     job.runs, job.targets = list(batches), names
     errors = Problems(where=stored.base.name, code="AK901")
     if job.is_whole:
@@ -176,7 +176,7 @@ class _Recollector:
 
     def __init__(
         self,
-        job: CollectionJob,
+        job: CollectionPlan,
         tasks: dict[str, RecollectedFactors],
         inputs: LocalReader,
         stage: Workspace,
@@ -215,11 +215,11 @@ class _Recollector:
                 handle.remove()
 
     @contextmanager
-    def visited(self, unit: Unit) -> Iterator[None]:
+    def visited(self, unit: OffloadedLayer) -> Iterator[None]:
         yield
 
     @contextmanager
-    def rehearsal(self, unit: Unit) -> Iterator[bool]:
+    def rehearsal(self, unit: OffloadedLayer) -> Iterator[bool]:
         tasks = [task for name, task in self.tasks.items() if is_within(name, [unit.name])]
         if not tasks:
             yield False
@@ -269,30 +269,30 @@ class _Recollector:
             a, b = task.place.pair(result.tensors)
             self.merged[task.name] = a.float(), b.float()
 
-    def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+    def begin(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         assert self.watch is not None
         self.watch.masks = one.masks
         is_rehearsed = bool(self.own) and unit is not None
         self.active = self.own[one.block] if is_rehearsed else self.merged
         self.watch.sums = self.collected[one.block].sums if is_rehearsed else None
 
-    def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+    def end(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         assert self.watch is not None
         if self.watch.sums is not None:
             self.watch.sums.settle()
 
-    def wants(self, unit: Unit) -> bool:
+    def wants(self, unit: OffloadedLayer) -> bool:
         return False
 
-    def wanted(self, one: Pass, unit: Unit) -> dict[str, Tensor]:
+    def wanted(self, one: Pass, unit: OffloadedLayer) -> dict[str, Tensor]:
         return {}
 
     def take(self, one: Pass, name: str, gradient: Tensor) -> None:
         raise AssertionError("no gradients are wanted")
 
-    def see(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record_input(self, unit: OffloadedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
         assert self.watch is not None
-        self.watch.see(unit.name, args, kwargs)
+        self.watch.record_input(unit.name, args, kwargs)
 
 
 def plan_recollected(options: Combine) -> Plan:
@@ -346,11 +346,11 @@ def plan_recollected(options: Combine) -> Plan:
             reads=tuple(reads_of(job)),
         )
         notes = [*(n for one in (*drawn, *samples) for n in one.notes), *job.notes]
-    told = {"files": [one.files for one in drawn], "sha256": [one.digest for one in samples]}
+    declared = {"files": [one.files for one in drawn], "sha256": [one.digest for one in samples]}
     return replace(
         plan,
-        options=plan.options | {"data": told},
-        decisions=plan.decisions | {"data": told},
+        options=plan.options | {"data": declared},
+        decisions=plan.decisions | {"data": declared},
         notes=tuple(dict.fromkeys([*plan.notes, *notes])),
         shards=(replace(shard, tasks=tuple(tasks), collection=collection),),
     )

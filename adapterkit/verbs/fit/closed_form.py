@@ -10,7 +10,7 @@ from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.lowrank.span import span_weights
 from adapterkit.verbs.fit.plan import FitCollection
 from adapterkit.verbs.fit.runs import FitBatch, Runs
-from adapterkit.verbs.fit.weighted_adapters import MixedModule, Seen
+from adapterkit.verbs.fit.weighted_adapters import ActivationGram, WeightedModule
 
 ENDS = {"adapter": 0, "layer": 1}  # of what a module's group is: nothing, its layer, itself
 
@@ -21,19 +21,19 @@ def closed_form(fit: FitCollection, runs: Runs, start: Tensor) -> Tensor:
 
     Of the inputs E[u uᵀ], u = a·x, is enough. Modules that see no vectors are taken to see all
     directions alike; of stacks of experts c is the start's."""
-    mixture, count = runs.mixture, len(fit.adapters)
-    owners = torch.tensor([owner[0] for owner in mixture.owners])
-    seen: list[Seen] = []
+    weighted_model, count = runs.weighted_model, len(fit.adapters)
+    owners = torch.tensor([owner[0] for owner in weighted_model.owners])
+    seen: list[ActivationGram] = []
     for number in range(count):
-        mixture.seen = Seen()
+        weighted_model.seen = ActivationGram()
         own = [one for one in fit.train.batches if one.file == number]
         only = (owners == number).double()
         runs.run(only, [*_alone(own)], lambda one: 0 * runs.target.logits(one).flatten()[:1])
-        seen.append(mixture.seen)
-    mixture.seen = None
-    groups = [owner[1:][: ENDS.get(fit.options.per, 2)][-1:] for owner in mixture.owners]
+        seen.append(weighted_model.seen)
+    weighted_model.seen = None
+    groups = [owner[1:][: ENDS.get(fit.options.per, 2)][-1:] for owner in weighted_model.owners]
     modules = []
-    for place in mixture.places:
+    for place in weighted_model.places:
         with runs.loaded(place):
             assert place.part is not None
             if place.part.a.ndim != 3 or place.leaf is None:
@@ -45,7 +45,7 @@ def closed_form(fit: FitCollection, runs: Runs, start: Tensor) -> Tensor:
 
 
 def _equations(
-    place: MixedModule, count: int, seen: Sequence[Seen]
+    place: WeightedModule, count: int, seen: Sequence[ActivationGram]
 ) -> tuple[list[Product | None], Callable[[int], Tensor]]:
     """The deltas of a module, None of an adapter that lacks it, by their rows of u; E[u uᵀ]."""
     part = place.part

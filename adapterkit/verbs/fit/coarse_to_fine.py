@@ -15,7 +15,7 @@ from adapterkit.verbs.fit.balance import Balance
 from adapterkit.verbs.fit.closed_form import closed_form
 from adapterkit.verbs.fit.journal import Evaluations
 from adapterkit.verbs.fit.objective import TeacherObjective
-from adapterkit.verbs.fit.plan import FitCollection, SamplePart
+from adapterkit.verbs.fit.plan import FitCollection, SampleSplit
 from adapterkit.verbs.fit.runs import Runs
 from adapterkit.verbs.fit.solver import Level, Point, minimize
 from adapterkit.verbs.fit.verb import LEVELS
@@ -26,7 +26,7 @@ ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
 
 @dataclass
-class Staircase:
+class CoarseToFineFit:
     """The steps of a fit; `rows`: losses held out (samples,) of all that is compared, by name;
     `levels`: the coefficients of the start and of each step, kept or not."""
 
@@ -39,13 +39,13 @@ class Staircase:
     seen: list[Point] = field(default_factory=list)  # of the training part
     points: set[bytes] = field(default_factory=set)  # whose gradients were asked for
 
-    def losses(self, c: Tensor, part: SamplePart) -> Tensor:
-        what = f"losses {part.name} {self.runs.mixture.directions}"
+    def losses(self, c: Tensor, part: SampleSplit) -> Tensor:
+        what = f"losses {part.name} {self.runs.weighted_model.directions}"
         compute = lambda: [self.runs.losses(c, part.batches)]
         return self.evaluations.of(what, c, compute, [(len(part.where),)])[0]
 
-    def gradients(self, c: Tensor, part: SamplePart) -> tuple[Tensor, Tensor]:
-        what = f"gradients {part.name} {self.runs.mixture.directions}"
+    def gradients(self, c: Tensor, part: SampleSplit) -> tuple[Tensor, Tensor]:
+        what = f"gradients {part.name} {self.runs.weighted_model.directions}"
         compute = lambda: list(self.runs.gradients(c, part.batches))
         self.points.add(what.encode() + c.numpy().tobytes())
         shapes = [(len(part.where),), (int(part.files.max()) + 1, len(c))]
@@ -54,7 +54,7 @@ class Staircase:
 
     def of_adapters(self, weights: Sequence[float]) -> Tensor:
         """Coefficients (all,) of one weight for each adapter."""
-        return torch.tensor([weights[o] for o, *_ in self.runs.mixture.owners]).double()
+        return torch.tensor([weights[o] for o, *_ in self.runs.weighted_model.owners]).double()
 
     def kept(self, per: str) -> str:
         """The last level up to that one whose step is kept; "start" for none."""
@@ -83,7 +83,7 @@ class Staircase:
 
     def _start(self) -> Tensor:
         """The coefficients to begin with, within the bounds; of adapters that do nothing 0."""
-        zeros = self.runs.mixture.zeros()
+        zeros = self.runs.weighted_model.zeros()
         weights = [0.0 if n in zeros else w for n, w in enumerate(self.fit.start)]
         c = self.of_adapters(weights)
         if self.fit.options.start == "stats":
@@ -119,7 +119,7 @@ class Staircase:
     def held(self) -> Balance:
         return self._balance(self.fit.held)
 
-    def _balance(self, part: SamplePart) -> Balance:
+    def _balance(self, part: SampleSplit) -> Balance:
         """How a part's losses become one number."""
         fit, kind = self.fit, self.fit.options.balance
         tokens = part.files.bincount(part.tokens).double()
@@ -146,7 +146,7 @@ class Staircase:
         """Coefficients of members become those of their directions."""
         self.runs.number(True)
         self.seen.clear()
-        self.levels = {per: self.runs.mixture.expanded(c) for per, c in self.levels.items()}
+        self.levels = {per: self.runs.weighted_model.expanded(c) for per, c in self.levels.items()}
 
     def _step(self, per: str, before: Tensor, losses: Tensor) -> Tensor:
         """The coefficients of a level, of the ridge that does best on what is held out."""
@@ -187,7 +187,7 @@ class Staircase:
         return Point.of(c, self.train, *self.gradients(c, self.fit.train))
 
     def _level(self, per: str, before: Tensor) -> Level:
-        owners = self.runs.mixture.owners
+        owners = self.runs.weighted_model.owners
         names: list[Any] = (
             [o[: ENDS[per]] for o in owners] if per in ENDS else [*range(len(owners))]
         )

@@ -20,7 +20,7 @@ from adapterkit.core.receipt import Receipt
 from adapterkit.core.records import Json
 from adapterkit.core.run_options import RunOptions
 from adapterkit.verbs.combine.records.combine import Combine
-from adapterkit.verbs.fit.coarse_to_fine import Staircase
+from adapterkit.verbs.fit.coarse_to_fine import CoarseToFineFit
 from adapterkit.verbs.fit.collection import TASK, FittedWeights, WeightsCollection
 from adapterkit.verbs.fit.journal import Evaluations
 from adapterkit.verbs.fit.objective import Objective, TeacherObjective
@@ -28,8 +28,8 @@ from adapterkit.verbs.fit.plan import FitCollection, dtype_of, plan_fit
 from adapterkit.verbs.fit.runs import Runs, Step
 from adapterkit.verbs.fit.score import plan_search
 from adapterkit.verbs.fit.verb import LEVELS, WeightFit
-from adapterkit.verbs.fit.weighted_adapters import Mixture
-from adapterkit.verbs.stats.model.layers import Units
+from adapterkit.verbs.fit.weighted_adapters import WeightedModel
+from adapterkit.verbs.stats.model.layers import OffloadedLayers
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
 VERSION = 1
@@ -62,28 +62,33 @@ def fitted(
 ) -> TaskResult:
     """The file of weights that a fit gives."""
     began = time.monotonic()
-    with climbed(fit, plan, work, device, lambda: progress(1)) as stairs:
-        document = outcome(stairs, fit.options.per)
-        document["notes"] = _alone(stairs, document["written"]["per"])
+    with climbed(fit, plan, work, device, lambda: progress(1)) as search:
+        document = outcome(search, fit.options.per)
+        document["notes"] = _alone(search, document["written"]["per"])
         document["seconds"] = round(time.monotonic() - began, 1)
-        return FittedWeights.result(weights_file(stairs, document), document)
+        return FittedWeights.result(weights_file(search, document), document)
 
 
 @contextmanager
 def climbed(
     fit: FitCollection, plan: Plan, work: Path, device: torch.device, step: Step
-) -> Iterator[Staircase]:
+) -> Iterator[CoarseToFineFit]:
     """The steps of a fit, taken, with the evaluations in that folder."""
     make = TeacherObjective if fit.options.target == "teacher" else Objective
     with Sources(plan.folders, plan.identities) as sources:
         stored = StoredModel(fit.base, sources, device, dtype=dtype_of(fit.options, device))
-        mixture, units = Mixture(stored.model, plan.folders[1:]), Units.of(stored)
+        weighted_model, units = (
+            WeightedModel(stored.model, plan.folders[1:]),
+            OffloadedLayers.of(stored),
+        )
         whole = fit.options.whole or not units.has_layers
-        runs = Runs(stored, mixture, units, make(stored.model), whole, work, plan.budget, step)
-        stairs = Staircase(fit, runs, Evaluations(work))
+        runs = Runs(
+            stored, weighted_model, units, make(stored.model), whole, work, plan.budget, step
+        )
+        search = CoarseToFineFit(fit, runs, Evaluations(work))
         with runs.ready():
-            stairs.climb()
-        yield stairs
+            search.climb()
+        yield search
 
 
 def combine_fitted(options: Combine) -> Receipt | Plan:
@@ -98,17 +103,17 @@ def combine_fitted(options: Combine) -> Receipt | Plan:
     return replace(options, fit=(), adapters=adapters, weights=weights).run()
 
 
-def outcome(stairs: Staircase, per: str) -> Json:
+def outcome(search: CoarseToFineFit, per: str) -> Json:
     """The table of losses, the steps up to a level, the spread of the weights of the last one that
     is kept, what is written and why."""
-    fit, held, kept = stairs.fit, stairs.held, stairs.kept(per)
-    c, steps = stairs.levels[kept], stairs.steps[: LEVELS.index(per) + 1]
+    fit, held, kept = search.fit, search.held, search.kept(per)
+    c, steps = search.levels[kept], search.steps[: LEVELS.index(per) + 1]
     rows = [
         {"row": name, "files": held.by_file(losses).tolist(), "value": held.value(losses)}
-        for name, losses in stairs.rows.items()
+        for name, losses in search.rows.items()
     ]
     spread = []
-    owners = torch.tensor([owner[0] for owner in stairs.runs.mixture.owners])
+    owners = torch.tensor([owner[0] for owner in search.runs.weighted_model.owners])
     for number, label in enumerate(fit.labels):
         own = c[owners == number]
         low, high = own.aminmax()
@@ -131,10 +136,10 @@ def outcome(stairs: Staircase, per: str) -> Json:
     }
 
 
-def _alone(stairs: Staircase, kept: str) -> list[str]:
+def _alone(search: CoarseToFineFit, kept: str) -> list[str]:
     """A note where the base, or one adapter, is as good on what is held out."""
-    held, rows = stairs.held, stairs.rows
-    names = ["base", *stairs.fit.labels]
+    held, rows = search.held, search.rows
+    names = ["base", *search.fit.labels]
     name = min(names, key=lambda one: held.value(rows[one]))
     value, other = held.value(rows[kept]), held.value(rows[name])
     if other - value > held.error(rows[name], rows[kept]):
@@ -145,12 +150,12 @@ def _alone(stairs: Staircase, kept: str) -> list[str]:
     ]
 
 
-def weights_file(stairs: Staircase, document: Json) -> WeightsFile:
+def weights_file(search: CoarseToFineFit, document: Json) -> WeightsFile:
     """The file of what `outcome` says is written, of rounded weights."""
-    fit, kept = stairs.fit, document["written"]["per"]
-    c, mixture, count = stairs.levels[kept], stairs.runs.mixture, len(fit.adapters)
+    fit, kept = search.fit, document["written"]["per"]
+    c, weighted_model, count = search.levels[kept], search.runs.weighted_model, len(fit.adapters)
     numbers = [float(f"{value:.{DIGITS}g}") for value in c.tolist()]
-    owners = torch.tensor([owner[0] for owner in mixture.owners])
+    owners = torch.tensor([owner[0] for owner in weighted_model.owners])
     means = [float(c[owners == number].mean()) for number in range(count)]
     default = tuple(float(f"{value:.{DIGITS}g}") for value in means)
     modules = {}
@@ -158,10 +163,12 @@ def weights_file(stairs: Staircase, document: Json) -> WeightsFile:
     if kept == "start":
         per = min(fit.options.per, "module", key=LEVELS.index)
         per = per if fit.options.start == "stats" else "adapter"
-    for place in mixture.places if per != "adapter" else ():
+    for place in weighted_model.places if per != "adapter" else ():
         at = place.first
         own: list[Weight] = list(default)
-        for number, size in zip(place.members, place.counts(mixture.directions), strict=True):
+        for number, size in zip(
+            place.members, place.counts(weighted_model.directions), strict=True
+        ):
             values = numbers[at : at + size]
             own[number] = tuple(values) if kept == "direction" else values[0]
             at += size

@@ -16,7 +16,7 @@ from adapterkit.verbs.stats.model.coroutines import Coroutine
 
 if TYPE_CHECKING:
     from adapterkit.verbs.fit.runs import FitBatch
-    from adapterkit.verbs.fit.weighted_adapters import Mixture
+    from adapterkit.verbs.fit.weighted_adapters import WeightedModel
 
 STATES = 0.1  # weight of the last hidden states beside the predictions
 LARGEST = 65504.0  # of float16
@@ -74,7 +74,7 @@ class Objective:
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.is_causal else labels
 
     @contextmanager
-    def watching(self, mixture: "Mixture") -> Iterator[None]:
+    def watching(self, weighted_model: "WeightedModel") -> Iterator[None]:
         """What it needs of the model's calls is seen meanwhile."""
         yield
 
@@ -86,26 +86,26 @@ class TeacherObjective(Objective):
     kept, in 16 bits: the head makes its predictions of them again, with the teacher's adapters,
     beside the others'. Of a model that names no head, a classifier, the predictions are kept."""
 
-    mixture: "Mixture" = field(init=False)
+    weighted_model: "WeightedModel" = field(init=False)
 
     states: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     seen: dict[Coroutine | None, Tensor] = field(default_factory=dict)  # by the pass
     added: dict[Coroutine | None, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def watching(self, mixture: "Mixture") -> Iterator[None]:
-        self.mixture, head = mixture, mixture.head
+    def watching(self, weighted_model: "WeightedModel") -> Iterator[None]:
+        self.weighted_model, head = weighted_model, weighted_model.head
         if head is None:
             yield
             return
 
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        def record_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             one, (x,) = Coroutine.current(), args
             self.seen[one] = x
             other = self.added.get(one)
             return (x if other is None else torch.cat([x, other.to(x)]),)
 
-        hook = head.register_forward_pre_hook(see)
+        hook = head.register_forward_pre_hook(record_input)
         try:
             yield
         finally:
@@ -117,17 +117,22 @@ class TeacherObjective(Objective):
         logits = self.logits(batch)
         states = self.seen.pop(Coroutine.current(), logits).detach()
         short = torch.float16 if float(states.abs().max()) < LARGEST else torch.bfloat16
-        self.states[batch.samples] = states.to("cpu", short), self.mixture.acting.own.detach()
+        self.states[batch.samples] = (
+            states.to("cpu", short),
+            self.weighted_model.acting.own.detach(),
+        )
         return torch.zeros(len(states))
 
     def losses(self, batch: "FitBatch") -> Tensor:
         """(rows,)"""
         one, (states, c) = Coroutine.current(), self.states[batch.samples]
         self.added[one] = states
-        self.mixture.acting.beside = self.mixture.expanded(c)
+        self.weighted_model.acting.beside = self.weighted_model.expanded(c)
         both = self.logits(batch)
         del self.added[one]
-        logits, theirs = (both, states.to(both)) if self.mixture.head is None else both.chunk(2)
+        logits, theirs = (
+            (both, states.to(both)) if self.weighted_model.head is None else both.chunk(2)
+        )
         own, states = self.seen.pop(one, logits), states.to(logits)
         counts = self.targets(batch.inputs["labels"]) != IGNORED
         p, q = theirs.log_softmax(-1), logits.log_softmax(-1)

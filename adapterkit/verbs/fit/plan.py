@@ -29,12 +29,12 @@ from adapterkit.verbs.fit.collection import WeightsCollection
 from adapterkit.verbs.fit.objective import Objective
 from adapterkit.verbs.fit.runs import FitBatch
 from adapterkit.verbs.fit.verb import LEVELS, WeightFit
-from adapterkit.verbs.fit.weighted_adapters import Mixture
+from adapterkit.verbs.fit.weighted_adapters import WeightedModel
 from adapterkit.verbs.shared.joined_values import delta_problems
 from adapterkit.verbs.stats.data.masks import IGNORED
 from adapterkit.verbs.stats.data.records import draw_records
 from adapterkit.verbs.stats.data.samples import Sample, Samples
-from adapterkit.verbs.stats.model.layers import Units
+from adapterkit.verbs.stats.model.layers import OffloadedLayers
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.plan import samples_of
 
@@ -44,7 +44,7 @@ NUMBER, TEXT = 32, 1 << 16  # bytes of a weight in the file, and of the rest: gu
 
 
 @dataclass(frozen=True)
-class SamplePart:
+class SampleSplit:
     """Samples of one part, in the order in which they run."""
 
     name: str
@@ -57,7 +57,7 @@ class SamplePart:
     @classmethod
     def of(
         cls, name: str, parts: Sequence[tuple[Samples, list[Sample]]], shift: int, first: int
-    ) -> "SamplePart":
+    ) -> "SampleSplit":
         """Of files; the samples are numbered from `first`."""
         order = lambda s: (-len(s.tokens), -len(s.labels))
         every = [
@@ -92,8 +92,8 @@ class FitCollection(WeightsCollection):
     start: list[float]
     names: list[str]  # of the files
     shares: Tensor  # of the files
-    train: SamplePart
-    held: SamplePart
+    train: SampleSplit
+    held: SampleSplit
     data: Json
     weights: dict[str, int]  # how many each level has
     modules: int
@@ -133,9 +133,9 @@ def plan_fit(options: WeightFit) -> Plan:
         records = [one.records for one in drawn]
         samples = samples_of(folder, stored.model, records, options.length, "--data")
     with errors.collected():
-        mixture = Mixture(stored.model, tuple(folders))
+        weighted_model = WeightedModel(stored.model, tuple(folders))
         print_of = fingerprint(base)
-        for one in mixture.adapters:
+        for one in weighted_model.adapters:
             errors += _problems(one, print_of, folder.name)
     shift = int(Objective(stored.model).is_causal)
     split = [
@@ -145,11 +145,11 @@ def plan_fit(options: WeightFit) -> Plan:
     _check_split(split, samples, options, len(folders), errors)
     errors.raise_all()
     own = [[(s, its[i]) for s, its in zip(samples, split, strict=True)] for i in (0, 1)]
-    train = SamplePart.of("train", own[0], shift, 0)
-    held = SamplePart.of("held", own[1], shift, len(train.where))
+    train = SampleSplit.of("train", own[0], shift, 0)
+    held = SampleSplit.of("held", own[1], shift, len(train.where))
     tokens = sum(one.tokens for one in samples)
     parameters = sum(math.prod(spec.shape) for spec in base.tensors.values())
-    together = [unit.parameters for unit in Units.of(stored).outer if not options.whole]
+    together = [unit.parameters for unit in OffloadedLayers.of(stored).outer if not options.whole]
     levels = LEVELS[: LEVELS.index(options.per) + 1]
     fit = FitCollection(
         base=base,
@@ -164,13 +164,15 @@ def plan_fit(options: WeightFit) -> Plan:
         train=train,
         held=held,
         data={"files": [one.files for one in drawn], "sha256": [s.digest for s in samples]},
-        weights={level: mixture.count(level) for level in levels},
-        modules=len(mixture.places),
+        weights={level: weighted_model.count(level) for level in levels},
+        modules=len(weighted_model.places),
     )
     recipe = options.recipe() | {"weights": given, "data": fit.data}
-    size = NUMBER * (fit.weights[options.per] + len(folders) * len(mixture.places))
-    size += sum(len(place.name) for place in mixture.places) + len(json.dumps(fit.data)) + TEXT
-    inputs = [one.adapter for one in mixture.adapters]
+    size = NUMBER * (fit.weights[options.per] + len(folders) * len(weighted_model.places))
+    size += (
+        sum(len(place.name) for place in weighted_model.places) + len(json.dumps(fit.data)) + TEXT
+    )
+    inputs = [one.adapter for one in weighted_model.adapters]
     notes = [n for one in (*drawn, *samples) for n in one.notes] + stored.notes
     return fit.plan(options, recipe, base, inputs, size, notes)
 

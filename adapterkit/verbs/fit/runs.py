@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from adapterkit.verbs.fit.objective import Objective
-from adapterkit.verbs.fit.weighted_adapters import Acting, MixedModule, Mixture
+from adapterkit.verbs.fit.weighted_adapters import Acting, WeightedModel, WeightedModule
 from adapterkit.verbs.stats.model.activations import ActivationStore
-from adapterkit.verbs.stats.model.layers import Unit, Units, is_within
+from adapterkit.verbs.stats.model.layers import OffloadedLayer, OffloadedLayers, is_within
 from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep, Pass
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
@@ -43,8 +43,8 @@ class Runs:
     batch, of a layer's or of the model's."""
 
     stored: StoredModel
-    mixture: Mixture
-    units: Units
+    weighted_model: WeightedModel
+    units: OffloadedLayers
     target: Objective
     whole: bool
     work: Path
@@ -59,39 +59,39 @@ class Runs:
         with ExitStack() as stack:
             self.stored.load(names, device)
             stack.callback(self.stored.free, names)
-            stack.enter_context(self.mixture.attached())
-            stack.enter_context(self.target.watching(self.mixture))
+            stack.enter_context(self.weighted_model.attached())
+            stack.enter_context(self.target.watching(self.weighted_model))
             places = self._places(None)
-            self.mixture.load(places, device, self.stored.dtype)
-            stack.callback(self.mixture.free, places)
+            self.weighted_model.load(places, device, self.stored.dtype)
+            stack.callback(self.weighted_model.free, places)
             if self.whole:
                 stack.enter_context(self.stored.buffers_on_device(self.stored.model))
             yield
 
-    def _places(self, unit: Unit | None) -> list[MixedModule]:
+    def _places(self, unit: OffloadedLayer | None) -> list[WeightedModule]:
         """Places in a unit; of None those that are always in memory."""
         if unit is not None:
-            return [one for one in self.mixture.places if is_within(one.path, [unit.name])]
+            return [one for one in self.weighted_model.places if is_within(one.path, [unit.name])]
         outside = lambda one: self.whole or self.units.unit_of(one.path) is None
-        return list(filter(outside, self.mixture.places))
+        return list(filter(outside, self.weighted_model.places))
 
     def number(self, directions: bool) -> None:
         """Give the mixture other coefficients."""
-        self.mixture.number(directions)
+        self.weighted_model.number(directions)
         device = self.stored.device if self.whole else torch.device("cpu")
-        self.mixture.load(self._places(None), device, self.stored.dtype)
+        self.weighted_model.load(self._places(None), device, self.stored.dtype)
 
     @contextmanager
-    def loaded(self, place: MixedModule) -> Iterator[None]:
+    def loaded(self, place: WeightedModule) -> Iterator[None]:
         """The factors of a module are in memory."""
         if place in self._places(None):
             yield
             return
-        self.mixture.load([place], torch.device("cpu"), self.stored.dtype)
+        self.weighted_model.load([place], torch.device("cpu"), self.stored.dtype)
         try:
             yield
         finally:
-            self.mixture.free([place])
+            self.weighted_model.free([place])
 
     def losses(self, c: Tensor, batches: Sequence[FitBatch]) -> Tensor:
         """(samples,) in float64, in nats per token that counts, those of the batches in their
@@ -116,9 +116,9 @@ class Runs:
 
     def _run_whole(self, one: "Evaluation") -> None:
         for number, (batch, acting) in enumerate(zip(one.batches, one.acting, strict=True)):
-            self.mixture.acting = acting
+            self.weighted_model.acting = acting
             moved = {key: value.to(self.stored.device) for key, value in batch.inputs.items()}
-            total = one.see(number, replace(batch, inputs=moved))
+            total = one.record_losses(number, replace(batch, inputs=moved))
             if total is not None:
                 (one.sums[number],) = torch.autograd.grad(total, acting.own)
             self.step()
@@ -128,7 +128,7 @@ class Runs:
 
         def loss(inputs: Mapping[str, Tensor]) -> Tensor | None:
             number = by_inputs[id(inputs)]
-            return one.see(number, one.batches[number])
+            return one.record_losses(number, one.batches[number])
 
         with closing(ActivationStore(self.work, self.memory)) as room:
             reader = CoefficientsReader(self, one)
@@ -167,7 +167,7 @@ class Evaluation:
         acting = [*map(Acting, leaves)]
         return cls(batches, compute, gradients, acting, [torch.empty(0)] * len(batches), sums)
 
-    def see(self, number: int, batch: FitBatch) -> Tensor | None:
+    def record_losses(self, number: int, batch: FitBatch) -> Tensor | None:
         """Keep a batch's losses; what is to be differentiated, if anything is."""
         with torch.set_grad_enabled(self.gradients):
             values = self.compute(batch)
@@ -183,28 +183,28 @@ class CoefficientsReader:
         self.runs, self.evaluation, self.gradients = runs, evaluation, evaluation.gradients
 
     @contextmanager
-    def visited(self, unit: Unit) -> Iterator[None]:
+    def visited(self, unit: OffloadedLayer) -> Iterator[None]:
         places, stored = self.runs._places(unit), self.runs.stored
-        self.runs.mixture.load(places, stored.device, stored.dtype)
+        self.runs.weighted_model.load(places, stored.device, stored.dtype)
         try:
             yield
         finally:
-            self.runs.mixture.free(places)
+            self.runs.weighted_model.free(places)
 
-    def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
-        self.runs.mixture.acting = self.evaluation.acting[one.number]
+    def begin(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
+        self.runs.weighted_model.acting = self.evaluation.acting[one.number]
 
-    def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+    def end(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         pass
 
-    def wants(self, unit: Unit) -> bool:
+    def wants(self, unit: OffloadedLayer) -> bool:
         return self.gradients and bool(self.runs._places(unit))
 
-    def wanted(self, one: Pass, unit: Unit) -> dict[str, Tensor]:
+    def wanted(self, one: Pass, unit: OffloadedLayer) -> dict[str, Tensor]:
         return {"": self.evaluation.acting[one.number].own} if self.wants(unit) else {}
 
     def take(self, one: Pass, name: str, gradient: Tensor) -> None:
         self.evaluation.sums[one.number] += gradient
 
-    def see(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record_input(self, unit: OffloadedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
         pass

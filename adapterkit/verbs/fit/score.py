@@ -139,12 +139,12 @@ class ScoreCollection(WeightsCollection):
         except OSError as error:
             raise _failed(f"{words[0]}: {error.strerror}", weights, "a program") from error
         if done.returncode:
-            said = done.stderr.strip()[-TAIL:] or done.stdout.strip()[-TAIL:]
-            raise _failed(f"exit status {done.returncode}: {said}", weights, "exit status 0")
+            printed = done.stderr.strip()[-TAIL:] or done.stdout.strip()[-TAIL:]
+            raise _failed(f"exit status {done.returncode}: {printed}", weights, "exit status 0")
         numbers = [number for word in done.stdout.split() if (number := _number(word)) is not None]
         if not numbers:
-            said = done.stdout.strip()[-TAIL:] or "nothing"
-            raise _failed(f"no number in what it printed: {said}", weights, "a finite number")
+            printed = done.stdout.strip()[-TAIL:] or "nothing"
+            raise _failed(f"no number in what it printed: {printed}", weights, "a finite number")
         progress(1)
         return numbers[-1]
 

@@ -37,15 +37,15 @@ class Acting:
     beside: Tensor | None = None
 
 
-class Mixed(FactorsPart):
+class WeightedFactors(FactorsPart):
     """y + b·(g ⊙ a·x): factors of all adapters of a module, those of one below those of another; g:
     the coefficients of a's rows, of those that act in the mixture."""
 
-    mixture: "Mixture"
+    weighted_model: "WeightedModel"
     columns: Tensor  # of the coefficients, for each of a's rows: (R,), or (experts, R)
 
     def joined(self) -> tuple[Tensor, Tensor]:
-        return self._of(self.mixture.acting.own)
+        return self._of(self.weighted_model.acting.own)
 
     def _of(self, c: Tensor) -> tuple[Tensor, Tensor]:
         gain = c.to(self.b.device)[self.columns.to(self.b.device)].to(self.b)
@@ -55,16 +55,16 @@ class Mixed(FactorsPart):
 
     def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
         x = self.input(x)
-        if self.mixture.seen is not None and self.is_matrix:
-            self.mixture.seen.add(self.site.path, F.linear(x, self.a))
-        acting = self.mixture.acting
-        if acting.beside is None or self.host is not self.mixture.head:
+        if self.weighted_model.seen is not None and self.is_matrix:
+            self.weighted_model.seen.add(self.site.path, F.linear(x, self.a))
+        acting = self.weighted_model.acting
+        if acting.beside is None or self.host is not self.weighted_model.head:
             return y + self.product(x, *self.joined())
         halves = zip(x.chunk(2), (acting.own, acting.beside), strict=True)
         return y + torch.cat([self.product(half, *self._of(c)) for half, c in halves])
 
 
-class Seen:
+class ActivationGram:
     """E[u uᵀ] (R, R) of u = a·x by module, all tokens alike."""
 
     def __init__(self) -> None:
@@ -81,13 +81,13 @@ class Seen:
 
 
 @cache
-def mixed(kind: type[FactorsPart]) -> type[Mixed]:
+def weighted_kind(kind: type[FactorsPart]) -> type[WeightedFactors]:
     """The kind of layer with coefficients."""
-    return type(f"Mixed{kind.__name__}", (Mixed, kind), {})
+    return type(f"Weighted{kind.__name__}", (WeightedFactors, kind), {})
 
 
 @dataclass
-class MixedModule:
+class WeightedModule:
     """A module or a parameter, the factors that adapters (by their numbers) have there, and its
     first coefficient: each of them has one, or one for each singular triplet."""
 
@@ -96,7 +96,7 @@ class MixedModule:
     kind: type[FactorsPart]
     members: dict[int, Factors] = field(default_factory=dict)
     first: int = 0
-    part: Mixed | None = None
+    part: WeightedFactors | None = None
 
     @property
     def name(self) -> str:
@@ -108,12 +108,12 @@ class MixedModule:
         return [one.count if directions else 1 for one in self.members.values()]
 
 
-class Mixture:
+class WeightedModel:
     """Adapters joined with a model whose parameters come later; `directions`: each singular triplet
     has a coefficient."""
 
     acting: Acting
-    seen: Seen | None = None  # what modules see is added to it, where there is one
+    seen: ActivationGram | None = None  # what modules see is added to it, where there is one
 
     def __init__(self, model: nn.Module, folders: tuple[Folder, ...]):
         self.model, self.folders, self.directions = model, folders, False
@@ -127,13 +127,13 @@ class Mixture:
         self.places = self._places()
         self.number(False)
 
-    def _places(self) -> list[MixedModule]:
-        found: dict[tuple[str, str | None], MixedModule] = {}
+    def _places(self) -> list[WeightedModule]:
+        found: dict[tuple[str, str | None], WeightedModule] = {}
         for number, stored in enumerate(self.adapters):
             own = [*stored.factors, *((self._kind(one), one) for one in stored.parameters)]
             for kind, factors in own:
                 key = factors.module, factors.leaf
-                place = found.setdefault(key, MixedModule(*key, kind))
+                place = found.setdefault(key, WeightedModule(*key, kind))
                 place.members[number] = factors
         order = {name: number for number, name in enumerate(self.state.modules)}
         return sorted(found.values(), key=lambda place: order[place.path])
@@ -192,8 +192,8 @@ class Mixture:
                 transposed = is_transposed(host, place.leaf)
                 more = {"leaf": place.leaf, "transposed": transposed, "depth": 0}
             empty = torch.empty(0, device="meta")
-            place.part = mixed(place.kind)(NAME, empty, empty, 1.0, **more)
-            place.part.mixture = self
+            place.part = weighted_kind(place.kind)(NAME, empty, empty, 1.0, **more)
+            place.part.weighted_model = self
             if place.leaf is not None and not more:
                 place.part.role = f"delta:{place.leaf}"  # the module may have factors, too
             self.state.site(place.path).add(place.part.eval())
@@ -207,7 +207,9 @@ class Mixture:
                 site.leave()
             self.state.sites.clear()
 
-    def load(self, places: Sequence[MixedModule], device: torch.device, dtype: torch.dtype) -> None:
+    def load(
+        self, places: Sequence[WeightedModule], device: torch.device, dtype: torch.dtype
+    ) -> None:
         """Read factors; at least float32."""
         with Sources(self.folders, {}) as sources:
             reader = LocalReader(sources, device, dtype=None)
@@ -216,7 +218,7 @@ class Mixture:
                 self._fill(place, place.part, reader, torch.promote_types(dtype, torch.float32))
 
     def _fill(
-        self, place: MixedModule, part: Mixed, reader: LocalReader, dtype: torch.dtype
+        self, place: WeightedModule, part: WeightedFactors, reader: LocalReader, dtype: torch.dtype
     ) -> None:
         host, at = self.state.modules[place.path], place.first
         a_axis, b_axis = part.rank_axes
@@ -239,7 +241,7 @@ class Mixture:
         part.b = nn.Parameter(torch.cat(outputs, b_axis), False)
         part.columns = torch.cat(columns, -1)
 
-    def free(self, places: Sequence[MixedModule]) -> None:
+    def free(self, places: Sequence[WeightedModule]) -> None:
         for place in places:
             assert place.part is not None
             empty = nn.Parameter(torch.empty(0, device="meta"), False)

@@ -45,21 +45,21 @@ class Join:
 def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
     """Match the adapter with the base as merge does; what merge refuses is added to `problems`."""
     from adapterkit.core.merge.changes import collect_changes, other_base
-    from adapterkit.core.merge.job import MergeJob
+    from adapterkit.core.merge.job import MergeState
     from adapterkit.core.merge.verb import MergeOptions
 
     base = read_checkpoint(on)
     check_not_quantized(base)
     # a norm is the same in either layout of experts
-    job = MergeJob(base, [adapter], [1.0], MergeOptions(expert_layout="peft-0.19"))
-    collect_changes(job)
-    problems += job.errors
+    state = MergeState(base, [adapter], [1.0], MergeOptions(expert_layout="peft-0.19"))
+    collect_changes(state)
+    problems += state.errors
     # a local copy may have any name
-    names = [] if "repo" in on.origin else other_base(job, adapter)
-    found = [note.removeprefix(WARNING) for note in job.notes if note not in names]
+    names = [] if "repo" in on.origin else other_base(state, adapter)
+    found = [note.removeprefix(WARNING) for note in state.notes if note not in names]
     problems += [Refused(note, where=adapter.label, code="AK202") for note in found]
-    joined = Join(job.base)
-    for change in job.changes.values():
+    joined = Join(state.base)
+    for change in state.changes.values():
         for factors in change.additions:
             at = factors.module, factors.depth
             joined.parameters[at] = change.parameter
@@ -134,7 +134,7 @@ def _statistics(
         return statistics, None
     if bad:
         return statistics, None
-    lost.see(lora, a, b)
+    lost.record_factors(lora, a, b)
     # their sizes apart: the product may leave float64's range
     sizes = [float(factor.abs().max()) or 1.0 for factor in (a, b)]
     products = algebra.products_of(a / sizes[0], b / sizes[1], module["experts"] or 1)

@@ -90,9 +90,9 @@ def detect_format(src: StrPath, *, allow_pickle: bool = False) -> Json:
         checked("src", SOURCE, src), checked("allow_pickle", FLAG, allow_pickle)
     )
     detection, errors = detect(source), []
-    contents = Contents(detection.form.name, (source,), ())
+    contents = Contents(detection.format.name, (source,), ())
     try:
-        contents = read_contents(source, detection, ConvertOptions(to=detection.form.name), None)
+        contents = read_contents(source, detection, ConvertOptions(to=detection.format.name), None)
     except MultipleErrors as error:
         errors += error.errors
     except AdapterkitError as error:
@@ -101,8 +101,8 @@ def detect_format(src: StrPath, *, allow_pickle: bool = False) -> Json:
     modules = contents.modules
     ranks = Counter(module.rank for module in modules if module.kind in RANKED)
     return {
-        "format": detection.form.name,
-        "title": detection.form.title,
+        "format": detection.format.name,
+        "title": detection.format.title,
         "architecture": names[0] if len(names) == 1 else None,
         "architectures": list(names),
         "modules": len(modules),

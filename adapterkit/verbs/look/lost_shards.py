@@ -21,7 +21,7 @@ class LostShards:
     trained: int = 0
     blocks: dict[str, str] = field(default_factory=dict)
 
-    def see(self, lora: Lora, a: Tensor, b: Tensor) -> None:
+    def record_factors(self, lora: Lora, a: Tensor, b: Tensor) -> None:
         """a (rank, in) and b (out, rank) of a module. Of an embedding most tokens are not seen; of
         b that is zero nothing was trained."""
         if lora.kind == "embedding" or not b.any():

@@ -288,8 +288,8 @@ class TokenRowsPair:
                 return Result("equal")
             if a.dtype != b.dtype and (kernel.rounds_to(a, b) or kernel.rounds_to(b, a)):
                 return Result("rounded")
-        why = "rows" if only_a or only_b else "values"
-        result = _changed(self, why, **_figures(sums, max(1, a.numel())))
+        reason = "rows" if only_a or only_b else "values"
+        result = _changed(self, reason, **_figures(sums, max(1, a.numel())))
         result.row |= {"rows_only_a": only_a, "rows_only_b": only_b}
         return result
 
@@ -340,7 +340,7 @@ def _figures(sums: kernel.PairSums, elements: int) -> Json:
 
 def _changed(
     pair: TensorPair | DeltaPair | TokenRowsPair,
-    why: str,
+    reason: str,
     rank: dict | None = None,
     squares: tuple[float, float] | None = None,
     **figures: float,
@@ -350,7 +350,7 @@ def _changed(
     row = {
         "name": pair.name,
         "kind": pair.kind,
-        "why": why,
+        "why": reason,
         "a": summary_of(pair.a),
         "b": summary_of(pair.b),
     }

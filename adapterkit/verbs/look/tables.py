@@ -38,8 +38,10 @@ def inspect_table(result: Json, all_modules: bool = False, width: int = 100) -> 
         table = _inspect_columns(names, modules) if all_modules else []
         lines += ["", *(table or blocks(heatmaps_of({"": result}), width))]
     elif modules:
-        why = "from the Hub without --download" if "repo" in result["origin"] else "with --headers"
-        lines += ["", f"norms and effective ranks: not read {why}"]
+        reason = (
+            "from the Hub without --download" if "repo" in result["origin"] else "with --headers"
+        )
+        lines += ["", f"norms and effective ranks: not read {reason}"]
     if "parts" in result:
         lines += ["", *_align([PART, *starmap(_part_cells, result["parts"].items())], left=2)]
     return "\n".join([*lines, "", *_problem_lines(result["problems"])])

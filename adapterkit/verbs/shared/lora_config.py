@@ -373,9 +373,9 @@ def _conflicts(
         problem = " and ".join(f"{names.get(k, k)} = {shown(repr(get(k)))}" for k in keys)
         return Refused(problem, expected=expected, where=where, hint=hint, code="AK301")
 
-    for first, second, why in EXCLUSIVE:
+    for first, second, reason in EXCLUSIVE:
         if get(first) and get(second):
-            yield conflict(first, second, expected="one of them", hint=why)
+            yield conflict(first, second, expected="one of them", hint=reason)
     for key in ("layers", "layers_pattern"):
         if get(key) and isinstance(get("targets"), str):
             hint = "name the layers in the regular expression, or give a list of names"

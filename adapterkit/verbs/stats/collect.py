@@ -21,7 +21,7 @@ from adapterkit.core.records import Json
 from adapterkit.core.tasks.common import decomposition
 from adapterkit.core.weights.reader import Reader
 from adapterkit.verbs.shared.statistics_file import INPUTS, METADATA, key_of
-from adapterkit.verbs.stats.job import Batch, CollectionJob, check_options
+from adapterkit.verbs.stats.job import Batch, CollectionPlan, check_options
 from adapterkit.verbs.stats.model.activations import ActivationStore
 from adapterkit.verbs.stats.model.layerwise import SumsReader, run_layerwise
 from adapterkit.verbs.stats.model.stored_model import StoredModel
@@ -60,7 +60,7 @@ def collect(
     """
     check_options(options)
     with open_sources(base.folder) as sources:
-        job = CollectionJob(StoredModel(base, sources, device), options, batches)
+        job = CollectionPlan(StoredModel(base, sources, device), options, batches)
         if attempt:
             job.runs = [run for run in job.runs if run[0] in blocks]
         ledger = Ledger(job, work, attempt)

@@ -12,7 +12,7 @@ from adapterkit.verbs.shared.statistics_file import INPUTS
 from adapterkit.verbs.shared.targets.stored_targets import CalledLayers, select_layers
 from adapterkit.verbs.stats.data.masks import Masks, token_masks
 from adapterkit.verbs.stats.model.hooks import SumsWatch
-from adapterkit.verbs.stats.model.layers import Unit, Units
+from adapterkit.verbs.stats.model.layers import OffloadedLayer, OffloadedLayers
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.sums import Sums
 from adapterkit.verbs.stats.verb import StatsOptions
@@ -38,7 +38,7 @@ def takes_rows(options: StatsOptions) -> bool:
     return options.compat == "peft" and "covariance" in options.what
 
 
-class CollectionJob:
+class CollectionPlan:
     """A model, its layers whose statistics are collected, and the data."""
 
     def __init__(self, stored: StoredModel, options: StatsOptions, batches: Sequence[Batch]):
@@ -51,7 +51,7 @@ class CollectionJob:
         self.targets = select_layers(stored.names, *given)
         self.gradients = "gradient" in options.what
         self.inputs = tuple(name for name in options.what if name in INPUTS)
-        self.units = Units.of(stored)
+        self.units = OffloadedLayers.of(stored)
         if not batches:
             raise Refused(
                 "there are no data", expected="one batch or more", where="data", code="AK902"
@@ -84,7 +84,7 @@ class CollectionJob:
             )
 
     @property
-    def head(self) -> Unit | None:
+    def head(self) -> OffloadedLayer | None:
         """The output layer, if it is a unit that is not needed."""
         head = self.model.get_output_embeddings()
         units = [unit for unit in self.units.outer if unit.module is head]

@@ -31,7 +31,7 @@ from adapterkit.verbs.stats.collect import CollectedFile, collect, metadata_with
 from adapterkit.verbs.stats.data.apart import tokenize_apart
 from adapterkit.verbs.stats.data.records import Record, draw_records
 from adapterkit.verbs.stats.data.samples import Samples, tokenize_all
-from adapterkit.verbs.stats.job import BLOCKS, CollectionJob, check_options, takes_rows, tokens_of
+from adapterkit.verbs.stats.job import BLOCKS, CollectionPlan, check_options, takes_rows, tokens_of
 from adapterkit.verbs.stats.model.device_offload import TABLES
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.verb import Stats, StatsOptions
@@ -276,7 +276,7 @@ def plan_statistics(
         (samples,) = samples_of(folder, stored.model, [drawn.records], options.length, needs_loss)
         check_options(options)
         batches = samples.batches(1 if takes_rows(options) else options.batch)
-        job = CollectionJob(stored, options, batches)
+        job = CollectionPlan(stored, options, batches)
     shapes = {name: _shape(job, name) for name in job.targets}
     given = {key: value for key, value in vars(options).items() if value is not None}
     given["what"] = list(options.what)
@@ -373,13 +373,13 @@ def samples_of(
     return tokenize_all(records, None, tokens)
 
 
-def _shape(job: CollectionJob, module: str) -> tuple[int, int]:
+def _shape(job: CollectionPlan, module: str) -> tuple[int, int]:
     """(out, in) of a layer's weight."""
     rows, width = job.model.get_submodule(module).weight.shape
     return (width, rows) if job.is_transposed(module) else (rows, width)
 
 
-def reads_of(job: CollectionJob) -> list[str]:
+def reads_of(job: CollectionPlan) -> list[str]:
     """The files of the base in the order in which they are read, as far as it is known: a model's
     code may call its layers in another one."""
     units = job.units
@@ -390,7 +390,7 @@ def reads_of(job: CollectionJob) -> list[str]:
     return job.stored.reads([units.outside, *forward, *backward])
 
 
-def sizes_of(job: CollectionJob, shapes: dict[str, tuple[int, int]]) -> Sizes:
+def sizes_of(job: CollectionPlan, shapes: dict[str, tuple[int, int]]) -> Sizes:
     """What the job takes, by its layers' shapes."""
     stored, units = job.stored, job.units
     layers = [unit for unit in units.outer if unit.is_layer]

@@ -182,7 +182,7 @@ class Sum:
 
 
 @dataclass
-class Latest:
+class LastInput:
     """The input x that was seen last, and the layers that saw it."""
 
     x: Tensor
@@ -225,7 +225,7 @@ class Sums:
     ) -> None:
         self.what, self.components, self.normalize = tuple(what), components, normalize
         self.by_module: dict[str, Sum] = {}
-        self.latest: Latest | None = None
+        self.latest: LastInput | None = None
 
     @torch.inference_mode(False)  # tensors of inference mode could not be changed outside of it
     @torch.no_grad()
@@ -253,7 +253,7 @@ class Sums:
         rows = rows.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
         if rows.data_ptr() == x.data_ptr():
             rows = rows.clone()  # the model may change x before its layers are known
-        self.latest = Latest(x, mask, version, rows, {module: None})
+        self.latest = LastInput(x, mask, version, rows, {module: None})
 
     @torch.inference_mode(False)
     @torch.no_grad()

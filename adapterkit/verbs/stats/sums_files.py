@@ -25,8 +25,8 @@ from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.output.writer import ShardFile
 from adapterkit.core.records import Json
 from adapterkit.core.tasks.rows import byte_view
-from adapterkit.verbs.stats.job import CollectionJob
-from adapterkit.verbs.stats.model.layers import Unit, is_within
+from adapterkit.verbs.stats.job import CollectionPlan
+from adapterkit.verbs.stats.model.layers import OffloadedLayer, is_within
 from adapterkit.verbs.stats.sums import Sum, Sums
 
 OUTSIDE, WHOLE = "outside.safetensors", "whole.safetensors"
@@ -240,7 +240,7 @@ class Ledger:
     an `attempt`, blocks stay apart: each has a folder, and each visit a file of its own.
     """
 
-    def __init__(self, job: CollectionJob, work: Path, attempt: str = ""):
+    def __init__(self, job: CollectionPlan, work: Path, attempt: str = ""):
         self.job, self.work, self.attempt = job, work, attempt
         self.is_apart = bool(attempt)
         self.visits = Counter[str]()
@@ -277,12 +277,12 @@ class Ledger:
         """(out, in) of a gradient as the model has it, and the other way round."""
         return gradient.T if self.job.is_transposed(module) else gradient
 
-    def sums(self, unit: Unit) -> Tally | None:
+    def sums(self, unit: OffloadedLayer) -> Tally | None:
         """Where the inputs of a unit's layers are summed, if it has such layers."""
         wanted = self.job.inputs and has_any(unit, self.job.targets)
         return Tally(self, f"{unit.order:06}.sums.safetensors") if wanted else None
 
-    def gradients(self, unit: Unit) -> Tally | None:
+    def gradients(self, unit: OffloadedLayer) -> Tally | None:
         """Where the gradients of a unit's layers are summed, if it has such layers."""
         wanted = self.job.gradients and has_any(unit, self.job.targets)
         return Tally(self, f"{unit.order:06}.gradients.safetensors") if wanted else None
@@ -295,7 +295,7 @@ class Ledger:
         return Tally(self, OUTSIDE, in_order=False)
 
 
-def has_any(unit: Unit, modules: list[str]) -> bool:
+def has_any(unit: OffloadedLayer, modules: list[str]) -> bool:
     return any(is_within(name, [unit.name]) for name in modules)
 
 

@@ -47,7 +47,7 @@ def test_by_ranks_and_plan_files(base: str, expected: str, job: Path, tmp_path: 
     assert "8" in dry and not out.exists()
     run("merge", job / base, job / "a", "--out", out, "--plan", plan)
     for rank in ("1/2", "0/2"):
-        run("run", plan, "--rank", rank)
+        run("run", plan, "--worker", rank)
     run("finish", plan, "--verify")
     assert weights(out) == weights(job / expected)
     assert {path.name for path in tmp_path.iterdir()} <= {

@@ -39,14 +39,14 @@ class Raw:
 
 
 def raws_of(
-    form: Format, container: Container, candidates: Sequence[str], errors: Problems
+    format: Format, container: Container, candidates: Sequence[str], errors: Problems
 ) -> list[Raw]:
     """The tensors of the file by module and kind; keys without a role join the errors."""
-    prefixes = _prefixes(form, candidates)
+    prefixes = _prefixes(format, candidates)
     heads: dict[tuple[str, str], dict[str, tuple[TensorSpec, dict[str, str]]]] = {}
     unknown, twice = [], []
     for key, spec in container.tensors.items():
-        place = _place(form, key, prefixes)
+        place = _place(format, key, prefixes)
         if place is None:
             unknown.append(key)
             continue
@@ -57,7 +57,7 @@ def raws_of(
         home[suffix] = (spec, roles)
     if unknown:
         errors.add(
-            f"{len(unknown)} keys are no part of {form.title}: {listed(sorted(unknown))}",
+            f"{len(unknown)} keys are no part of {format.title}: {listed(sorted(unknown))}",
             "keys with a role, each of them",
             LIST_FORMATS,
             code="AK302",
@@ -78,9 +78,9 @@ def raws_of(
     return raws
 
 
-def _prefixes(form: Format, candidates: Sequence[str]) -> list[str]:
+def _prefixes(format: Format, candidates: Sequence[str]) -> list[str]:
     """The prefixes of all keys, the longest first."""
-    tables = [form.names.components, *(form.components(name) for name in candidates)]
+    tables = [format.names.components, *(format.components(name) for name in candidates)]
     prefixes = {prefix for table in tables for own in table.values() for prefix in own}
     return sorted(prefixes or {""}, key=lambda prefix: (-len(prefix), prefix))
 
@@ -101,13 +101,13 @@ def _suffixes(form_name: str) -> list[tuple[re.Pattern[str], dict[str, str]]]:
 
 
 def _place(
-    form: Format, key: str, prefixes: Sequence[str]
+    format: Format, key: str, prefixes: Sequence[str]
 ) -> tuple[str, str, str, dict[str, str]] | None:
     """Prefix, name, suffix and roles of a key in the format's own spelling; None where it has
     none."""
-    for spelling, replacement in form.names.renames.items():
+    for spelling, replacement in format.names.renames.items():
         key = re.sub(spelling, replacement, key)
-    for pattern, roles in _suffixes(form.name):
+    for pattern, roles in _suffixes(format.name):
         match = pattern.fullmatch(key)
         if match is None:
             continue

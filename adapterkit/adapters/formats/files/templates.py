@@ -15,7 +15,7 @@ from adapterkit.adapters.formats.modules.kinds import PLAIN
 from adapterkit.adapters.formats.modules.parts import rank_of
 from adapterkit.adapters.formats.modules.record import AdapterModule, Modules
 from adapterkit.adapters.formats.schema import Format
-from adapterkit.core.adapter.adapter_config import declared_settings, whole
+from adapterkit.core.adapter.adapter_config import as_int, declared_settings
 from adapterkit.core.errors import Refused, listed
 from adapterkit.core.records import Json, Settings
 
@@ -71,12 +71,12 @@ def base_words(base: str | None) -> Json:
     return {} if base is None else {"bases": 1, "base_name": base.rpartition("/")[2]}
 
 
-def settings_of(form: Format, modules: Modules, config: Settings) -> Json | None:
+def settings_of(format: Format, modules: Modules, config: Settings) -> Json | None:
     """The settings of modules under the file's names; None where the format has none.
 
     `config`: the source's. `Refused` for magnitudes of some modules only, which a file cannot say.
     """
-    template = form.config.write
+    template = format.config.write
     if not template:
         return None
     ranked = [module for module in modules if module.kind in PLAIN]
@@ -85,7 +85,7 @@ def settings_of(form: Format, modules: Modules, config: Settings) -> Json | None
     if dora and plain:
         raise Refused(
             f"the adapter has magnitudes, but none for {listed(plain)}",
-            expected=f"magnitudes of all modules or none: {form.title} says it once",
+            expected=f"magnitudes of all modules or none: {format.title} says it once",
             where="--to",
             hint=OTHER_FORMAT,
             code="AK503",
@@ -99,7 +99,7 @@ def settings_of(form: Format, modules: Modules, config: Settings) -> Json | None
     values: Json = {
         "rank": settings["r"],
         "alpha": settings["lora_alpha"],
-        "scale": whole(scales.most_common(1)[0][0]) if scales else 1,
+        "scale": as_int(scales.most_common(1)[0][0]) if scales else 1,
         "rank_pattern": settings["rank_pattern"],
         "alpha_pattern": settings["alpha_pattern"],
         "modules": names,

@@ -43,12 +43,12 @@ class ModuleDelta(ComputedDelta):
     @property
     def shape(self) -> tuple[int, int]:
         if self.weight is not None:
-            out, *tail = self.weight.weight_shape
-            return out, math.prod(tail)
+            out, *trailing_shape = self.weight.weight_shape
+            return out, math.prod(trailing_shape)
         return matrix_shape(self.module.kind, self.module.parts)
 
     @property
-    def tail(self) -> tuple[int, ...] | None:
+    def trailing_shape(self) -> tuple[int, ...] | None:
         """The axes after `out`; None where the parts do not determine them."""
         if self.weight is not None:
             return self.weight.weight_shape[1:]
@@ -261,7 +261,7 @@ class Fit:
 
     name: str  # the module's, for the receipt
     delta: Delta
-    tail: tuple[int, ...]  # the weight's axes after `out`
+    trailing_shape: tuple[int, ...]  # the weight's axes after `out`
     rank: int  # at most the delta's
 
     def factors(self, reader: Reader) -> "FitResult":
@@ -279,8 +279,12 @@ class Fit:
         return FitResult({"a": a, "b": b}, total**0.5, max(lost, 0.0) ** 0.5)
 
     def shape(self, role: str) -> tuple[int, ...]:
-        ones = (1,) * (len(self.tail) - 1)
-        return (self.rank, *self.tail) if role == "a" else (self.delta.shape[0], self.rank, *ones)
+        ones = (1,) * (len(self.trailing_shape) - 1)
+        return (
+            (self.rank, *self.trailing_shape)
+            if role == "a"
+            else (self.delta.shape[0], self.rank, *ones)
+        )
 
     @property
     def parts(self) -> dict[str, Expression]:

@@ -9,7 +9,7 @@ from operator import or_
 from typing import NamedTuple
 
 from adapterkit.adapters.formats.library import architectures
-from adapterkit.adapters.formats.schema import MODEL, Architecture, ComponentWords, NamingRule
+from adapterkit.adapters.formats.schema import MODEL, Architecture, ComponentSchema, NamingRule
 
 PLACE = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"[A-Z]")  # the places that stand for a number; others name tables
@@ -40,7 +40,7 @@ class ComponentNames:
     def __init__(self, architecture: Architecture, component: str, naming: str, style: str):
         self.naming, self.style = naming, style
         self.rules = rules_of(architecture, component)
-        words = architecture.components.get(component, ComponentWords())
+        words = architecture.components.get(component, ComponentSchema())
         self.inside = words.inside.get(naming, "")
         self.renames = renames_of(architecture, component)
         self._named = [
@@ -214,7 +214,7 @@ def rules_of(architecture: Architecture, component: str) -> list[NamingRule]:
 
 def renames_of(architecture: Architecture, component: str) -> dict[str, str]:
     """A component's table, and those of included architectures."""
-    words = architecture.components.get(component, ComponentWords())
+    words = architecture.components.get(component, ComponentSchema())
     included = [renames_of(architectures()[name], component) for name in words.include]
     return reduce(or_, included, dict(words.renames))
 

@@ -33,14 +33,14 @@ def magnitude_in_file(module: AdapterModule, role: str, *, column: bool) -> Expr
     """Norms as a file has them: as a column (out, 1, ...), or as PEFT does, a vector, of a
     convolution (1, out, 1, ...); those of inputs as a row (1, in, ...)."""
     value = module.parts[role]
-    tail = tail_of(module.kind, module.parts)
-    axes = 2 if tail is None else 1 + len(tail)
+    trailing_shape = tail_of(module.kind, module.parts)
+    axes = 2 if trailing_shape is None else 1 + len(trailing_shape)
     size = max(value.shape)
     if not column:
         return reshaped(value, (1, size, *(1,) * (axes - 2)) if axes > 2 else (size,))
     own = without_reshape(value)
     is_row = role == "input_magnitude"
-    if tail is None and len(own.shape) > 1 and own.shape[is_row] == size:
+    if trailing_shape is None and len(own.shape) > 1 and own.shape[is_row] == size:
         return own  # of a flattened kernel: as the source has it
     return reshaped(value, (1, size, *(1,) * (axes - 2)) if is_row else (size, *(1,) * (axes - 1)))
 
@@ -84,8 +84,11 @@ def _expected_shapes(kind: str, parts: Parts) -> str:
     problem = "" if expected is None else expected(shapes)
     if problem or kind not in (FACTORS, "loha", "lokr"):
         return problem
-    tail = tail_of(kind, parts)
-    sizes = {"magnitude": matrix_shape(kind, parts)[0], "input_magnitude": tail and tail[0]}
+    trailing_shape = tail_of(kind, parts)
+    sizes = {
+        "magnitude": matrix_shape(kind, parts)[0],
+        "input_magnitude": trailing_shape and trailing_shape[0],
+    }
     for role in magnitudes(parts):
         if sizes[role] is not None and shapes[role] != (sizes[role],):
             return f"one norm for each {'output' if role == 'magnitude' else 'input'}"

@@ -15,27 +15,27 @@ SWAPPED = {"a": "b", "b": "a"}
 
 
 def with_heads(
-    modules: Modules, form: Format, tied: bool | None
+    modules: Modules, format: Format, tied: bool | None
 ) -> tuple[list[AdapterModule], list[str]]:
     """The modules of a file, with the factors of a tied head beside those of the embeddings; a note
     where no base tells (`tied` None)."""
-    embeddings = [m for m in modules if m.embedding] if form.ties else []
+    embeddings = [m for m in modules if m.embedding] if format.ties else []
     if not embeddings or tied is False:
         return list(modules), []
     if tied is None:
-        return list(modules), [_untold(embeddings, form)]
+        return list(modules), [_untold(embeddings, format)]
     return [*modules, *(_head(module) for module in embeddings)], []
 
 
 def without_heads(
-    modules: Modules, form: Format, base: BaseFacts | None, reader: TensorReader
+    modules: Modules, format: Format, base: BaseFacts | None, reader: TensorReader
 ) -> tuple[list[AdapterModule], list[str]]:
     """The modules without the factors of a tied head that are those of the embeddings. `Refused`
     where only one of the two is adapted, or each in its own way."""
-    embeddings = [m for m in modules if m.embedding] if form.ties else []
-    heads = [m for m in modules if m.name == HEAD] if form.ties else []
+    embeddings = [m for m in modules if m.embedding] if format.ties else []
+    heads = [m for m in modules if m.name == HEAD] if format.ties else []
     if base is None:
-        return list(modules), [_untold(embeddings, form)] if embeddings else []
+        return list(modules), [_untold(embeddings, format)] if embeddings else []
     if not base.tied or not (embeddings or heads):
         return list(modules), []
     pairs = list(zip(embeddings, heads, strict=False))
@@ -44,7 +44,7 @@ def without_heads(
         raise Refused(
             f"{listed([m.path for m in own])} have factors of their own, but the base has one "
             "weight for embeddings and head",
-            expected=f"the same factors of both, or of neither: what reads {form.title} applies "
+            expected=f"the same factors of both, or of neither: what reads {format.title} applies "
             "those of the embeddings in the head, too",
             where="--base",
             hint="merge the adapter into its base instead",
@@ -53,10 +53,10 @@ def without_heads(
     return [m for m in modules if m.name != HEAD], []
 
 
-def _untold(embeddings: Modules, form: Format) -> str:
+def _untold(embeddings: Modules, format: Format) -> str:
     return (
-        f"{listed([m.path for m in embeddings])}: what reads {form.title} applies it in the head, "
-        "too, where the base ties the two; --base tells whether it does"
+        f"{listed([m.path for m in embeddings])}: what reads {format.title} applies it in the "
+        "head, too, where the base ties the two; --base tells whether it does"
     )
 
 

@@ -15,23 +15,23 @@ from adapterkit.core.errors import Refused, listed, shown
 from adapterkit.core.weights.reader import TensorReader
 
 
-def with_widths(modules: Modules, form: Format, names: Sequence[str]) -> list[AdapterModule]:
+def with_widths(modules: Modules, format: Format, names: Sequence[str]) -> list[AdapterModule]:
     """The modules, with the shape of each widened weight where files in the format say it.
 
     `names`: the architectures that tell the base's inputs. `Refused` where clients of the format
     do not widen the base.
     """
     wide = [module.path for module in modules if _is_wide(module, names)]
-    if wide and not form.widens:
+    if wide and not format.widens:
         others = [one.name for one in formats().values() if one.widens and one.writes]
         raise Refused(
             f"there are more inputs than the base has, in {listed(wide)}",
-            expected=f"the base's shapes: clients of {form.title} do not widen its weights",
+            expected=f"the base's shapes: clients of {format.title} do not widen its weights",
             where="--to",
             hint=f"choose one of {', '.join(others)}, whose clients do",
             code="AK503",
         )
-    has_shape = SHAPE in form.kinds.get(FACTORS, ())
+    has_shape = SHAPE in format.kinds.get(FACTORS, ())
     return [
         _with_shape(module) if has_shape and module.path in wide else without_shape(module)
         for module in modules

@@ -34,15 +34,15 @@ GIVE_BASE = "give --base, the model that the adapter is for"
 
 
 def arranged(
-    contents: Contents, form: Format, model: NamedBase | None, reader: TensorReader
+    contents: Contents, format: Format, model: NamedBase | None, reader: TensorReader
 ) -> Contents:
     """The contents as the dialect has them; `Refused` with all that its readers do not take, and
     where it depends on a base that is not given."""
-    words = form.adapter
-    modules, notes = without_copies(contents.modules, form)
+    words = format.adapter
+    modules, notes = without_copies(contents.modules, format)
     contents = replace(contents, modules=tuple(modules), notes=(*contents.notes, *notes))
-    undecided = _undecided(contents, model) if contents.format != form.name else []
-    Problems([*undecided, *refusals(contents, form)]).raise_all()
+    undecided = _undecided(contents, model) if contents.format != format.name else []
+    Problems([*undecided, *refusals(contents, format)]).raise_all()
     if model is not None:
         modules = renamed(modules, model, in_file=False)
     modules = _experts(modules, words.experts, model, reader, contents.folders[0].label)
@@ -52,7 +52,7 @@ def arranged(
     elif words.names == "base":
         note = "module names were not checked: give --base to compare them with the model"
         contents = replace(contents, notes=(*contents.notes, note))
-    if form.scale.uniform:
+    if format.scale.uniform:
         before, modules = modules, uniform(modules)
         contents = replace(contents, notes=(*contents.notes, *_uniform_notes(before, modules)))
     if model is not None:  # the order in which PEFT nests them
@@ -74,11 +74,11 @@ def _uniform_notes(before: Modules, after: Modules) -> list[str]:
     return notes
 
 
-def without_copies(modules: Modules, form: Format) -> tuple[list[AdapterModule], list[str]]:
+def without_copies(modules: Modules, format: Format) -> tuple[list[AdapterModule], list[str]]:
     """Without the base's own weights that PEFT saves beside an embedding's factors, where the
     dialect has none."""
     copies = [m.path for m in modules if m.kind == COPY]
-    if not copies or not form.kinds:
+    if not copies or not format.kinds:
         return list(modules), []
     note = f"left out, as the base has them: the weights of {listed(copies)}"
     return [m for m in modules if m.kind != COPY], [note]
@@ -103,26 +103,26 @@ def _undecided(contents: Contents, model: NamedBase | None) -> list[AdapterkitEr
     ]
 
 
-def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
+def refusals(contents: Contents, format: Format) -> list[AdapterkitError]:
     """Refusals of settings, kinds and trained modules that the dialect's readers do not take."""
     where = contents.folders[0].label
     errors = Problems(
         [
             Refused(
                 f"{name} = {shown(json.dumps(contents.config[name]))}: {one.why}",
-                expected=f"what {form.title} reads",
+                expected=f"what {format.title} reads",
                 where=where,
                 hint=one.hint,
                 code="AK503",
             )
-            for name, one in form.adapter.refuse.items()
+            for name, one in format.adapter.refuse.items()
             if name in contents.config and one.value.search(json.dumps(contents.config[name]))
         ],
         code="AK503",
     )
-    if not form.kinds:
+    if not format.kinds:
         return errors
-    saved = form.adapter.saved
+    saved = format.adapter.saved
     values = [
         m.path
         for m in contents.modules
@@ -131,14 +131,14 @@ def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
     if values:
         errors.add(
             f"{len(values)} modules have values trained in place of the base's: {listed(values)}",
-            f"low-rank factors{''.join(f', {name}' for name in saved)}: {form.title} "
+            f"low-rank factors{''.join(f', {name}' for name in saved)}: {format.title} "
             "reads no others",
             MERGE,
             where=where,
         )
     others = (VALUE, TOKENS, PARAMETER, EXPERTS)  # experts: once they are in the dialect's layout
     own = tuple(m for m in contents.modules if m.kind not in others)
-    return errors + unsupported(replace(contents, modules=own), form, MERGE)
+    return errors + unsupported(replace(contents, modules=own), format, MERGE)
 
 
 def _experts(
@@ -259,7 +259,7 @@ def _names_of(
         return []
     if not in_file:
         return [parameter.name.removesuffix(".weight")]
-    if parameter.is_alias or not parameter.whole:
+    if parameter.is_alias or not parameter.is_whole:
         return [name]  # a tied head, or part of a fused weight: both go by the model's names
     return [parameter.slots[0].key.removesuffix(".weight")]
 

@@ -14,7 +14,7 @@ from adapterkit.adapters.formats.modules.experts import (
 from adapterkit.adapters.formats.modules.kinds import EXPERTS
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule
 from adapterkit.adapters.formats.modules.tensors import Expression, from_spec
-from adapterkit.adapters.formats.schema import AdapterWords
+from adapterkit.adapters.formats.schema import AdapterSchema
 from adapterkit.adapters.variants.expert_order import order_of
 from adapterkit.core.adapter.config import SLOWEST
 from adapterkit.core.adapter.factors import Factors, factors_of
@@ -43,7 +43,7 @@ def read_stacks(
     adapter: Adapter,
     module: str,
     loras: Sequence[Lora],
-    words: AdapterWords,
+    words: AdapterSchema,
     names: Names | None,
     stacks: Mapping[str, Stack],
 ) -> list[AdapterModule] | None:
@@ -126,7 +126,7 @@ def _turns(
     adapter: Adapter,
     module: str,
     factors: Mapping[str, Factors],
-    words: AdapterWords,
+    words: AdapterSchema,
     stacks: Mapping[str, Stack],
     certain: bool,
 ) -> dict[str, bool] | None:
@@ -174,7 +174,7 @@ def stacked_keys(
 
 
 def stacked_parts(
-    module: AdapterModule, words: AdapterWords, stacks: Mapping[str, Stack]
+    module: AdapterModule, words: AdapterSchema, stacks: Mapping[str, Stack]
 ) -> dict[str, Expression]:
     """a and b of a stack as the dialect stores them. `Refused` where that depends on the model's
     class, which is not known."""

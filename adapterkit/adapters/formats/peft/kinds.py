@@ -26,7 +26,7 @@ KINDS = {"LOHA": LoHa, "LOKR": LoKr}
 KEPT = ("base_model_name_or_path", "revision", "task_type")
 
 
-def read_kinds(form: Format, folder: Folder, peft_type: str, number: int = 0) -> Contents:
+def read_kinds(format: Format, folder: Folder, peft_type: str, number: int = 0) -> Contents:
     """The contents of an adapter of that type. `Refused` with every key and setting that cannot be
     used."""
     kind = KINDS[peft_type]
@@ -45,7 +45,7 @@ def read_kinds(form: Format, folder: Folder, peft_type: str, number: int = 0) ->
     errors.raise_all()
     modules += replaced_values(adapter)
     headers = headers_of(adapter, folder, number)
-    return Contents(form.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
+    return Contents(format.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
 
 
 def replaced_values(adapter: Adapter) -> list[AdapterModule]:
@@ -66,7 +66,7 @@ def headers_of(adapter: Adapter, folder: Folder, number: int) -> dict[tuple[int,
 
 
 def write_kinds(
-    contents: Contents, form: Format, kind: str, *, dtype: str | None = None
+    contents: Contents, format: Format, kind: str, *, dtype: str | None = None
 ) -> FormatFile:
     """The adapter of these contents. `Refused` with all that the type cannot hold."""
     errors = Problems(where=contents.folders[0].label, code="AK503")
@@ -81,7 +81,7 @@ def write_kinds(
     if len(contents.components) > 1:
         errors.add(
             f"the adapter has components {', '.join(contents.components)}",
-            f"one: {form.title} is for a single model",
+            f"one: {format.title} is for a single model",
             "give --prefix-only COMPONENT, one after the other",
         )
     Problems(errors).raise_all()
@@ -105,7 +105,7 @@ def write_kinds(
         kernels = {m.name: kernel_size(m, contents.architectures) for m in own}
         settings = kind_settings(kind, shapes, {m.name: m.scale for m in own}, kernels)
         settings |= {key: config[key] for key in KEPT if key in config}
-    return FormatFile(form, tensors, {"format": "pt"}, contents.modules, settings=settings)
+    return FormatFile(format, tensors, {"format": "pt"}, contents.modules, settings=settings)
 
 
 def kernel_size(module: AdapterModule, architectures: Sequence[str]) -> int | None:

@@ -74,7 +74,7 @@ FACTS = {"base": "base_model_name_or_path", "invocation": "alora_invocation_toke
 
 
 def read_layout(
-    form: Format,
+    format: Format,
     folder: Folder,
     number: int = 0,
     names: Names | None = None,
@@ -86,7 +86,7 @@ def read_layout(
     setting that cannot be used."""
     peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
     if peft_type in KINDS:
-        return read_kinds(form, folder, peft_type, number)
+        return read_kinds(format, folder, peft_type, number)
     adapter = read_adapter(folder, number, check_live_config, as_stored=True)
     adapter = replace(adapter, config=with_given(adapter.config, expert_layout))
     if order_of(adapter.config) is None and (error := order_problem(adapter)) is not None:
@@ -98,7 +98,7 @@ def read_layout(
             modules.append(_module(adapter, lora, FACTORS))
         elif lora is homes[lora.module][0]:
             own = homes[lora.module]
-            known = read_stacks(adapter, lora.module, own, form.adapter, names, stacks or {})
+            known = read_stacks(adapter, lora.module, own, format.adapter, names, stacks or {})
             if known is None:
                 known = [_module(adapter, one, PARAMETER) for one in own]
             modules += known
@@ -125,7 +125,7 @@ def read_layout(
         (number, CONFIG): sha256_of_small_file(folder, CONFIG),
     }
     return Contents(
-        form.name,
+        format.name,
         (folder,),
         tuple(modules),
         metadata={METADATA: adapter.base_fingerprint} if adapter.base_fingerprint else {},
@@ -157,7 +157,7 @@ def _module(adapter: Adapter, lora: Lora, kind: str) -> AdapterModule:
 
 def write_layout(
     contents: Contents,
-    form: Format,
+    format: Format,
     *,
     dtype: str | None = None,
     stacks: Mapping[str, Stack] | None = None,
@@ -167,12 +167,12 @@ def write_layout(
     """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
     its modules are not the source's; `values`: those trained whole are the base's own. `Refused`
     with all that it cannot hold."""
-    modules = with_widths(contents.modules, form, contents.architectures)
+    modules = with_widths(contents.modules, format, contents.architectures)
     contents = replace(contents, modules=modules)
     kind = kind_of(contents)
     if kind is not None:
-        return write_kinds(contents, form, kind, dtype=dtype)
-    Problems(_problems(contents, form, values=values)).raise_all()
+        return write_kinds(contents, format, kind, dtype=dtype)
+    Problems(_problems(contents, format, values=values)).raise_all()
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER)]
     experts = [m for m in contents.modules if m.kind == EXPERTS]
     homes = Counter(m.name.rpartition(".")[0] for m in experts)
@@ -183,7 +183,7 @@ def write_layout(
     for module in contents.modules:
         if module.kind == EXPERTS:
             keys = stack_keys[module.name]
-            parts = stacked_parts(module, form.adapter, stacks or {})
+            parts = stacked_parts(module, format.adapter, stacks or {})
         elif module.kind not in (FACTORS, PARAMETER):
             for role, part in module.parts.items():
                 key = value_key(f"{module.name}.{role}")
@@ -206,12 +206,12 @@ def write_layout(
             for role, part in parts.items()
         ]
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
-    settings = _settings(contents, form, loras, experts, rebuilt)
+    settings = _settings(contents, format, loras, experts, rebuilt)
     metadata = metadata_with(contents.metadata.get(METADATA))
-    return FormatFile(form, tensors, metadata, contents.modules, settings=settings)
+    return FormatFile(format, tensors, metadata, contents.modules, settings=settings)
 
 
-def _problems(contents: Contents, form: Format, *, values: bool) -> list[AdapterkitError]:
+def _problems(contents: Contents, format: Format, *, values: bool) -> list[AdapterkitError]:
     """Refusals of what the layout cannot hold."""
     errors = Problems(code="AK503")
     where = contents.folders[0].label
@@ -224,10 +224,10 @@ def _problems(contents: Contents, form: Format, *, values: bool) -> list[Adapter
     ]
     if others:
         errors.add(
-            f"{form.title} cannot hold {len(others)} modules of other kinds: "
+            f"{format.title} cannot hold {len(others)} modules of other kinds: "
             f"{listed([m.path for m in others])}",
             "low-rank factors",
-            ways_out(others, form, contents),
+            ways_out(others, format, contents),
             where=where,
         )
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER, EXPERTS)]
@@ -243,7 +243,7 @@ def _problems(contents: Contents, form: Format, *, values: bool) -> list[Adapter
     if len(components) > 1:
         errors.add(
             f"the adapter has components {', '.join(components)}",
-            f"one: {form.title} is for a single model",
+            f"one: {format.title} is for a single model",
             ONE_PART,
             where=where,
         )
@@ -251,10 +251,10 @@ def _problems(contents: Contents, form: Format, *, values: bool) -> list[Adapter
 
 
 def _settings(
-    contents: Contents, form: Format, loras: Modules, experts: Modules, rebuilt: bool
+    contents: Contents, format: Format, loras: Modules, experts: Modules, rebuilt: bool
 ) -> Json:
     """adapter_config.json: a source's own where it has one, with the ranks and scales."""
-    own = contents.config if formats()[contents.format].layout == form.layout else {}
+    own = contents.config if formats()[contents.format].layout == format.layout else {}
     if own and not rebuilt:
         return dict(own)
     ranked = [*loras, *experts]
@@ -263,7 +263,7 @@ def _settings(
     kept |= {key: facts[word] for word, key in FACTS.items() if facts.get(word) is not None}
     kept |= {k: v for k, v in own.items() if k not in TARGETS}
     names = sorted({m.name for m in loras})
-    if form.adapter.targets == "ends":
+    if format.adapter.targets == "ends":
         names = sorted({name.rpartition(".")[2] for name in names})
     settings: Json = {
         "target_modules": names,
@@ -276,7 +276,7 @@ def _settings(
     saved = sorted({m.name for m in contents.modules if m.kind == VALUE})
     if saved and not own:
         settings["modules_to_save"] = saved
-    settings |= form.adapter.settings
+    settings |= format.adapter.settings
     ranks, alphas = {m.name: m.rank for m in ranked}, {m.name: m.alpha for m in ranked}
     defaults = {"base_model_name_or_path": None, "task_type": None}
     return defaults | declared_settings(ranks, alphas, **kept | settings)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from adapterkit.adapters.formats.detect import Detection, detect, in_another_layout
-from adapterkit.adapters.formats.image_model import OneFileModel
+from adapterkit.adapters.formats.image_model import SingleFileModel
 from adapterkit.adapters.formats.library import format_named, formats
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents
 from adapterkit.adapters.formats.peft.layout import read_layout, write_layout
@@ -20,7 +20,7 @@ from adapterkit.adapters.formats.planning.plan import (
 from adapterkit.adapters.formats.planning.single_file import plan_in_names_of, plan_with_others
 from adapterkit.adapters.formats.planning.source import named_base, read_contents, selected
 from adapterkit.adapters.formats.records.convert import COMPONENTS, ConvertOptions
-from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, AdapterWords
+from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, AdapterSchema
 from adapterkit.adapters.variants.eight_bits import notes_on
 from adapterkit.adapters.variants.expert_order import is_of_unsloth, order_of, with_given
 from adapterkit.core.adapter.config import SLOWEST
@@ -42,7 +42,7 @@ T = TypeVar("T")
 def converted(
     folder: Folder,
     base: Folder | None,
-    file: OneFileModel | None,
+    file: SingleFileModel | None,
     *,
     for_merge: bool,
     expert_layout: str | None,
@@ -57,19 +57,19 @@ def converted(
         raise
     if file is not None:
         plan = with_own_hints(lambda: plan_in_names_of(file, folder, detection))
-        return converted_folder(folder, detection.form.name, detection.container.file, plan)
-    is_read = detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft
+        return converted_folder(folder, detection.format.name, detection.container.file, plan)
+    is_read = detection.format.layout == ADAPTER_LAYOUT and detection.format.adapter.is_read_by_peft
     if for_merge and detection.config.get("peft_type") in ("LOHA", "LOKR"):
         return _with_others(folder, detection)
     if is_read and not notes_on(detection.container.tensors):
         config = with_given(detection.config, expert_layout)
-        is_told = config is not detection.config and is_of_unsloth(config, folder)
-        if order_of(config) != SLOWEST and not is_told:
+        is_explicit = config is not detection.config and is_of_unsloth(config, folder)
+        if order_of(config) != SLOWEST and not is_explicit:
             return folder
     checkpoint = None if base is None else read_checkpoint(base, 1)
     options = ConvertOptions(to=plain_layout(), expert_layout=expert_layout)
     plan = with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
-    return converted_folder(folder, detection.form.name, detection.container.file, plan)
+    return converted_folder(folder, detection.format.name, detection.container.file, plan)
 
 
 def _with_others(folder: Folder, detection: Detection) -> Folder:
@@ -80,7 +80,7 @@ def _with_others(folder: Folder, detection: Detection) -> Folder:
     if plan is None:
         return folder
     plan = replace(plan, notes=())  # on files beside it, which no merge copies
-    return converted_folder(folder, detection.form.name, detection.container.file, plan)
+    return converted_folder(folder, detection.format.name, detection.container.file, plan)
 
 
 def with_own_hints(read: Callable[[], T]) -> T:
@@ -98,9 +98,9 @@ def with_part_names(folder: Folder, contents: Contents) -> Overlay:
     the pipeline in front."""
     modules = tuple(replace(m, name=m.path, component="") for m in contents.modules)
     plain = replace(contents, modules=modules, architectures=(), config={}, metadata={})
-    form = format_named(plain_layout())
-    layout = write_layout(plain, form, rebuilt=True, values=True)
-    plan = plan_written(folder, plain, layout, ConvertOptions(to=form.name))
+    format = format_named(plain_layout())
+    layout = write_layout(plain, format, rebuilt=True, values=True)
+    plan = plan_written(folder, plain, layout, ConvertOptions(to=format.name))
     file, parts = next(file for _, file in plan.headers), ", ".join(contents.components)
     return converted_folder(folder, contents.format, file, plan, parts)
 
@@ -119,21 +119,21 @@ def as_component(
 ) -> Overlay:
     """One component of a pipeline's adapter as a folder in PEFT's layout, what that does not hold
     in a file beside it; `base`: that model of the pipeline."""
-    detection, form = detect(folder), format_named(plain_layout())
-    options = ConvertOptions(to=form.name, prefix_only=name)
-    own, model = selected(contents, name), named_base(base, detection, form)
+    detection, format = detect(folder), format_named(plain_layout())
+    options = ConvertOptions(to=format.name, prefix_only=name)
+    own, model = selected(contents, name), named_base(base, detection, format)
     plan = plan_with_others(folder, own, options)
     plan = plan or plan_contents(folder, own, options, base, model)
-    return converted_folder(folder, detection.form.name, detection.container.file, plan, name)
+    return converted_folder(folder, detection.format.name, detection.container.file, plan, name)
 
 
 def plain_layout() -> str:
     """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
-    plain = AdapterWords()
+    plain = AdapterSchema()
     return next(
-        form.name
-        for form in formats().values()
-        if form.layout == ADAPTER_LAYOUT and form.writes and form.adapter == plain
+        format.name
+        for format in formats().values()
+        if format.layout == ADAPTER_LAYOUT and format.writes and format.adapter == plain
     )
 
 
@@ -141,9 +141,9 @@ def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: b
     """The plan of a job, its output in the layout of its first adapter, which `is_alone`, or one of
     several."""
     made = made_adapter(plan)
-    form, names = format_named(first.format), first.architectures
-    options = ConvertOptions(to=form.name, architecture=names[0] if len(names) == 1 else None)
-    read = read_layout(detect(made).form, made)
+    format, names = format_named(first.format), first.architectures
+    options = ConvertOptions(to=format.name, architecture=names[0] if len(names) == 1 else None)
+    read = read_layout(detect(made).format, made)
     # hashes in the metadata are of other tensors, and titles of one of several
     kept = first.metadata if is_alone else {}
     contents = replace(
@@ -153,7 +153,7 @@ def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: b
         metadata={key: value for key, value in kept.items() if "hash" not in key},
         refitted=True,
     )
-    written = written_file(contents, form, options, None, None, True)
+    written = written_file(contents, format, options, None, None, True)
     convert = plan_written(made, contents, written, options, None, file)
     behind = lambda files: {(number + 1, name): one for (number, name), one in files.items()}
     return replace(
@@ -163,7 +163,7 @@ def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: b
         folders=(made, *plan.folders),
         headers=convert.headers | behind(plan.headers),
         identities=convert.identities | behind(plan.identities),
-        decisions=plan.decisions | {"to": form.name},
+        decisions=plan.decisions | {"to": format.name},
         models=tuple(number + 1 for number in plan.models),
         is_file=file is not None,
     )
@@ -192,10 +192,10 @@ def open_parts(
             named.append((source, contents))
     errors.raise_all()
     first = named[0][1]
-    form = format_named(first.format)
-    if not form.writes or form.file.config or is_on_hub(out):
+    format = format_named(first.format)
+    if not format.writes or format.file.config or is_on_hub(out):
         raise Refused(
-            f"{form.title} is not written" + " on the Hub" * is_on_hub(out),
+            f"{format.title} is not written" + " on the Hub" * is_on_hub(out),
             expected="a format of one file, written here",
             where=sources[0].label,
             hint="convert it first\n"

@@ -42,14 +42,14 @@ def plan_edit(edit: Edit) -> Plan:
     name = target.name if target.suffix == ".safetensors" and not is_on_hub(edit.out) else None
     source = open_unconverted(edit.src)
     detection = detect(source)
-    form = detection.form
-    is_folder = form.layout == ADAPTER_LAYOUT
-    _problems(edit, form, name).raise_all()
-    options = ConvertOptions(to=form.name)
+    format = detection.format
+    is_folder = format.layout == ADAPTER_LAYOUT
+    _problems(edit, format, name).raise_all()
+    options = ConvertOptions(to=format.name)
     contents = _changed(read_contents(source, detection, options, None), edit, is_folder)
     before = {} if edit.strip_metadata else contents.metadata
     contents = replace(contents, metadata=before)
-    written = written_file(contents, form, options, None, None, edit.alpha is not None)
+    written = written_file(contents, format, options, None, None, edit.alpha is not None)
     if edit.alpha is not None:  # hashes are of other tensors, ranks and alphas are written anew
         before = {key: value for key, value in before.items() if "hash" not in key}
     is_kept = before and edit.alpha is None
@@ -69,22 +69,22 @@ def plan_edit(edit: Edit) -> Plan:
     )
 
 
-def _problems(edit: Edit, form: Format, name: str | None) -> Problems:
-    errors = Problems(where=form.title, code="AK505")
+def _problems(edit: Edit, format: Format, name: str | None) -> Problems:
+    errors = Problems(where=format.title, code="AK505")
     options = (*IN_FILE, "alpha", "metadata", "strip_metadata")
     if not any(getattr(edit, option) for option in options):
         expected = f"some of {', '.join(map(flag_of, options))}"
         errors.add("nothing to change", expected, "say what is to be changed", where="options")
-    if not form.writes or form.file.container != "safetensors":
+    if not format.writes or format.file.container != "safetensors":
         hint = "convert it first\nadapterkit convert ADAPTER --to peft --out converted"
-        errors.add(f"{form.title} is not edited", "a format of safetensors that is written", hint)
-    if form.layout == ADAPTER_LAYOUT and name is not None:
+        errors.add(f"{format.title} is not edited", "a format of safetensors that is written", hint)
+    if format.layout == ADAPTER_LAYOUT and name is not None:
         hint = "give --out without an ending"
         errors.add("PEFT's layout in one file", "a folder", hint, where="--out")
-    has_alpha = form.layout == ADAPTER_LAYOUT or form.scale.place != "none"
+    has_alpha = format.layout == ADAPTER_LAYOUT or format.scale.place != "none"
     if edit.alpha is not None and not has_alpha:
         hint = "give the strength where it is used, or convert it to a format with an alpha"
-        errors.add(f"{form.title} has no alpha", "a format with one", hint)
+        errors.add(f"{format.title} has no alpha", "a format with one", hint)
     return errors
 
 

@@ -38,7 +38,7 @@ RANKED = (FACTORS, EXPERTS, PARAMETER)
 
 def lowered(
     contents: Contents,
-    form: Format,
+    format: Format,
     *,
     rank: int | None,
     lossy: bool = False,
@@ -50,25 +50,27 @@ def lowered(
 
     `Refused` where the base is needed and not given, or does not fit.
     """
-    contents = _with_biases(contents, form)  # first: what the format lacks depends on it
-    modules = [_without_core(m) if _lacks_core_only(m, form, contents) else m
+    contents = _with_biases(contents, format)  # first: what the format lacks depends on it
+    modules = [_without_core(m) if _lacks_core_only(m, format, contents) else m
                for m in contents.modules]  # fmt: skip
     contents = replace(contents, modules=tuple(modules))
     if rank is not None:
-        contents = _with_biases(_fitted(contents, form, rank, base), form)
-    return _without_vectors(contents, form) if lossy else contents
+        contents = _with_biases(_fitted(contents, format, rank, base), format)
+    return _without_vectors(contents, format) if lossy else contents
 
 
-def _with_biases(contents: Contents, form: Format) -> Contents:
-    modules = as_the_format_has_them(contents.modules, form)
+def _with_biases(contents: Contents, format: Format) -> Contents:
+    modules = as_the_format_has_them(contents.modules, format)
     return replace(contents, modules=tuple(modules))
 
 
-def without_zeros(contents: Contents, form: Format) -> Contents:
+def without_zeros(contents: Contents, format: Format) -> Contents:
     """The contents without modules of zeros that the format has no keys for; read while planning,
     as what is written depends on them."""
     reader = PlanReader(contents.folders)
-    homeless = [m for m in contents.modules if m.kind in DIFFERENCES and lacking(m, form, contents)]
+    homeless = [
+        m for m in contents.modules if m.kind in DIFFERENCES and lacking(m, format, contents)
+    ]
     empty = {
         id(module)
         for module in homeless
@@ -82,17 +84,17 @@ def without_zeros(contents: Contents, form: Format) -> Contents:
     return replace(contents, modules=modules, notes=(*contents.notes, note))
 
 
-def _without_vectors(contents: Contents, form: Format) -> Contents:
+def _without_vectors(contents: Contents, format: Format) -> Contents:
     """Without differences of norms and biases that the format has no place for; a note tells
     which and how large they were."""
-    dropped = [m for m in contents.modules if is_vector(m) and lacking(m, form, contents)]
+    dropped = [m for m in contents.modules if is_vector(m) and lacking(m, format, contents)]
     if not dropped:
         return contents
     reader = PlanReader(contents.folders)
     parts = [part.value(reader).double() for m in dropped for part in m.parts.values()]
     largest = max(float(torch.linalg.vector_norm(part)) for part in parts)
     note = (
-        f"dropped, as {form.title} cannot store them: differences of {len(dropped)} vectors "
+        f"dropped, as {format.title} cannot store them: differences of {len(dropped)} vectors "
         f"(norms and biases), of norm {short(largest)} at most: {listed([m.path for m in dropped])}"
     )
     ids = {id(m) for m in dropped}
@@ -100,13 +102,13 @@ def _without_vectors(contents: Contents, form: Format) -> Contents:
     return replace(contents, modules=kept, notes=(*contents.notes, note))
 
 
-def _fitted(contents: Contents, form: Format, rank: int, base: Checkpoint | None) -> Contents:
+def _fitted(contents: Contents, format: Format, rank: int, base: Checkpoint | None) -> Contents:
     """The contents with plain factors of that rank at most."""
     modules = contents.modules
     large = [m for m in modules if m.kind in RANKED and m.rank > rank]
     _check_large(large, rank, contents.folders[0].label)
     own = {id(m) for m in large}
-    chosen = [m for m in modules if id(m) in own or is_fitted(m, form, contents)]
+    chosen = [m for m in modules if id(m) in own or is_fitted(m, format, contents)]
     if not chosen:
         return contents
     job = _Fitting(contents, rank, base, chosen)
@@ -133,8 +135,8 @@ def _check_large(modules: Modules, rank: int, where: str) -> None:
         )
 
 
-def _lacks_core_only(module: AdapterModule, form: Format, contents: Contents) -> bool:
-    return "mid" in module.parts and lacking(module, form, contents) == ["mid"]
+def _lacks_core_only(module: AdapterModule, format: Format, contents: Contents) -> bool:
+    return "mid" in module.parts and lacking(module, format, contents) == ["mid"]
 
 
 def _without_core(module: AdapterModule) -> AdapterModule:
@@ -146,7 +148,7 @@ def _without_core(module: AdapterModule) -> AdapterModule:
 
 
 def read_fitted(
-    form: Format, folder: Folder, kind: type[Kind], *, rank: int | None, base: Checkpoint | None
+    format: Format, folder: Folder, kind: type[Kind], *, rank: int | None, base: Checkpoint | None
 ) -> Contents:
     """An adapter in PEFT's layout, of a type that no format holds, as plain factors. `Refused`
     without a rank."""
@@ -164,7 +166,9 @@ def read_fitted(
     errors.raise_all()
     modules = []
     for one in deltas:
-        fit = Fit(one.module, one.delta, one.tail, min(rank, one.delta.rank, *one.delta.shape))
+        fit = Fit(
+            one.module, one.delta, one.trailing_shape, min(rank, one.delta.rank, *one.delta.shape)
+        )
         parts = fit.parts
         modules.append(
             AdapterModule(
@@ -173,7 +177,7 @@ def read_fitted(
         )
     notes.append(_note({kind.name.upper(): len(deltas)}, rank))
     return Contents(
-        form.name,
+        format.name,
         (folder,),
         (*modules, *replaced_values(adapter)),
         config=_plain_config(adapter.config),
@@ -254,8 +258,8 @@ class _Fitting:
             return None  # refused already
         self._check(module, weight)
         delta = ModuleDelta(module, weight if needs else None, tuple(self._others(module)))
-        tail = self._tail(module, weight)
-        fit = Fit(module.path, delta, tail, min(self.rank, delta.rank))
+        trailing_shape = self._tail(module, weight)
+        fit = Fit(module.path, delta, trailing_shape, min(self.rank, delta.rank))
         parts = dict(fit.parts)
         if SHAPE in module.parts:
             parts[SHAPE] = module.parts[SHAPE]
@@ -306,9 +310,9 @@ class _Fitting:
         """The axes after `out`: of the file, of the base, of the architecture."""
         if weight is not None:
             return weight.weight_shape[1:]
-        tail = tail_of(module.kind, module.parts)
-        if tail is not None:
-            return tail
+        trailing_shape = tail_of(module.kind, module.parts)
+        if trailing_shape is not None:
+            return trailing_shape
         inputs = matrix_shape(module.kind, module.parts)[1]
         kernel = kernel_of(self.contents.architectures, module.component, module.name)
         if kernel is None and cores(module.parts):

@@ -59,15 +59,15 @@ TRAINED = re.compile(
 def files_of(contents: Contents, written: FormatFile, notes: list[str]) -> Files:
     """The files of a folder besides its weights; notes tell what goes along or stays behind."""
     files: Files = {}
-    form = written.form
+    format = written.format
     if written.settings is not None:
-        name = form.file.config[0]
+        name = format.file.config[0]
         files[name] = config_bytes(name, written.settings)
-    if form.layout != ADAPTER_LAYOUT:
+    if format.layout != ADAPTER_LAYOUT:
         return files
-    if formats()[contents.format].layout == form.layout:
-        known = {*files, *(file for _, file in contents.headers), form.file.name}
-        files = {**_carried(contents.folders[0], form, known, notes), **files}
+    if formats()[contents.format].layout == format.layout:
+        known = {*files, *(file for _, file in contents.headers), format.file.name}
+        files = {**_carried(contents.folders[0], format, known, notes), **files}
     if "README.md" not in files:
         base = (written.settings or {}).get("base_model_name_or_path")
         card = adapter_card(base, [], f"converted from {contents.format}")
@@ -75,10 +75,10 @@ def files_of(contents: Contents, written: FormatFile, notes: list[str]) -> Files
     return files
 
 
-def left_beside(contents: Contents, form: Format) -> list[str]:
+def left_beside(contents: Contents, format: Format) -> list[str]:
     """The note on weights beside the adapter, such as a value head, that stay behind where the
     layout does not stay."""
-    if formats()[contents.format].layout == form.layout == ADAPTER_LAYOUT:
+    if formats()[contents.format].layout == format.layout == ADAPTER_LAYOUT:
         return []  # told already, with all other files
     known = {file for _, file in contents.headers}
     left = [name for name in contents.folders[0].files() if _is_trained(name) and name not in known]
@@ -90,7 +90,7 @@ def _is_trained(name: str) -> bool:
 
 
 def _carried(
-    source: Folder, form: Format, written: Collection[str], notes: list[str]
+    source: Folder, format: Format, written: Collection[str], notes: list[str]
 ) -> dict[str, CopyFile]:
     """The source's files that the target's format takes along; all others join the notes.
 
@@ -99,7 +99,7 @@ def _carried(
     for name, size in sorted(source.files().items()):
         if name in written or name == RECEIPT:
             continue
-        if size <= MOST and any(pattern.fullmatch(name) for pattern in form.file.carry):
+        if size <= MOST and any(pattern.fullmatch(name) for pattern in format.file.carry):
             files[name] = CopyFile(0, name)
         else:
             left.append(name)
@@ -182,10 +182,10 @@ def plan_convert(
 ) -> Plan:
     """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
     of the one file that is wanted; without it, a folder as the format has it."""
-    form = format_named(options.to)
+    format = format_named(options.to)
     detection = detection or detect(source)
-    model = named_base(base, detection, form)
-    _check_target(form, file)
+    model = named_base(base, detection, format)
+    _check_target(format, file)
     contents = read_contents(source, detection, options, base, model)
     return plan_contents(source, contents, options, base, model, file)
 
@@ -199,28 +199,28 @@ def plan_contents(
     file: str | None = None,
 ) -> Plan:
     """The plan of a conversion whose source was read."""
-    form = format_named(options.to)
+    format = format_named(options.to)
     _check_source(contents, base, model)
-    is_in_names = form.layout != ADAPTER_LAYOUT  # PEFT's has parameters
-    adapted = without_zeros(with_matrices(contents, model) if is_in_names else contents, form)
-    adapted = lowered(adapted, form, rank=options.rank, lossy=options.lossy, base=base)
-    adapted = _in_dialect(adapted, form, model)
-    is_rebuilt = contents.format != form.name or _shapes(contents) != _shapes(adapted)
-    written = written_file(adapted, form, options, base, model, is_rebuilt)
+    is_in_names = format.layout != ADAPTER_LAYOUT  # PEFT's has parameters
+    adapted = without_zeros(with_matrices(contents, model) if is_in_names else contents, format)
+    adapted = lowered(adapted, format, rank=options.rank, lossy=options.lossy, base=base)
+    adapted = _in_dialect(adapted, format, model)
+    is_rebuilt = contents.format != format.name or _shapes(contents) != _shapes(adapted)
+    written = written_file(adapted, format, options, base, model, is_rebuilt)
     return plan_written(source, adapted, written, options, base, file)
 
 
-def _check_target(form: Format, file: str | None) -> None:
+def _check_target(format: Format, file: str | None) -> None:
     """`Refused` for one file of a format that has settings beside its weights, or whose weights
     are in files with another ending."""
-    ending = Path(form.file.name).suffix
-    if file is None or (not form.file.config and Path(file).suffix == ending):
+    ending = Path(format.file.name).suffix
+    if file is None or (not format.file.config and Path(file).suffix == ending):
         return
-    if form.file.config:
-        problem, hint = f"{form.title} in one file", "give --out without an ending"
-        expected = f"a folder, with {form.file.config[0]} beside the weights"
+    if format.file.config:
+        problem, hint = f"{format.title} in one file", "give --out without an ending"
+        expected = f"a folder, with {format.file.config[0]} beside the weights"
     else:
-        problem, expected = f"{form.title} in a file named {shown(file)}", f"a name with {ending}"
+        problem, expected = f"{format.title} in a file named {shown(file)}", f"a name with {ending}"
         hint = f"give --out {shown(Path(file).with_suffix(ending))}"
     raise Refused(problem, expected=expected, where="--out", hint=hint, code="AK102")
 
@@ -243,21 +243,21 @@ def _shapes(contents: Contents) -> list[tuple]:
     return [(m.name, m.kind, m.rank, m.alpha, tuple(m.parts)) for m in contents.modules]
 
 
-def _in_dialect(contents: Contents, form: Format, model: NamedBase | None) -> Contents:
+def _in_dialect(contents: Contents, format: Format, model: NamedBase | None) -> Contents:
     """The contents as a dialect of PEFT's layout has them, for the base that is given."""
-    if form.layout != ADAPTER_LAYOUT:
+    if format.layout != ADAPTER_LAYOUT:
         return contents
     name = hub_id(model.checkpoint.folder) if model is not None else None
     if name is not None:
         contents = replace(contents, config={**contents.config, "base_model_name_or_path": name})
-    if contents.format == form.name and model is None:
+    if contents.format == format.name and model is None:
         return contents
-    return arranged(contents, form, model, PlanReader(contents.folders))
+    return arranged(contents, format, model, PlanReader(contents.folders))
 
 
 def written_file(
     contents: Contents,
-    form: Format,
+    format: Format,
     options: ConvertOptions,
     base: Checkpoint | None,
     model: NamedBase | None,
@@ -265,20 +265,20 @@ def written_file(
 ) -> FormatFile:
     """The file of these contents in a format; `is_rebuilt`: its modules are not the source's."""
     dtype = dtypes.parse(options.dtype) if options.dtype else None
-    if form.layout == ADAPTER_LAYOUT:
+    if format.layout == ADAPTER_LAYOUT:
         stacks = model.stacks if model is not None else None
         is_rebuilt = is_rebuilt or "r" not in contents.config  # without the source's ranks
-        return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=is_rebuilt)
-    modules, notes = without_copies(contents.modules, form)
+        return write_layout(contents, format, dtype=dtype, stacks=stacks, rebuilt=is_rebuilt)
+    modules, notes = without_copies(contents.modules, format)
     file = write(
-        _in_file(replace(contents, modules=tuple(modules)), form, model),
-        form,
+        _in_file(replace(contents, modules=tuple(modules)), format, model),
+        format,
         architecture=options.architecture,
         dtype=dtype,
         heads=heads_of(base, contents.config),
         base=None if base is None else facts_of(base.config, base.tensors, family_of(base)),
     )
-    if form.names.style == "underscores" and file.architecture is None and model is not None:
+    if format.names.style == "underscores" and file.architecture is None and model is not None:
         known = set(modules_of(base, model))
         unknown = [m.path for m in file.modules if m.name not in known]
         if unknown:
@@ -292,14 +292,14 @@ def written_file(
     return replace(file, notes=[*notes, *file.notes])
 
 
-def _in_file(contents: Contents, form: Format, model: NamedBase | None) -> Contents:
+def _in_file(contents: Contents, format: Format, model: NamedBase | None) -> Contents:
     """Modules as the base's file has them where a format names those: single experts, other
     names."""
-    if model is not None and form.names.file:
+    if model is not None and format.names.file:
         modules = renamed(contents.modules, model, in_file=True)
         contents = replace(contents, modules=tuple(modules))
     stacks = [m.path for m in contents.modules if m.kind == EXPERTS]
-    if not stacks or not form.names.architectures:
+    if not stacks or not format.names.architectures:
         return contents
     if model is None:
         raise Refused(
@@ -324,10 +324,10 @@ def plan_written(
     more: tuple[OutputFile, ...] = (),
 ) -> Plan:
     """The plan that writes a file of these contents, alone or in a folder, there beside `more`."""
-    form = written.form
-    name = file or form.file.name
+    format = written.format
+    name = file or format.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
-    entry = LAYOUTS.get(form.file.container)
+    entry = LAYOUTS.get(format.file.container)
     lay_out = None if entry is None else load(entry)
     shard = OutputFile.computed(
         name,
@@ -344,12 +344,12 @@ def plan_written(
         *(note.replace("{file}", name) for note in written.notes),
         *_folded_note(written),
         *_rounded_note(written),
-        *left_beside(contents, written.form),
+        *left_beside(contents, written.format),
         *beside,
     )
     decisions = {
         "from": contents.format,
-        "to": form.name,
+        "to": format.name,
         "architecture": written.architecture or (contents.architectures or (None,))[0],
         "modules": len(written.modules),
         "folded": dict(written.folded),
@@ -379,7 +379,7 @@ def _folded_note(written: FormatFile) -> list[str]:
         return []
     scales = sorted(set(written.folded.values()))
     return [
-        f"{written.form.title} has no scale field: {listed(scales)} was multiplied into B of "
+        f"{written.format.title} has no scale field: {listed(scales)} was multiplied into B of "
         f"{len(written.folded)} modules"
     ]
 

@@ -8,7 +8,7 @@ from itertools import compress
 from adapterkit.adapters.formats.capabilities import FIT_ON_BASE
 from adapterkit.adapters.formats.detect import Detection
 from adapterkit.adapters.formats.extra_deltas import AddedDelta, written
-from adapterkit.adapters.formats.image_model import OneFileModel
+from adapterkit.adapters.formats.image_model import SingleFileModel
 from adapterkit.adapters.formats.library import format_named
 from adapterkit.adapters.formats.modules.fusing import Fusion, norm_problems
 from adapterkit.adapters.formats.modules.kinds import FACTORS, VALUE
@@ -38,7 +38,7 @@ NOT_PLAIN = ("mid", "input_magnitude")
 WEIGHTS, BIASES, TABLES = ("weight", "scale"), ("bias",), ("modulation", "scale_shift_table")
 
 
-def plan_in_names_of(model: OneFileModel, source: Folder, detection: Detection) -> Plan:
+def plan_in_names_of(model: SingleFileModel, source: Folder, detection: Detection) -> Plan:
     """The conversion of an adapter into PEFT's layout, its modules named as in the model's file:
     what the file fuses is one module. Those of parts that are not in the file keep the part's name
     in front; what is no plain factors is in a file beside them. `Refused` with all that cannot be
@@ -106,7 +106,7 @@ class _InFile:
     """The modules of an adapter on their way into the file's names."""
 
     contents: Contents
-    model: OneFileModel
+    model: SingleFileModel
 
     def converted(self) -> tuple[list[AdapterModule], list[AddedDelta]]:
         """Plain factors, and what is added as it is."""
@@ -154,8 +154,8 @@ class _InFile:
         there = [*compress(modules, found)]
         reader = PlanReader(self.contents.folders)
         architecture, namings = self.model.architecture, self.model.namings
-        form = self.model.names
-        own = in_names_of(there, form, architecture, namings, None, None, reader)
+        format = self.model.names
+        own = in_names_of(there, format, architecture, namings, None, None, reader)
         named = [self._valued(replace(m, name=key, component=LANGUAGE)) for m, key in own]
         named = with_axes_of(self.model.tensors, named)
         rest = compress(modules, (not one for one in found))

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from adapterkit.adapters.formats.base_model import NamedBase, facts_of
 from adapterkit.adapters.formats.detect import Detection, detect
-from adapterkit.adapters.formats.image_model import OneFileModel, family_of
+from adapterkit.adapters.formats.image_model import SingleFileModel, family_of
 from adapterkit.adapters.formats.library import architectures
 from adapterkit.adapters.formats.modules.experts import stacks_of
 from adapterkit.adapters.formats.modules.fusing import Fusion, split
@@ -137,23 +137,23 @@ def read_contents(
     options: ConvertOptions,
     base: Checkpoint | None,
     model: NamedBase | None = None,
-    file: OneFileModel | None = None,
+    file: SingleFileModel | None = None,
 ) -> Contents:
     """The source's contents, of the components that are asked for; `file`: a base whose names
     stay."""
-    form = detection.form
+    format = detection.format
     if detection.parts:
         return selected(_of_parts(source, detection.parts), options.prefix_only)
-    if form.layout == ADAPTER_LAYOUT:
+    if format.layout == ADAPTER_LAYOUT:
         kind = kind_of(source, detection.config)
         if kind is not None and kind.name.upper() not in KINDS:
-            contents = read_fitted(form, source, kind, rank=options.rank, base=base)
+            contents = read_fitted(format, source, kind, rank=options.rank, base=base)
         else:
             names, stacks = (model.names, model.stacks) if model is not None else (None, None)
             contents = read_layout(
-                form, source, names=names, stacks=stacks, expert_layout=options.expert_layout
+                format, source, names=names, stacks=stacks, expert_layout=options.expert_layout
             )
-        if isinstance(base, OneFileModel):
+        if isinstance(base, SingleFileModel):
             contents = in_model_names(contents, base)
     else:
         reading = Reading(
@@ -167,7 +167,7 @@ def read_contents(
             file,
             None if base is None else family_of(base),
         )
-        contents = read(form, source, detection.container, detection.config, reading)
+        contents = read(format, source, detection.container, detection.config, reading)
         if base is not None:
             modules = with_axes_of(base.tensors, contents.modules)
             contents = replace(contents, modules=tuple(modules))
@@ -181,7 +181,7 @@ def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
     for number, part in enumerate(parts):
         with errors.collected():
             folder = cast(WithSubfolders, source).subfolder(part)
-            own[part] = read_layout(detect(folder).form, folder, number)
+            own[part] = read_layout(detect(folder).format, folder, number)
     errors.raise_all()
     base = [one.config.get(BASE) for one in own.values()]
     return Contents(
@@ -213,7 +213,7 @@ def selected(contents: Contents, component: str | None) -> Contents:
     return replace(contents, modules=tuple(modules))
 
 
-def in_model_names(contents: Contents, model: OneFileModel) -> Contents:
+def in_model_names(contents: Contents, model: SingleFileModel) -> Contents:
     """The contents of an adapter that names modules as a model's file does, by the names of the
     model itself, split; others stay. `Refused` for those that no rule names."""
     reader = PlanReader(contents.folders)
@@ -229,7 +229,7 @@ def in_model_names(contents: Contents, model: OneFileModel) -> Contents:
     return replace(contents, modules=tuple(modules), architectures=names)
 
 
-def _of_model(module: AdapterModule, model: OneFileModel, reader: PlanReader) -> Modules:
+def _of_model(module: AdapterModule, model: SingleFileModel, reader: PlanReader) -> Modules:
     """The modules of the model that one of its file is."""
     for component, names, match in model.found(module.name):
         own, models = replace(module, component=component), names.models(match)
@@ -244,9 +244,9 @@ def _of_model(module: AdapterModule, model: OneFileModel, reader: PlanReader) ->
     )
 
 
-def named_base(base: Checkpoint | None, detection: Detection, form: Format) -> NamedBase | None:
+def named_base(base: Checkpoint | None, detection: Detection, format: Format) -> NamedBase | None:
     """The model of a base where a conversion from or to PEFT's layout can need it."""
-    needs_none = ADAPTER_LAYOUT not in (detection.form.layout, form.layout)
+    needs_none = ADAPTER_LAYOUT not in (detection.format.layout, format.layout)
     if base is None or not base.tensors or needs_none:  # of a config alone no names are known
         return None
     task = detection.config.get("task_type")

@@ -24,7 +24,7 @@ class BoundedFolder(ScratchFolder):
         self.room = room
 
 
-class Kept:
+class ShardCache:
     """Which of the files are here, by when they were read last; `sizes` in bytes."""
 
     def __init__(self, sizes: Mapping[str, int], room: int):
@@ -50,7 +50,7 @@ class Kept:
 
 def bytes_down(names: Iterable[str], sizes: Mapping[str, int], room: int) -> int:
     """Bytes that are downloaded while these files are read in this order."""
-    kept = Kept(sizes, room)
+    kept = ShardCache(sizes, room)
     return sum(sizes[name] for name in names if kept.read(name) is not None)
 
 
@@ -92,7 +92,7 @@ class BoundedSources(Sources):
         super().__init__((folder,), {})
         self.folder = folder
         sizes = {name: folder.disk(name) for name in folder.files()}
-        self._kept = Kept(sizes, folder.room)
+        self._kept = ShardCache(sizes, folder.room)
         shutil.rmtree(folder.place, ignore_errors=True)  # of a run that was killed
 
     def acquire(self, which: tuple[int, str]) -> int:

@@ -77,11 +77,11 @@ class Transfers:
     def check(self, limit: int | None) -> None:
         """`Refused` where one of the files does not fit into the limit."""
         least, file = self.least_disk()
-        why = ", all outputs together, which are looked at before they go" * self.held
+        reason = ", all outputs together, which are looked at before they go" * self.held
         check_limit(
             limit,
             least,
-            f"{shown(file)} takes {least:,}{why}",
+            f"{shown(file)} takes {least:,}{reason}",
             "the inputs of one file, the file, and what stays to the end",
         )
 

@@ -84,8 +84,8 @@ class Comfy(QuantizedWeight):
                 yield cls.of(parts, **own, kind=kind)
 
     def contradiction(self, stored: Parts) -> tuple[str, str] | None:
-        said = stored.get(self.key.removesuffix("weight") + CONFIG)
-        kind = self.kind if said is None else _said_kind(bytes(said.tolist()))
+        declared = stored.get(self.key.removesuffix("weight") + CONFIG)
+        kind = self.kind if declared is None else _declared_kind(bytes(declared.tolist()))
         return None if kind == self.kind else (f"{shown(self.key)}: {kind}", self.kind)
 
     def decode(self, stored: Parts) -> Tensor:
@@ -187,8 +187,8 @@ class StoredLayers:
         """The kind of each layer, by module; others are errors."""
         kinds: dict[str, str] = {}
         others: dict[str, list[str]] = {}
-        for module, said in self._said().items():
-            kind = _kind(said)
+        for module, declared in self._declared().items():
+            kind = _kind(declared)
             if kind in KINDS:
                 kinds[module] = kind
             else:
@@ -199,18 +199,18 @@ class StoredLayers:
             self.scan.errors.add(problem, ", ".join(KINDS), hint, code="AK404")
         return kinds
 
-    def _said(self) -> dict[str, Json]:
-        scan, said = self.scan, dict[str, Json]()
+    def _declared(self) -> dict[str, Json]:
+        scan, declared = self.scan, dict[str, Json]()
         for header in scan.base.shards.values():
-            said |= self._of_header(header.metadata.get(METADATA))
-        for module, spec in () if said else scan.with_ending(f".{SCALE_WEIGHT}"):
+            declared |= self._of_header(header.metadata.get(METADATA))
+        for module, spec in () if declared else scan.with_ending(f".{SCALE_WEIGHT}"):
             codes = scan.tensors.get(f"{module}.weight", spec)
-            said[module] = {"format": E5M2 if codes.dtype == CODES[E5M2] else E4M3}
-        beside = scan.with_ending(f".{CONFIG}")
-        scan.fetch(spec for _, spec in beside)
-        for module, spec in beside:
-            said[module] = scan.read_json(spec, scan.present(f"{module}.", ("weight",)))
-        return said
+            declared[module] = {"format": E5M2 if codes.dtype == CODES[E5M2] else E4M3}
+        next_to = scan.with_ending(f".{CONFIG}")
+        scan.fetch(spec for _, spec in next_to)
+        for module, spec in next_to:
+            declared[module] = scan.read_json(spec, scan.present(f"{module}.", ("weight",)))
+        return declared
 
     def _of_header(self, text: str | None) -> dict[str, Json]:
         """The layers that the header names, with the prefix of its keys or without it."""
@@ -225,12 +225,12 @@ class StoredLayers:
             words = module.split(".")
             for first in range(len(words)):
                 ends.setdefault(".".join(words[first:]), []).append(module)
-        said: dict[str, Json] = {}
+        declared: dict[str, Json] = {}
         for name, each in layers:
             own = {"format": each} if isinstance(each, str) else each
             modules = [name] if name in ends.get(name, ()) else ends.get(name, [])
-            said |= {module: own if isinstance(own, dict) else {} for module in modules}
-        return said
+            declared |= {module: own if isinstance(own, dict) else {} for module in modules}
+        return declared
 
     def parts(self, module: str, kind: str) -> tuple[TensorSpec, ...] | None:
         """The tensors of a layer; None, with an error, if they do not fit its kind."""
@@ -275,7 +275,7 @@ class StoredLayers:
         return True
 
 
-def _said_kind(text: bytes) -> str:
+def _declared_kind(text: bytes) -> str:
     """`_kind` of a layer's own text; the text where that is no object."""
     try:
         return _kind(nested_json(text))
@@ -283,11 +283,11 @@ def _said_kind(text: bytes) -> str:
         return shown(text)
 
 
-def _kind(said: Json) -> str:
+def _kind(declared: Json) -> str:
     """The format of a layer, with what else changes its values."""
-    more = said.get("params")
-    more = said | more if isinstance(more, dict) else said
-    return f"{said.get('format')}{' with convrot' if more.get('convrot') else ''}"
+    more = declared.get("params")
+    more = declared | more if isinstance(more, dict) else declared
+    return f"{declared.get('format')}{' with convrot' if more.get('convrot') else ''}"
 
 
 def _swapped(codes: Tensor) -> Tensor:

@@ -204,8 +204,8 @@ class StoredModule:
             return None, ()
         spec = siblings[0]
         readable = spec.dtype in ("I64", "I32") and spec.shape == (2,)
-        beside = (self.codes, self.scale)
-        shape = self.scan.read(spec, beside).tolist() if readable else []
+        next_to = (self.codes, self.scale)
+        shape = self.scan.read(spec, next_to).tolist() if readable else []
         words = math.ceil(shape[1] * bits / 32) if shape else 0
         problem = f"{SHAPE} {shape}, {stored[0]} rows of {stored[1]} words of {bits} bits"
         fits = bool(shape) and shape[0] == stored[0] and shape[1] > 0 and words == stored[1]

@@ -65,9 +65,9 @@ class Fp8Cast(QuantizedWeight):
 def _scales(scan: CheckpointScan, key: str) -> list[TensorSpec]:
     """What may be the scales of a tensor."""
     module, _, leaf = key.rpartition(".")
-    beside = scan.present(f"{module}.", SCALES) if leaf == "weight" else []
-    return beside + scan.present(key, ("_scale", "_scale_inv"))
+    next_to = scan.present(f"{module}.", SCALES) if leaf == "weight" else []
+    return next_to + scan.present(key, ("_scale", "_scale_inv"))
 
 
-def _one(beside: Tensor) -> Tensor:
-    return torch.ones(1, device=beside.device)
+def _one(next_to: Tensor) -> Tensor:
+    return torch.ones(1, device=next_to.device)

@@ -40,8 +40,8 @@ class Hqq(QuantizedWeight):
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
         found = scan.with_ending(".W_q") if scan.method in cls.methods else []
-        said = (f"{module}.{name}" for module, _ in found for name in SAID)
-        scan.fetch(scan.tensors[key] for key in said if key in scan.tensors)
+        declared = (f"{module}.{name}" for module, _ in found for name in SAID)
+        scan.fetch(scan.tensors[key] for key in declared if key in scan.tensors)
         for module, _ in found:
             siblings = scan.siblings(f"{module}.", *NAMES, *SAID)
             if siblings is None:

@@ -7,7 +7,7 @@ from adapterkit.bases.quantized.planning.weights import LINEAR
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Problems, Refused, listed, shown
-from adapterkit.core.merge.job import Change, MergeJob
+from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.merge.steps import is_rounded
 from adapterkit.core.plan import Compensation, Span, Step
 from adapterkit.core.weights.codec import QuantizedWeight
@@ -28,19 +28,19 @@ class _Place:
 
 
 def with_compensation(
-    job: MergeJob, steps: Mapping[str, list[Step]], stats: Checkpoint
+    state: MergeState, steps: Mapping[str, list[Step]], stats: Checkpoint
 ) -> dict[str, list[Step]]:
     """The steps; those that round changed weights of linear layers with covariances of their
     inputs. `Refused` for layers without one, or stored so that a row is no output or input."""
-    changes = _changes_by_key(job)
+    changes = _changes_by_key(state)
     places: dict[str, list[_Place]] = {}
     others: list[str] = []
     errors = Problems()
     for step in (step for group in steps.values() for step in group):
-        if not is_rounded(job, step):
+        if not is_rounded(state, step):
             continue
         with errors.collected():
-            places[step.key] = _places(job, step, changes.get(step.key, []))
+            places[step.key] = _places(state, step, changes.get(step.key, []))
             others += [] if places[step.key] else [step.key]
     widths = {place.module: place.width for each in places.values() for place in each}
     selected: dict[str, TensorSpec] = {}
@@ -48,7 +48,7 @@ def with_compensation(
         selected = select_covariances(stats, widths)
     errors.raise_all()
     if others:
-        job.notes.append(f"rounded to nearest, not weights of linear layers: {listed(others)}")
+        state.notes.append(f"rounded to nearest, not weights of linear layers: {listed(others)}")
 
     def compensated(step: Step) -> Step:
         each = places.get(step.key)
@@ -60,23 +60,23 @@ def with_compensation(
     return {name: [compensated(step) for step in group] for name, group in steps.items()}
 
 
-def _changes_by_key(job: MergeJob) -> dict[str, list[tuple[Change, Slot]]]:
+def _changes_by_key(state: MergeState) -> dict[str, list[tuple[Change, Slot]]]:
     """The changes of each stored tensor, and of each new one."""
     changes: dict[str, list[tuple[Change, Slot]]] = {}
-    for change in job.changes.values():
+    for change in state.changes.values():
         for slot in change.parameter.slots:
             changes.setdefault(slot.key, []).append((change, slot))
-    for name, change in job.new.items():
+    for name, change in state.new.items():
         changes[name] = [(change, identity_slot(name, change.parameter.shape))]
     return changes
 
 
-def _places(job: MergeJob, step: Step, changes: list[tuple[Change, Slot]]) -> list[_Place]:
+def _places(state: MergeState, step: Step, changes: list[tuple[Change, Slot]]) -> list[_Place]:
     """The changed linear layers that a step's tensor holds."""
     source = step.source
-    packed = isinstance(source, QuantizedWeight) and not job.options.dequantize
+    packed = isinstance(source, QuantizedWeight) and not state.options.dequantize
     turned = isinstance(source, QuantizedWeight) and source.transposed
-    places = [_place(step, change, slot) for change, slot in changes if _is_linear(job, change)]
+    places = [_place(step, change, slot) for change, slot in changes if _is_linear(state, change)]
     if packed and any(place.by_columns != turned for place in places):
         raise _layout_error(step, places[0].module)
     if len({place.by_columns for place in places}) > 1:
@@ -84,13 +84,13 @@ def _places(job: MergeJob, step: Step, changes: list[tuple[Change, Slot]]) -> li
     return places
 
 
-def _is_linear(job: MergeJob, change: Change) -> bool:
+def _is_linear(state: MergeState, change: Change) -> bool:
     """Whether the parameter is the weight of a linear layer, and factors change it."""
     parameter = change.parameter
     if not change.additions or len(parameter.shape) != 2 or not parameter.name.endswith(".weight"):
         return False
     module = parameter.name.removesuffix(".weight")
-    classes = [each.__name__ for each in job.names.classes(module)]
+    classes = [each.__name__ for each in state.names.classes(module)]
     if classes:
         return any(name in LINEAR for name in classes) and UNSEEN not in classes
     return all(one.kind != "embedding" for one in change.additions)

@@ -17,7 +17,7 @@ from adapterkit.core.errors import WARNING, Problems, Refused, shown
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.core.merge.values_by_regex import pattern_table, read_rules, unmatched
-from adapterkit.core.options import whole_of
+from adapterkit.core.options import integer_of
 from adapterkit.core.outputs.model import QuantizedModel, planned_fingerprint
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.records import Json
@@ -73,7 +73,7 @@ def _plan_base_and_adapter(
 ) -> tuple[tuple[OutputFile, ...], Json, list[str], Json]:
     """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
     metrics of the plan."""
-    rules = read_rules(BITS_FOR, options.bits_for, whole_of(*MIXED))
+    rules = read_rules(BITS_FOR, options.bits_for, integer_of(*MIXED))
     to = (MIXED if options.bits_for else BITS)[options.bits]
     formats = {pattern: MIXED[bits] for pattern, bits in pattern_table(rules).items()}
     exceptions = Patterns(formats, BITS_FOR)

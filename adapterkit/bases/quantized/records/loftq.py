@@ -11,9 +11,9 @@ from adapterkit.core.options import (
     TEXTS,
     StrPath,
     argument,
+    integer_of,
     option,
     record,
-    whole_of,
 )
 from adapterkit.core.shared_options import (
     BlockOptions,
@@ -70,7 +70,7 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     """
 
     base: StrPath = argument(kw_only=False, check=SOURCE)
-    bits: int = option(default=4, check=whole_of(4, 8), help="nf4, or int8.")
+    bits: int = option(default=4, check=integer_of(4, 8), help="nf4, or int8.")
     bits_for: Sequence[str] = option(
         default=(),
         check=TEXTS,

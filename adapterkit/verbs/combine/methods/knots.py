@@ -32,5 +32,5 @@ class Knots(InCores):
     def bases(self, products: Sequence[Product]) -> tuple[Tensor, None]:
         """rightᵢᵀ = Pᵢ Tᵢ, so [Δ₁ Δ₂ ...] has the left singular vectors of
         [left₁ T₁ᵀ, left₂ T₂ᵀ, ...]."""
-        beside = [p.left @ torch.linalg.qr(p.right.T, mode="r").R.T for p in products]
-        return basis(torch.cat(beside, 1)), None
+        adjacent = [p.left @ torch.linalg.qr(p.right.T, mode="r").R.T for p in products]
+        return basis(torch.cat(adjacent, 1)), None

@@ -127,7 +127,7 @@ class _ResizePlanner:
             )
         self.adapter, modules = read_deltas(kind, source, self.base, self.notes, self.errors)
         for one in modules:
-            self._add(one.module, one.delta, one.tail, one.embedding, one.module)
+            self._add(one.module, one.delta, one.trailing_shape, one.embedding, one.module)
         self.targets = {"modules": {one.module: one.module for one in modules}}
 
     def _names(self, adapter: Adapter) -> Names | None:
@@ -136,10 +136,15 @@ class _ResizePlanner:
         return names_of(named, [adapter], self.notes)
 
     def _add(
-        self, name: str, delta: "Delta", tail: tuple[int, ...], embedding: bool, module: str
+        self,
+        name: str,
+        delta: "Delta",
+        trailing_shape: tuple[int, ...],
+        embedding: bool,
+        module: str,
     ) -> None:
         kind = "embedding" if embedding else "module"
-        place = Place.of_weight(module, (delta.shape[0], *tail), kind)
+        place = Place.of_weight(module, (delta.shape[0], *trailing_shape), kind)
         self.ranked.append(ConvertedFactors(name, place, self.dtype, delta, **self._how()))
 
     def weight(self, stats: Checkpoint | None) -> None:

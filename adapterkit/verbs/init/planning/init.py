@@ -20,7 +20,7 @@ from adapterkit.core.commands import command
 from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
-from adapterkit.core.merge.job import MergeJob
+from adapterkit.core.merge.job import MergeState
 from adapterkit.core.merge.plan import changed_steps
 from adapterkit.core.merge.verb import MergeOptions
 from adapterkit.core.outputs.cards import model_card
@@ -73,9 +73,9 @@ def plan_residual(
     """The files of W - scale·b@a in the base's own dtypes and formats: shards, and the others.
 
     `Refused` where the factors cannot be taken out of a stored weight."""
-    job = MergeJob(base, [adapter], [-1.0], MergeOptions())
-    steps = changed_steps(job)
-    notes += job.notes
+    state = MergeState(base, [adapter], [-1.0], MergeOptions())
+    steps = changed_steps(state)
+    notes += state.notes
     shards = []
     for name, group in steps.items():
         group = [replace(step, measures_error=bool(step.edits)) for step in group]
@@ -84,7 +84,7 @@ def plan_residual(
         header = replace(header, metadata=metadata)
         shards.append(plan_shard(f"{BASE}/{name}", group, header, keep_format=True))
     card = model_card(base.folder, SUMMARY.format(method))
-    return tuple(shards), model_files(base, job.config, shards, card, folder=BASE)
+    return tuple(shards), model_files(base, state.config, shards, card, folder=BASE)
 
 
 def plan_quantized_residual(

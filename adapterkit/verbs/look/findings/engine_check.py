@@ -14,7 +14,7 @@ from adapterkit.adapters.formats.records.convert import ConvertOptions
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT
 from adapterkit.core.adapter.keys import module_of_factors
 from adapterkit.core.adapter.peft import scan_adapter
-from adapterkit.core.adapter.targets import NamedBy
+from adapterkit.core.adapter.targets import TargetMatcher
 from adapterkit.core.calls import with_paths
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint
@@ -59,10 +59,10 @@ def check_adapter(check: EngineCheck) -> Json:
     source = open_unconverted(check.adapter)
     base = None if check.base is None else base_for(check.base, source)
     detection, client = detect(source), engines()[check.program]
-    form, found = formats()[client.format], _Verdicts(client, check)
-    options, plan, contents = ConvertOptions(to=form.name), None, Contents(form.name, (), ())
+    format, found = formats()[client.format], _Verdicts(client, check)
+    options, plan, contents = ConvertOptions(to=format.name), None, Contents(format.name, (), ())
     try:
-        model = named_base(base, detection, form)
+        model = named_base(base, detection, format)
         contents = read_contents(source, detection, options, base, model)
         plan = plan_contents(source, contents, options, base, model)
     except AdapterkitError as error:
@@ -70,10 +70,12 @@ def check_adapter(check: EngineCheck) -> Json:
     modules = contents.modules
     kinds = {*contents.architectures, str(base and base.config.get("model_type"))}
     rules = [rule for rule in client.rules if not rule.of or kinds & {*rule.of}]
-    if not client.reads(detection.form):
-        problem = f"{client.title} does not read {detection.form.title}"
-        found.add("refuses", problem, found.convert, f"{form.title}: {form.summary}", len(modules))
-    elif plan is not None and form.layout == detection.form.layout == ADAPTER_LAYOUT:
+    if not client.reads(detection.format):
+        problem = f"{client.title} does not read {detection.format.title}"
+        found.add(
+            "refuses", problem, found.convert, f"{format.title}: {format.summary}", len(modules)
+        )
+    elif plan is not None and format.layout == detection.format.layout == ADAPTER_LAYOUT:
         _compare(detection, plan, rules, found)
     _check_ranks(modules, found)
     _check_rules(modules, rules, found)
@@ -85,7 +87,7 @@ def check_adapter(check: EngineCheck) -> Json:
         "check": VERSION,
         "engine": client.title,
         "version": client.version,
-        "format": detection.form.name,
+        "format": detection.format.name,
         "takes": not found.rows,
         "modules": len(modules),
         "findings": found.rows,
@@ -115,7 +117,7 @@ def _renamed(detection: Detection, wanted: Set[str], rules: Sequence[ModuleRule]
     targets = detection.config.get("target_modules")
     if not rules or detection.config.get("peft_type") != "LORA" or not targets:
         return set()
-    is_target = NamedBy(targets, "target_modules")
+    is_target = TargetMatcher(targets, "target_modules")
     modules = {key: module_of_factors(key) for key in detection.container.tensors}
     if not all(is_target(module_of_factors(key)) for key in wanted - modules.keys()):
         return set()
@@ -168,8 +170,11 @@ def _on_models(check: EngineCheck, base: Checkpoint) -> Iterator[tuple[Folder, C
 
 def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> None:
     """The id of another base; shapes and names were compared by the conversion."""
-    said, given = detection.config.get("base_model_name_or_path"), base.folder.origin.get("repo")
-    if isinstance(said, str) and isinstance(given, str) and said != given:
+    declared, given = (
+        detection.config.get("base_model_name_or_path"),
+        base.folder.origin.get("repo"),
+    )
+    if isinstance(declared, str) and isinstance(given, str) and declared != given:
         edit = command("adapterkit edit", "ADAPTER", base_model=given, out="edited")
         do = f"check the base, or change what it says\n{edit}"
-        found.add("differs", f"the adapter says that it is for {listed([said])}", do, given)
+        found.add("differs", f"the adapter says that it is for {listed([declared])}", do, given)

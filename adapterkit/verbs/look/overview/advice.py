@@ -83,8 +83,8 @@ def loading(document: Json, source: StrPath) -> list[Json]:
     """How each program that runs such a model loads the first adapter, after a conversion where it
     reads another format."""
     adapter = document["adapters"][0]
-    form = formats().get(adapter["format"])
-    is_image = form is not None and bool(form.names.components)
+    format = formats().get(adapter["format"])
+    is_image = format is not None and bool(format.names.components)
     kind = "image" if is_image else "language"
     base = adapter["base"] if SAFE.fullmatch(str(adapter["base"])) else "BASE"
     file, rank = os.fspath(source), adapter["rank"] or "RANK"

@@ -12,8 +12,8 @@ from adapterkit.core.adapter.targets import (
     ALL_LINEAR,
     ENDING,
     USUAL_TARGETS,
-    NamedBy,
     Patterns,
+    TargetMatcher,
     is_within,
     output_head,
 )
@@ -117,7 +117,7 @@ class Resolver:
                     code="AK105",
                 )
         targets = self.with_ranks(paths, leaves, self._tied(paths))
-        self.errors += filter(None, map(self.unfit, paths))
+        self.errors += filter(None, map(self.refusal_reason, paths))
         for target in targets:
             self.errors += self.unfit_settings(target)
         self.errors.raise_all()
@@ -177,7 +177,7 @@ class Resolver:
         """The names that targets mean."""
         if targets == ALL_LINEAR:
             return self.all_linear()
-        names, is_named = self.names(), NamedBy(targets, f"{self.where}: targets")
+        names, is_named = self.names(), TargetMatcher(targets, f"{self.where}: targets")
         if not isinstance(targets, str) and self.config.targets:
             entries = is_named.unmatched(names)
             self.no_match("targets", entries, "the end of a module's name", names)
@@ -234,7 +234,7 @@ class Resolver:
     def without_excluded(self, names: list[str]) -> list[str]:
         """The names without those of exclude, and without parts of modules trained in full."""
         known, saved = self.names(), self.config.saved
-        is_excluded = NamedBy(self.config.exclude or (), f"{self.where}: exclude")
+        is_excluded = TargetMatcher(self.config.exclude or (), f"{self.where}: exclude")
         self.no_match("exclude", is_excluded.unmatched(known), "a module", known)
         return [
             name
@@ -242,7 +242,7 @@ class Resolver:
             if not is_excluded(name) and not any(is_within(name, entry) for entry in saved)
         ]
 
-    def unfit(self, path: str) -> Refused | None:
+    def refusal_reason(self, path: str) -> Refused | None:
         """Why a module takes no factors; None if it does."""
         module = self.modules[path]
         if entry := self.saved_with(path):
@@ -284,7 +284,7 @@ class Resolver:
         """The parameters that `config.parameters` names."""
         if not self.config.parameters:
             return []
-        is_named, known, names = NamedBy(self.config.parameters, self.where), [], []
+        is_named, known, names = TargetMatcher(self.config.parameters, self.where), [], []
         for path, module in [("", self.model), *self.modules.items()]:
             for leaf, parameter in module.named_parameters(recurse=False):
                 name = f"{path}.{leaf}".removeprefix(".")

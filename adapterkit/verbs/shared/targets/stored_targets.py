@@ -204,8 +204,8 @@ class StoredResolver(Resolver):
 
     def why_not(self, path: str) -> str:
         """What a layer is on which no factors can start; "" for one on which they can."""
-        why = why_not_on_layer(self.stored_names, path, self.modules[path])
-        return why or self._lacks(path)
+        reason = why_not_on_layer(self.stored_names, path, self.modules[path])
+        return reason or self._lacks(path)
 
     def _lacks(self, path: str) -> str:
         return "" if self.among is None or path in self.among else self.lacking
@@ -227,7 +227,9 @@ class StoredResolver(Resolver):
         for path in paths:
             left_out.setdefault(self.why_not(path), []).append(path)
         fit = left_out.pop("", [])
-        self.notes += [f"no factors for {listed(its)}: {why}" for why, its in left_out.items()]
+        self.notes += [
+            f"no factors for {listed(its)}: {reason}" for reason, its in left_out.items()
+        ]
         return fit
 
     def in_layers(self, names: list[str], whole: Sequence[str]) -> list[str]:

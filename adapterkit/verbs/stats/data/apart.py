@@ -36,8 +36,8 @@ def tokenize_apart(folder: Folder, records: Sequence[list[Record]], options: Jso
         request = {"rows": rows, "options": options, "folder": copy, "label": folder.label}
         answer = process.answer(request, lambda size: SECONDS + size / RATE, lambda size: most)
     if not answer.endswith(b"\n"):
-        why = f"takes more than {SECONDS:g} s and 1 s for each {RATE:,} bytes of the data, or "
-        raise _failed(f"{why}{MEMORY >> 20} MiB, or its library ends", folder.label)
+        reason = f"takes more than {SECONDS:g} s and 1 s for each {RATE:,} bytes of the data, or "
+        raise _failed(f"{reason}{MEMORY >> 20} MiB, or its library ends", folder.label)
     errors, found = json.loads(answer)
     Problems(
         Refused(p, expected=e, where=w, hint=h, code="AK901") for p, e, w, h in errors
@@ -48,9 +48,9 @@ def tokenize_apart(folder: Folder, records: Sequence[list[Record]], options: Jso
     ]
 
 
-def _failed(why: str, where: str) -> Refused:
+def _failed(reason: str, where: str) -> Refused:
     return Refused(
-        f"the tokenizer {why}",
+        f"the tokenizer {reason}",
         expected="a tokenizer that turns texts into ids",
         where=where,
         hint="save the tokenizer again, or give data with input_ids",
@@ -72,8 +72,8 @@ def _answer(request: Json) -> tuple[list, list]:
         errors = error.errors if isinstance(error, MultipleErrors) else (error,)
         return [(one.problem, one.expected, one.where, one.hint) for one in errors], []
     except BaseException as error:  # a panic of Rust is no Exception
-        why = _failed(f"fails: {type(error).__name__}: {shown(error)}", folder.label)
-        return [(why.problem, why.expected, why.where, why.hint)], []
+        reason = _failed(f"fails: {type(error).__name__}: {shown(error)}", folder.label)
+        return [(reason.problem, reason.expected, reason.where, reason.hint)], []
     rows = [[(s.tokens, s.labels, s.where) for s in each.samples] for each in found]
     others = [(each.pad, each.notes, each.has_decoder) for each in found]
     return [], [(its, *other) for its, other in zip(rows, others, strict=True)]

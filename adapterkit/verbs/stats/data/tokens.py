@@ -55,7 +55,7 @@ class _Tags:
         self.values, self.run, self.itemsize, self.is_whole = values, run, itemsize, is_whole
 
     @classmethod
-    def whole(cls, x: Tensor) -> "_Tags":
+    def of_storage(cls, x: Tensor) -> "_Tags":
         """Of all elements of a tensor's storage."""
         size = x.element_size()
         return cls(_counted(x.device), x.untyped_storage().nbytes() // size, size, True)
@@ -150,7 +150,7 @@ class TokenTracker(TorchDispatchMode):
             old = (x.untyped_storage()._cdata for x in operands if _has_storage(x))
             if storage._cdata in old:
                 return False
-            setattr(storage, ATTRIBUTE, (self, _Tags.whole(out)))
+            setattr(storage, ATTRIBUTE, (self, _Tags.of_storage(out)))
         return True
 
     def _follow(

@@ -8,7 +8,7 @@ from typing import Any
 _local = threading.local()
 
 
-class Abandoned(BaseException):
+class PassCancelled(BaseException):
     """Ends the thread of a coroutine that will not go on."""
 
 
@@ -53,7 +53,7 @@ class Coroutine:
         self._stopped.release()
         self._turn.acquire()
         if self._is_abandoned:
-            raise Abandoned
+            raise PassCancelled
         answer, self._answer = self._answer, None
         return answer
 
@@ -69,7 +69,7 @@ class Coroutine:
         _local.coroutine = self
         try:
             self._run()
-        except Abandoned:
+        except PassCancelled:
             pass
         except BaseException as error:  # handed to the thread that resumed it
             self._error = error

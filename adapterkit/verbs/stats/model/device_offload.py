@@ -28,7 +28,7 @@ class _Kept:
         return unchanged and self.source() is leaf
 
 
-class Shuttle:
+class BatchOffloader:
     """Copies both ways that do not block where the host's memory is page-locked, as that of outputs
     is: they are done when a `Mark` that follows them is.
 

@@ -14,7 +14,7 @@ class SumsWatch:
     """Adds what layers see to sums, as a context.
 
     `masks` is to be set to those of the batch that runs; None: all vectors count. `stops`: modules
-    whose forward, called by a pass, runs elsewhere: what they see is told by `see`.
+    whose forward, called by a pass, runs elsewhere: what they see is told by `record_input`.
     """
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]):
@@ -48,11 +48,11 @@ class SumsWatch:
     def _see(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if module not in self.stops or Coroutine.current() is None:
-                self.see(name, args, kwargs)
+                self.record_input(name, args, kwargs)
 
         return hook
 
-    def see(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record_input(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
         """Add the input of a layer that is called."""
         if self.sums is not None and name in self.modules:
             x = args[0] if args else next(iter(kwargs.values()))

@@ -15,7 +15,7 @@ LARGE = 1 << 20  # bytes of a layer outside the lists of layers that is run by i
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
+class OffloadedLayer:
     """A module whose parameters are in memory only while all batches go through it."""
 
     name: str
@@ -26,7 +26,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Units:
+class OffloadedLayers:
     """The units of a model, and the parameters outside of them, which stay in memory.
 
     A unit is an element of an outermost ModuleList, or a large embedding or linear layer outside
@@ -34,12 +34,12 @@ class Units:
     `inner`.
     """
 
-    outer: list[Unit]
-    inner: list[Unit]
+    outer: list[OffloadedLayer]
+    inner: list[OffloadedLayer]
     outside: list[str]
 
     @classmethod
-    def of(cls, stored: StoredModel) -> "Units":
+    def of(cls, stored: StoredModel) -> "OffloadedLayers":
         model = stored.model
         names = {name: module for name, module in model.named_modules() if name}
         elements = dict.fromkeys(_elements(model))
@@ -52,7 +52,7 @@ class Units:
             and not _is_read(model, name)
         ]
         order = {name: number for number, name in enumerate(names)}
-        unit = lambda name: Unit(
+        unit = lambda name: OffloadedLayer(
             name, order[name], names[name], tuple(stored.parameters(name)), name in elements
         )
         outer = sorted(map(unit, [*elements, *large]), key=lambda unit: unit.order)
@@ -70,12 +70,12 @@ class Units:
     def has_layers(self) -> bool:
         return bool(self.inner)
 
-    def unit_of(self, module: str) -> Unit | None:
+    def unit_of(self, module: str) -> OffloadedLayer | None:
         """The unit that a module is in, None where it is outside."""
         return next((self._by_name[n] for n in _around(module) if n in self._by_name), None)
 
     @cached_property
-    def _by_name(self) -> dict[str, Unit]:
+    def _by_name(self) -> dict[str, OffloadedLayer]:
         return {unit.name: unit for unit in self.outer}
 
 

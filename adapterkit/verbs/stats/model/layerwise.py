@@ -8,22 +8,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from adapterkit.verbs.stats.job import Batch, CollectionJob
+from adapterkit.verbs.stats.job import Batch, CollectionPlan
 from adapterkit.verbs.stats.model.activations import ActivationStore
 from adapterkit.verbs.stats.model.hooks import SumsWatch
-from adapterkit.verbs.stats.model.layers import Unit, is_within
+from adapterkit.verbs.stats.model.layers import OffloadedLayer, is_within
 from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep, Pass, PassReader
 from adapterkit.verbs.stats.sums_files import Collected, Ledger, Tally
 
 R = TypeVar("R", bound=PassReader)
-Rehearsal = Callable[[Unit], AbstractContextManager[bool]]  # as of `Lockstep`
+Rehearsal = Callable[[OffloadedLayer], AbstractContextManager[bool]]  # as of `Lockstep`
 
 
-class Visit:
+class LayerSums:
     """What is collected of a unit while the batches go through it: `sums` in the forward pass,
     `gradients` in the backward pass, begun when they are first asked for."""
 
-    def __init__(self, ledger: Ledger, unit: Unit):
+    def __init__(self, ledger: Ledger, unit: OffloadedLayer):
         self.ledger, self.unit = ledger, unit
 
     @cached_property
@@ -44,29 +44,29 @@ class SumsReader:
     """Sums of what layers see, and of the gradients of their weights; `outside`: of the layers
     outside the units."""
 
-    visit: Visit
+    visit: LayerSums
     collected: Collected | None = None  # of the pass that runs
 
-    def __init__(self, job: CollectionJob, ledger: Ledger, watch: SumsWatch):
+    def __init__(self, job: CollectionPlan, ledger: Ledger, watch: SumsWatch):
         self.job, self.ledger, self.watch = job, ledger, watch
         self.gradients, self.outside = job.gradients, ledger.outside()
         self.outer = self._weights(None)
         for weight in self.outer.values():
             weight.requires_grad_(job.gradients)
 
-    def _weights(self, unit: Unit | None) -> dict[str, Tensor]:
+    def _weights(self, unit: OffloadedLayer | None) -> dict[str, Tensor]:
         """Weights of the targets in a unit, or of those outside all units."""
         units, names = self.job.units, self.job.targets
         inside = lambda n: units.unit_of(n) is None if unit is None else is_within(n, [unit.name])
         return {n: self.job.model.get_submodule(n).weight for n in filter(inside, names)}
 
     @contextmanager
-    def visited(self, unit: Unit) -> Iterator[None]:
-        self.visit = Visit(self.ledger, unit)
+    def visited(self, unit: OffloadedLayer) -> Iterator[None]:
+        self.visit = LayerSums(self.ledger, unit)
         yield
         self.visit.close()
 
-    def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+    def begin(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         tally = self.outside
         if unit is not None:
             tally = self.visit.gradients if is_backward else self.visit.sums
@@ -76,7 +76,7 @@ class SumsReader:
         if self.collected is not None and not is_backward:
             self.watch.sums = self.collected.sums
 
-    def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+    def end(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         if self.watch.sums is not None:
             self.watch.sums.settle()
         for name, weight in self.outer.items() if unit is None else ():
@@ -84,10 +84,10 @@ class SumsReader:
                 self.collected.add_gradient(name, weight.grad)
                 weight.grad = None
 
-    def wants(self, unit: Unit) -> bool:
+    def wants(self, unit: OffloadedLayer) -> bool:
         return bool(self._weights(unit))
 
-    def wanted(self, one: Pass, unit: Unit) -> dict[str, Tensor]:
+    def wanted(self, one: Pass, unit: OffloadedLayer) -> dict[str, Tensor]:
         weights = {} if self.collected is None else self._weights(unit)
         return {name: weight.requires_grad_() for name, weight in weights.items()}
 
@@ -95,12 +95,12 @@ class SumsReader:
         assert self.collected is not None
         self.collected.add_gradient(name, gradient)
 
-    def see(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.watch.see(unit.name, args, kwargs)
+    def record_input(self, unit: OffloadedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.watch.record_input(unit.name, args, kwargs)
 
 
 def run_layerwise(
-    job: CollectionJob,
+    job: CollectionPlan,
     reader_of: Callable[[SumsWatch], R],
     room: ActivationStore,
     progress: Callable[[int, int], None],
@@ -131,7 +131,7 @@ def run_layerwise(
     return reader
 
 
-def _loss(job: CollectionJob, batch: Batch) -> Tensor | None:
+def _loss(job: CollectionPlan, batch: Batch) -> Tensor | None:
     """What a batch's pass computes."""
     with torch.set_grad_enabled(job.gradients):
         output = job.model(**job.arguments(batch))

@@ -25,8 +25,8 @@ from adapterkit.verbs.stats.data.masks import Masks, following
 from adapterkit.verbs.stats.model.activations import Activations, ActivationStore
 from adapterkit.verbs.stats.model.checkpointing import Call, apply, is_differentiable
 from adapterkit.verbs.stats.model.coroutines import Coroutine
-from adapterkit.verbs.stats.model.device_offload import Shuttle
-from adapterkit.verbs.stats.model.layers import Unit, Units
+from adapterkit.verbs.stats.model.device_offload import BatchOffloader
+from adapterkit.verbs.stats.model.layers import OffloadedLayer, OffloadedLayers
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
 
@@ -34,7 +34,7 @@ from adapterkit.verbs.stats.model.stored_model import StoredModel
 class Stop:
     """What a pass waits for: a unit's output, or the gradients of its inputs."""
 
-    unit: Unit
+    unit: OffloadedLayer
     is_backward: bool
     run: Callable[["Lockstep"], Any]
     tensors: Any  # that wait
@@ -58,7 +58,7 @@ class Pass(Coroutine):
 
 
 @dataclass
-class Begun:
+class ResumePoint:
     """What a pass goes on with once the mark is passed."""
 
     one: Pass
@@ -75,27 +75,27 @@ class PassReader(Protocol):
 
     gradients: bool  # whether any are wanted
 
-    def visited(self, unit: Unit) -> AbstractContextManager[object]:
+    def visited(self, unit: OffloadedLayer) -> AbstractContextManager[object]:
         """A unit's parameters are in memory."""
         ...
 
-    def begin(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+    def begin(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         """A pass goes on."""
         ...
 
-    def end(self, one: Pass, unit: Unit | None, is_backward: bool) -> None:
+    def end(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         """It has come to its next stop."""
         ...
 
-    def wants(self, unit: Unit) -> bool:
+    def wants(self, unit: OffloadedLayer) -> bool:
         """Whether a unit has anything whose gradients are wanted."""
         ...
 
-    def wanted(self, one: Pass, unit: Unit) -> Mapping[str, Tensor]: ...
+    def wanted(self, one: Pass, unit: OffloadedLayer) -> Mapping[str, Tensor]: ...
 
     def take(self, one: Pass, name: str, gradient: Tensor) -> None: ...
 
-    def see(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record_input(self, unit: OffloadedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
         """A unit is called."""
         ...
 
@@ -110,17 +110,17 @@ class Lockstep:
     """
 
     stored: StoredModel
-    units: Units
+    units: OffloadedLayers
     reader: PassReader
     room: ActivationStore
-    stop_at: Unit | None
+    stop_at: OffloadedLayer | None
     step: Callable[[], None]  # one batch has gone through one unit
-    rehearsal: Callable[[Unit], AbstractContextManager[bool]] | None = None
+    rehearsal: Callable[[OffloadedLayer], AbstractContextManager[bool]] | None = None
     fixed: set[int] = field(default_factory=set)  # storages that are never emptied
 
     @cached_property
-    def shuttle(self) -> Shuttle:
-        return Shuttle(self.stored.device)
+    def offloader(self) -> BatchOffloader:
+        return BatchOffloader(self.stored.device)
 
     def run(
         self,
@@ -158,7 +158,7 @@ class Lockstep:
             if not tensor.is_meta:
                 self.fixed.add(tensor.untyped_storage().data_ptr())
 
-    def _visit(self, unit: Unit, waiting: Sequence[Pass]) -> None:
+    def _visit(self, unit: OffloadedLayer, waiting: Sequence[Pass]) -> None:
         """All passes that wait for a unit go through it."""
         with self.reader.visited(unit):
             self.stored.load(unit.parameters, self.stored.device)
@@ -172,7 +172,7 @@ class Lockstep:
                 self.fixed &= before
                 self.stored.free(unit.parameters)
 
-    def _rehearse(self, waiting: Sequence[Pass], unit: Unit) -> None:
+    def _rehearse(self, waiting: Sequence[Pass], unit: OffloadedLayer) -> None:
         """Each pass goes through the unit, and comes back to where it was."""
         if self.rehearsal is None:
             return
@@ -198,9 +198,9 @@ class Lockstep:
                     )
                 one.activations.park()
 
-    def _go_through(self, waiting: Sequence[Pass], unit: Unit) -> None:
+    def _go_through(self, waiting: Sequence[Pass], unit: OffloadedLayer) -> None:
         """Each pass; of one block a GPU computes one while the host goes on with the one before."""
-        begun: Begun | None = None
+        begun: ResumePoint | None = None
         for one in waiting:
             if one.request is None or one.request.unit is not unit:
                 continue
@@ -214,16 +214,16 @@ class Lockstep:
         if begun is not None:
             self._end(begun, unit)
 
-    def _begin(self, one: Pass) -> Begun:
+    def _begin(self, one: Pass) -> ResumePoint:
         """A pass goes through the unit that it waits for, as far as a GPU is concerned."""
         stop: Stop = one.request
         one.activations.restore()
         self.reader.begin(one, stop.unit, stop.is_backward)
         answer = stop.context.run(stop.run, self)
         self.reader.end(one, stop.unit, stop.is_backward)
-        return Begun(one, answer, Mark(self.stored.device))
+        return ResumePoint(one, answer, Mark(self.stored.device))
 
-    def _end(self, begun: Begun, unit: Unit) -> None:
+    def _end(self, begun: ResumePoint, unit: OffloadedLayer) -> None:
         """The pass goes on to the next unit that it waits for. Where that is this one again, as
         where the backward pass follows at once, it goes through it here."""
         one = begun.one
@@ -291,7 +291,7 @@ class Lockstep:
                     unit.module.forward = own
 
     def _call(
-        self, unit: Unit, forward: Callable[..., Any], *args: object, **kwargs: object
+        self, unit: OffloadedLayer, forward: Callable[..., Any], *args: object, **kwargs: object
     ) -> Any:
         """What a unit's forward is meanwhile."""
         one = Coroutine.current()
@@ -301,7 +301,7 @@ class Lockstep:
         def compute(lockstep: Lockstep) -> Any:
             with torch.no_grad(), following(one.masks):
                 output = lockstep.computed(unit, forward, (args, kwargs))
-                return lockstep.shuttle.to_host(output)
+                return lockstep.offloader.to_host(output)
 
         def recompute(call: Call, grads: tuple[Tensor | None, ...]) -> Any:
             run = functools.partial(_backward, one, unit, forward, call, grads)
@@ -314,11 +314,11 @@ class Lockstep:
             return apply((args, kwargs), one.activations, lambda: one.stop(stop), recompute)
         return one.stop(stop)
 
-    def computed(self, unit: Unit, forward: Callable[..., Any], arguments: Any) -> Any:
+    def computed(self, unit: OffloadedLayer, forward: Callable[..., Any], arguments: Any) -> Any:
         """A unit's output, of arguments on the CPU; the unit is on its device."""
         before = tree_leaves(arguments)
-        (args, kwargs), moved = self.shuttle.to_device(arguments)
-        self.reader.see(unit, args, kwargs)  # no hook has, if it is a layer itself
+        (args, kwargs), moved = self.offloader.to_device(arguments)
+        self.reader.record_input(unit, args, kwargs)  # no hook has, if it is a layer itself
         output = forward(*args, **kwargs)
         after = tree_leaves((args, kwargs))
         expected = [moved.get(id(leaf), leaf) for leaf in before]
@@ -352,7 +352,7 @@ def _run(loss: Callable[[], Tensor | None], activations: Activations, masks: Mas
 
 def _backward(
     one: Pass,
-    unit: Unit,
+    unit: OffloadedLayer,
     forward: Callable[..., Any],
     call: Call,
     grads: tuple[Tensor | None, ...],
@@ -381,7 +381,7 @@ def _backward(
     return list(values[: len(inputs)])
 
 
-def _next(waiting: Sequence[Pass]) -> Unit:
+def _next(waiting: Sequence[Pass]) -> OffloadedLayer:
     """The unit to run next: the first of the model in the forward pass, then the last one in the
     backward pass."""
     stops: list[Stop] = [one.request for one in waiting]

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 
 from adapterkit.verbs.stats.data.masks import following
-from adapterkit.verbs.stats.job import CollectionJob
+from adapterkit.verbs.stats.job import CollectionPlan
 from adapterkit.verbs.stats.model.gradients import Gradients
 from adapterkit.verbs.stats.sums_files import WHOLE, Ledger, Tally
 
 
-def run_whole(job: CollectionJob, ledger: Ledger, progress: Callable[[int, int], None]) -> None:
+def run_whole(job: CollectionPlan, ledger: Ledger, progress: Callable[[int, int], None]) -> None:
     """Batch by batch, but for blocks whose sums are there."""
     stored, model, tally = job.stored, job.model, Tally(ledger, WHOLE)
     todo = [(block, batch) for block, batch in job.runs if not tally.is_done(block)]
