@@ -47,7 +47,7 @@ FAMILIES = {
     "combinations": "verbs.combine.methods",
 }
 
-# What a base can be besides a model in safetensors; `core/inputs/base_door.py` tells by the files
+# What a base can be besides a model in safetensors; `core/inputs/base_door.py` decides by names
 BASES = {
     "pipeline": "bases.images.pipeline_base:PipelineBase",
     "gguf": "bases.gguf.base:GgufBase",

@@ -30,7 +30,7 @@ TIERS: dict[Tier, str] = {
 
 def experimental(member: M) -> M:
     """A decorator of functions and classes that are not in a family."""
-    setattr(member, "tier", "experimental")  # noqa: B010
+    setattr(member, "tier", "experimental")  # noqa: B010  M declares no tier
     return member
 
 

@@ -108,7 +108,7 @@ def _is_pipeline(folder: Folder) -> bool:
 
 
 def _is_gguf(folder: Folder) -> bool:
-    """Beside safetensors a GGUF file is not the model; a part of a split one stands for all."""
+    """A GGUF file next to safetensors is not the model; one file of a split model stands for it."""
     here = [name for name in folder.files() if "/" not in name]
     has_file = any(name.lower().endswith(GGUF) for name in here)
     is_file = (getattr(folder, "single", None) or "").lower().endswith(GGUF)
