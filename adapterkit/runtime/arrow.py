@@ -38,7 +38,8 @@ from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.load import writing
 from adapterkit.runtime.load.placing import factor_device
-from adapterkit.runtime.state import Attached, State, unique
+from adapterkit.runtime.state import Attached, State
+from adapterkit.runtime.weights import unique
 from adapterkit.verbs.combine.planning.arrow import CONFIG, FORMAT, WEIGHTS
 from adapterkit.verbs.combine.records.arrow import arrow as write_arrow
 from adapterkit.verbs.shared.lora_config import LoraConfig

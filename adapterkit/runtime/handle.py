@@ -18,11 +18,11 @@ from adapterkit.runtime import arrow as arrows
 from adapterkit.runtime import merging, rows, swapping
 from adapterkit.runtime.load import creation, reading, writing
 from adapterkit.runtime.load.store import Store
-from adapterkit.runtime.load.weighted import as_file, by_module, named_sources, weights_of
 from adapterkit.runtime.merging import conflicts
 from adapterkit.runtime.report import ModuleTable, report
-from adapterkit.runtime.state import State, named
+from adapterkit.runtime.state import State
 from adapterkit.runtime.training import trainer
+from adapterkit.runtime.weights import as_file, by_module, named, named_sources, weights_of
 from adapterkit.verbs.combine.records.combine import combine as combine_files
 from adapterkit.verbs.shared.lora_config import LoraConfig
 from adapterkit.verbs.stats.reader import Stats

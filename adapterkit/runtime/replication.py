@@ -72,10 +72,8 @@ class Replication:
 def replicate(state: State, ranges: Ranges | None, where: str) -> None:
     """Stack the layers as an adapter needs them; `Refused` where the model's adapters need
     another order."""
-    # `State` knows it by its protocol only
-    replication: Replication | None = state.replication  # type: ignore[assignment]
     wanted = tuple(map(tuple, ranges or ()))
-    present = () if replication is None else replication.ranges
+    present = () if state.replication is None else state.replication.ranges
     if wanted == present:
         return
     if state.adapters:

@@ -47,8 +47,7 @@ def rows(state: State, names: Iterable[str | None]) -> Iterator[None]:
 @contextmanager
 def without_rows(state: State) -> Iterator[None]:
     """The routers of a mixed batch, where there is one, do nothing while the block runs."""
-    # `State` knows it by its protocol only
-    batch: Rows | None = state.rows  # type: ignore[assignment]
+    batch = state.rows
     if batch is None:
         yield
         return

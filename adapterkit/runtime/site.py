@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.core.records import Json
-from adapterkit.runtime.by_module import weight_on
 from adapterkit.runtime.sharding import spread
+from adapterkit.runtime.weights import weight_on
 
 CHILD = "adapterkit"  # the name of the child
 DIRECTED = ":directions"  # how the name of a part's stand-in ends

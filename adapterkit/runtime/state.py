@@ -1,11 +1,10 @@
 """The adapters of a model: which there are, on which modules, and which of them act."""
 
-import itertools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
-from adapterkit.core.records import Json
 from adapterkit.runtime.guard import Guard
 from adapterkit.runtime.layers.alora_linear import InvokedPart
 from adapterkit.runtime.parts.alora import Invocations
@@ -24,34 +22,11 @@ from adapterkit.runtime.site import CHILD, Args, Host, Kwargs, Part, Site
 from adapterkit.runtime.watch import FirstCallWatch
 from adapterkit.verbs.shared.lora_config import LoraConfig
 
-
-class MergingState(Protocol):
-    """Weights that a merge replaced; see `merging`."""
-
-    active: dict[str, float]
-    tied: bool | None
-
-    def swap(self) -> None: ...
-
-
-class Replicated(Protocol):
-    """Layers that are stacked in another order; see `replication`."""
-
-    def undo(self) -> None: ...
-
-
-class Batch(Protocol):
-    """A mixed batch; see `rows`."""
-
-    @property
-    def acting(self) -> Collection[str]: ...
-
-
-class Provider(Protocol):
-    """Adapters that are loaded when they are asked for; see `store`."""
-
-    def provide(self, names: Collection[str], *, beside_active: bool) -> None: ...
-    def trim(self) -> None: ...
+if TYPE_CHECKING:
+    from adapterkit.runtime.load.store import Store
+    from adapterkit.runtime.merging import ReplacedWeights
+    from adapterkit.runtime.replication import Replication
+    from adapterkit.runtime.rows import Rows
 
 
 @dataclass
@@ -86,11 +61,11 @@ class State:
         self.adapters: dict[str, Attached] = {}
         self.active: dict[str, float] = {}
         self.merged: dict[str, float] = {}
-        self.merge: MergingState | None = None  # what `merged` replaced
-        self.rows: Batch | None = None  # the mixed batch in progress; see `rows`
-        self.store: Provider | None = None  # of adapters that are not loaded
+        self.merge: ReplacedWeights | None = None  # what `merged` replaced
+        self.rows: Rows | None = None  # the mixed batch in progress
+        self.store: Store | None = None  # of adapters that are not loaded
         self.invocations: Invocations | None = None  # while there is an aLoRA
-        self.replication: Replicated | None = None  # of layers
+        self.replication: Replication | None = None  # of layers
         self.find_modules()
         self.encoders = Encoders(model)
         self.guard = Guard(model, self.sites, self.acting)
@@ -156,7 +131,9 @@ class State:
         if torch.float64 in {p.dtype for p in site.host._parameters.values() if p is not None}:
             part.double()  # as in PEFT: narrower factors would round the layer's input
         if isinstance(part, InvokedPart):
-            part.invocations = self._invocations()
+            if self.invocations is None:
+                self.invocations = Invocations(self.model, self.acting)
+            part.invocations = self.invocations
             part.invocations.tokens[adapter.name] = tuple(adapter.config.invocation_tokens or ())
         site.add(part)
         adapter.sites[site.path] = site
@@ -192,11 +169,6 @@ class State:
             site.leave()
             del self.sites[site.path]
             self.guard.hosts.forget()
-
-    def _invocations(self) -> Invocations:
-        if self.invocations is None:
-            self.invocations = Invocations(self.model, self.acting)
-        return self.invocations
 
     def select(self, active: Mapping[str, float]) -> None:
         """Let these adapters act; the trainable ones among them are trained."""
@@ -292,31 +264,6 @@ def refuse_merged(state: State, names: Collection[str], where: str) -> None:
             hint="unmerge first",
             code="AK802",
         )
-
-
-def named(names: object) -> Json:
-    """Names with their weights, unchecked; `Refused` for what says neither."""
-    if names is None or isinstance(names, str):
-        return {} if names is None else {names: 1.0}
-    items = list(names) if isinstance(names, Iterable) else [names]
-    if not all(isinstance(name, str) for name in items):
-        raise Refused(
-            f"adapters {shown(repr(names))}",
-            expected="a name, a list of names, a map of names to weights, or None",
-            where="weights",
-            code="AK802",
-        )
-    # what a map of the caller holds, `weighted.weights_of` checks; its type says nothing
-    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(items, 1.0)  # type: ignore[arg-type]
-
-
-def unique(names: Sequence[str]) -> list[str]:
-    """Names, the second `checkpoint-9` as `checkpoint-9-2`."""
-    result: list[str] = []
-    for name in names:
-        numbered = (f"{name}-{number}" for number in itertools.count(2))
-        result.append(name if name not in result else next(n for n in numbered if n not in result))
-    return result
 
 
 class Encoders:

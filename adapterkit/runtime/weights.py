@@ -1,14 +1,70 @@
-"""Adapters of a model with the weights that a file has for them."""
+"""Weights of active adapters: one number, or those that a file has for modules and directions."""
 
+from __future__ import annotations
+
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from adapterkit.core.adapter.weights_file import NamedAdapter, WeightsFile, read_weights
+from adapterkit.core.adapter.weights_file import NamedAdapter, Weight, WeightsFile, read_weights
 from adapterkit.core.errors import Problems, Refused, by_reason, did_you_mean, listed, shown
 from adapterkit.core.inputs.sources import open_adapter, open_source
 from adapterkit.core.inputs.weights import check_same, sources_of
 from adapterkit.core.options import Sources, StrPath, finite
-from adapterkit.runtime.by_module import ModuleWeight, weight_on
-from adapterkit.runtime.state import State, named, unique
+from adapterkit.core.records import Json
+
+if TYPE_CHECKING:
+    from adapterkit.runtime.state import State
+
+
+class ModuleWeight(float):
+    """An adapter's weight by a file of weights: as a number that of the modules which it does not
+    name."""
+
+    def __new__(cls, file: WeightsFile, number: int) -> ModuleWeight:
+        self = super().__new__(cls, file.default[number])
+        self.file, self.number = file, number
+        return self
+
+    file: WeightsFile
+    number: int  # the adapter's in the file
+
+    def __reduce__(self) -> tuple:
+        return ModuleWeight, (self.file, self.number)
+
+    def on(self, module: str) -> Weight:
+        """The weight on a module or parameter: one, or those of its delta's directions."""
+        return self.file.weights_of(self.number, module)
+
+
+def weight_on(weight: float, module: str) -> Weight:
+    """A weight on a module or parameter."""
+    return weight.on(module) if isinstance(weight, ModuleWeight) else weight
+
+
+def named(names: object) -> Json:
+    """Names with their weights, unchecked; `Refused` for what says neither."""
+    if names is None or isinstance(names, str):
+        return {} if names is None else {names: 1.0}
+    items = list(names) if isinstance(names, Iterable) else [names]
+    if not all(isinstance(name, str) for name in items):
+        raise Refused(
+            f"adapters {shown(repr(names))}",
+            expected="a name, a list of names, a map of names to weights, or None",
+            where="weights",
+            code="AK802",
+        )
+    # what a map of the caller holds, `weights_of` checks; its type says nothing
+    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(items, 1.0)  # type: ignore[arg-type]
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Names, the second `checkpoint-9` as `checkpoint-9-2`."""
+    result: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        result.append(name if name not in result else next(n for n in numbered if n not in result))
+    return result
 
 
 def named_sources(sources: Sources, weights: StrPath) -> dict[str, StrPath]:
