@@ -38,6 +38,9 @@ class LiveResolver(Resolver):
     """A config on a live model: layers may be quantized, and those that PEFT takes for stacks of
     experts get the factors that a file has as their weights'."""
 
+    def __init__(self, model: nn.Module, config: LoraConfig):
+        super().__init__(model, own_modules(model), config)
+
     def unread(self, path: str) -> Refused | None:
         return unread(self.model, self.modules, path)
 
@@ -177,19 +180,6 @@ class LiveResolver(Resolver):
         if outside := [index for index in indices if index >= size]:
             hint = "resize the embedding first (resize_token_embeddings)"
             self.errors.add(f"{of} has no rows {outside}", f"rows below {size}", hint, code="AK801")
-
-
-def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
-    """The targets of a config on a live model; `Refused` with all that is wrong."""
-    return LiveResolver(model, own_modules(model), config).resolve()
-
-
-def resolve_saved(model: nn.Module, config: LoraConfig) -> list[str]:
-    return LiveResolver(model, own_modules(model), config).saved()
-
-
-def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    return LiveResolver(model, own_modules(model), config).tokens()
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:

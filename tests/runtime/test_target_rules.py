@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adapterkit import LoraConfig, MultipleErrors, Refused
-from adapterkit.runtime.targets import resolve, resolve_saved, resolve_tokens
+from adapterkit.runtime.targets import LiveResolver
 
 pytestmark = pytest.mark.quick
 
@@ -48,14 +48,16 @@ PATTERNS = [
 def test_patterns_of_the_guide(pattern, changed, rslora):
     ends = ["foo", "foobar", "barfoo"]
     config = LoraConfig(8, 16, ends, rank_pattern=pattern, rslora=rslora)
-    targets = {target.path: target for target in resolve(Outer(), config)}
+    targets = {target.path: target for target in LiveResolver(Outer(), config).resolve()}
     assert {path: x.rank for path, x in targets.items() if x.rank != 8} == changed
     for target in targets.values():
         root = target.rank**0.5 if rslora else target.rank
         assert target.scale == 16 / root and target.kind == "linear"
     # alpha by the same rules, and apart from the ranks
     config = LoraConfig(8, 16, ends, alpha_pattern=pattern, rslora=rslora)
-    scales = {x.path: x.scale * (8**0.5 if rslora else 8) for x in resolve(Outer(), config)}
+    scales = {
+        x.path: x.scale * (8**0.5 if rslora else 8) for x in LiveResolver(Outer(), config).resolve()
+    }
     alphas = {path: pytest.approx(alpha) for path, alpha in changed.items()}
     assert scales == {path: alphas.get(path, pytest.approx(16)) for path in targets}
 
@@ -104,7 +106,7 @@ class Experts(nn.Module):
 
 
 def names(config: LoraConfig, model: nn.Module | None = None) -> list[str]:
-    return [target.name for target in resolve(model or Model(), config)]
+    return [target.name for target in LiveResolver(model or Model(), config).resolve()]
 
 
 def test_ends_whole_names_and_regular_expressions():
@@ -156,12 +158,12 @@ def test_a_target_that_is_trained_in_full_by_the_end_of_its_name(targets, entry)
     """PEFT leaves out those of whole names, and fails for others."""
     config = LoraConfig(targets=[targets], modules_to_save=[entry])
     with pytest.raises(Refused, match=f"modules_to_save {entry} means|no module is a target"):
-        resolve(Model(), config)
+        LiveResolver(Model(), config).resolve()
 
 
 def test_parameters_in_the_order_of_the_code():
     config = LoraConfig(4, 8, [], parameters=["down", "up"], rank_pattern={"experts.up": 2})
-    targets = resolve(Model(), config)
+    targets = LiveResolver(Model(), config).resolve()
     assert [(x.path, x.leaf, x.kind, x.rank, x.scale) for x in targets] == [
         (f"layers.{i}.experts", leaf, "parameter", rank, 8 / rank)
         for i in range(2)
@@ -179,8 +181,8 @@ def test_adapters_on_the_model_are_no_targets():
     for config in (LoraConfig(targets=["q", "head"]), LoraConfig(targets="all-linear")):
         assert names(config, model) == names(config)
     with pytest.raises(Refused, match="'x.head' matches none"):
-        resolve(model, LoraConfig(targets=["x.head"]))
-    assert resolve_saved(model, LoraConfig(modules_to_save=["head"])) == ["lm_head", "head"]
+        LiveResolver(model, LoraConfig(targets=["x.head"])).resolve()
+    assert LiveResolver(model, LoraConfig(modules_to_save=["head"])).saved() == ["lm_head", "head"]
 
 
 class QuantizedLinear(nn.Module):
@@ -202,7 +204,9 @@ class Wrapper(nn.Module):
 def test_quantized_layers_are_linear_and_containers_are_not():
     model = nn.ModuleDict({"a": QuantizedLinear(), "b": Wrapper()})
     assert names(LoraConfig(targets="all-linear"), model) == ["a", "b.inner"]
-    assert {x.kind for x in resolve(model, LoraConfig(targets=["a", "b"]))} == {"linear"}
+    assert {x.kind for x in LiveResolver(model, LoraConfig(targets=["a", "b"])).resolve()} == {
+        "linear"
+    }
 
 
 def test_tied_heads_share_the_embeddings_factors():
@@ -210,13 +214,13 @@ def test_tied_heads_share_the_embeddings_factors():
     model.lm_head.weight = model.embed_tokens.weight
     for target in ("embed_tokens", "lm_head"):
         config = LoraConfig(targets=[target], tie=True, rank_pattern={"embed_tokens": 3})
-        targets = resolve(model, config)
+        targets = LiveResolver(model, config).resolve()
         assert [(x.path, x.tied, x.rank) for x in targets] == [
             ("embed_tokens", None, 3),
             ("lm_head", "embed_tokens", 3),
         ]
     config = LoraConfig(targets=["q"], modules_to_save=["lm_head"], tie=True)
-    assert resolve_saved(model, config) == ["embed_tokens", "lm_head"]
+    assert LiveResolver(model, config).saved() == ["embed_tokens", "lm_head"]
 
 
 REFUSALS = [
@@ -271,7 +275,7 @@ def test_what_is_refused_before_anything_changes(config, texts):
     model = Model()
     before = copy.deepcopy(model.state_dict()), str(model)
     with pytest.raises(Refused) as caught:
-        resolve(model, config)
+        LiveResolver(model, config).resolve()
     for text in texts:
         assert text in str(caught.value)
     assert str(model) == before[1] and set(model.state_dict()) == set(before[0])
@@ -282,7 +286,7 @@ def test_all_offenders_at_once():
         targets=["norm", "x", "out_proj"], exclude=["y"], parameters=["z"], rank_pattern={"w": 1}
     )
     with pytest.raises(MultipleErrors) as caught:
-        resolve(Model(), config)
+        LiveResolver(Model(), config).resolve()
     problems = [error.problem for error in caught.value.errors]
     assert len(problems) == 8, problems  # two norms and two projections
 
@@ -290,12 +294,12 @@ def test_all_offenders_at_once():
 def test_attention_with_two_widths():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, kdim=4)})
     with pytest.raises(Refused, match="factors on attention"):
-        resolve(model, LoraConfig(targets=["attention"]))
+        LiveResolver(model, LoraConfig(targets=["attention"])).resolve()
 
 
 def test_modules_that_are_trained_in_full():
     def saved(*entries: str, task: str | None = None) -> list[str]:
-        return resolve_saved(Model(), LoraConfig(modules_to_save=entries, task_type=task))
+        return LiveResolver(Model(), LoraConfig(modules_to_save=entries, task_type=task)).saved()
 
     assert saved() == []
     assert saved("head") == ["lm_head", "head"]
@@ -309,22 +313,22 @@ def test_modules_that_are_trained_in_full():
         assert text in str(caught.value)
     model = nn.ModuleDict({"classifier": linear(), "inner": nn.ModuleDict({"score": linear()})})
     config = LoraConfig(task_type="TOKEN_CLS")
-    assert resolve_saved(model, config) == ["classifier", "inner.score"]
+    assert LiveResolver(model, config).saved() == ["classifier", "inner.score"]
 
 
 def test_a_shared_module_is_trained_once():
     model = Model()
     model.other = model.head
-    assert resolve_saved(model, LoraConfig(modules_to_save=["head", "other"])) == [
+    assert LiveResolver(model, LoraConfig(modules_to_save=["head", "other"])).saved() == [
         "lm_head", "head",
     ]  # fmt: skip
-    assert resolve_saved(model, LoraConfig(modules_to_save=["other"])) == ["other"]
+    assert LiveResolver(model, LoraConfig(modules_to_save=["other"])).saved() == ["other"]
 
 
 def test_rows_of_tokens():
     def rows(tokens, **settings) -> dict[str, tuple[int, ...]]:
         config = LoraConfig(targets=["q"], trainable_tokens=tokens, **settings)
-        return resolve_tokens(Model(), config)
+        return LiveResolver(Model(), config).tokens()
 
     assert rows(None) == {}
     assert rows([3, 1]) == {"embed_tokens": (3, 1)}
@@ -342,4 +346,4 @@ def test_rows_of_tokens():
         rows([1], modules_to_save=["embed_tokens"])
     plain = nn.ModuleDict({"embed_tokens": nn.Embedding(4, 2), "q": linear()})
     config = LoraConfig(targets=["q"], trainable_tokens=[1])
-    assert resolve_tokens(plain, config) == {"embed_tokens": (1,)}
+    assert LiveResolver(plain, config).tokens() == {"embed_tokens": (1,)}

@@ -21,7 +21,7 @@ from adapterkit import LoraConfig, Refused
 from adapterkit.core.adapter.config import PEFT_DEFAULTS
 from adapterkit.core.adapter.targets import USUAL_TARGETS
 from adapterkit.runtime import attach
-from adapterkit.runtime.targets import resolve, resolve_saved, resolve_tokens
+from adapterkit.runtime.targets import LiveResolver
 from tests.fuzz import models
 from tests.support import architectures, oracle
 
@@ -197,7 +197,7 @@ CASES = {
 )
 def test_targets_are_those_of_peft(name, config):
     model = built(name)
-    targets = resolve(model, config)
+    targets = LiveResolver(model, config).resolve()
     ours = [(target.name, target.rank, target.scale) for target in targets]
     theirs = wrapped(model, config)
     assert sorted(ours) == sorted(theirs)
@@ -209,7 +209,9 @@ def test_targets_are_those_of_peft(name, config):
 def test_usual_targets_of_mixtral():
     """PEFT has them, and loses them when it looks for names of transformers 4."""
     model = built("mixtral")
-    ends = {target.path.rpartition(".")[2] for target in resolve(model, LoraConfig())}
+    ends = {
+        target.path.rpartition(".")[2] for target in LiveResolver(model, LoraConfig()).resolve()
+    }
     assert ends == set(QV)
     with pytest.raises(ValueError, match="No `target_modules` passed"):
         wrapped(model, LoraConfig())
@@ -218,7 +220,9 @@ def test_usual_targets_of_mixtral():
 def test_all_linear_leaves_mixtrals_experts_alone():
     """PEFT adapts its router and experts as well, as parameters."""
     model = built("mixtral")
-    paths = {target.path for target in resolve(model, LoraConfig(targets="all-linear"))}
+    paths = {
+        target.path for target in LiveResolver(model, LoraConfig(targets="all-linear")).resolve()
+    }
     theirs = wrapped(model, LoraConfig(targets="all-linear"))
     linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     assert paths == linear - {"lm_head"} < {name for name, _, _ in theirs}
@@ -299,7 +303,7 @@ def wrappers(model: nn.Module, config: LoraConfig, kind: type) -> dict[str, nn.M
 def test_modules_trained_in_full_are_those_of_peft(name, config):
     model = built(name)
     theirs = wrappers(model, config, ModulesToSaveWrapper)
-    assert sorted(resolve_saved(model, config)) == sorted(theirs)
+    assert sorted(LiveResolver(model, config).saved()) == sorted(theirs)
 
 
 @pytest.mark.parametrize("name, tokens", [
@@ -309,7 +313,7 @@ def test_rows_of_tokens_are_those_of_peft(name, tokens):
     model = built(name)
     config = LoraConfig(targets="all-linear", trainable_tokens=tokens)
     theirs = wrappers(model, config, TrainableTokensWrapper)
-    rows = resolve_tokens(model, config)
+    rows = LiveResolver(model, config).tokens()
     for path, indices in rows.items():
         assert tuple(theirs[path].token_adapter.token_indices["default"]) == indices
     head = {"lm_head"} if name == "gpt2" else set()  # tied: not named, and wrapped
@@ -327,10 +331,12 @@ def test_linear_by_its_weight_only(kind, tmp_path):
     model = base.load(torch.float32)
     paths = [path for path, _ in model.named_modules() if path.endswith(f".{ODD[kind]}")]
     paths = [path for path in paths if isinstance(model.get_submodule(path), nn.Linear)]
-    found = {target.path for target in resolve(model, LoraConfig(2, 4, "all-linear"))}
+    found = {
+        target.path for target in LiveResolver(model, LoraConfig(2, 4, "all-linear")).resolve()
+    }
     assert paths and not found & set(paths)
     with pytest.raises(Refused, match=rf"(?s)target .*{ODD[kind]}.*parameters="):
-        resolve(model, LoraConfig(2, 4, [ODD[kind]]))
+        LiveResolver(model, LoraConfig(2, 4, [ODD[kind]])).resolve()
     adapters = attach(model, LoraConfig(2, 4, "all-linear"))
     plain = models.outputs(model, model)
     adapters.detach()

@@ -1,9 +1,9 @@
 """New adapters on a live model: what they start as, by the methods of `init`."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -13,24 +13,17 @@ from adapterkit.core.engine.device import float32_products, with_float64
 from adapterkit.core.errors import Problems, Refused, Unrecoverable, by_reason, listed, shown
 from adapterkit.core.registry import members
 from adapterkit.runtime.layers import KINDS
-from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed
-from adapterkit.runtime.layers.tied import TiedHeadPart
-from adapterkit.runtime.load.placing import AdapterValues, LayerFactors, place
+from adapterkit.runtime.layers.parameter import is_transposed
+from adapterkit.runtime.load.placing import OtherValues, PartMaker
 from adapterkit.runtime.parts import dora
-from adapterkit.runtime.parts.copies import biases, parameter_of
+from adapterkit.runtime.parts.copies import biases, known_parameter
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.tokens import own_rows
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Host
 from adapterkit.runtime.state import Attached, State
-from adapterkit.runtime.targets import (
-    input_embedding,
-    own_modules,
-    resolve,
-    resolve_saved,
-    resolve_tokens,
-)
+from adapterkit.runtime.targets import LiveResolver
 from adapterkit.verbs.init.methods import created_init
 from adapterkit.verbs.init.methods.eva import distribute
 from adapterkit.verbs.init.methods.protocol import (
@@ -41,8 +34,11 @@ from adapterkit.verbs.init.methods.protocol import (
 )
 from adapterkit.verbs.shared.lora_config import LoraConfig
 from adapterkit.verbs.shared.statistics_file import select_statistics, shape_of
-from adapterkit.verbs.shared.targets.resolve import Target
-from adapterkit.verbs.stats.reader import Read, Stats, open_statistics
+from adapterkit.verbs.shared.targets.resolve import Target, input_embedding
+from adapterkit.verbs.stats.reader import Stats, open_statistics
+
+# of a module by kind, all or those that are named; float32 on the CPU
+Statistics = Callable[..., dict[str, Tensor]]
 
 
 def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
@@ -78,28 +74,10 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
     return method
 
 
-@dataclass(frozen=True)
-class ModuleStatistics:
-    """The statistics that an init needs, module by module."""
-
-    read: Read | None
-    specs: Mapping[str, Mapping[str, TensorSpec]]  # module -> kind -> where it is
-
-    def of(self, module: str, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The statistics of a module by kind, all or some, float32 on the CPU."""
-        if self.read is None:
-            return {}
-        return {
-            kind: self.read(spec)
-            for kind, spec in self.specs[module].items()
-            if kinds is None or kind in kinds
-        }
-
-
 @contextmanager
 def statistics_for(
     method: Initialization, targets: Sequence[Target], stats: Stats | None
-) -> Iterator[ModuleStatistics]:
+) -> Iterator[Statistics]:
     """The statistics that an init needs of its targets; `Refused` with all that are missing."""
     kinds = [kind for kind in method.needs if kind != "weight"]
     if bool(kinds) != (stats is not None):
@@ -112,7 +90,7 @@ def statistics_for(
             code="AK106",
         )
     if stats is None:
-        yield ModuleStatistics(None, {})
+        yield lambda module, *some: {}
         return
     with open_statistics(stats) as (stored, read):
         specs: dict[str, dict[str, TensorSpec]] = {target.path: {} for target in targets}
@@ -123,20 +101,22 @@ def statistics_for(
                 shapes[target.path] = shape_of(kind, out, width)
             for path, spec in select_statistics(stored, kind, shapes).items():
                 specs[path][kind] = spec
-        yield ModuleStatistics(read, specs)
+
+        def of(module: str, *some: str) -> dict[str, Tensor]:
+            own = specs[module].items()
+            return {kind: read(spec) for kind, spec in own if not some or kind in some}
+
+        yield of
 
 
 def redistributed(
-    method: Initialization,
-    config: LoraConfig,
-    targets: Sequence[Target],
-    statistics: ModuleStatistics,
+    method: Initialization, config: LoraConfig, targets: Sequence[Target], statistics: Statistics
 ) -> tuple[LoraConfig, Sequence[Target]]:
     """The targets with the ranks that the statistics give them, without those of rank 0, and the
     config that names these; `Refused` with all of which there are not enough components."""
     if not isinstance(method, RedistributingInit):
         return config, targets
-    spectra = [statistics.of(target.path, ("variances", "variance")) for target in targets]
+    spectra = [statistics(target.path, "variances", "variance") for target in targets]
     # modules that see the same inputs have as many candidates
     groups = [tuple(spectrum["variances"].tolist()) for spectrum in spectra]
     widths = [KINDS[t.kind].shapes(t.module, t.rank)[0][1] for t in targets]
@@ -250,7 +230,8 @@ def attach(
     config = LoraConfig.of(config)
     with replicating(state):
         replicate(state, config.layer_replication, "LoraConfig: layer_replication")
-        targets: Sequence[Target] = resolve(state.model, config)
+        resolver = LiveResolver(state.model, config)
+        targets: Sequence[Target] = resolver.resolve()
         if config.dora:
             _check_dora(targets)
         method = method_of(config, targets)
@@ -258,17 +239,11 @@ def attach(
         generator.seed() if seed is None else generator.manual_seed(seed)
         with statistics_for(method, targets, stats) as statistics:
             config, targets = redistributed(method, config, targets, statistics)
-            factors = _new_factors(state, config, targets, method, statistics, generator)
+            maker = PartMaker(state, name, config, dtype, ephemeral_gpu_offload)
             heads = {target.path: target.tied for target in targets if target.tied is not None}
-            values = _other_values(state, config, [target.path for target in targets])
-            values = replace(values, factors=factors, heads=heads)
-            offload = ephemeral_gpu_offload
-            parts = place(state, name, config, values, dtype, ephemeral_gpu_offload=offload)
-        for path, part in parts:
-            if isinstance(part, FactorsPart) and not isinstance(part, TiedHeadPart):
-                part.fix(*method.fixed)
-                if config.dora:
-                    part.decompose(state.modules[path], dtype)
+            values = _other_values(state, resolver, [target.path for target in targets])
+            factors = list(_new_factors(maker, targets, method, statistics, generator))
+            parts = maker.all_parts(factors, values, heads)
     adapter = Attached(name, config, trainable=True, base=state.base_name)
     adapter.base_fingerprint = state.base_fingerprint
     adapter.strict = strict
@@ -276,40 +251,34 @@ def attach(
 
 
 def _new_factors(
-    state: State,
-    config: LoraConfig,
+    maker: PartMaker,
     targets: Sequence[Target],
     method: Initialization,
-    statistics: ModuleStatistics,
-    generator: torch.Generator,
-) -> Iterator[LayerFactors]:
+    statistics: Statistics,
+    generator: Generator,
+) -> Iterator[tuple[str, FactorsPart]]:
     further = Counter(target.path for target in targets)  # parameters of a module, after this one
+    config = maker.config
     for target in targets:
         if target.leaf is not None:
             further[target.path] -= 1
             a, b = start_parameter(method, target, generator)
-            yield LayerFactors(
-                path=target.path,
-                kind=ParameterPart,
-                a=a,
-                b=b,
-                scale=target.scale,
-                leaf=target.leaf,
-                depth=further[target.path],
-            )
+            depth = further[target.path]
+            part = maker.on_parameter(target.path, target.leaf, a, b, target.scale, depth)
+            part.fix(*method.fixed)
+            yield target.path, part
             continue
         for path, kind in KINDS[target.kind].members(target.path):
-            host = state.modules[path]
-            a, b = start(method, target, kind, host, generator, statistics.of(path))
-            yield LayerFactors(
-                path=path,
-                kind=kind,
-                a=a,
-                b=b,
-                scale=target.scale,
-                bias=torch.zeros(b.shape[0]) if config.lora_bias else None,
-                base_lacks=method.changes_base,
+            host = maker.state.modules[path]
+            a, b = start(method, target, kind, host, generator, statistics(path))
+            bias = torch.zeros(b.shape[0]) if config.lora_bias else None
+            part = maker.on_layer(
+                path, kind, a, b, target.scale, bias=bias, base_lacks=method.changes_base
             )
+            part.fix(*method.fixed)
+            if config.dora:
+                part.decompose(host, maker.dtype)
+            yield path, part
 
 
 def _check_dora(targets: Sequence[Target]) -> None:
@@ -330,24 +299,25 @@ def _why_no_dora(target: Target) -> str | None:
     return reason
 
 
-def _other_values(state: State, config: LoraConfig, targets: Sequence[str]) -> AdapterValues:
+def _other_values(
+    state: State, resolver: LiveResolver, targets: Sequence[str]
+) -> OtherValues[Tensor]:
     """What a config asks for besides the factors of its targets: copies of modules, biases and rows
     of tokens, which start as the base's. `Refused` for values that the base, on the meta device,
     has not yet."""
-    saved = resolve_saved(state.model, config)
-    modules = own_modules(state.model)
-    rows = resolve_tokens(state.model, config)
+    config, modules = resolver.config, resolver.modules
+    saved, rows = resolver.saved(), resolver.tokens()
     if rows:
         rows = own_rows(modules, rows, input_embedding(state.model, modules), config.tie)
     names = []
     if config.bias != "none":
         names = biases(state.modules, None if config.bias == "all" else targets)
         names = [name for name in names if not any(name.startswith(f"{x}.") for x in saved)]
-    values = {name: parameter_of(state.modules, name) for name in names}
-    weights = {path: parameter_of(modules, f"{path}.weight") for path in rows}
-    tensors: dict[str, Tensor | None] = {**values, **weights}
+    values = {name: known_parameter(state.modules, name) for name in names}
+    weights = {path: known_parameter(modules, f"{path}.weight") for path in rows}
+    tensors: dict[str, Tensor] = {**values, **weights}
     tensors |= {path: t for path in saved for t in state.modules[path].state_dict().values()}
-    missing = [name for name, tensor in tensors.items() if tensor is None or tensor.is_meta]
+    missing = [name for name, tensor in tensors.items() if tensor.is_meta]
     if missing:
         raise Refused(
             f"{listed(missing)} on the meta device",
@@ -356,13 +326,11 @@ def _other_values(state: State, config: LoraConfig, targets: Sequence[str]) -> A
             hint="load the base's weights first",
             code="AK801",
         )
-    return AdapterValues(
-        factors=(),
+    return OtherValues(
         copies={path: {} for path in saved},
-        biases={name: own.detach().clone() for name, own in values.items() if own is not None},
+        biases={name: own.detach().clone() for name, own in values.items()},
+        weights={},
         rows={
-            path: (indices, own.detach()[list(indices)])
-            for path, indices in rows.items()
-            if (own := weights[path]) is not None
+            path: (indices, weights[path].detach()[list(indices)]) for path, indices in rows.items()
         },
     )

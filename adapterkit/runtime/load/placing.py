@@ -1,126 +1,128 @@
 """The values of an adapter, new ones or those of its files, as parts at the modules of a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from adapterkit.core.adapter.config import TASK_HEADS
+from adapterkit.core.adapter.record import Adapter, Tokens
+from adapterkit.core.adapter.targets import has_end
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import Problems, shown
+from adapterkit.core.patterns import similar_names
 from adapterkit.runtime.layers import part_class
 from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed
 from adapterkit.runtime.layers.tied import share, shared_heads
-from adapterkit.runtime.parts.copies import copies, mirrors, parameter_of, value_parts
+from adapterkit.runtime.parts.copies import (
+    copies,
+    known_parameter,
+    mirrors,
+    outermost,
+    parameter_of,
+    value_parts,
+)
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.tokens import token_parts
 from adapterkit.runtime.site import Part, owner
 from adapterkit.runtime.state import State
 from adapterkit.runtime.targets import own_modules
+from adapterkit.runtime.targets import unread as why_unread
 from adapterkit.verbs.shared.lora_config import LoraConfig
-from adapterkit.verbs.shared.targets.resolve import input_embedding
+from adapterkit.verbs.shared.targets.resolve import embeddings_of, input_embedding, tied_modules
 
-Rows = tuple[Sequence[int], Tensor]  # indices of tokens, and their values
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerFactors:
-    """Factors of a module, or of its parameter `leaf`."""
-
-    path: str
-    kind: type[FactorsPart]
-    a: Tensor
-    b: Tensor
-    scale: float
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
-    base_lacks: bool = False  # the product of these first factors, which is subtracted
-    leaf: str = "weight"
-    depth: int = 0  # see `ParameterPart`
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterValues:
-    """All that an adapter has on a model; names are the model's."""
+@dataclass(frozen=True)
+class OtherValues(Generic[T]):
+    """What an adapter has besides factors, by the model's names: tensors, or where a file has
+    them."""
 
-    factors: Iterable[LayerFactors]
-    heads: Mapping[str, str] | None = None  # head -> embedding; None: those of the same factors
-    copies: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {}: present values
-    biases: Mapping[str, Tensor] = field(default_factory=dict)  # trained
-    weights: Mapping[str, Tensor] = field(default_factory=dict)  # not trained
-    rows: Mapping[str, Rows] = field(default_factory=dict)  # by embedding or head
-
-
-def place(
-    state: State,
-    name: str,
-    config: LoraConfig,
-    values: AdapterValues,
-    dtype: torch.dtype | None,  # of factors, biases and rows; None: as they are
-    *,
-    ephemeral_gpu_offload: bool = False,
-) -> list[tuple[str, Part]]:
-    """The parts of an adapter by their modules: factors first, each beside its weight."""
-    modules, whole = state.modules, own_modules(state.model)
-    parts: list[tuple[str, Part]] = [
-        (its.path, _part(modules[its.path], name, config, its, dtype, ephemeral_gpu_offload))
-        for its in values.factors
-    ]
-    if config.tie:
-        heads = shared_heads(parts, modules) if values.heads is None else values.heads
-        parts = share(parts, heads, config.dropout)
-    copied = copies(modules, values.copies, name, config.tie)
-    for path, part in copied:
-        for leaf, value in values.copies[path].items():
-            _fill(part.module, leaf, value)
-    biases = {key: _beside(value, modules, key, dtype) for key, value in values.biases.items()}
-    rows = {
-        path: (indices, _beside(value, whole, f"{path}.weight", dtype))
-        for path, (indices, value) in values.rows.items()
-    }
-    parts += [*copied, *mirrors(modules, copied)]
-    for own, trained in ((biases, True), (values.weights, False)):
-        parts += value_parts(modules, name, own, trained=trained, copied=values.copies)
-    embedding = input_embedding(state.model, whole) if rows else None
-    return parts + token_parts(state.model, whole, name, rows, embedding)
+    copies: Mapping[str, Mapping[str, T]]  # path -> name in it; {}: present values
+    biases: Mapping[str, T]  # trained
+    weights: Mapping[str, T]  # not trained
+    rows: Mapping[str, tuple[Sequence[int], T]]  # by embedding or head: indices of tokens, values
 
 
-def _part(
-    host: nn.Module,
-    name: str,
-    config: LoraConfig,
-    values: LayerFactors,
-    dtype: torch.dtype | None,
-    ephemeral_gpu_offload: bool,
-) -> FactorsPart:
-    where = factor_device(host)
-    a, b = values.a.to(where, dtype), values.b.to(where, dtype)
-    bias, magnitude = (
-        None if value is None else value.to(where, dtype)
-        for value in (values.bias, values.magnitude)
-    )
-    if values.kind is ParameterPart:
-        transposed = is_transposed(host, values.leaf)
-        shape = {"leaf": values.leaf, "transposed": transposed, "depth": values.depth}
-        return ParameterPart(name, a, b, values.scale, **shape)
-    return part_class(values.kind, config)(
-        name,
-        a,
-        b,
-        values.scale,
-        dropout=config.dropout,
-        bias=bias,
-        magnitude=magnitude,
-        initial=(a.clone(), b.clone()) if values.base_lacks else None,
-        ephemeral_gpu_offload=ephemeral_gpu_offload,
-    )
+@dataclass(frozen=True)
+class PartMaker:
+    """Makes the parts of an adapter, each beside the weight of its module."""
 
+    state: State
+    name: str
+    config: LoraConfig
+    dtype: torch.dtype | None  # of factors, biases and rows; None: as they are
+    ephemeral_gpu_offload: bool = False
 
-def _beside(
-    value: Tensor, modules: Mapping[str, nn.Module], name: str, dtype: torch.dtype | None
-) -> Tensor:
-    """A value on the device of a parameter; on the CPU while that is on meta."""
-    own = parameter_of(modules, name)
-    assert own is not None
-    return value.to("cpu" if own.is_meta else own.device, dtype)
+    def on_layer(
+        self,
+        path: str,
+        kind: type[FactorsPart],
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        *,
+        bias: Tensor | None = None,
+        magnitude: Tensor | None = None,
+        base_lacks: bool = False,  # the product of these first factors, which is subtracted
+    ) -> FactorsPart:
+        where = factor_device(self.state.modules[path])
+        a, b = a.to(where, self.dtype), b.to(where, self.dtype)
+        return part_class(kind, self.config)(
+            self.name,
+            a,
+            b,
+            scale,
+            dropout=self.config.dropout,
+            bias=None if bias is None else bias.to(where, self.dtype),
+            magnitude=None if magnitude is None else magnitude.to(where, self.dtype),
+            initial=(a.clone(), b.clone()) if base_lacks else None,
+            ephemeral_gpu_offload=self.ephemeral_gpu_offload,
+        )
+
+    def on_parameter(
+        self, path: str, leaf: str, a: Tensor, b: Tensor, scale: float, depth: int
+    ) -> ParameterPart:
+        host = self.state.modules[path]
+        a, b = (value.to(factor_device(host), self.dtype) for value in (a, b))
+        transposed = is_transposed(host, leaf)
+        return ParameterPart(self.name, a, b, scale, leaf=leaf, transposed=transposed, depth=depth)
+
+    def all_parts(
+        self,
+        factors: Sequence[tuple[str, FactorsPart]],
+        values: OtherValues[Tensor],
+        heads: Mapping[str, str] | None = None,
+    ) -> list[tuple[str, Part]]:
+        """All parts by their modules: factors first. `heads`: by head the embedding with whose
+        factors it is tied, None: those whose factors are the same."""
+        model, modules, whole = self.state.model, self.state.modules, own_modules(self.state.model)
+        parts: list[tuple[str, Part]] = [*factors]
+        if self.config.tie:
+            heads = shared_heads(parts, modules) if heads is None else heads
+            parts = share(parts, heads, self.config.dropout)
+        copied = copies(modules, values.copies, self.name, self.config.tie)
+        for path, part in copied:
+            for leaf, value in values.copies[path].items():
+                _fill(part.module, leaf, value)
+        biases = {name: self._beside(value, modules, name) for name, value in values.biases.items()}
+        rows = {
+            path: (indices, self._beside(value, whole, f"{path}.weight"))
+            for path, (indices, value) in values.rows.items()
+        }
+        parts += [*copied, *mirrors(modules, copied)]
+        for own, trained in ((biases, True), (values.weights, False)):
+            parts += value_parts(modules, self.name, own, trained=trained, copied=values.copies)
+        embedding = input_embedding(model, whole) if rows else None
+        return parts + token_parts(model, whole, self.name, rows, embedding)
+
+    def _beside(self, value: Tensor, modules: Mapping[str, nn.Module], name: str) -> Tensor:
+        """A value on the device of a parameter; on the CPU while that is on meta."""
+        own = known_parameter(modules, name)
+        return value.to("cpu" if own.is_meta else own.device, self.dtype)
 
 
 @torch.no_grad()
@@ -147,3 +149,130 @@ def factor_device(host: nn.Module) -> torch.device:
     hook = vars(host).get("_hf_hook")
     devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
     return torch.device(next((device for device in devices if device is not None), "cpu"))
+
+
+def find_values(
+    state: State, adapter: Adapter, config: LoraConfig, errors: Problems
+) -> OtherValues[TensorSpec]:
+    """Where a file has the values that are no factors; those that do not fit join the errors."""
+    copied: dict[str, dict[str, TensorSpec]] = {}
+    biases: dict[str, TensorSpec] = {}
+    weights: dict[str, TensorSpec] = {}
+    modules, entries = own_modules(state.model), list(adapter.saved)
+    embedding = input_embedding(state.model, modules) if config.tie else None
+    if embedding is not None:  # PEFT's config names the embedding alone
+        tied = [embedding, *tied_modules(modules, embedding)]
+        entries += tied if any(adapter.saves(f"{path}.weight") for path in tied) else ()
+    for name, spec in adapter.replaced.items():
+        path = outermost(name, entries)
+        if path is not None:
+            copied.setdefault(path, {})[name.removeprefix(f"{path}.")] = spec
+        elif config.bias != "none" and name.rpartition(".")[2] == "bias":
+            biases[name] = spec
+        else:
+            weights[name] = spec
+    for path, specs in copied.items():
+        _check_copy(state, path, specs, errors)
+    for name, spec in {**biases, **weights}.items():
+        _check_value(state, name, spec, errors)
+    for tokens in adapter.tokens:
+        _check_rows(state, tokens, errors)
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    for path in modules:
+        if any(has_end(path, head) for head in heads) and path not in copied:
+            problem = f"no values of {shown(path)}, the head of a {config.task_type} model"
+            hint = "save the adapter again, with the head in modules_to_save"
+            errors.add(problem, "its trained values", hint, code="AK803")
+    rows = {one.module: (one.indices, one.values) for one in adapter.tokens}
+    return OtherValues(copied, biases, weights, rows)
+
+
+def read_values(
+    state: State,
+    values: OtherValues[TensorSpec],
+    read: Callable[[TensorSpec], Tensor],
+    read_trained: Callable[[TensorSpec], Tensor],  # biases and rows
+) -> OtherValues[Tensor]:
+    """The values of a file; copies and weights have the base's dtypes. Weights that are the base's
+    own are left out."""
+    weights = {}
+    for name, spec in values.weights.items():
+        own = known_parameter(state.modules, name)
+        value = read(spec).to(own.dtype)
+        if own.is_meta or not torch.equal(value := value.to(own.device), own):
+            weights[name] = value
+    return OtherValues(
+        {p: {name: read(spec) for name, spec in own.items()} for p, own in values.copies.items()},
+        {name: read_trained(spec) for name, spec in values.biases.items()},
+        weights,
+        {path: (indices, read_trained(spec)) for path, (indices, spec) in values.rows.items()},
+    )
+
+
+def _check_copy(state: State, path: str, specs: Mapping[str, TensorSpec], errors: Problems) -> None:
+    if path not in state.modules:
+        _add_unknown(state, path, errors)
+        return
+    own = state.modules[path].state_dict()
+    expected = f"the values of the model's {shown(path)}"
+    for problem, names in (
+        ("no values of", own.keys() - specs.keys()),
+        ("values of", specs.keys() - own.keys()),
+    ):
+        if names:
+            listed = ", ".join(shown(f"{path}.{name}") for name in sorted(names))
+            errors.add(f"{problem} {listed}", expected, code="AK803")
+    for name in own.keys() & specs.keys():
+        if tuple(own[name].shape) != specs[name].shape:
+            _add_wrong_shape(state, f"{path}.{name}", specs[name], own[name], errors)
+
+
+def _check_value(state: State, name: str, spec: TensorSpec, errors: Problems) -> None:
+    own = parameter_of(state.modules, name)
+    if own is None:
+        _add_unknown(state, name, errors)
+    elif tuple(own.shape) != spec.shape:
+        _add_wrong_shape(state, name, spec, own, errors)
+
+
+def _check_rows(state: State, tokens: Tokens, errors: Problems) -> None:
+    name = f"{tokens.module}.weight"
+    own = parameter_of(state.modules, name)
+    if own is None:
+        _add_unknown(state, tokens.module, errors)
+        return
+    if unread := why_unread(state.model, state.modules, tokens.module):
+        problem = f"trained rows that do nothing: {unread.problem}"
+        errors.add(problem, unread.expected, "take them out of the file", code="AK803")
+    outside = [index for index in tokens.indices if index >= len(own)]
+    if outside:
+        problem = f"trained rows {outside} of {shown(name)}, which has {len(own)}"
+        call = f"model.resize_token_embeddings({max(outside) + 1})"
+        errors.add(
+            problem,
+            "rows that the model has",
+            f"{call} or more first, as in training",
+            code="AK803",
+        )
+    if tokens.values.shape[1:] != own.shape[1:]:
+        _add_wrong_shape(state, tokens.values.key, tokens.values, own, errors)
+
+
+def _add_unknown(state: State, name: str, errors: Problems) -> None:
+    hint = similar_names(name, list(state.modules))
+    if any(has_end(name, head) for heads in TASK_HEADS.values() for head in heads):
+        hint = "load the model in the class with this head"
+    problem = f"values of {shown(name)}, which the model has not"
+    errors.add(problem, "modules of the model", hint, code="AK803")
+
+
+def _add_wrong_shape(
+    state: State, name: str, spec: TensorSpec, own: Tensor, errors: Problems
+) -> None:
+    hint = ""
+    if spec.shape[1:] == own.shape[1:] and any(
+        getattr(module, "weight", None) is own for module in embeddings_of(state.model)
+    ):
+        hint = f"model.resize_token_embeddings({spec.shape[0]}) first, as in training"
+    expected = f"{tuple(own.shape)}, as the model has it"
+    errors.add(f"{shown(name)} with shape {spec.shape}", expected, hint, code="AK803")

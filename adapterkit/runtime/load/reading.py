@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,9 @@ from adapterkit.core.options import StrPath
 from adapterkit.core.patterns import similar_names
 from adapterkit.core.registry import members
 from adapterkit.runtime.layers import kind_of
-from adapterkit.runtime.layers.parameter import ParameterPart, of_parameter, split_parameters
+from adapterkit.runtime.layers.parameter import of_parameter, split_parameters
 from adapterkit.runtime.layers.tied import both_sides
-from adapterkit.runtime.load.placing import LayerFactors, place
-from adapterkit.runtime.load.stored_values import StoredValues, join_values
+from adapterkit.runtime.load.placing import OtherValues, PartMaker, find_values, read_values
 from adapterkit.runtime.parts import dora
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.replication import replicate, replicating
@@ -48,7 +47,7 @@ class StoredAdapter:
     config: LoraConfig
     factors: tuple[tuple[type[FactorsPart], Factors], ...]
     parameters: tuple[Factors, ...]
-    values: StoredValues
+    values: OtherValues[TensorSpec]
 
 
 def load(
@@ -64,14 +63,15 @@ def load(
 ) -> None:
     """Add an adapter from disk; `Refused` with all that does not fit, before anything changes."""
     state.unused(name)
-    offload = ephemeral_gpu_offload
     with replicating(state):
-        stored, parts = read(state, source, name, dtype, ephemeral_gpu_offload=offload)
+        stored, parts = read(
+            state, source, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload
+        )
+        factors = [(path, part) for path, part in parts if isinstance(part, FactorsPart)]
         if pad_rank is not None:
-            _pad([(path, part) for path, part in parts if isinstance(part, FactorsPart)], pad_rank)
+            _pad(factors, pad_rank)
         if trainable and stored.config.tie and stored.config.dora:
-            own = [(path, part) for path, part in parts if isinstance(part, FactorsPart)]
-            for head, *_ in both_sides(own, state.modules):
+            for head, *_ in both_sides(factors, state.modules):
                 raise Refused(
                     f"dora with tie on {shown(head)}, to be trained",
                     expected="a linear head without dora",
@@ -94,9 +94,9 @@ def read(
     ephemeral_gpu_offload: bool = False,
 ) -> tuple[StoredAdapter, list[tuple[str, Part]]]:
     """A stored adapter, and its parts for the base as it is."""
-    stored = join(state, source)
+    stored = join_folder(state, open_adapter(source))
     parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
-    subtract_initial(state, stored, parts)
+    _subtract_initial(state, stored, parts)
     return stored, parts
 
 
@@ -112,16 +112,11 @@ def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
         )
 
 
-def join(state: State, source: StrPath) -> StoredAdapter:
-    """Read an adapter's headers and find the module of each of its tensors."""
-    return join_folder(state, open_adapter(source))
-
-
 def join_folder(
     state: State, folder: Folder, number: int = 0, *, is_second: bool = False
 ) -> StoredAdapter:
-    """`join` of a folder, which has a number among several. `is_second`: of initial factors, for
-    the layers as their adapter has them."""
+    """Read an adapter's headers and find the module of each of its tensors. `number`: among several
+    adapters. `is_second`: of initial factors, for the layers as their adapter has them."""
     adapter = read_adapter(folder, number, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
     if not is_second:
@@ -154,7 +149,7 @@ def join_folder(
         if lora.magnitude is not None:
             _check_magnitude(lora, host, kind, errors)
         factors.append((kind, Factors.of(lora, scale, rank)))
-    values = join_values(state, adapter, config, errors)
+    values = find_values(state, adapter, config, errors)
     errors.raise_all()
     return StoredAdapter(adapter, config, tuple(factors), tuple(parameters), values)
 
@@ -168,48 +163,46 @@ def read_parts(
     ephemeral_gpu_offload: bool = False,
 ) -> list[tuple[str, Part]]:
     """The parts of an adapter with their values; without `dtype` at least float32."""
-    adapter, config = stored.adapter, stored.config
-    folders, offload = (adapter.folder,), ephemeral_gpu_offload
-    with Sources(folders, identities(folders, header_hashes({0: adapter}))) as sources:
+    maker = PartMaker(state, name, stored.config, dtype, ephemeral_gpu_offload)
+    folders = (stored.adapter.folder,)
+    with Sources(folders, identities(folders, header_hashes({0: stored.adapter}))) as sources:
         read = LocalReader(sources, torch.device("cpu"), dtype=None).tensor
 
         def read_wide(spec: TensorSpec) -> Tensor:
             tensor = read(spec)
             return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
-        values = replace(
-            stored.values.read(state, read, read if dtype else read_wide),
-            factors=_read_factors(state, stored, read if dtype else read_wide),
-        )
-        parts = place(state, name, config, values, dtype, ephemeral_gpu_offload=offload)
-    Problems(list(_ignored(state, adapter, parts))).raise_all()
+        read_trained = read if dtype else read_wide
+        factors = list(_read_factors(maker, stored, read_trained))
+        values = read_values(state, stored.values, read, read_trained)
+        parts = maker.all_parts(factors, values)
+    Problems(list(_ignored(state, stored.adapter, parts))).raise_all()
     return parts
 
 
 def _read_factors(
-    state: State, stored: StoredAdapter, read: Callable[[TensorSpec], Tensor]
-) -> Iterator[LayerFactors]:
+    maker: PartMaker, stored: StoredAdapter, read: Callable[[TensorSpec], Tensor]
+) -> Iterator[tuple[str, FactorsPart]]:
     for kind, own in stored.factors:
-        yield LayerFactors(
-            path=own.module,
-            kind=kind,
-            a=read(own.a),
-            b=read(own.b),
-            scale=own.scale,
-            bias=None if own.bias is None else read(own.bias),
-            magnitude=None if own.magnitude is None else read(own.magnitude),
+        bias, magnitude = (
+            None if spec is None else read(spec) for spec in (own.bias, own.magnitude)
+        )
+        yield (
+            own.module,
+            maker.on_layer(
+                own.module,
+                kind,
+                read(own.a),
+                read(own.b),
+                own.scale,
+                bias=bias,
+                magnitude=magnitude,
+            ),
         )
     for own in stored.parameters:
-        a, b = of_parameter(own, state.modules[own.module], read(own.a), read(own.b))
-        yield LayerFactors(
-            path=own.module,
-            kind=ParameterPart,
-            a=a,
-            b=b,
-            scale=own.scale,
-            leaf=own.leaf or "",
-            depth=own.depth,
-        )
+        host, leaf = maker.state.modules[own.module], own.leaf or ""
+        a, b = of_parameter(own, host, read(own.a), read(own.b))
+        yield own.module, maker.on_parameter(own.module, leaf, a, b, own.scale, own.depth)
 
 
 def _ignored(
@@ -299,7 +292,7 @@ def _add_no_module(state: State, lora: Lora, host: object, errors: Problems) -> 
         errors.add(problem, "a layer that takes factors", code="AK803")
 
 
-def subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str, Part]]) -> None:
+def _subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str, Part]]) -> None:
     """Give parts trained on a changed base the factors that it lacks: those beside the adapter, or
     the same as before by the method; `Refused` where there are neither."""
     init = stored.adapter.changed_base()

@@ -253,6 +253,13 @@ def parameter_of(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter | 
     return modules[path]._parameters.get(leaf) if path in modules else None
 
 
+def known_parameter(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
+    """A parameter that the model is known to have."""
+    parameter = parameter_of(modules, name)
+    assert parameter is not None
+    return parameter
+
+
 def biases(modules: Mapping[str, nn.Module], paths: Iterable[str] | None) -> list[str]:
     """Names of the biases of all modules, or of those at the paths."""
     names = [

@@ -21,7 +21,7 @@ from adapterkit.core.records import Json
 from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.load.writing import check_local, replace, writes
 from adapterkit.runtime.quantized import stored
-from adapterkit.runtime.targets import resolve
+from adapterkit.runtime.targets import LiveResolver
 from adapterkit.verbs.shared.lora_config import LoraConfig
 from adapterkit.verbs.shared.statistics_file import INPUT_KINDS, INPUTS, METADATA, key_of
 from adapterkit.verbs.shared.statistics_file import KINDS as ALL_KINDS
@@ -168,7 +168,8 @@ def _count(components: int) -> int:
 def _targets(
     model: nn.Module, targets: str | Sequence[str] | None, gradients: bool
 ) -> list[Target]:
-    chosen = resolve(model, LoraConfig(targets="all-linear" if targets is None else targets))
+    config = LoraConfig(targets="all-linear" if targets is None else targets)
+    chosen = LiveResolver(model, config).resolve()
     others = [target.path for target in chosen if not KINDS[target.kind].is_matrix]
     fixed = [t.path for t in chosen if gradients and t.path not in others and not _is_plain(t)]
     errors = Problems(code="AK902")

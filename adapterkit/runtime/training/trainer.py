@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.inputs.sources import open_adapter
 from adapterkit.core.options import StrPath
 from adapterkit.runtime.guard import OWNER
 from adapterkit.runtime.load import reading, writing
@@ -131,7 +132,7 @@ def restore(state: State, folder: StrPath) -> None:
             for site, part in state.adapters[name].parts()
             if not isinstance(part, FactorsPart) or part.stored_rank  # of rank 0: not in a file
         }
-        stored = reading.join(state, place)
+        stored = reading.join_folder(state, open_adapter(place))
         parts = {(path, p.role): p for path, p in reading.read_parts(state, stored, name, None)}
         for path, _ in own.keys() ^ parts.keys():
             problem = f"{shown(path)} of {shown(name)}, either trained or stored"

@@ -253,7 +253,7 @@ def _problems(one: StoredAdapter, base: str, name: str) -> list[AdapterkitError]
     values = {
         "modules that were trained whole": list(one.values.copies),
         "biases that were trained": list(one.values.biases),
-        "rows of tokens": [rows.module for rows in one.values.rows],
+        "rows of tokens": list(one.values.rows),
         "biases of factors": [lora.module for lora in adapter.loras if lora.bias is not None],
     }
     for what, names in values.items():
