@@ -15,8 +15,7 @@ from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.runtime.guard import Guard
-from adapterkit.runtime.layers.alora_linear import InvokedPart
-from adapterkit.runtime.parts.alora import Invocations
+from adapterkit.runtime.layers.alora import Invocations, InvokedPart
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
 from adapterkit.runtime.site import CHILD, Args, Host, Kwargs, Part, Site
 from adapterkit.runtime.watch import FirstCallWatch

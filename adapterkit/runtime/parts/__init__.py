@@ -1,1 +1,1 @@
-"""What acts at a module: factors, copies, rows of tokens, DoRA, aLoRA."""
+"""What acts at a module of any kind: factors, copies, rows of tokens, DoRA."""

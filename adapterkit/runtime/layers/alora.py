@@ -1,4 +1,4 @@
-"""aLoRA (arXiv:2504.12397): factors that act from an invocation sequence on.
+"""aLoRA (arXiv:2504.12397): factors of a linear layer that act from an invocation sequence on.
 
 The tokens before it, and so their keys and values in a cache, are the base's, bit for bit.
 """
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.core.errors import Refused
+from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
+from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.memo import MadeOnce
-from adapterkit.runtime.site import Args, Kwargs
+from adapterkit.runtime.site import Args, Kwargs, Site
 
 MEMORY = "_adapterkit_invocations"  # of a cache
 
@@ -40,9 +42,8 @@ class Invocations:
         self.acting = acting
         self.shape = (0, 0)  # rows and tokens of the call
         self._counts: dict[str, tuple[int, ...]] = {}  # acting tokens of each row, from the end
-        self._recorded: dict[
-            str, tuple[int, ...]
-        ] = {}  # those of the last call that records gradients
+        # those of the last call that records gradients
+        self._recorded: dict[str, tuple[int, ...]] = {}
         self._recomputed = self._ambiguous = False
         self._memory: Memory | None = None
         self._rows: tuple[int, ...] | None = None  # those that are meant, of a mixed batch
@@ -182,3 +183,52 @@ def last_start(
     equal = (windows == sequence).all(-1)
     positions = torch.arange(equal.shape[1], device=ids.device)
     return torch.where(equal, positions, -1).amax(1)
+
+
+class InvokedPart(LinearPart):
+    """Factors that act on the last tokens of each row, as many as the invocation says."""
+
+    mixes_rows = False
+    invocations: Invocations
+
+    def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
+        rows, length = self.invocations.shape
+        count = self.invocations.count(self.adapter)
+        if x.ndim == 2:  # (rows * tokens, in), as routers of experts get it
+            tokens = x.shape[0] // max(rows, 1)
+            if tokens not in (1, length) or tokens * rows != x.shape[0]:
+                raise Refused(
+                    f"an input of {x.shape[0]} vectors for {rows} rows of {length} tokens",
+                    expected="one vector for each token, in order",
+                    where="aLoRA",
+                    hint="exclude this layer from targets",
+                    code="AK806",
+                )
+            shaped = self.forward(
+                y.view(rows, tokens, y.shape[-1]), weight, x.view(rows, tokens, x.shape[-1])
+            )
+            return shaped.reshape(y.shape[0], -1)
+        length = x.shape[1]
+        longest = min(max(count, default=0), length)
+        if longest == 0:
+            return y
+        first = length - longest
+        tail = y[:, first:]
+        changed = super().forward(tail.clone(), weight, x[:, first:])
+        if min(count) < longest:
+            acts = self.invocations.last(count, longest, x.device)
+            changed = torch.where(acts[..., None], changed, tail.to(changed.dtype))
+        return torch.cat([y[:, :first].to(changed.dtype), changed], 1) if first else changed
+
+    def unmergeable(self, site: Site, weight: float) -> str | None:
+        return "an activated LoRA acts on the tokens after its invocation only"
+
+
+class InvokedConv1DPart(InvokedPart, Conv1DPart):
+    """The same on GPT-2's Conv1D."""
+
+
+INVOKED: dict[type[FactorsPart], type[InvokedPart]] = {
+    LinearPart: InvokedPart,
+    Conv1DPart: InvokedConv1DPart,
+}
