@@ -69,16 +69,6 @@ class ArrowRouter(Attached):
             yield site.path, part
 
 
-@dataclass(frozen=True)
-class StoredRouter:
-    """A router's folder: its arrow.json and, by module, its experts."""
-
-    settings: Json
-    names: list[str]
-    dtype: torch.dtype
-    modules: dict[str, Experts]
-
-
 # -- onto the model --------------------------------------------------------------------------------
 
 
@@ -108,7 +98,8 @@ def load(
             hint="give fewer",
             code="AK806",
         )
-    place(state, read(folder, settings, unique(settings["experts"])), name)
+    names = unique(settings["experts"])
+    _put(state, name, settings, names, read(folder, names))
 
 
 def create(
@@ -129,31 +120,34 @@ def create(
     options = {"top_k": top_k, "temperature": temperature, "compat": compat, "seed": seed}
     with stacked(state, experts, generals, options) as folder:
         settings = read_settings(folder)
-        names = [
-            str(source) if is_loaded(state, source) else own
-            for source, own in zip(experts, settings["experts"], strict=True)
-        ]
-        router = place(state, read(folder, settings, unique(names)), name)
+        names = unique(
+            [
+                str(source) if is_loaded(state, source) else own
+                for source, own in zip(experts, settings["experts"], strict=True)
+            ]
+        )
+        router = _put(state, name, settings, names, read(folder, names))
     if not any(is_loaded(state, source) for source in generals):
         router.general = tuple(
             os.path.abspath(source) if os.path.exists(source) else source for source in generals
         )
 
 
-def place(state: State, stored: StoredRouter, name: str) -> ArrowRouter:
+def _put(
+    state: State, name: str, settings: Json, experts: list[str], modules: Mapping[str, Experts]
+) -> ArrowRouter:
     """Add a router that was read; `Refused` where it does not fit the model."""
-    check_modules(state, stored.modules)
-    settings = stored.settings
+    check_modules(state, modules)
     router = ArrowRouter(
         name,
-        LoraConfig(targets=list(stored.modules)),
+        LoraConfig(targets=list(modules)),
         trainable=False,
         base=settings.get("base_model_name_or_path"),
         settings=settings,
-        experts=stored.names,
-        dtype=stored.dtype,
+        experts=experts,
+        dtype=next(iter(modules.values())).a.dtype,
     )
-    parts = {path: part_at(state, router, path, own) for path, own in stored.modules.items()}
+    parts = {path: part_at(state, router, path, own) for path, own in modules.items()}
     state.put(router, parts.items())
     return router
 
@@ -210,7 +204,7 @@ def add_expert(
         settings = read_settings(folder)
         (stored_source, *stored_general) = settings["sources"]
         check_general(router, stored_general)
-        modules = read(folder, settings, [name]).modules
+        modules = read(folder, [name])
     check_modules(state, modules)
     parts = dict(router.routed())
     joined = {
@@ -381,8 +375,8 @@ def read_settings(folder: Folder) -> Json:
     return dict(settings)
 
 
-def read(folder: Folder, settings: Json, names: list[str]) -> StoredRouter:
-    """The experts of a router's folder under these names."""
+def read(folder: Folder, names: list[str]) -> dict[str, Experts]:
+    """The experts of a router's folder by module, under these names."""
     header = read_header(folder, WEIGHTS)
     modules: dict[str, dict[str, TensorSpec]] = {}
     for spec in header.tensors:
@@ -416,8 +410,7 @@ def read(folder: Folder, settings: Json, names: list[str]) -> StoredRouter:
                 values["prototype"],
             )
     locate(errors, folder)
-    dtype = next(iter(result.values())).a.dtype
-    return StoredRouter(settings, names, dtype, result)
+    return result
 
 
 def problems(path: str, specs: Mapping[str, TensorSpec]) -> Iterator[AdapterkitError]:

@@ -1,7 +1,7 @@
 """The handle on a model's adapters: train, run, combine and save them."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from adapterkit.core.options import Sources, StrPath, finite
 from adapterkit.core.records import Json
 from adapterkit.core.registry import experimental
 from adapterkit.runtime import arrow as arrows
-from adapterkit.runtime import merging, rows, swapping
-from adapterkit.runtime.load import creation, reading, writing
+from adapterkit.runtime import merging, rows
+from adapterkit.runtime.load import creation, reading, swapping, writing
 from adapterkit.runtime.load.store import Store
 from adapterkit.runtime.merging import conflicts
 from adapterkit.runtime.report import ModuleTable, report
@@ -368,10 +368,8 @@ def attach(
     that has adapters (use `adapters.attach`), before anything changes. Unlike PEFT, the model is
     not wrapped and none of its names change.
     """
-    return _first(
-        model,
-        name,
-        lambda adapters: adapters.attach(
+    with _first(model, name) as adapters:
+        adapters.attach(
             config,
             name=name,
             seed=seed,
@@ -379,8 +377,8 @@ def attach(
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             stats=stats,
             strict=strict,
-        ),
-    )
+        )
+    return adapters
 
 
 def load(
@@ -404,8 +402,7 @@ def load(
     a warning. `Refused` with all that does not fit the model, before anything changes.
     """
     sources: Json = {name: source} if weights is None else named_sources(source, weights)
-
-    def add(adapters: Adapters) -> None:
+    with _first(model, [*sources], weights) as adapters:
         for own, place in sources.items():
             adapters.load(
                 place,
@@ -416,8 +413,7 @@ def load(
                 pad_rank=pad_rank,
                 strict=strict,
             )
-
-    return _first(model, [*sources], add, weights)
+    return adapters
 
 
 @experimental
@@ -436,11 +432,9 @@ def load_arrow(
     or beside what is active where the model has adapters already. Factors are float32 or wider.
     `Refused` before anything changes. PEFT cannot load a router that it saved.
     """
-    return _with(
-        model,
-        name,
-        lambda state: arrows.load(state, folder, name, top_k=top_k, temperature=temperature),
-    )
+    with _further(model, name) as adapters:
+        arrows.load(adapters.state, folder, name, top_k=top_k, temperature=temperature)
+    return adapters
 
 
 @experimental
@@ -462,11 +456,9 @@ def create_arrow_model(
     `compat="peft"`: PEFT's prototypes and subtraction, from `seed`. `top_k` None: 3, or all experts
     where they are fewer. `Refused` before anything changes.
     """
-    return _with(
-        model,
-        name,
-        lambda state: arrows.create(
-            state,
+    with _further(model, name) as adapters:
+        arrows.create(
+            adapters.state,
             sources,
             name,
             general=general,
@@ -474,25 +466,26 @@ def create_arrow_model(
             temperature=temperature,
             compat=compat,
             seed=seed,
-        ),
-    )
-
-
-def _with(model: nn.Module, name: str, add: Callable[[State], None]) -> Adapters:
-    """The handle of a model with a further adapter; without others that one is active."""
-    adapters = getattr(model, ATTRIBUTE, None)
-    if adapters is None:
-        return _first(model, name, lambda adapters: add(adapters.state))
-    adapters.state.outside_rows("load_arrow")
-    adapters.state.own_weights("load_arrow")
-    add(adapters.state)
+        )
     return adapters
 
 
-def _first(
-    model: nn.Module, names: Names, add: Callable[[Adapters], None], weights: StrPath | None = None
-) -> Adapters:
-    """The new handle of a model with its first adapters, active."""
+@contextmanager
+def _further(model: nn.Module, name: str) -> Iterator[Adapters]:
+    """The handle of a model, to which the block adds an adapter; without others it is active."""
+    adapters = getattr(model, ATTRIBUTE, None)
+    if adapters is None:
+        with _first(model, name) as adapters:
+            yield adapters
+        return
+    adapters.state.outside_rows("load_arrow")
+    adapters.state.own_weights("load_arrow")
+    yield adapters
+
+
+@contextmanager
+def _first(model: nn.Module, names: Names, weights: StrPath | None = None) -> Iterator[Adapters]:
+    """The new handle of a model, to which the block adds its first adapters; they are active."""
     if hasattr(model, ATTRIBUTE):
         raise Refused(
             f"{type(model).__name__} has adapters already",
@@ -504,9 +497,8 @@ def _first(
     adapters = Adapters(model)
     object.__setattr__(model, ATTRIBUTE, adapters)
     try:
-        add(adapters)
+        yield adapters
         adapters.activate(names, weights=weights)
     except BaseException:
         adapters.detach()
         raise
-    return adapters

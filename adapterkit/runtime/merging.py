@@ -73,7 +73,8 @@ def merge(state: State, table: Mapping[str, float]) -> None:
     done = ReplacedWeights(dict(state.active))
     merged: dict[int, list[Tensor]] = {}  # parameters by the original's id
     own: list[tuple[Site, str, Tensor]] = []
-    for site in _sites(state, table):
+    sites = {path: site for name in table for path, site in state.adapters[name].sites.items()}
+    for site in sites.values():
         values = HostWeights(site.host)
         parts = [(p, w) for name, w in table.items() for p in site.own_parts(name)]
         site.select(table)  # for what stands in place of the host's values
@@ -196,13 +197,6 @@ def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> 
                 "merge it too, or activate the others alone first",
                 code="AK802",
             )
-
-
-def _sites(state: State, table: Mapping[str, float]) -> Iterator[Site]:
-    seen: dict[str, Site] = {}
-    for name in table:
-        seen |= state.adapters[name].sites
-    yield from seen.values()
 
 
 def _breaks_ties(state: State, done: ReplacedWeights, merged: Mapping[int, list[Tensor]]) -> bool:

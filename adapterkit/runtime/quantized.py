@@ -76,20 +76,20 @@ def weight_of(host: nn.Module) -> Tensor:
     return weight
 
 
-def is_readable(host: nn.Module) -> bool:
-    """Whether `weight_of` has an answer."""
-    return quantization_of(host) is not None or _plain(host) is not None
+def unreadable(host: nn.Module) -> str | None:
+    """Why `weight_of` has no answer; None if it has one."""
+    if quantization_of(host) is not None or _plain(host) is not None:
+        return None
+    return f"the weight of a {type(host).__name__} cannot be read (see register_quantized)"
 
 
 def unmergeable(host: nn.Module) -> str | None:
     """Why nothing can be merged into a layer's weight; None if something can."""
     known = quantization_of(host)
-    if known is None and _plain(host) is None:
-        return f"the weight of a {type(host).__name__} cannot be read (see register_quantized)"
-    if known is not None and known.requantize is None:
-        name = type(host).__name__
-        return f"the weight of this {name} cannot be quantized again (see register_quantized)"
-    return None
+    if known is None or known.requantize is not None:
+        return unreadable(host)
+    name = type(host).__name__
+    return f"the weight of this {name} cannot be quantized again (see register_quantized)"
 
 
 def tensors_of(module: nn.Module, leaf: str) -> Json:

@@ -119,7 +119,7 @@ class Rows:
             site.select({} if uniform is None else {uniform: 1.0})
             site.router = router
             if router is not None:
-                keep_unfused(site)
+                site.keep_unfused()
         self.state.pad_encoders()
 
     def _generator(self, generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -435,7 +435,7 @@ def run_alone(site: Site, name: str | None, args: Args, kwargs: Kwargs) -> Any:
     finally:
         site.select({})
         site.router = router
-        keep_unfused(site)
+        site.keep_unfused()
 
 
 def select(value: object, index: Tensor, size: int, axis: int) -> Any:
@@ -481,12 +481,6 @@ def join(
             **{key: join([o[key] for o in outputs], counts, order, axis, path) for key in first}
         )
     return first
-
-
-def keep_unfused(site: Site) -> None:
-    """Torch's fused layers read the weights of their modules unless one of these has hooks."""
-    if not site._forward_pre_hooks:
-        site.register_forward_pre_hook(lambda *args: None)
 
 
 @dataclass(frozen=True)

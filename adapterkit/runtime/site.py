@@ -370,8 +370,13 @@ class Site(Unsaved):
         self.directed = any(name.endswith(DIRECTED) for name in self._modules)
         self._forward_pre_hooks.clear()
         if adding or changing or replacing:
-            # torch's fused layers read the weights of their parts unless one of these has hooks
-            self.register_forward_pre_hook(_nothing)
+            self.keep_unfused()
+
+    def keep_unfused(self) -> None:
+        """Have a hook: torch's fused layers read the weights of their modules unless one of these
+        has any."""
+        if not self._forward_pre_hooks:
+            self.register_forward_pre_hook(nothing)
 
     def renew(self) -> None:
         """Let other stand-ins act for parts whose values are others by now."""
@@ -462,5 +467,5 @@ def _child_name(part: Part) -> str:
     return f"{name}%" if hasattr(Site, name) or name in RESERVED else name
 
 
-def _nothing(*args: object) -> None:
+def nothing(*args: object) -> None:
     return

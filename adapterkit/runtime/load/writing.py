@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.formats.card import adapter_card
 from adapterkit.adapters.variants.expert_order import in_order_of_peft
 from adapterkit.core.adapter.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
+from adapterkit.core.adapter.targets import ALL_LINEAR
 from adapterkit.core.calls import COMMAND
 from adapterkit.core.checkpoint.disk import storage_errors
 from adapterkit.core.checkpoint.fingerprint import metadata_with
@@ -130,7 +131,9 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     config |= scale_settings(scales, config)
     if taken:
         config |= {"target_parameters": sorted(dict.fromkeys(parameters)), "lora_dropout": 0.0}
-    if taken or not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
+    targets = config.get("target_modules")
+    is_regex = isinstance(targets, str) and targets.lower() != ALL_LINEAR
+    if taken or not is_regex:
         config["target_modules"] = target_list(list(dict.fromkeys(modules)), state.modules)
         # PEFT would look for layers in the ends of names; these are the modules
         config |= {"layers_to_transform": None, "layers_pattern": None}
@@ -149,7 +152,7 @@ def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
             paths.add(site.path)
             if (problem := unfit_as_parameter(site.path, site.host, adapter.config)) is not None:
                 errors.append(problem)
-    Problems(errors).raise_all()
+    errors.raise_all()
     return paths
 
 
@@ -161,7 +164,9 @@ def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
         copies = [(site.path, p) for site, p in adapter.parts() if isinstance(p, CopyPart)]
         # a norm without weights has nothing in the file
         saved = [path for path, part in copies if any(part.values())]
-        entries = [name for name in config.modules_to_save if _means(name, saved)]
+        entries = [
+            end for end in config.modules_to_save if any(path.endswith(end) for path in saved)
+        ]
         if config.tie:  # PEFT trains with a module what is tied to it
             weights = {path: id(state.modules[path]._parameters.get("weight")) for path in saved}
             meant = {path: weights[path] for path in saved if any(map(path.endswith, entries))}
@@ -178,10 +183,6 @@ def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
             for entry in entries_for_peft([name], paths, state.modules):
                 table[entry] = list(indices)
     return names
-
-
-def _means(entry: str, paths: Collection[str]) -> bool:
-    return any(path.endswith(entry) for path in paths)
 
 
 def scale_settings(
@@ -213,10 +214,6 @@ def target_list(paths: list[str], modules: Collection[str]) -> list[str]:
     ends = sorted({path.rpartition(".")[2] for path in paths})
     matching = {name for name in modules if name.rpartition(".")[2] in ends}
     return ends if matching == set(paths) else sorted(paths)
-
-
-def _is_shorthand(config: Mapping[str, object]) -> bool:
-    return str(config["target_modules"]).lower() == "all-linear"
 
 
 def stored_value(value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.core.adapter.keys import PREFIX
 from adapterkit.core.weights.unsupported_layers import reads_value
-from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward
+from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward, nothing
 
 OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
 
@@ -28,7 +28,7 @@ class CopyPart(Part):
         self.adapter, self.module = adapter, module
         for each in module.modules():
             # a state dict of the base has nothing for them
-            vars(each)["_load_from_state_dict"] = _nothing
+            vars(each)["_load_from_state_dict"] = nothing
 
     def run(self, site: Site | Inside, *args: object, **kwargs: object) -> Any:
         # not by a call: the hooks of the module itself run around its site
@@ -274,7 +274,3 @@ def biases(modules: Mapping[str, nn.Module], paths: Iterable[str] | None) -> lis
         if isinstance(modules[path], nn.MultiheadAttention):
             chosen.add(f"{path}.{OUT_PROJ}")
     return [name for name in names if name.rpartition(".")[0] in chosen]
-
-
-def _nothing(*args: object) -> None:
-    return

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adapterkit.core.engine.device import has_float64
 from adapterkit.runtime.parts.memo import Memo
-from adapterkit.runtime.quantized import is_readable, plainly_stored, weight_of
+from adapterkit.runtime.quantized import plainly_stored, unreadable, weight_of
 
 BLOCK = 2**24  # values that are widened to float32 at a time
 SHARE = 2.0**-40  # of ‖W‖² + ‖delta‖²: what cancels to less is rounding
@@ -97,9 +97,7 @@ def problem(host: nn.Module, axis: int | None) -> str | None:
         return f"a {type(host).__name__} has no DoRA"
     if getattr(host, "groups", 1) != 1:
         return f"a {type(host).__name__} with groups has no DoRA"
-    if not is_readable(host):
-        return f"the weight of a {type(host).__name__} cannot be read (see register_quantized)"
-    return None
+    return unreadable(host)
 
 
 def magnitude_shape(b_shape: tuple[int, ...]) -> tuple[int, ...]:

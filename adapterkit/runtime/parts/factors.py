@@ -185,11 +185,7 @@ class FactorsPart(Part):
         compiled code reads other factors and another scale without a new compilation."""
         own = self.rank, self.stored_scale
         for name, axis in zip("ab", self.rank_axes, strict=True):
-            old = getattr(self, name).detach()
-            shape = list(old.shape)
-            shape[axis] = rank
-            room = old.new_zeros(shape)
-            room.narrow(axis, 0, old.shape[axis]).copy_(old)
+            room = _padded(getattr(self, name).detach(), axis, rank)
             setattr(self, name, nn.Parameter(room, requires_grad=False))
         del self.scale
         self.register_buffer("scale", _scalar(own[1], self.a.device))
@@ -361,11 +357,9 @@ class FactorsPart(Part):
                 own = values[name].shape[axis] - initial.shape[axis]
                 values[name], rest = values[name].detach().tensor_split([own], axis)
                 values[f"initial_{name}"] = sign * rest
-            missing = getattr(self, name).shape[axis] - values[name].shape[axis]
-            if self.padded is not None and missing > 0:
-                shape = list(values[name].shape)
-                shape[axis] = missing
-                values[name] = torch.cat([values[name], values[name].new_zeros(shape)], axis)
+            room = getattr(self, name).shape[axis]
+            if self.padded is not None and room > values[name].shape[axis]:
+                values[name] = _padded(values[name], axis, room)
         return values
 
     def take(self, other: Part) -> None:
@@ -378,6 +372,13 @@ class FactorsPart(Part):
     def extra_repr(self) -> str:
         shapes = f"a {tuple(self.a.shape)}, b {tuple(self.b.shape)}"
         return f"{shapes}, scale={self.stored_scale:g}, dropout={self.dropout:g}"
+
+
+def _padded(value: Tensor, axis: int, size: int) -> Tensor:
+    """A value with zeros behind its own on an axis."""
+    shape = list(value.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat([value, value.new_zeros(shape)], axis)
 
 
 def _scalar(value: float, where: torch.device) -> Tensor:

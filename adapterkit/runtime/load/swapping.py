@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adapterkit.core.errors import Problems, shown
 from adapterkit.core.options import StrPath
-from adapterkit.runtime.layers.alora_linear import InvokedPart
+from adapterkit.runtime.layers.alora import InvokedPart
 from adapterkit.runtime.load.reading import read, take_base
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.replication import replicating
@@ -59,14 +59,10 @@ def _copy_factors(part: FactorsPart, new: Part | None) -> None:
         return
     assert isinstance(new, FactorsPart)
     part.dropout = new.dropout
-    if new.a.shape == part.a.shape:
-        part.a.copy_(new.a)
-        part.b.copy_(new.b)
-    else:
-        for leaf, axis in zip("ab", part.rank_axes, strict=True):
-            value = getattr(part, leaf)
-            value.zero_()
-            value.narrow(axis, 0, new.rank).copy_(getattr(new, leaf))
+    for leaf, axis in zip("ab", part.rank_axes, strict=True):
+        value, other = getattr(part, leaf), getattr(new, leaf)
+        value.zero_()
+        value.narrow(axis, 0, other.shape[axis]).copy_(other)
     part.set_own(new.rank, new.stored_scale)
     for leaf in VALUES:
         value, other = getattr(part, leaf), getattr(new, leaf)
