@@ -232,8 +232,7 @@ def add_expert(
 
 
 def remove_expert(state: State, name: str, *, arrow: str) -> None:
-    """Take an expert out of a router; `top_k` becomes the number of those left where that is
-    smaller."""
+    """Take an expert out of a router."""
     router = find(state, arrow)
     if name not in router.experts or len(router.experts) == 1:
         only = name in router.experts
@@ -326,8 +325,7 @@ def check_general(router: ArrowRouter, stored: Sequence[Mapping[str, object]]) -
 
 
 def save(state: State, folder: StrPath, name: str) -> None:
-    """Write a router as `adapterkit arrow` does; each file replaces an older one of its name in one
-    step."""
+    """Write a router as `adapterkit arrow` does, each file in one step."""
     router = find(state, name)
     tensors: dict[str, Tensor] = {}
     for path, part in router.routed():
@@ -350,8 +348,7 @@ def save(state: State, folder: StrPath, name: str) -> None:
 
 
 def read_settings(folder: Folder) -> Json:
-    """arrow.json; `Refused` for a folder of something else, `Damaged` for settings that cannot
-    be."""
+    """arrow.json; `Refused` for another folder, `Damaged` for settings that cannot be."""
     missing = [name for name in (CONFIG, WEIGHTS) if name not in folder.files()]
     if missing:
         raise Refused(

@@ -44,8 +44,7 @@ class ReplacedWeights:
 
 
 class HostWeights(dict[str, Tensor]):
-    """A host's parameters by name, read in float32 when they are first asked for; parts change
-    them."""
+    """A host's parameters by name, float32, read when they are asked for; parts change them."""
 
     def __init__(self, host: nn.Module):
         super().__init__()
@@ -67,8 +66,7 @@ class HostWeights(dict[str, Tensor]):
 @torch.no_grad()
 @float32_products()
 def merge(state: State, table: Mapping[str, float]) -> None:
-    """Put adapters into the base's weights; `Refused` for what cannot be merged, before anything
-    changes."""
+    """Put adapters into the base's weights; `Refused` for what cannot be, before a change."""
     check(state, table)
     done = ReplacedWeights(dict(state.active))
     merged: dict[int, list[Tensor]] = {}  # parameters by the original's id
@@ -200,8 +198,7 @@ def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> 
 
 
 def _breaks_ties(state: State, done: ReplacedWeights, merged: Mapping[int, list[Tensor]]) -> bool:
-    """Whether a weight that is replaced is another module's too, which keeps it or gets another
-    value."""
+    """Whether a replaced weight is another module's too, which keeps it or gets another value."""
     places = {(id(module), leaf) for module, leaf, _ in done.replaced}
     left = any(
         id(parameter) in merged and (id(module), leaf) not in places

@@ -70,8 +70,7 @@ class Replication:
 
 
 def replicate(state: State, ranges: Ranges | None, where: str) -> None:
-    """Stack the layers as an adapter needs them; `Refused` where the model's adapters need
-    another order."""
+    """Stack the layers as an adapter needs them; `Refused` where others need another order."""
     wanted = tuple(map(tuple, ranges or ()))
     present = () if state.replication is None else state.replication.ranges
     if wanted == present:
@@ -100,8 +99,7 @@ def replicating(state: State) -> Iterator[None]:
 
 
 def _layers(state: State) -> tuple[str, nn.ModuleList]:
-    """The path of the model's list of layers, and the list; `Refused` where there is no single
-    one."""
+    """The path of the model's list of layers, and the list; `Refused` unless there is one."""
     lists = {
         path: module
         for path, module in state.modules.items()

@@ -67,13 +67,13 @@ class Rows:
         self.group: tuple[int, ...] = tuple(range(len(names)))  # the rows that run now
         self.kept = MadeOnce()
         self.generating = self.on = False
-        self.routes = {site: self._row_names(site) for site in state.sites.values()}
+        self.routes = {
+            site: tuple(name if name in site.parts else None for name in names)
+            for site in state.sites.values()
+        }
         mixed_sites = [site for site, own in self.routes.items() if len(set(own)) > 1]
         _check_sites(state, mixed_sites)
         self.routers = {site: Router(self, site, self.routes[site]) for site in mixed_sites}
-
-    def _row_names(self, site: Site) -> tuple[str | None, ...]:
-        return tuple(name if name in site.parts else None for name in self.names)
 
     @property
     def acting(self) -> Collection[str]:
@@ -201,8 +201,7 @@ class Rows:
             self.group, self.batch = before
 
     def check(self, site: Site, x: Tensor, axis: int) -> None:
-        """`Refused` where this input of a module does not consist of the batch's rows, in their
-        order."""
+        """`Refused` where a module's input is not the batch's rows, in their order."""
         size, batch = x.shape[axis], self.batch or len(self.group)
         # (rows * tokens, hidden), as routers of experts get it, or (rows * windows, tokens, hidden)
         flat = self.batch is not None and size and size % batch == 0 and axis == 0
@@ -393,8 +392,7 @@ def run_groups(
 def row_groups(
     names: Sequence[str | None], repeat: int, device: torch.device
 ) -> dict[str | None, tuple[tuple[int, ...], Tensor]]:
-    """By adapter its rows, and where they are among a module's inputs, of which each row has
-    `repeat`."""
+    """By adapter its rows, and where these are among inputs, of which each row has `repeat`."""
     rows: dict[str | None, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name, []).append(row)

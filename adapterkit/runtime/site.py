@@ -126,6 +126,10 @@ class Part(Unsaved):
             if name not in self.fixed:
                 yield name, parameter
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parameters and buffers by name."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
     def requires_grad_(self, requires_grad: bool = True) -> "Part":
         for _, parameter in self.trained():
             parameter.requires_grad_(requires_grad)
@@ -139,26 +143,24 @@ class Part(Unsaved):
         return None
 
     def covers(self, other: "Part") -> bool:
-        """Whether its values, in place of the host's own, hide what another part merges into
-        these."""
+        """Whether its values hide what another part merges into the host's own."""
         return self.replaces and not other.replaces
 
     def values_in(self, other: "Part") -> dict[str, Tensor]:
         """What its parameters and buffers would be as in another part, as it was read."""
-        return dict(other.named_parameters()) | dict(other.named_buffers())
+        return other.tensors()
 
     def fits(self, other: "Part") -> bool:
         """Whether `take` can take another part's values."""
-        own = dict(self.named_parameters())
-        buffers, values = dict(self.named_buffers()), self.values_in(other)
-        return own.keys() <= values.keys() <= own.keys() | buffers.keys() and all(
-            value.shape == (own | buffers)[name].shape for name, value in values.items()
+        own, values = self.tensors(), self.values_in(other)
+        return {name for name, _ in self.named_parameters()} <= values.keys() <= own.keys() and all(
+            value.shape == own[name].shape for name, value in values.items()
         )
 
     @torch.no_grad()
     def take(self, other: "Part") -> None:
         """Take the values of another part, as it was read."""
-        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        own = self.tensors()
         for name, value in self.values_in(other).items():
             own[name].copy_(spread(value.to(own[name]), own[name]))
 
@@ -167,8 +169,7 @@ class Part(Unsaved):
         return None
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
-        """Change the host's parameters, float32 or wider by name, as this part changes the
-        output."""
+        """Change the host's parameters, float32 or wider, as this part changes the output."""
         raise NotImplementedError
 
     def unmergeable(self, site: "Site", weight: float) -> str | None:
@@ -239,7 +240,7 @@ class Site(Unsaved):
         self.path, self.sizes = path, sizes_of(host)
         self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
         self.unmerged: dict[str, Tensor] = {}  # what merged parameters were added to
-        self.watched = self.called = False  # see `watch`
+        self.watched = self.called = False  # see `FirstCallWatch`
         self.active: Mapping[str, float] = {}
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
         self.select({})
@@ -274,8 +275,7 @@ class Site(Unsaved):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the output so far is that of nn.Linear's forward, of which nobody has another
-        reference."""
+        """Whether the output so far is nn.Linear's own, of which nobody has another reference."""
         return type(self._host[0]) is nn.Linear and self.own_forward is None and not self.replacing
 
     def run(self, replacing: Replacing, changing: Changing, *args: object, **kwargs: object) -> Any:
@@ -373,8 +373,7 @@ class Site(Unsaved):
             self.keep_unfused()
 
     def keep_unfused(self) -> None:
-        """Have a hook: torch's fused layers read the weights of their modules unless one of these
-        has any."""
+        """Have a hook: torch's fused layers read the weights of modules that have none."""
         if not self._forward_pre_hooks:
             self.register_forward_pre_hook(nothing)
 

@@ -14,11 +14,10 @@ from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
-from adapterkit.runtime.guard import Guard
+from adapterkit.runtime.guard import FirstCallWatch, Guard
 from adapterkit.runtime.layers.alora import Invocations, InvokedPart
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
 from adapterkit.runtime.site import CHILD, Args, Host, Kwargs, Part, Site
-from adapterkit.runtime.watch import FirstCallWatch
 from adapterkit.verbs.shared.lora_config import LoraConfig
 
 if TYPE_CHECKING:
@@ -88,8 +87,7 @@ class State:
 
     @cached_property
     def base_fingerprint(self) -> str | None:
-        """The fingerprint of the folder on this machine that a transformers model was loaded from;
-        None where there is none."""
+        """Of the folder that a transformers model was loaded from; None where there is none."""
         path = self.base_name
         try:
             if not isinstance(path, str) or not os.path.isfile(os.path.join(path, "config.json")):
@@ -227,8 +225,7 @@ class State:
             )
 
     def own_weights(self, where: str) -> None:
-        """`Refused` while adapters are merged, for what would act on their weights or start from
-        them."""
+        """`Refused` while adapters are merged, for what needs the base's own weights."""
         refuse_merged(self, self.merged, where)
 
     def unused(self, name: str) -> None:

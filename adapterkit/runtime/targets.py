@@ -224,8 +224,7 @@ def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Ref
 
 
 def weight_reader(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> str | None:
-    """The class around a module that multiplies by the module's weight itself; None if it calls the
-    module."""
+    """The class around a module that multiplies by its weight itself; None if it calls it."""
     parent, _, leaf = path.rpartition(".")
     return reader_of(type(modules.get(parent, model)).__mro__, leaf, model_type(model))
 

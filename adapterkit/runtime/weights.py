@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 class ModuleWeight(float):
-    """An adapter's weight by a file of weights: as a number that of the modules which it does not
-    name."""
+    """An adapter's weight by a file; as a number that of modules which the file does not name."""
 
     def __new__(cls, file: WeightsFile, number: int) -> ModuleWeight:
         self = super().__new__(cls, file.default[number])
@@ -137,8 +136,7 @@ def undirected(state: State, table: Mapping[str, float], where: str) -> Problems
 
 
 def as_file(state: State, table: Mapping[str, float]) -> WeightsFile | None:
-    """The file of weights that says the same as a table; None where one number says it for each
-    adapter."""
+    """The file of weights that says the same as a table; None where numbers alone say it."""
     files = [weight.file for weight in table.values() if isinstance(weight, ModuleWeight)]
     if not files:
         return None

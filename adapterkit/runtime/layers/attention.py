@@ -77,8 +77,7 @@ class AttentionOutputPart(AttentionPart):
         return f"{path}.{OUTPUT}"
 
     def target(self, path: str) -> str:
-        """The attention, whose projections PEFT adapts together; alone itself, as all-linear has
-        it."""
+        """The attention, where both projections have factors, as PEFT adapts them; else itself."""
         site: Host = self.host._modules[CHILD]
         has_other = AttentionPart.role in site.parts[self.adapter]
         return path if has_other else self.module(path)

@@ -17,8 +17,7 @@ from adapterkit.runtime.site import Part, Site
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of one module as `adapterkit arrow` stores them; smaller ranks are filled with
-    zeros."""
+    """The experts of one module as `adapterkit arrow` stores them, ranks filled with zeros."""
 
     names: tuple[str, ...]
     a: Tensor  # (E, r, in)

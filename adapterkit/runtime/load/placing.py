@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from adapterkit.runtime.layers import part_class
 from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed
 from adapterkit.runtime.layers.tied import share, shared_heads
 from adapterkit.runtime.parts.copies import (
-    copies,
+    CopyPart,
+    bare_copy,
     known_parameter,
     mirrors,
     outermost,
@@ -38,8 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OtherValues(Generic[T]):
-    """What an adapter has besides factors, by the model's names: tensors, or where a file has
-    them."""
+    """An adapter's values besides factors, by the model's names: tensors, or where they are."""
 
     copies: Mapping[str, Mapping[str, T]]  # path -> name in it; {}: present values
     biases: Mapping[str, T]  # trained
@@ -104,10 +104,13 @@ class PartMaker:
         if self.config.tie:
             heads = shared_heads(parts, modules) if heads is None else heads
             parts = share(parts, heads, self.config.dropout)
-        copied = copies(modules, values.copies, self.name, self.config.tie)
-        for path, part in copied:
-            for leaf, value in values.copies[path].items():
-                _fill(part.module, leaf, value)
+        copied: list[tuple[str, CopyPart]] = []
+        shared: dict[int, Any] = {}  # weights of tied modules, of which the copies have one, too
+        for path, own in values.copies.items():
+            twin = bare_copy(modules[path], shared if self.config.tie else {})
+            for leaf, value in own.items():
+                _fill(twin, leaf, value)
+            copied.append((path, CopyPart(self.name, twin)))
         biases = {name: self._beside(value, modules, name) for name, value in values.biases.items()}
         rows = {
             path: (indices, self._beside(value, whole, f"{path}.weight"))

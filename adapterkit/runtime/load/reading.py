@@ -208,8 +208,7 @@ def _read_factors(
 def _ignored(
     state: State, adapter: Adapter, parts: Sequence[tuple[str, Part]]
 ) -> Iterator[AdapterkitError]:
-    """Why factors would not act, where they are not zero, as PEFT's training leaves those that do
-    not."""
+    """Why factors would not act, but for zeros, as PEFT's training leaves those."""
     for path, part in parts:
         problem = unread(state.model, state.modules, path)
         if problem is None or not isinstance(part, FactorsPart) or part.place(path) != path:

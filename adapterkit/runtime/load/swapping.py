@@ -1,9 +1,6 @@
 """New weights under an old name: values change in place, so that compiled code goes on as it is."""
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from adapterkit.core.errors import Problems, shown
 from adapterkit.core.options import StrPath
@@ -39,8 +36,9 @@ def swap(state: State, name: str, source: StrPath) -> None:
         if isinstance(part, FactorsPart):
             _copy_factors(part, None if other is None else other[1])
         elif other is not None:
-            _copy(dict(part.named_parameters()), dict(other[1].named_parameters()))
-            _copy(dict(part.named_buffers()), dict(other[1].named_buffers()))
+            values = other[1].tensors()
+            for leaf, value in part.tensors().items():
+                value.copy_(values[leaf])
         if isinstance(part, InvokedPart):
             part.invocations.tokens[name] = tuple(stored.config.invocation_tokens or ())
         part.site.renew()
@@ -70,14 +68,8 @@ def _copy_factors(part: FactorsPart, new: Part | None) -> None:
             value.copy_(other)
 
 
-def _copy(values: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    for leaf, value in values.items():
-        value.copy_(new[leaf])
-
-
 def _check(old: Parts, new: Parts, where: str) -> None:
-    """`Refused` for modules that the old adapter lacks, kinds that differ, and ranks without
-    room."""
+    """`Refused` for modules that the old adapter lacks, other kinds, and ranks without room."""
     errors = Problems(where=where, hint="load it under a name of its own", code="AK803")
     for key, (path, part) in new.items():
         if key in old:
@@ -95,7 +87,10 @@ def _check(old: Parts, new: Parts, where: str) -> None:
 def _compare(path: str, old: Part, new: Part, errors: Problems) -> None:
     at = f"at {shown(path)}"
     if not isinstance(old, FactorsPart) or not isinstance(new, FactorsPart):
-        before, after = _shapes(old), _shapes(new)
+        before, after = (
+            {leaf: tuple(value.shape) for leaf, value in part.tensors().items()}
+            for part in (old, new)
+        )
         if type(old) is not type(new) or before != after:
             errors.add(f"{after} {at}", f"{before}", code="AK803")
         elif any(
@@ -120,8 +115,3 @@ def _compare(path: str, old: Part, new: Part, errors: Problems) -> None:
         expected = f"at most {room}" if old.has_room else f"{room}"
         hint = "load the first one with pad_rank=, the highest rank that is to come"
         errors.add(f"rank {new.rank} {at}", expected, hint, code="AK803")
-
-
-def _shapes(part: Part) -> dict[str, tuple[int, ...]]:
-    values = (*part.named_parameters(), *part.named_buffers())
-    return {leaf: tuple(value.shape) for leaf, value in values}

@@ -157,8 +157,7 @@ def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
 
 
 def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
-    """The names of modules trained in full, and of those with rows, so that PEFT reads them
-    alike."""
+    """Names of modules trained in full, and of those with rows, as PEFT reads them."""
     config, names = adapter.config, {}
     if config.modules_to_save:
         copies = [(site.path, p) for site, p in adapter.parts() if isinstance(p, CopyPart)]

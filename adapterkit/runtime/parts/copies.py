@@ -154,21 +154,10 @@ def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
-def copies(
-    modules: Mapping[str, nn.Module], paths: Iterable[str], adapter: str, tie: bool
-) -> list[tuple[str, CopyPart]]:
-    """Copies of modules with their present values; `tie`: weights that they share stay shared."""
-    shared: dict[int, Any] = {}
-    return [
-        (path, CopyPart(adapter, bare_copy(modules[path], shared if tie else {}))) for path in paths
-    ]
-
-
 def mirrors(
     modules: Mapping[str, nn.Module], parts: Iterable[tuple[str, Part]]
 ) -> list[tuple[str, MirrorPart]]:
-    """The parts with which the values of copies act where the code around their modules reads
-    them."""
+    """Parts for the values of copies that the code around their modules reads."""
     return [
         (host, MirrorPart(part.adapter, leaf, value))
         for path, part in parts

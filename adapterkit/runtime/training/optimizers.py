@@ -370,8 +370,7 @@ def shaped_as(value: Tensor, other: Tensor) -> Tensor:
 def trained(
     h: Adapters, names: str | Iterable[str] | None = None
 ) -> Iterator[tuple[Site, Part, str, nn.Parameter]]:
-    """Parameters of trainable adapters with their names in their parts; `Refused` if there are
-    none."""
+    """Parameters of trainable adapters with their names in their parts; `Refused` without any."""
     names = h.names if names is None else [names] if isinstance(names, str) else list(names)
     h.state.known(names)
     adapters = [h.state.adapters[name] for name in names]
@@ -402,8 +401,7 @@ def unfrozen(h: Adapters) -> list[nn.Parameter]:
 
 
 def _check(**options: tuple[object, bool, str]) -> None:
-    """`Refused` with all options that are invalid: their values, whether they are valid, what is
-    expected."""
+    """`Refused` with all invalid options: their values, whether they are valid, what is needed."""
     errors = Problems(where="optimizer", code="AK805")
     for name, (value, is_valid, expected) in options.items():
         if not is_valid:

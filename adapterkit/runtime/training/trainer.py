@@ -25,8 +25,7 @@ ARGUMENTS = "training_args.bin"  # transformers' name
 
 
 def trainer(state: State, cls: type) -> type:
-    """A subclass of a transformers Trainer whose checkpoints hold what is trained; see
-    `Adapters.trainer`."""
+    """A subclass of a Trainer whose checkpoints hold what is trained; see `Adapters.trainer`."""
     trained(state)
 
     class AdapterTrainer(cls):
@@ -74,8 +73,7 @@ def trainer(state: State, cls: type) -> type:
 
 
 def accelerate(state: State, accelerator: Any) -> None:
-    """Let an Accelerator's `save_state` and `load_state` save and restore what is trained, in place
-    of the base."""
+    """Let an Accelerator save and restore what is trained; see `Adapters.accelerate`."""
     trained(state)
 
     def own(models: list[nn.Module]) -> list[int]:
@@ -148,8 +146,7 @@ def restore(state: State, folder: StrPath) -> None:
 
 
 def _places(state: State, folder: Path) -> dict[str, Path]:
-    """Where the adapters that are trained are in a checkpoint: one in the folder itself, several in
-    folders of their names."""
+    """Where a checkpoint has the trained adapters: one in the folder itself, several by name."""
     names = trained(state)
     return {name: folder if len(names) == 1 else folder / name for name in names}
 
@@ -231,11 +228,7 @@ class Reference(nn.Module):
 
 def values_of(parts: list[Part]) -> Values:
     """What parts have now; no copies."""
-    return [
-        (part, name, value.data)
-        for part in parts
-        for name, value in (*part.named_parameters(), *part.named_buffers())
-    ]
+    return [(part, name, value.data) for part in parts for name, value in part.tensors().items()]
 
 
 def _tensor(part: Part, name: str) -> Tensor:
@@ -301,8 +294,7 @@ def check_reference(state: State, cls: type, arguments: object) -> None:
 
 
 def _modules(cls: type, name: str) -> list[Any]:
-    """The modules of a trainer's class, and of those that it derives from, that use a function of
-    TRL."""
+    """The modules of a trainer's class and its bases that use a function of TRL."""
     modules = dict.fromkeys(sys.modules.get(each.__module__) for each in inspect.getmro(cls))
     return [module for module in modules if name in vars(module or object)]
 
