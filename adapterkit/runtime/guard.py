@@ -256,7 +256,9 @@ class FirstCallWatch:
         self.around.add(id(model))
         self.release()
         if any(p.requires_grad for _, part in self.parts for _, p in part.trained()):
-            _wait(self)
+            _waiting.add(self)
+            if not _hook:
+                _hook.append(register_optimizer_step_pre_hook(_on_step))
         self._say(
             "not called in the model's first call, though the module around it was", self._idle()
         )
@@ -313,12 +315,6 @@ class FirstCallWatch:
 
 _waiting: WeakSet[FirstCallWatch] = WeakSet()
 _hook: list[RemovableHandle] = []  # the one of all optimizers
-
-
-def _wait(watch: FirstCallWatch) -> None:
-    _waiting.add(watch)
-    if not _hook:
-        _hook.append(register_optimizer_step_pre_hook(_on_step))
 
 
 def _on_step(optimizer: Any, args: object, kwargs: object) -> None:

@@ -21,6 +21,7 @@ from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.memo import MadeOnce
 from adapterkit.runtime.site import Args, Kwargs, Part, Site
 from adapterkit.runtime.state import State
+from adapterkit.verbs.shared.targets.resolve import model_type
 
 # The arguments of a model, or of its generate, whose first axis is the batch, in this order.
 INPUTS = (
@@ -282,38 +283,33 @@ def _check_sites(state: State, sites: Iterable[Site]) -> None:
     errors.raise_all()
 
 
-def _unfit(state: State, site: Site, text: list[str] | None) -> str | None:
+def _unfit(state: State, site: Site, text: list[str]) -> str | None:
     """What the inputs of a module are in place of the batch's rows; `text`: of `_text_paths`."""
-    model_type = getattr(getattr(state.model, "config", None), "model_type", None)
     stacks = [p for parts in site.parts.values() for p in parts.values() if is_stack(p)]
     if REGROUPED.search(site.path) or (stacks and not takes_indices(site.host)):
         return "get the tokens that are routed to them, not the batch's rows"
     if TABLES.search(site.path):
         return "are looked up by distance, not by row"
-    if model_type in SEQUENCE_FIRST:
+    if model_type(state.model) in SEQUENCE_FIRST:
         return "have their rows on another axis"
-    if text is not None and not _below(site.path, text):
+    if not any(not root or f"{site.path}.".startswith(f"{root}.") for root in text):
         return "get images or sounds, of which a row may have none or several"
     return None
 
 
-def _text_paths(state: State) -> list[str] | None:
-    """The language model and its head in a model that puts images or sounds among the tokens;
-    None for another model."""
+def _text_paths(state: State) -> list[str]:
+    """The language model and its head in a model that puts images or sounds among the tokens; of
+    another model all of it."""
     model, config = state.model, getattr(state.model, "config", None)
     kinds = (
         f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")
     )
     if config is None or not any(getattr(config, name, None) is not None for name in kinds):
-        return None
+        return [""]
     # nn.Module types its attributes as Tensor or Module
     inner = [model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()]  # type: ignore[operator]
     names = {id(module): path for path, module in state.modules.items()}
     return [names[id(module)] for module in inner if module is not None and id(module) in names]
-
-
-def _below(path: str, roots: Iterable[str]) -> bool:
-    return any(not root or path == root or path.startswith(root + ".") for root in roots)
 
 
 def _batch_size(args: Args, kwargs: Kwargs, axis: int) -> int | None:

@@ -200,18 +200,18 @@ def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Ref
     """Why factors and rows, which act on a module's output, would not do as its weight does: the
     code around it reads that and does not call the module, or an embedding's forward is its own;
     None if they do."""
-    if looks_up_otherwise(type(modules[path]).__mro__):
+    cls, hint = type(modules[path]), "exclude it from targets; modules_to_save trains it whole"
+    if looks_up_otherwise(cls.__mro__):
         return Refused(
-            f"{shown(path)} is a {type(modules[path]).__name__}, with a forward of its own",
+            f"{shown(path)} is a {cls.__name__}, with a forward of its own",
             expected="embeddings that give rows of their weight, or multiples",
             where=WHERE,
-            hint="exclude it from targets; modules_to_save trains it whole",
+            hint=hint,
             code="AK801",
         )
     reader = weight_reader(model, modules, path)
     if reader is None:
         return None
-    hint = "exclude it from targets; modules_to_save trains it whole"
     if kind_of(modules.get(path.rpartition(".")[0], model)) == "attention":
         hint = "target the attention: both projections get factors"
     return Refused(

@@ -96,7 +96,14 @@ def by_module(state: State, names: Sequence[str], weights: StrPath) -> dict[str,
         )
     table = {name: ModuleWeight(file, number) for number, name in enumerate(names)}
     errors += undirected(state, table, folder.label)
-    _check_names(file, _modules_of(state, table), errors)
+    seen = _modules_of(state, table)
+    unknown = [name for name in file.modules if name not in seen]
+    if unknown:
+        errors.add(
+            f"weights of {len(unknown)} modules that no adapter has: {listed(unknown)}",
+            "names of modules, of experts with their parameter's",
+            did_you_mean(unknown[:3], seen) or "remove them from the file",
+        )
     errors.raise_all()
     return dict(table)
 
@@ -150,14 +157,3 @@ def _modules_of(state: State, names: Iterable[str]) -> set[str]:
     """The modules of adapters, as a file of weights names them."""
     parts = [pair for name in names for pair in state.adapters[name].parts()]
     return {part.named(site.path) for site, part in parts}
-
-
-def _check_names(file: WeightsFile, seen: set[str], errors: Problems) -> None:
-    unknown = [name for name in file.modules if name not in seen]
-    if unknown:
-        errors.add(
-            f"weights of {len(unknown)} modules that no adapter has: {listed(unknown)}",
-            "names of modules, of experts with their parameter's",
-            did_you_mean(unknown[:3], seen) or "remove them from the file",
-            code="AK112",
-        )

@@ -244,9 +244,8 @@ def attach(
             values = _other_values(state, resolver, [target.path for target in targets])
             factors = list(_new_factors(maker, targets, method, statistics, generator))
             parts = maker.all_parts(factors, values, heads)
-    adapter = Attached(name, config, trainable=True, base=state.base_name)
+    adapter = Attached(name, config, trainable=True, base=state.base_name, strict=strict)
     adapter.base_fingerprint = state.base_fingerprint
-    adapter.strict = strict
     state.put(adapter, parts)
 
 

@@ -177,7 +177,11 @@ def find_values(
     for path, specs in copied.items():
         _check_copy(state, path, specs, errors)
     for name, spec in {**biases, **weights}.items():
-        _check_value(state, name, spec, errors)
+        own = parameter_of(state.modules, name)
+        if own is None:
+            _add_unknown(state, name, errors)
+        elif tuple(own.shape) != spec.shape:
+            _add_wrong_shape(state, name, spec, own, errors)
     for tokens in adapter.tokens:
         _check_rows(state, tokens, errors)
     heads = TASK_HEADS.get(config.task_type or "", ())
@@ -228,14 +232,6 @@ def _check_copy(state: State, path: str, specs: Mapping[str, TensorSpec], errors
     for name in own.keys() & specs.keys():
         if tuple(own[name].shape) != specs[name].shape:
             _add_wrong_shape(state, f"{path}.{name}", specs[name], own[name], errors)
-
-
-def _check_value(state: State, name: str, spec: TensorSpec, errors: Problems) -> None:
-    own = parameter_of(state.modules, name)
-    if own is None:
-        _add_unknown(state, name, errors)
-    elif tuple(own.shape) != spec.shape:
-        _add_wrong_shape(state, name, spec, own, errors)
 
 
 def _check_rows(state: State, tokens: Tokens, errors: Problems) -> None:

@@ -79,9 +79,8 @@ def load(
                     hint="load it without trainable; PEFT keeps the two sides one while they train",
                     code="AK803",
                 )
-    adapter = Attached(name, stored.config, trainable)
+    adapter = Attached(name, stored.config, trainable, strict=strict)
     take_base(state, adapter, stored.adapter)
-    adapter.strict = strict
     state.put(adapter, parts)
 
 
@@ -95,7 +94,7 @@ def read(
 ) -> tuple[StoredAdapter, list[tuple[str, Part]]]:
     """A stored adapter, and its parts for the base as it is."""
     stored = join_folder(state, open_adapter(source))
-    parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
+    parts = read_parts(PartMaker(state, name, stored.config, dtype, ephemeral_gpu_offload), stored)
     _subtract_initial(state, stored, parts)
     return stored, parts
 
@@ -154,16 +153,8 @@ def join_folder(
     return StoredAdapter(adapter, config, tuple(factors), tuple(parameters), values)
 
 
-def read_parts(
-    state: State,
-    stored: StoredAdapter,
-    name: str,
-    dtype: torch.dtype | None,
-    *,
-    ephemeral_gpu_offload: bool = False,
-) -> list[tuple[str, Part]]:
-    """The parts of an adapter with their values; without `dtype` at least float32."""
-    maker = PartMaker(state, name, stored.config, dtype, ephemeral_gpu_offload)
+def read_parts(maker: PartMaker, stored: StoredAdapter) -> list[tuple[str, Part]]:
+    """The parts of an adapter with their values; without a dtype at least float32."""
     folders = (stored.adapter.folder,)
     with Sources(folders, identities(folders, header_hashes({0: stored.adapter}))) as sources:
         read = LocalReader(sources, torch.device("cpu"), dtype=None).tensor
@@ -172,11 +163,11 @@ def read_parts(
             tensor = read(spec)
             return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
-        read_trained = read if dtype else read_wide
+        read_trained = read if maker.dtype else read_wide
         factors = list(_read_factors(maker, stored, read_trained))
-        values = read_values(state, stored.values, read, read_trained)
+        values = read_values(maker.state, stored.values, read, read_trained)
         parts = maker.all_parts(factors, values)
-    Problems(list(_ignored(state, stored.adapter, parts))).raise_all()
+    Problems(list(_ignored(maker.state, stored.adapter, parts))).raise_all()
     return parts
 
 
@@ -184,21 +175,11 @@ def _read_factors(
     maker: PartMaker, stored: StoredAdapter, read: Callable[[TensorSpec], Tensor]
 ) -> Iterator[tuple[str, FactorsPart]]:
     for kind, own in stored.factors:
-        bias, magnitude = (
-            None if spec is None else read(spec) for spec in (own.bias, own.magnitude)
-        )
-        yield (
-            own.module,
-            maker.on_layer(
-                own.module,
-                kind,
-                read(own.a),
-                read(own.b),
-                own.scale,
-                bias=bias,
-                magnitude=magnitude,
-            ),
-        )
+        a, b = read(own.a), read(own.b)
+        bias = None if own.bias is None else read(own.bias)
+        magnitude = None if own.magnitude is None else read(own.magnitude)
+        part = maker.on_layer(own.module, kind, a, b, own.scale, bias=bias, magnitude=magnitude)
+        yield own.module, part
     for own in stored.parameters:
         host, leaf = maker.state.modules[own.module], own.leaf or ""
         a, b = of_parameter(own, host, read(own.a), read(own.b))
@@ -324,7 +305,8 @@ def _subtract_stored(
     state: State, adapter: Adapter, folder: Folder, parts: list[tuple[str, Part]]
 ) -> None:
     """Give parts the initial factors of the folder beside their adapter."""
-    initial = read_parts(state, join_folder(state, folder, is_second=True), "initial", None)
+    stored = join_folder(state, folder, is_second=True)
+    initial = read_parts(PartMaker(state, "initial", stored.config, None), stored)
     own, others = (
         {(path, part.role): part for path, part in each if isinstance(part, FactorsPart)}
         for each in (parts, initial)

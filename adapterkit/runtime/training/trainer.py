@@ -15,6 +15,7 @@ from adapterkit.core.inputs.sources import open_adapter
 from adapterkit.core.options import StrPath
 from adapterkit.runtime.guard import OWNER
 from adapterkit.runtime.load import reading, writing
+from adapterkit.runtime.load.placing import PartMaker
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.sharding import full_tensor, is_sharded, spread
@@ -131,7 +132,8 @@ def restore(state: State, folder: StrPath) -> None:
             if not isinstance(part, FactorsPart) or part.stored_rank  # of rank 0: not in a file
         }
         stored = reading.join_folder(state, open_adapter(place))
-        parts = {(path, p.role): p for path, p in reading.read_parts(state, stored, name, None)}
+        maker = PartMaker(state, name, stored.config, None)
+        parts = {(path, part.role): part for path, part in reading.read_parts(maker, stored)}
         for path, _ in own.keys() ^ parts.keys():
             problem = f"{shown(path)} of {shown(name)}, either trained or stored"
             errors.add(problem, "the modules that are trained", where=str(place))
