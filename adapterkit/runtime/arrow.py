@@ -153,7 +153,8 @@ def _put(
 
 
 def part_at(state: State, router: ArrowRouter, path: str, experts: Experts) -> RoutedPart:
-    experts = experts.to(factor_device(state.modules[path]))
+    dtype = torch.promote_types(experts.a.dtype, torch.float32)
+    experts = experts.to(factor_device(state.modules[path]), dtype)
     top_k, temperature = router.settings["top_k"], router.settings["temperature"]
     return RoutedPart(router.name, experts, top_k, temperature)
 
@@ -207,16 +208,13 @@ def add_expert(
         modules = read(folder, [name])
     check_modules(state, modules)
     parts = dict(router.routed())
-    joined = {
-        path: parts[path].experts.followed_by(experts.like(parts[path].down))
-        for path, experts in modules.items()
-        if path in parts
-    }
-    further = {
-        path: part_at(state, router, path, experts)
-        for path, experts in modules.items()
-        if path not in parts
-    }
+    joined, further = {}, {}  # computed before anything changes
+    for path, experts in modules.items():
+        if (part := parts.get(path)) is None:
+            further[path] = part_at(state, router, path, experts)
+        else:
+            experts = experts.to(part.down.device, part.down.dtype)
+            joined[path] = part.experts.followed_by(experts)
     for path, experts in joined.items():
         parts[path].hold(experts)
     for path, part in further.items():

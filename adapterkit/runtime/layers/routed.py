@@ -11,6 +11,7 @@ from adapterkit.core.errors import Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.routing import add_routed
+from adapterkit.runtime.parts.factors import padded
 from adapterkit.runtime.sharding import full_tensor, spread
 from adapterkit.runtime.site import Part, Site
 
@@ -25,25 +26,17 @@ class Experts:
     scales: tuple[float, ...]
     prototypes: Tensor  # (E, in)
 
-    def to(self, where: torch.device) -> "Experts":
-        """On a device, factors and prototypes of one dtype, at least float32."""
-        dtype = torch.promote_types(self.a.dtype, torch.float32)
-        return self.like(torch.empty(0, device=where, dtype=dtype))
-
-    def like(self, tensor: Tensor) -> "Experts":
-        """On the device and in the dtype of a tensor."""
-        device, dtype = tensor.device, tensor.dtype
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Experts":
         a, b, prototypes = (t.to(device, dtype) for t in (self.a, self.b, self.prototypes))
         return Experts(self.names, a, b, self.scales, prototypes)
 
     def followed_by(self, others: "Experts") -> "Experts":
         """These experts and then others, of the larger rank."""
         rank = max(self.a.shape[1], others.a.shape[1])
-        a, b = zip(*(padded(each.a, each.b, rank) for each in (self, others)), strict=True)
         return Experts(
             self.names + others.names,
-            torch.cat(a),
-            torch.cat(b),
+            torch.cat([padded(each.a, 1, rank) for each in (self, others)]),
+            torch.cat([padded(each.b, 2, rank) for each in (self, others)]),
             self.scales + others.scales,
             torch.cat([self.prototypes, others.prototypes]),
         )
@@ -63,12 +56,6 @@ class Experts:
             tuple(self.scales[i] for i in rest),
             self.prototypes[rest],
         )
-
-
-def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Stacked factors (E, r, in), (E, out, r) with zeros up to a rank."""
-    more = rank - a.shape[1]
-    return nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
 
 
 class RoutedPart(Part):

@@ -49,7 +49,7 @@ class OtherValues(Generic[T]):
 
 @dataclass(frozen=True)
 class PartMaker:
-    """Makes the parts of an adapter, each beside the weight of its module."""
+    """Makes the parts of an adapter, on the devices of their modules' weights."""
 
     state: State
     name: str

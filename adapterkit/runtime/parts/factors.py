@@ -185,7 +185,7 @@ class FactorsPart(Part):
         compiled code reads other factors and another scale without a new compilation."""
         own = self.rank, self.stored_scale
         for name, axis in zip("ab", self.rank_axes, strict=True):
-            room = _padded(getattr(self, name).detach(), axis, rank)
+            room = padded(getattr(self, name).detach(), axis, rank)
             setattr(self, name, nn.Parameter(room, requires_grad=False))
         del self.scale
         self.register_buffer("scale", _scalar(own[1], self.a.device))
@@ -359,7 +359,7 @@ class FactorsPart(Part):
                 values[f"initial_{name}"] = sign * rest
             room = getattr(self, name).shape[axis]
             if self.padded is not None and room > values[name].shape[axis]:
-                values[name] = _padded(values[name], axis, room)
+                values[name] = padded(values[name], axis, room)
         return values
 
     def take(self, other: Part) -> None:
@@ -374,7 +374,7 @@ class FactorsPart(Part):
         return f"{shapes}, scale={self.stored_scale:g}, dropout={self.dropout:g}"
 
 
-def _padded(value: Tensor, axis: int, size: int) -> Tensor:
+def padded(value: Tensor, axis: int, size: int) -> Tensor:
     """A value with zeros behind its own on an axis."""
     shape = list(value.shape)
     shape[axis] = size - shape[axis]
