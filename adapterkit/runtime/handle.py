@@ -141,8 +141,7 @@ class Adapters:
         self.state.own_weights("activate")
         try:
             names = named(names)
-            if self.state.store is not None:
-                self.state.provide(names, beside_active=False)
+            self.state.provide(names, beside_active=False)
             table = weights_of(self.state, names)
             if weights is not None:
                 table = by_module(self.state, list(table), weights)

@@ -224,9 +224,17 @@ class State:
                 code="AK802",
             )
 
-    def own_weights(self, where: str) -> None:
-        """`Refused` while adapters are merged, for what needs the base's own weights."""
-        refuse_merged(self, self.merged, where)
+    def own_weights(self, where: str, names: Collection[str] | None = None) -> None:
+        """`Refused` while adapters, or one of `names`, are merged: it needs the base itself."""
+        merged = [name for name in self.merged if names is None or name in names]
+        if merged:
+            raise Refused(
+                f"{listed(merged)} {'are' if len(merged) > 1 else 'is'} merged",
+                expected="adapters beside their base",
+                where=where,
+                hint="unmerge first",
+                code="AK802",
+            )
 
     def unused(self, name: str) -> None:
         """`Refused` for the name of an adapter that is there."""
@@ -247,19 +255,6 @@ class State:
             parameter = module._parameters.get(leaf)
             if parameter is not None:
                 parameter.requires_grad_(flag)
-
-
-def refuse_merged(state: State, names: Collection[str], where: str) -> None:
-    """`Refused` for adapters that are in the base's weights."""
-    merged = [name for name in names if name in state.merged]
-    if merged:
-        raise Refused(
-            f"{listed(merged)} {'are' if len(merged) > 1 else 'is'} merged",
-            expected="adapters beside their base",
-            where=where,
-            hint="unmerge first",
-            code="AK802",
-        )
 
 
 class Encoders:

@@ -30,7 +30,7 @@ from adapterkit.runtime.parts.copies import CopyPart, ValuePart, entries_for_pef
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.tokens import TokensPart
 from adapterkit.runtime.sharding import full_tensor
-from adapterkit.runtime.state import Attached, State, refuse_merged
+from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import unfit_as_parameter
 from adapterkit.verbs.shared.targets.resolve import embeddings_of, model_type
 
@@ -56,7 +56,7 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
 
     Of a distributed job only the first process writes, with `every_process` each one."""
     state.known([name])
-    refuse_merged(state, [name], "save")
+    state.own_weights("save", [name])
     adapter = state.adapters[name]
     Problems(state.guard.hosts.problems(adapter.sites.values(), "save")).raise_all()
     factors = [part for _, part in adapter.parts() if isinstance(part, FactorsPart)]
