@@ -98,8 +98,8 @@ HUB = {
     "folder": "bases.hub.folder:HubFolder",
     "output": "bases.hub.destination:parse_output",
     "repository": "bases.hub.push:repository",
-    "pinned inputs": "bases.hub.output.output:pinned_inputs",
-    "run": "bases.hub.output.output:run_to_hub",
+    "pinned inputs": "bases.hub.output.run:pinned_inputs",
+    "run": "bases.hub.output.run:run_to_hub",
     "check push": "bases.hub.push:check_push",
     "send": "bases.hub.push:send",
 }

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from adapterkit.core.checkpoint import compare
-from adapterkit.core.checkpoint.compare import same_bytes
+from adapterkit.core.checkpoint import reader
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.hashes import MARK, RunningHash
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import same_bytes
 
 DATA = random.Random(0).randbytes(1000)
 ENDS = [("empty", 20), ("a", 120), ("b", 121), ("b", 121), ("c", 700), ("d", 1000), ("last", 1000)]
@@ -33,7 +33,7 @@ def test_a_file_without_tensors():
 
 
 def test_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "BLOCK", 64)
+    monkeypatch.setattr(reader, "COMPARED", 64)
     (tmp_path / "file").write_bytes(DATA + DATA[:-1] + b"\0")
     folder = LocalFolder(tmp_path)
     spec = TensorSpec("key", "U8", (1000,), "file", 0, 1000)

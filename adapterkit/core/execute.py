@@ -12,8 +12,15 @@ from adapterkit.core.checkpoint.disk import free_bytes, size_below
 from adapterkit.core.checkpoint.reader import changed
 from adapterkit.core.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.core.options import Progress, expect
-from adapterkit.core.output.file_result import ShardResult, read_result
-from adapterkit.core.output.stage import HANDOFF, RECEIPT, WORK, Stage, Workspace
+from adapterkit.core.output.journal import ShardResult, read_result
+from adapterkit.core.output.resume import (
+    check_same_job,
+    check_same_way,
+    difference,
+    is_published,
+    state_of,
+)
+from adapterkit.core.output.stage import HANDOFF, RECEIPT, WORK, Stage, Workspace, parse_receipt
 from adapterkit.core.plan import CopyFile, FromMetrics, OutputFile, Plan
 from adapterkit.core.receipt import (
     RECEIPT_CHECK,
@@ -75,12 +82,12 @@ def run(
     out = stage.out
     recipe = plan.recipe()
     fingerprint = fingerprint_of(recipe)
-    resume = resume or (push is not None and stage.is_published(recipe))
+    resume = resume or (push is not None and is_published(stage, recipe))
     if not stage.is_new:  # refuses before anything is made
-        stage.state(fingerprint, resume=resume, overwrite=overwrite)
+        state_of(stage, fingerprint, resume=resume, overwrite=overwrite)
     try:
         with stage:
-            state = stage.state(fingerprint, resume=resume, overwrite=overwrite)
+            state = state_of(stage, fingerprint, resume=resume, overwrite=overwrite)
             if state == "finished":
                 receipt = _finished(stage, fingerprint, recipe)
                 if push is None:
@@ -95,8 +102,7 @@ def run(
                     state = "resume"  # the receipt is made again
             if state != "fresh":
                 check_same_job(stage, recipe)
-                check_alone(stage)
-                _check_same_device(stage, plan)
+                check_same_way(stage, plan.placement.device)
             if state != "publish":
                 _build(
                     plan,
@@ -154,7 +160,7 @@ def output_names(plan: Plan, receipt: str = RECEIPT) -> set[str]:
 def check_place(stage: Stage, plan: Plan, *, resume: bool, overwrite: bool) -> None:
     """`Refused` where the output could not be written there, as the job itself would be."""
     if not stage.is_new:  # the recipe of a large plan takes its time
-        stage.state(fingerprint_of(plan.recipe()), resume=resume, overwrite=overwrite)
+        state_of(stage, fingerprint_of(plan.recipe()), resume=resume, overwrite=overwrite)
 
 
 def _delivered(stage: Stage, receipt: Receipt, push: Push | None) -> Receipt:
@@ -190,7 +196,7 @@ def _build(
         on = plan.placement.device
         # not on the CPU, whose bits are the same on each
         device = {} if on == "cpu" else {"device": on}
-        stage.note(head | device | stage.head())
+        stage.note(head | device | stage.output.head())
     expect(progress, sum(shard.layout.size for shard in plan.shards))
     for shard in plan.shards:
         if shard.file in done:
@@ -237,7 +243,7 @@ def _check(stage: Stage, check: FolderCheck) -> None:
 
 
 def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
-    data, out = stage.published(), stage.out
+    data, out = parse_receipt(stage.output.receipt()), stage.out
     if not RECEIPT_CHECK.fits(data):
         raise Refused(
             "adapterkit did not write the receipt",
@@ -258,45 +264,6 @@ def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
     return Receipt(out, data, finished_before=True)
 
 
-def check_same_job(stage: Stage, recipe: dict) -> None:
-    """`Refused` when the interrupted run was of other inputs, options or another version."""
-    before = stage.journal()[0].get("recipe", {})
-    if before != recipe:
-        raise Refused(
-            f"the interrupted run was of another job: {difference(before, recipe)} differs",
-            expected="the same inputs, options and version",
-            where=str(stage.control),
-            hint="give the options of that run, or --overwrite to begin again",
-            code="AK603",
-        )
-
-
-def _check_same_device(stage: Stage, plan: Plan) -> None:
-    """`Refused` when the interrupted run was on another kind of device: its sums have another
-    order."""
-    before, now = stage.journal()[0].get("device", "cpu"), plan.placement.device
-    if before != now:
-        raise Refused(
-            f"the interrupted run was on another device: {before}",
-            expected=f"that one, not {now}",
-            where=str(stage.control),
-            hint="resume on that device (--device), or give --overwrite to begin again",
-            code="AK603",
-        )
-
-
-def check_alone(stage: Stage) -> None:
-    """`Refused` while several processes write the output's files."""
-    if stage.journal()[0].get("ranks"):
-        raise Refused(
-            "the output is that of a plan file, which `adapterkit run` writes",
-            expected="one way of making it",
-            where=str(stage.control),
-            hint="give --overwrite to begin again, or end it\nadapterkit finish PLAN",
-            code="AK603",
-        )
-
-
 def _done_before(stage: Stage, plan: Plan, *, hashed: bool) -> dict[str, ShardResult]:
     """The shards that the journal calls done and that are there."""
     shards = {shard.file: shard for shard in plan.shards}
@@ -306,7 +273,7 @@ def _done_before(stage: Stage, plan: Plan, *, hashed: bool) -> dict[str, ShardRe
         if result is None or result.file not in shards:
             continue
         is_its = shards[result.file].accepts(result, hashed=hashed)
-        if is_its and stage.holds(result):
+        if is_its and stage.holds(result.file, result.size, result.sha256):
             done[result.file] = result
     if len(done) < len(plan.shards):  # missing shards may need the handoffs of the others
         done = {
@@ -317,26 +284,10 @@ def _done_before(stage: Stage, plan: Plan, *, hashed: bool) -> dict[str, ShardRe
     return done
 
 
-def difference(before: dict, now: dict, path: str = "") -> str:
-    """The first place where two recipes differ, as a dotted path."""
-    for key in dict.fromkeys([*now, *before]):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
-        here = f"{path}.{key}" if path else str(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            return difference(old, new, here)
-        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-            pairs = [(dict(enumerate(old)), dict(enumerate(new)))]
-            return difference(*pairs[0], here)
-        return here
-    return "something"
-
-
 def check_space(plan: Plan, todo: Sequence[OutputFile], stage: Stage) -> None:
     """`Refused` where the disk has no room for these files and the small ones."""
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
-    needed = stage.disk(
+    needed = stage.output.disk(
         sum(shard.layout.size for shard in todo) + plan.room(todo) + small + (1 << 20)
     )
     work = stage.path.parent / WORK  # of which some is there already

@@ -28,7 +28,7 @@ from adapterkit.core.checkpoint.reader import Identity
 from adapterkit.core.errors import WARNING
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.options import OptionRecord, Progress, bytes_text
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.stage import Workspace
 from adapterkit.core.output.writer import part_name
 from adapterkit.core.records import Json

@@ -14,7 +14,7 @@ from adapterkit.core.checkpoint.hashes import sha256_of_file
 from adapterkit.core.checkpoint.hub_ids import repositories
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, shown
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.stage import RECEIPT, receipt_beside
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import (

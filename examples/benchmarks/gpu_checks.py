@@ -24,6 +24,7 @@ import adapterkit
 from adapterkit.core.engine import local, reader
 from adapterkit.core.errors import AdapterkitError
 from adapterkit.core.execute import run
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.tasks import rows
 
@@ -322,7 +323,7 @@ def hash_of_merge(settings: "Settings", base: Path, adapter: Path, workers: int)
 
 def hash_of_plan(plan: Any, out: Path, device: str, workers: int) -> str:
     shutil.rmtree(out, ignore_errors=True)
-    receipt = run(plan, Stage(out), local.local(device, workers))
+    receipt = run(plan, Stage(FolderOutput(out)), local.local(device, workers))
     shutil.rmtree(out)
     return hashlib.sha256(str(sorted(receipt.data["files"].items())).encode()).hexdigest()
 

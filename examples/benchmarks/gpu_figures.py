@@ -26,6 +26,7 @@ from adapterkit.core.engine import device as devices
 from adapterkit.core.engine import local
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.execute import run
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.kernels.lowrank.truncated import truncated_svd
 
@@ -183,7 +184,7 @@ def time_merge(settings: "Settings", shards: int = 16, hash: str = "none",
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(where)
     began = time.perf_counter()
-    run(plan, Stage(out), local.local(where, workers), hash=hash)
+    run(plan, Stage(FolderOutput(out)), local.local(where, workers), hash=hash)
     seconds = time.perf_counter() - began
     shutil.rmtree(out)
     rate = common.folder_bytes(base) / seconds / common.GB
@@ -222,7 +223,7 @@ def overlap_of_merge(settings: "Settings") -> dict[str, float]:
     base, adapter = checkpoint(settings, min(settings.size, 4.0), 16, 16)
     plan, out = planned(settings, base, adapter, settings.device)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        run(plan, Stage(out), local.local(settings.device), hash="none")
+        run(plan, Stage(FolderOutput(out)), local.local(settings.device), hash="none")
     shutil.rmtree(out)
     intervals: dict[str, list[Interval]] = {"kernel": [], "to_gpu": [], "to_host": []}
     for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr] # after a run

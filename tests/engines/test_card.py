@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from adapterkit.core.engine import buffers, local
-from adapterkit.core.engine import chunk as chunks
 from adapterkit.core.engine import partition as pieces
 from adapterkit.core.execute import run
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.tasks import edits, rows
 from adapterkit.kernels import dense
@@ -90,7 +90,7 @@ def test_a_job_gives_the_bytes_of_the_cpu(name: str, folder: Path):
 
 def run_together(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> Card:
     """A job by two workers, which use what one of them has just loaded before either waits."""
-    both, load, landed = threading.Barrier(2), pieces.OpenStep.load, chunks.ComputedChunk.landed
+    both, load, landed = threading.Barrier(2), pieces.OpenStep.load, local.ComputedChunk.landed
 
     def load_together(*arguments) -> list:
         edits = load(*arguments)
@@ -104,12 +104,12 @@ def run_together(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> Ca
         return landed(*arguments)
 
     monkeypatch.setattr(pieces.OpenStep, "load", load_together)
-    monkeypatch.setattr(chunks.ComputedChunk, "landed", land_later)
+    monkeypatch.setattr(local.ComputedChunk, "landed", land_later)
     monkeypatch.setattr(rows, "CUDA_ELEMENTS", SMALL // 4)
     job, out, card = make(name), folder / "together", Card()
     with installed(card):
         plan = jobs.call(job, out=str(out), dry_run=True)
-        run(plan, Stage(out), local.local("cuda", workers=2))
+        run(plan, Stage(FolderOutput(out)), local.local("cuda", workers=2))
     shutil.rmtree(out)
     return card
 
@@ -145,9 +145,9 @@ STEP = {"launches": 36, "transfers": 5, "waits": 5}  # its factors, and a chunk 
 def costs_of(elements: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What a merge with chunks of so many elements costs the host."""
     made, card = {"chunks": 0, "steps": 0}, Card()
-    compute, begin = chunks.compute_chunk, pieces.OpenStep.__init__
+    compute, begin = local.compute_chunk, pieces.OpenStep.__init__
 
-    def counted(*arguments) -> chunks.ComputedChunk:
+    def counted(*arguments) -> local.ComputedChunk:
         made["chunks"] += 1
         return compute(*arguments)
 
@@ -161,7 +161,7 @@ def costs_of(elements: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         patch.setattr(pieces, "SAMPLE", 10**9)
         patch.setattr(rows, "CUDA_ELEMENTS", elements)
         plan = jobs.call(make("merge-plain"), out="counted", dry_run=True, device="cuda")
-        run(plan, Stage(Path("counted")), local.local("cuda", workers=1))
+        run(plan, Stage(FolderOutput(Path("counted"))), local.local("cuda", workers=1))
     shutil.rmtree("counted")
     return {name: getattr(card, name) for name in CHUNK} | made
 

@@ -14,13 +14,13 @@ import adapterkit
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import open_checkpoint
-from adapterkit.core.engine import chunk as chunks
 from adapterkit.core.engine import device, local
 from adapterkit.core.engine.cost import Work
-from adapterkit.core.engine.out_of_memory import memory_errors
+from adapterkit.core.engine.device import memory_errors
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Failed, Refused
 from adapterkit.core.execute import run
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.verbs.stats import sums
 from adapterkit.verbs.stats.collect import InputStatistics
@@ -92,7 +92,7 @@ def test_products_are_of_float32_whatever_the_caller_has_set(
 
 
 def test_the_engine_computes_in_float32(folder: Path, tmp_path: Path, monkeypatch):
-    seen, real = [], chunks.compute_chunk
+    seen, real = [], local.compute_chunk
 
     def compute(*arguments):
         seen.append([part.fp32_precision for part in device.precisions()])
@@ -294,10 +294,10 @@ def test_a_small_card_has_fewer_workers(
     monkeypatch.setattr(local._ShardRun, "__init__", init)
     plan = merge(tmp_path / "out", dry_run=True, device="cuda")
     card.memory, card.workspace = plan.totals()["device_memory"] // 4, 0
-    run(plan, Stage(tmp_path / "out"), local.local("cuda", workers=64))
+    run(plan, Stage(FolderOutput(tmp_path / "out")), local.local("cuda", workers=64))
     assert made == [1]
     card.memory = 80 << 30
-    run(plan, Stage(tmp_path / "out"), local.local("cuda", workers=3), overwrite=True)
+    run(plan, Stage(FolderOutput(tmp_path / "out")), local.local("cuda", workers=3), overwrite=True)
     assert made == [1, 3]
 
 

@@ -13,6 +13,7 @@ from adapterkit.core.checkpoint.layout import TensorPlan, laid_out
 from adapterkit.core.engine import computed, file_threads, local
 from adapterkit.core.engine.file_threads import FileThreads
 from adapterkit.core.execute import run
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.output.writer import ShardFile
 from adapterkit.core.plan import OutputFile
@@ -92,7 +93,7 @@ def test_a_file_waits_for_what_those_before_it_hand_on(
 def test_files_that_wait_for_their_end_are_few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A job that is killed makes them again."""
     monkeypatch.setattr(file_threads, "BEHIND", 1)
-    release, ended, stage = threading.Event(), [], Stage(tmp_path / "out")
+    release, ended, stage = threading.Event(), [], Stage(FolderOutput(tmp_path / "out"))
     with file_threads.file_threads(stage, ended.append) as files:
         for number in range(2):
             file = files.create(f"{number}", 1)
@@ -155,7 +156,7 @@ def test_the_next_file_gets_its_blocks_while_one_is_written(
     monkeypatch.setattr(ShardFile, "_allocate", give)
     plan = adapterkit.merge("base", ["style"], out=tmp_path / "out", dry_run=True)
     assert len(plan.shards) > 1
-    run(plan, Stage(tmp_path / "out"), local.local(workers=1))
+    run(plan, Stage(FolderOutput(tmp_path / "out")), local.local(workers=1))
     assert len(met) > len(plan.shards) and all(met)
 
 
@@ -187,6 +188,6 @@ def test_threads_that_the_system_does_not_allow_end_the_job(
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with (
         pytest.raises(RuntimeError, match="new thread"),
-        file_threads.file_threads(Stage(tmp_path / "out"), print) as files,
+        file_threads.file_threads(Stage(FolderOutput(tmp_path / "out")), print) as files,
     ):
         files.start(lambda: None)

@@ -17,6 +17,7 @@ import adapterkit
 from adapterkit.core.engine import buffers, file_threads, local
 from adapterkit.core.errors import Failed, Refused
 from adapterkit.core.execute import run
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.tasks import rows
 
@@ -194,7 +195,7 @@ def test_files_are_written_in_turn(tmp_path, monkeypatch):
         out = tmp_path / str(workers)
         run(
             adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=out, dry_run=True),
-            Stage(out),
+            Stage(FolderOutput(out)),
             local.local(workers=workers),
         )
         first = order[: len(order) // 2]

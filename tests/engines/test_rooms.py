@@ -17,10 +17,11 @@ from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.engine import buffers, local
 from adapterkit.core.engine.buffers import own_staging
-from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.execution import stage_of
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Unrecoverable
 from adapterkit.core.execute import run
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.tasks import rows
 from tests.golden import jobs
@@ -178,7 +179,7 @@ def test_jobs_of_a_process_share_their_streams(job: str, folder: Path, tmp_path:
                 plan = adapterkit.merge("base", ["style"], out=tmp_path / "out", dry_run=True)
             else:
                 plan = adapterkit.quantize("base", to="nf4", out=tmp_path / "out", dry_run=True)
-            run(plan, Stage(tmp_path / f"{number}"), local.local("cuda", workers=8))
+            run(plan, Stage(FolderOutput(tmp_path / f"{number}")), local.local("cuda", workers=8))
             used.append(len(card.streams_used - {card.default.number}))
             card.streams_used.clear()
         rings = {len(ring) for ring in card.rings.values()}

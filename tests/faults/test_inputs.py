@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import adapterkit
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.reader import identity
-from adapterkit.core.engine.converted_folder import converted_folder
+from adapterkit.core.engine.planned_folder import converted_folder
 from adapterkit.core.inputs.input_identity import identities
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.journal import line_of, read_entry
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.receipt import public_recipe
@@ -231,7 +232,7 @@ def noted(stage: Stage, *entries: dict) -> bytes:
 @pytest.fixture
 def journaled(tmp_path) -> tuple[Stage, list[bytes]]:
     """A stage, and the lines of its journal."""
-    stage = Stage(tmp_path / "out")
+    stage = Stage(FolderOutput(tmp_path / "out"))
     stage.control.mkdir()
     lines = noted(stage, *ENTRIES).splitlines(keepends=True)
     assert stage.journal() == ENTRIES and [json.loads(line) | {"crc32": 0} for line in lines] == [

@@ -10,8 +10,10 @@ import pytest
 
 import adapterkit
 from adapterkit.core.errors import Refused
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.journal import line_of
 from adapterkit.core.output.lock import Lock
+from adapterkit.core.output.resume import state_of
 from adapterkit.core.output.stage import JOURNAL, Stage
 from adapterkit.many.workflows.workflow import run_pipeline
 from tests.support.faults import root
@@ -65,12 +67,12 @@ def test_a_step_of_a_pipeline_beside_a_run_at_work_names_that(llama, lora, tmp_p
 
 def test_a_run_that_ends_while_the_next_one_looks_is_no_interrupted_one(tmp_path, monkeypatch):
     """The journal is there when it is read first, and its run has ended when the lock is."""
-    stage = Stage(tmp_path / "out")
+    stage = Stage(FolderOutput(tmp_path / "out"))
     stage.control.mkdir()
     (stage.control / JOURNAL).write_bytes(line_of({"fingerprint": "one", "recipe": {}}))
     checks = iter([lambda: None, (stage.control / JOURNAL).unlink])
     monkeypatch.setattr(stage.lock, "check", lambda: next(checks)())
-    assert stage.state("two", resume=False, overwrite=False) == "fresh"
+    assert state_of(stage, "two", resume=False, overwrite=False) == "fresh"
 
 
 def test_many_processes_one_output(shared, whole):

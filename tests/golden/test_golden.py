@@ -24,7 +24,7 @@ import adapterkit
 from adapterkit.cli import main
 from adapterkit.core import execute
 from adapterkit.core.engine.planned_folder import planned_folder
-from adapterkit.core.output.file_result import ShardResult, read_result
+from adapterkit.core.output.journal import ShardResult, read_result
 from adapterkit.core.plan import Plan
 from adapterkit.many.workers.ranges import accepts
 from tests.support.calls import JOBS as PLAN_FILES

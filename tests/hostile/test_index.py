@@ -476,6 +476,7 @@ def test_a_shard_that_shrinks_between_plan_and_run_is_found(tmp_path):
     from adapterkit.core.inputs.base_door import kind_of
     from adapterkit.core.merge.plan import plan_merge
     from adapterkit.core.merge.verb import MergeOptions
+    from adapterkit.core.output.folder_output import FolderOutput
     from adapterkit.core.output.stage import Stage
 
     folder = on_disk(tmp_path)
@@ -483,7 +484,7 @@ def test_a_shard_that_shrinks_between_plan_and_run_is_found(tmp_path):
     plan = plan_merge(kind_of(LocalFolder(folder)), [(adapter, 1.0)], MergeOptions())
     os.truncate(folder / "model.safetensors", 900)
     with pytest.raises((Failed, Damaged)):
-        run(plan, Stage(tmp_path / "out"), local("cpu"))
+        run(plan, Stage(FolderOutput(tmp_path / "out")), local("cpu"))
     assert not (tmp_path / "out").exists()
 
 

@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import save
 
 import adapterkit
-from adapterkit.core.engine.file_stage import FileStage
 from adapterkit.core.errors import AdapterkitError
-from adapterkit.core.output.file_result import ShardResult, read_result
-from adapterkit.core.output.journal import entries_of, line_of, read_lines
+from adapterkit.core.output.file_output import FileOutput
+from adapterkit.core.output.journal import ShardResult, entries_of, line_of, read_lines, read_result
 from adapterkit.core.output.stage import Stage, work_folder
 from adapterkit.core.system import system
 from adapterkit.many.workers.stage import WorkerStage
@@ -117,7 +116,7 @@ def test_what_stands_for_the_only_file_of_an_output(home: Path, monkeypatch, kin
         adapterkit.convert(FLUX, to="kohya", architecture="flux", out=out, **options)
 
     convert("alone.safetensors")
-    stopped(monkeypatch, FileStage, convert)
+    stopped(monkeypatch, Stage, convert)
     put(kind, Path(".out.safetensors.adapterkit/out/out.safetensors"), home)
     convert(resume=True)
     assert whole("out.safetensors") == whole("alone.safetensors")
@@ -260,7 +259,7 @@ FIT = Path(".w.json.adapterkit/work")
 
 
 def evaluated() -> list[float]:
-    stage = FileStage(Path("w.json"))
+    stage = Stage(FileOutput(Path("w.json")))
     with stage:
         evaluations = Evaluations(work_folder(stage))
         (values,) = evaluations.of("x", torch.zeros(2), lambda: [torch.ones(3).double()], [(3,)])

@@ -12,6 +12,7 @@ import pytest
 from adapterkit import merge
 from adapterkit.core.errors import AdapterkitError, Failed, Refused, shown
 from adapterkit.core.execute import run
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.outputs.cards import Merged, merged_card
 from tests.support.forks import forks
@@ -279,7 +280,7 @@ def test_the_journal_of_an_interrupted_run_holds_no_paths_and_no_names(tmp_path)
         raise Failed("a full disk")
 
     with pytest.raises(Failed, match="a full disk"):
-        run(plan, Stage(desk.home / "out"), full)
+        run(plan, Stage(FolderOutput(desk.home / "out")), full)
     journals = list(desk.home.rglob("journal*"))
     assert journals
     desk.check("".join(p.read_text() for p in journals), str(desk.home), USER)

@@ -11,11 +11,12 @@ import pytest
 
 import adapterkit
 from adapterkit.bases.hub.output.engine import _HubRun
-from adapterkit.bases.hub.output.stage import HubStage
+from adapterkit.bases.hub.output.hub_output import HubOutput
 from adapterkit.bases.hub.output.transfers import Transfers, check_limit
 from adapterkit.bases.hub.upload import LocalFile
 from adapterkit.core.errors import Failed, Refused
-from adapterkit.core.output.stage import RECEIPT
+from adapterkit.core.output.folder_output import FolderOutput
+from adapterkit.core.output.stage import RECEIPT, Stage
 from tests.support.hub_client import TOKEN, Client
 from tests.support.hub_models import (
     CALLS,
@@ -199,10 +200,10 @@ def test_files_go_while_the_job_runs(tmp_path, is_over):
     """What is sent gives its disk back; when the job is over nothing goes any more."""
     path, sent = tmp_path / "a", []
     path.write_bytes(b"123")
-    upload = lambda files: sent.extend(file.name for file in files) or sent
+    upload = lambda stage, files: sent.extend(file.name for file in files) or sent
     transfers = Transfers(made=(), copied=(), sizes={}, rest=0, small=0)
-    arguments = SimpleNamespace(limit=9), None, transfers, SimpleNamespace(upload=upload)
-    run = _HubRun(*arguments, True, None, None)
+    arguments = SimpleNamespace(limit=9), None, transfers, None
+    run = _HubRun(*arguments, SimpleNamespace(upload=upload), True, None, None)
     before = run.room.size
     run.outgoing.put(LocalFile("a", path, 3))
     run.outgoing.put(None)
@@ -214,7 +215,9 @@ def test_files_go_while_the_job_runs(tmp_path, is_over):
 
 
 def test_only_files_of_the_stage_are_sent(tmp_path):
-    stage = HubStage(tmp_path / "work", SimpleNamespace(receipt_name=RECEIPT), 0)
+    work = FolderOutput(tmp_path / "work")
+    output = HubOutput(work, SimpleNamespace(receipt_name=RECEIPT), 0)
+    stage = Stage(output)
     stage.path.mkdir(parents=True)
     other = tmp_path / "other"
     other.mkdir()
@@ -222,10 +225,10 @@ def test_only_files_of_the_stage_are_sent(tmp_path):
         (folder / "a").write_bytes(b"123")
     (stage.path / "link").symlink_to(other / "a")
     (stage.path / "folder").symlink_to(other)
-    assert stage._here("a", None) == LocalFile("a", stage.path / "a", 3)
+    assert output._here(stage, "a", None) == LocalFile("a", stage.path / "a", 3)
     for name in ("missing", "link", "folder/a"):
         with pytest.raises(Failed, match="missing, or is a link"):
-            stage._here(name, None)
+            output._here(stage, name, None)
 
 
 def test_the_disk_limit_is_kept_to(place):

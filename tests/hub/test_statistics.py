@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load, load_file, save
 
 import adapterkit
-from adapterkit.bases.hub.output.sources import ShardCache, bytes_down
+from adapterkit.bases.hub.output.transfers import bytes_down
+from adapterkit.bases.hub.scratch import ShardCache
 from adapterkit.core.checkpoint.header import FIRST_READ
 from tests.hub.test_output_faults import kill_at
 from tests.support.hub_client import TOKEN, Client, ClientError, during
@@ -316,7 +317,7 @@ def test_a_repository_that_moved_gets_no_commit(place):
 # -- little disk -----------------------------------------------------------------------------------
 
 WATCH = """
-from adapterkit.bases.hub.output.sources import BoundedFolder
+from adapterkit.bases.hub.scratch import BoundedFolder
 download, taken = BoundedFolder.download, []
 def watched(folder, name, stopped):
     files = [path for path in folder.place.parent.rglob("*") if path.is_file()]

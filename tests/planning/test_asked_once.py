@@ -18,7 +18,6 @@ from adapterkit.core.checkpoint.spec import Checkpoint, scan_checkpoint
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.errors import Refused
 from adapterkit.core.merge.verb import Merge
-from adapterkit.core.output.stage import Stage
 from tests.support.raw_files import base, plain
 
 ADAPTER, BASE = "adapter_config.json", "config.json"
@@ -79,7 +78,7 @@ def test_a_dry_run_makes_no_call_and_looks_at_no_place_where_nothing_is(
             made.add(frame.f_code.co_name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "state", refused)
+        patch.setattr("adapterkit.core.execute.state_of", refused)
         patch.setattr("adapterkit.core.plan.Plan.recipe", refused)
         sys.setprofile(profile)
         try:

@@ -22,6 +22,7 @@ from adapterkit.core.execute import run
 from adapterkit.core.inputs.base_door import Base, kind_of
 from adapterkit.core.merge.plan import plan_merge
 from adapterkit.core.merge.verb import MergeOptions
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.plan import OutputFile
 from adapterkit.core.weights.decoded import decoded_view, quantized_weights
@@ -90,7 +91,7 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
     plan = plan_merge(Base(far), [(LocalFolder(adapter), 1.0)], MergeOptions())
     assert len(far.ranges) <= 3  # the header, the config, and its hash
     with pytest.raises(Unrecoverable, match="not finite"):
-        run(plan, Stage(tmp_path / "out"), local("cpu"))
+        run(plan, Stage(FolderOutput(tmp_path / "out")), local("cpu"))
     assert not (tmp_path / "out").exists()
 
 
@@ -257,7 +258,7 @@ def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
         read(self, spec, offset, buffer)
 
     monkeypatch.setattr(Sources, "read_into", noted)
-    run(plan, Stage(tmp_path / "out"), local("cpu"))
+    run(plan, Stage(FolderOutput(tmp_path / "out")), local("cpu"))
     assert plan.totals()["bytes_read"] - weights == sum(
         size for folder, size in ranges if folder == 1
     )

@@ -23,6 +23,7 @@ from adapterkit.cli import main
 from adapterkit.core import execute
 from adapterkit.core.checkpoint.disk import storage_errors
 from adapterkit.core.errors import Failed, Interrupted, Refused, Unrecoverable
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.output.writer import ShardFile
 from adapterkit.core.system import system
@@ -369,8 +370,8 @@ def test_older_statistics_are_replaced_only_when_asked_and_nothing_else_is(base,
 
 
 def test_two_processes_at_one_output(base, texts, tmp_path) -> None:
-    out = tmp_path / "s.safetensors"
-    with Stage(out), pytest.raises(Refused, match="another run writes this output now"):
+    out, running = tmp_path / "s.safetensors", "another run writes this output now"
+    with Stage(FolderOutput(out)), pytest.raises(Refused, match=running):
         adapterkit.stats(base(), data=texts, out=out)
     assert left(tmp_path) == []
 

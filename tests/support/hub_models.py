@@ -16,7 +16,7 @@ def shards(layers: int) -> list[str]:
 SHARDS = shards(LAYERS)
 
 WEIGHTS = "adapter_model.safetensors"
-CALLS = "import adapterkit\nfrom adapterkit.bases.hub import retry, download\nretry.WAIT = 0.01"
+CALLS = "import adapterkit\nfrom adapterkit.bases.hub import retry, scratch\nretry.WAIT = 0.01"
 
 
 def base_files(

@@ -8,6 +8,7 @@ import pytest
 
 from adapterkit.core.engine.local import local
 from adapterkit.core.execute import run
+from adapterkit.core.output.folder_output import FolderOutput
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.plan import Plan
 from tests.golden import jobs
@@ -46,7 +47,7 @@ def test_every_verb_is_run():
 def test_a_copy_writes_the_same_bytes(
     name: str, plans: dict[str, Plan], tmp_path: Path, one_thread: None
 ):
-    first = run(plans[name], Stage(tmp_path / "plan"), local()).data
-    second = run(copy_of(plans[name]), Stage(tmp_path / "copy"), local()).data
+    first = run(plans[name], Stage(FolderOutput(tmp_path / "plan")), local()).data
+    second = run(copy_of(plans[name]), Stage(FolderOutput(tmp_path / "copy")), local()).data
     assert dict(contents(tmp_path / "copy")) == dict(contents(tmp_path / "plan"))
     assert {**first, "timings": None} == {**second, "timings": None}

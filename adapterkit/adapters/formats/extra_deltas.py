@@ -15,7 +15,7 @@ from adapterkit.adapters.formats.write import WrittenTensor
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec, read_header
-from adapterkit.core.engine.converted_folder import check_added_deltas
+from adapterkit.core.engine.planned_folder import check_added_deltas
 from adapterkit.core.weights.parameters import Parameter, StoredParameter
 
 MODULES = "modules"  # in its metadata: JSON

@@ -1,7 +1,7 @@
 """Where an output goes on the Hub: a repository, a branch of it, a folder there; what is refused
 before a byte is sent, and what is created.
 
-The rule is that of folders on this machine (`core/output/stage.py`): an output never takes
+The rule is that of folders on this machine (`core/output/folder_output.py`): an output never takes
 the place of an input, nor of what adapterkit did not write, and that of an older output with
 --overwrite.
 """
@@ -19,8 +19,7 @@ from adapterkit.core.checkpoint.folder import Folder, original
 from adapterkit.core.checkpoint.hub_ids import COMMIT, HubId, place_on_hub
 from adapterkit.core.commands import command
 from adapterkit.core.errors import Refused, listed, shown
-from adapterkit.core.output.earlier_output import parse_receipt
-from adapterkit.core.output.stage import RECEIPT
+from adapterkit.core.output.stage import RECEIPT, parse_receipt
 
 # Weights that a loader picks by their name alone: old ones beside new ones are silently wrong.
 LOADABLE = re.compile(
@@ -38,34 +37,26 @@ def parse_output(out: str, *, endings: Collection[str] = ("",)) -> HubId:
     """The place that `hf://org/name[@branch][:folder]` is, where "" is one of the `endings`, or of
     a file of another one, in `hf://org/name[@branch]:path/file.safetensors`; `Refused` for another
     text."""
-    expected = " or ".join(FILE + ending if ending else FOLDER for ending in endings)
     hub_id = place_on_hub(out)
+    suffix = PurePosixPath(hub_id.subfolder).suffix if hub_id else ""
     if hub_id is None or COMMIT.fullmatch(hub_id.revision or ""):
-        raise Refused(
-            f"{shown(out)}: {'this is a commit' if hub_id else 'this is no such name'}",
-            expected=expected,
-            where="--out",
-            hint="give your account's or organization's name, the repository's, and a branch of it",
-            code="AK701",
-        )
-    suffix = PurePosixPath(hub_id.subfolder).suffix
-    if "" not in endings and suffix not in endings:
-        raise Refused(
-            f"{shown(out)}: this is no name of a file",
-            expected=expected,
-            where="--out",
-            hint=f"give a name that ends in {' or '.join(endings)} behind the colon",
-            code="AK701",
-        )
-    if suffix in FILES and suffix not in endings:
-        raise Refused(
-            f"{shown(out)}: this is the name of a file",
-            expected=expected,
-            where="--out",
-            hint="give its folder: the file is named as its format has it",
-            code="AK701",
-        )
-    return hub_id
+        problem = "this is a commit" if hub_id else "this is no such name"
+        hint = "give your account's or organization's name, the repository's, and a branch of it"
+    elif "" not in endings and suffix not in endings:
+        problem = "this is no name of a file"
+        hint = f"give a name that ends in {' or '.join(endings)} behind the colon"
+    elif suffix in FILES and suffix not in endings:
+        problem = "this is the name of a file"
+        hint = "give its folder: the file is named as its format has it"
+    else:
+        return hub_id
+    raise Refused(
+        f"{shown(out)}: {problem}",
+        expected=" or ".join(FILE + ending if ending else FOLDER for ending in endings),
+        where="--out",
+        hint=hint,
+        code="AK701",
+    )
 
 
 def _why_private(sources: Collection[str]) -> str | None:

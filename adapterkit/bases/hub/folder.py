@@ -17,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from adapterkit.bases.hub.errors import UnusableAnswer, location, quiet_library
-from adapterkit.bases.hub.listing import cache_folder, list_files, offline
-from adapterkit.bases.hub.pins import note, pinned_id
+from adapterkit.bases.hub.listing import cache_folder, list_files, note_commit, offline, pinned_id
 from adapterkit.bases.hub.retry import retry
 from adapterkit.core.checkpoint.folder import OTHER_WEIGHTS, inside
 from adapterkit.core.checkpoint.header import FIRST_READ
@@ -45,7 +44,7 @@ class HubFolder:
         self.hub_id = hub_id
         asked = pinned_id(hub_id)
         self.commit, self._entries = list_files(asked)
-        note(hub_id, self.commit)
+        note_commit(hub_id, self.commit)
         self._is_head = asked is hub_id and hub_id.revision != self.commit
         self.name, self.label = hub_id.repo, str(hub_id)
         self.origin = {"repo": hub_id.repo, "revision": self.commit}

@@ -1,8 +1,12 @@
 """Listings: the commit that a revision stands for, and the files of it; from the local cache
-without a network."""
+without a network. The commits of a job's inputs are noted, and a run that resumes it reads the same
+ones, wherever the branches are by then."""
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +22,9 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_SUMMARY = 10_000  # files; the summary of a larger repository may be incomplete, its tree is not
 
 log = logging.getLogger(__name__)
+Pins = dict[str, str]  # `org/name[@revision]` -> commit
+
+_pins: ContextVar[Pins | None] = ContextVar("pins", default=None)
 
 
 class RemoteEntry(NamedTuple):
@@ -26,10 +33,6 @@ class RemoteEntry(NamedTuple):
     size: int  # bytes
     sha256: str | None = None  # where the Hub stores it as a large file
     blob: str | None = None  # git's hash of another, where the Hub gives it
-
-    def has(self, size: int, sha256: str | None) -> bool:
-        """Whether it is a large file with this content."""
-        return self.size == size and self.sha256 is not None and self.sha256 == sha256
 
 
 def list_files(hub_id: HubId) -> tuple[str, dict[str, RemoteEntry]]:
@@ -159,3 +162,40 @@ def offline() -> bool:
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
+
+
+@contextmanager
+def pinned(commits: Pins) -> Iterator[Pins]:
+    """Revisions in `commits` are read at these commits; others that are read join them."""
+    token = _pins.set(commits)
+    try:
+        yield commits
+    finally:
+        _pins.reset(token)
+
+
+def are_pinned() -> bool:
+    """Whether a job has begun to note what it reads."""
+    return _pins.get() is not None
+
+
+def current_pins() -> Pins:
+    """All revisions that the job has read so far, with their commits."""
+    return dict(_pins.get() or {})
+
+
+def pinned_id(hub_id: HubId) -> HubId:
+    """The Hub id at its commit where that is known."""
+    commit = (_pins.get() or {}).get(_name(hub_id))
+    return HubId(hub_id.repo, commit, hub_id.subfolder) if commit else hub_id
+
+
+def note_commit(hub_id: HubId, commit: str) -> None:
+    """The commit that was found for a Hub id."""
+    pins = _pins.get()
+    if pins is not None:
+        pins.setdefault(_name(hub_id), commit)
+
+
+def _name(hub_id: HubId) -> str:
+    return str(HubId(hub_id.repo, hub_id.revision))

@@ -1,12 +1,34 @@
-"""A folder on the Hub whose large files come into a folder of the job, and go when the job is
-through with them; the cache that programs share is read, and gets nothing."""
+"""Folders on the Hub whose large files come into a folder of the job, by ranges, several at a time,
+checked against the Hub's sha256 as they come, and go when the job is through with them; the cache
+that programs share is read, and gets nothing.
 
-from collections.abc import Callable
+A bounded one takes so many bytes of disk: each file comes when it is read, and those that were read
+longest ago go where there is no room left.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from adapterkit.bases.hub.download import download
+from adapterkit.bases.hub.errors import location
 from adapterkit.bases.hub.folder import HubFolder
+from adapterkit.bases.hub.retry import retry
+from adapterkit.core.checkpoint.disk import storage_errors, write_all
 from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.engine.interruptible import run_stoppable
+from adapterkit.core.errors import Failed
+from adapterkit.core.output.writer import unfinished_name
+from adapterkit.core.system import system
+from adapterkit.core.system.interface import MINE
+
+PIECES = (8 << 20, 64 << 20)  # bytes of one request, at least and at most: the Hub counts them
+STREAMS = 4  # requests at a time
+BLOCK = 4 << 20  # bytes that are hashed at a time
 
 
 def in_scratch(folder: Folder, place: Path) -> Folder:
@@ -43,7 +65,7 @@ class ScratchFolder:
         return self.files()[name] if parts is None else sum(stop - at for at, stop in parts)
 
     def download(self, name: str, stopped: Callable[[], bool]) -> None:
-        """Fetch the file; raises what `bases.hub.download.download` does."""
+        """Fetch the file; raises what `download` does."""
         download(self.source, name, self.place / name, stopped)
 
     def path(self, name: str) -> Path:
@@ -56,3 +78,170 @@ class ScratchFolder:
     def drop(self, name: str) -> None:
         """Remove a file that was downloaded."""
         (self.place / name).unlink(missing_ok=True)
+
+
+class BoundedFolder(ScratchFolder):
+    """A `ScratchFolder` whose files take `room` bytes together, or what the largest one takes."""
+
+    def __init__(self, source: HubFolder, place: Path, room: int):
+        super().__init__(source, place)
+        self.room = room
+
+
+class ShardCache:
+    """Which of the files are here, by when they were read last; `sizes` in bytes."""
+
+    def __init__(self, sizes: Mapping[str, int], room: int):
+        self.sizes, self.room = sizes, room
+        self._here: dict[str, None] = {}
+
+    def read(self, name: str) -> list[str] | None:
+        """Take a file in: those that go for it; None where it is here already."""
+        is_here = name in self._here
+        self._here.pop(name, None)
+        gone = []
+        if not is_here:
+            used = sum(self.sizes[other] for other in self._here)
+            for other in list(self._here):
+                if used + self.sizes[name] <= self.room:
+                    break
+                used -= self.sizes[other]
+                gone.append(other)
+                del self._here[other]
+        self._here[name] = None
+        return None if is_here else gone
+
+
+class BoundedSources(Sources):
+    """The `Sources` of a job that reads one `BoundedFolder`, by one thread; its files are removed
+    at the end."""
+
+    def __init__(self, folder: BoundedFolder):
+        super().__init__((folder,), {})
+        self.folder = folder
+        sizes = {name: folder.disk(name) for name in folder.files()}
+        self._kept = ShardCache(sizes, folder.room)
+        shutil.rmtree(folder.place, ignore_errors=True)  # of a run that was killed
+
+    def acquire(self, which: tuple[int, str]) -> int:
+        _, name = which
+        if self._kept.sizes[name]:
+            gone = self._kept.read(name)
+            for other in gone or ():
+                self.forget((0, other))
+                self.folder.drop(other)
+            if gone is not None:
+                run_stoppable(partial(self.folder.download, name))
+        return super().acquire(which)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            shutil.rmtree(self.folder.place, ignore_errors=True)
+
+
+class Stopped(Failed):
+    """The job has ended, and does not want the file any more."""
+
+    code = "AK704"
+
+    def __init__(self):
+        super().__init__("the job has ended")
+
+
+def download(
+    folder: HubFolder, name: str, file: Path, stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Download one large file; under its name it is whole and has the Hub's sha256, or has those
+    `parts` of it that the folder's job reads, and holes.
+
+    Raises `Failed` without right bytes, and `Stopped`.
+    """
+    size, part = folder.files()[name], file.with_name(unfinished_name(file.name))
+    with storage_errors(file):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        descriptor = system.open(part, "create", MINE)
+    try:
+        parts = folder.parts.get(name)
+        try:
+            if parts is not None:
+                os.ftruncate(descriptor, size)
+            sha256 = _fetched(folder, name, descriptor, parts or pieces_of(size), stopped)
+        finally:
+            os.close(descriptor)
+        if parts is None and sha256 != folder.hashes[name]:
+            raise Failed(
+                "the sha256 of the download is not the one that the Hub lists",
+                expected=folder.hashes[name],
+                where=location(folder.pinned, name),
+                hint="run again with --resume; check proxies on the way",
+                code="AK704",
+            )
+        with storage_errors(file):
+            system.replace(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def pieces_of(size: int) -> list[tuple[int, int]]:
+    """The ranges of a file that are asked for one by one."""
+    length = min(max(PIECES[0], -(-size // STREAMS)), PIECES[1])
+    return [(at, min(at + length, size)) for at in range(0, size, length)]
+
+
+def _fetched(
+    folder: HubFolder,
+    name: str,
+    descriptor: int,
+    ranges: list[tuple[int, int]],
+    stopped: Callable[[], bool],
+) -> str:
+    """Fetch these ranges; the sha256 of their bytes, taken in their order while later ones come."""
+    digest, pool = hashlib.sha256(), ThreadPoolExecutor(STREAMS, "download")
+    block = memoryview(bytearray(BLOCK))
+    try:
+        pieces = [
+            pool.submit(_fetch, folder, name, descriptor, start, stop, stopped)
+            for start, stop in ranges
+        ]
+        for piece, (start, stop) in zip(pieces, ranges, strict=True):
+            piece.result()
+            for at in range(start, stop, BLOCK):
+                part = block[: min(BLOCK, stop - at)]
+                digest.update(part[: system.read_at(descriptor, part, at)])
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return digest.hexdigest()
+
+
+def _fetch(
+    folder: HubFolder,
+    name: str,
+    descriptor: int,
+    start: int,
+    stop: int,
+    stopped: Callable[[], bool],
+) -> None:
+    """Write bytes [start, stop); a try goes on where the one before it broke off."""
+    at = start
+
+    def request() -> None:
+        nonlocal at
+        if stopped():
+            raise Stopped
+        if at < stop:
+            for data in folder.pieces(name, at, stop):
+                if stopped():
+                    raise Stopped
+                _write(name, descriptor, data, at)
+                at += len(data)
+
+    retry(request, folder.pinned, name)
+
+
+def _write(name: str, descriptor: int, data: bytes, at: int) -> None:
+    with storage_errors(Path(name)):
+        write_all(data, lambda rest, done: system.write_at(descriptor, rest, at + done))

@@ -107,7 +107,7 @@ def commit(
     there = {
         f.file
         for f in large
-        if (entry := destination.before.get(f.file)) and entry.has(f.size, f.sha256)
+        if (entry := destination.before.get(f.file)) and entry[:2] == (f.size, f.sha256)
     }
     additions = [_addition(target, file) for file in files]
     operations = [

@@ -12,8 +12,8 @@ from adapterkit.bases.images.pipeline import PipelineComponent, read_pipeline
 from adapterkit.bases.images.pipeline_adapters import Split, base_of_conversion, split_adapters
 from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.weights_file import WeightsFile, in_receipt
-from adapterkit.core.checkpoint.compare import have_same_bytes
 from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.reader import have_same_bytes
 from adapterkit.core.checkpoint.shards import weight_files
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import Problems, Refused, shown

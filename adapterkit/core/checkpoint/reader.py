@@ -14,6 +14,7 @@ from pathlib import Path
 
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder, belonging_to, place_of
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Damaged, Failed, Unrecoverable, shown
 from adapterkit.core.system import system
 
@@ -24,6 +25,7 @@ APART, FAR = (64, 128 << 10)
 FEW = 4  # requests of a remote file for small tensors, where some of them will do
 RANGE = 8 << 20  # bytes of one read of small tensors
 REQUESTS = 8  # of a remote file, at a time
+COMPARED = 4 << 20  # bytes of two tensors that are compared at a time
 Identity = tuple[int, int, int]
 
 
@@ -47,24 +49,25 @@ class Sources:
         self._lock = threading.Lock()
         self._users: dict[tuple[int, str], int] = {}
 
-    def file(self, folder: int, name: str) -> "Handle":
-        """A handle on one input file, for use in a `with` block."""
-        return Handle(self, (folder, name))
+    @contextlib.contextmanager
+    def file(self, folder: int, name: str) -> Iterator[int]:
+        """The descriptor of one input file, which stays open until the end of the block."""
+        which = folder, name
+        descriptor = self.acquire(which)
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._users[which] -= 1
 
     def read_into(self, spec: TensorSpec, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on."""
-        self._check_part(spec)
-        with (
-            belonging_to(self.folders[spec.folder]),
-            self.file(spec.folder, spec.file) as descriptor,
-        ):
-            read_exactly(descriptor, buffer, spec.start + offset, spec)
-
-    def _check_part(self, spec: TensorSpec) -> None:
-        """What the plan did not say that it reads is a hole in the file."""
-        parts = getattr(self.folders[spec.folder], "parts", {}).get(spec.file)
+        folder = self.folders[spec.folder]
+        parts = getattr(folder, "parts", {}).get(spec.file)  # what the plan does not read is a hole
         if parts is not None and not any(at <= spec.start and spec.stop <= to for at, to in parts):
             raise AssertionError(f"{spec.file}: {spec.key} is read, and was not asked for")
+        with belonging_to(folder), self.file(spec.folder, spec.file) as descriptor:
+            read_exactly(descriptor, buffer, spec.start + offset, spec)
 
     def read(self, spec: TensorSpec) -> bytearray:
         """All bytes of one tensor; not for large weights."""
@@ -74,6 +77,7 @@ class Sources:
         return data
 
     def acquire(self, which: tuple[int, str]) -> int:
+        """The file's descriptor, for one user more."""
         with self._lock:
             if which in self._open:
                 self._users[which] += 1
@@ -82,14 +86,12 @@ class Sources:
         path = self.folders[which[0]].path(which[1])
         with self._lock:
             if which not in self._open:
-                self._make_room()
+                idle = [w for w in self._open if not self._users.get(w)]
+                while len(self._open) >= self.limit and idle:
+                    self._close(idle.pop(0))
                 self._open[which] = self._opened(which, path)
             self._users[which] = self._users.get(which, 0) + 1
             return self._open[which][0]
-
-    def release(self, which: tuple[int, str]) -> None:
-        with self._lock:
-            self._users[which] -= 1
 
     def _opened(self, which: tuple[int, str], path: Path) -> tuple[int, Identity]:
         try:
@@ -109,11 +111,6 @@ class Sources:
 
     def _label(self, which: tuple[int, str]) -> str:
         return place_of(self.folders[which[0]], which[1])
-
-    def _make_room(self) -> None:
-        idle = [w for w in self._open if not self._users.get(w)]
-        while len(self._open) >= self.limit and idle:
-            self._close(idle.pop(0))
 
     def _close(self, which: tuple[int, str]) -> None:
         descriptor, before = self._open.pop(which)
@@ -157,19 +154,6 @@ class Sources:
         except Failed:
             if kind is None:
                 raise
-
-
-class Handle:
-    """Keeps one input file open while a `with` block uses it."""
-
-    def __init__(self, sources: Sources, which: tuple[int, str]):
-        self.sources, self.which = sources, which
-
-    def __enter__(self) -> int:
-        return self.sources.acquire(self.which)
-
-    def __exit__(self, *_) -> None:
-        self.sources.release(self.which)
 
 
 def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: TensorSpec) -> None:
@@ -293,3 +277,36 @@ def changed(name: str, problem: str = "the file changed between plan and end") -
         hint="run the job again",
         code="AK210",
     )
+
+
+def same_bytes(first: tuple[Folder, TensorSpec], *others: tuple[Folder, TensorSpec]) -> bool:
+    """Whether stored tensors have one dtype, one shape and the same bytes."""
+    spec = first[1]
+    if any((other.dtype, other.shape) != (spec.dtype, spec.shape) for _, other in others):
+        return False
+    for start in range(0, spec.nbytes, COMPARED):
+        stop = min(start + COMPARED, spec.nbytes)
+        block = _read(first, start, stop)
+        if any(_read(other, start, stop) != block for other in others):
+            return False
+    return True
+
+
+def _read(tensor: tuple[Folder, TensorSpec], start: int, stop: int) -> bytes:
+    folder, spec = tensor
+    return folder.read(spec.file, spec.start + start, spec.start + stop)
+
+
+def have_same_bytes(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same tensors; reads them where no hashes of their files are
+    known."""
+    if one.tensors.keys() != other.tensors.keys():
+        return False
+    for key, spec in one.tensors.items():
+        twin = other.tensors[key]
+        hashes = one.folder.hashes.get(spec.file), other.folder.hashes.get(twin.file)
+        if None not in hashes and hashes[0] == hashes[1] and spec.start == twin.start:
+            continue
+        if not same_bytes((one.folder, spec), (other.folder, twin)):
+            return False
+    return True

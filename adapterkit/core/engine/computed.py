@@ -29,7 +29,7 @@ from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Unrecoverable, shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.options import Progress
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.stage import Workspace
 from adapterkit.core.output.writer import ShardFile
 from adapterkit.core.plan import OutputFile, Task, TaskResult

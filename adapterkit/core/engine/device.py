@@ -1,5 +1,5 @@
-"""The devices that plans run on: their names, their streams, and arithmetic that no setting of the
-caller's changes."""
+"""The devices that plans run on: their names, their streams, memory that runs out, and arithmetic
+that no setting of the caller's changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from adapterkit.core.errors import Refused, shown
+from adapterkit.core.errors import Failed, Refused, shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.system import system
 
@@ -30,6 +30,28 @@ CUDA = re.compile("cuda(?::(0|[1-9][0-9]*))?")
 # which of a node's processes this one is: of torchrun, Open MPI, MPICH's kind and Slurm, the
 # innermost first, as in many/workflows/launcher.py
 LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+OUT_OF_MEMORY = {
+    "cpu": "free some memory, then --resume",
+    "cuda": "free some of the GPU's memory and give --resume, "
+    "or begin again with --device cpu --overwrite",
+}
+CERTAIN = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+# what a full GPU says too: libraries that find no memory to begin, and torch where it cannot ask
+# how much is free
+OFTEN = (
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUSOLVER_STATUS_NOT_INITIALIZED",
+    "CUSOLVER_STATUS_INTERNAL_ERROR",
+    "cusolver error: 7",
+    "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
+)
+FULL = 1 << 30  # bytes free on a GPU, below which it is taken to be full
 
 
 @functools.cache
@@ -200,6 +222,33 @@ def _repeatable_sums() -> Iterator[None]:
         finally:
             filling.fill_uninitialized_memory = filled  # type: ignore[attr-defined] (likewise)
             torch.set_deterministic_debug_mode(mode)
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """`Failed` where memory runs out within the block, in one message whatever library noticed."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error, device):
+            raise
+        raise Failed(
+            f"out of memory: {shown(error)}", hint=OUT_OF_MEMORY[device.type], code="AK605"
+        ) from error
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError, device: torch.device) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    if any(known in text for known in CERTAIN):
+        return True
+    if device.type != "cuda" or not any(known in text for known in OFTEN):
+        return False
+    try:
+        return torch.cuda.mem_get_info(device)[0] < FULL
+    except RuntimeError:  # after an error that stays, it is what every call raises
+        return False
 
 
 class Streams:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
-from adapterkit.core.engine.converted_folder import conversion_notes
-from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.planned_folder import conversion_of
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.execute import FolderCheck, Push, check_place, output_names, run
 from adapterkit.core.options import parse_size
-from adapterkit.core.output.stage import RECEIPT, check_name, receipt_beside
+from adapterkit.core.output.folder_output import FolderOutput
+from adapterkit.core.output.stage import RECEIPT, Stage, check_name, receipt_beside
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt, fingerprint_of
 from adapterkit.core.registry import load
@@ -35,8 +35,9 @@ def as_it_runs(plan: Plan, call: RunOptions) -> Plan:
     """The plan of a verb's call with the memory that it may take, and notes on inputs that are
     converted first."""
     memory = parse_size(call.memory) if call.memory else None
-    notes = (*plan.notes, *conversion_notes(plan.folders))
-    return replace(plan, memory=memory, notes=notes, call=call)
+    made = ((folder, conversion_of(folder)) for folder in plan.folders)
+    notes = [note for folder, one in made if one for note in one.plan.notes_of(folder.name)]
+    return replace(plan, memory=memory, notes=(*plan.notes, *notes), call=call)
 
 
 def execute(
@@ -50,8 +51,7 @@ def execute(
     from adapterkit.core.engine.placement import place
 
     check_out(plan, how)
-    if push is not None:
-        check_push_of(plan, how, push)
+    check_push_of(plan, how, push)
     if is_on_hub(how.out):
         plan, device = place(plan, how.device)
         done = load(HUB["run"])(plan, replace(how, device=device), check)
@@ -110,6 +110,15 @@ def pushed(receipt: Receipt, how: RunOptions, repository: str | None) -> Receipt
     return receipt
 
 
+def stage_of(plan: Plan, out: Path) -> Stage:
+    """Where the output of a plan is built on this machine."""
+    if plan.is_file:
+        from adapterkit.core.output.file_output import FileOutput
+
+        return Stage(FileOutput(out, plan.files))
+    return Stage(FolderOutput(out))
+
+
 def run_here(plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push | None) -> Receipt:
     """The engine of this machine."""
     from adapterkit.core.engine.local import local
@@ -132,30 +141,18 @@ def run_here(plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push 
 def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = False) -> None:
     """`Refused` when the output is an input, inside one, around one, or a link to one, or cannot be
     a folder."""
-    final = out.resolve()
-    if out.is_symlink():
-        raise Refused(
-            "the output is a link",
-            expected="a new file" if is_file else "a new folder",
-            where=str(out),
-            hint="choose another --out",
-            code="AK601",
-        )
+    final, problem, expected = out.resolve(), "", "a folder to make"
     places = final.parents if is_file else (final, *final.parents)
     there = next(path for path in places if os.path.exists(path))
-    if not there.is_dir():
-        problem = (
-            "a file of this name exists"
-            if there == final
-            else f"{shown(there.name)} is a file, and no folder to make one in"
-        )
-        raise Refused(
-            problem,
-            expected="a folder to make",
-            where=str(out),
-            hint="choose another --out",
-            code="AK601",
-        )
+    if out.is_symlink():
+        problem, expected = "the output is a link", "a new file" if is_file else "a new folder"
+    elif there == final and not there.is_dir():
+        problem = "a file of this name exists"
+    elif not there.is_dir():
+        problem = f"{shown(there.name)} is a file, and no folder to make one in"
+    if problem:
+        hint = "choose another --out"
+        raise Refused(problem, expected=expected, where=str(out), hint=hint, code="AK601")
     for folder in map(original, folders):
         if not isinstance(folder, LocalFolder):
             continue

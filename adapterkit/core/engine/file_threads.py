@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from adapterkit.core.engine.interruptible import POLL_INTERVAL, Running, result_of, signals_deferred
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.stage import Workspace
 from adapterkit.core.output.writer import ShardFile
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from adapterkit.core import dtypes
 from adapterkit.core.budget import GPU_TASKS
@@ -26,25 +27,31 @@ from adapterkit.core.engine.buffers import (
     StagingBuffers,
     own_staging,
 )
-from adapterkit.core.engine.chunk import ComputedChunk, compute_chunk
 from adapterkit.core.engine.computed import TaskThreads, write_computed
-from adapterkit.core.engine.device import Streams, exact_arithmetic, pick_device
+from adapterkit.core.engine.device import (
+    Mark,
+    Streams,
+    exact_arithmetic,
+    memory_errors,
+    pick_device,
+)
 from adapterkit.core.engine.file_threads import FileThreads, file_threads
 from adapterkit.core.engine.interruptible import POLL_INTERVAL, result_of, signals_deferred
-from adapterkit.core.engine.out_of_memory import memory_errors
 from adapterkit.core.engine.partition import Chunk, OpenShard, Piece, largest_piece
 from adapterkit.core.engine.placement import fitting
 from adapterkit.core.engine.reader import LocalReader
-from adapterkit.core.lazy import torch
+from adapterkit.core.errors import Unrecoverable, shown
+from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.options import Progress, no_progress
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.stage import Workspace
 from adapterkit.core.output.writer import FLUSH
-from adapterkit.core.plan import OutputFile, Plan
+from adapterkit.core.plan import Loaded, OutputFile, Plan, Step
 from adapterkit.core.system import all_cores, cores
 from adapterkit.core.tasks.handoff import HandoffReader
-from adapterkit.core.tasks.metrics import ChangeMetrics
-from adapterkit.core.tasks.rows import arithmetic
+from adapterkit.core.tasks.metrics import ChangeMetrics, change_sums, squares
+from adapterkit.core.tasks.rows import arithmetic, rounded, unrounded
+from adapterkit.kernels.sums import all_finite
 
 OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
 
@@ -157,7 +164,11 @@ class _ShardRun:
         shards, turns = deque(self.shards), deque[Iterator[Piece]]()
         opening: Future[Iterator[Piece]] | None = None
         while shards or opening or turns:
-            if opening is None and shards and self._has_room(wait=not turns):
+            if (
+                opening is None
+                and shards
+                and self.room.acquire(timeout=0 if turns else POLL_INTERVAL)
+            ):
                 shard = shards.popleft()
                 opening = self.files.ahead(lambda shard=shard: self._opened(shard))
             is_next = opening is not None and len(turns) < self.workers
@@ -172,9 +183,6 @@ class _ShardRun:
                     yield piece
             elif self.files.stop.is_set():
                 return
-
-    def _has_room(self, *, wait: bool) -> bool:
-        return self.room.acquire(timeout=POLL_INTERVAL) if wait else self.room.acquire(False)
 
     def _opened(self, shard: OutputFile) -> Iterator[Piece]:
         if not self.files.stage.wanted(shard.name):
@@ -271,3 +279,61 @@ class _ShardRun:
                 write(waiting.popleft())
         open_step.done(metrics)
         piece.shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
+
+
+@dataclass
+class ComputedChunk:
+    """A chunk whose arithmetic and copy to the host have begun. On a GPU what it gives is there
+    when it has landed; until then a worker reads and begins the next one."""
+
+    chunk: Chunk
+    values: Tensor  # in the dtype of the arithmetic, on the device
+    outgoing: Tensor  # rounded, in the host's memory
+    sums: list[Tensor]
+    mark: Mark
+
+    def landed(self, step: Step) -> list[float]:
+        """Wait for it: `outgoing` is there. Σ of the new values squared, and `change_sums` of a
+        sampled chunk; `Unrecoverable` if they are not finite."""
+        self.mark.wait()
+        sums = [float(one) for one in self.sums]
+        limit = torch.finfo(self.outgoing.dtype).max
+        # then no element is above the limit; false for NaN
+        if not sums[0] <= limit * limit and not all_finite(self.outgoing):
+            raise _not_finite(step, self.values)
+        return sums
+
+
+def compute_chunk(
+    w: Tensor, edits: list[Loaded], step: Step, chunk: Chunk, outgoing: Tensor
+) -> ComputedChunk:
+    """Begin the edits of w, which change it, and the copy of the rounded rows to `outgoing`."""
+    before = w.clone() if chunk.sampled and edits else None
+    for edit in edits:
+        edit.apply(w, chunk.first)
+    if w.device.type == "cpu" and step.draws is None:
+        written = outgoing.copy_(w)
+    else:  # rounded on the device: a copy that converts would make one thread wait for the GPU
+        written = rounded(w, step, chunk.first * step.grid[1])
+        outgoing.copy_(written, non_blocking=True)
+    sums = [squares(w)]
+    if before is not None:
+        exact = unrounded(w, before, edits, chunk.first)
+        sums += change_sums(before, exact, written)
+    if w.device.type != "cpu":
+        together = torch.stack([one.double() for one in sums])
+        sums = list(together.to("cpu", non_blocking=True))
+    return ComputedChunk(chunk, w, outgoing, sums, Mark(w.device))
+
+
+def _not_finite(step: Step, values: Tensor) -> Unrecoverable:
+    what = "overflows" if all_finite(values) else "is not finite (NaN or infinity)"
+    return Unrecoverable(
+        f"the merged value of {shown(step.key)} {what} in {step.dtype}",
+        expected="finite values",
+        where=f"{step.source.file}: {shown(step.key)}",
+        hint="give --dtype bf16 or fp32, or a smaller weight"
+        if what == "overflows"
+        else "check the base and the adapters",
+        code="AK606",
+    )

@@ -18,7 +18,7 @@ from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.engine.device import Mark
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.lazy import torch
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.writer import ShardFile
 from adapterkit.core.plan import Loaded, OutputFile, Step
 from adapterkit.core.tasks.metrics import ChangeMetrics, delta_norm

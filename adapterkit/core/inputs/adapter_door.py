@@ -38,7 +38,7 @@ def in_adapter_layout(
     these; `expert_layout`: of stacks whose config does not say."""
     files = folder.files()
     if ADDED_DELTAS in files:
-        from adapterkit.core.engine.converted_folder import check_added_deltas
+        from adapterkit.core.engine.planned_folder import check_added_deltas
 
         check_added_deltas(folder)
     if "config.json" in files or not any(name.endswith(FILES) for name in files):

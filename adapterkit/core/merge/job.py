@@ -11,10 +11,10 @@ from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.adapter.record import Adapter, Lora
 from adapterkit.core.adapter.weights_file import WeightsFile
-from adapterkit.core.checkpoint.compare import same_bytes
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import same_bytes
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.commands import CHECK_BASE
 from adapterkit.core.errors import Problems, Refused, shown

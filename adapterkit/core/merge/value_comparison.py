@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from adapterkit.core import dtypes
-from adapterkit.core.checkpoint.compare import same_bytes
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import same_bytes
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.weights.codec import QuantizedWeight, read_parts

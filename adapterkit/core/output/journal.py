@@ -10,9 +10,11 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapterkit.core.records import COUNT, FINITE, TABLE, TEXT, Json, list_of
+from adapterkit.core import records
+from adapterkit.core.records import COUNT, FINITE, TABLE, TEXT, Json, list_of, optional
 from adapterkit.core.system import system
 
 _SUM = b',"crc32":"'  # begins the end of a line; an entry is never empty
@@ -70,3 +72,37 @@ def read_lines(path: Path) -> bytes:
 
 def _end(text: bytes) -> bytes:
     return _SUM + b'%08x"}\n' % zlib.crc32(text)
+
+
+@dataclass
+class ShardResult:
+    """One written shard: its hash, the hash of its bytes up to each tensor's end, and metrics."""
+
+    file: str
+    size: int
+    sha256: str | None
+    # key -> first 16 hex digits of the sha256 of the file up to that tensor's end; None of a file
+    # whose bytes never came here
+    marks: dict[str, str] | None
+    metrics: dict[str, dict]
+    grown: int = 0  # bytes by which tensors are larger than planned, all together
+    tensors: int | None = None  # their number, where the plan knows an upper bound only
+    # key -> dtype, shape, position in the handoff's file
+    handoffs: dict[str, list] = field(default_factory=dict)
+
+
+def read_result(entry: Entry) -> ShardResult | None:
+    """The result that an entry notes, still to be held against the plan; None where it notes
+    something else."""
+    return ShardResult(**entry["shard"]) if RESULT.fits(entry.get("shard")) else None
+
+
+POSITION = records.test("a place", lambda v: [*map(type, v)] == [str, list, int])
+RESULT_WORDS = {
+    "file": TEXT, "size": COUNT, "sha256": optional(TEXT), "marks": optional(TABLE),
+    "metrics": records.table_of(TEXT, TABLE), "grown": records.INTEGER,
+    "tensors": optional(COUNT), "handoffs": records.table_of(TEXT, POSITION),
+}  # fmt: skip
+RESULT = records.also(
+    records.entries(RESULT_WORDS), "a result", lambda v: v.keys() == RESULT_WORDS.keys()
+)

@@ -1,15 +1,20 @@
-"""Writing a folder so that it appears whole or not at all.
+"""Writing an output so that it appears whole or not at all.
 
-Files are built in a hidden folder beside the final one, the stage, each as `name.part`
-(`writer.py`). The stage becomes the output by one rename of the folder, or an exchange where an
-older output is replaced: at every moment the final name is a whole old output, a whole new one, or
-nothing. A journal beside the stage lists the finished files.
+Files are built in a hidden folder, the stage, each as `name.part` (`writer.py`), and get their
+final names together. How is said by the kind of output: a folder (`folder_output.py`) by one rename
+or, where there is an older output, an exchange, so that the final name is at every moment a whole
+old output, a whole new one, or nothing; one file (`file_output.py`); a folder on the Hub
+(`bases/hub/output/hub_output.py`). A journal beside the stage lists the finished files; from it
+`resume.py` tells how far an earlier run got.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +22,13 @@ from typing import Protocol
 
 from adapterkit.core.checkpoint import disk
 from adapterkit.core.checkpoint.disk import storage_errors, sync_folder, sync_folders, write_all
-from adapterkit.core.checkpoint.folder import is_plain_path
-from adapterkit.core.errors import Refused, listed, shown
-from adapterkit.core.output.earlier_output import incomplete, lacking, receipt_at, size_at
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.checkpoint.folder import read_small
+from adapterkit.core.checkpoint.strict import MAX_JSON
+from adapterkit.core.errors import Refused, shown
 from adapterkit.core.output.journal import entries_of, line_of, read_lines
 from adapterkit.core.output.lock import LOCK, Lock
 from adapterkit.core.output.writer import unfinished_name
+from adapterkit.core.records import Json
 from adapterkit.core.system import system
 
 JOURNAL = "journal.jsonl"
@@ -48,27 +53,37 @@ def control_of(out: Path) -> str:
 def check_name(out: Path, files: Iterable[str]) -> None:
     """`Refused` where `out`, the folder in which it is built or one of its files there has too long
     a name or path."""
-    path = out.resolve()
-    longest = max(len(os.fsencode(name)) for name in (*path.parts, control_of(out)))
-    room = NAME_MAX - len(control_of(Path("/")))
-    if longest > NAME_MAX:
-        raise Refused(
-            f"the name is too long: {len(os.fsencode(path.name))} bytes",
-            expected=f"names of at most {room} bytes",
-            where="--out",
-            hint="choose a shorter --out",
-            code="AK601",
-        )
-    stage = path.parent / control_of(out) / "out"
+    path, control = out.resolve(), control_of(out)
+    longest = max(len(os.fsencode(name)) for name in (*path.parts, control))
+    stage = path.parent / control / "out"
     excess, name = max((system.excess(stage / unfinished_name(name)), name) for name in files)
-    if excess > 0:
-        raise Refused(
-            f"the path of {shown(name)} there would be too long by {excess}",
-            expected=system.room_for_paths,
-            where="--out",
-            hint="choose a shorter --out",
-            code="AK601",
-        )
+    if longest > NAME_MAX:
+        problem = f"the name is too long: {len(os.fsencode(path.name))} bytes"
+        expected = f"names of at most {NAME_MAX - len(control_of(Path('/')))} bytes"
+    elif excess > 0:
+        problem = f"the path of {shown(name)} there would be too long by {excess}"
+        expected = system.room_for_paths
+    else:
+        return
+    hint = "choose a shorter --out"
+    raise Refused(problem, expected=expected, where="--out", hint=hint, code="AK601")
+
+
+def parse_receipt(data: bytes) -> Json:
+    """What a receipt says; empty for bytes that are none, without a list of files."""
+    try:
+        receipt = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return receipt if isinstance(receipt, dict) and isinstance(receipt.get("files"), dict) else {}
+
+
+def receipt_bytes(path: Path) -> bytes:
+    """A receipt's file; empty where there is none."""
+    try:
+        return read_small(path, MAX_JSON)
+    except (OSError, ValueError):
+        return b""
 
 
 class Workspace(Protocol):
@@ -99,39 +114,85 @@ def work_folder(stage: Workspace) -> Path:
     return work
 
 
+class StagedOutput(ABC):
+    """What a stage asks of the output that it becomes. What is not abstract is so of a folder on
+    this machine, the usual one."""
+
+    out: Path  # its name, for messages; on the Hub that of the work for it
+    final: Path  # the folder in which files get their names
+    control: Path  # the folder in which it is built, with journal and lock
+    moves = False  # files get their names one by one, so some may have them already
+    has_history = False  # an output of another job stays in it when this one replaces that
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether there is anything of its name."""
+
+    @abstractmethod
+    def receipt(self) -> bytes:
+        """The receipt of the output that is there; empty without one."""
+
+    @abstractmethod
+    def size_of(self, name: str) -> int | None:
+        """Bytes of a file of the output that is there."""
+
+    @abstractmethod
+    def check(self, *, replaces: bool) -> None:
+        """`Refused` unless there is nothing or, where this replaces it, an older output only."""
+
+    @abstractmethod
+    def publish(self, stage: "Stage") -> None:
+        """Give the finished stage its final name; called again after a crash it continues."""
+
+    def check_kind(self) -> None:
+        """`Refused` for what no output can replace."""
+        return  # a name on the Hub has one kind
+
+    def head(self) -> Json:
+        """What the journal's first entry holds besides the job."""
+        return {}
+
+    def go_on(self, head: Json) -> None:
+        """Note that an interrupted run, whose journal begins so, is continued."""
+        return  # nothing depends on it
+
+    def begin(self) -> None:
+        """Make ready what the first file needs."""
+        return  # nothing
+
+    def has(self, stage: "Stage", name: str, sha256: str | None) -> bool:
+        """Whether a file has left the stage before the others."""
+        return False
+
+    def disk(self, size: int) -> int:
+        """Bytes of disk that files of that size take, all together."""
+        return size
+
+    def old_files(self) -> list[str]:
+        """Files that are removed one by one when the new ones get their names."""
+        return []
+
+
 class Stage:
     """The hidden folder in which an output is built; a context that holds its lock.
 
-    `out` is the final folder; the control folder `.NAME.adapterkit/` beside it holds `out/` (the
-    stage), `journal.jsonl` and `lock`. Where `out` exists and no rename can replace it (a mount
-    point, or a parent that is not writable) the control folder lies inside `out` and the files move
-    one by one: weights, index, config, receipt last.
-
-    The journal's first entry is the job, then come the finished shards, and once all is written
-    `{"publish": sha256 of the receipt}`: from then on only the names are missing, and whether the
-    stage or `out` has that receipt tells how far publishing got.
+    The control folder, `.NAME.adapterkit/` beside the output, holds `out/` (the stage),
+    `journal.jsonl` and `lock`. The journal's first entry is the job, then come the finished shards,
+    and once all is written `{"publish": sha256 of the receipt}`: from then on only the names are
+    missing, and whether the stage or the output has that receipt tells how far publishing got.
     """
 
     attempt = ""  # one process writes here
 
-    @property
-    def path(self) -> Path:
-        return self.control / "out"
+    def __init__(self, output: StagedOutput):
+        self.output, self.out, self.control = output, output.out, output.control
+        self.path = self.control / "out"
+        self.replaces = False  # an older output
+        self._journal, self._noting = -1, threading.Lock()
 
     @cached_property
     def lock(self) -> Lock:
         return Lock(self.control)
-
-    def __init__(self, out: Path):
-        self.out = self.final = out  # `final`: the folder in which the files get their names
-        parent = out.resolve().parent
-        self.inside = out.is_dir() and (
-            system.is_mount(out.resolve()) or not os.access(parent, os.W_OK)
-        )
-        self.control = out / ".adapterkit" if self.inside else parent / control_of(out)
-        self.receipt = out / RECEIPT
-        self.replaces = False  # an older output
-        self._journal = -1
 
     def __enter__(self) -> "Stage":
         """Lock the folder for this process; `Refused` while another one works in it."""
@@ -171,154 +232,22 @@ class Stage:
     @property
     def is_new(self) -> bool:
         """Whether neither an output nor a run's work is there."""
-        return not any(map(os.path.lexists, (self.out, self.receipt, self.control)))
+        return not (self.output.exists() or os.path.lexists(self.control))
 
-    def state(self, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
-        """'fresh', 'resume', 'publish' (only the final names are missing) or 'finished'.
-
-        `Refused` where the output or an interrupted run is in the way, or another run is at work.
-        """
-        if not resume:
-            self.lock.check()
-        self._check_kind()
-        entries = self.journal()
-        head = entries[0] if entries else None
-        published = self.published().get("fingerprint")
-        receipt = publish_of(entries)
-        is_its = receipt is not None and _sha256(self.receipt) == receipt
-        is_its = is_its or (head is None and published == fingerprint)
-        # of another job it is refused by who asks
-        is_others = head is None and published not in (None, fingerprint) and not overwrite
-        if resume and (is_others or (is_its and self._is_finished(overwrite))):
-            return "finished"
-        complete = resume and receipt is not None and _sha256(self.path / RECEIPT) == receipt
-        self.replaces = overwrite or bool(resume and head is not None and head.get("overwrite"))
-        if not (complete and self.inside):  # else the output is half moved
-            self._check_output()
-        if head is not None and not resume and not overwrite:
-            self.lock.check()
-            if self.journal():  # else a run has just ended
-                raise Refused(
-                    "an earlier run to this --out was interrupted",
-                    expected="an output that no other run has begun",
-                    where=str(self.control),
-                    hint="give --resume to continue it, or --overwrite to begin again",
-                    code="AK602",
-                )
-        if head is None or not resume:
-            return "fresh"
-        return "publish" if complete and head.get("fingerprint") == fingerprint else "resume"
-
-    def _check_kind(self) -> None:
-        if self.out.exists() and not self.out.is_dir():
-            raise Refused(
-                "a file of this name exists",
-                expected="a new folder",
-                where=str(self.out),
-                hint="choose another --out",
-                code="AK601",
-            )
-
-    def is_published(self, recipe: dict) -> bool:
-        """Whether the output is there and is of this very job, of the same input files: its journal
-        is there still."""
-        entries = self.journal()
-        receipt = publish_of(entries)
-        is_there = receipt is not None and _sha256(self.receipt) == receipt
-        return is_there and entries[0].get("recipe") == recipe
-
-    def published(self) -> dict:
-        """The receipt of the output that is there; empty without one."""
-        return receipt_at(self.receipt)
-
-    def size_there(self, name: str) -> int | None:
-        """Bytes of a file of the output that is there."""
-        return size_at(self.final / name)
-
-    def _is_finished(self, overwrite: bool) -> bool:
-        """Whether the output that is there has all of its files; `Damaged` where it lacks some,
-        unless it is to be made again."""
-        receipt = self.published()
-        lacks = lacking(receipt, self.size_there) if receipt else []
-        if lacks and not overwrite:
-            raise incomplete(lacks, str(self.out))
-        return not lacks
-
-    def head(self) -> dict:
-        """What the journal's first entry holds besides the job."""
-        return {}
-
-    def holds(self, result: ShardResult) -> bool:
-        """Whether a finished shard is there."""
-        return disk.size_below(self.path, result.file) == result.size
+    def holds(self, name: str, size: int, sha256: str | None) -> bool:
+        """Whether a finished file is there, or has left before the others."""
+        is_here = disk.size_below(self.path, name) == size
+        return is_here or self.output.has(self, name, sha256)
 
     def is_whole(self, files: Mapping[str, dict]) -> bool:
-        """Whether the files of a receipt are there, to be published."""
-        # where files are moved one by one, some may have been
-        moved = {name for name in files if self.inside and not os.path.lexists(self.path / name)}
-        root = lambda name: self.final if name in moved else self.path
-        return all(disk.size_below(root(n), n) == entry["size"] for n, entry in files.items())
-
-    def disk(self, size: int) -> int:
-        """Bytes of disk that files of that size take, all together."""
-        return size
-
-    def _output_entries(self) -> list[Path]:
-        """What the output folder holds, without our control folder."""
-        if not self.out.is_dir():
-            return []
-        return [
-            p
-            for p in self.out.iterdir()
-            if p.name != ".adapterkit" and not (self.inside and p.name == "lost+found")
-        ]
-
-    def _check_output(self) -> None:
-        """`Refused` unless the output folder is empty or, with --overwrite, an older output
-        only."""
-        entries = self._output_entries()
-        if entries and not self.replaces:
-            raise Refused(
-                f"the output folder holds {listed(sorted(p.name for p in entries))}",
-                expected="an empty or new folder",
-                where=str(self.out),
-                hint="choose another --out, or give --overwrite to replace an older output",
-                code="AK601",
-            )
-        files = self.published().get("files")
-        if entries and files is None:
-            raise Refused(
-                "--overwrite would remove a folder that adapterkit did not write",
-                expected="an older output (--overwrite replaces the whole folder)",
-                where=str(self.out),
-                hint="remove the folder yourself, or choose another --out",
-                code="AK601",
-            )
-        written = {*(files or ()), RECEIPT}
-        there = self._output_files()
-        unlisted = sorted(n for n in there if n not in written or (self.out / n).is_symlink())
-        if unlisted:
-            raise Refused(
-                "--overwrite would remove files that adapterkit did not write: "
-                f"{', '.join(unlisted[:6])}",
-                expected="only files that its receipt lists "
-                "(--overwrite replaces the whole folder)",
-                where=str(self.out),
-                hint="move them away, or choose another --out",
-                code="AK601",
-            )
-
-    def _output_files(self) -> list[str]:
-        """Every file of the output folder, as a path in it."""
-        files = []
-        for top in self._output_entries():
-            below = [top] if top.is_symlink() or not top.is_dir() else top.rglob("*")
-            files += [
-                p.relative_to(self.out).as_posix()
-                for p in below
-                if p.is_symlink() or not p.is_dir()
-            ]
-        return files
+        """Whether the files of a receipt are there, to be published; where files are moved one by
+        one, some may have been."""
+        return all(
+            disk.size_below(self.output.final, name) == entry["size"]
+            if self.output.moves and not os.path.lexists(self.path / name)
+            else self.holds(name, entry["size"], entry["sha256"])
+            for name, entry in files.items()
+        )
 
     def clear(self, keep: Iterable[str] = ()) -> None:
         """Empty the stage but for finished shards: half-written files take the space that is
@@ -348,6 +277,11 @@ class Stage:
             self.path.rmdir()
 
     def begin(self) -> None:
+        """Make ready what the first file needs, the journal first."""
+        self.open_journal()
+        self.output.begin()
+
+    def open_journal(self) -> None:
         """Create the stage and open the journal, without a last line that a crash tore."""
         with storage_errors(self.control):
             self.path.mkdir(exist_ok=True)
@@ -367,8 +301,8 @@ class Stage:
         return True
 
     def note(self, entry: dict) -> None:
-        """Append one entry to the journal, durably."""
-        with storage_errors(self.control / JOURNAL):
+        """Append one entry to the journal, durably; of several threads."""
+        with self._noting, storage_errors(self.control / JOURNAL):
             write_all(line_of(entry), lambda rest, _: os.write(self._journal, rest))
             disk.sync(self._journal)
 
@@ -399,69 +333,17 @@ class Stage:
 
     def ready(self) -> None:
         """Note that the stage is complete: from here on a resumed run only publishes it."""
-        self._check_output()  # it may have changed since the start
+        self.output.check(replaces=self.replaces)  # it may have changed since the start
         with storage_errors(self.path):
             sync_folders(self.path)
-        self.note(
-            {
-                "publish": _sha256(self.path / RECEIPT),
-                "old": self._output_files() if self.inside else [],
-            }
-        )
+        sha256 = hashlib.sha256((self.path / RECEIPT).read_bytes()).hexdigest()
+        self.note({"publish": sha256, "old": self.output.old_files()})
 
     def publish(self) -> None:
         """Give the finished stage its final name, and leave nothing else behind but the journal."""
-        with storage_errors(self.out):
-            if self.inside:
-                self._move_into()
-            else:
-                self._swap()
-                sync_folder(self.out.resolve().parent)
+        self.output.publish(self)
         self._close_journal()
         self._clean()
-
-    def _swap(self) -> None:
-        final = self.out.resolve()
-        if not self._output_entries():
-            system.replace_empty(self.path, final)
-            return
-        self._check_output()
-        try:
-            system.exchange(self.path, final)
-        except OSError:
-            # no exchange on this file system: for a moment there is no output, never a mixed one
-            shutil.rmtree(self.control / "old", ignore_errors=True)
-            system.replace_empty(final, self.control / "old")
-            system.replace_empty(self.path, final)
-
-    def _move_into(self) -> None:
-        """Move the files one by one; called again after a crash it continues.
-
-        An old index over new shards loads and is silently wrong: what makes a folder loadable is
-        removed first and moved last.
-        """
-        staged = self.path / RECEIPT
-        new = [*receipt_at(staged if staged.exists() else self.out / RECEIPT)["files"], RECEIPT]
-        old = set(filter(is_plain_path, self.journal()[-1]["old"])).difference(new)
-        for name in (*new, *old):
-            disk.check_folder(self.out, (self.out / name).parent)
-        for name in sorted({*new, *old}, key=_publish_order, reverse=True):
-            if _publish_order(name) and (name in old or (self.path / name).exists()):
-                (self.out / name).unlink(missing_ok=True)
-        sync_folder(self.out)
-        self._move(name for name in new if not _publish_order(name))
-        for name in old:
-            (self.out / name).unlink(missing_ok=True)
-        sync_folders(self.out)
-        for name in sorted(filter(_publish_order, new), key=_publish_order):
-            self._move([name])
-            sync_folder(self.out)
-
-    def _move(self, names: Iterable[str]) -> None:
-        for name in names:
-            if disk.size_below(self.path, name) is not None:
-                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-                system.replace(self.path / name, self.out / name)
 
     def discard(self) -> None:
         """Remove the stage and what an exchange put there, then the journal and the lock."""
@@ -483,25 +365,3 @@ class Stage:
         if descriptor >= 0:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-
-
-def publish_of(entries: Iterable[dict]) -> str | None:
-    """The sha256 of the receipt with which the stage was complete; files may have been sent
-    since."""
-    found = [entry["publish"] for entry in entries if "publish" in entry]
-    return found[-1] if found else None
-
-
-def _publish_order(name: str) -> int:
-    """Weights and the rest 0, index 1, config 2, receipt 3."""
-    configs = {"config.json": 2, "model_index.json": 2}
-    return (configs | {RECEIPT: 3}).get(name, int(name.endswith(".index.json")))
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None

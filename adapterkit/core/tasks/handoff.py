@@ -16,7 +16,7 @@ from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Unrecoverable, shown
 from adapterkit.core.lazy import Tensor
-from adapterkit.core.output.file_result import read_result
+from adapterkit.core.output.journal import read_result
 from adapterkit.core.output.stage import HANDOFF, Workspace
 from adapterkit.core.output.writer import ShardFile
 from adapterkit.core.plan import HANDOFF_FOLDER, OutputFile, TaskResult

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.core.checkpoint.folder import LocalFolder
-from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.execution import stage_of
 from adapterkit.core.engine.placement import device_totals
 from adapterkit.core.errors import Failed, Refused
 from adapterkit.core.execute import FolderCheck, Push, check_free, run
+from adapterkit.core.output.resume import state_of
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.output.writer import part_name
 from adapterkit.core.plan import OutputFile, Placement, Plan
@@ -40,7 +41,7 @@ def finish_workers(
     job.check(plan)
     stage = stage_of(plan, Path(execution.out))
     worked, hashed = 0.0, execution.hash == "sha256"
-    if stage.state(job.fingerprint, resume=True, overwrite=False) == "fresh":
+    if state_of(stage, job.fingerprint, resume=True, overwrite=False) == "fresh":
         raise no_stage(stage.path)
     with stage:
         head = (stage.journal() or [{}])[0]

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.execution import stage_of
 from adapterkit.core.errors import Refused
-from adapterkit.core.execute import check_space, difference
+from adapterkit.core.execute import check_space
+from adapterkit.core.output.resume import difference, state_of
 from adapterkit.core.plan import Placement, Plan
 from adapterkit.core.receipt import digest, public_recipe
 from adapterkit.core.records import Json
@@ -71,9 +72,9 @@ def prepare_workers(plan: Plan, job: WorkerJob, how: RunOptions) -> Plan:
     plan = replace(plan, placement=Placement(room=room(plan.shards)))
     stage = stage_of(plan, Path(how.out))
     options = {"resume": False, "overwrite": how.overwrite}
-    stage.state(job.fingerprint, **options)  # refuses before anything is made
+    state_of(stage, job.fingerprint, **options)  # refuses before anything is made
     with stage:
-        stage.state(job.fingerprint, **options)
+        state_of(stage, job.fingerprint, **options)
         check_space(plan, plan.shards, stage)
         head = {
             "fingerprint": job.fingerprint,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from adapterkit.core.engine.partition import DIGITS, cut
 from adapterkit.core.errors import Refused
 from adapterkit.core.lazy import torch
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.writer import part_name, part_of
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.tasks.metrics import ChangeMetrics

@@ -17,7 +17,7 @@ from typing import Any
 from adapterkit import __version__
 from adapterkit.core import errors
 from adapterkit.core.engine.device import pick_device
-from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.execution import stage_of
 from adapterkit.core.errors import (
     AdapterkitError,
     Failed,
@@ -31,6 +31,7 @@ from adapterkit.core.execute import FolderCheck, Push
 from adapterkit.core.lazy import torch
 from adapterkit.core.optional import optional
 from adapterkit.core.options import no_progress
+from adapterkit.core.output.resume import state_of
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt
 from adapterkit.core.records import Json
@@ -83,7 +84,7 @@ def run_on_ray(
 def _state(plan: Plan, job: WorkerJob, how: RunOptions) -> str:
     """'fresh', 'resume' or 'finished'; `Refused` for a run to resume that workers did not begin."""
     stage = stage_of(plan, Path(how.out))
-    state = stage.state(job.fingerprint, resume=how.resume, overwrite=how.overwrite)
+    state = state_of(stage, job.fingerprint, resume=how.resume, overwrite=how.overwrite)
     if state == "resume" and not (stage.journal() or [{}])[0].get("ranks"):
         stage.lock.check()
         raise Refused(

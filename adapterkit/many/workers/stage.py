@@ -17,8 +17,7 @@ from pathlib import Path
 
 from adapterkit.core.checkpoint import disk
 from adapterkit.core.checkpoint.disk import replace_file, storage_errors, sync_folder, sync_folders
-from adapterkit.core.output.file_result import ShardResult, read_result
-from adapterkit.core.output.journal import line_of, read_entry
+from adapterkit.core.output.journal import ShardResult, line_of, read_entry, read_result
 from adapterkit.core.output.lock import may_run, process_record
 from adapterkit.core.output.stage import HANDOFF, RANKS, Stage
 from adapterkit.core.output.writer import UNFINISHED, part_of, unfinished_name

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapterkit.core.engine.device import arithmetic, own_gpu, pick_device
-from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.execution import stage_of
 from adapterkit.core.engine.interruptible import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.core.engine.local import local
 from adapterkit.core.engine.placement import place
@@ -30,7 +30,8 @@ from adapterkit.core.errors import (
 )
 from adapterkit.core.lazy import torch
 from adapterkit.core.options import Progress, expect
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
+from adapterkit.core.output.resume import state_of
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.run_options import WAIT, RunOptions
@@ -147,7 +148,7 @@ class Worker:
 def _is_ended(stage: Stage, job: WorkerJob) -> bool:
     """Whether the output is there, or made of the workers' files just now."""
     try:
-        state = stage.state(job.fingerprint, resume=True, overwrite=False)
+        state = state_of(stage, job.fingerprint, resume=True, overwrite=False)
     except Refused:
         return False
     journal = stage.journal()

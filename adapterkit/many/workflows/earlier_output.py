@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.bases.hub.folder import HubFolder
-from adapterkit.bases.hub.output.stage import work_folder
+from adapterkit.bases.hub.output.hub_output import work_output
 from adapterkit.core.checkpoint import hub_ids as ids
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder, read_small
 from adapterkit.core.checkpoint.reader import Identity
 from adapterkit.core.checkpoint.strict import MAX_JSON, read_json
-from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.execution import stage_of
 from adapterkit.core.errors import AdapterkitError, Refused
-from adapterkit.core.execute import check_same_job
 from adapterkit.core.inputs.input_identity import identities
-from adapterkit.core.output.earlier_output import lacking
+from adapterkit.core.output.resume import check_same_job, lacking
 from adapterkit.core.output.stage import RECEIPT, Stage, receipt_beside
 from adapterkit.core.plan import CopyFile, Plan
 from adapterkit.core.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
@@ -113,7 +112,7 @@ def can_go_on(place: Location, plan: Plan, overwrite: bool) -> bool:
     """Whether an interrupted run of this plan can be continued. `Refused` for one of another plan,
     or that is at work, unless it is to be overwritten."""
     is_on_hub = bool(place.repository)  # made on this machine
-    stage = Stage(work_folder(_hub_id(place))) if is_on_hub else stage_of(plan, Path(place.path))
+    stage = Stage(work_output(_hub_id(place))) if is_on_hub else stage_of(plan, Path(place.path))
     entries, recipe = stage.journal(), plan.recipe()
     if entries and entries[0].get("recipe") != recipe and not overwrite:
         stage.lock.check()

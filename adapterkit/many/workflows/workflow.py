@@ -14,8 +14,7 @@ from typing import Any
 
 from adapterkit.core.checkpoint.overlay import Overlay
 from adapterkit.core.commands import command
-from adapterkit.core.engine.execution import check_push_of, pinned_inputs, pushed
-from adapterkit.core.engine.file_stage import stage_of
+from adapterkit.core.engine.execution import check_push_of, pinned_inputs, pushed, stage_of
 from adapterkit.core.engine.planned_folder import planned_folder
 from adapterkit.core.errors import AdapterkitError, Interrupted, Problems, Refused, listed, shown
 from adapterkit.core.execute import check_place

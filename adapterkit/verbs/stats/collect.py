@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from adapterkit.bases.hub.output.sources import BoundedFolder, BoundedSources
+from adapterkit.bases.hub.scratch import BoundedFolder, BoundedSources
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.layout import TensorPlan
 from adapterkit.core.checkpoint.reader import Sources

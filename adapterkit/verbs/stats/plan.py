@@ -22,7 +22,7 @@ from adapterkit.core.inputs.input_identity import identities, plan_of
 from adapterkit.core.inputs.sources import open_model
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.options import Progress, StrPath, files
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.stage import WORK, Workspace
 from adapterkit.core.output.writer import ShardFile
 from adapterkit.core.plan import Effort, OutputFile, Plan

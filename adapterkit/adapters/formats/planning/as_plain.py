@@ -30,7 +30,7 @@ from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.checkpoint.overlay import Overlay
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.commands import ONE_PART, command
-from adapterkit.core.engine.converted_folder import converted_folder, made_adapter
+from adapterkit.core.engine.planned_folder import converted_folder, made_adapter
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.options import StrPath

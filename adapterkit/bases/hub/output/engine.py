@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterkit.bases.hub import upload
-from adapterkit.bases.hub.download import Stopped
-from adapterkit.bases.hub.output.stage import HubStage
+from adapterkit.bases.hub.output.hub_output import HubOutput
 from adapterkit.bases.hub.output.transfers import Input, MadeFile, Transfers, plan_transfers
-from adapterkit.bases.hub.scratch import ScratchFolder
+from adapterkit.bases.hub.scratch import ScratchFolder, Stopped
 from adapterkit.bases.hub.upload import LocalFile, copy_storage
 from adapterkit.core.engine.interruptible import (
     POLL_INTERVAL,
@@ -29,8 +28,8 @@ from adapterkit.core.engine.interruptible import (
 from adapterkit.core.errors import Failed, shown
 from adapterkit.core.execute import Engine
 from adapterkit.core.options import Progress
-from adapterkit.core.output.file_result import ShardResult
-from adapterkit.core.output.stage import Workspace
+from adapterkit.core.output.journal import ShardResult
+from adapterkit.core.output.stage import Stage, Workspace
 from adapterkit.core.plan import OutputFile, Plan
 
 SENDERS = (
@@ -60,14 +59,16 @@ class HubEngine:
         finished: Callable[[ShardResult], None],
         progress: Progress,
     ) -> None:
-        assert isinstance(stage, HubStage)
-        shutil.rmtree(stage.inputs, ignore_errors=True)
+        assert isinstance(stage, Stage)
+        output = stage.output
+        assert isinstance(output, HubOutput)
+        shutil.rmtree(output.inputs, ignore_errors=True)
         todo = {shard.file for shard in shards}
         transfers = plan_transfers(plan, held=self.held)
         wanted = [file for file in transfers.copied if file.file in todo]
-        copied = copy_storage(stage.destination.hub_id, wanted) if wanted else []
+        copied = copy_storage(output.destination.hub_id, wanted) if wanted else []
         for file in copied:
-            stage.copied(file)
+            output.note_copied(stage, file)
             finished(ShardResult(file.file, file.size, file.sha256 if hash else None, None, {}))
             progress(file.size)
         uncopied = {file.file for file in wanted} - {file.file for file in copied}
@@ -76,7 +77,7 @@ class HubEngine:
             transfers.check(self.limit)
         done = [shard.file for shard in plan.shards if shard.file not in todo]
         transfers = transfers.without([*done, *(file.file for file in copied)])
-        _HubRun(self, plan, transfers, stage, hash, finished, progress).run()
+        _HubRun(self, plan, transfers, stage, output, hash, finished, progress).run()
 
 
 class DiskBudget:
@@ -103,11 +104,12 @@ class DiskBudget:
 class _HubRun:
     """One job: this thread makes the files, one downloads for it, some send what is made."""
 
-    def __init__(self, engine, plan, transfers, stage, hashed, finished, progress):
+    def __init__(self, engine, plan, transfers, stage, output, hashed, finished, progress):
         self.engine: HubEngine = engine
         self.plan: Plan = plan
         self.transfers: Transfers = transfers
-        self.stage: HubStage = stage
+        self.stage: Stage = stage
+        self.output: HubOutput = output
         self.hashed, self.finished, self.progress = hashed, finished, progress
         self.stop = threading.Event()
         self.room = DiskBudget(transfers.disk(engine.limit) - transfers.rest)
@@ -160,7 +162,7 @@ class _HubRun:
         """Files that an earlier run made and did not send any more."""
         if self.engine.held:
             return
-        todo, gone = set(self.ready), self.stage.gone()
+        todo, gone = set(self.ready), self.output.gone(self.stage)
         for shard in self.plan.shards:
             path = self.stage.path / shard.file
             if shard.file not in todo and shard.file not in gone:
@@ -222,13 +224,13 @@ class _HubRun:
 
     def _upload_all(self) -> None:
         while (group := self._next_group()) and not self.stop.is_set():
-            sent = self.stage.upload(group)
+            sent = self.output.upload(self.stage, group)
             for file in group:
                 if file.name not in sent:
                     raise Failed(
                         f"{shown(file.name)} would become part of the repository's git",
                         expected="weights in the Hub's storage for large files",
-                        where=str(self.stage.destination.hub_id),
+                        where=str(self.output.destination.hub_id),
                         hint="restore the repository's .gitattributes, then give --resume",
                         code="AK701",
                     )

@@ -13,9 +13,8 @@ from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.overlay import Copied, Overlay
 from adapterkit.core.checkpoint.reader import FAR
-from adapterkit.core.engine.converted_folder import Conversion, conversion_of
 from adapterkit.core.engine.interruptible import run_stoppable
-from adapterkit.core.engine.planned_folder import planned_contents
+from adapterkit.core.engine.planned_folder import Conversion, conversion_of, planned_contents
 from adapterkit.core.plan import HANDOFF_FOLDER, OutputFile, Plan
 from adapterkit.core.weights.codec import stored_parts
 

@@ -3,13 +3,15 @@ files that are the Hub's own already, the inputs that each of the others takes, 
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from adapterkit.bases.hub.folder import HubFolder
 from adapterkit.bases.hub.output.inputs import Input, conversions_in, inputs_of
-from adapterkit.bases.hub.scratch import ScratchFolder
+from adapterkit.bases.hub.scratch import BoundedFolder, ScratchFolder, ShardCache
 from adapterkit.bases.hub.upload import CopiedFile
+from adapterkit.core.checkpoint.disk import free_bytes
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.tasks.handoff import HANDOFF_FOLDER, HandoffFactors
@@ -123,7 +125,8 @@ def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> T
     for shard in made:
         inputs = [each for each in inputs_of(shard) if _disk(plan, each)]
         sizes |= {each: _disk(plan, each) for each in inputs}
-        files.append(MadeFile(shard, tuple(inputs), _disk_of(shard)))
+        disk = shard.size << (shard.finalize is not None)  # twice where all tasks are waited for
+        files.append(MadeFile(shard, tuple(inputs), disk))
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
     tensors = sum(len(shard.layout.tensors) for shard in plan.shards)
     rest = small + _handoffs(plan) + RECORDS[0] + RECORDS[1] * tensors
@@ -168,11 +171,6 @@ def _disk(plan: Plan, which: Input) -> int:
     return folder.disk(which[1]) if isinstance(folder, ScratchFolder) else 0
 
 
-def _disk_of(shard: OutputFile) -> int:
-    """Bytes that an output takes while it is made: twice its own where all tasks are waited for."""
-    return shard.size << (shard.finalize is not None)
-
-
 def _handoffs(plan: Plan) -> int:
     """Bytes of what files hand on at most: it stays to the end."""
     factors = [
@@ -191,3 +189,39 @@ def _handoffs(plan: Plan) -> int:
         if spec.folder == HANDOFF_FOLDER
     }
     return 4 * sum(factors) + sum(spec.nbytes for spec in handed_on)
+
+
+def plan_bounded(plan: Plan, file: OutputFile, place: Path, limit: int | None) -> tuple[Plan, int]:
+    """The plan of a file that is collected, the files of its base on the Hub one after another; and
+    the bytes of disk that it takes. `Refused` where these are more than `limit`."""
+    totals, (folder,), collection = plan.totals(), plan.folders, file.collection
+    assert collection is not None
+    sizes = dict[str, int]()  # of what is downloaded
+    if isinstance(folder, HubFolder):
+        scratch = ScratchFolder(folder, place)
+        names = {*collection.reads}
+        sizes = {name: size for name in names if (size := scratch.disk(name))}
+    own = totals["disk_needed"]
+    least, most = own + max(sizes.values(), default=0), own + sum(sizes.values())
+    disk, free = min(most, max(least, ORDINARY)), free_bytes(place)
+    if limit is None and disk > free:
+        limit = free // 10 * 9  # it takes what there is
+    check_limit(
+        limit,
+        least,
+        f"the job takes {least:,}",
+        "what waits for its end, the file of statistics, and the largest file of the base",
+    )
+    disk = disk if limit is None else min(most, limit)
+    down = bytes_down((name for name in collection.reads if name in sizes), sizes, disk - own)
+    if isinstance(folder, HubFolder):
+        folder = BoundedFolder(folder, place, disk - own)
+    moved = {"bytes_down": down, "bytes_up": totals["bytes_written"], "disk_needed": disk}
+    placement = replace(plan.placement, totals={**plan.placement.totals, **moved})
+    return replace(plan, folders=(folder,), placement=placement), disk
+
+
+def bytes_down(names: Iterable[str], sizes: Mapping[str, int], room: int) -> int:
+    """Bytes that are downloaded while these files are read in this order."""
+    kept = ShardCache(sizes, room)
+    return sum(sizes[name] for name in names if kept.read(name) is not None)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.keys import module_of, rewrapped_key
 from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.checkpoint.compare import same_bytes
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import same_bytes
 from adapterkit.core.errors import Problems, shown
 from adapterkit.core.merge.sites import JoinedSite
 from adapterkit.core.merge.value_comparison import differing_rows

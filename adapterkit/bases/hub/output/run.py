@@ -7,18 +7,17 @@ from pathlib import PurePath
 
 from adapterkit.bases.hub.destination import Destination, parse_output
 from adapterkit.bases.hub.errors import quiet_library
+from adapterkit.bases.hub.listing import are_pinned, pinned
 from adapterkit.bases.hub.output.engine import HubEngine
+from adapterkit.bases.hub.output.hub_output import INPUTS, HubOutput, pins_before, work_output
 from adapterkit.bases.hub.output.inputs import conversions_in, plan_in_scratch
-from adapterkit.bases.hub.output.sources import plan_bounded
-from adapterkit.bases.hub.output.stage import HubStage, inputs_folder, pins_before, work_folder
-from adapterkit.bases.hub.output.transfers import plan_transfers
-from adapterkit.bases.hub.pins import are_pinned, pinned
+from adapterkit.bases.hub.output.transfers import plan_bounded, plan_transfers
 from adapterkit.core.checkpoint.disk import free_bytes
 from adapterkit.core.checkpoint.hub_ids import HubId, place_on_hub
 from adapterkit.core.errors import Refused
 from adapterkit.core.execute import FolderCheck, check_place, output_names, run
 from adapterkit.core.options import StrPath, parse_size
-from adapterkit.core.output.stage import RECEIPT, check_name, receipt_beside
+from adapterkit.core.output.stage import RECEIPT, Stage, check_name, receipt_beside
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt, earlier_repositories
 from adapterkit.core.run_options import RunOptions
@@ -57,16 +56,17 @@ def run_to_hub(
             hint="write a folder, then send it\nadapterkit finish PLAN --push ORG/NAME",
             code="AK111",
         )
-    work = work_folder(hub_id)
-    check_name(work, output_names(plan))
+    work = work_output(hub_id)
+    inputs = work.control / INPUTS
+    check_name(work.out, output_names(plan))
     rows = check if isinstance(check, RowCheck) else None
     if collected := next((file for file in plan.shards if file.collection), None):
-        plan, disk = plan_bounded(plan, collected, inputs_folder(hub_id), limit)
+        plan, disk = plan_bounded(plan, collected, inputs, limit)
         copies, engine = (), local(execution.device)  # its one file is sent at the end
     else:
-        plan = plan_in_scratch(plan, inputs_folder(hub_id))
+        plan = plan_in_scratch(plan, inputs)
         transfers = plan_transfers(plan, held=check is not None and rows is None)
-        if limit is None and transfers.disk(None) > (free := free_bytes(work)):
+        if limit is None and transfers.disk(None) > (free := free_bytes(work.out)):
             limit = free // 10 * 9  # it takes what there is
         transfers.check(limit)
         totals = {**plan.placement.totals, **transfers.totals(limit)}
@@ -77,7 +77,7 @@ def run_to_hub(
     with quiet_library():
         destination = open_destination(hub_id, plan)
         destination.look()
-        stage = HubStage(
+        output = HubOutput(
             work,
             destination,
             disk,
@@ -85,6 +85,7 @@ def run_to_hub(
             [folder for folder, _ in conversions_in(plan)],
             output_names(plan, destination.receipt_name),
         )
+        stage = Stage(output)
         if execution.dry_run:
             check_place(stage, plan, resume=execution.resume, overwrite=execution.overwrite)
             return plan
@@ -98,8 +99,8 @@ def run_to_hub(
             check=None if rows else check,
             progress=execution.progress,
         )
-    if stage.pushed:
-        receipt.data["pushed"] = stage.pushed
+    if output.pushed:
+        receipt.data["pushed"] = output.pushed
     return replace(receipt, out=f"hf://{hub_id}")
 
 

@@ -1,0 +1,146 @@
+"""What `--resume` and `--overwrite` come to: how far an earlier run got, by its journal and by the
+files that are there, and whether it was of the same job."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from adapterkit.core.errors import Damaged, Refused, listed
+from adapterkit.core.output.journal import Entry
+from adapterkit.core.output.stage import RECEIPT, Stage, parse_receipt, receipt_bytes
+from adapterkit.core.records import Json
+
+
+def state_of(stage: Stage, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
+    """'fresh', 'resume', 'publish' (only the final names are missing) or 'finished'.
+
+    `Refused` where the output or an interrupted run is in the way, or another run is at work.
+    """
+    output = stage.output
+    if not resume:
+        stage.lock.check()
+    output.check_kind()
+    entries = stage.journal()
+    head, noted = entries[0] if entries else None, _publish_of(entries)
+    if resume and head is not None:
+        output.go_on(head)
+    there = output.receipt()
+    published = parse_receipt(there).get("fingerprint")
+    is_its = _is_receipt(there, noted) or (head is None and published == fingerprint)
+    # of another job it is refused by who asks, unless its history keeps it
+    is_others = head is None and published not in (None, fingerprint)
+    is_others = is_others and not (overwrite or output.has_history)
+    if resume and (is_others or (is_its and _is_finished(stage, overwrite))):
+        return "finished"
+    complete = resume and _is_receipt(receipt_bytes(stage.path / RECEIPT), noted)
+    stage.replaces = overwrite or bool(resume and head is not None and head.get("overwrite"))
+    if not (complete and output.moves):  # else the output is half moved
+        output.check(replaces=stage.replaces)
+    if head is not None and not resume and not overwrite:
+        stage.lock.check()
+        if stage.journal():  # else a run has just ended
+            raise Refused(
+                "an earlier run to this --out was interrupted",
+                expected="an output that no other run has begun",
+                where=str(stage.control),
+                hint="give --resume to continue it, or --overwrite to begin again",
+                code="AK602",
+            )
+    if head is None or not resume:
+        return "fresh"
+    return "publish" if complete and head.get("fingerprint") == fingerprint else "resume"
+
+
+def is_published(stage: Stage, recipe: Json) -> bool:
+    """Whether the output is there and is of this very job, of the same input files: its journal is
+    there still."""
+    entries = stage.journal()
+    is_there = _is_receipt(stage.output.receipt(), _publish_of(entries))
+    return is_there and entries[0].get("recipe") == recipe
+
+
+def _publish_of(entries: list[Entry]) -> str | None:
+    """The sha256 of the receipt with which the stage was complete; files may have been sent
+    since."""
+    found = [entry["publish"] for entry in entries if "publish" in entry]
+    return found[-1] if found else None
+
+
+def _is_receipt(data: bytes, sha256: str | None) -> bool:
+    return bool(data) and hashlib.sha256(data).hexdigest() == sha256
+
+
+def _is_finished(stage: Stage, overwrite: bool) -> bool:
+    """Whether the output that is there has all of its files; `Damaged` where it lacks some, unless
+    it is to be made again."""
+    receipt = parse_receipt(stage.output.receipt())
+    lacks = lacking(receipt, stage.output.size_of) if receipt else []
+    if lacks and not overwrite:
+        raise Damaged(
+            f"the finished output lacks files, or has them with other sizes: {listed(lacks)}",
+            expected="all files of its receipt",
+            where=str(stage.out),
+            hint="put them back, or make it again with --overwrite",
+            code="AK607",
+        )
+    return not lacks
+
+
+def lacking(receipt: Mapping[str, Any], size_of: Callable[[str], int | None]) -> list[str]:
+    """The files of a receipt that are not there with their sizes."""
+    return [
+        name
+        for name, entry in receipt["files"].items()
+        if not isinstance(entry, dict) or size_of(name) != entry.get("size", -1)
+    ]
+
+
+def check_same_job(stage: Stage, recipe: Json) -> None:
+    """`Refused` when the interrupted run was of other inputs, options or another version."""
+    before = stage.journal()[0].get("recipe", {})
+    if before != recipe:
+        raise Refused(
+            f"the interrupted run was of another job: {difference(before, recipe)} differs",
+            expected="the same inputs, options and version",
+            where=str(stage.control),
+            hint="give the options of that run, or --overwrite to begin again",
+            code="AK603",
+        )
+
+
+def check_same_way(stage: Stage, device: str) -> None:
+    """`Refused` while several processes write the output's files, and when the interrupted run was
+    on another kind of device: its sums have another order."""
+    head = stage.journal()[0]
+    if head.get("ranks"):
+        raise Refused(
+            "the output is that of a plan file, which `adapterkit run` writes",
+            expected="one way of making it",
+            where=str(stage.control),
+            hint="give --overwrite to begin again, or end it\nadapterkit finish PLAN",
+            code="AK603",
+        )
+    before = head.get("device", "cpu")
+    if before != device:
+        raise Refused(
+            f"the interrupted run was on another device: {before}",
+            expected=f"that one, not {device}",
+            where=str(stage.control),
+            hint="resume on that device (--device), or give --overwrite to begin again",
+            code="AK603",
+        )
+
+
+def difference(before: dict, now: dict, path: str = "") -> str:
+    """The first place where two recipes differ, as a dotted path."""
+    for key in dict.fromkeys([*now, *before]):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            return difference(old, new, here)
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            return difference(dict(enumerate(old)), dict(enumerate(new)), here)
+        return here
+    return "something"
