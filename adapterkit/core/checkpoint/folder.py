@@ -14,7 +14,6 @@ import unicodedata
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
@@ -126,6 +125,7 @@ class LocalFolder:
         self.single = path.name if path.is_file() else None
         self.renamed: dict[str, str] = {}  # names here of files that have others on disk
         self.root = path.parent if self.single else path
+        self._files: dict[str, int] | None = None  # once they were asked for
         if not (path.is_file() or path.is_dir()):
             problem = "neither a file nor a folder" if path.exists() else "no such file or folder"
             raise Refused(
@@ -141,12 +141,11 @@ class LocalFolder:
         return vars(self) | {"root": self.root.absolute(), "parsed": {}}
 
     def files(self) -> dict[str, int]:
-        return self._files
-
-    @cached_property
-    def _files(self) -> dict[str, int]:
+        if self._files is not None:
+            return self._files
         if self.single:
-            return {self.single: (self.root / self.single).stat().st_size}
+            self._files = {self.single: (self.root / self.single).stat().st_size}
+            return self._files
         sizes = {}
         for folder, subfolders, names in os.walk(self.root):
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
@@ -157,6 +156,7 @@ class LocalFolder:
                 relative = path.relative_to(self.root).as_posix()
                 inside(relative, self.name)
                 sizes[relative] = path.stat().st_size
+        self._files = sizes
         return sizes
 
     def subfolder(self, name: str) -> "LocalFolder":

@@ -66,18 +66,14 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
 
     `number`: which input of the job the folder is. Raises `Damaged`.
     """
-
-    def parse() -> tuple[int, Header]:
-        header = _read_header(folder, name, number)
-        return len(header.raw), header
-
-    header = parsed(folder, ("header", name), parse)
+    header = parsed(folder, ("header", name), lambda: _read_header(folder, name, number))
     if all(spec.folder == number for spec in header.tensors[:1]):
         return header
     return replace(header, tensors=tuple(replace(spec, folder=number) for spec in header.tensors))
 
 
-def _read_header(folder: Folder, name: str, number: int) -> Header:
+def _read_header(folder: Folder, name: str, number: int) -> tuple[int, Header]:
+    """The header and its length."""
     if (size := folder.files().get(name)) is None:
         problem, where = f"no file {shown(name)}", folder.label
         raise Damaged(
@@ -94,26 +90,23 @@ def _read_header(folder: Folder, name: str, number: int) -> Header:
             hint="copy the file again",
             code="AK202",
         )
-    return parse_header(raw[:length], size, name, number)
+    return length, parse_header(raw[:length], size, name, number)
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
     """The header's length (8-byte prefix included) of a file of `file_size` bytes; `Damaged` if it
     has none."""
+    other = hint = ""
     if prefix.startswith(b"version https://git-lfs"):
+        other, hint = "a Git LFS pointer", "run `git lfs pull`"
+    elif prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
+        other, hint = "an HTML page", "download it again"
+    if other:
         raise Damaged(
-            "this is this is a Git LFS pointer, not the weights",
+            f"this is this is {other}, not the weights",
             expected="a safetensors file",
             where=where,
-            hint="run `git lfs pull`",
-            code="AK202",
-        )
-    if prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
-        raise Damaged(
-            "this is this is an HTML page, not the weights",
-            expected="a safetensors file",
-            where=where,
-            hint="download it again",
+            hint=hint,
             code="AK202",
         )
     length = int.from_bytes(prefix[:8], "little")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from adapterkit.core.checkpoint.folder import Folder, inside
+from adapterkit.core.checkpoint.folder import RESERVED, Folder, inside
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.commands import command
 from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, shown
@@ -28,14 +28,6 @@ TOKENIZER = re.compile(
 )
 # a Trainer's pickles that hold no weights
 TRAINER = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states")
-# names that Windows reserves for devices, with any extension
-DEVICES = {
-    "con",
-    "prn",
-    "aux",
-    "nul",
-    *(f"{port}{i}" for port in ("com", "lpt") for i in range(10)),
-}
 
 
 def find_shards(
@@ -155,10 +147,15 @@ def _indexed(index: dict, index_name: str, folder: Folder, errors: Problems) -> 
     names = sorted(set(weight_map.values()))
     wrong = {file: error for file in names if (error := _shard_name_error(file, files, where))}
     errors += wrong.values()
-    for single in SINGLE:
-        is_ours = index_name == f"{single}.index.json"
-        if single in files and single not in names and is_ours:
-            errors.append(_two_models(single, where))
+    single = index_name.removesuffix(".index.json")
+    if single in SINGLE and single in files and single not in names:
+        errors.add(
+            f"{single} lies beside an index that does not name it",
+            "one of them (transformers would load the single file, the index says otherwise)",
+            "move away the one that is not the model",
+            where=where,
+            code="AK203",
+        )
     by_folded: dict[str, list[str]] = {}
     for file in names:
         by_folded.setdefault(file.casefold(), []).append(file)
@@ -183,23 +180,16 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
         inside(file, where)
     except Refused as error:
         return error
+    problem = expected = ""
     plain = "/" not in file and ":" not in file and file == file.rstrip(". ")
-    if not plain or file.split(".")[0].casefold() in DEVICES:
-        return Refused(
-            f"file name {shown(file)!r}",
-            expected="a plain name of the folder itself",
-            where=where,
-            hint="restore the index",
-            code="AK203",
-        )
-    if file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
-        return Refused(
-            f"the index names {shown(file)} as a shard",
-            expected="safetensors files of a model",
-            where=where,
-            hint="restore the index",
-            code="AK203",
-        )
+    if not plain or RESERVED.fullmatch(file):
+        problem, expected = f"file name {shown(file)!r}", "a plain name of the folder itself"
+    elif file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
+        problem = f"the index names {shown(file)} as a shard"
+        expected = "safetensors files of a model"
+    if problem:
+        hint = "restore the index"
+        return Refused(problem, expected=expected, where=where, hint=hint, code="AK203")
     if file not in files:
         return Damaged(
             f"{shown(file)} is missing",
@@ -209,17 +199,6 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
             code="AK203",
         )
     return None
-
-
-def _two_models(single: str, where: str) -> Refused:
-    """The refusal of a single file and an index without it."""
-    return Refused(
-        f"{single} lies beside an index that does not name it",
-        expected="one of them (transformers would load the single file, the index says otherwise)",
-        where=where,
-        hint="move away the one that is not the model",
-        code="AK203",
-    )
 
 
 def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
@@ -232,31 +211,16 @@ def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
             hint="give the base model first, then the adapters",
             code="AK206",
         )
-    names = pickles(folder)
-    if names:
-        return Refused(
-            f"the weights are pickles: {', '.join(shown(p) for p in names[:6])}",
-            expected="safetensors files",
-            where=folder.name,
-            hint=(
-                "convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub "
-                "use the convert Space"
-            ),
-            code="AK206",
+    expected, hint = "safetensors files", "check the path"
+    if names := pickles(folder):
+        problem = f"the weights are pickles: {', '.join(shown(p) for p in names[:6])}"
+        hint = (
+            "convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub "
+            "use the convert Space"
         )
-    if any(name.endswith(".gguf") for name in own):
+    elif any(name.endswith(".gguf") for name in own):
+        problem = "this is a GGUF file"
         hint = f"make floats of it\n{command('adapterkit dequantize', folder.label, out='floats')}"
-        return Refused(
-            "this is a GGUF file",
-            expected="safetensors files",
-            where=folder.name,
-            hint=hint,
-            code="AK206",
-        )
-    return Refused(
-        "there are no safetensors files",
-        expected="a model checkpoint",
-        where=folder.name,
-        hint="check the path",
-        code="AK206",
-    )
+    else:
+        problem, expected = "there are no safetensors files", "a model checkpoint"
+    return Refused(problem, expected=expected, where=folder.name, hint=hint, code="AK206")

@@ -68,7 +68,7 @@ def scan_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     names, index, index_name = find_shards(folder, errors)
     scan = scan_files(folder, likely_shards(folder) if names is None else names, number, errors)
     if names is not None:
-        errors += _stored_twice(scan)
+        errors += _stored_twice(scan) if len(scan.shards) > 1 else []
         if index is not None:
             errors += _index_errors(scan, index["weight_map"], f"{folder.name}/{index_name}")
             index = index | {"weight_map": _shared_strings(scan.tensors, index["weight_map"])}

@@ -12,7 +12,7 @@ MAX_DEPTH = 100  # of lists and objects inside each other
 
 MAX_DIGITS = 100  # characters; float() of a longer integer may overflow
 # where there is none, no number needs a look of its own
-_ODD = re.compile(rb"-0|[0-9]{%d}" % MAX_DIGITS)
+_ODD = re.compile(rb"(?<![eE])-0(?![.eE])|[0-9]{%d}" % MAX_DIGITS)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 

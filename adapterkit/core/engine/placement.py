@@ -26,7 +26,9 @@ def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
     """The plan with the device that it runs on and what it takes there, and that device's name;
     `Refused` where there is no such device. `auto`: see `Work.gains`. `own`: the GPU of this
     process, where several of a machine share its GPUs."""
-    if name == "auto":
+    if name == "auto" and gpu_count() == 0:
+        name = "cpu"
+    elif name == "auto":
         name, notes = _auto(plan, own)
         plan = replace(plan, notes=(*plan.notes, *notes))
     elif name == "cuda" and own is not None:
@@ -40,12 +42,11 @@ def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
 def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
     """The device that a plan is best off on, and notes on GPUs that cannot be used: of those that
     can and have room for it, the one with most memory free."""
-    count = gpu_count()
-    work = Work.of(plan) if count else None
-    if work is None or not work.gains(Machine(all_cores(), H100)):
+    work = Work.of(plan)
+    if not work.gains(Machine(all_cores(), H100)):
         return "cpu", []  # before CUDA is started
     free, notes = {}, []
-    for number in range(count) if own is None else [own]:
+    for number in range(gpu_count()) if own is None else [own]:
         device = torch.device("cuda", number)
         try:
             free[device], total = probe_gpu_memory(device)

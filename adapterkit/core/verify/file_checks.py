@@ -95,25 +95,24 @@ def check_file(
             ends = _ends(out, name, marks, hashed=sha is not None)
         except AdapterkitError as error:
             problem = error
+    where, is_changed = name, False
     if sha is not None and name in out.hashes:
         progress(out.files()[name])
-        if out.hashes[name] != sha and problem is None:
-            problem = Damaged(
-                CHANGED, expected="the receipt's sha256", where=name, hint=AGAIN, code="AK607"
-            )
+        is_changed = out.hashes[name] != sha
     elif sha is not None:
         actual = _hash(out, name, ends, progress)
-        if actual.hexdigest() != sha and problem is None:
+        is_changed = actual.hexdigest() != sha
+        if is_changed and problem is None:
             keys = list(actual.marks)
             wrong = next((key for key in keys if actual.marks[key] != (marks or {})[key]), None)
-            where = name
             if wrong is not None:
                 where += f": {'its header or ' * (wrong == keys[0])}{shown(wrong)}"
-            problem = Damaged(
-                CHANGED, expected="the receipt's sha256", where=where, hint=AGAIN, code="AK607"
-            )
     if problem is not None:
         raise problem
+    if is_changed:
+        raise Damaged(
+            CHANGED, expected="the receipt's sha256", where=where, hint=AGAIN, code="AK607"
+        )
 
 
 def stored_tensors(folder: Folder, name: str) -> list[TensorSpec]:

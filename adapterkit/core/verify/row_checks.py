@@ -14,7 +14,7 @@ from adapterkit.core.engine.computed import in_order
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Damaged, Failed, Problems, shown
 from adapterkit.core.lazy import Tensor, torch
-from adapterkit.core.output.file_result import ShardResult
+from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.plan import OutputFile, Plan, Step
 from adapterkit.core.receipt import AGAIN, read_receipt
 from adapterkit.core.records import Json
@@ -204,9 +204,8 @@ class CodeCheck:
     expected = "W + Σ weight·scale·b@a, encoded"
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
-        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin = SampledRows(self.step, inputs)
-        after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
+        after = _stored_parts(self.packed, written, specs)
         alone = (
             self.step.draws is not None or self.packed.split_nested(origin.parts)[0] is self.packed
         )
@@ -225,7 +224,7 @@ class CodeCheck:
     ) -> Wrong | None:
         """What is wrong with these rows."""
         record, before = origin.narrow(origin.parts, first, last)
-        exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(first, last)])
+        exact = origin.exact(first, last)
         slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step).itemsize]
         written = origin.narrow(after, first, last)[1]
         stored = decode_checked(record, written).view(exact.shape)
@@ -255,10 +254,9 @@ class CompensatedCheck:
     expected = "W + Σ weight·scale·b@a, rounded with compensation"
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
-        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin, compensation = SampledRows(self.step, inputs), self.step.compensation
         assert compensation is not None
-        exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
+        exact = origin.exact(0, origin.height)
         after = self._parts(written, specs)
         stored = self._stored(after).view(exact.shape).double()
         slack, count = float(exact.abs().amax()) * SLACK_OF_SUMS, origin.height
@@ -266,7 +264,7 @@ class CompensatedCheck:
         same = self.packed is not None and torch.equal(stored, original)
         if same and float((exact - original).abs().amax()) <= slack:
             return RowsChecked(count)  # what does not change keeps its bytes
-        turn = (lambda m: m.T) if self.by_columns else (lambda m: m)
+        turn = (lambda m: m.T) if compensation.by_columns else (lambda m: m)
         before = turn(before_rounding(inputs, compensation, turn(exact), turn(stored)))
         low = high = value = self._rounded(origin, exact, before, after).double()
         bad = (stored - value).abs() > slack
@@ -281,14 +279,10 @@ class CompensatedCheck:
             bad |= ~_as_near(self.packed, after, exact, torch.tensor(slack), [plain], None)
         return RowsChecked(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
 
-    @property
-    def by_columns(self) -> bool:
-        return self.step.compensation is not None and self.step.compensation.by_columns
-
     def _parts(self, written: LocalReader, specs: Specs) -> dict[str, Tensor]:
         if self.packed is None:
             return {self.step.key: written.tensor(specs[self.step.key])}
-        return {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
+        return _stored_parts(self.packed, written, specs)
 
     def _stored(self, after: dict[str, Tensor]) -> Tensor:
         if self.packed is None:
@@ -317,10 +311,9 @@ class EncodedCheck:
     expected = "W + Σ weight·scale·b@a, encoded"
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
-        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
         origin = SampledRows(self.step, inputs)
-        exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
-        after = {part.key: written.view(None).tensor(specs[part.key]) for part in self.packed.parts}
+        exact = origin.exact(0, origin.height)
+        after = _stored_parts(self.packed, written, specs)
         slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step).itemsize]
         expected, draws = self._encoded(exact), self.step.draws
         wrong = _wrong(self.packed, after, exact, slack, expected, self._encoded, draws)
@@ -333,6 +326,10 @@ class EncodedCheck:
         if self.step.draws is not None:
             tensors = self.packed.encode_keeping_scales(tensors, value, self.step.draws)
         return tensors
+
+
+def _stored_parts(packed: QuantizedWeight, written: LocalReader, specs: Specs) -> dict[str, Tensor]:
+    return {part.key: written.view(None).tensor(specs[part.key]) for part in packed.parts}
 
 
 def _decoded(packed: QuantizedWeight, stored: dict[str, Tensor], exact: Tensor) -> Tensor:
@@ -461,6 +458,10 @@ class SampledRows(StoredRows):
             stop = min(first + most, self.range_of(first)[1], last)
             yield first, stop
             first = stop
+
+    def exact(self, first: int, last: int) -> Tensor:
+        """Rows through the edits."""
+        return torch.cat([self.edited(*piece) for piece in self.pieces(first, last)])
 
     def rows(self, first: int, last: int) -> Tensor:
         if not isinstance(self.source, QuantizedWeight):
