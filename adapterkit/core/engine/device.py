@@ -85,6 +85,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def is_cpu(name: str) -> bool:
+    """Whether a device's name stands for the CPU whatever is to be done."""
+    return name == "cpu" or (name == "auto" and gpu_count() == 0)
+
+
 def gpu_count() -> int:
     """How many GPUs torch can use; it is not loaded where the system has no driver of one."""
     if "torch" not in sys.modules and not system.may_have_gpus():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
+from adapterkit.core.engine.device import is_cpu
 from adapterkit.core.engine.planned_folder import conversion_of
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.execute import FolderCheck, Push, check_place, output_names, run
@@ -48,11 +49,11 @@ def execute(
     `push` is the repository to which the finished folder goes. Raises `Refused` before anything is
     written, `Failed` after.
     """
-    from adapterkit.core.engine.placement import place
-
     check_out(plan, how)
     check_push_of(plan, how, push)
     if is_on_hub(how.out):
+        from adapterkit.core.engine.placement import place
+
         plan, device = place(plan, how.device)
         done = load(HUB["run"])(plan, replace(how, device=device), check)
         return with_verified(done, check) if isinstance(done, Receipt) else done
@@ -60,6 +61,10 @@ def execute(
         if plan.is_file or not how.overwrite:
             stage = stage_of(plan, Path(how.out))
             check_place(stage, plan, resume=how.resume, overwrite=how.overwrite)
+        if is_cpu(how.device):
+            return plan
+        from adapterkit.core.engine.placement import place  # not for the CPU: it takes an engine
+
         return place(plan, how.device)[0]
     sent: Push | None = None
     if push is not None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from adapterkit.core.budget import GPU_TASKS, pinned_size
 from adapterkit.core.engine.buffers import GPU_BUFFERS, ROOM, ROOMS
 from adapterkit.core.engine.cost import CONSUMER, GPUS, H100, Machine, Work
-from adapterkit.core.engine.device import gpu_count, kind, pick_device, probe_gpu_memory
+from adapterkit.core.engine.device import gpu_count, is_cpu, kind, pick_device, probe_gpu_memory
 from adapterkit.core.engine.partition import largest_piece
 from adapterkit.core.errors import Refused
 from adapterkit.core.lazy import torch
@@ -26,9 +26,9 @@ def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
     """The plan with the device that it runs on and what it takes there, and that device's name;
     `Refused` where there is no such device. `auto`: see `Work.gains`. `own`: the GPU of this
     process, where several of a machine share its GPUs."""
-    if name == "auto" and gpu_count() == 0:
-        name = "cpu"
-    elif name == "auto":
+    if is_cpu(name):
+        return plan, "cpu"
+    if name == "auto":
         name, notes = _auto(plan, own)
         plan = replace(plan, notes=(*plan.notes, *notes))
     elif name == "cuda" and own is not None:
