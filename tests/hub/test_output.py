@@ -266,7 +266,7 @@ def test_without_a_limit_it_takes_the_disk_that_is_free(place):
     _, client, *_ = place
     job = JOBS["merge"].format(more="out='hf://org/free', dry_run=True")
     call = f"{job}.totals()"
-    client("from adapterkit.bases.hub.output import output as module\nwhole = module.free_bytes")
+    client("from adapterkit.bases.hub.output import run as module\nwhole = module.free_bytes")
     needed = client(call)["disk_needed"]
     try:
         client("module.free_bytes = lambda path: 1_000_000")
