@@ -19,8 +19,8 @@ from adapterkit.doors import VERBS
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.formats.records.convert import convert as convert
-    from adapterkit.adapters.formats.records.edit import edit as edit
+    from adapterkit.adapters.formats.convert import convert as convert
+    from adapterkit.adapters.formats.edit import edit as edit
     from adapterkit.bases.quantized.records.dequantize import dequantize as dequantize
     from adapterkit.bases.quantized.records.loftq import loftq as loftq
     from adapterkit.bases.quantized.records.quantize import quantize as quantize

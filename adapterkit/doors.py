@@ -12,14 +12,14 @@ SECTIONS = {
         "stats": "verbs.stats.verb",
     },
     "Adapters": {
-        "convert": "adapters.formats.records.convert",
+        "convert": "adapters.formats.convert",
         "combine": "verbs.combine.records.combine",
         "fit": "verbs.fit.verb",
         "subtract": "verbs.combine.records.subtract",
         "arrow": "verbs.combine.records.arrow",
         "resize": "verbs.combine.records.resize",
         "rebase": "verbs.init.records.rebase",
-        "edit": "adapters.formats.records.edit",
+        "edit": "adapters.formats.edit",
     },
     "Quantization": {
         "quantize": "bases.quantized.records.quantize",
@@ -69,15 +69,15 @@ CONTAINERS = {
 ADAPTERS = {
     "another layout": "adapters.formats.detect:in_another_layout",
     "no model": "adapters.formats.detect:no_model",
-    "pickles": "adapters.formats.unpickled_folder:without_pickles",
+    "pickles": "adapters.formats.files.pickles:without_pickles",
     "converted": "adapters.formats.planning.as_plain:converted",
     "contents": "adapters.formats.planning.as_plain:contents_of",
     "part names": "adapters.formats.planning.as_plain:with_part_names",
     "parts": "adapters.formats.planning.as_plain:open_parts",
     "layout": "adapters.formats.planning.as_plain:plan_in_layout",
     "extra deltas": "adapters.formats.extra_deltas:added_deltas",
-    "eight bits": "adapters.variants.eight_bits:decoded",
-    "expert order": "adapters.variants.expert_order:order_problem",
+    "eight bits": "adapters.formats.peft.eight_bits:decoded",
+    "expert order": "adapters.formats.peft.expert_order:order_problem",
 }
 
 # What a merge does besides a sum with one weight for each adapter, rounded once

@@ -17,7 +17,7 @@ from adapterkit.adapters.formats.modules.parts import scaled_role
 from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.peft.dialects import arranged
 from adapterkit.adapters.formats.planning.source import named_base, read_contents
-from adapterkit.adapters.formats.records.convert import ConvertOptions
+from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.core.inputs.sources import open_base, open_unconverted
 from adapterkit.core.weights.plan_reader import PlanReader
 

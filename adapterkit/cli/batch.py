@@ -25,7 +25,7 @@ def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **option
     Empty lines and those that start with # say nothing. Raises `Refused` before the first
     conversion where two outputs would be one, `Interrupted` on a signal.
     """
-    from adapterkit.adapters.formats.records.convert import convert
+    from adapterkit.adapters.formats.convert import convert
     from adapterkit.many.workflows.report import report
 
     del options["out"], options["plan"]

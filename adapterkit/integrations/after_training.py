@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapterkit.adapters.formats.records.convert import convert
+from adapterkit.adapters.formats.convert import convert
 from adapterkit.core.errors import Refused
 from adapterkit.core.merge.verb import merge
 from adapterkit.core.options import StrPath

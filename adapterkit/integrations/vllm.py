@@ -24,7 +24,7 @@ from threading import Lock
 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # pyright: ignore[reportMissingImports]
 
-from adapterkit.adapters.formats.records.convert import Convert
+from adapterkit.adapters.formats.convert import Convert
 from adapterkit.core.checkpoint.folder import is_plain_path
 from adapterkit.core.checkpoint.hub_ids import parse
 from adapterkit.core.checkpoint.strict import read_json

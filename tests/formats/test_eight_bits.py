@@ -13,7 +13,7 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit import Refused, Unrecoverable
-from adapterkit.adapters.variants import eight_bits
+from adapterkit.adapters.formats.peft import eight_bits
 from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.runtime import load

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.fusing import Fusion, fuse, split
-from adapterkit.adapters.formats.modules.record import AdapterModule
+from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.modules.tensors import Expression, StoredTensor, stored
+from adapterkit.adapters.formats.planning.lossy import with_biases
 from adapterkit.adapters.formats.schema import NamingRule
-from adapterkit.adapters.formats.uniform_rank import as_the_format_has_them
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Refused
 
@@ -236,14 +236,14 @@ def test_biases_are_apart_or_together(scale: float) -> None:
     factors = {"a": torch.randn(2, IN).double(), "b": torch.randn(UNIT, 2).double()}
     lora = module(memory, "lora", "to_q", 2 * scale, 2, **factors, bias=bias)
     lone = module(memory, "full", "to_k", 1, 1, diff_b=other)
-    apart = as_the_format_has_them([lora, lone], formats()["comfyui"])
+    apart = with_biases(Contents("bfl", (), (lora, lone)), formats()["comfyui"]).modules
     assert [(m.name, m.kind) for m in apart] == [
         ("to_q", "lora"),
         ("to_q", "full"),
         ("to_k", "full"),
     ]
     assert torch.equal(apart[1].parts["diff_b"].value(memory), scale * bias)
-    back = as_the_format_has_them(apart, formats()["bfl"])
+    back = with_biases(Contents("comfyui", (), apart), formats()["bfl"]).modules
     assert [(m.name, m.kind) for m in back] == [("to_q", "lora"), ("to_k", "full")]
     assert torch.allclose(back[0].parts["bias"].value(memory), bias, rtol=1e-15)
 

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from adapterkit.adapters.formats.files.pickles import (
+    Unpickling,
     is_pickle,
     pickles_of,
     rewrite,
     rewritten_name,
     unsafe,
 )
-from adapterkit.adapters.formats.unpickled_folder import Unpickling
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.overlay import Overlay
 from adapterkit.core.errors import AdapterkitError, Damaged, Refused

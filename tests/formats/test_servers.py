@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapterkit import convert
 from adapterkit.adapters.formats.modules.record import AdapterModule
-from adapterkit.adapters.formats.uniform_rank import uniform, with_scale
+from adapterkit.adapters.formats.modules.uniform_rank import uniform, with_scale
 from adapterkit.core.errors import AdapterkitError, Refused
 from tests.formats.golden.make_sglang import CASES as SGLANG
 from tests.formats.golden.make_vllm import CASES as VLLM

@@ -43,8 +43,8 @@ LEVEL = {f"core.{part}": level for level, parts in enumerate(CORE) for part in p
 # What each extension imports besides the core, kernels and doors, those that need least first.
 # docs/architecture.md has both. `cli` and the package itself import what they like.
 NEEDS: dict[str, str] = {
-    "adapters.formats": "adapters.kinds adapters.variants bases.hub",
-    "verbs.shared": "adapters.formats adapters.variants",
+    "adapters.formats": "adapters.kinds bases.hub",
+    "verbs.shared": "adapters.formats",
     "verbs.stats": "bases.hub verbs.shared",
     "bases.quantized": "verbs.shared",
     "verbs.combine": "adapters.formats adapters.kinds verbs.shared verbs.stats",
@@ -52,9 +52,7 @@ NEEDS: dict[str, str] = {
     "verbs.init": "adapters.kinds bases.quantized verbs.combine verbs.shared",
     "bases.gguf": "adapters.formats bases.images bases.quantized",
     "many.workflows": "adapters.formats bases.hub bases.images many.workers verbs.shared",
-    "runtime": (
-        "adapters.formats adapters.variants verbs.combine verbs.init verbs.shared verbs.stats"
-    ),
+    "runtime": ("adapters.formats verbs.combine verbs.init verbs.shared verbs.stats"),
     "verbs.look": "adapters.formats bases.gguf bases.images verbs.shared",
     "integrations": "adapters.formats verbs.look",
     "verbs.fit": "runtime verbs.combine verbs.look verbs.shared verbs.stats",

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.adapters.formats.records.convert import Convert
+from adapterkit.adapters.formats.convert import Convert
 from adapterkit.cli import main
 from adapterkit.core.calls import own_hint
 from adapterkit.core.merge.verb import Merge

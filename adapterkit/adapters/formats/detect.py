@@ -1,24 +1,49 @@
 """Which format a source is in, by its keys, metadata and settings."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import cast
 
 from adapterkit.adapters.formats.files.configs import read_config
-from adapterkit.adapters.formats.files.containers import Container, open_container
 from adapterkit.adapters.formats.files.pickles import pickles_of, rewritten_name, unsafe
 from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.peft.eight_bits import decoded
 from adapterkit.adapters.formats.schema import Format
 from adapterkit.core.adapter.keys import CONFIG as ADAPTER_CONFIG
-from adapterkit.core.checkpoint.folder import Folder, WithSubfolders
+from adapterkit.core.checkpoint.folder import Folder, WithSubfolders, belonging_to
+from adapterkit.core.checkpoint.header import TensorSpec, read_header
 from adapterkit.core.commands import LIST_FORMATS, command
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.records import Json, Settings
+from adapterkit.core.registry import load
+from adapterkit.doors import CONTAINERS
 
 PICKLE = "pickle"
-CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf"}
+ENDINGS = {".safetensors": "safetensors", ".gguf": "gguf"}
+
+
+@dataclass(frozen=True)
+class Container:
+    """A file's tensors by key, its metadata, and the hash of what was read of it."""
+
+    file: str
+    tensors: Mapping[str, TensorSpec]
+    metadata: Settings
+    header_sha256: str
+
+
+def open_container(folder: Folder, file: str, number: int) -> Container:
+    """The tensors of a safetensors or GGUF file. Raises `Damaged` or `Refused`."""
+    with belonging_to(folder):
+        for ending, container in CONTAINERS.items():
+            if file.endswith(ending):
+                adapter = load(container["adapter"])(folder, file, number)
+                return Container(file, adapter.tensors, adapter.metadata, adapter.header.sha256)
+        header = read_header(folder, file, number)
+    tensors = decoded({spec.key: spec for spec in header.tensors})
+    return Container(file, tensors, header.metadata, header.sha256)
 
 
 @dataclass(frozen=True)
@@ -86,7 +111,7 @@ def part_folders(folder: Folder) -> tuple[str, ...]:
     other adapters."""
     ends = f"/{ADAPTER_CONFIG}"
     names = [name.removesuffix(ends) for name in folder.files() if name.endswith(ends)]
-    here = any("/" not in name and name.endswith(tuple(CONTAINERS)) for name in folder.files())
+    here = any("/" not in name and name.endswith(tuple(ENDINGS)) for name in folder.files())
     return () if here else tuple(sorted(name for name in names if "/" not in name))
 
 
@@ -120,7 +145,7 @@ def _files(folder: Folder, format: Format) -> Iterator[str]:
     container, own = format.file.container, format.file.name
     if container == PICKLE:
         container, own = "safetensors", rewritten_name(own)
-    fits = [name for name in files if CONTAINERS.get(PurePosixPath(name).suffix) == container]
+    fits = [name for name in files if ENDINGS.get(PurePosixPath(name).suffix) == container]
     if own in fits:
         yield own
     elif len(fits) == 1:

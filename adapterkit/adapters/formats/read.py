@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from adapterkit.adapters.formats.capabilities import refused_by_name
-from adapterkit.adapters.formats.files.containers import Container
+from adapterkit.adapters.formats.detect import Container
 from adapterkit.adapters.formats.files.keys import Raw, raws_of
 from adapterkit.adapters.formats.files.templates import words_of
 from adapterkit.adapters.formats.image_model import SingleFileModel
@@ -53,9 +53,9 @@ from adapterkit.adapters.formats.modules.row_permutations import Heads
 from adapterkit.adapters.formats.modules.tensors import GROUPED, STEPS, from_spec
 from adapterkit.adapters.formats.modules.tied import with_heads
 from adapterkit.adapters.formats.modules.wide_inputs import check_shape
+from adapterkit.adapters.formats.peft.eight_bits import notes_on
 from adapterkit.adapters.formats.scales import Scales
 from adapterkit.adapters.formats.schema import MODEL, Format
-from adapterkit.adapters.variants.eight_bits import notes_on
 from adapterkit.core.adapter.adapter_config import HUB_ID
 from adapterkit.core.checkpoint.folder import Folder, place_of
 from adapterkit.core.errors import Problems, Refused, listed, shown

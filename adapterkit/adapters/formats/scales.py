@@ -12,8 +12,8 @@ from adapterkit.adapters.formats.modules.kinds import FACTORS, KINDS
 from adapterkit.adapters.formats.modules.parts import rank_of
 from adapterkit.adapters.formats.modules.record import AdapterModule, Modules
 from adapterkit.adapters.formats.modules.tensors import from_spec
+from adapterkit.adapters.formats.modules.uniform_rank import is_float32, shared_number, with_scale
 from adapterkit.adapters.formats.schema import Format
-from adapterkit.adapters.formats.uniform_rank import is_float32, shared_number, with_scale
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.adapter_config import DeclaredScales, declared_settings
 from adapterkit.core.checkpoint.header import TensorSpec

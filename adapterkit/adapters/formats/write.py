@@ -30,10 +30,10 @@ from adapterkit.adapters.formats.modules.tensors import (
     reshaped,
 )
 from adapterkit.adapters.formats.modules.tied import without_heads
+from adapterkit.adapters.formats.modules.uniform_rank import uniform
 from adapterkit.adapters.formats.modules.wide_inputs import with_widths
 from adapterkit.adapters.formats.scales import has_alpha, place_scales
 from adapterkit.adapters.formats.schema import MODEL, Format
-from adapterkit.adapters.formats.uniform_rank import uniform
 from adapterkit.core import dtypes
 from adapterkit.core.commands import LIST_FORMATS, ONE_PART
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown

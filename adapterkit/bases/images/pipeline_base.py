@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterkit.adapters.formats.card import adapter_card
+from adapterkit.adapters.formats.engines import adapter_card
 from adapterkit.bases.images.joined_plans import in_folders, joined
 from adapterkit.bases.images.pipeline import PipelineComponent, read_pipeline
 from adapterkit.bases.images.pipeline_adapters import Split, base_of_conversion, split_adapters

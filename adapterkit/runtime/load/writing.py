@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapterkit.adapters.formats.card import adapter_card
-from adapterkit.adapters.variants.expert_order import in_order_of_peft
+from adapterkit.adapters.formats.engines import adapter_card
+from adapterkit.adapters.formats.peft.expert_order import in_order_of_peft
 from adapterkit.core.adapter.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.core.adapter.targets import ALL_LINEAR
 from adapterkit.core.calls import COMMAND

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from adapterkit.adapters.formats.capabilities import roles_by_kind
+from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import detect
 from adapterkit.adapters.formats.library import architectures, formats
 from adapterkit.adapters.formats.modules.record import Contents
 from adapterkit.adapters.formats.planning.source import read_contents
-from adapterkit.adapters.formats.records.convert import ConvertOptions
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, MODEL, Architecture, Format
 from adapterkit.core.errors import AdapterkitError, MultipleErrors, shown
 from adapterkit.core.inputs.sources import open_unconverted

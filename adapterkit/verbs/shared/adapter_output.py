@@ -144,7 +144,7 @@ class Output:
         """Its other files; a tokenizer among them joins the notes."""
         files: Files = {**tokenizer_files(list(self.adapters), self.tokenizer, notes)}
         receipt = "../" * bool(self.folder) + RECEIPT
-        from adapterkit.adapters.formats.card import adapter_card
+        from adapterkit.adapters.formats.engines import adapter_card
 
         card = adapter_card(self.base(), self.adapters, self.summary, receipt)
         files["README.md"] = card.encode()
@@ -161,7 +161,7 @@ class Output:
         """adapter_config.json for the ranks in the metrics; `Unrecoverable` where two parameters of
         one target have different ones."""
 
-        from adapterkit.adapters.variants.expert_order import in_order_of_peft
+        from adapterkit.adapters.formats.peft.expert_order import in_order_of_peft
 
         inherited = self.base_settings
         if inherited is None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from adapterkit.adapters.formats.files.containers import Container
+from adapterkit.adapters.formats.detect import Container
 from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.kinds import (
     ALPHA,

@@ -21,7 +21,7 @@ from adapterkit.adapters.formats.modules.tensors import (
     transposed,
     zeros,
 )
-from adapterkit.adapters.formats.uniform_rank import common_scale, padded_to, with_scale
+from adapterkit.adapters.formats.modules.uniform_rank import common_scale, padded_to, with_scale
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.weights.names import Names

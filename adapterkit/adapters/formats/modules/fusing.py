@@ -41,8 +41,8 @@ from adapterkit.adapters.formats.modules.tensors import (
     scaled,
     zeros,
 )
+from adapterkit.adapters.formats.modules.uniform_rank import common_scale
 from adapterkit.adapters.formats.schema import HEADS, NamingRule
-from adapterkit.adapters.formats.uniform_rank import common_scale
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.core.lazy import Tensor, torch

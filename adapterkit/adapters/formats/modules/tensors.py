@@ -25,7 +25,7 @@ from adapterkit.core.weights.slots import taken
 from adapterkit.kernels.sums import all_finite
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.variants.eight_bits import EightBits
+    from adapterkit.adapters.formats.peft.eight_bits import EightBits
     from adapterkit.bases.gguf.adapter import BlockSpec
 
 Rows = range | tuple[int, ...]  # indices along an axis; a tuple where they are not consecutive

@@ -21,8 +21,8 @@ from adapterkit.adapters.formats.modules.kinds import (
 )
 from adapterkit.adapters.formats.modules.record import AdapterModule, Contents, Modules
 from adapterkit.adapters.formats.modules.tensors import Expression, zeros
+from adapterkit.adapters.formats.modules.uniform_rank import uniform
 from adapterkit.adapters.formats.schema import Format
-from adapterkit.adapters.formats.uniform_rank import uniform
 from adapterkit.adapters.formats.write import unsupported
 from adapterkit.core.commands import MERGE
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown

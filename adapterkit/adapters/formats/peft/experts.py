@@ -14,8 +14,8 @@ from adapterkit.adapters.formats.modules.experts import (
 from adapterkit.adapters.formats.modules.kinds import EXPERTS
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule
 from adapterkit.adapters.formats.modules.tensors import Expression, from_spec
+from adapterkit.adapters.formats.peft.expert_order import order_of
 from adapterkit.adapters.formats.schema import AdapterSchema
-from adapterkit.adapters.variants.expert_order import order_of
 from adapterkit.core.adapter.config import SLOWEST
 from adapterkit.core.adapter.factors import Factors, factors_of
 from adapterkit.core.adapter.keys import part_keys

@@ -1,7 +1,9 @@
-"""LoHa and LoKr in PEFT's layout as neutral contents, and back."""
+"""LoHa and LoKr in PEFT's layout as neutral contents, and back: with the settings by which PEFT
+0.21 expects such tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 from adapterkit.adapters.formats.capabilities import FIT_ON_BASE
 from adapterkit.adapters.formats.modules.names import kernel_of
@@ -11,19 +13,34 @@ from adapterkit.adapters.formats.modules.tensors import StoredTensor, reshaped, 
 from adapterkit.adapters.formats.schema import Format
 from adapterkit.adapters.formats.write import FormatFile, WrittenTensor
 from adapterkit.adapters.kinds.common import AdaptedModule, read_kind
-from adapterkit.adapters.kinds.layout import TENSORS, kind_key, kind_settings
 from adapterkit.adapters.kinds.loha import LoHa
 from adapterkit.adapters.kinds.lokr import LoKr
 from adapterkit.core import dtypes
-from adapterkit.core.adapter.keys import CONFIG, WEIGHTS, canonical_key
+from adapterkit.core.adapter.adapter_config import as_int, rank_settings
+from adapterkit.core.adapter.keys import CONFIG, PREFIX, WEIGHTS, canonical_key
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hashes import sha256_of_small_file
-from adapterkit.core.errors import Problems, listed
+from adapterkit.core.errors import Problems, Refused, listed
+from adapterkit.core.records import Json
 
 KINDS = {"LOHA": LoHa, "LOKR": LoKr}
 # of a source's settings, what stays
 KEPT = ("base_model_name_or_path", "revision", "task_type")
+Shapes = Mapping[str, tuple[int, ...]]  # of a module's tensors by role: w1, w2_a, t2, ...
+# role -> name of the tensor
+TENSORS = {
+    "loha": {name.removeprefix("hada_"): name for name in LoHa.keys},
+    "lokr": {name.removeprefix("lokr_"): name for name in LoKr.keys},
+}
+COMMON = {
+    "auto_mapping": None, "base_model_name_or_path": None, "exclude_modules": None,
+    "inference_mode": True, "init_weights": True, "layers_pattern": None,
+    "layers_to_transform": None, "module_dropout": 0.0, "modules_to_save": None,
+    "rank_dropout": 0.0, "revision": None, "task_type": None,
+}  # fmt: skip
+LINEAR, KERNELS = (1,), (1, *(k * k for k in range(2, 12)), *range(2, 12))  # sizes of kernels
+ONLY_RANK = "give --rank N to make plain factors of them"
 
 
 def read_kinds(format: Format, folder: Folder, peft_type: str, number: int = 0) -> Contents:
@@ -89,7 +106,7 @@ def write_kinds(
     for module in contents.modules:
         for role, part in module.parts.items():
             if module.kind == kind:
-                key, value = kind_key(module.name, kind, role), part
+                key, value = f"{PREFIX}{module.name}.{TENSORS[kind][role]}", part
                 if role in ("t1", "t2") and len(part.shape) == 3:  # of a Conv1d, with two axes too
                     value = reshaped(part, (*part.shape, 1))
             else:
@@ -114,3 +131,117 @@ def kernel_size(module: AdapterModule, architectures: Sequence[str]) -> int | No
         return 1
     kernel = kernel_of(architectures, module.component, module.name)
     return None if kernel is None else math.prod(kernel)
+
+
+def kind_settings(
+    kind: str,
+    modules: Mapping[str, Shapes],
+    scales: Mapping[str, float],
+    kernels: Mapping[str, int | None],  # sizes of flattened kernels, 1 of linear layers
+) -> Json:
+    """adapter_config.json of a LoHa or LoKr. `Refused` where PEFT makes no such tensors with any
+    settings: it has one way to decompose for all modules."""
+    settings = {"peft_type": kind.upper(), **COMMON, "target_modules": sorted(modules)}
+    cored = {name for name, shapes in modules.items() if "t1" in shapes or "t2" in shapes}
+    settings["use_effective_conv2d"] = bool(cored)
+    if kind == "lokr":
+        settings |= _decomposition(modules, kernels)
+    ranks = {name: _rank(shapes) for name, shapes in modules.items()}
+    alphas = {name: as_int(ranks[name] * scales[name]) for name in modules}
+    numbers = rank_settings(ranks, alphas)
+    return settings | {"alpha" if k == "lora_alpha" else k: v for k, v in numbers.items()}
+
+
+def _rank(shapes: Shapes) -> int:
+    """The rank of the factors; where both matrices are whole, the least with which PEFT makes them
+    so."""
+    for role in ("w1_b", "w2_b"):
+        if role in shapes:
+            return shapes[role][0]
+    return math.ceil(max(*shapes["w1"], *shapes["w2"][:2]) / 2)
+
+
+def _decomposition(modules: Mapping[str, Shapes], kernels: Mapping[str, int | None]) -> Json:
+    """decompose_factor and decompose_both with which PEFT makes matrices of these shapes."""
+    both = any("w1_a" in shapes for shapes in modules.values())
+    _unlike(modules, both).raise_all()
+    sizes = {name: _sizes(shapes) for name, shapes in modules.items()}
+    firsts = {first for pairs in sizes.values() for first, _ in pairs}
+    for likely in LINEAR, KERNELS:
+        sets = {n: likely if (k := kernels[n]) is None else (k,) for n in modules}
+        for factor in (-1, *range(1, 2 * max(firsts) + 1)):
+            if all(_fits(pairs, factor, sets[name]) for name, pairs in sizes.items()):
+                settings = {"decompose_both": both, "decompose_factor": factor}
+                return settings | {"rank_dropout_scale": False}
+    raise Refused(
+        f"LoKr of {len(modules)} modules whose matrices no one factor makes: {listed(list(sizes))}",
+        expected="one decompose_factor for all modules, as PEFT has it",
+        where="--to",
+        hint=ONLY_RANK,
+        code="AK301",
+    )
+
+
+def _unlike(modules: Mapping[str, Shapes], both: bool) -> Problems:
+    """Refusals of matrices that PEFT would make whole where they are factors, or the other way
+    round, and of what it multiplies otherwise."""
+    unlike = {
+        "a whole w1 beside others of low rank": lambda one: (
+            both and "w1" in one and _rank(one) < max(one["w1"]) / 2
+        ),
+        "a w1 of low rank that PEFT would have whole": lambda one: (
+            "w1_a" in one and _rank(one) >= max(first for first, _ in _sizes(one)) / 2
+        ),
+        "a whole w2 that PEFT would have of low rank": lambda one: (
+            "w2" in one and _rank(one) < max(one["w2"][:2]) / 2
+        ),
+        "a whole w2 on a Conv1d, where PEFT's product is no Kronecker product": lambda one: (
+            len(one.get("w2", ())) == 3
+        ),
+    }
+    errors = Problems(where="--to", hint=ONLY_RANK, code="AK301")
+    for what, is_unlike in unlike.items():
+        if names := [name for name, shapes in modules.items() if is_unlike(shapes)]:
+            problem = f"LoKr with {what}, in {len(names)} modules: {listed(names)}"
+            errors.add(problem, "shapes that PEFT makes")
+    return errors
+
+
+def _sizes(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The two factors of the outputs and of the inputs; a flattened kernel is with the inputs."""
+    cored = "t2" in shapes
+    one = shapes["w1"] if "w1" in shapes else (shapes["w1_a"][0], shapes["w1_b"][1])
+    if "w2" in shapes:
+        two = shapes["w2"][:2]
+    else:
+        two = (shapes["w2_a"][1 if cored else 0], shapes["w2_b"][1])
+    return (one[0], two[0]), (one[1], two[1])
+
+
+def _fits(
+    pairs: tuple[tuple[int, int], tuple[int, int]], factor: int, kernels: Iterable[int]
+) -> bool:
+    """Whether PEFT decomposes a module so, with one of these kernels in the second of the
+    inputs."""
+    (out1, out2), (in1, in2) = pairs
+    if factorization(out1 * out2, factor) != (out1, out2):
+        return False
+    return any(
+        factorization(in1 * in2 // kernel, factor) == (in1, in2 // kernel)
+        for kernel in kernels
+        if in2 % kernel == 0
+    )
+
+
+@cache
+def factorization(size: int, factor: int) -> tuple[int, int]:
+    """The two numbers into which PEFT's LoKr decomposes a size: `factor` and the rest where it
+    divides, else the divisors next to each other up to `factor`; -1: to the square root."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = size if factor == -1 else factor
+    first, second = 1, size
+    for number in range(2, min(limit, math.isqrt(size)) + 1):
+        if size % number == 0:
+            first, second = number, size // number
+    return first, second

@@ -26,6 +26,13 @@ from adapterkit.adapters.formats.modules.tensors import (
     zeros,
 )
 from adapterkit.adapters.formats.modules.wide_inputs import with_widths
+from adapterkit.adapters.formats.peft.eight_bits import notes_on
+from adapterkit.adapters.formats.peft.expert_order import (
+    in_order_of_peft,
+    order_of,
+    order_problem,
+    with_given,
+)
 from adapterkit.adapters.formats.peft.experts import (
     homes_of,
     read_stacks,
@@ -35,13 +42,6 @@ from adapterkit.adapters.formats.peft.experts import (
 from adapterkit.adapters.formats.peft.kinds import KINDS, read_kinds, write_kinds
 from adapterkit.adapters.formats.schema import Format
 from adapterkit.adapters.formats.write import FormatFile, WrittenTensor
-from adapterkit.adapters.variants.eight_bits import notes_on
-from adapterkit.adapters.variants.expert_order import (
-    in_order_of_peft,
-    order_of,
-    order_problem,
-    with_given,
-)
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.adapter_config import PEFT_LAYOUT, base_id, declared_settings
 from adapterkit.core.adapter.config import check_live_config

@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from adapterkit.adapters.formats.convert import COMPONENTS, ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect, in_another_layout
 from adapterkit.adapters.formats.image_model import SingleFileModel
 from adapterkit.adapters.formats.library import format_named, formats
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents
+from adapterkit.adapters.formats.peft.eight_bits import notes_on
+from adapterkit.adapters.formats.peft.expert_order import is_of_unsloth, order_of, with_given
 from adapterkit.adapters.formats.peft.layout import read_layout, write_layout
 from adapterkit.adapters.formats.planning.plan import (
     plan_contents,
@@ -19,10 +22,7 @@ from adapterkit.adapters.formats.planning.plan import (
 )
 from adapterkit.adapters.formats.planning.single_file import plan_in_names_of, plan_with_others
 from adapterkit.adapters.formats.planning.source import named_base, read_contents, selected
-from adapterkit.adapters.formats.records.convert import COMPONENTS, ConvertOptions
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, AdapterSchema
-from adapterkit.adapters.variants.eight_bits import notes_on
-from adapterkit.adapters.variants.expert_order import is_of_unsloth, order_of, with_given
 from adapterkit.core.adapter.config import SLOWEST
 from adapterkit.core.adapter.keys import CONFIG
 from adapterkit.core.checkpoint.folder import Folder

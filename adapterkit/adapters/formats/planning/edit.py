@@ -6,16 +6,16 @@ from typing import Any
 
 import yaml
 
+from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import detect
+from adapterkit.adapters.formats.edit import Edit
 from adapterkit.adapters.formats.files.configs import strict_yaml
 from adapterkit.adapters.formats.modules.kinds import KINDS
 from adapterkit.adapters.formats.modules.record import Contents
+from adapterkit.adapters.formats.modules.uniform_rank import with_scale
 from adapterkit.adapters.formats.planning.plan import plan_written, written_file
 from adapterkit.adapters.formats.planning.source import read_contents
-from adapterkit.adapters.formats.records.convert import ConvertOptions
-from adapterkit.adapters.formats.records.edit import Edit
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, Format
-from adapterkit.adapters.formats.uniform_rank import with_scale
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.errors import Problems, Refused, listed, shown

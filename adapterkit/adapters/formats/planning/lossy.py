@@ -7,7 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adapterkit.adapters.formats.capabilities import depends_on_base, is_fitted, is_vector, lacking
+from adapterkit.adapters.formats.capabilities import (
+    depends_on_base,
+    is_fitted,
+    is_vector,
+    lacking,
+    roles_by_kind,
+)
 from adapterkit.adapters.formats.modules.deltas import Fit, ModuleDelta
 from adapterkit.adapters.formats.modules.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
 from adapterkit.adapters.formats.modules.names import kernel_of
@@ -17,7 +23,6 @@ from adapterkit.adapters.formats.modules.tensors import contracted, scaled
 from adapterkit.adapters.formats.peft.kinds import headers_of, replaced_values
 from adapterkit.adapters.formats.peft.layout import KEPT
 from adapterkit.adapters.formats.schema import Format
-from adapterkit.adapters.formats.uniform_rank import as_the_format_has_them
 from adapterkit.adapters.kinds.common import Kind
 from adapterkit.adapters.kinds.dora_deltas import BaseWeights, dora_problems
 from adapterkit.adapters.kinds.planning import FLATTENED, read_deltas, unknown_kernel
@@ -34,6 +39,7 @@ from adapterkit.core.weights.plan_reader import PlanReader
 
 DIFFERENCES = ("full", "modulation")
 RANKED = (FACTORS, EXPERTS, PARAMETER)
+BIAS, DIFFERENCE, FULL = "bias", "diff_b", "full"
 
 
 def lowered(
@@ -50,18 +56,66 @@ def lowered(
 
     `Refused` where the base is needed and not given, or does not fit.
     """
-    contents = _with_biases(contents, format)  # first: what the format lacks depends on it
-    modules = [_without_core(m) if _lacks_core_only(m, format, contents) else m
-               for m in contents.modules]  # fmt: skip
+    contents = with_biases(contents, format)  # first: what the format lacks depends on it
+    modules = (
+        _without_core(m) if "mid" in m.parts and lacking(m, format, contents) == ["mid"] else m
+        for m in contents.modules
+    )
     contents = replace(contents, modules=tuple(modules))
     if rank is not None:
-        contents = _with_biases(_fitted(contents, format, rank, base), format)
+        contents = with_biases(_fitted(contents, format, rank, base), format)
     return _without_vectors(contents, format) if lossy else contents
 
 
-def _with_biases(contents: Contents, format: Format) -> Contents:
-    modules = as_the_format_has_them(contents.modules, format)
+def with_biases(contents: Contents, format: Format) -> Contents:
+    """The contents with biases where the format's files have them: PEFT adds scale · bias beside b,
+    other tools keep what is added to the layer's bias by itself."""
+    if not any({BIAS, DIFFERENCE} & {*module.parts} for module in contents.modules):
+        return contents
+    kinds = roles_by_kind(format)
+    has_role, has_difference = BIAS in kinds.get(FACTORS, ()), DIFFERENCE in kinds.get(FULL, ())
+    if has_role == has_difference:
+        return contents
+    modules = (_together if has_role else _apart)(contents.modules)
     return replace(contents, modules=tuple(modules))
+
+
+def _apart(modules: Modules) -> list[AdapterModule]:
+    """diff_b = scale · bias as modules of their own, beside those of the factors."""
+    differences = {(m.component, m.name): m for m in modules if m.kind == FULL}
+    result: list[AdapterModule] = []
+    for module in modules:
+        bias = module.parts.get(BIAS) if module.kind == FACTORS else None
+        if bias is None or (module.component, module.name) in differences:
+            result.append(module)
+            continue
+        result.append(replace(module, parts={r: p for r, p in module.parts.items() if r != BIAS}))
+        parts = {DIFFERENCE: scaled(bias, module.scale)}
+        result.append(AdapterModule(module.component, module.name, FULL, parts, 1.0, 1))
+    return result
+
+
+def _together(modules: Modules) -> list[AdapterModule]:
+    """bias = diff_b / scale among the factors, where a module has both."""
+    factors = {
+        (m.component, m.name): m
+        for m in modules
+        if m.kind == FACTORS and m.scale and BIAS not in m.parts
+    }
+    biases = {
+        (m.component, m.name): m.parts[DIFFERENCE]
+        for m in modules
+        if m.kind == FULL and set(m.parts) == {DIFFERENCE} and (m.component, m.name) in factors
+    }
+    result: list[AdapterModule] = []
+    for module in modules:
+        key = (module.component, module.name)
+        if key not in biases:
+            result.append(module)
+        elif module.kind == FACTORS:
+            bias = scaled(biases[key], 1 / module.scale)
+            result.append(replace(module, parts={**module.parts, BIAS: bias}))
+    return result
 
 
 def without_zeros(contents: Contents, format: Format) -> Contents:
@@ -133,10 +187,6 @@ def _check_large(modules: Modules, rank: int, where: str) -> None:
             hint="shrink them\n" + command("adapterkit resize", where, rank=rank, out="smaller"),
             code="AK402",
         )
-
-
-def _lacks_core_only(module: AdapterModule, format: Format, contents: Contents) -> bool:
-    return "mid" in module.parts and lacking(module, format, contents) == ["mid"]
 
 
 def _without_core(module: AdapterModule) -> AdapterModule:

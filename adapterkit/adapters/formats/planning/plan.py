@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapters.formats.base_model import NamedBase, facts_of
-from adapterkit.adapters.formats.card import adapter_card
+from adapterkit.adapters.formats.convert import Convert, ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
+from adapterkit.adapters.formats.engines import adapter_card
 from adapterkit.adapters.formats.files.configs import config_bytes
 from adapterkit.adapters.formats.image_model import family_of
 from adapterkit.adapters.formats.library import format_named, formats
@@ -31,7 +32,6 @@ from adapterkit.adapters.formats.planning.source import (
     shape_problems,
     with_matrices,
 )
-from adapterkit.adapters.formats.records.convert import ConvertOptions
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.adapters.formats.task import ConvertedTensor, ConvertedTensors
 from adapterkit.adapters.formats.write import FormatFile, WrittenTensor, write
@@ -39,10 +39,14 @@ from adapterkit.core import dtypes
 from adapterkit.core.adapter.adapter_config import hub_id
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Problems, Refused, listed, shown
+from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.inputs.input_identity import identities
+from adapterkit.core.inputs.sources import open_base, open_model, open_unconverted
 from adapterkit.core.lazy import torch
+from adapterkit.core.options import StrPath
 from adapterkit.core.output.stage import RECEIPT
 from adapterkit.core.plan import CopyFile, Files, OutputFile, Plan, Task
 from adapterkit.core.registry import load
@@ -170,7 +174,30 @@ def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
     return tuple(result)
 
 
+FILES = (".safetensors", ".gguf")  # endings of an output that is one file
 LAYOUTS = {"gguf": "bases.gguf.adapter:gguf_layout"}  # of containers that are not safetensors
+
+
+def plan_conversion(convert: Convert) -> Plan:
+    """The plan of a conversion as it is asked for."""
+    target = Path(convert.out)
+    is_file = target.suffix in FILES and not is_on_hub(convert.out)
+    source = open_unconverted(convert.src, convert.allow_pickle)
+    base = None if convert.base is None else base_for(convert.base, source, convert.prefix_only)
+    options, name = convert.only(ConvertOptions), target.name if is_file else None
+    plan = plan_convert(source, options, base, name)
+    if any("repo" in folder.origin for folder in plan.folders):  # on the Hub
+        from adapterkit.bases.hub.output.inputs import plan_in_parts
+
+        plan = plan_in_parts(plan)
+    return replace(plan, is_file=is_file)
+
+
+def base_for(text: StrPath, source: Folder, component: str | None = None) -> Checkpoint:
+    """The base, of a pipeline the part that the adapter is for."""
+    base = kind_of(open_model(text))
+    own = base.own("base of a conversion")
+    return own(base, source, component) if own else open_base(text)
 
 
 def plan_convert(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import compress
 
 from adapterkit.adapters.formats.capabilities import FIT_ON_BASE
+from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import Detection
 from adapterkit.adapters.formats.extra_deltas import AddedDelta, written
 from adapterkit.adapters.formats.image_model import SingleFileModel
@@ -19,7 +20,6 @@ from adapterkit.adapters.formats.peft.layout import KEPT, write_layout
 from adapterkit.adapters.formats.planning.plan import plan_written, tasks_of
 from adapterkit.adapters.formats.planning.source import read_contents, with_axes_of
 from adapterkit.adapters.formats.read import OTHER_BASE
-from adapterkit.adapters.formats.records.convert import ConvertOptions
 from adapterkit.adapters.formats.schema import MODEL
 from adapterkit.adapters.formats.write import in_names_of
 from adapterkit.core.adapter.keys import ADDED_DELTAS

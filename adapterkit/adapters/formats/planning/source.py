@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from adapterkit.adapters.formats.base_model import NamedBase, facts_of
+from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
 from adapterkit.adapters.formats.image_model import SingleFileModel, family_of
 from adapterkit.adapters.formats.library import architectures
@@ -19,7 +20,6 @@ from adapterkit.adapters.formats.peft.kinds import KINDS
 from adapterkit.adapters.formats.peft.layout import read_layout
 from adapterkit.adapters.formats.planning.lossy import read_fitted
 from adapterkit.adapters.formats.read import BASE, Reading, read
-from adapterkit.adapters.formats.records.convert import ConvertOptions
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, MODEL, Format
 from adapterkit.adapters.kinds.planning import kind_of
 from adapterkit.core import dtypes

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence, Set
 
+from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
 from adapterkit.adapters.formats.engines import Client, ModuleRule, engines
 from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.planning.as_plain import conversion_hint
-from adapterkit.adapters.formats.planning.convert import base_for
-from adapterkit.adapters.formats.planning.plan import plan_contents
+from adapterkit.adapters.formats.planning.plan import base_for, plan_contents
 from adapterkit.adapters.formats.planning.source import named_base, read_contents
-from adapterkit.adapters.formats.records.convert import ConvertOptions
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT
 from adapterkit.core.adapter.keys import module_of_factors
 from adapterkit.core.adapter.peft import scan_adapter

@@ -91,7 +91,7 @@ class Convert(WritingVerb, ConvertOptions):
     """
 
     tier = "core"
-    planner = "adapters.formats.planning.convert:plan_conversion"
+    planner = "adapters.formats.planning.plan:plan_conversion"
     command = """Convert an adapter between the formats of tools.
 
     The source's format is detected. Every key of it is used, or the conversion is refused with all
