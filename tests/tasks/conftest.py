@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapterkit
-from adapterkit.adapters.formats.planning import plan as tasks
+from adapterkit.adapters.formats import task as tasks
 from adapterkit.core.plan import Plan
 from tests.golden import inputs, jobs
 

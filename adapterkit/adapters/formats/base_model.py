@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from adapterkit.adapters.formats.library import architectures
-from adapterkit.adapters.formats.modules.experts import Stack
+from adapterkit.adapters.formats.modules.experts import Stack, stacks_of
 from adapterkit.adapters.formats.modules.row_permutations import Heads, model_heads
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.records import Settings
+from adapterkit.core.weights.loading import looks_whole
 from adapterkit.core.weights.names import Names
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -20,22 +21,56 @@ HEAD = "lm_head"
 class BaseFacts:
     """What a base's config and keys tell, its config alone too."""
 
-    model_type: str
+    model_type: str = ""
+    text_type: str = ""  # of the language model inside a multimodal one
     heads: Heads | None = None
     experts: int | None = None
-    tied: bool = False  # the head is the embeddings
+    tied: bool | None = None  # whether the head is the embeddings; None where no base tells
     family: str | None = None  # the architecture of an image or video model
-    text_type: str = ""  # of the language model inside a multimodal one
+
+    @classmethod
+    def of(
+        cls, config: Settings, keys: Collection[str] | None = None, family: str | None = None
+    ) -> "BaseFacts":
+        """The facts of the base with this config.json and these tensors, of which a tied head is
+        none; without `keys` of a config that is beside an adapter."""
+        text = config.get("text_config")
+        tables = [config, *([text] if isinstance(text, Mapping) else [])]
+        names = (one.get("model_type") for one in tables)
+        types = [*(name if isinstance(name, str) else "" for name in names), ""]
+        counts = [one[key] for one in tables for key in EXPERTS if type(one.get(key)) is int]
+        ties = any(one.get("tie_word_embeddings") is True for one in tables)
+        if keys and not any(HEAD in key.split(".") for key in keys):
+            ties = True
+        return cls(
+            types[0],
+            types[1],
+            model_heads(config),
+            counts[0] if counts else None,
+            None if keys is None else ties,
+            family,
+        )
 
 
 @dataclass(frozen=True)
 class NamedBase:
     """A base whose weights are there: its parameters by their names in the model, its stacks of
-    experts."""
+    experts. The model is built when one of them is asked for."""
 
     checkpoint: Checkpoint
-    names: Names
-    stacks: Mapping[str, Stack]
+    task: str | None  # what the adapter was trained for
+
+    @cached_property
+    def names(self) -> Names:
+        base = self.checkpoint
+        # PEFT numbers the stacks of a module in the order of the model's code
+        has_stacks = any(len(spec.shape) == 3 for spec in base.tensors.values())
+        is_whole = not has_stacks and looks_whole(base)
+        return Names(base, task=self.task, build_model=True, whole=is_whole)
+
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        return stacks_of(self.names)
 
     @cached_property
     def by_key(self) -> dict[str, str]:
@@ -44,20 +79,6 @@ class NamedBase:
         return {
             one.slots[0].key: one.name for one in parameters if one is not None and one.is_whole
         }
-
-
-def facts_of(config: Settings, keys: Collection[str], family: str | None = None) -> BaseFacts:
-    """The facts of the base with this config.json and these tensors, of which a tied head is
-    none."""
-    text = config.get("text_config")
-    tables = [config, *([text] if isinstance(text, Mapping) else [])]
-    counts = [table[key] for table in tables for key in EXPERTS if type(table.get(key)) is int]
-    ties = any(table.get("tie_word_embeddings") is True for table in tables)
-    if keys and not any(HEAD in key.split(".") for key in keys):
-        ties = True
-    experts = counts[0] if counts else None
-    types = [*(str(table.get("model_type", "")) for table in tables), ""]
-    return BaseFacts(types[0], model_heads(config), experts, ties, family, types[1])
 
 
 def architecture_of(

@@ -1,7 +1,7 @@
 """Which format a source is in, by its keys, metadata and settings."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import cast
@@ -63,16 +63,18 @@ def detect(folder: Folder, number: int = 0) -> Detection:
     damage: AdapterkitError | None = None
     matches: list[Detection] = []
     for format in formats().values():
-        for file in _files(folder, format):
-            if file not in containers:
-                try:
-                    containers[file] = open_container(folder, file, number)
-                except AdapterkitError as error:
-                    damage = error
-                    continue
-            config = _config(folder, format)
-            if _is_of(format, containers[file], config):
-                matches.append(Detection(format, containers[file], config))
+        file = _file(folder, format)
+        if file is None:
+            continue
+        if file not in containers:
+            try:
+                containers[file] = open_container(folder, file, number)
+            except AdapterkitError as error:
+                damage = error
+                continue
+        config = _config(folder, format)
+        if _is_of(format, containers[file], config):
+            matches.append(Detection(format, containers[file], config))
     if matches:
         highest = max(match.format.detect.priority for match in matches)
         first, *others = [match for match in matches if match.format.detect.priority == highest]
@@ -139,17 +141,19 @@ def no_model(detection: Detection, where: str) -> Refused:
     )
 
 
-def _files(folder: Folder, format: Format) -> Iterator[str]:
-    """The files of a source that may hold an adapter of this format; pickles are rewritten."""
-    files = [name for name in folder.files() if "/" not in name]
-    container, own = format.file.container, format.file.name
-    if container == PICKLE:
-        container, own = "safetensors", rewritten_name(own)
-    fits = [name for name in files if ENDINGS.get(PurePosixPath(name).suffix) == container]
-    if own in fits:
-        yield own
-    elif len(fits) == 1:
-        yield fits[0]
+def _file(folder: Folder, format: Format) -> str | None:
+    """The file of a source that may hold an adapter of this format; pickles are rewritten."""
+    is_pickle = format.file.container == PICKLE
+    container = "safetensors" if is_pickle else format.file.container
+    fits = [
+        name
+        for name in folder.files()
+        if "/" not in name and ENDINGS.get(PurePosixPath(name).suffix) == container
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    own = rewritten_name(format.file.name) if is_pickle else format.file.name
+    return own if own in fits else None
 
 
 def _config(folder: Folder, format: Format) -> Settings:

@@ -11,7 +11,7 @@ from adapterkit.adapters.formats.modules.deltas import ModuleDelta
 from adapterkit.adapters.formats.modules.parts import matrix_shape
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule
 from adapterkit.adapters.formats.modules.tensors import from_spec
-from adapterkit.adapters.formats.write import WrittenTensor
+from adapterkit.adapters.formats.task import ConvertedTensor
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec, read_header
@@ -60,7 +60,7 @@ class PlacedDelta:
         return self.delta.weight is not None
 
 
-def written(deltas: Sequence[AddedDelta]) -> tuple[list[WrittenTensor], dict[str, str]]:
+def written(deltas: Sequence[AddedDelta]) -> tuple[list[ConvertedTensor], dict[str, str]]:
     """The tensors and metadata of the file."""
     tensors, records = [], []
     for number, added in enumerate(deltas):
@@ -76,7 +76,7 @@ def written(deltas: Sequence[AddedDelta]) -> tuple[list[WrittenTensor], dict[str
             }
         )
         tensors += [
-            WrittenTensor(f"{number}.{role}", part, part.dtype, module.path)
+            ConvertedTensor(f"{number}.{role}", part, part.dtype, module.path)
             for role, part in module.parts.items()
         ]
     return tensors, {MODULES: json.dumps(records)}

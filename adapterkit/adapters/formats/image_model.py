@@ -138,8 +138,6 @@ def with_parts(checkpoint: Checkpoint, kind: type[Model] = SingleFileModel) -> M
 def family_of(checkpoint: Checkpoint) -> str | None:
     """The architecture of an image or video model, in its publisher's names or the model's; None of
     others."""
-    if "model_type" in checkpoint.config:
-        return None
     with suppress(Refused):
         model = checkpoint if isinstance(checkpoint, SingleFileModel) else with_parts(checkpoint)
         return None if model is None else model.architecture

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
+from adapterkit.adapters.formats.base_model import BaseFacts
 from adapterkit.adapters.formats.capabilities import refused_by_name
 from adapterkit.adapters.formats.detect import Container
 from adapterkit.adapters.formats.files.keys import Raw, raws_of
@@ -49,7 +50,6 @@ from adapterkit.adapters.formats.modules.record import (
     Contents,
     StoredAlpha,
 )
-from adapterkit.adapters.formats.modules.row_permutations import Heads
 from adapterkit.adapters.formats.modules.tensors import GROUPED, STEPS, from_spec
 from adapterkit.adapters.formats.modules.tied import with_heads
 from adapterkit.adapters.formats.modules.wide_inputs import check_shape
@@ -73,12 +73,10 @@ class Reading:
     alpha: float | None = None  # of all modules, where the format leaves it to the reader
     architecture: str | None = None
     modules: Sequence[str] = ()  # of the base, by which underscored names are told
-    heads: Heads | None = None  # of the base, or of the source's config
-    model_type: str | None = None  # likewise
-    tied: bool | None = None  # whether the base has one weight for embeddings and head
+    # without one, what the source's config tells
+    base: BaseFacts = field(default_factory=BaseFacts)
     component: str | None = None  # the only one whose values are read, where the names have it
     file: SingleFileModel | None = None  # modules that are named as in it keep these names
-    family: str | None = None  # the base's, which counts where names are of several
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,9 @@ def read(
             "remove --alpha",
         )
     errors.raise_all()
-    modules, notes = with_heads(modules, format, reading.tied)
+    notes: list[str] = []
+    if format.ties:
+        modules, notes = with_heads(modules, format, reading.base.tied)
     base = scales.settings.get("base")
     return Contents(
         format.name,
@@ -195,7 +195,7 @@ class _Names:
                 )
             return [name]
         if asked is None:
-            return self._of_type(known, self.reading.model_type)
+            return self._of_type(known, self.reading.base.model_type)
         if asked not in architectures():
             raise Refused(
                 f"there is no architecture {shown(asked)}",
@@ -206,12 +206,12 @@ class _Names:
             )
         return [asked]
 
-    def _of_type(self, known: list[str], model_type: str | None) -> list[str]:
+    def _of_type(self, known: list[str], model_type: str) -> list[str]:
         """The architectures that a model of this type may have. `Refused` where each of them says
         whose they are, and none that it is this one's."""
         models = {name: architectures()[name].detect.models for name in known}
         fits = of_type(known, model_type)
-        if fits or model_type is None or not known or not all(models.values()):
+        if fits or not model_type or not known or not all(models.values()):
             return fits or known
         raise Refused(
             f"this is an adapter for a model of type {shown(model_type)}",
@@ -256,8 +256,8 @@ class _Names:
         if modules:
             counts = {name: _known(attempts[name].resolved, {*modules}) for name in fits}
             fits = [name for name in fits if counts[name] == max(counts.values())]
-        if self.reading.family in fits:
-            fits = [self.reading.family]
+        if self.reading.base.family in fits:
+            fits = [self.reading.base.family]
         results = [_meaning(attempts[name].resolved) for name in fits]
         if any(result != results[0] for result in results):
             raise Refused(
@@ -345,7 +345,7 @@ class _Names:
                 raw = replace(raw, kind="embedding")
             fusion = None
             if naming != MODEL:
-                fusion = Fusion(match.rule, naming, self.reading.heads)
+                fusion = Fusion(match.rule, naming, self.reading.base.heads)
             place = own.stacked(match.rule)
             if place is None:
                 key = self._key(name, component, naming, match)

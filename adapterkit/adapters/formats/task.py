@@ -1,20 +1,26 @@
 """Tensors of a converted adapter, made from stored ones."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from adapterkit.adapters.formats.modules.deltas import Fit, FitReader
-from adapterkit.adapters.formats.modules.tensors import Expression
+from adapterkit.adapters.formats.modules.deltas import Fit, FitReader, fits_of
+from adapterkit.adapters.formats.modules.tensors import Expression, StoredTensor
 from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import TensorPlan
 from adapterkit.core.errors import Unrecoverable, shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.plan import READ, Task, TaskResult
+from adapterkit.core.tasks.common import CopiedTensor
 from adapterkit.core.tasks.metrics import short
 from adapterkit.core.weights.reader import Reader, TensorReader
 
 LOSS = 2.0**-8  # of a tensor's norm that rounding may lose: bfloat16's largest relative error
+
+
+MANY = 8  # outputs of one stored tensor that are made together
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class ConvertedTensor:
     key: str
     expression: Expression
     dtype: str
+    module: str = ""  # for the receipt
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -119,3 +126,59 @@ def loss(value: Tensor, tensor: Tensor) -> float:
     lost = torch.linalg.vector_norm(tensor.double() - wide)
     norm = torch.linalg.vector_norm(wide)
     return float(lost / norm) if norm else float(wide.any())
+
+
+def tasks_of(tensors: Sequence[ConvertedTensor]) -> tuple[Task, ...]:
+    """One task for each tensor, or for all that share fits or are made of the same stored ones."""
+    fitted: list[ConvertedTensor] = []
+    others: list[Task] = []
+    for tensor in tensors:
+        if fits_of(tensor.expression):
+            fitted.append(tensor)
+        else:
+            others.append(_task(tensor))
+    return _together([*others, *_fitted(fitted)])
+
+
+def _fitted(tensors: Sequence[ConvertedTensor]) -> list[Task]:
+    """One task for all tensors that share fits, as parts of a fused module do."""
+    groups: dict[int, list[ConvertedTensor]] = {}  # by the first of their fits
+    owner: dict[int, int] = {}
+    fits: dict[int, Fit] = {}
+    for tensor in tensors:
+        own = fits_of(tensor.expression)
+        fits |= {id(fit): fit for fit in own}
+        joined = {owner.setdefault(id(fit), id(fit)) for fit in own}
+        home = min(joined)
+        groups[home] = [one for old in sorted(joined) for one in groups.pop(old, [])] + [tensor]
+        owner = {fit: home if old in joined else old for fit, old in owner.items()}
+    tasks: list[Task] = []
+    for home, members in groups.items():
+        own = tuple(fits[fit] for fit, place in owner.items() if place == home)
+        tasks.append(ConvertedTensors(members[0].module, tuple(members), own))
+    return tasks
+
+
+def _task(tensor: ConvertedTensor) -> Task:
+    """A copy of bytes where nothing is computed."""
+    if isinstance(tensor.expression, StoredTensor) and tensor.dtype == tensor.expression.dtype:
+        return CopiedTensor(tensor.key, tensor.expression.spec, tensor.key, checked=True)
+    return ConvertedTensors(tensor.key, (tensor,))
+
+
+def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """Tensors that are made of the same stored ones, such as experts of their stack, in one task:
+    otherwise each of them would read the whole stack."""
+    readers = Counter(spec for task in tasks for spec in task.reads)
+    groups: dict[TensorSpec, list[ConvertedTensors]] = {}
+    result: list[Task] = []
+    for task in tasks:
+        shared = next((spec for spec in task.reads if readers[spec] > MANY), None)
+        if shared is None or not isinstance(task, ConvertedTensors) or task.fits:
+            result.append(task)
+        else:
+            groups.setdefault(shared, []).append(task)
+    for own in groups.values():
+        outputs = tuple(output for task in own for output in task.outputs)
+        result.append(ConvertedTensors(own[0].name, outputs))
+    return tuple(result)

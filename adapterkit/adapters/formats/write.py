@@ -21,19 +21,14 @@ from adapterkit.adapters.formats.modules.names import (
 )
 from adapterkit.adapters.formats.modules.parts import magnitude_in_file, matrix_shape
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
-from adapterkit.adapters.formats.modules.row_permutations import Heads
-from adapterkit.adapters.formats.modules.tensors import (
-    COLUMN,
-    STEPS,
-    Expression,
-    constant,
-    reshaped,
-)
+from adapterkit.adapters.formats.modules.row_permutations import Heads, model_heads
+from adapterkit.adapters.formats.modules.tensors import COLUMN, STEPS, constant, reshaped
 from adapterkit.adapters.formats.modules.tied import without_heads
 from adapterkit.adapters.formats.modules.uniform_rank import uniform
 from adapterkit.adapters.formats.modules.wide_inputs import with_widths
 from adapterkit.adapters.formats.scales import has_alpha, place_scales
 from adapterkit.adapters.formats.schema import MODEL, Format
+from adapterkit.adapters.formats.task import ConvertedTensor
 from adapterkit.core import dtypes
 from adapterkit.core.commands import LIST_FORMATS, ONE_PART
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
@@ -44,21 +39,11 @@ NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
 
 
 @dataclass(frozen=True)
-class WrittenTensor:
-    """One output tensor."""
-
-    key: str
-    expression: Expression
-    dtype: str
-    module: str  # for the receipt
-
-
-@dataclass(frozen=True)
 class FormatFile:
     """A file in a format: its tensors, metadata, and the settings beside it."""
 
     format: Format
-    tensors: Sequence[WrittenTensor]
+    tensors: Sequence[ConvertedTensor]
     metadata: Settings
     modules: Modules  # as they are written: fused, scales folded
     architecture: str | None = None
@@ -73,7 +58,6 @@ def write(
     *,
     architecture: str | None = None,
     dtype: str | None = None,
-    heads: Heads | None = None,
     base: BaseFacts | None = None,
 ) -> FormatFile:
     """The file of these contents. `Refused` with all that the format cannot hold."""
@@ -95,10 +79,13 @@ def write(
         )
     name, modules, words = _placed(contents, format, architecture, base)
     _check_components(modules, format, name)
-    modules = with_widths(modules, format, [name] if name else contents.architectures)
     reader, same_format = PlanReader(contents.folders), contents.format == format.name
-    modules, notes = without_heads(modules, format, base, reader)
+    modules = with_widths(modules, format, [name] if name else contents.architectures)
+    notes: list[str] = []
+    if format.ties:
+        modules, notes = without_heads(modules, format, base, reader)
     namings = _namings(contents, format, name, modules)
+    heads = model_heads(contents.config) if base is None else base.heads
     whole = in_names_of(modules, format, name, namings, heads, base, reader)
     if format.scale.uniform:
         same = uniform([module for module, _ in whole])
@@ -435,7 +422,7 @@ def _unnamed(format: Format, architecture: str, tied: list[str], lacking: list[s
 
 def _tensors(
     module: AdapterModule, key: str, format: Format, dtype: str | None, same_format: bool
-) -> list[WrittenTensor]:
+) -> list[ConvertedTensor]:
     """The tensors of a module under their keys."""
     kind = word_of(module, format)
     suffixes = format.kinds[kind]
@@ -448,10 +435,10 @@ def _tensors(
             value = STEPS[step].write(value)
         suffix = suffixes[role][0].replace("{adapter}", "")
         own = dtype if dtype and value.dtype in dtypes.FLOATS else value.dtype
-        written.append(WrittenTensor(key + suffix, value, own, module.path))
+        written.append(ConvertedTensor(key + suffix, value, own, module.path))
     if has_alpha(module, format, same_format):
         held, value = module.stored_alpha, constant(module.alpha)
         if held is not None and held.number == module.alpha:  # as the source has it
             value = reshaped(held.expression, ())
-        written.append(WrittenTensor(key + suffixes[ALPHA][0], value, value.dtype, module.path))
+        written.append(ConvertedTensor(key + suffixes[ALPHA][0], value, value.dtype, module.path))
     return written

@@ -19,7 +19,7 @@ def with_heads(
 ) -> tuple[list[AdapterModule], list[str]]:
     """The modules of a file, with the factors of a tied head beside those of the embeddings; a note
     where no base tells (`tied` None)."""
-    embeddings = [m for m in modules if m.embedding] if format.ties else []
+    embeddings = [m for m in modules if m.embedding]
     if not embeddings or tied is False:
         return list(modules), []
     if tied is None:
@@ -32,8 +32,8 @@ def without_heads(
 ) -> tuple[list[AdapterModule], list[str]]:
     """The modules without the factors of a tied head that are those of the embeddings. `Refused`
     where only one of the two is adapted, or each in its own way."""
-    embeddings = [m for m in modules if m.embedding] if format.ties else []
-    heads = [m for m in modules if m.name == HEAD] if format.ties else []
+    embeddings = [m for m in modules if m.embedding]
+    heads = [m for m in modules if m.name == HEAD]
     if base is None:
         return list(modules), [_untold(embeddings, format)] if embeddings else []
     if not base.tied or not (embeddings or heads):

@@ -3,7 +3,8 @@
 A client that widens the base's weight, with zeros, takes them; others fail on the shapes.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from adapterkit.adapters.formats.library import architectures, formats
@@ -15,27 +16,44 @@ from adapterkit.core.errors import Refused, listed, shown
 from adapterkit.core.weights.reader import TensorReader
 
 
+def base_inputs(names: Iterable[str]) -> dict[tuple[str, str], int]:
+    """The inputs of layers that adapters may widen, the most that these architectures have, by
+    component and module."""
+    inputs: dict[tuple[str, str], int] = {}
+    for name in names:
+        for component, words in architectures()[name].components.items():
+            for module, count in words.inputs.items():
+                inputs[component, module] = max(count, inputs.get((component, module), 0))
+    return inputs
+
+
 def with_widths(modules: Modules, format: Format, names: Sequence[str]) -> list[AdapterModule]:
     """The modules, with the shape of each widened weight where files in the format say it.
 
     `names`: the architectures that tell the base's inputs. `Refused` where clients of the format
     do not widen the base.
     """
-    wide = [module.path for module in modules if _is_wide(module, names)]
+    inputs = base_inputs(names)
+    wide = [
+        m
+        for m in modules
+        if m.kind == FACTORS
+        and (
+            SHAPE in m.parts or m.parts["a"].shape[1] > inputs.get((m.component, m.name), math.inf)
+        )
+    ]
     if wide and not format.widens:
         others = [one.name for one in formats().values() if one.widens and one.writes]
         raise Refused(
-            f"there are more inputs than the base has, in {listed(wide)}",
+            f"there are more inputs than the base has, in {listed([m.path for m in wide])}",
             expected=f"the base's shapes: clients of {format.title} do not widen its weights",
             where="--to",
             hint=f"choose one of {', '.join(others)}, whose clients do",
             code="AK503",
         )
     has_shape = SHAPE in format.kinds.get(FACTORS, ())
-    return [
-        _with_shape(module) if has_shape and module.path in wide else without_shape(module)
-        for module in modules
-    ]
+    shaped = {id(m): _with_shape(m) if has_shape else _without_shape(m) for m in wide}
+    return [shaped.get(id(m), m) for m in modules]
 
 
 def check_shape(parts: Mapping[str, Expression], reader: TensorReader, where: str) -> None:
@@ -55,28 +73,12 @@ def check_shape(parts: Mapping[str, Expression], reader: TensorReader, where: st
         )
 
 
-def without_shape(module: AdapterModule) -> AdapterModule:
-    """The module without the shape of its weight."""
-    if SHAPE not in module.parts:
-        return module
-    return replace(module, parts={role: p for role, p in module.parts.items() if role != SHAPE})
-
-
-def _is_wide(module: AdapterModule, names: Sequence[str]) -> bool:
-    """Whether the source says so, or a has more columns than the weight in these architectures."""
-    if module.kind != FACTORS:
-        return False
-    known = [
-        words.inputs[module.name]
-        for name in names
-        if (words := architectures()[name].components.get(module.component)) is not None
-        and module.name in words.inputs
-    ]
-    return SHAPE in module.parts or (bool(known) and module.parts["a"].shape[1] > max(known))
-
-
 def _with_shape(module: AdapterModule) -> AdapterModule:
     if SHAPE in module.parts:
         return module
     shape = constant((module.parts["b"].shape[0], module.parts["a"].shape[1]), "I64")
     return replace(module, parts={**module.parts, SHAPE: shape})
+
+
+def _without_shape(module: AdapterModule) -> AdapterModule:
+    return replace(module, parts={role: p for role, p in module.parts.items() if role != SHAPE})

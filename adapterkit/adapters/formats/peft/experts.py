@@ -5,6 +5,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from adapterkit.adapters.formats.base_model import NamedBase
 from adapterkit.adapters.formats.modules.experts import (
     Stack,
     is_transposed,
@@ -22,7 +23,6 @@ from adapterkit.core.adapter.keys import part_keys
 from adapterkit.core.adapter.record import Adapter, Lora
 from adapterkit.core.commands import command
 from adapterkit.core.errors import AdapterkitError, Refused, shown
-from adapterkit.core.weights.names import Names
 
 MOST = 4  # parameters of one module whose orders are tried
 
@@ -44,12 +44,12 @@ def read_stacks(
     module: str,
     loras: Sequence[Lora],
     words: AdapterSchema,
-    names: Names | None,
-    stacks: Mapping[str, Stack],
+    model: NamedBase | None,
 ) -> list[AdapterModule] | None:
     """The stacks of one module, the innermost first; None where the file leaves open which
     factors are whose, or which way round they are."""
-    own = names.children(module) if names is not None else None
+    own = model.names.children(module) if model is not None else None
+    stacks = model.stacks if model is not None else {}
     slowest = lambda leaf: words.slowest == "expert" or order_of(adapter.config, leaf) == SLOWEST
     for order in _orders(adapter, module, loras, own):
         try:
@@ -174,12 +174,13 @@ def stacked_keys(
 
 
 def stacked_parts(
-    module: AdapterModule, words: AdapterSchema, stacks: Mapping[str, Stack]
+    module: AdapterModule, words: AdapterSchema, model: NamedBase | None
 ) -> dict[str, Expression]:
     """a and b of a stack as the dialect stores them. `Refused` where that depends on the model's
     class, which is not known."""
     transpose = False
     if words.a_over == "first axis":
+        stacks = model.stacks if model is not None else {}
         inward = stacks[module.name].transposed if module.name in stacks else module.inward
         if inward is None:
             raise Refused(

@@ -2,16 +2,18 @@
 0.21 expects such tensors."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 
 from adapterkit.adapters.formats.capabilities import FIT_ON_BASE
+from adapterkit.adapters.formats.modules.kinds import COPY, VALUE
 from adapterkit.adapters.formats.modules.names import kernel_of
 from adapterkit.adapters.formats.modules.parts import magnitudes, tail_of
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents
-from adapterkit.adapters.formats.modules.tensors import StoredTensor, reshaped, stored
+from adapterkit.adapters.formats.modules.tensors import StoredTensor, from_spec, reshaped, stored
 from adapterkit.adapters.formats.schema import Format
-from adapterkit.adapters.formats.write import FormatFile, WrittenTensor
+from adapterkit.adapters.formats.task import ConvertedTensor
+from adapterkit.adapters.formats.write import FormatFile
 from adapterkit.adapters.kinds.common import AdaptedModule, read_kind
 from adapterkit.adapters.kinds.loha import LoHa
 from adapterkit.adapters.kinds.lokr import LoKr
@@ -65,12 +67,13 @@ def read_kinds(format: Format, folder: Folder, peft_type: str, number: int = 0) 
     return Contents(format.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
 
 
-def replaced_values(adapter: Adapter) -> list[AdapterModule]:
-    """The parameters that were trained whole."""
+def replaced_values(adapter: Adapter, copies: Collection[str] = ()) -> list[AdapterModule]:
+    """The parameters that were trained whole, or of these names copied from the base."""
     modules = []
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
-        modules.append(AdapterModule(LANGUAGE, home, "value", {leaf: stored(spec)}, 1.0, 1))
+        kind = COPY if name in copies else VALUE
+        modules.append(AdapterModule(LANGUAGE, home, kind, {leaf: from_spec(spec)}, 1.0, 1))
     return modules
 
 
@@ -102,7 +105,7 @@ def write_kinds(
             "give --prefix-only COMPONENT, one after the other",
         )
     Problems(errors).raise_all()
-    tensors: list[WrittenTensor] = []
+    tensors: list[ConvertedTensor] = []
     for module in contents.modules:
         for role, part in module.parts.items():
             if module.kind == kind:
@@ -112,7 +115,7 @@ def write_kinds(
             else:
                 assert isinstance(part, StoredTensor)
                 key, value = canonical_key(part.spec.key), part
-            tensors.append(WrittenTensor(key, value, dtype or value.dtype, module.path))
+            tensors.append(ConvertedTensor(key, value, dtype or value.dtype, module.path))
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     config = contents.config
     if config.get("peft_type") == kind.upper():

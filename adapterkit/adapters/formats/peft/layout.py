@@ -1,12 +1,11 @@
 """PEFT's layout as neutral contents, and back: names and settings by `core/adapter/`."""
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 
+from adapterkit.adapters.formats.base_model import NamedBase
 from adapterkit.adapters.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
 from adapterkit.adapters.formats.library import formats
-from adapterkit.adapters.formats.modules.experts import Stack
 from adapterkit.adapters.formats.modules.kinds import (
     COPY,
     EXPERTS,
@@ -39,23 +38,28 @@ from adapterkit.adapters.formats.peft.experts import (
     stacked_keys,
     stacked_parts,
 )
-from adapterkit.adapters.formats.peft.kinds import KINDS, read_kinds, write_kinds
+from adapterkit.adapters.formats.peft.kinds import (
+    KINDS,
+    headers_of,
+    read_kinds,
+    replaced_values,
+    write_kinds,
+)
 from adapterkit.adapters.formats.schema import Format
-from adapterkit.adapters.formats.write import FormatFile, WrittenTensor
+from adapterkit.adapters.formats.task import ConvertedTensor
+from adapterkit.adapters.formats.write import FormatFile
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.adapter_config import PEFT_LAYOUT, base_id, declared_settings
-from adapterkit.core.adapter.config import check_live_config
-from adapterkit.core.adapter.keys import CONFIG, WEIGHTS, canonical_key, part_keys, value_key
+from adapterkit.core.adapter.config import ORDER, ORDER_DETAIL, check_live_config
+from adapterkit.core.adapter.keys import CONFIG, canonical_key, part_keys, value_key
 from adapterkit.core.adapter.peft import read_adapter
 from adapterkit.core.adapter.record import Adapter, Lora
 from adapterkit.core.checkpoint.fingerprint import METADATA, metadata_with
 from adapterkit.core.checkpoint.folder import Folder
-from adapterkit.core.checkpoint.hashes import sha256_of_small_file
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.commands import ONE_PART
 from adapterkit.core.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.core.records import Json
-from adapterkit.core.weights.names import Names
 
 # of a source's settings, what a file of other factors keeps
 KEPT = (
@@ -77,28 +81,31 @@ def read_layout(
     format: Format,
     folder: Folder,
     number: int = 0,
-    names: Names | None = None,
-    stacks: Mapping[str, Stack] | None = None,
+    model: NamedBase | None = None,
     expert_layout: str | None = None,
 ) -> Contents:
-    """The contents of an adapter in PEFT's layout; `names` and `stacks` of its base, if known;
-    `expert_layout`: of its stacks, where its config does not say. `Refused` with every key and
-    setting that cannot be used."""
+    """The contents of an adapter in PEFT's layout; `model`: its base, if known; `expert_layout`: of
+    its stacks, where its config does not say. `Refused` with every key and setting that cannot be
+    used."""
     peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
     if peft_type in KINDS:
         return read_kinds(format, folder, peft_type, number)
     adapter = read_adapter(folder, number, check_live_config, as_stored=True)
-    adapter = replace(adapter, config=with_given(adapter.config, expert_layout))
-    if order_of(adapter.config) is None and (error := order_problem(adapter)) is not None:
-        raise error
+    config, targets = adapter.config, adapter.config.get("target_parameters")
+    if targets or expert_layout or {ORDER, ORDER_DETAIL} & config.keys():
+        adapter = replace(adapter, config=with_given(config, expert_layout))
+        if order_of(adapter.config) is None and (error := order_problem(adapter)) is not None:
+            raise error
+        config = in_order_of_peft(adapter.config, folder)
     modules: list[AdapterModule] = []
-    homes = homes_of(adapter)
+    nested = targets or any(lora.depth for lora in adapter.loras)
+    homes = homes_of(adapter) if nested else {}
     for lora in adapter.loras:
         if lora.module not in homes:
             modules.append(_module(adapter, lora, FACTORS))
         elif lora is homes[lora.module][0]:
             own = homes[lora.module]
-            known = read_stacks(adapter, lora.module, own, format.adapter, names, stacks or {})
+            known = read_stacks(adapter, lora.module, own, format.adapter, model)
             if known is None:
                 known = [_module(adapter, one, PARAMETER) for one in own]
             modules += known
@@ -109,32 +116,21 @@ def read_layout(
             shown(module.path), SHAPED.get(module.kind, module.kind), module.parts, folder.label
         )
     ).raise_all()
-    copies = adapter.copies
-    for name, spec in adapter.replaced.items():
-        home, _, leaf = name.rpartition(".")
-        kind = COPY if name in copies else VALUE
-        modules.append(AdapterModule(LANGUAGE, home, kind, {leaf: from_spec(spec)}, 1.0, 1))
+    modules += replaced_values(adapter, copies=adapter.copies)
     for tokens in adapter.tokens:
         modules.append(
             AdapterModule(
                 LANGUAGE, tokens.module, TOKENS, {"rows": from_spec(tokens.values)}, 1.0, 1
             )
         )
-    headers = {
-        (number, WEIGHTS): adapter.header_sha256,
-        (number, CONFIG): sha256_of_small_file(folder, CONFIG),
-    }
     return Contents(
         format.name,
         (folder,),
         tuple(modules),
         metadata={METADATA: adapter.base_fingerprint} if adapter.base_fingerprint else {},
-        config=in_order_of_peft(adapter.config, folder),
-        facts={
-            "base": base_id(adapter),
-            "invocation": adapter.config.get("alora_invocation_tokens"),
-        },
-        headers=headers,
+        config=config,
+        facts={"base": base_id(adapter), "invocation": config.get("alora_invocation_tokens")},
+        headers=headers_of(adapter, folder, number),
         notes=notes_on(adapter.tensors),
     )
 
@@ -160,11 +156,11 @@ def write_layout(
     format: Format,
     *,
     dtype: str | None = None,
-    stacks: Mapping[str, Stack] | None = None,
+    model: NamedBase | None = None,
     rebuilt: bool = False,
     values: bool = False,
 ) -> FormatFile:
-    """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
+    """The adapter of these contents in PEFT's layout; `model`: its base, if known. `rebuilt`:
     its modules are not the source's; `values`: those trained whole are the base's own. `Refused`
     with all that it cannot hold."""
     modules = with_widths(contents.modules, format, contents.architectures)
@@ -179,11 +175,11 @@ def write_layout(
     levels = Counter(m.name for m in loras) | homes
     stack_keys = stacked_keys(experts, homes)
     has_bias = any("bias" in m.parts for m in loras)
-    tensors: list[WrittenTensor] = []
+    tensors: list[ConvertedTensor] = []
     for module in contents.modules:
         if module.kind == EXPERTS:
             keys = stack_keys[module.name]
-            parts = stacked_parts(module, format.adapter, stacks or {})
+            parts = stacked_parts(module, format.adapter, model)
         elif module.kind not in (FACTORS, PARAMETER):
             for role, part in module.parts.items():
                 key = value_key(f"{module.name}.{role}")
@@ -191,7 +187,7 @@ def write_layout(
                     part, StoredTensor | DecodedTensor
                 ):
                     key = canonical_key(part.spec.key)
-                tensors.append(WrittenTensor(key, part, part.dtype, module.path))
+                tensors.append(ConvertedTensor(key, part, part.dtype, module.path))
             continue
         else:
             kind = "embedding" if module.embedding else "module"
@@ -202,7 +198,7 @@ def write_layout(
             if "magnitude" in parts:
                 parts["magnitude"] = magnitude_in_file(module, "magnitude", column=False)
         tensors += [
-            WrittenTensor(keys[role], part, dtype or part.dtype, module.path)
+            ConvertedTensor(keys[role], part, dtype or part.dtype, module.path)
             for role, part in parts.items()
         ]
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))

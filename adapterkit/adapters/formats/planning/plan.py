@@ -2,29 +2,26 @@
 
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapters.formats.base_model import NamedBase, facts_of
+from adapterkit.adapters.formats.base_model import NamedBase
 from adapterkit.adapters.formats.convert import Convert, ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
 from adapterkit.adapters.formats.engines import adapter_card
 from adapterkit.adapters.formats.files.configs import config_bytes
-from adapterkit.adapters.formats.image_model import family_of
 from adapterkit.adapters.formats.library import format_named, formats
-from adapterkit.adapters.formats.modules.deltas import Fit, fits_of
 from adapterkit.adapters.formats.modules.experts import split_experts
 from adapterkit.adapters.formats.modules.kinds import EXPERTS
 from adapterkit.adapters.formats.modules.record import Contents
-from adapterkit.adapters.formats.modules.tensors import StoredTensor, is_made_by
+from adapterkit.adapters.formats.modules.tensors import is_made_by
 from adapterkit.adapters.formats.peft.dialects import arranged, renamed, without_copies
 from adapterkit.adapters.formats.peft.layout import write_layout
 from adapterkit.adapters.formats.planning.lossy import lowered, without_zeros
 from adapterkit.adapters.formats.planning.source import (
-    heads_of,
+    facts_of,
     modules_of,
     named_base,
     parameter_problems,
@@ -33,12 +30,11 @@ from adapterkit.adapters.formats.planning.source import (
     with_matrices,
 )
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, Format
-from adapterkit.adapters.formats.task import ConvertedTensor, ConvertedTensors
-from adapterkit.adapters.formats.write import FormatFile, WrittenTensor, write
+from adapterkit.adapters.formats.task import tasks_of
+from adapterkit.adapters.formats.write import FormatFile, write
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.adapter_config import hub_id
 from adapterkit.core.checkpoint.folder import Folder
-from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Problems, Refused, listed, shown
@@ -48,9 +44,8 @@ from adapterkit.core.inputs.sources import open_base, open_model, open_unconvert
 from adapterkit.core.lazy import torch
 from adapterkit.core.options import StrPath
 from adapterkit.core.output.stage import RECEIPT
-from adapterkit.core.plan import CopyFile, Files, OutputFile, Plan, Task
+from adapterkit.core.plan import CopyFile, Files, OutputFile, Plan
 from adapterkit.core.registry import load
-from adapterkit.core.tasks.common import CopiedTensor
 from adapterkit.core.weights.plan_reader import PlanReader
 
 MOST = 100_000_000  # bytes of one file
@@ -79,20 +74,6 @@ def files_of(contents: Contents, written: FormatFile, notes: list[str]) -> Files
     return files
 
 
-def left_beside(contents: Contents, format: Format) -> list[str]:
-    """The note on weights beside the adapter, such as a value head, that stay behind where the
-    layout does not stay."""
-    if formats()[contents.format].layout == format.layout == ADAPTER_LAYOUT:
-        return []  # told already, with all other files
-    known = {file for _, file in contents.headers}
-    left = [name for name in contents.folders[0].files() if _is_trained(name) and name not in known]
-    return [f"not converted: {listed(left)} beside the adapter"] if left else []
-
-
-def _is_trained(name: str) -> bool:
-    return TRAINED.fullmatch(name) is not None
-
-
 def _carried(
     source: Folder, format: Format, written: Collection[str], notes: list[str]
 ) -> dict[str, CopyFile]:
@@ -110,68 +91,9 @@ def _carried(
     if files:
         notes.append(f"copied: {listed(list(files))}")
     if left:
-        left.sort(key=_is_trained, reverse=True)
+        left.sort(key=lambda name: not TRAINED.fullmatch(name))
         notes.append(f"not copied: {listed(left)}")
     return files
-
-
-MANY = 8  # outputs of one stored tensor that are made together
-
-
-def tasks_of(tensors: Sequence[WrittenTensor]) -> tuple[Task, ...]:
-    """One task for each tensor, or for all that share fits or are made of the same stored ones."""
-    fitted = [tensor for tensor in tensors if fits_of(tensor.expression)]
-    others = [_task(tensor) for tensor in tensors if not fits_of(tensor.expression)]
-    return _together([*others, *_fitted(fitted)])
-
-
-def _fitted(tensors: Sequence[WrittenTensor]) -> list[Task]:
-    """One task for all tensors that share fits, as parts of a fused module do."""
-    groups: dict[int, list[WrittenTensor]] = {}  # by the first of their fits
-    owner: dict[int, int] = {}
-    fits: dict[int, Fit] = {}
-    for tensor in tensors:
-        own = fits_of(tensor.expression)
-        fits |= {id(fit): fit for fit in own}
-        joined = {owner.setdefault(id(fit), id(fit)) for fit in own}
-        home = min(joined)
-        groups[home] = [one for old in sorted(joined) for one in groups.pop(old, [])] + [tensor]
-        owner = {fit: home if old in joined else old for fit, old in owner.items()}
-    tasks: list[Task] = []
-    for home, members in groups.items():
-        own = tuple(fits[fit] for fit, place in owner.items() if place == home)
-        outputs = tuple(map(_converted, members))
-        tasks.append(ConvertedTensors(members[0].module, outputs, own))
-    return tasks
-
-
-def _task(tensor: WrittenTensor) -> Task:
-    """A copy of bytes where nothing is computed."""
-    if isinstance(tensor.expression, StoredTensor) and tensor.dtype == tensor.expression.dtype:
-        return CopiedTensor(tensor.key, tensor.expression.spec, tensor.key, checked=True)
-    return ConvertedTensors(tensor.key, (_converted(tensor),))
-
-
-def _converted(tensor: WrittenTensor) -> ConvertedTensor:
-    return ConvertedTensor(tensor.key, tensor.expression, tensor.dtype)
-
-
-def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
-    """Tensors that are made of the same stored ones, such as experts of their stack, in one task:
-    otherwise each of them would read the whole stack."""
-    readers = Counter(spec for task in tasks for spec in task.reads)
-    groups: dict[TensorSpec, list[ConvertedTensors]] = {}
-    result: list[Task] = []
-    for task in tasks:
-        shared = next((spec for spec in task.reads if readers[spec] > MANY), None)
-        if shared is None or not isinstance(task, ConvertedTensors) or task.fits:
-            result.append(task)
-        else:
-            groups.setdefault(shared, []).append(task)
-    for own in groups.values():
-        outputs = tuple(output for task in own for output in task.outputs)
-        result.append(ConvertedTensors(own[0].name, outputs))
-    return tuple(result)
 
 
 FILES = (".safetensors", ".gguf")  # endings of an output that is one file
@@ -212,7 +134,8 @@ def plan_convert(
     format = format_named(options.to)
     detection = detection or detect(source)
     model = named_base(base, detection, format)
-    _check_target(format, file)
+    if file is not None:
+        _check_target(format, file)
     contents = read_contents(source, detection, options, base, model)
     return plan_contents(source, contents, options, base, model, file)
 
@@ -228,20 +151,23 @@ def plan_contents(
     """The plan of a conversion whose source was read."""
     format = format_named(options.to)
     _check_source(contents, base, model)
-    is_in_names = format.layout != ADAPTER_LAYOUT  # PEFT's has parameters
-    adapted = without_zeros(with_matrices(contents, model) if is_in_names else contents, format)
+    adapted = contents
+    if format.layout != ADAPTER_LAYOUT and model is not None:  # PEFT's has parameters
+        adapted = with_matrices(contents, model)
+    adapted = without_zeros(adapted, format)
     adapted = lowered(adapted, format, rank=options.rank, lossy=options.lossy, base=base)
-    adapted = _in_dialect(adapted, format, model)
+    if format.layout == ADAPTER_LAYOUT:
+        adapted = _in_dialect(adapted, format, model)
     is_rebuilt = contents.format != format.name or _shapes(contents) != _shapes(adapted)
     written = written_file(adapted, format, options, base, model, is_rebuilt)
     return plan_written(source, adapted, written, options, base, file)
 
 
-def _check_target(format: Format, file: str | None) -> None:
+def _check_target(format: Format, file: str) -> None:
     """`Refused` for one file of a format that has settings beside its weights, or whose weights
     are in files with another ending."""
     ending = Path(format.file.name).suffix
-    if file is None or (not format.file.config and Path(file).suffix == ending):
+    if not format.file.config and Path(file).suffix == ending:
         return
     if format.file.config:
         problem, hint = f"{format.title} in one file", "give --out without an ending"
@@ -254,7 +180,9 @@ def _check_target(format: Format, file: str | None) -> None:
 
 def _check_source(contents: Contents, base: Checkpoint | None, model: NamedBase | None) -> None:
     """`Refused` for factors that do not fit the base, and for no modules at all."""
-    Problems([*shape_problems(contents, base), *parameter_problems(contents, model)]).raise_all()
+    problems = [] if base is None else shape_problems(contents, base)
+    problems += [] if model is None else parameter_problems(contents, model)
+    Problems(problems).raise_all()
     if not contents.modules:
         raise Refused(
             "an adapter of no module",
@@ -272,8 +200,6 @@ def _shapes(contents: Contents) -> list[tuple]:
 
 def _in_dialect(contents: Contents, format: Format, model: NamedBase | None) -> Contents:
     """The contents as a dialect of PEFT's layout has them, for the base that is given."""
-    if format.layout != ADAPTER_LAYOUT:
-        return contents
     name = hub_id(model.checkpoint.folder) if model is not None else None
     if name is not None:
         contents = replace(contents, config={**contents.config, "base_model_name_or_path": name})
@@ -293,17 +219,15 @@ def written_file(
     """The file of these contents in a format; `is_rebuilt`: its modules are not the source's."""
     dtype = dtypes.parse(options.dtype) if options.dtype else None
     if format.layout == ADAPTER_LAYOUT:
-        stacks = model.stacks if model is not None else None
         is_rebuilt = is_rebuilt or "r" not in contents.config  # without the source's ranks
-        return write_layout(contents, format, dtype=dtype, stacks=stacks, rebuilt=is_rebuilt)
+        return write_layout(contents, format, dtype=dtype, model=model, rebuilt=is_rebuilt)
     modules, notes = without_copies(contents.modules, format)
     file = write(
         _in_file(replace(contents, modules=tuple(modules)), format, model),
         format,
         architecture=options.architecture,
         dtype=dtype,
-        heads=heads_of(base, contents.config),
-        base=None if base is None else facts_of(base.config, base.tensors, family_of(base)),
+        base=None if base is None else facts_of(base, contents.config),
     )
     if format.names.style == "underscores" and file.architecture is None and model is not None:
         known = set(modules_of(base, model))
@@ -365,15 +289,6 @@ def plan_written(
     )
     beside: list[str] = []
     files = files_of(contents, written, beside) if file is None else {}
-    notes = (
-        *_pickle_note(source),
-        *contents.notes,
-        *(note.replace("{file}", name) for note in written.notes),
-        *_folded_note(written),
-        *_rounded_note(written),
-        *left_beside(contents, written.format),
-        *beside,
-    )
     decisions = {
         "from": contents.format,
         "to": format.name,
@@ -390,25 +305,30 @@ def plan_written(
         shards=(shard, *more),
         files=files,
         decisions=decisions,
-        notes=notes,
+        notes=(*_notes(source, contents, written, name), *beside),
         models=() if base is None else (len(folders) - 1,),
     )
 
 
-def _pickle_note(source: Folder) -> list[str]:
+def _notes(source: Folder, contents: Contents, written: FormatFile, file: str) -> Iterator[str]:
+    """What was left out, folded and rounded; with the source's notes, and those of the format."""
     maker: Any = getattr(source, "maker", None)
-    left_out = getattr(maker, "left_out", ())
-    return [f"not converted: {maker.pickle} also holds {listed(left_out)}"] if left_out else []
-
-
-def _folded_note(written: FormatFile) -> list[str]:
-    if not written.folded:
-        return []
-    scales = sorted(set(written.folded.values()))
-    return [
-        f"{written.format.title} has no scale field: {listed(scales)} was multiplied into B of "
-        f"{len(written.folded)} modules"
-    ]
+    if left_out := getattr(maker, "left_out", ()):
+        yield f"not converted: {maker.pickle} also holds {listed(left_out)}"
+    yield from contents.notes
+    yield from (note.replace("{file}", file) for note in written.notes)
+    if written.folded:
+        scales = listed(sorted({*written.folded.values()}))
+        yield (
+            f"{written.format.title} has no scale field: {scales} was multiplied into B of "
+            f"{len(written.folded)} modules"
+        )
+    yield from _rounded_note(written)
+    if not formats()[contents.format].layout == written.format.layout == ADAPTER_LAYOUT:
+        known = {file for _, file in contents.headers}
+        beside = [name for name in contents.folders[0].files() if TRAINED.fullmatch(name)]
+        if left := [name for name in beside if name not in known]:  # such as a value head
+            yield f"not converted: {listed(left)} beside the adapter"
 
 
 def _rounded_note(written: FormatFile) -> list[str]:
@@ -417,7 +337,7 @@ def _rounded_note(written: FormatFile) -> list[str]:
         tensor
         for tensor in written.tensors
         if tensor.dtype in ("BF16", "F16")
-        and any(is_made_by(e, "scale") and not _is_power(e.arguments[0]) for e in tensor.expression)
+        and any(is_made_by(e, "scale") and _rounds(e.arguments[0]) for e in tensor.expression)
     ]
     if not rounded:
         return []
@@ -429,6 +349,6 @@ def _rounded_note(written: FormatFile) -> list[str]:
     ]
 
 
-def _is_power(factor: float) -> bool:
-    """Whether it is a power of 2, which shifts the exponent alone."""
-    return math.frexp(abs(factor))[0] == 0.5
+def _rounds(factor: float) -> bool:
+    """Whether it is no power of 2, which shifts the exponent alone."""
+    return math.frexp(abs(factor))[0] != 0.5

@@ -17,10 +17,11 @@ from adapterkit.adapters.formats.modules.names import Match, fitting, names_of
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.adapters.formats.modules.tensors import reshaped, transposed
 from adapterkit.adapters.formats.peft.layout import KEPT, write_layout
-from adapterkit.adapters.formats.planning.plan import plan_written, tasks_of
+from adapterkit.adapters.formats.planning.plan import plan_written
 from adapterkit.adapters.formats.planning.source import read_contents, with_axes_of
 from adapterkit.adapters.formats.read import OTHER_BASE
 from adapterkit.adapters.formats.schema import MODEL
+from adapterkit.adapters.formats.task import tasks_of
 from adapterkit.adapters.formats.write import in_names_of
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.checkpoint.folder import Folder

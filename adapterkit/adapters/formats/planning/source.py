@@ -1,21 +1,19 @@
 """What the source of a conversion holds, with what its base tells of modules, heads and experts."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
-from adapterkit.adapters.formats.base_model import NamedBase, facts_of
+from adapterkit.adapters.formats.base_model import BaseFacts, NamedBase
 from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
 from adapterkit.adapters.formats.image_model import SingleFileModel, family_of
-from adapterkit.adapters.formats.library import architectures
-from adapterkit.adapters.formats.modules.experts import stacks_of
 from adapterkit.adapters.formats.modules.fusing import Fusion, split
 from adapterkit.adapters.formats.modules.kinds import FACTORS, PARAMETER
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
-from adapterkit.adapters.formats.modules.row_permutations import Heads, model_heads
 from adapterkit.adapters.formats.modules.tensors import reshaped
+from adapterkit.adapters.formats.modules.wide_inputs import base_inputs
 from adapterkit.adapters.formats.peft.kinds import KINDS
 from adapterkit.adapters.formats.peft.layout import read_layout
 from adapterkit.adapters.formats.planning.lossy import read_fitted
@@ -28,19 +26,17 @@ from adapterkit.core.checkpoint.folder import Folder, WithSubfolders
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.core.weights.loading import looks_whole
-from adapterkit.core.weights.names import TRANSPOSED, Names
+from adapterkit.core.records import Settings
+from adapterkit.core.weights.names import TRANSPOSED
 from adapterkit.core.weights.plan_reader import PlanReader
 
 
-def shape_problems(contents: Contents, base: Checkpoint | None) -> list[AdapterkitError]:
+def shape_problems(contents: Contents, base: Checkpoint) -> list[AdapterkitError]:
     """Refusals of factors whose product has another shape than the base's weight of that name.
 
     Quantized weights are not compared, nor layers that control adapters widen.
     """
-    if base is None:
-        return []
-    wide = set(_widened(contents))
+    wide = {module for _, module in base_inputs(contents.architectures)}
     errors = Problems(where=base.folder.label, code="AK401")
     for module in contents.modules:
         spec = base.tensors.get(f"{module.name}.weight")
@@ -56,10 +52,8 @@ def shape_problems(contents: Contents, base: Checkpoint | None) -> list[Adapterk
     return errors
 
 
-def parameter_problems(contents: Contents, model: NamedBase | None) -> list[AdapterkitError]:
+def parameter_problems(contents: Contents, model: NamedBase) -> list[AdapterkitError]:
     """Refusals of factors that are of no parameter of the model that target_parameters names."""
-    if model is None:
-        return []
     targets = tuple(contents.config.get("target_parameters") or ())
     errors = Problems(where=model.checkpoint.folder.label, code="AK401")
     for module in contents.modules:
@@ -80,21 +74,22 @@ def parameter_problems(contents: Contents, model: NamedBase | None) -> list[Adap
     return errors
 
 
-def with_matrices(contents: Contents, model: NamedBase | None) -> Contents:
+def with_matrices(contents: Contents, model: NamedBase) -> Contents:
     """Factors of a parameter that is its module's one matrix, such as a router's `weight` (out,
     in), as those of the module: PEFT has the two the same way round."""
+    targets = contents.config.get("target_parameters") or ()
 
     def is_matrix(module: AdapterModule) -> bool:
-        if module.kind != PARAMETER or model is None:
-            return False
         names = (f"{module.name}.{leaf}" for leaf in model.names.children(module.name) or ())
         own = [name for name in names if any(has_end(name, target) for target in targets)]
         matrix = model.names.parameter(f"{module.name}.weight")
         is_known = matrix is not None and own == [matrix.name] and len(matrix.shape) == 2
         return is_known and model.names.layer(module.name) != TRANSPOSED
 
-    targets = contents.config.get("target_parameters") or ()
-    modules = (replace(m, kind=FACTORS) if is_matrix(m) else m for m in contents.modules)
+    modules = (
+        replace(m, kind=FACTORS) if m.kind == PARAMETER and is_matrix(m) else m
+        for m in contents.modules
+    )
     return replace(contents, modules=tuple(modules))
 
 
@@ -124,13 +119,6 @@ def _fits(module: AdapterModule, shape: tuple[int, ...]) -> bool:
     return is_flat and shape == (math.prod(columns), rows)
 
 
-def _widened(contents: Contents) -> Iterator[str]:
-    """Modules that have more inputs where the adapter is for control images."""
-    for name in contents.architectures:
-        for words in architectures()[name].components.values():
-            yield from words.inputs
-
-
 def read_contents(
     source: Folder,
     detection: Detection,
@@ -145,33 +133,36 @@ def read_contents(
     if detection.parts:
         return selected(_of_parts(source, detection.parts), options.prefix_only)
     if format.layout == ADAPTER_LAYOUT:
-        kind = kind_of(source, detection.config)
-        if kind is not None and kind.name.upper() not in KINDS:
-            contents = read_fitted(format, source, kind, rank=options.rank, base=base)
-        else:
-            names, stacks = (model.names, model.stacks) if model is not None else (None, None)
-            contents = read_layout(
-                format, source, names=names, stacks=stacks, expert_layout=options.expert_layout
-            )
+        contents = _read_layout(source, detection, options, base, model)
         if isinstance(base, SingleFileModel):
             contents = in_model_names(contents, base)
     else:
+        facts = facts_of(base, detection.config)
+        architecture = options.architecture or getattr(base, "architecture", None)
         reading = Reading(
-            options.alpha,
-            options.architecture or getattr(base, "architecture", None),
-            modules_of(base, model),
-            heads_of(base, detection.config),
-            model_type_of(base, detection.config),
-            None if base is None else facts_of(base.config, base.tensors).tied,
-            options.prefix_only,
-            file,
-            None if base is None else family_of(base),
+            options.alpha, architecture, modules_of(base, model), facts, options.prefix_only, file
         )
         contents = read(format, source, detection.container, detection.config, reading)
         if base is not None:
             modules = with_axes_of(base.tensors, contents.modules)
             contents = replace(contents, modules=tuple(modules))
     return selected(contents, options.prefix_only)
+
+
+def _read_layout(
+    source: Folder,
+    detection: Detection,
+    options: ConvertOptions,
+    base: Checkpoint | None,
+    model: NamedBase | None,
+) -> Contents:
+    """The contents of an adapter in PEFT's layout, of any type."""
+    format = detection.format
+    if detection.config.get("peft_type", "LORA") not in ("LORA", *KINDS):
+        kind = kind_of(source, detection.config)
+        if kind is not None and kind.name.upper() not in KINDS:
+            return read_fitted(format, source, kind, rank=options.rank, base=base)
+    return read_layout(format, source, model=model, expert_layout=options.expert_layout)
 
 
 def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
@@ -258,11 +249,7 @@ def named_base(base: Checkpoint | None, detection: Detection, format: Format) ->
             hint="keep the config that was saved with the file beside it",
             code="AK204",
         )
-    # PEFT numbers the stacks of a module in the order of the model's code
-    has_stacks = any(len(spec.shape) == 3 for spec in base.tensors.values())
-    is_whole = not has_stacks and looks_whole(base)
-    names = Names(base, task=task, build_model=True, whole=is_whole)
-    return NamedBase(base, names, stacks_of(names))
+    return NamedBase(base, task)
 
 
 def modules_of(base: Checkpoint | None, model: NamedBase | None = None) -> list[str]:
@@ -273,12 +260,9 @@ def modules_of(base: Checkpoint | None, model: NamedBase | None = None) -> list[
     return sorted({name.rpartition(".")[0] for name in names})
 
 
-def heads_of(base: Checkpoint | None, config: Mapping[str, Any]) -> Heads | None:
-    """Numbers of heads, by the base's config or the source's."""
-    return model_heads(config if base is None else base.config)
-
-
-def model_type_of(base: Checkpoint | None, config: Mapping[str, Any]) -> str | None:
-    """The type of the model, by the base's config or the source's."""
-    model_type = (config if base is None else base.config).get("model_type")
-    return model_type if isinstance(model_type, str) else None
+def facts_of(base: Checkpoint | None, config: Settings) -> BaseFacts:
+    """What is known of the model: by the base, else by the config beside the source."""
+    if base is None:
+        return BaseFacts.of(config)
+    family = None if "model_type" in base.config else family_of(base)
+    return BaseFacts.of(base.config, base.tensors, family)
