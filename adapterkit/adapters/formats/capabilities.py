@@ -61,8 +61,9 @@ def lacking(module: AdapterModule, format: Format, contents: Contents) -> list[s
     absent = [role for role in module.parts if role not in roles and role != SHAPE]
     if only is not None and not only.search(module.name):
         absent.append(f"{kind} outside of {only.pattern}")
-    everywhere = contents.common_roles[module.component, module.kind]
-    absent += [role for role in format.alike if role in module.parts and role not in everywhere]
+    if format.alike:
+        everywhere = contents.common_roles[module.component, module.kind]
+        absent += [role for role in format.alike if role in module.parts and role not in everywhere]
     return absent
 
 

@@ -2,7 +2,6 @@
 into b."""
 
 import json
-from collections.abc import Sequence
 from functools import cached_property
 
 from adapterkit.adapters.formats.capabilities import word_of
@@ -183,30 +182,25 @@ class Scales:
 
 
 def place_scales(
-    modules: Sequence[tuple[AdapterModule, str]], format: Format, *, same_format: bool
-) -> tuple[list[tuple[AdapterModule, str]], dict[str, float], Json]:
+    modules: Modules, format: Format, *, same_format: bool
+) -> tuple[list[AdapterModule], dict[str, float], Json]:
     """The modules as they are written, those whose scale is folded into b now, and the metadata
     that declare the others', or the word for it. `same_format`: the source is in the format,
     too."""
     words = format.scale
     if words.place == "metadata":
-        loras = [module for module, _ in modules if module.kind == FACTORS]
+        loras = [module for module in modules if module.kind == FACTORS]
         if any(module.scale != 1 for module in loras):
             return list(modules), {}, {words.key: _declaration(loras, words.without)}
     if words.place == "shared":
-        number, own = shared_number([module for module, _ in modules], words.means)
-        placed = [(same, key) for same, (_, key) in zip(own, modules, strict=True)]
-        ratios = {
-            module.path: module.scale / same.scale
-            for same, (module, _) in zip(own, modules, strict=True)
-            if same is not module
-        }
+        number, placed = shared_number(modules, words.means)
+        pairs = zip(modules, placed, strict=True)
+        ratios = {own.path: own.scale / same.scale for own, same in pairs if same is not own}
         return placed, ratios, {words.means: number}
     if words.place == "config":
         return list(modules), {}, {}
-    folded = {m.path: m.scale for m, _ in modules if not is_scaled(m, format, same_format)}
-    placed = [(with_scale(m, 1.0) if m.path in folded else m, key) for m, key in modules]
-    return placed, folded, {}
+    folded = {m.path: m.scale for m in modules if not is_scaled(m, format, same_format)}
+    return [with_scale(m, 1.0) if m.path in folded else m for m in modules], folded, {}
 
 
 def _declaration(modules: Modules, without: str) -> str:

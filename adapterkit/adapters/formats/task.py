@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from adapterkit.adapters.formats.modules.deltas import Fit, FitReader, fits_of
+from adapterkit.adapters.formats.modules.deltas import Fit, FitReader, Fitted
 from adapterkit.adapters.formats.modules.tensors import Expression, StoredTensor
 from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -138,6 +138,12 @@ def tasks_of(tensors: Sequence[ConvertedTensor]) -> tuple[Task, ...]:
         else:
             others.append(_task(tensor))
     return _together([*others, *_fitted(fitted)])
+
+
+def fits_of(expression: Expression) -> list[Fit]:
+    """The fits whose factors an expression is made of, each once."""
+    fits = {id(one.fit): one.fit for one in expression if isinstance(one, Fitted)}
+    return list(fits.values())
 
 
 def _fitted(tensors: Sequence[ConvertedTensor]) -> list[Task]:

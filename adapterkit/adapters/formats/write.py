@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from adapterkit.adapters.formats.base_model import BaseFacts, architecture_of
 from adapterkit.adapters.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
-from adapterkit.adapters.formats.files.templates import base_words, filled, numbers, settings_of
+from adapterkit.adapters.formats.files.templates import filled, settings_of, words_for
 from adapterkit.adapters.formats.library import architectures
 from adapterkit.adapters.formats.modules.experts import stack
 from adapterkit.adapters.formats.modules.fusing import Fusion, fuse, inputs_of, norm_problems
@@ -32,7 +32,7 @@ from adapterkit.adapters.formats.task import ConvertedTensor
 from adapterkit.core import dtypes
 from adapterkit.core.commands import LIST_FORMATS, ONE_PART
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.core.records import Settings
+from adapterkit.core.records import Json, Settings
 from adapterkit.core.weights.plan_reader import PlanReader
 
 NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
@@ -86,28 +86,21 @@ def write(
         modules, notes = without_heads(modules, format, base, reader)
     namings = _namings(contents, format, name, modules)
     heads = model_heads(contents.config) if base is None else base.heads
-    whole = in_names_of(modules, format, name, namings, heads, base, reader)
+    fused = in_names_of(modules, format, name, namings, heads, base, reader)
+    final = [module for module, _ in fused]
     if format.scale.uniform:
-        same = uniform([module for module, _ in whole])
-        whole = [(module, key) for module, (_, key) in zip(same, whole, strict=True)]
-    own, folded, declared = place_scales(whole, format, same_format=same_format)
-    final = [module for module, _ in own]
+        final = uniform(final)
+    final, folded, declared = place_scales(final, format, same_format=same_format)
     settings = settings_of(format, final, contents.config)
-    tensors = [t for module, key in own for t in _tensors(module, key, format, dtype, same_format)]
-    values = base_words(contents.facts.get("base")) | {**contents.facts, "architecture": name}
-    values |= numbers(final) | words
+    tensors = [
+        tensor
+        for module, (_, key) in zip(final, fused, strict=True)
+        for tensor in _tensors(module, key, format, dtype, same_format)
+    ]
+    words = {"architecture": name, **words}
     if format.scale.place == "shared":
-        values, declared = values | declared, {}
-    metadata = filled(format.metadata.write, values)
-    if same_format:
-        metadata |= {
-            key: value
-            for key, value in contents.metadata.items()
-            if any(pattern.search(key) for pattern in format.metadata.carry)
-            and not (contents.refitted and format.metadata.write.get(key) in NUMBERS)
-        }
-        metadata = {k: metadata[k] for k in [*contents.metadata, *metadata] if k in metadata}
-    metadata |= declared
+        words, declared = words | declared, {}
+    metadata = _metadata(contents, format, final, words) | declared
     if format.file.container == "safetensors":
         tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     notes = [*notes, *([format.note] if format.note else [])]
@@ -118,6 +111,23 @@ def write(
             "scale 1"
         )
     return FormatFile(format, tensors, metadata, final, name, folded, notes, settings)
+
+
+def _metadata(contents: Contents, format: Format, modules: Modules, words: Json) -> Json:
+    """The metadata by the templates of the format; within it those of the source that stay, in
+    their order. `words`: more for the templates."""
+    metadata: Json = {}
+    if format.metadata.write:
+        metadata = filled(format.metadata.write, words_for(contents.facts, modules) | words)
+    if contents.format != format.name:
+        return metadata
+    metadata |= {
+        key: value
+        for key, value in contents.metadata.items()
+        if any(pattern.search(key) for pattern in format.metadata.carry)
+        and not (contents.refitted and format.metadata.write.get(key) in NUMBERS)
+    }
+    return {key: metadata[key] for key in [*contents.metadata, *metadata] if key in metadata}
 
 
 def _perhaps_absent(modules: Modules, format: Format, namings: Mapping[str, str]) -> list[str]:
@@ -373,7 +383,9 @@ def in_names_of(
         own.members[part] = module
         if match.rule.untied and base is not None and base.tied:
             tied.append(module.path)
-    errors = _unnamed(format, architecture, tied, lacking)
+    errors = Problems()
+    if tied or lacking:
+        errors = _unnamed(format, architecture, tied, lacking)
     whole = []
     for (_, text, _), group in groups.items():
         with errors.collected():

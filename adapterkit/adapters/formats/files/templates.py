@@ -57,18 +57,17 @@ def words_of(templates: Settings, metadata: Settings) -> Json:
     return values
 
 
-def numbers(modules: Iterable[AdapterModule]) -> dict[str, str | None]:
-    """The one rank and the one alpha of all modules as texts, VARIOUS where they differ; None where
-    no module has any."""
+def words_for(facts: Settings, modules: Iterable[AdapterModule]) -> Json:
+    """The words of templates: facts, what follows from a base's Hub id, and the one rank and the
+    one alpha of all modules, VARIOUS where they differ; None where no module has any."""
+    words: Json = {}
+    if (base := facts.get("base")) is not None:
+        words = {"bases": 1, "base_name": base.rpartition("/")[2]}
+    words |= facts
     own = [m for m in modules if rank_of(m.kind, m.parts) is not None]
-    ranks, alphas = {m.rank for m in own}, {m.alpha for m in own}
-    text = lambda own: str(own.pop()) if len(own) == 1 else VARIOUS if own else None
-    return {"rank": text(ranks), "alpha": text(alphas)}
-
-
-def base_words(base: str | None) -> Json:
-    """Words that follow from a base's Hub id: how many there are, and the last part of the name."""
-    return {} if base is None else {"bases": 1, "base_name": base.rpartition("/")[2]}
+    for word, values in (("rank", {m.rank for m in own}), ("alpha", {m.alpha for m in own})):
+        words[word] = str(*values) if len(values) == 1 else VARIOUS if values else None
+    return words
 
 
 def settings_of(format: Format, modules: Modules, config: Settings) -> Json | None:

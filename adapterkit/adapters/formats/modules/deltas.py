@@ -336,9 +336,3 @@ class Fitted(Expression):
     def value(self, reader: TensorReader) -> Tensor:
         assert isinstance(reader, FitReader)
         return reader.factors(self.fit).parts[self.role]
-
-
-def fits_of(expression: Expression) -> list[Fit]:
-    """The fits whose factors an expression is made of, each once."""
-    fits = {id(one.fit): one.fit for one in expression if isinstance(one, Fitted)}
-    return list(fits.values())

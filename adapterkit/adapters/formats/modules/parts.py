@@ -80,16 +80,15 @@ def _expected_shapes(kind: str, parts: Parts) -> str:
         "oft": _oft,
         "full": _full,
     }
-    expected = checks.get(kind)
-    problem = "" if expected is None else expected(shapes)
-    if problem or kind not in (FACTORS, "loha", "lokr"):
+    problem, norms = checks[kind](shapes) if kind in checks else "", magnitudes(parts)
+    if problem or not norms:
         return problem
     trailing_shape = tail_of(kind, parts)
     sizes = {
         "magnitude": matrix_shape(kind, parts)[0],
         "input_magnitude": trailing_shape and trailing_shape[0],
     }
-    for role in magnitudes(parts):
+    for role in norms:
         if sizes[role] is not None and shapes[role] != (sizes[role],):
             return f"one norm for each {'output' if role == 'magnitude' else 'input'}"
     return ""

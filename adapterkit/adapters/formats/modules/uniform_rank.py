@@ -52,11 +52,11 @@ def shared_number(modules: Modules, means: str) -> tuple[float, list[AdapterModu
 def with_scale(module: AdapterModule, scale: float) -> AdapterModule:
     """The same delta at another scale: the ratio is folded into b and its bias, or the first of
     another kind's factors."""
-    own = scaled_role(module)
-    if not own:
-        return module
     ratio = module.scale / scale
     if math.isclose(ratio, 1, rel_tol=1e-12):  # alpha / rank of different ranks
+        return module
+    own = scaled_role(module)
+    if not own:
         return module
     parts = {
         role: scaled(part, ratio) if role in (own, "bias") else part

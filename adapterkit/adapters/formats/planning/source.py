@@ -131,9 +131,9 @@ def read_contents(
     stay."""
     format = detection.format
     if detection.parts:
-        return selected(_of_parts(source, detection.parts), options.prefix_only)
-    if format.layout == ADAPTER_LAYOUT:
-        contents = _read_layout(source, detection, options, base, model)
+        contents = _of_parts(source, detection.parts)
+    elif format.layout == ADAPTER_LAYOUT:
+        contents = _of_peft(source, detection, options, base, model)
         if isinstance(base, SingleFileModel):
             contents = in_model_names(contents, base)
     else:
@@ -146,10 +146,10 @@ def read_contents(
         if base is not None:
             modules = with_axes_of(base.tensors, contents.modules)
             contents = replace(contents, modules=tuple(modules))
-    return selected(contents, options.prefix_only)
+    return contents if options.prefix_only is None else selected(contents, options.prefix_only)
 
 
-def _read_layout(
+def _of_peft(
     source: Folder,
     detection: Detection,
     options: ConvertOptions,
@@ -185,10 +185,8 @@ def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
     )
 
 
-def selected(contents: Contents, component: str | None) -> Contents:
+def selected(contents: Contents, component: str) -> Contents:
     """The contents of one component; bare modules are taken for it."""
-    if component is None:
-        return contents
     if contents.components == (LANGUAGE,):
         modules = [replace(m, component=component) for m in contents.modules]
     else:
