@@ -6,7 +6,7 @@ from adapterkit.adapters.formats.modules.kinds import FACTORS, MAGNITUDES, PARAM
 from adapterkit.adapters.formats.modules.parts import magnitudes
 from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, Format
-from adapterkit.core.commands import EXTRACT
+from adapterkit.core.commands import EXTRACT, ONE_PART
 from adapterkit.core.errors import AdapterkitError, Problems, listed
 
 # what PEFT's layout holds, in dialects that say nothing else
@@ -101,6 +101,17 @@ def depends_on_base(module: AdapterModule) -> bool:
 def is_vector(module: AdapterModule) -> bool:
     """Whether it is a difference of a norm or a bias, which `--lossy` can leave out."""
     return module.kind == "full" and all(len(part.shape) == 1 for part in module.parts.values())
+
+
+def several_components(contents: Contents, format: Format) -> list[AdapterkitError]:
+    """The refusal of components where the format is for a single model."""
+    errors = Problems(where=contents.folders[0].label, hint=ONE_PART, code="AK503")
+    if len(contents.components) > 1:
+        errors.add(
+            f"the adapter has components {', '.join(contents.components)}",
+            f"one: {format.title} is for a single model",
+        )
+    return errors
 
 
 def ways_out(

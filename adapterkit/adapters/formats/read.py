@@ -45,6 +45,7 @@ from adapterkit.adapters.formats.modules.parts import (
     with_magnitudes,
 )
 from adapterkit.adapters.formats.modules.record import (
+    BASE,
     LANGUAGE,
     AdapterModule,
     Contents,
@@ -58,11 +59,10 @@ from adapterkit.adapters.formats.scales import Scales
 from adapterkit.adapters.formats.schema import MODEL, Format
 from adapterkit.core.adapter.adapter_config import HUB_ID
 from adapterkit.core.checkpoint.folder import Folder, place_of
+from adapterkit.core.commands import CHECK_BASE
 from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.weights.plan_reader import PlanReader
 
-BASE = "base_model_name_or_path"
-OTHER_BASE = "check that the adapter was trained on this base"
 WHICH = "give --base, the model it was trained on, or --architecture"
 
 
@@ -248,7 +248,7 @@ class _Names:
                 f"{listed(unknown)}",
                 expected=f"modules of {', '.join(candidates)}",
                 where=self.where,
-                hint=WHICH if self.reading.file is None else OTHER_BASE,
+                hint=WHICH if self.reading.file is None else CHECK_BASE,
                 code="AK502",
             )
         sizes = {name: list(_sizes(attempts[name].resolved)) for name in fits}
@@ -409,16 +409,15 @@ class _Names:
             return []
         is_grouped = self.format.steps.get(FACTORS) == (GROUPED,)
         bare = [one.raw.head for one in resolved if one.fusion is None and is_grouped]
-        spaces = {self._names_in(name).inside for name in self.format.names.architectures} - {""}
+        first = self.format.namings
+        architectures = self.format.names.architectures
+        spaces = {names_of(name, LANGUAGE, first(name)[0]).inside for name in architectures} - {""}
         inner = [one.raw.head for one in resolved if one.raw.head.startswith((*spaces,))]
         texts = {
             "taken for linear layers, which --base would tell from convolutions": bare,
             "modules inside a larger model, which --base would tell its own names of": inner,
         }
         return [f"{text}: {listed(heads)}" for text, heads in texts.items() if heads]
-
-    def _names_in(self, architecture: str) -> ComponentNames:
-        return names_of(architecture, LANGUAGE, self.format.namings(architecture)[0])
 
 
 def _sizes(resolved: Sequence[NamedModule]) -> Iterator[Size]:

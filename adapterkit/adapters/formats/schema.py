@@ -19,6 +19,7 @@ from adapterkit.core.registry import STABLE, Tier
 R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
 ADAPTER_LAYOUT = "adapter"  # PEFT's: read and written by `core/adapter/`
+PEFT = "peft"  # the format of that layout that is PEFT's own; others are dialects
 # rules' words that are no namings
 RULE_WORDS = ("rows", "parts", "steps", "columns", "embedding", "untied", "matrix")
 HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells

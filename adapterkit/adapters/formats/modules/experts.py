@@ -23,6 +23,7 @@ from adapterkit.adapters.formats.modules.tensors import (
 )
 from adapterkit.adapters.formats.modules.uniform_rank import common_scale, padded_to, with_scale
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.commands import CHECK_BASE
 from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import Parameter
@@ -331,7 +332,7 @@ def _check_shape(module: AdapterModule, expected: tuple[int, ...]) -> None:
         raise Refused(
             f"{shown(module.path)} has factors of {shape}",
             expected=f"ones that fit the base's {tuple(expected)}",
-            hint="check that the adapter was trained on this base",
+            hint=CHECK_BASE,
             code="AK503",
         )
 

@@ -15,6 +15,8 @@ PLACE = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"[A-Z]")  # the places that stand for a number; others name tables
 Values = Mapping[str, str]  # of the places of a pattern
 Tables = Mapping[str, Mapping[str, str]]
+# of any of the names; of each, with its rule and the place among the rule's modules
+_Patterns = tuple[re.Pattern[str], list[tuple[re.Pattern[str], NamingRule, int]]]
 
 
 class Size(NamedTuple):
@@ -43,18 +45,21 @@ class ComponentNames:
         words = architecture.components.get(component, ComponentSchema())
         self.inside = words.inside.get(naming, "")
         self.renames = renames_of(architecture, component)
-        self._named = [
-            (re.compile(self._regex(text, rule.tables, own=True)), rule, part)
+        self._named = self._patterns(self._texts, own=True)
+        self._model = self._patterns(lambda rule: rule.model, own=False)
+
+    def _patterns(self, texts: Callable[[NamingRule], Iterable[str]], *, own: bool) -> _Patterns:
+        """The patterns of the rules' names, with one that every name matches that one of them
+        does: most names fit no architecture but their own, and one pattern tells that faster than
+        a hundred."""
+        each = [
+            (re.compile(self._regex(text, rule.tables, own=own)), rule, part)
             for rule in self.rules
-            for part, text in enumerate(self._texts(rule))
+            for part, text in enumerate(texts(rule))
         ]
-        self._model = [
-            (re.compile(self._regex(text, rule.tables, own=False)), rule, part)
-            for rule in self.rules
-            for part, text in enumerate(rule.model)
-        ]
-        self._any_named = _any_of(pattern for pattern, _, _ in self._named)
-        self._any_model = _any_of(pattern for pattern, _, _ in self._model)
+        loose = (re.sub(r"\(\?P=\w+\)", ".+", pattern.pattern) for pattern, _, _ in each)
+        any_of = "|".join(re.sub(r"\(\?P<\w+>", "(?:", text) for text in loose)
+        return re.compile(any_of or r"(?!)"), each
 
     def _texts(self, rule: NamingRule) -> tuple[str, ...]:
         """A rule's names in this naming: one, each of its modules', or none."""
@@ -80,25 +85,21 @@ class ComponentNames:
 
     def find(self, name: str) -> list[Match]:
         """The rules that a name of a file fits."""
-        if not self._any_named.fullmatch(name):
-            return []
-        own = self.naming != MODEL
-        matches = [
-            Match(rule, self._keys(m.groupdict(), rule.tables, own=own), part)
-            for pattern, rule, part in self._named
-            if (m := pattern.fullmatch(name))
-        ]
-        # a module of the model may be in several rules, each for other namings
-        return matches[:1] if not own else matches
+        if self.naming == MODEL:  # a module may be in several rules, each for other namings
+            return self._matches(name, self._named, own=False)[:1]
+        return self._matches(name, self._named, own=True)
 
     def find_model(self, name: str) -> list[Match]:
         """The rules that a module of the model fits, written with dots."""
-        name = self.in_rules(name)
-        if not self._any_model.fullmatch(name):
+        return self._matches(self.in_rules(name), self._model, own=False)
+
+    def _matches(self, name: str, patterns: _Patterns, *, own: bool) -> list[Match]:
+        any_of, each = patterns
+        if not any_of.fullmatch(name):
             return []
         return [
-            Match(rule, self._keys(m.groupdict(), rule.tables, own=False), part)
-            for pattern, rule, part in self._model
+            Match(rule, self._keys(m.groupdict(), rule.tables, own=own), part)
+            for pattern, rule, part in each
             if (m := pattern.fullmatch(name))
         ]
 
@@ -151,7 +152,7 @@ class ComponentNames:
         seen: set[str] = set()
         for index, piece in enumerate(PLACE.split(text)):
             if index % 2 == 0:
-                parts.append(_styled(piece, style))
+                parts.append(re.escape(in_style(piece, style)))
             elif piece in seen:
                 parts.append(f"(?P={piece})")
             else:
@@ -160,18 +161,11 @@ class ComponentNames:
         return "".join(parts)
 
 
-def _any_of(patterns: Iterable[re.Pattern[str]]) -> re.Pattern[str]:
-    """What every name matches that one of the patterns does; most names fit no architecture but
-    their own, and one pattern tells that faster than a hundred."""
-    loose = (re.sub(r"\(\?P=\w+\)", ".+", pattern.pattern) for pattern in patterns)
-    return re.compile("|".join(re.sub(r"\(\?P<\w+>", "(?:", text) for text in loose) or r"(?!)")
-
-
 def _values(place: str, tables: Tables, style: str, own: bool) -> str:
     if NUMBER.fullmatch(place):
         return r"\d+"
     table = tables[place]
-    return "|".join(_styled(text, style) for text in (table if own else table.values()))
+    return "|".join(re.escape(in_style(text, style)) for text in (table if own else table.values()))
 
 
 def _filled(text: str, match: Match, *, own: bool) -> str:
@@ -184,10 +178,6 @@ def _filled(text: str, match: Match, *, own: bool) -> str:
         return value if is_own else match.rule.tables[place[1]][value]
 
     return PLACE.sub(fill, text)
-
-
-def _styled(text: str, style: str) -> str:
-    return re.escape(in_style(text, style))
 
 
 def in_style(text: str, style: str) -> str:

@@ -9,6 +9,7 @@ from adapterkit.adapters.formats.modules.tensors import Expression
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.records import Settings
 
+BASE = "base_model_name_or_path"  # of a source's config
 LANGUAGE = ""  # the component of an adapter for a single model
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 
-from adapterkit.adapters.formats.capabilities import FIT_ON_BASE
+from adapterkit.adapters.formats.capabilities import FIT, FIT_ON_BASE, several_components
 from adapterkit.adapters.formats.modules.kinds import COPY, VALUE
 from adapterkit.adapters.formats.modules.names import kernel_of
 from adapterkit.adapters.formats.modules.parts import magnitudes, tail_of
@@ -42,7 +42,6 @@ COMMON = {
     "rank_dropout": 0.0, "revision": None, "task_type": None,
 }  # fmt: skip
 LINEAR, KERNELS = (1,), (1, *(k * k for k in range(2, 12)), *range(2, 12))  # sizes of kernels
-ONLY_RANK = "give --rank N to make plain factors of them"
 
 
 def read_kinds(format: Format, folder: Folder, peft_type: str, number: int = 0) -> Contents:
@@ -98,13 +97,8 @@ def write_kinds(
             f"none: PEFT has no DoRA of {kind}",
             FIT_ON_BASE,
         )
-    if len(contents.components) > 1:
-        errors.add(
-            f"the adapter has components {', '.join(contents.components)}",
-            f"one: {format.title} is for a single model",
-            "give --prefix-only COMPONENT, one after the other",
-        )
-    Problems(errors).raise_all()
+    errors += several_components(contents, format)
+    errors.raise_all()
     tensors: list[ConvertedTensor] = []
     for module in contents.modules:
         for role, part in module.parts.items():
@@ -180,7 +174,7 @@ def _decomposition(modules: Mapping[str, Shapes], kernels: Mapping[str, int | No
         f"LoKr of {len(modules)} modules whose matrices no one factor makes: {listed(list(sizes))}",
         expected="one decompose_factor for all modules, as PEFT has it",
         where="--to",
-        hint=ONLY_RANK,
+        hint=FIT,
         code="AK301",
     )
 
@@ -202,7 +196,7 @@ def _unlike(modules: Mapping[str, Shapes], both: bool) -> Problems:
             len(one.get("w2", ())) == 3
         ),
     }
-    errors = Problems(where="--to", hint=ONLY_RANK, code="AK301")
+    errors = Problems(where="--to", hint=FIT, code="AK301")
     for what, is_unlike in unlike.items():
         if names := [name for name, shapes in modules.items() if is_unlike(shapes)]:
             problem = f"LoKr with {what}, in {len(names)} modules: {listed(names)}"

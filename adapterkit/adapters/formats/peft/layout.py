@@ -4,7 +4,12 @@ from collections import Counter
 from dataclasses import replace
 
 from adapterkit.adapters.formats.base_model import NamedBase
-from adapterkit.adapters.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
+from adapterkit.adapters.formats.capabilities import (
+    FIT_ON_BASE,
+    kind_of,
+    several_components,
+    ways_out,
+)
 from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.kinds import (
     COPY,
@@ -57,7 +62,6 @@ from adapterkit.core.adapter.record import Adapter, Lora
 from adapterkit.core.checkpoint.fingerprint import METADATA, metadata_with
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.strict import read_json
-from adapterkit.core.commands import ONE_PART
 from adapterkit.core.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.core.records import Json
 
@@ -235,15 +239,7 @@ def _problems(contents: Contents, format: Format, *, values: bool) -> list[Adapt
             FIT_ON_BASE,
             where=where,
         )
-    components = contents.components
-    if len(components) > 1:
-        errors.add(
-            f"the adapter has components {', '.join(components)}",
-            f"one: {format.title} is for a single model",
-            ONE_PART,
-            where=where,
-        )
-    return errors
+    return errors + several_components(contents, format)
 
 
 def _settings(

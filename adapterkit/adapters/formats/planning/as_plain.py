@@ -9,7 +9,7 @@ from typing import TypeVar
 from adapterkit.adapters.formats.convert import COMPONENTS, ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect, in_another_layout
 from adapterkit.adapters.formats.image_model import SingleFileModel
-from adapterkit.adapters.formats.library import format_named, formats
+from adapterkit.adapters.formats.library import format_named
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents
 from adapterkit.adapters.formats.peft.eight_bits import notes_on
 from adapterkit.adapters.formats.peft.expert_order import is_of_unsloth, order_of, with_given
@@ -22,7 +22,7 @@ from adapterkit.adapters.formats.planning.plan import (
 )
 from adapterkit.adapters.formats.planning.single_file import plan_in_names_of, plan_with_others
 from adapterkit.adapters.formats.planning.source import named_base, read_contents, selected
-from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, AdapterSchema
+from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, PEFT
 from adapterkit.core.adapter.config import SLOWEST
 from adapterkit.core.adapter.keys import CONFIG
 from adapterkit.core.checkpoint.folder import Folder
@@ -67,14 +67,14 @@ def converted(
         if order_of(config) != SLOWEST and not is_explicit:
             return folder
     checkpoint = None if base is None else read_checkpoint(base, 1)
-    options = ConvertOptions(to=plain_layout(), expert_layout=expert_layout)
+    options = ConvertOptions(to=PEFT, expert_layout=expert_layout)
     plan = with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
     return converted_folder(folder, detection.format.name, detection.container.file, plan)
 
 
 def _with_others(folder: Folder, detection: Detection) -> Folder:
     """An adapter of another type in PEFT's layout, for a merge."""
-    options = ConvertOptions(to=plain_layout())
+    options = ConvertOptions(to=PEFT)
     read = lambda: read_contents(folder, detection, options, None)
     plan = with_own_hints(lambda: plan_with_others(folder, read(), options))
     if plan is None:
@@ -89,7 +89,7 @@ def with_own_hints(read: Callable[[], T]) -> T:
         return read()
     except AdapterkitError as error:
         for one in getattr(error, "errors", (error,)):
-            one.hint = conversion_hint(one.hint, plain_layout())
+            one.hint = conversion_hint(one.hint, PEFT)
         raise
 
 
@@ -98,7 +98,7 @@ def with_part_names(folder: Folder, contents: Contents) -> Overlay:
     the pipeline in front."""
     modules = tuple(replace(m, name=m.path, component="") for m in contents.modules)
     plain = replace(contents, modules=modules, architectures=(), config={}, metadata={})
-    format = format_named(plain_layout())
+    format = format_named(PEFT)
     layout = write_layout(plain, format, rebuilt=True, values=True)
     plan = plan_written(folder, plain, layout, ConvertOptions(to=format.name))
     file, parts = next(file for _, file in plan.headers), ", ".join(contents.components)
@@ -111,7 +111,7 @@ def contents_of(folder: Folder, base: Checkpoint | None = None) -> Contents | No
     detection = in_another_layout(folder)
     if detection is None:
         return None
-    return read_contents(folder, detection, ConvertOptions(to=plain_layout()), base)
+    return read_contents(folder, detection, ConvertOptions(to=PEFT), base)
 
 
 def as_component(
@@ -119,22 +119,12 @@ def as_component(
 ) -> Overlay:
     """One component of a pipeline's adapter as a folder in PEFT's layout, what that does not hold
     in a file beside it; `base`: that model of the pipeline."""
-    detection, format = detect(folder), format_named(plain_layout())
+    detection, format = detect(folder), format_named(PEFT)
     options = ConvertOptions(to=format.name, prefix_only=name)
     own, model = selected(contents, name), named_base(base, detection, format)
     plan = plan_with_others(folder, own, options)
     plan = plan or plan_contents(folder, own, options, base, model)
     return converted_folder(folder, detection.format.name, detection.container.file, plan, name)
-
-
-def plain_layout() -> str:
-    """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
-    plain = AdapterSchema()
-    return next(
-        format.name
-        for format in formats().values()
-        if format.layout == ADAPTER_LAYOUT and format.writes and format.adapter == plain
-    )
 
 
 def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: bool) -> Plan:

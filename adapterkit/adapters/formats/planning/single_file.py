@@ -19,18 +19,16 @@ from adapterkit.adapters.formats.modules.tensors import reshaped, transposed
 from adapterkit.adapters.formats.peft.layout import KEPT, write_layout
 from adapterkit.adapters.formats.planning.plan import plan_written
 from adapterkit.adapters.formats.planning.source import read_contents, with_axes_of
-from adapterkit.adapters.formats.read import OTHER_BASE
-from adapterkit.adapters.formats.schema import MODEL
+from adapterkit.adapters.formats.schema import MODEL, PEFT
 from adapterkit.adapters.formats.task import tasks_of
 from adapterkit.adapters.formats.write import in_names_of
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.checkpoint.folder import Folder
-from adapterkit.core.commands import ONE_PART
+from adapterkit.core.commands import CHECK_BASE, ONE_PART
 from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.weights.plan_reader import PlanReader
 
-LAYOUT = "peft"
 MATRIX = ("",)  # its name is the parameter's
 # kinds that are added as they are, and what the parameters may be called that they are of
 ADDED = ("loha", "lokr", "oft", "full", "modulation", FACTORS)
@@ -44,7 +42,7 @@ def plan_in_names_of(model: SingleFileModel, source: Folder, detection: Detectio
     what the file fuses is one module. Those of parts that are not in the file keep the part's name
     in front; what is no plain factors is in a file beside them. `Refused` with all that cannot be
     done."""
-    options = ConvertOptions(to=LAYOUT, architecture=model.architecture)
+    options = ConvertOptions(to=PEFT, architecture=model.architecture)
     contents = read_contents(source, detection, options, None, file=model)
     plain, added = _InFile(contents, model).converted()
     return _plan(source, contents, plain, added, options)
@@ -76,7 +74,7 @@ def _plan(
         more.append(
             OutputFile.computed(ADDED_DELTAS, tasks_of(tensors), metadata, safetensors_order=True)
         )
-    layout = write_layout(contents, format_named(LAYOUT), rebuilt=True, values=True)
+    layout = write_layout(contents, format_named(PEFT), rebuilt=True, values=True)
     return plan_written(source, contents, layout, options, more=tuple(more))
 
 
@@ -145,7 +143,7 @@ class _InFile:
                 f"the base is: {listed([m.path for m in there])}",
                 expected=f"modules of {', '.join(self.model.parts)}",
                 where=self.contents.folders[0].label,
-                hint=OTHER_BASE,
+                hint=CHECK_BASE,
                 code="AK502",
             )
 
@@ -234,7 +232,7 @@ class _InFile:
                 what,
                 expected=f"modules of one of {', '.join(model.parts)} ({model.architecture})",
                 where=self.contents.folders[0].label,
-                hint=ONE_PART if parts else OTHER_BASE,
+                hint=ONE_PART if parts else CHECK_BASE,
                 code="AK401",
             )
         own = {id(m) for m in bare}

@@ -11,13 +11,18 @@ from adapterkit.adapters.formats.detect import Detection, detect
 from adapterkit.adapters.formats.image_model import SingleFileModel, family_of
 from adapterkit.adapters.formats.modules.fusing import Fusion, split
 from adapterkit.adapters.formats.modules.kinds import FACTORS, PARAMETER
-from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
+from adapterkit.adapters.formats.modules.record import (
+    BASE,
+    LANGUAGE,
+    AdapterModule,
+    Contents,
+    Modules,
+)
 from adapterkit.adapters.formats.modules.tensors import reshaped
 from adapterkit.adapters.formats.modules.wide_inputs import base_inputs
 from adapterkit.adapters.formats.peft.kinds import KINDS
 from adapterkit.adapters.formats.peft.layout import read_layout
 from adapterkit.adapters.formats.planning.lossy import read_fitted
-from adapterkit.adapters.formats.read import BASE, Reading, read
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, MODEL, Format
 from adapterkit.adapters.kinds.planning import kind_of
 from adapterkit.core import dtypes
@@ -137,12 +142,7 @@ def read_contents(
         if isinstance(base, SingleFileModel):
             contents = in_model_names(contents, base)
     else:
-        facts = facts_of(base, detection.config)
-        architecture = options.architecture or getattr(base, "architecture", None)
-        reading = Reading(
-            options.alpha, architecture, modules_of(base, model), facts, options.prefix_only, file
-        )
-        contents = read(format, source, detection.container, detection.config, reading)
+        contents = _of_keys(source, detection, options, base, model, file)
         if base is not None:
             modules = with_axes_of(base.tensors, contents.modules)
             contents = replace(contents, modules=tuple(modules))
@@ -163,6 +163,29 @@ def _of_peft(
         if kind is not None and kind.name.upper() not in KINDS:
             return read_fitted(format, source, kind, rank=options.rank, base=base)
     return read_layout(format, source, model=model, expert_layout=options.expert_layout)
+
+
+def _of_keys(
+    source: Folder,
+    detection: Detection,
+    options: ConvertOptions,
+    base: Checkpoint | None,
+    model: NamedBase | None,
+    file: SingleFileModel | None,
+) -> Contents:
+    """The contents of a file in a format of keys."""
+    # here, as PEFT's layout is read without it
+    from adapterkit.adapters.formats.read import Reading, read
+
+    reading = Reading(
+        options.alpha,
+        options.architecture or getattr(base, "architecture", None),
+        modules_of(base, model),
+        facts_of(base, detection.config),
+        options.prefix_only,
+        file,
+    )
+    return read(detection.format, source, detection.container, detection.config, reading)
 
 
 def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
