@@ -25,7 +25,7 @@ from adapterkit.adapters.formats.modules.uniform_rank import uniform
 from adapterkit.adapters.formats.schema import Format
 from adapterkit.adapters.formats.write import unsupported
 from adapterkit.core.commands import MERGE
-from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.weights.reader import TensorReader
 
 SINGLE = re.compile(r"\.experts\.\d+\.")  # in the name of a module of one expert
@@ -41,8 +41,7 @@ def arranged(
     words = format.adapter
     modules, notes = without_copies(contents.modules, format)
     contents = replace(contents, modules=tuple(modules), notes=(*contents.notes, *notes))
-    undecided = _undecided(contents, model) if contents.format != format.name else []
-    Problems([*undecided, *refusals(contents, format)]).raise_all()
+    _refusals(contents, format, model).raise_all()
     if model is not None:
         modules = renamed(modules, model, in_file=False)
     modules = _experts(modules, words.experts, model, reader, contents.folders[0].label)
@@ -84,42 +83,25 @@ def without_copies(modules: Modules, format: Format) -> tuple[list[AdapterModule
     return [m for m in modules if m.kind != COPY], [note]
 
 
-def _undecided(contents: Contents, model: NamedBase | None) -> list[AdapterkitError]:
-    """Refusals of factors of parameters of which the file leaves open which they are of, or which
-    way round."""
-    modules = list(dict.fromkeys(m.path for m in contents.modules if m.kind == PARAMETER))
-    if not modules:
-        return []
-    return [
-        Refused(
-            f"the file does not tell which factors of {listed(modules)} are whose, and which way "
+def _refusals(contents: Contents, format: Format, model: NamedBase | None) -> Problems:
+    """Refusals of settings, kinds and trained modules that the dialect's readers do not take, and
+    of factors of which the file leaves open which parameters they are of, or which way round."""
+    errors = Problems(where=contents.folders[0].label, code="AK503")
+    undecided = list(dict.fromkeys(m.path for m in contents.modules if m.kind == PARAMETER))
+    if undecided and contents.format != format.name:
+        errors.add(
+            f"the file does not tell which factors of {listed(undecided)} are whose, and which way "
             "round",
-            expected="stacks of experts that the file or the base tells apart (PEFT's keys name "
-            "the nesting, not the parameters)",
-            where=contents.folders[0].label,
-            hint=GIVE_BASE if model is None else MERGE,
+            "stacks of experts that the file or the base tells apart (PEFT's keys name the "
+            "nesting, not the parameters)",
+            GIVE_BASE if model is None else MERGE,
             code="AK402",
         )
-    ]
-
-
-def refusals(contents: Contents, format: Format) -> list[AdapterkitError]:
-    """Refusals of settings, kinds and trained modules that the dialect's readers do not take."""
-    where = contents.folders[0].label
-    errors = Problems(
-        [
-            Refused(
-                f"{name} = {shown(json.dumps(contents.config[name]))}: {one.why}",
-                expected=f"what {format.title} reads",
-                where=where,
-                hint=one.hint,
-                code="AK503",
-            )
-            for name, one in format.adapter.refuse.items()
-            if name in contents.config and one.value.search(json.dumps(contents.config[name]))
-        ],
-        code="AK503",
-    )
+    for name, one in format.adapter.refuse.items():
+        value = json.dumps(contents.config.get(name))
+        if name in contents.config and one.value.search(value):
+            expected = f"what {format.title} reads"
+            errors.add(f"{name} = {shown(value)}: {one.why}", expected, one.hint)
     if not format.kinds:
         return errors
     saved = format.adapter.saved
@@ -134,11 +116,11 @@ def refusals(contents: Contents, format: Format) -> list[AdapterkitError]:
             f"low-rank factors{''.join(f', {name}' for name in saved)}: {format.title} "
             "reads no others",
             MERGE,
-            where=where,
         )
     others = (VALUE, TOKENS, PARAMETER, EXPERTS)  # experts: once they are in the dialect's layout
     own = tuple(m for m in contents.modules if m.kind not in others)
-    return errors + unsupported(replace(contents, modules=own), format, MERGE)
+    errors += unsupported(replace(contents, modules=own), format, MERGE)
+    return errors
 
 
 def _experts(

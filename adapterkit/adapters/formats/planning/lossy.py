@@ -165,14 +165,19 @@ def _fitted(contents: Contents, format: Format, rank: int, base: Checkpoint | No
     chosen = [m for m in modules if id(m) in own or is_fitted(m, format, contents)]
     if not chosen:
         return contents
-    job = _Fitting(contents, rank, base, chosen)
-    fitted = {id(m): one for m in chosen if (one := job.fitted(m)) is not None}
+    job, fitted = _Fitting(contents, rank, base, chosen), dict[int, list[AdapterModule]]()
+    for module in chosen:
+        with job.errors.collected():
+            fitted[id(module)] = job.fitted(module)
     job.errors.raise_all()
     parts = [part for m in modules for part in fitted.get(id(m), [m])]
     config = contents.config
     if "peft_type" in config:
         config = _plain_config(config)
-    notes = (*contents.notes, *job.all_notes())
+    notes = [*contents.notes, *job.notes]
+    has_norms = lambda module: magnitudes(module.parts) and module.kind == FACTORS
+    notes.append(_note(Counter("DoRA" if has_norms(m) else m.kind for m in chosen), rank))
+    notes += [FLATTENED] if job.guessed else []
     return replace(contents, modules=tuple(parts), config=config, notes=notes, refitted=True)
 
 
@@ -291,21 +296,17 @@ class _Fitting:
             names = [m.name for m in self.modules]
             self.weights = BaseWeights(self.base, adapter, names, self.notes)
 
-    def fitted(self, module: AdapterModule) -> list[AdapterModule] | None:
-        """The module as plain factors, and what else it holds; None where it stays as it is."""
-        with self.errors.collected():
-            return self._fitted(module)
-        return None
-
-    def _fitted(self, module: AdapterModule) -> list[AdapterModule] | None:
+    def fitted(self, module: AdapterModule) -> list[AdapterModule]:
+        """The module as plain factors, and what else it holds; itself where it stays as it is."""
         if module.depth:
-            return None
+            return [module]
         needs = depends_on_base(module)
-        weight = None
-        if self.weights is not None and (needs or self._is_in_base(module)):
+        weight, name = None, f"{module.name}.weight"
+        # the base may be one component of several
+        if self.weights and (needs or self.weights.names.parameter(name) is not None):
             weight = self.weights.of(module.name, module.embedding)
         elif needs:
-            return None  # refused already
+            return [module]  # refused already
         self._check(module, weight)
         delta = ModuleDelta(module, weight if needs else None, tuple(self._others(module)))
         trailing_shape = self._tail(module, weight)
@@ -351,11 +352,6 @@ class _Fitting:
                 code="AK401",
             )
 
-    def _is_in_base(self, module: AdapterModule) -> bool:
-        """Whether the base, which may be one component of several, has the module's weight."""
-        assert self.weights is not None
-        return self.weights.names.parameter(f"{module.name}.weight") is not None
-
     def _tail(self, module: AdapterModule, weight: StoredParameter | None) -> tuple[int, ...]:
         """The axes after `out`: of the file, of the base, of the architecture."""
         if weight is not None:
@@ -379,9 +375,3 @@ class _Fitting:
                 code="AK402",
             )
         return (inputs // math.prod(kernel), *kernel)
-
-    def all_notes(self) -> list[str]:
-        counts = Counter(
-            "DoRA" if magnitudes(m.parts) and m.kind == FACTORS else m.kind for m in self.modules
-        )
-        return [*self.notes, _note(counts, self.rank), *([FLATTENED] if self.guessed else [])]
