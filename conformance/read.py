@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import detect
 from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.kinds import EXPERTS, FACTORS
 from adapterkit.adapters.formats.modules.parts import scaled_role
 from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.peft.dialects import arranged
-from adapterkit.adapters.formats.planning.source import named_base, read_contents
-from adapterkit.adapters.formats.convert import ConvertOptions
+from adapterkit.adapters.formats.planning.source import Conversion, read_contents
 from adapterkit.core.inputs.sources import open_base, open_unconverted
 from adapterkit.core.weights.plan_reader import PlanReader
 
@@ -35,13 +35,12 @@ def contents_of(
     folder, peft = open_unconverted(source, allow_pickle), formats()["peft"]
     detection = detect(folder)
     checkpoint = None if base is None else open_base(base)
-    model = named_base(checkpoint, detection, peft)
-    asked = ConvertOptions(to=detection.format.name, **options)
-    contents = read_contents(folder, detection, asked, checkpoint, model)
+    conversion = Conversion(folder, detection, ConvertOptions(to="peft", **options), checkpoint)
+    contents = read_contents(conversion)
     stacked = detection.format.layout == "adapter" if stacked is None else stacked
-    if model is None or not stacked:
+    if conversion.model is None or not stacked:
         return contents
-    return arranged(contents, peft, model, PlanReader(contents.folders))
+    return arranged(contents, peft, conversion.model, PlanReader(contents.folders))
 
 
 def tensors_of(contents: Contents) -> dict[str, tuple[Tensor, float]]:

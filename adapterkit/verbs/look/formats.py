@@ -9,7 +9,7 @@ from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import detect
 from adapterkit.adapters.formats.library import architectures, formats
 from adapterkit.adapters.formats.modules.record import Contents
-from adapterkit.adapters.formats.planning.source import read_contents
+from adapterkit.adapters.formats.planning.source import Conversion, read_contents
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, MODEL, Architecture, Format
 from adapterkit.core.errors import AdapterkitError, MultipleErrors, shown
 from adapterkit.core.inputs.sources import open_unconverted
@@ -92,7 +92,8 @@ def detect_format(src: StrPath, *, allow_pickle: bool = False) -> Json:
     detection, errors = detect(source), []
     contents = Contents(detection.format.name, (source,), ())
     try:
-        contents = read_contents(source, detection, ConvertOptions(to=detection.format.name), None)
+        options = ConvertOptions(to=detection.format.name)
+        contents = read_contents(Conversion(source, detection, options))
     except MultipleErrors as error:
         errors += error.errors
     except AdapterkitError as error:

@@ -21,7 +21,7 @@ from adapterkit.adapters.formats.planning.plan import (
     written_file,
 )
 from adapterkit.adapters.formats.planning.single_file import plan_in_names_of, plan_with_others
-from adapterkit.adapters.formats.planning.source import named_base, read_contents, selected
+from adapterkit.adapters.formats.planning.source import Conversion, read_contents, selected
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, PEFT
 from adapterkit.core.adapter.config import SLOWEST
 from adapterkit.core.adapter.keys import CONFIG
@@ -75,7 +75,7 @@ def converted(
 def _with_others(folder: Folder, detection: Detection) -> Folder:
     """An adapter of another type in PEFT's layout, for a merge."""
     options = ConvertOptions(to=PEFT)
-    read = lambda: read_contents(folder, detection, options, None)
+    read = lambda: read_contents(Conversion(folder, detection, options))
     plan = with_own_hints(lambda: plan_with_others(folder, read(), options))
     if plan is None:
         return folder
@@ -111,7 +111,7 @@ def contents_of(folder: Folder, base: Checkpoint | None = None) -> Contents | No
     detection = in_another_layout(folder)
     if detection is None:
         return None
-    return read_contents(folder, detection, ConvertOptions(to=PEFT), base)
+    return read_contents(Conversion(folder, detection, ConvertOptions(to=PEFT), base))
 
 
 def as_component(
@@ -119,11 +119,10 @@ def as_component(
 ) -> Overlay:
     """One component of a pipeline's adapter as a folder in PEFT's layout, what that does not hold
     in a file beside it; `base`: that model of the pipeline."""
-    detection, format = detect(folder), format_named(PEFT)
-    options = ConvertOptions(to=format.name, prefix_only=name)
-    own, model = selected(contents, name), named_base(base, detection, format)
+    detection, own = detect(folder), selected(contents, name)
+    options = ConvertOptions(to=PEFT, prefix_only=name)
     plan = plan_with_others(folder, own, options)
-    plan = plan or plan_contents(folder, own, options, base, model)
+    plan = plan or plan_contents(Conversion(folder, detection, options, base), own)
     return converted_folder(folder, detection.format.name, detection.container.file, plan, name)
 
 
@@ -133,7 +132,8 @@ def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: b
     made = made_adapter(plan)
     format, names = format_named(first.format), first.architectures
     options = ConvertOptions(to=format.name, architecture=names[0] if len(names) == 1 else None)
-    read = read_layout(detect(made).format, made)
+    conversion = Conversion(made, detect(made), options)
+    read = read_layout(conversion.detection.format, made)
     # hashes in the metadata are of other tensors, and titles of one of several
     kept = first.metadata if is_alone else {}
     contents = replace(
@@ -143,7 +143,7 @@ def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: b
         metadata={key: value for key, value in kept.items() if "hash" not in key},
         refitted=True,
     )
-    written = written_file(contents, format, options, None, None, True)
+    written = written_file(conversion, contents, True)
     convert = plan_written(made, contents, written, options, None, file)
     behind = lambda files: {(number + 1, name): one for (number, name), one in files.items()}
     return replace(

@@ -14,7 +14,7 @@ from adapterkit.adapters.formats.modules.kinds import KINDS
 from adapterkit.adapters.formats.modules.record import Contents
 from adapterkit.adapters.formats.modules.uniform_rank import with_scale
 from adapterkit.adapters.formats.planning.plan import plan_written, written_file
-from adapterkit.adapters.formats.planning.source import read_contents
+from adapterkit.adapters.formats.planning.source import Conversion, read_contents
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
@@ -46,10 +46,11 @@ def plan_edit(edit: Edit) -> Plan:
     is_folder = format.layout == ADAPTER_LAYOUT
     _problems(edit, format, name).raise_all()
     options = ConvertOptions(to=format.name)
-    contents = _changed(read_contents(source, detection, options, None), edit, is_folder)
+    conversion = Conversion(source, detection, options)
+    contents = _changed(read_contents(conversion), edit, is_folder)
     before = {} if edit.strip_metadata else contents.metadata
     contents = replace(contents, metadata=before)
-    written = written_file(contents, format, options, None, None, edit.alpha is not None)
+    written = written_file(conversion, contents, edit.alpha is not None)
     if edit.alpha is not None:  # hashes are of other tensors, ranks and alphas are written anew
         before = {key: value for key, value in before.items() if "hash" not in key}
     is_kept = before and edit.alpha is None

@@ -12,7 +12,7 @@ from adapterkit.adapters.formats.convert import Convert, ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
 from adapterkit.adapters.formats.engines import adapter_card
 from adapterkit.adapters.formats.files.configs import config_bytes
-from adapterkit.adapters.formats.library import format_named, formats
+from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.experts import split_experts
 from adapterkit.adapters.formats.modules.kinds import EXPERTS
 from adapterkit.adapters.formats.modules.record import Contents
@@ -21,9 +21,7 @@ from adapterkit.adapters.formats.peft.dialects import arranged, renamed, without
 from adapterkit.adapters.formats.peft.layout import write_layout
 from adapterkit.adapters.formats.planning.lossy import lowered, without_zeros
 from adapterkit.adapters.formats.planning.source import (
-    facts_of,
-    modules_of,
-    named_base,
+    Conversion,
     parameter_problems,
     read_contents,
     shape_problems,
@@ -131,36 +129,26 @@ def plan_convert(
 ) -> Plan:
     """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
     of the one file that is wanted; without it, a folder as the format has it."""
-    format = format_named(options.to)
-    detection = detection or detect(source)
-    model = named_base(base, detection, format)
+    conversion = Conversion(source, detection or detect(source), options, base)
     if file is not None:
-        _check_target(format, file)
-    contents = read_contents(source, detection, options, base, model)
-    return plan_contents(source, contents, options, base, model, file)
+        _check_target(conversion.format, file)
+    return plan_contents(conversion, read_contents(conversion), file)
 
 
-def plan_contents(
-    source: Folder,
-    contents: Contents,
-    options: ConvertOptions,
-    base: Checkpoint | None,
-    model: NamedBase | None,
-    file: str | None = None,
-) -> Plan:
+def plan_contents(conversion: Conversion, contents: Contents, file: str | None = None) -> Plan:
     """The plan of a conversion whose source was read."""
-    format = format_named(options.to)
-    _check_source(contents, base, model)
+    format, options, base = conversion.format, conversion.options, conversion.base
+    _check_source(contents, conversion)
     adapted = contents
-    if format.layout != ADAPTER_LAYOUT and model is not None:  # PEFT's has parameters
-        adapted = with_matrices(contents, model)
+    if format.layout != ADAPTER_LAYOUT and conversion.model is not None:  # PEFT's has parameters
+        adapted = with_matrices(contents, conversion.model)
     adapted = without_zeros(adapted, format)
     adapted = lowered(adapted, format, rank=options.rank, lossy=options.lossy, base=base)
     if format.layout == ADAPTER_LAYOUT:
-        adapted = _in_dialect(adapted, format, model)
+        adapted = _in_dialect(adapted, format, conversion.model)
     is_rebuilt = contents.format != format.name or _shapes(contents) != _shapes(adapted)
-    written = written_file(adapted, format, options, base, model, is_rebuilt)
-    return plan_written(source, adapted, written, options, base, file)
+    written = written_file(conversion, adapted, is_rebuilt)
+    return plan_written(conversion.source, adapted, written, options, base, file)
 
 
 def _check_target(format: Format, file: str) -> None:
@@ -178,8 +166,9 @@ def _check_target(format: Format, file: str) -> None:
     raise Refused(problem, expected=expected, where="--out", hint=hint, code="AK102")
 
 
-def _check_source(contents: Contents, base: Checkpoint | None, model: NamedBase | None) -> None:
+def _check_source(contents: Contents, conversion: Conversion) -> None:
     """`Refused` for factors that do not fit the base, and for no modules at all."""
+    base, model = conversion.base, conversion.model
     problems = [] if base is None else shape_problems(contents, base)
     problems += [] if model is None else parameter_problems(contents, model)
     Problems(problems).raise_all()
@@ -208,15 +197,9 @@ def _in_dialect(contents: Contents, format: Format, model: NamedBase | None) -> 
     return arranged(contents, format, model, PlanReader(contents.folders))
 
 
-def written_file(
-    contents: Contents,
-    format: Format,
-    options: ConvertOptions,
-    base: Checkpoint | None,
-    model: NamedBase | None,
-    is_rebuilt: bool,
-) -> FormatFile:
-    """The file of these contents in a format; `is_rebuilt`: its modules are not the source's."""
+def written_file(conversion: Conversion, contents: Contents, is_rebuilt: bool) -> FormatFile:
+    """The file of these contents; `is_rebuilt`: its modules are not the source's."""
+    format, options, model = conversion.format, conversion.options, conversion.model
     dtype = dtypes.parse(options.dtype) if options.dtype else None
     if format.layout == ADAPTER_LAYOUT:
         is_rebuilt = is_rebuilt or "r" not in contents.config  # without the source's ranks
@@ -227,10 +210,10 @@ def written_file(
         format,
         architecture=options.architecture,
         dtype=dtype,
-        base=None if base is None else facts_of(base, contents.config),
+        base=None if conversion.base is None else conversion.facts,
     )
     if format.names.style == "underscores" and file.architecture is None and model is not None:
-        known = set(modules_of(base, model))
+        known = set(conversion.modules)
         unknown = [m.path for m in file.modules if m.name not in known]
         if unknown:
             raise Refused(

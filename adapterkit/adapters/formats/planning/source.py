@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 from adapterkit.adapters.formats.base_model import BaseFacts, NamedBase
 from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
 from adapterkit.adapters.formats.image_model import SingleFileModel, family_of
+from adapterkit.adapters.formats.library import format_named
 from adapterkit.adapters.formats.modules.fusing import Fusion, split
 from adapterkit.adapters.formats.modules.kinds import FACTORS, PARAMETER
 from adapterkit.adapters.formats.modules.record import (
@@ -31,9 +33,61 @@ from adapterkit.core.checkpoint.folder import Folder, WithSubfolders
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.core.records import Settings
 from adapterkit.core.weights.names import TRANSPOSED
 from adapterkit.core.weights.plan_reader import PlanReader
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A source in its format, with what is asked for and the base that is given."""
+
+    source: Folder
+    detection: Detection
+    options: ConvertOptions
+    base: Checkpoint | None = None
+    file: SingleFileModel | None = None  # a base whose names stay
+
+    @cached_property
+    def format(self) -> Format:
+        """The format that is written."""
+        return format_named(self.options.to)
+
+    @cached_property
+    def model(self) -> NamedBase | None:
+        """The model of the base where a conversion from or to PEFT's layout can need it."""
+        detection, base = self.detection, self.base
+        if base is None or not base.tensors:  # of a config alone no names are known
+            return None
+        if ADAPTER_LAYOUT not in (detection.format.layout, self.format.layout):
+            return None
+        task = detection.config.get("task_type")
+        if not isinstance(task, str | None):
+            raise Refused(
+                f"task_type {shown(repr(task))}",
+                expected="a text",
+                where=detection.container.file,
+                hint="keep the config that was saved with the file beside it",
+                code="AK204",
+            )
+        return NamedBase(base, task)
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """The modules of the base by its keys, and by the names of its model where that is
+        known."""
+        names = set() if self.base is None else set(self.base.tensors)
+        if self.model is not None:
+            names |= set(self.model.names.all())
+        return sorted({name.rpartition(".")[0] for name in names})
+
+    @cached_property
+    def facts(self) -> BaseFacts:
+        """What is known of the model: by the base, else by the config beside the source."""
+        if self.base is None:
+            return BaseFacts.of(self.detection.config)
+        config = self.base.config
+        family = None if "model_type" in config else family_of(self.base)
+        return BaseFacts.of(config, self.base.tensors, family)
 
 
 def shape_problems(contents: Contents, base: Checkpoint) -> list[AdapterkitError]:
@@ -124,68 +178,51 @@ def _fits(module: AdapterModule, shape: tuple[int, ...]) -> bool:
     return is_flat and shape == (math.prod(columns), rows)
 
 
-def read_contents(
-    source: Folder,
-    detection: Detection,
-    options: ConvertOptions,
-    base: Checkpoint | None,
-    model: NamedBase | None = None,
-    file: SingleFileModel | None = None,
-) -> Contents:
-    """The source's contents, of the components that are asked for; `file`: a base whose names
-    stay."""
-    format = detection.format
+def read_contents(conversion: Conversion) -> Contents:
+    """The source's contents, of the components that are asked for."""
+    detection, base = conversion.detection, conversion.base
     if detection.parts:
-        contents = _of_parts(source, detection.parts)
-    elif format.layout == ADAPTER_LAYOUT:
-        contents = _of_peft(source, detection, options, base, model)
+        contents = _of_parts(conversion.source, detection.parts)
+    elif detection.format.layout == ADAPTER_LAYOUT:
+        contents = _of_peft(conversion)
         if isinstance(base, SingleFileModel):
             contents = in_model_names(contents, base)
     else:
-        contents = _of_keys(source, detection, options, base, model, file)
+        contents = _of_keys(conversion)
         if base is not None:
             modules = with_axes_of(base.tensors, contents.modules)
             contents = replace(contents, modules=tuple(modules))
-    return contents if options.prefix_only is None else selected(contents, options.prefix_only)
+    component = conversion.options.prefix_only
+    return contents if component is None else selected(contents, component)
 
 
-def _of_peft(
-    source: Folder,
-    detection: Detection,
-    options: ConvertOptions,
-    base: Checkpoint | None,
-    model: NamedBase | None,
-) -> Contents:
+def _of_peft(conversion: Conversion) -> Contents:
     """The contents of an adapter in PEFT's layout, of any type."""
-    format = detection.format
-    if detection.config.get("peft_type", "LORA") not in ("LORA", *KINDS):
-        kind = kind_of(source, detection.config)
+    source, options = conversion.source, conversion.options
+    format, config = conversion.detection.format, conversion.detection.config
+    if config.get("peft_type", "LORA") not in ("LORA", *KINDS):
+        kind = kind_of(source, config)
         if kind is not None and kind.name.upper() not in KINDS:
-            return read_fitted(format, source, kind, rank=options.rank, base=base)
-    return read_layout(format, source, model=model, expert_layout=options.expert_layout)
+            return read_fitted(format, source, kind, rank=options.rank, base=conversion.base)
+    model, layout = conversion.model, options.expert_layout
+    return read_layout(format, source, model=model, expert_layout=layout)
 
 
-def _of_keys(
-    source: Folder,
-    detection: Detection,
-    options: ConvertOptions,
-    base: Checkpoint | None,
-    model: NamedBase | None,
-    file: SingleFileModel | None,
-) -> Contents:
+def _of_keys(conversion: Conversion) -> Contents:
     """The contents of a file in a format of keys."""
     # here, as PEFT's layout is read without it
     from adapterkit.adapters.formats.read import Reading, read
 
+    detection, options = conversion.detection, conversion.options
     reading = Reading(
         options.alpha,
-        options.architecture or getattr(base, "architecture", None),
-        modules_of(base, model),
-        facts_of(base, detection.config),
+        options.architecture or getattr(conversion.base, "architecture", None),
+        conversion.modules,
+        conversion.facts,
         options.prefix_only,
-        file,
+        conversion.file,
     )
-    return read(detection.format, source, detection.container, detection.config, reading)
+    return read(detection.format, conversion.source, detection.container, detection.config, reading)
 
 
 def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
@@ -254,36 +291,3 @@ def _of_model(module: AdapterModule, model: SingleFileModel, reader: PlanReader)
         hint="leave it out with --exclude",
         code="AK502",
     )
-
-
-def named_base(base: Checkpoint | None, detection: Detection, format: Format) -> NamedBase | None:
-    """The model of a base where a conversion from or to PEFT's layout can need it."""
-    needs_none = ADAPTER_LAYOUT not in (detection.format.layout, format.layout)
-    if base is None or not base.tensors or needs_none:  # of a config alone no names are known
-        return None
-    task = detection.config.get("task_type")
-    if not isinstance(task, str | None):
-        raise Refused(
-            f"task_type {shown(repr(task))}",
-            expected="a text",
-            where=detection.container.file,
-            hint="keep the config that was saved with the file beside it",
-            code="AK204",
-        )
-    return NamedBase(base, task)
-
-
-def modules_of(base: Checkpoint | None, model: NamedBase | None = None) -> list[str]:
-    """The modules of a base by its keys, and by the names of its model where that is known."""
-    names = set() if base is None else set(base.tensors)
-    if model is not None:
-        names |= set(model.names.all())
-    return sorted({name.rpartition(".")[0] for name in names})
-
-
-def facts_of(base: Checkpoint | None, config: Settings) -> BaseFacts:
-    """What is known of the model: by the base, else by the config beside the source."""
-    if base is None:
-        return BaseFacts.of(config)
-    family = None if "model_type" in base.config else family_of(base)
-    return BaseFacts.of(base.config, base.tensors, family)
