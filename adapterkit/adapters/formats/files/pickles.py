@@ -145,18 +145,10 @@ def _no_state_dict(problem: str, where: str) -> Refused:
 
 def _check(tensors: Mapping[str, Tensor], size: int, where: str) -> None:
     """Refuse keys and tensors that a safetensors file of about this size cannot hold."""
-    Problems(
-        [
-            Refused(
-                problem,
-                expected="tensors of numbers, each under a name",
-                where=where,
-                hint="save the state dict of the adapter alone",
-                code="AK205",
-            )
-            for problem in _problems(tensors)
-        ]
-    ).raise_all()
+    errors = Problems(where=where, hint="save the state dict of the adapter alone", code="AK205")
+    for problem in _problems(tensors):
+        errors.add(problem, "tensors of numbers, each under a name")
+    errors.raise_all()
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     if total > MAX_GROWTH * size:
         raise Damaged(

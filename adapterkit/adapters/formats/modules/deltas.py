@@ -17,7 +17,7 @@ from adapterkit.adapters.formats.modules.parts import (
     tail_of,
 )
 from adapterkit.adapters.formats.modules.record import AdapterModule
-from adapterkit.adapters.formats.modules.tensors import Expression
+from adapterkit.adapters.formats.modules.tensors import Expression, contract
 from adapterkit.adapters.kinds.common import ComputedDelta, Delta
 from adapterkit.adapters.kinds.loha import hadamard, with_core
 from adapterkit.adapters.kinds.lokr import kronecker_svd
@@ -135,22 +135,12 @@ def low_rank(parts: Values, scale: float, base: Tensor | None) -> Product:
     return Product(b * scale, a.flatten(1))
 
 
-def contract(
-    mid: Tensor,  # (r, r, *kernel)
-    a: Tensor,  # (r, in, *1)
-) -> Tensor:  # (r, in, *kernel)
-    """a of a plain convolution: Σ_n mid[m, n, kernel] a[n, i]."""
-    return torch.einsum("mn...,ni->mi...", mid, a.flatten(1))
-
-
 def hadamard_product(parts: Values, scale: float, base: Tensor | None) -> Product | Tensor:
     """scale · (w1_a @ w1_b) ∘ (w2_a @ w2_b), each with a core where it has one."""
-    pairs = []
-    for side in "12":
-        a, b = parts[f"w{side}_a"], parts[f"w{side}_b"]
-        core = parts.get(f"t{side}")
-        pairs.append((a, b.flatten(1)) if core is None else with_core(a, b, core))
-    return hadamard(pairs[0], pairs[1], scale)
+    first, second = (
+        _factors(parts[f"w{i}_a"], parts[f"w{i}_b"], parts.get(f"t{i}")) for i in (1, 2)
+    )
+    return hadamard(first, second, scale)
 
 
 def kronecker_product(parts: Values, scale: float, base: Tensor | None) -> Tensor:

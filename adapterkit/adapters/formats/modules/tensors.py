@@ -146,10 +146,18 @@ def _block_diagonal(*parts_and_arguments) -> Tensor:
     return fused
 
 
+def contract(
+    mid: Tensor,  # (r, r, *kernel)
+    a: Tensor,  # (r, in, *1)
+) -> Tensor:  # (r, in, *kernel)
+    """a of a plain convolution, in float64: Σ_n mid[m, n, kernel] a[n, i]."""
+    return torch.einsum("mn...,ni->mi...", mid.double(), a.double().flatten(1))
+
+
 OPERATIONS: Mapping[str, Callable[..., Tensor]] = {
     "block_diagonal": _block_diagonal,
     "cat": _cat,
-    "contract": lambda mid, a: torch.einsum("mn...,ni->mi...", mid.double(), a.double().flatten(1)),
+    "contract": contract,
     "reshape": lambda value, shape: value.reshape(shape),
     "scale": lambda value, factor: value.double() * factor,
     "take": taken,
@@ -243,8 +251,7 @@ def scaled(source: Expression, factor: float) -> Expression:
 
 
 def contracted(mid: Expression, a: Expression) -> Expression:
-    """a of a plain convolution from a core and its a: Σ_n mid[m, n, kernel] a[n, i], in float64
-    until it is written."""
+    """a of a plain convolution from a core and its a, in float64 until it is written."""
     shape = (mid.shape[0], a.shape[1], *mid.shape[2:])
     return _operation("contract", shape, [mid, a])
 

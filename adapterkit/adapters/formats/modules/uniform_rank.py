@@ -34,7 +34,12 @@ def uniform(modules: Modules, rank: int | None = None) -> list[AdapterModule]:
 
 def common_scale(modules: Iterable[AdapterModule]) -> float:
     """The scale that most modules have; 1 where none has one but 0."""
-    counts = Counter(module.scale for module in modules if module.scale)
+    return _commonest(module.scale for module in modules if module.scale)
+
+
+def _commonest(numbers: Iterable[float]) -> float:
+    """Of equally many the largest; 1 of none."""
+    counts = Counter(numbers)
     return max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
 
 
@@ -44,8 +49,7 @@ def shared_number(modules: Modules, means: str) -> tuple[float, list[AdapterModu
     if means == "scale":
         number = common_scale(module for module in modules if is_float32(module.scale))
         return number, [with_scale(module, number) for module in modules]
-    counts = Counter(module.alpha for module in modules if is_float32(module.alpha))
-    number = max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
+    number = _commonest(module.alpha for module in modules if is_float32(module.alpha))
     return number, [with_scale(module, number / module.rank) for module in modules]
 
 

@@ -14,7 +14,7 @@ from adapterkit.adapters.formats.engines import adapter_card
 from adapterkit.adapters.formats.files.configs import config_bytes
 from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.experts import split_experts
-from adapterkit.adapters.formats.modules.kinds import EXPERTS
+from adapterkit.adapters.formats.modules.kinds import EXPERTS, PARAMETER
 from adapterkit.adapters.formats.modules.record import Contents
 from adapterkit.adapters.formats.modules.tensors import is_made_by
 from adapterkit.adapters.formats.peft.dialects import arranged, renamed, without_copies
@@ -140,7 +140,8 @@ def plan_contents(conversion: Conversion, contents: Contents, file: str | None =
     format, options, base = conversion.format, conversion.options, conversion.base
     _check_source(contents, conversion)
     adapted = contents
-    if format.layout != ADAPTER_LAYOUT and conversion.model is not None:  # PEFT's has parameters
+    has_parameters = any(module.kind == PARAMETER for module in contents.modules)
+    if has_parameters and format.layout != ADAPTER_LAYOUT and conversion.model is not None:
         adapted = with_matrices(contents, conversion.model)
     adapted = without_zeros(adapted, format)
     adapted = lowered(adapted, format, rank=options.rank, lossy=options.lossy, base=base)

@@ -115,9 +115,7 @@ def parameter_problems(contents: Contents, model: NamedBase) -> list[AdapterkitE
     """Refusals of factors that are of no parameter of the model that target_parameters names."""
     targets = tuple(contents.config.get("target_parameters") or ())
     errors = Problems(where=model.checkpoint.folder.label, code="AK401")
-    for module in contents.modules:
-        if module.kind != PARAMETER:
-            continue
+    for module in (module for module in contents.modules if module.kind == PARAMETER):
         names = (f"{module.name}.{leaf}" for leaf in model.names.children(module.name) or ())
         parameters = [model.names.parameter(name) for name in names if name.endswith(targets)]
         shapes = [one.shape for one in parameters if one is not None]
