@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from adapterkit.adapters.formats.base_model import model_heads
 from adapterkit.adapters.formats.modules.row_permutations import (
     ORDERS,
     Heads,
     LinearHeads,
     inverse,
-    model_heads,
     order,
 )
 from adapterkit.core.errors import Refused

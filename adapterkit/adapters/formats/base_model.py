@@ -6,7 +6,7 @@ from functools import cached_property
 
 from adapterkit.adapters.formats.library import architectures
 from adapterkit.adapters.formats.modules.experts import Stack, stacks_of
-from adapterkit.adapters.formats.modules.row_permutations import Heads, model_heads
+from adapterkit.adapters.formats.modules.row_permutations import LINEAR, Heads, LinearHeads
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.records import Settings
@@ -79,6 +79,20 @@ class NamedBase:
         return {
             one.slots[0].key: one.name for one in parameters if one is not None and one.is_whole
         }
+
+
+def model_heads(config: Settings) -> Heads | None:
+    """The heads that a model's config names (transformers' words, or litgpt's); None without."""
+    for table in (config, config.get("text_config")):
+        if not isinstance(table, Mapping):
+            continue
+        query = table.get("num_attention_heads", table.get("n_head"))
+        key = table.get("num_key_value_heads", table.get("n_query_groups")) or query
+        if all(type(n) is int and n > 0 for n in (query, key)) and query % key == 0:
+            own = [n for word in LINEAR if type(n := table.get(word)) is int and n > 0]
+            is_linear = len(own) == len(LINEAR) and own[1] % own[0] == 0
+            return Heads(query, key, LinearHeads(*own) if is_linear else None)
+    return None
 
 
 def architecture_of(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from adapterkit.adapters.formats.base_model import BaseFacts, architecture_of
+from adapterkit.adapters.formats.base_model import BaseFacts, architecture_of, model_heads
 from adapterkit.adapters.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
 from adapterkit.adapters.formats.files.templates import filled, settings_of, words_for
 from adapterkit.adapters.formats.library import architectures
@@ -21,7 +21,7 @@ from adapterkit.adapters.formats.modules.names import (
 )
 from adapterkit.adapters.formats.modules.parts import magnitude_in_file, matrix_shape
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
-from adapterkit.adapters.formats.modules.row_permutations import Heads, model_heads
+from adapterkit.adapters.formats.modules.row_permutations import Heads
 from adapterkit.adapters.formats.modules.tensors import COLUMN, STEPS, constant, reshaped
 from adapterkit.adapters.formats.modules.tied import without_heads
 from adapterkit.adapters.formats.modules.uniform_rank import uniform

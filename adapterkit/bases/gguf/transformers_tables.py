@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 from functools import cache
 
+from adapterkit.adapters.formats.base_model import model_heads
 from adapterkit.adapters.formats.library import architectures, format_named
 from adapterkit.adapters.formats.modules.names import ComponentNames, names_of
-from adapterkit.adapters.formats.modules.row_permutations import model_heads, model_order
+from adapterkit.adapters.formats.modules.row_permutations import model_order
 from adapterkit.bases.gguf.tables import EXPERT, TablePlace
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.records import Json

@@ -4,13 +4,12 @@ An order is an index `i (out,)` with `model[j] = file[i[j]]`; its inverse is for
 whatever has the weight's rows: b, bias, magnitude, diff; of columns on a.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit.adapters.formats.modules.tensors import Rows, compact
 from adapterkit.core.errors import Refused
 from adapterkit.core.lazy import Tensor, torch
-from adapterkit.core.records import Settings
 
 ORDERS = ("swap_halves", "swap_pair", "interleave", "rotary_q", "rotary_k", "groups", "values",
           "values_last")  # fmt: skip
@@ -135,20 +134,6 @@ def shares_of(size: int, shares: Sequence[int], where: str) -> list[range]:
         )
     ends = [size * sum(shares[: i + 1]) // total for i in range(len(shares))]
     return [range(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
-
-
-def model_heads(config: Settings) -> Heads | None:
-    """The heads that a model's config names (transformers' words, or litgpt's); None without."""
-    for table in (config, config.get("text_config")):
-        if not isinstance(table, Mapping):
-            continue
-        query = table.get("num_attention_heads", table.get("n_head"))
-        key = table.get("num_key_value_heads", table.get("n_query_groups")) or query
-        if all(type(n) is int and n > 0 for n in (query, key)) and query % key == 0:
-            own = [n for word in LINEAR if type(n := table.get(word)) is int and n > 0]
-            is_linear = len(own) == len(LINEAR) and own[1] % own[0] == 0
-            return Heads(query, key, LinearHeads(*own) if is_linear else None)
-    return None
 
 
 def _divided(shape: tuple[int, ...], size: int, where: str) -> Tensor:

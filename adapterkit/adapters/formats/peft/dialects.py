@@ -54,7 +54,8 @@ def arranged(
     if format.scale.uniform:
         before, modules = modules, uniform(modules)
         contents = replace(contents, notes=(*contents.notes, *_uniform_notes(before, modules)))
-    if model is not None:  # the order in which PEFT nests them
+    # the order in which PEFT nests them
+    if model is not None and any(module.kind == EXPERTS for module in modules):
         order = {name: at for at, name in enumerate(model.stacks)}
         modules = sorted(modules, key=lambda m: order.get(m.name, -1) if m.kind == EXPERTS else -1)
     return replace(contents, modules=tuple(modules))
