@@ -234,18 +234,17 @@ class _Names:
             return [], attempt
         attempts = {name: self._attempt(name, raws) for name in candidates}
         fits = [name for name, attempt in attempts.items() if not attempt.unknown]
+        closest = min(attempts, key=lambda name: len(attempts[name].unknown))
         if not fits and modules:
-            name = min(attempts, key=lambda name: len(attempts[name].unknown))
-            attempts[name] = self._by_base(name, attempts[name], raws)
-            fits = [name] if not attempts[name].unknown else []
+            attempts[closest] = self._by_base(closest, attempts[closest], raws)
+            fits = [closest] if not attempts[closest].unknown else []
         if not fits and MODEL in format.names.naming and (format.names.style == "dots" or modules):
             return [], self._without_rules(raws)
         if not fits:
-            name = min(attempts, key=lambda name: len(attempts[name].unknown))
-            unknown = attempts[name].unknown
+            unknown = attempts[closest].unknown
             raise Refused(
-                f"{len(unknown)} of {len(raws)} modules are not in {name}, whose names fit best: "
-                f"{listed(unknown)}",
+                f"{len(unknown)} of {len(raws)} modules are not in {closest}, whose names fit "
+                f"best: {listed(unknown)}",
                 expected=f"modules of {', '.join(candidates)}",
                 where=self.where,
                 hint=WHICH if self.reading.file is None else CHECK_BASE,
