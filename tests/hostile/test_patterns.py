@@ -51,9 +51,9 @@ MADE: dict[str, str | Callable[[], Iterable[str]]] = {
     ),
     "adapters/formats/files/keys.py:_place": "renames of formats/*.toml",
     "adapters/formats/files/templates.py:words_of": lambda: [r"x/(?P<word>.+)", r"(?P<word>.+)_v1"],
-    "adapters/formats/modules/names.py:__init__": lambda: [r"a\.(?P<N>\d+)\.b\.(?P<M>\d+)\.(?P=N)"],
-    "adapters/formats/modules/names.py:_any_of": lambda: [
-        r"a\.(?:\d+)\.b\.(?:x|y)|a\.(?:\d+)\.c\.\d+"
+    "adapters/formats/modules/names.py:_patterns": lambda: [
+        r"a\.(?P<N>\d+)\.b\.(?P<M>\d+)\.(?P=N)",
+        r"a\.(?:\d+)\.b\.(?:x|y)|a\.(?:\d+)\.c\.\d+",
     ],
     "adapters/formats/modules/names.py:_blocks": lambda: [r"blocks\.(\d+)\."],
     "adapters/formats/modules/names.py:in_rules": "renames of formats/architectures/*.toml",
