@@ -13,7 +13,7 @@ from adapterkit.adapters.formats.modules.fusing import Fusion, fuse, inputs_of, 
 from adapterkit.adapters.formats.modules.kinds import ALPHA, MAGNITUDES, SIZED
 from adapterkit.adapters.formats.modules.names import (
     Size,
-    fitting,
+    has_modules,
     in_style,
     likely,
     names_of,
@@ -254,14 +254,14 @@ def _components(modules: Modules, architecture: str) -> list[list[AdapterModule]
     """The modules with the components of an architecture: one way, or several, or none."""
     bare = [m for m in modules if m.component == LANGUAGE]
     others = [(m.component, m.name) for m in modules if m.component != LANGUAGE]
-    if not fitting(others, [architecture]):
+    if not has_modules(architecture, others):
         return []
     if not bare:
         return [list(modules)]
     ways = [
         component
         for component in architectures()[architecture].components
-        if fitting([(component, m.name) for m in bare], [architecture])
+        if has_modules(architecture, [(component, m.name) for m in bare])
     ]
     return [
         [replace(m, component=way) if m.component == LANGUAGE else m for m in modules]

@@ -311,15 +311,10 @@ def of_type(among: Iterable[str], model_type: str | None) -> list[str]:
     return [name for name in among if model_type in architectures()[name].detect.models]
 
 
-def fitting(modules: Iterable[tuple[str, str]], among: Iterable[str]) -> list[str]:
-    """The architectures in whose components all these (component, name of the model) are."""
-    pairs = list(modules)
-    return [
-        name
-        for name in among
-        if all(
-            component in architectures()[name].components
-            and names_of(name, component, MODEL).find_model(module)
-            for component, module in pairs
-        )
-    ]
+def has_modules(architecture: str, modules: Iterable[tuple[str, str]]) -> bool:
+    """Whether all these (component, name of the model) are in an architecture."""
+    components = architectures()[architecture].components
+    return all(
+        component in components and names_of(architecture, component, MODEL).find_model(module)
+        for component, module in modules
+    )

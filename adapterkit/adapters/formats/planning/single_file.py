@@ -13,7 +13,7 @@ from adapterkit.adapters.formats.image_model import SingleFileModel
 from adapterkit.adapters.formats.library import format_named
 from adapterkit.adapters.formats.modules.fusing import Fusion, norm_problems
 from adapterkit.adapters.formats.modules.kinds import FACTORS, VALUE
-from adapterkit.adapters.formats.modules.names import Match, fitting, names_of
+from adapterkit.adapters.formats.modules.names import Match, has_modules, names_of
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
 from adapterkit.adapters.formats.modules.tensors import reshaped, transposed
 from adapterkit.adapters.formats.peft.layout import KEPT, write_layout
@@ -224,7 +224,7 @@ class _InFile:
             return modules
         names = [m.name for m in bare]
         parts = [
-            one for one in model.parts if fitting([(one, n) for n in names], [model.architecture])
+            one for one in model.parts if has_modules(model.architecture, [(one, n) for n in names])
         ]
         if len(parts) != 1:
             what = f"modules of {' or '.join(parts) or 'no part of the file'}: {listed(names)}"
