@@ -34,14 +34,14 @@ class Container:
     header_sha256: str
 
 
-def open_container(folder: Folder, file: str, number: int) -> Container:
+def open_container(folder: Folder, file: str) -> Container:
     """The tensors of a safetensors or GGUF file. Raises `Damaged` or `Refused`."""
     with belonging_to(folder):
         for ending, container in CONTAINERS.items():
             if file.endswith(ending):
-                adapter = load(container["adapter"])(folder, file, number)
+                adapter = load(container["adapter"])(folder, file, 0)
                 return Container(file, adapter.tensors, adapter.metadata, adapter.header.sha256)
-        header = read_header(folder, file, number)
+        header = read_header(folder, file)
     tensors = decoded({spec.key: spec for spec in header.tensors})
     return Container(file, tensors, header.metadata, header.sha256)
 
@@ -56,7 +56,7 @@ class Detection:
     parts: tuple[str, ...] = ()  # folders of a pipeline's parts, of which it is the first one's
 
 
-def detect(folder: Folder, number: int = 0) -> Detection:
+def detect(folder: Folder) -> Detection:
     """The format of a source. Raises `Refused` where it is in none that is known, `Damaged` where
     its file cannot be read."""
     containers: dict[str, Container] = {}
@@ -68,7 +68,7 @@ def detect(folder: Folder, number: int = 0) -> Detection:
             continue
         if file not in containers:
             try:
-                containers[file] = open_container(folder, file, number)
+                containers[file] = open_container(folder, file)
             except AdapterkitError as error:
                 damage = error
                 continue
@@ -91,7 +91,7 @@ def detect(folder: Folder, number: int = 0) -> Detection:
     if damage is not None:
         raise damage
     if parts := part_folders(folder):
-        first = detect(cast(WithSubfolders, folder).subfolder(parts[0]), number)
+        first = detect(cast(WithSubfolders, folder).subfolder(parts[0]))
         return replace(first, parts=parts)
     keys = [key for container in containers.values() for key in container.tensors]
     pickled = pickles_of(folder)

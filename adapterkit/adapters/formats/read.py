@@ -101,18 +101,13 @@ class Attempt:
 
 
 def read(
-    format: Format,
-    folder: Folder,
-    container: Container,
-    config: Mapping,
-    reading: Reading,
-    number: int = 0,
+    format: Format, folder: Folder, container: Container, config: Mapping, reading: Reading
 ) -> Contents:
     """The contents of a file. `Refused` with every key that has no role, every module that is not
     whole, and every name that is unknown or ambiguous."""
     errors = Problems(where=place_of(folder, container.file), code="AK102")
     where = errors.where
-    reader = PlanReader((folder,) * (number + 1))
+    reader = PlanReader((folder,))
     names = _Names(format, container, reading, where)
     candidates = names.candidates()
     Problems(refused_by_name(format, container.tensors, where)).raise_all()
@@ -165,7 +160,7 @@ def read(
         # a path on some machine is none
         {BASE: base} if base is not None and HUB_ID.fullmatch(base) else {},
         words_of(format.metadata.write, container.metadata),
-        {(number, container.file): container.header_sha256},
+        {(0, container.file): container.header_sha256},
         [*names.unchecked(attempt.resolved), *notes, *scales.notes, *notes_on(container.tensors)],
     )
 

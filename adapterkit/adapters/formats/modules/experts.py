@@ -69,14 +69,12 @@ def stored_factors(parts: Mapping[str, Expression], *, transpose: bool) -> dict[
 
 def is_transposed(
     shapes: Mapping[str, tuple[int, int, int]],  # by the stack's own name: E, x, y as stored
-    gate_up: str = "gate_up_proj",
-    down: str = "down_proj",
 ) -> bool | None:
     """Whether the stored factors are those of the transposed matrices, by the shapes of a gated
     pair: gate_up has twice the rows that down has columns. None where shapes do not tell."""
-    if gate_up not in shapes or down not in shapes:
+    if not {"gate_up_proj", "down_proj"} <= shapes.keys():
         return None
-    (_, x, y), (_, inner, outer) = shapes[gate_up], shapes[down]
+    (_, x, y), (_, inner, outer) = shapes["gate_up_proj"], shapes["down_proj"]
     straight, turned = (x, y) == (outer, 2 * inner), (y, x) == (inner, 2 * outer)
     return None if straight == turned else turned
 
