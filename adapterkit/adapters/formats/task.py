@@ -18,8 +18,6 @@ from adapterkit.core.tasks.metrics import short
 from adapterkit.core.weights.reader import Reader, TensorReader
 
 LOSS = 2.0**-8  # of a tensor's norm that rounding may lose: bfloat16's largest relative error
-
-
 MANY = 8  # outputs of one stored tensor that are made together
 
 

@@ -12,7 +12,7 @@ from adapterkit.adapters.formats.convert import Convert, ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
 from adapterkit.adapters.formats.engines import adapter_card
 from adapterkit.adapters.formats.files.configs import config_bytes
-from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.library import format_named, formats
 from adapterkit.adapters.formats.modules.experts import split_experts
 from adapterkit.adapters.formats.modules.kinds import EXPERTS, PARAMETER
 from adapterkit.adapters.formats.modules.record import Contents
@@ -129,9 +129,10 @@ def plan_convert(
 ) -> Plan:
     """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
     of the one file that is wanted; without it, a folder as the format has it."""
+    format = format_named(options.to)
     conversion = Conversion(source, detection or detect(source), options, base)
     if file is not None:
-        _check_target(conversion.format, file)
+        _check_target(format, file)
     return plan_contents(conversion, read_contents(conversion), file)
 
 
