@@ -17,7 +17,7 @@ from adapterkit.adapters.formats.modules.kinds import EXPERTS, FACTORS
 from adapterkit.adapters.formats.modules.parts import scaled_role
 from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.peft.dialects import arranged
-from adapterkit.adapters.formats.planning.source import Conversion, read_contents
+from adapterkit.adapters.formats.planning.source import AdapterConversion, read_contents
 from adapterkit.core.inputs.sources import open_base, open_unconverted
 from adapterkit.core.weights.plan_reader import PlanReader
 
@@ -35,7 +35,9 @@ def contents_of(
     folder, peft = open_unconverted(source, allow_pickle), formats()["peft"]
     detection = detect(folder)
     checkpoint = None if base is None else open_base(base)
-    conversion = Conversion(folder, detection, ConvertOptions(to="peft", **options), checkpoint)
+    conversion = AdapterConversion(
+        folder, detection, ConvertOptions(to="peft", **options), checkpoint
+    )
     contents = read_contents(conversion)
     stacked = detection.format.layout == "adapter" if stacked is None else stacked
     if conversion.model is None or not stacked:

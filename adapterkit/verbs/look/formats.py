@@ -9,7 +9,7 @@ from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import detect
 from adapterkit.adapters.formats.library import architectures, formats
 from adapterkit.adapters.formats.modules.record import Contents
-from adapterkit.adapters.formats.planning.source import Conversion, read_contents
+from adapterkit.adapters.formats.planning.source import AdapterConversion, read_contents
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, MODEL, Architecture, Format
 from adapterkit.core.errors import AdapterkitError, MultipleErrors, shown
 from adapterkit.core.inputs.sources import open_unconverted
@@ -93,7 +93,7 @@ def detect_format(src: StrPath, *, allow_pickle: bool = False) -> Json:
     contents = Contents(detection.format.name, (source,), ())
     try:
         options = ConvertOptions(to=detection.format.name)
-        contents = read_contents(Conversion(source, detection, options))
+        contents = read_contents(AdapterConversion(source, detection, options))
     except MultipleErrors as error:
         errors += error.errors
     except AdapterkitError as error:

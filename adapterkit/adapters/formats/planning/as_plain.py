@@ -21,7 +21,7 @@ from adapterkit.adapters.formats.planning.plan import (
     written_file,
 )
 from adapterkit.adapters.formats.planning.single_file import plan_in_names_of, plan_with_others
-from adapterkit.adapters.formats.planning.source import Conversion, read_contents, selected
+from adapterkit.adapters.formats.planning.source import AdapterConversion, read_contents, selected
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, PEFT
 from adapterkit.core.adapter.config import SLOWEST
 from adapterkit.core.adapter.keys import CONFIG
@@ -75,7 +75,7 @@ def converted(
 def _with_others(folder: Folder, detection: Detection) -> Folder:
     """An adapter of another type in PEFT's layout, for a merge."""
     options = ConvertOptions(to=PEFT)
-    read = lambda: read_contents(Conversion(folder, detection, options))
+    read = lambda: read_contents(AdapterConversion(folder, detection, options))
     plan = with_own_hints(lambda: plan_with_others(folder, read(), options))
     if plan is None:
         return folder
@@ -111,7 +111,7 @@ def contents_of(folder: Folder, base: Checkpoint | None = None) -> Contents | No
     detection = in_another_layout(folder)
     if detection is None:
         return None
-    return read_contents(Conversion(folder, detection, ConvertOptions(to=PEFT), base))
+    return read_contents(AdapterConversion(folder, detection, ConvertOptions(to=PEFT), base))
 
 
 def as_component(
@@ -122,7 +122,7 @@ def as_component(
     detection, own = detect(folder), selected(contents, name)
     options = ConvertOptions(to=PEFT, prefix_only=name)
     plan = plan_with_others(folder, own, options)
-    plan = plan or plan_contents(Conversion(folder, detection, options, base), own)
+    plan = plan or plan_contents(AdapterConversion(folder, detection, options, base), own)
     return converted_folder(folder, detection.format.name, detection.container.file, plan, name)
 
 
@@ -132,7 +132,7 @@ def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: b
     made = made_adapter(plan)
     format, names = format_named(first.format), first.architectures
     options = ConvertOptions(to=format.name, architecture=names[0] if len(names) == 1 else None)
-    conversion = Conversion(made, detect(made), options)
+    conversion = AdapterConversion(made, detect(made), options)
     read = read_layout(conversion.detection.format, made)
     # hashes in the metadata are of other tensors, and titles of one of several
     kept = first.metadata if is_alone else {}

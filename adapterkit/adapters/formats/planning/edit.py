@@ -14,7 +14,7 @@ from adapterkit.adapters.formats.modules.kinds import KINDS
 from adapterkit.adapters.formats.modules.record import Contents
 from adapterkit.adapters.formats.modules.uniform_rank import with_scale
 from adapterkit.adapters.formats.planning.plan import plan_written, written_file
-from adapterkit.adapters.formats.planning.source import Conversion, read_contents
+from adapterkit.adapters.formats.planning.source import AdapterConversion, read_contents
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
@@ -46,7 +46,7 @@ def plan_edit(edit: Edit) -> Plan:
     is_folder = format.layout == ADAPTER_LAYOUT
     _problems(edit, format, name).raise_all()
     options = ConvertOptions(to=format.name)
-    conversion = Conversion(source, detection, options)
+    conversion = AdapterConversion(source, detection, options)
     contents = _changed(read_contents(conversion), edit, is_folder)
     before = {} if edit.strip_metadata else contents.metadata
     contents = replace(contents, metadata=before)

@@ -21,7 +21,7 @@ from adapterkit.adapters.formats.peft.dialects import arranged, renamed, without
 from adapterkit.adapters.formats.peft.layout import write_layout
 from adapterkit.adapters.formats.planning.lossy import lowered, without_zeros
 from adapterkit.adapters.formats.planning.source import (
-    Conversion,
+    AdapterConversion,
     parameter_problems,
     read_contents,
     shape_problems,
@@ -130,13 +130,15 @@ def plan_convert(
     """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
     of the one file that is wanted; without it, a folder as the format has it."""
     format = format_named(options.to)
-    conversion = Conversion(source, detection or detect(source), options, base)
+    conversion = AdapterConversion(source, detection or detect(source), options, base)
     if file is not None:
         _check_target(format, file)
     return plan_contents(conversion, read_contents(conversion), file)
 
 
-def plan_contents(conversion: Conversion, contents: Contents, file: str | None = None) -> Plan:
+def plan_contents(
+    conversion: AdapterConversion, contents: Contents, file: str | None = None
+) -> Plan:
     """The plan of a conversion whose source was read."""
     format, options, base = conversion.format, conversion.options, conversion.base
     _check_source(contents, conversion)
@@ -168,7 +170,7 @@ def _check_target(format: Format, file: str) -> None:
     raise Refused(problem, expected=expected, where="--out", hint=hint, code="AK102")
 
 
-def _check_source(contents: Contents, conversion: Conversion) -> None:
+def _check_source(contents: Contents, conversion: AdapterConversion) -> None:
     """`Refused` for factors that do not fit the base, and for no modules at all."""
     base, model = conversion.base, conversion.model
     problems = [] if base is None else shape_problems(contents, base)
@@ -199,7 +201,7 @@ def _in_dialect(contents: Contents, format: Format, model: NamedBase | None) -> 
     return arranged(contents, format, model, PlanReader(contents.folders))
 
 
-def written_file(conversion: Conversion, contents: Contents, is_rebuilt: bool) -> FormatFile:
+def written_file(conversion: AdapterConversion, contents: Contents, is_rebuilt: bool) -> FormatFile:
     """The file of these contents; `is_rebuilt`: its modules are not the source's."""
     format, options, model = conversion.format, conversion.options, conversion.model
     dtype = dtypes.parse(options.dtype) if options.dtype else None

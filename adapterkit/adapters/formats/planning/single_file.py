@@ -18,7 +18,11 @@ from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, 
 from adapterkit.adapters.formats.modules.tensors import reshaped, transposed
 from adapterkit.adapters.formats.peft.layout import KEPT, write_layout
 from adapterkit.adapters.formats.planning.plan import plan_written
-from adapterkit.adapters.formats.planning.source import Conversion, read_contents, with_axes_of
+from adapterkit.adapters.formats.planning.source import (
+    AdapterConversion,
+    read_contents,
+    with_axes_of,
+)
 from adapterkit.adapters.formats.schema import MODEL, PEFT
 from adapterkit.adapters.formats.task import tasks_of
 from adapterkit.adapters.formats.write import in_names_of
@@ -43,7 +47,7 @@ def plan_in_names_of(model: SingleFileModel, source: Folder, detection: Detectio
     in front; what is no plain factors is in a file beside them. `Refused` with all that cannot be
     done."""
     options = ConvertOptions(to=PEFT, architecture=model.architecture)
-    contents = read_contents(Conversion(source, detection, options, file=model))
+    contents = read_contents(AdapterConversion(source, detection, options, file=model))
     plain, added = _InFile(contents, model).converted()
     return _plan(source, contents, plain, added, options)
 

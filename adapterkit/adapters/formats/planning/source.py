@@ -38,7 +38,7 @@ from adapterkit.core.weights.plan_reader import PlanReader
 
 
 @dataclass(frozen=True)
-class Conversion:
+class AdapterConversion:
     """A source in its format, with what is asked for and the base that is given."""
 
     source: Folder
@@ -176,7 +176,7 @@ def _fits(module: AdapterModule, shape: tuple[int, ...]) -> bool:
     return is_flat and shape == (math.prod(columns), rows)
 
 
-def read_contents(conversion: Conversion) -> Contents:
+def read_contents(conversion: AdapterConversion) -> Contents:
     """The source's contents, of the components that are asked for."""
     detection, base = conversion.detection, conversion.base
     if detection.parts:
@@ -194,7 +194,7 @@ def read_contents(conversion: Conversion) -> Contents:
     return contents if component is None else selected(contents, component)
 
 
-def _of_peft(conversion: Conversion) -> Contents:
+def _of_peft(conversion: AdapterConversion) -> Contents:
     """The contents of an adapter in PEFT's layout, of any type."""
     source, options = conversion.source, conversion.options
     format, config = conversion.detection.format, conversion.detection.config
@@ -206,7 +206,7 @@ def _of_peft(conversion: Conversion) -> Contents:
     return read_layout(format, source, model=model, expert_layout=layout)
 
 
-def _of_keys(conversion: Conversion) -> Contents:
+def _of_keys(conversion: AdapterConversion) -> Contents:
     """The contents of a file in a format of keys."""
     # here, as PEFT's layout is read without it
     from adapterkit.adapters.formats.read import Reading, read

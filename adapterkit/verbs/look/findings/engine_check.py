@@ -9,7 +9,7 @@ from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.planning.as_plain import conversion_hint
 from adapterkit.adapters.formats.planning.plan import base_for, plan_contents
-from adapterkit.adapters.formats.planning.source import Conversion, read_contents
+from adapterkit.adapters.formats.planning.source import AdapterConversion, read_contents
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT
 from adapterkit.core.adapter.keys import module_of_factors
 from adapterkit.core.adapter.peft import scan_adapter
@@ -61,7 +61,7 @@ def check_adapter(check: EngineCheck) -> Json:
     format, found = formats()[client.format], _Verdicts(client, check)
     options, plan, contents = ConvertOptions(to=format.name), None, Contents(format.name, (), ())
     try:
-        conversion = Conversion(source, detection, options, base)
+        conversion = AdapterConversion(source, detection, options, base)
         contents = read_contents(conversion)
         plan = plan_contents(conversion, contents)
     except AdapterkitError as error:
