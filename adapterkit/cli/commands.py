@@ -82,7 +82,7 @@ def adapter_formats() -> dict[str, Rows]:
     from adapterkit.adapters.formats import library
 
     groups: dict[str, Rows] = {"Formats": [], "Formats that are only read": []}
-    for name, one in library.formats().items():
+    for name, one in library.described().items():
         title = "Formats" if one.writes else "Formats that are only read"
         groups[title].append((name, f"{one.summary}. {one.tier.capitalize()}."))
     return groups

@@ -10,7 +10,7 @@ from diffusers.loaders import lora_conversion_utils as readers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.library import described
 from tests.formats.test_video_files import assert_same_deltas, converted, products, saved
 from tests.formats.video_models import MODELS, anima_conditioner, cosmos, drawn
 
@@ -50,7 +50,7 @@ FORMATS = ["comfyui", "kohya", "lycoris-wrapper", "ai-toolkit", "onetrainer-orig
 @pytest.mark.parametrize("to", FORMATS)
 def test_every_layer_goes_there_and_back(family, to, tmp_path):
     architecture, _, source = family
-    if architecture not in formats()[to].names.architectures:
+    if architecture not in described()[to].names.architectures:
         return  # the program has no such model
     there = converted(source, to, tmp_path, architecture=architecture)
     back = converted(there, "diffusers", tmp_path, architecture=architecture)

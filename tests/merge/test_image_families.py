@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.adapters.formats.library import architectures, formats, single_file_format
+from adapterkit.adapters.formats.library import architectures, described, single_file_format
 from tests.formats import test_flux, test_video
 from tests.formats.video_models import MODELS, named_parameters
 from tests.support.one_file import (
@@ -270,7 +270,7 @@ def test_all_dialects_give_one_file(family: str, tmp_path: Path):
     }
     lora, files = write_adapter(linear, tmp_path / "lora.safetensors"), {}
     architecture = FAMILIES[family].architecture
-    for name, form in formats().items():
+    for name, form in described().items():
         if not form.writes:
             continue
         adapter = tmp_path / f"{name}{'.safetensors' * (form.layout == 'keys')}"

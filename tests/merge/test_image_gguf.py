@@ -12,7 +12,7 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit import Refused
-from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.library import described
 from adapterkit.bases.gguf.header import read_gguf
 from adapterkit.bases.gguf.mixes import image_types_of
 from adapterkit.core.errors import Damaged, MultipleErrors
@@ -161,7 +161,7 @@ def test_every_dialect_gives_the_same_bytes(tmp_path: Path):
     base = write_images(tmp_path / "base.gguf", denoiser(file_of("flux")))
     factors = {k: v for k, v in factors_of("flux").items() if "attn" in k and "single" not in k}
     lora, hashes = write_adapter(factors, tmp_path / "lora.safetensors"), {}
-    for name, form in formats().items():
+    for name, form in described().items():
         adapter = tmp_path / f"{name}{'.safetensors' * (form.layout == 'keys')}"
         try:
             adapterkit.convert(lora, to=name, out=adapter, architecture="flux")

@@ -16,7 +16,7 @@ from torch import Tensor
 import adapterkit
 from adapterkit import Refused
 from adapterkit.adapters.formats.image_model import SingleFileModel
-from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.library import described
 from adapterkit.core.errors import MultipleErrors
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.inputs.sources import open_model
@@ -36,7 +36,7 @@ from tests.support.one_file import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
 Tensors = dict[str, Tensor]
-DIALECTS = [name for name, form in formats().items() if form.writes]
+DIALECTS = [name for name, form in described().items() if form.writes]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_every_dialect_gives_the_same_bytes(family, home):
     lora = write_adapter(factors, home / f"{family}-attention.safetensors")
     hashes = {}
     for name in DIALECTS:
-        is_file = formats()[name].layout == "keys"
+        is_file = described()[name].layout == "keys"
         adapter = home / f"{family}-as-{name}{'.safetensors' * is_file}"
         architecture = FAMILIES[family].architecture
         try:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.library import described
 from adapterkit.core.errors import Refused
 from tests.support.pipeline_files import lora_file
 from tests.support.plain_pipelines import (
@@ -90,7 +90,7 @@ def test_every_format_with_a_pipeline(name, saved, tmp_path):
     base = saved(name)
     lora = lora_file(base, tmp_path / "lora.safetensors", ("transformer",), 1)
     written = {}
-    for to, form in formats().items():
+    for to, form in described().items():
         is_file = form.layout == "keys" and not form.file.config
         is_file = is_file and form.file.container == "safetensors"
         if not form.writes or form.file.container == "gguf":

@@ -3,8 +3,6 @@
 from collections.abc import Collection, Iterable
 from functools import cache
 
-from adapterkit.adapters.formats.modules.row_permutations import ORDERS
-from adapterkit.adapters.formats.modules.tensors import GROUPED, STEPS
 from adapterkit.adapters.formats.schema import Architecture, Format, architecture_from, format_from
 from adapterkit.adapters.formats.tables import files, read_files
 from adapterkit.core.commands import LIST_FORMATS
@@ -19,9 +17,18 @@ def names() -> list[str]:
 
 
 @cache
+def described() -> dict[str, Format]:
+    """Every format by name, without numpy, and so without a look at its steps; for the help."""
+    return read_files(format_from)
+
+
+@cache
 def formats() -> dict[str, Format]:
     """Every format by name. `Damaged` for a file with a word or a step that there is not."""
-    known = read_files(format_from)
+    # here, so that the help is printed without numpy
+    from adapterkit.adapters.formats.modules.tensors import GROUPED, STEPS
+
+    known = described()
     for name, format in known.items():
         _check_steps(format.steps.values(), (*STEPS, GROUPED), f"{name}.toml")
     return known
@@ -35,12 +42,14 @@ def single_file_format() -> Format:
 
 def written_formats() -> list[str]:
     """The names of the formats that are written."""
-    return [name for name, one in formats().items() if one.writes]
+    return [name for name, one in described().items() if one.writes]
 
 
 @cache
 def architectures() -> dict[str, Architecture]:
     """Every architecture by name. `Damaged` as for formats."""
+    from adapterkit.adapters.formats.modules.row_permutations import ORDERS
+
     known = read_files(architecture_from, ARCHITECTURES)
     for name, one in known.items():
         rules = [rule for words in one.components.values() for rule in words.rules]
