@@ -1,7 +1,7 @@
 """Families of methods: each module of a package that holds a record with a `name` is a member.
 
-Adding a member adds one file. `members` imports the records; `declarations` reads the same from
-their source, for what must not import torch: the help and completion.
+Adding a member adds one file. `members` imports all records, `member` one of them; `declarations`
+reads the same from their source, for what must not import torch: the help and completion.
 """
 
 import ast
@@ -40,15 +40,25 @@ def members(family: str) -> dict[str, type]:
     home = importlib.import_module(f"adapterkit.{doors.FAMILIES[family]}")
     records: dict[str, type] = {}
     for info in pkgutil.iter_modules(home.__path__):
-        module = importlib.import_module(f"{home.__name__}.{info.name}")
-        for value in vars(module).values():
-            if (
-                isinstance(value, type)
-                and value.__module__ == module.__name__
-                and isinstance(getattr(value, "name", None), str)
-            ):
-                records[value.name] = value
+        records |= _records(family, info.name)
     return dict(sorted(records.items()))
+
+
+def member(family: str, name: str) -> type:
+    """The record of one member, for which no other is imported."""
+    return _records(family, declarations(family)[name].module)[name]
+
+
+def _records(family: str, file: str) -> dict[str, type]:
+    """Name -> record of the members in a module of a family's folder."""
+    module = importlib.import_module(f"adapterkit.{doors.FAMILIES[family]}.{file}")
+    return {
+        value.name: value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and value.__module__ == module.__name__
+        and isinstance(getattr(value, "name", None), str)
+    }
 
 
 def options(record: type) -> dict[str, dataclasses.Field]:
@@ -60,6 +70,7 @@ def options(record: type) -> dict[str, dataclasses.Field]:
 class Declaration:
     """What the source of a method's record declares."""
 
+    module: str  # its file in the family's folder
     summary: str  # first paragraph of the module's docstring, without the method's name
     constants: Json  # class attributes with literal values
     options: tuple[str, ...]  # fields of the record
@@ -82,7 +93,7 @@ def declarations(family: str) -> dict[str, Declaration]:
             constants = dict(_constants(record))
             if isinstance(constants.get("name"), str):
                 declared[constants["name"]] = Declaration(
-                    summary, constants, tuple(_fields(record))
+                    file.stem, summary, constants, tuple(_fields(record))
                 )
     return dict(sorted(declared.items()))
 
@@ -123,7 +134,7 @@ def _fields(record: ast.ClassDef) -> Iterator[str]:
 def create(family: str, name: str, settings: dict[str, object]) -> object:
     """The record of the method `name` with the settings that are not None; `Refused` with all that
     are unknown, missing or of another type."""
-    known = members(family)
+    known = declarations(family)
     if name not in known:
         raise Refused(
             f"unknown method {name!r}",
@@ -134,7 +145,7 @@ def create(family: str, name: str, settings: dict[str, object]) -> object:
         )
     given = {key: value for key, value in settings.items() if value is not None}
     where, hint = f"--method {name}", "give another value"
-    return records.read(known[name], given, where, hint=hint, name=as_flag)
+    return records.read(member(family, name), given, where, hint=hint, name=as_flag)
 
 
 LIFTED = ("density", "majority")  # options of methods that are options of `combine`

@@ -65,11 +65,11 @@ class InCores(OnFactors):
 
     def _inner(self) -> OnElements:
         """The method inside; `Refused` for one without a density."""
-        kinds = registry.members("combinations")
+        declared = registry.declarations("combinations")
         known = [
             name
-            for name, kind in kinds.items()
-            if kind.acts_on == "elements" and "density" in registry.options(kind)
+            for name, kind in declared.items()
+            if kind.constants["acts_on"] == "elements" and "density" in kind.options
         ]
         if self.inner not in known:
             raise Refused(
@@ -80,9 +80,9 @@ class InCores(OnFactors):
                 code="AK101",
             )
         given = {"density": self.density, "majority": self.majority}
-        return kinds[self.inner](
-            **{k: given[k] for k in given if k in registry.options(kinds[self.inner])}
-        )
+        takes = declared[self.inner].options
+        inner = registry.member("combinations", self.inner)
+        return inner(**{name: given[name] for name in given if name in takes})
 
     def combine_factors(
         self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
