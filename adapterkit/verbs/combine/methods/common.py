@@ -198,19 +198,6 @@ def check_majority(value: str) -> None:
         )
 
 
-def check_chances(density: float, epsilon: float) -> None:
-    """Raises `Refused` where `chances` are none above 0 and at most 1; density 1 has none."""
-    if density < 1 and not epsilon < density <= 1 - epsilon:
-        low, high = density - epsilon, density + epsilon
-        raise Refused(
-            f"density {density} with epsilon {epsilon}: probabilities from {low:g} to {high:g}",
-            expected="probabilities above 0, at most 1",
-            where="--set epsilon",
-            hint=f"give an epsilon below {min(density, 1 - density):g}",
-            code="AK101",
-        )
-
-
 def check_count(weights: Sequence[float], deltas: int) -> None:
     """Raises ValueError for another number of weights than of deltas: a mistake of the planner."""
     if len(weights) != deltas:
@@ -233,24 +220,6 @@ def threshold(deltas: Deltas, which: int, keep: int) -> elementwise.Threshold:
 def trim(deltas: Deltas, which: int, density: float) -> elementwise.Trim:
     """Keeps the int(density · n) largest magnitudes of a delta, of equal ones the first."""
     return elementwise.Trim(threshold(deltas, which, int(density * math.prod(deltas.shape))))
-
-
-def random_drop(
-    seeds: Seeds, which: int, density: float | Callable[[Tensor], Tensor], *, divided: bool = True
-) -> Prune:
-    """Keeps each element with probability `density`, of all or of those of a block, divided by it
-    (DARE, arXiv:2311.03099) unless that is left out; at 1 all of them, and nothing is drawn."""
-    if density == 1:
-        return lambda block: None
-    draws = seeds(which)
-
-    def prune(block: Tensor) -> None:
-        nonlocal draws
-        chance = density(block) if callable(density) else density
-        elementwise.drop(block, chance, draws, divided=divided)
-        draws = draws.at(block.numel())
-
-    return prune
 
 
 def add_pruned(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]) -> DenseDelta:
@@ -280,12 +249,6 @@ def without_outliers(deltas: Deltas, which: int, density: float, gamma: float) -
         block.sub_(largest)
 
     return prune
-
-
-def chances(block: Tensor, density: float, epsilon: float) -> Tensor:
-    """By element of some rows density + epsilon·(2·rank - 1), rank from 0, the smallest magnitude
-    of the row, to 1 (arXiv:2406.11617)."""
-    return elementwise.ranks(block).mul_(2 * epsilon).add_(density - epsilon)
 
 
 def elect_pruned(

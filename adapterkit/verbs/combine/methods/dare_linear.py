@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.verbs.combine.methods.common import add_pruned, check_share, random_drop
+from adapterkit.verbs.combine.methods.common import add_pruned, check_share
 from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.random_masks import random_drop
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from adapterkit.verbs.combine.methods.common import (
     check_majority,
     check_share,
     elect_pruned,
-    random_drop,
 )
 from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.random_masks import random_drop
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from adapterkit.core.lazy import Tensor
 from adapterkit.verbs.combine.methods.common import (
     Majority,
-    chances,
-    check_chances,
     check_majority,
     check_share,
     elect_pruned,
-    random_drop,
 )
 from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.random_masks import chances, check_chances, random_drop
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,14 @@ from adapterkit.core.lazy import torch
 from adapterkit.verbs.combine.methods.common import (
     Prune,
     add_pruned,
-    chances,
-    check_chances,
     check_count,
     check_share,
     elect_pruned,
-    random_drop,
     trim,
     without_outliers,
 )
 from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.random_masks import chances, check_chances, random_drop
 
 
 @dataclass(frozen=True)
