@@ -28,7 +28,7 @@ from adapterkit.core.tasks.rows import RequantizedWeight
 from adapterkit.core.weights.codec import stored_parts
 from adapterkit.kernels import block_sizes as pieces
 from adapterkit.kernels import dense
-from adapterkit.verbs.combine.tasks.arrow import StackedExperts
+from adapterkit.verbs.combine.planning.arrow import StackedExperts
 from adapterkit.verbs.init.tasks import ResidualWeight
 from tests.support.card import DEVICE, Card, installed
 
