@@ -86,7 +86,7 @@ MERGES = {
     "method": "verbs.combine.module_methods:method_of",
     "methods": "verbs.combine.module_methods:ModuleMethods",
     "words": "verbs.combine.module_methods:added_by",
-    "weights": "verbs.combine.module_weights:ModuleWeights",
+    "weights": "verbs.combine.module_methods:ModuleWeights",
     "blocks": "bases.images.block_weights:BlockWeights",
     "block names": "bases.images.block_weights:ModelNames",
     "combined": "verbs.combine.tasks.combined_edit:AddCombined",

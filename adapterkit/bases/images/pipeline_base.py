@@ -112,8 +112,7 @@ def plan_merge_into_parts(
     """The plan of a merge into a pipeline, part by part; in a file of weights modules have their
     part's name in front. `Refused` or `Damaged` with all problems of all parts."""
     from adapterkit.core.merge.plan import plan_merge
-    from adapterkit.verbs.combine.module_methods import added_by
-    from adapterkit.verbs.combine.module_weights import ModuleWeights
+    from adapterkit.verbs.combine.module_methods import ModuleWeights, added_by
 
     pipeline = read_pipeline(base.folder, options.variant)
     errors = Problems(

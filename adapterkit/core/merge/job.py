@@ -32,8 +32,7 @@ from adapterkit.doors import ADAPTERS, MERGES
 
 if TYPE_CHECKING:
     from adapterkit.adapters.formats.extra_deltas import PlacedDelta
-    from adapterkit.verbs.combine.module_methods import ModuleMethods
-    from adapterkit.verbs.combine.module_weights import ModuleWeights, WeightOf
+    from adapterkit.verbs.combine.module_methods import ModuleMethods, ModuleWeights, WeightOf
 
 OTHER_LISTS = re.compile(r"^architectures$|_token_ids?$")  # not one value for each layer
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

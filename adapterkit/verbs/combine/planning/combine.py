@@ -3,8 +3,8 @@
 rank, a share of the energy) are three choices."""
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
-from adapterkit.adapters.kinds.dora_deltas import BaseWeights, dora_problems
 from adapterkit.core import dtypes
 from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.record import Adapter
@@ -12,7 +12,7 @@ from adapterkit.core.adapter.weights_file import in_receipt
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.commands import PLAIN
-from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.inputs.adapter_door import together
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.inputs.earlier_merges import notes_on_copies
@@ -35,7 +35,7 @@ from adapterkit.kernels.lowrank.algebra import Product, gram
 from adapterkit.verbs.combine.methods import ALIASES
 from adapterkit.verbs.combine.methods.protocol import Method
 from adapterkit.verbs.combine.module_methods import method_of, resolved_weights
-from adapterkit.verbs.combine.planning.output_norms import (
+from adapterkit.verbs.combine.planning.covariances import (
     check_statistics,
     with_group_weights,
     with_statistics,
@@ -46,6 +46,9 @@ from adapterkit.verbs.combine.records.combine import Combine
 from adapterkit.verbs.combine.tasks.combine import CombinedFactors, Operand, Refit
 from adapterkit.verbs.shared import adapter_output
 from adapterkit.verbs.shared.joined_values import AdapterWeights, delta_problems, read_all
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.dora_deltas import BaseWeights
 
 
 def plan_combine(options: Combine) -> Plan:
@@ -62,9 +65,8 @@ def plan_combine(options: Combine) -> Plan:
     own = [weight for _, weight in sources]
     given_weights = resolved_weights(method, own, options.weight_for, file)
     weights = AdapterWeights(given_weights, tuple(options.weight_for), file)
-    notes = notes_on_copies(adapters)
-    model, decomposed = _base(base, adapters, notes, runs=bool(options.data))
-    errors = Problems(error for adapter in adapters for error in _not_summable(adapter, model))
+    notes, errors = notes_on_copies(adapters), Problems()
+    model, decomposed = _base(base, adapters, notes, errors, runs=bool(options.data))
     joined = join(adapters, errors, names_of(model, adapters, notes))
     levels, dtype = levels_of(joined.values()), dtypes.parse(options.dtype)
     whole = value_tasks(adapters, weights, without_inputs(method), levels, errors)
@@ -178,14 +180,21 @@ def _gram(
 
 
 def _base(
-    base: Folder | None, adapters: list[Adapter], notes: list[str], *, runs: bool
-) -> tuple[Checkpoint | None, dict[int, BaseWeights]]:
+    base: Folder | None, adapters: list[Adapter], notes: list[str], errors: Problems, *, runs: bool
+) -> tuple[Checkpoint | None, "dict[int, BaseWeights]"]:
     """The base, where it runs or the adapters need it, and its weights for each DoRA by its
-    number."""
+    number. Adapters whose deltas cannot be summed join the errors."""
     doras = [adapter for adapter in adapters if adapter.config.get("use_dora")]
     if base is None or not (doras or runs):
+        hint = "give --base BASE, the model it was trained on, and --rank R"
+        errors += (error for adapter in adapters for error in delta_problems(adapter, hint))
         return base_with_parameters(base, adapters, notes), {}
+    from adapterkit.adapters.kinds.dora_deltas import BaseWeights, dora_problems
+
     model = read_checkpoint(base, len(adapters))
+    for adapter in adapters:
+        is_dora = adapter.config.get("use_dora")
+        errors += dora_problems(adapter) if is_dora else delta_problems(adapter)
     modules = {a.number: [lora.module for lora in a.loras] for a in doras}
     return model, {a.number: BaseWeights(model, a, modules[a.number], notes) for a in doras}
 
@@ -215,7 +224,7 @@ def _parts(
     name: str,
     site: JoinedSite,
     weights: AdapterWeights,
-    decomposed: dict[int, BaseWeights],
+    decomposed: "dict[int, BaseWeights]",
     method: Method,
     space: str,
 ) -> tuple[Operand, ...]:
@@ -234,12 +243,6 @@ def _parts(
         parts = [part for part in parts if part.weight] or parts
     method.check_weights([part.weight for part in parts])
     return tuple(parts)
-
-
-def _not_summable(adapter: Adapter, base: Checkpoint | None) -> list[AdapterkitError]:
-    if base is not None and adapter.config.get("use_dora"):
-        return dora_problems(adapter)
-    return delta_problems(adapter, "give --base BASE, the model it was trained on, and --rank R")
 
 
 def _resolve_method(options: Combine) -> tuple[Method, Refit]:
@@ -310,15 +313,13 @@ def _check_fit(
         )
     elif by_factors and len({part.factors.rank for part in parts}) > 1:
         listing = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
-        problem, expected = (
-            f"{shown(name)}: the ranks differ, {listing}",
-            "one rank in --space factors",
-        )
-        errors.add(problem, expected, "use --space delta", where="adapters", code="AK305")
+        problem = f"{shown(name)}: the ranks differ, {listing}"
+        expected, hint = "one rank in --space factors", "use --space delta"
+        errors.add(problem, expected, hint, where="adapters", code="AK305")
 
 
 def _biases(
-    joined: dict[str, JoinedSite], weights: "AdapterWeights", options: Combine, errors: Problems
+    joined: dict[str, JoinedSite], weights: AdapterWeights, options: Combine, errors: Problems
 ) -> list[common.SummedTensor]:
     """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of
     them."""

@@ -1,15 +1,14 @@
-"""Which factors are fitted in the norm of their module's outputs, by statistics of its inputs."""
+"""Combinations by the covariances of the layers' inputs: methods that take them, refits in the norm
+of the outputs, and weights of several modules by their outputs."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
-from adapterkit.core.adapter.factors import Place
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.adapter.weights_file import layer_of
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.core.errors import AdapterkitError, Problems, Refused
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.weights.plan_reader import PlanReader
 from adapterkit.kernels.lowrank import span
@@ -18,29 +17,11 @@ from adapterkit.verbs.combine.methods.linear import Linear
 from adapterkit.verbs.combine.methods.mean import Mean
 from adapterkit.verbs.combine.methods.protocol import Method
 from adapterkit.verbs.combine.tasks.combine import CombinedFactors, Refit
-from adapterkit.verbs.combine.tasks.truncate import FittedFactors
+from adapterkit.verbs.combine.tasks.truncate import BY_WEIGHTS, input_widths
 from adapterkit.verbs.shared.statistics_file import read_covariance, select_covariances
 
-F = TypeVar("F", bound=FittedFactors)
 ALL = "all modules"
 MOST_NOTES = 3  # on weights of layers
-BY_WEIGHTS = "fitted in the norm of their weights"
-
-
-def in_output_norms(
-    tasks: list[F], stats: Checkpoint | None, parameters: Collection[str], notes: list[str]
-) -> list[F]:
-    """The tasks, those of linear layers with the covariance of their inputs; as they are without a
-    file.
-
-    `parameters`: names of factors of single parameters. What is no linear layer joins the notes.
-    `Refused` with all covariances that are missing or of another shape.
-    """
-    if stats is None:
-        return tasks
-    places = {task.name: task.place for task in tasks}
-    selected = select_covariances(stats, _widths(places, parameters, notes, BY_WEIGHTS))
-    return [replace(task, covariance=selected.get(task.name)) for task in tasks]
 
 
 def with_group_weights(
@@ -81,32 +62,6 @@ def with_group_weights(
             task = replace(task, method=Linear(), parts=tuple(parts), covariances=read)
         changed.append(task)
     return changed, {group: c.tolist() for group, (c, _) in found.items()}
-
-
-def _widths(
-    places: Mapping[str, Place], parameters: Collection[str], notes: list[str], otherwise: str
-) -> dict[str, int]:
-    """The widths of the inputs of linear layers; a note says what happens to others."""
-    widths = {
-        name: place.a_tail[0]
-        for name, place in places.items()
-        if name not in parameters and place.is_linear
-    }
-    if not widths:
-        raise Refused(
-            "no linear layers with factors",
-            expected="some: statistics are of their inputs",
-            where="--stats",
-            hint="remove --stats",
-            code="AK106",
-        )
-    others = [name for name in places if name not in widths]
-    if others:
-        notes.append(
-            f"{len(others)} of {len(places)} modules are no linear layers (embeddings, "
-            f"convolutions, parameters), and {otherwise}: {listed(others)}"
-        )
-    return widths
 
 
 def check_statistics(method: Method, refit: Refit, space: str, adapters: int, files: int) -> None:
@@ -155,7 +110,7 @@ def with_statistics(
     notes: list[str],
     errors: Problems,
 ) -> list[CombinedFactors]:
-    """The tasks, those of linear layers with the inputs' covariances; see `in_output_norms`.
+    """The tasks, those of linear layers with the inputs' covariances; see `input_widths`.
     What is missing joins the errors."""
     if not stats or not tasks:
         return tasks
@@ -165,7 +120,7 @@ def with_statistics(
         otherwise += f" where their {tasks[0].method.over} has no linear layers"
     try:
         places = {task.name: task.place for task in tasks}
-        widths = _widths(places, parameters, notes, otherwise)
+        widths = input_widths(places, parameters, notes, otherwise)
     except AdapterkitError as error:
         errors.append(error)
         return tasks

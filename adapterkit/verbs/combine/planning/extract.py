@@ -31,10 +31,14 @@ from adapterkit.core.shared_options import TruncationOptions
 from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import Parameter, StoredParameter
-from adapterkit.verbs.combine.planning.output_norms import in_output_norms
 from adapterkit.verbs.combine.records.extract import Extract
 from adapterkit.verbs.combine.tasks.difference import DifferenceFactors, WholeParameter
-from adapterkit.verbs.combine.tasks.truncate import SHARES, even_rank, finalize_by_size
+from adapterkit.verbs.combine.tasks.truncate import (
+    SHARES,
+    even_rank,
+    finalize_by_size,
+    in_output_norms,
+)
 from adapterkit.verbs.shared import adapter_output
 from adapterkit.verbs.shared.adapter_output import Output
 from adapterkit.verbs.shared.targets.stored_targets import FactorTargets, prefixes

@@ -24,7 +24,6 @@ from adapterkit.core.plan import Plan, Task
 from adapterkit.core.records import Json
 from adapterkit.core.shared_options import TruncationOptions
 from adapterkit.core.weights.names import Names
-from adapterkit.verbs.combine.planning.output_norms import in_output_norms
 from adapterkit.verbs.combine.records.resize import Resize
 from adapterkit.verbs.combine.tasks.truncate import (
     SHARES,
@@ -32,6 +31,7 @@ from adapterkit.verbs.combine.tasks.truncate import (
     TruncatedFactors,
     even_rank,
     finalize_by_size,
+    in_output_norms,
 )
 from adapterkit.verbs.shared import adapter_output
 

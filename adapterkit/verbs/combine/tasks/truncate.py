@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from adapterkit.core import dtypes
-from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.adapter.factors import Factors, Place
 from adapterkit.core.checkpoint.fingerprint import metadata_with
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import laid_out
-from adapterkit.core.errors import Refused
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.errors import Refused, listed
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.options import bytes_text
 from adapterkit.core.plan import READ, Change, Finalize, Metrics, Task, TaskResult, unchanged
@@ -25,11 +26,13 @@ from adapterkit.core.tasks.metrics import short
 from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels.lowrank import algebra, weighted
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.verbs.shared.statistics_file import read_root, root_memory
+from adapterkit.verbs.shared.statistics_file import read_root, root_memory, select_covariances
 
 if TYPE_CHECKING:
     from adapterkit.adapters.kinds.common import Delta
 
+F = TypeVar("F", bound="FittedFactors")
+BY_WEIGHTS = "fitted in the norm of their weights"
 FLOAT_NOISE = 1e-6  # of the largest singular value: below it, float32 factors hold nothing
 # with --max-size no module gets more than this many times the rank that all could have alike:
 # bounds the work
@@ -170,6 +173,48 @@ class ConvertedFactors(FittedFactors):
         if isinstance(delta, Product):
             return weighted.decompose_product(delta, root)
         return weighted.decompose_dense(delta, most, energy, root=root)
+
+
+def in_output_norms(
+    tasks: list[F], stats: Checkpoint | None, parameters: Collection[str], notes: list[str]
+) -> list[F]:
+    """The tasks, those of linear layers with the covariance of their inputs; as they are without a
+    file.
+
+    `parameters`: names of factors of single parameters. What is no linear layer joins the notes.
+    `Refused` with all covariances that are missing or of another shape.
+    """
+    if stats is None:
+        return tasks
+    places = {task.name: task.place for task in tasks}
+    selected = select_covariances(stats, input_widths(places, parameters, notes, BY_WEIGHTS))
+    return [replace(task, covariance=selected.get(task.name)) for task in tasks]
+
+
+def input_widths(
+    places: Mapping[str, Place], parameters: Collection[str], notes: list[str], otherwise: str
+) -> dict[str, int]:
+    """The widths of the inputs of linear layers; a note says what happens to others."""
+    widths = {
+        name: place.a_tail[0]
+        for name, place in places.items()
+        if name not in parameters and place.is_linear
+    }
+    if not widths:
+        raise Refused(
+            "no linear layers with factors",
+            expected="some: statistics are of their inputs",
+            where="--stats",
+            hint="remove --stats",
+            code="AK106",
+        )
+    others = [name for name in places if name not in widths]
+    if others:
+        notes.append(
+            f"{len(others)} of {len(places)} modules are no linear layers (embeddings, "
+            f"convolutions, parameters), and {otherwise}: {listed(others)}"
+        )
+    return widths
 
 
 def even_rank(truncation: TruncationOptions, tasks: Sequence[Task]) -> int:
