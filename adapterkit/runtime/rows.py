@@ -21,7 +21,7 @@ from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.memo import MadeOnce
 from adapterkit.runtime.site import Args, Kwargs, Part, Site
 from adapterkit.runtime.state import State
-from adapterkit.verbs.shared.targets.resolve import model_type
+from adapterkit.verbs.shared.targets import model_type
 
 # The arguments of a model, or of its generate, whose first axis is the batch, in this order.
 INPUTS = (

@@ -17,7 +17,7 @@ from adapterkit.runtime import layers
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.site import CHILD
 from adapterkit.verbs.shared.lora_config import LoraConfig
-from adapterkit.verbs.shared.targets.resolve import (
+from adapterkit.verbs.shared.targets import (
     Resolver,
     Target,
     input_embedding,

@@ -20,7 +20,7 @@ from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
-from adapterkit.verbs.shared.targets.resolve import PARAMETER, model_type
+from adapterkit.verbs.shared.targets import PARAMETER, model_type
 
 # transformers' implementations of experts in plain torch; others are kernels, which need tensors
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")

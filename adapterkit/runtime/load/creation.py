@@ -34,7 +34,7 @@ from adapterkit.verbs.init.methods.protocol import (
 )
 from adapterkit.verbs.shared.lora_config import LoraConfig
 from adapterkit.verbs.shared.statistics_file import select_statistics, shape_of
-from adapterkit.verbs.shared.targets.resolve import Target, input_embedding
+from adapterkit.verbs.shared.targets import Target, input_embedding
 from adapterkit.verbs.stats.reader import Stats, open_statistics
 
 # of a module by kind, all or those that are named; float32 on the CPU

@@ -32,7 +32,7 @@ from adapterkit.runtime.parts.tokens import TokensPart
 from adapterkit.runtime.sharding import full_tensor
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import unfit_as_parameter
-from adapterkit.verbs.shared.targets.resolve import embeddings_of, model_type
+from adapterkit.verbs.shared.targets import embeddings_of, model_type
 
 CARD = "README.md"
 

@@ -12,7 +12,7 @@ from adapterkit.core.adapter.keys import token_key
 from adapterkit.core.errors import Refused, shown
 from adapterkit.runtime.site import Inside, Part, Site
 from adapterkit.runtime.targets import weight_reader
-from adapterkit.verbs.shared.targets.resolve import tied_modules
+from adapterkit.verbs.shared.targets import tied_modules
 
 
 class TokensPart(Part):

@@ -25,7 +25,7 @@ from adapterkit.runtime.targets import LiveResolver
 from adapterkit.verbs.shared.lora_config import LoraConfig
 from adapterkit.verbs.shared.statistics_file import INPUT_KINDS, INPUTS, METADATA, key_of
 from adapterkit.verbs.shared.statistics_file import KINDS as ALL_KINDS
-from adapterkit.verbs.shared.targets.resolve import Target
+from adapterkit.verbs.shared.targets import Target
 from adapterkit.verbs.stats.data.masks import Masks, Rule
 from adapterkit.verbs.stats.model.gradients import Gradients
 from adapterkit.verbs.stats.sums import COMPONENTS, Sums

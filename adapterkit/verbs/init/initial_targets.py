@@ -18,8 +18,7 @@ from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.verbs.init.records.init import Init
 from adapterkit.verbs.shared.lora_config import LoraConfig
-from adapterkit.verbs.shared.targets.resolve import PARAMETER, Target
-from adapterkit.verbs.shared.targets.stored_targets import StoredResolver, entries_of
+from adapterkit.verbs.shared.targets import PARAMETER, StoredResolver, Target, entries_of
 
 RANGE = re.compile(r"\d+(-\d+)?")
 KINDS = {"conv1d": "linear", PARAMETER: "experts"}  # what inits call a kind, where it is another

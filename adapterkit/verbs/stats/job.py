@@ -9,7 +9,7 @@ from adapterkit.core.records import Json
 from adapterkit.core.weights.linear import is_linear
 from adapterkit.core.weights.names import TRANSPOSED
 from adapterkit.verbs.shared.statistics_file import INPUTS
-from adapterkit.verbs.shared.targets.stored_targets import CalledLayers, select_layers
+from adapterkit.verbs.shared.targets import CalledLayers, select_layers
 from adapterkit.verbs.stats.data.masks import Masks, token_masks
 from adapterkit.verbs.stats.model.hooks import SumsWatch
 from adapterkit.verbs.stats.model.layers import OffloadedLayer, OffloadedLayers

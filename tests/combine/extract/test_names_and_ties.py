@@ -15,7 +15,7 @@ from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.errors import Refused
 from adapterkit.core.weights.names import Names
-from adapterkit.verbs.shared.targets.stored_targets import FactorTargets
+from adapterkit.verbs.combine.planning.factor_targets import FactorTargets
 from tests.support import architectures, oracle
 from tests.support.extraction import (
     MODEL,

@@ -29,7 +29,7 @@ from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.core.weights.names import Names
 from adapterkit.verbs.shared import adapter_output
 from adapterkit.verbs.shared.statistics_file import select_covariances
-from adapterkit.verbs.shared.targets.stored_targets import select_layers
+from adapterkit.verbs.shared.targets import select_layers
 
 BITS = {4: "nf4", 8: "int8"}
 BITS_FOR, NOT_QUANTIZED = "--bits-for", "not quantized"

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from adapterkit.core import dtypes
 from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.adapter_config import rank_settings
 from adapterkit.core.adapter.factors import Place
-from adapterkit.core.adapter.keys import factor_keys, value_key
+from adapterkit.core.adapter.keys import value_key
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import Problems, Refused, Unrecoverable, listed, shown
@@ -25,23 +25,23 @@ from adapterkit.core.merge.values_by_regex import selection
 from adapterkit.core.merge.verb import MergeOptions
 from adapterkit.core.outputs.folder_files import as_json
 from adapterkit.core.patterns import similar_names
-from adapterkit.core.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
+from adapterkit.core.plan import Plan, Task
 from adapterkit.core.records import Json
 from adapterkit.core.shared_options import TruncationOptions
 from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import Parameter, StoredParameter
+from adapterkit.verbs.combine.planning.factor_targets import FactorTargets
 from adapterkit.verbs.combine.records.extract import Extract
-from adapterkit.verbs.combine.tasks.difference import DifferenceFactors, WholeParameter
-from adapterkit.verbs.combine.tasks.truncate import (
-    SHARES,
-    even_rank,
-    finalize_by_size,
-    in_output_norms,
+from adapterkit.verbs.combine.tasks.difference import (
+    DifferenceFactors,
+    WholeParameter,
+    finalize_extraction,
+    prefixes,
 )
+from adapterkit.verbs.combine.tasks.truncate import SHARES, even_rank, in_output_norms
 from adapterkit.verbs.shared import adapter_output
 from adapterkit.verbs.shared.adapter_output import Output
-from adapterkit.verbs.shared.targets.stored_targets import FactorTargets, prefixes
 
 # PEFT's word for an adapter without factors: an empty list is an error there
 NO_MODULES = "dummy-target-modules"
@@ -97,82 +97,10 @@ def _suffixes(path: str) -> Iterator[str]:
         at = path.find(".", at + 1)
 
 
-def finalize_extraction(
-    truncation: TruncationOptions, tasks: Sequence[Task], made_for: str
-) -> Finalize | None:
-    """Give each module its share of the size, and keys that depend on which modules have factors.
-
-    PEFT wraps a module with factors, and calls what it wraps `base_layer`; it wraps a module's
-    parameters in their order, so that the last one's wrapper is the outermost.
-    """
-    by_size = finalize_by_size(truncation, tasks, made_for) if truncation.max_size else None
-    targets = Counter(task.module for task in tasks if isinstance(task, DifferenceFactors))
-    if all(_has_fixed_keys(task, targets) for task in tasks):
-        return by_size
-    return partial(_finalize_keys, by_size, tasks)
-
-
-def _finalize_keys(
-    by_size: Finalize | None, tasks: Sequence[Task], metrics: list[dict]
-) -> list[Change]:
-    changes = by_size(metrics) if by_size else [unchanged] * len(tasks)
-    wrappers = Counter(
-        task.module
-        for task, metric in zip(tasks, metrics, strict=True)
-        if isinstance(task, DifferenceFactors) and "rank" in metric
-    )
-    depths: Counter[str] = Counter()  # wrappers around the module's next factors
-    last_first = []
-    for task, metric, change in reversed(list(zip(tasks, metrics, changes, strict=True))):
-        if isinstance(task, DifferenceFactors) and "rank" in metric:
-            keys = factor_keys(task.module, wrappers, depths[task.module])
-            renamed = dict(zip((task.place.a_key, task.place.b_key), keys, strict=True))
-            change = partial(_rename, change, renamed)
-            depths[task.module] += 1
-        elif isinstance(task, WholeParameter):
-            lone = task.only_beside_factors and not wrappers[task.parameter.rpartition(".")[0]]
-            key = value_key(task.parameter, wrappers)
-            change = _drop if lone else partial(_rename, change, {task.key: key})
-        last_first.append(change)
-    return last_first[::-1]
-
-
-def _has_fixed_keys(task: Task, targets: Mapping[str, int]) -> bool:
-    """Whether a task's keys do not depend on which of the modules `targets` have factors."""
-    if isinstance(task, DifferenceFactors):
-        around = prefixes(task.module)[:-1]
-        return targets[task.module] == 1 and not any(path in targets for path in around)
-    if isinstance(task, WholeParameter):
-        return not any(path in targets for path in prefixes(task.parameter))
-    return True
-
-
-def _drop(result: TaskResult) -> TaskResult:
-    return TaskResult({}, {})
-
-
-def _rename(change: Change, keys: dict[str, str], result: TaskResult) -> TaskResult:
-    result = change(result)
-    tensors = {keys[key]: tensor for key, tensor in result.tensors.items()}
-    return TaskResult(tensors, result.metrics)
-
-
-def sort_parameters(
-    sides: tuple[Checkpoint, Checkpoint], options: Extract, part: str = ""
-) -> "Extraction":
-    """Sort every parameter of the fine-tune, the second side: factors, saved whole, unchanged, or
-    not selected. `Refused` with all problems. `part`: what the sides are of a pipeline.
-
-    Reads the parameters without factors, to compare them."""
-    extraction = Extraction(sides, options, part and f"{part}.")
-    extraction.sort()
-    extraction.errors.raise_all()
-    return extraction
-
-
 @dataclass
 class Extraction:
-    """The tasks of an extraction, and the parameters that have none."""
+    """Every parameter of a fine-tune, the second side, sorted: with factors, saved whole, unchanged,
+    or not selected. Those without factors are read, to compare them."""
 
     sides: tuple[Checkpoint, Checkpoint]
     options: Extract
@@ -426,7 +354,10 @@ def plan_model_extraction(
     stats, sides = if_given(open_statistics, options.stats), (base, tuned)
     for side in sides:
         check_not_quantized(side)
-    extraction, truncation = sort_parameters(sides, options, part), options.only(TruncationOptions)
+    truncation = options.only(TruncationOptions)
+    extraction = Extraction(sides, options, part and f"{part}.")
+    extraction.sort()
+    extraction.errors.raise_all()
     factors = extraction.factors
     if truncation.max_size:
         limit = SHARES * even_rank(truncation, factors)

@@ -1,24 +1,27 @@
-"""The factors of the difference of two parameters, or the new parameter whole."""
+"""The factors of the difference of two parameters, or the new parameter whole, and what all of them
+once computed say of ranks and keys."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from adapterkit.core import dtypes
-from adapterkit.core.adapter.keys import factor_keys
+from adapterkit.core.adapter.keys import factor_keys, value_key
 from adapterkit.core.checkpoint.layout import TensorPlan
 from adapterkit.core.lazy import Tensor, torch
-from adapterkit.core.plan import READ, Effort, Task, TaskResult
+from adapterkit.core.plan import READ, Change, Effort, Finalize, Task, TaskResult, unchanged
+from adapterkit.core.shared_options import TruncationOptions
 from adapterkit.core.tasks.common import CopiedTensor
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels.block_sizes import piece
 from adapterkit.kernels.lowrank import weighted as weighted_kernel
 from adapterkit.kernels.lowrank.algebra import Svd
-from adapterkit.verbs.combine.tasks.truncate import FittedFactors
+from adapterkit.verbs.combine.tasks.truncate import FittedFactors, finalize_by_size
 from adapterkit.verbs.shared.statistics_file import read_root, root_memory
 
 BLOCK = 1 << 20  # elements converted to float32 at a time on a CPU
@@ -175,3 +178,69 @@ def _is_rounding(
         if not down and not up:
             return False
     return True
+
+
+def finalize_extraction(
+    truncation: TruncationOptions, tasks: Sequence[Task], made_for: str
+) -> Finalize | None:
+    """Give each module its share of the size, and keys that depend on which modules have factors.
+
+    PEFT wraps a module with factors, and calls what it wraps `base_layer`; it wraps a module's
+    parameters in their order, so that the last one's wrapper is the outermost.
+    """
+    by_size = finalize_by_size(truncation, tasks, made_for) if truncation.max_size else None
+    targets = Counter(task.module for task in tasks if isinstance(task, DifferenceFactors))
+    if all(_has_fixed_keys(task, targets) for task in tasks):
+        return by_size
+    return partial(_finalize_keys, by_size, tasks)
+
+
+def _finalize_keys(
+    by_size: Finalize | None, tasks: Sequence[Task], metrics: list[dict]
+) -> list[Change]:
+    changes = by_size(metrics) if by_size else [unchanged] * len(tasks)
+    wrappers = Counter(
+        task.module
+        for task, metric in zip(tasks, metrics, strict=True)
+        if isinstance(task, DifferenceFactors) and "rank" in metric
+    )
+    depths: Counter[str] = Counter()  # wrappers around the module's next factors
+    last_first = []
+    for task, metric, change in reversed(list(zip(tasks, metrics, changes, strict=True))):
+        if isinstance(task, DifferenceFactors) and "rank" in metric:
+            keys = factor_keys(task.module, wrappers, depths[task.module])
+            renamed = dict(zip((task.place.a_key, task.place.b_key), keys, strict=True))
+            change = partial(_rename, change, renamed)
+            depths[task.module] += 1
+        elif isinstance(task, WholeParameter):
+            lone = task.only_beside_factors and not wrappers[task.parameter.rpartition(".")[0]]
+            key = value_key(task.parameter, wrappers)
+            change = _drop if lone else partial(_rename, change, {task.key: key})
+        last_first.append(change)
+    return last_first[::-1]
+
+
+def _has_fixed_keys(task: Task, targets: Mapping[str, int]) -> bool:
+    """Whether a task's keys do not depend on which of the modules `targets` have factors."""
+    if isinstance(task, DifferenceFactors):
+        around = prefixes(task.module)[:-1]
+        return targets[task.module] == 1 and not any(path in targets for path in around)
+    if isinstance(task, WholeParameter):
+        return not any(path in targets for path in prefixes(task.parameter))
+    return True
+
+
+def _drop(result: TaskResult) -> TaskResult:
+    return TaskResult({}, {})
+
+
+def _rename(change: Change, keys: dict[str, str], result: TaskResult) -> TaskResult:
+    result = change(result)
+    tensors = {keys[key]: tensor for key, tensor in result.tensors.items()}
+    return TaskResult(tensors, result.metrics)
+
+
+def prefixes(path: str) -> list[str]:
+    """The modules of a dotted path, from the outermost to the path itself."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

@@ -1,9 +1,10 @@
-"""Which modules and parameters of a model get factors: PEFT's rules, on a live model and on one
-without data."""
+"""Which modules and parameters of a model an option or a config means, and which of them get
+factors: PEFT's rules, on a live model and on a stored one, which is built without data."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,14 +18,28 @@ from adapterkit.core.adapter.targets import (
     is_within,
     output_head,
 )
-from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.lazy import torch
+from adapterkit.core.options import targets as text_of_targets
 from adapterkit.core.patterns import matcher, similar_names
 from adapterkit.core.weights.linear import is_linear, kind_of
+from adapterkit.core.weights.names import Names
+from adapterkit.core.weights.unsupported_layers import (
+    is_bypassed,
+    is_taken_for_experts,
+    looks_up_otherwise,
+    weight_reader,
+)
 from adapterkit.verbs.shared.lora_config import LoraConfig
 
 LINEAR = ("linear", "conv1d")
 PARAMETER = "parameter"
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
+OPTIONS = {
+    "targets": "--targets", "exclude": "--exclude", "layers": "--layers:",
+    "rank_pattern": "--rank-for", "alpha_pattern": "--alpha-for",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class Resolver:
     `modules`: those below the model, by name, without adapters."""
 
     where = "LoraConfig"
+    whole_in_any_layer = True  # whether names that are given whole are in all layers
 
     def __init__(
         self, model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], config: LoraConfig
@@ -78,7 +94,7 @@ class Resolver:
         layers = config.layers
         self.layers = (layers,) if isinstance(layers, int) else layers
         self.stacks: Collection[str] = ()  # parameters that `targets` name, too
-        self.errors = Problems(where=self.where)
+        self.errors = Problems(where=self.where, code="AK105")
 
     def label(self, setting: str) -> str:
         """How messages call a setting."""
@@ -114,7 +130,6 @@ class Resolver:
                     f"{shown(path)} is a target, and so is a parameter of it",
                     "one of them",
                     "exclude the module from targets, or give targets=[]",
-                    code="AK105",
                 )
         targets = self.with_ranks(paths, leaves, self._tied(paths))
         self.errors += filter(None, map(self.refusal_reason, paths))
@@ -157,7 +172,7 @@ class Resolver:
         config = self.config
         targets = self._usual() if config.targets is None else config.targets
         names = self.named(targets)
-        names = self.in_layers(names, () if isinstance(targets, str) else targets)
+        names = self._in_layers(names, targets)
         # an attention's factors are for both of its projections
         kinds = {name: self.kind_of(self.modules[name]) for name in names if name in self.modules}
         attentions = {name for name, kind in kinds.items() if kind == "attention"}
@@ -166,7 +181,7 @@ class Resolver:
         if targets and not left and not self.errors:
             hint = similar_names(str(targets), self.names()) or "check targets"
             hint = "check exclude and modules_to_save" if names else hint
-            self.errors.add("no module is a target", "at least one target", hint, code="AK105")
+            self.errors.add("no module is a target", "at least one target", hint)
         return left
 
     def names(self) -> list[str]:
@@ -208,16 +223,15 @@ class Resolver:
         targets = USUAL_TARGETS.get(kind or "", ())
         if not targets and not self.config.parameters:
             name = type(self.model).__name__ if kind is None else f"model type {shown(kind)}"
-            self.errors.add(
-                f"no usual targets of {name}", "at least one target", "give targets", code="AK105"
-            )
+            self.errors.add(f"no usual targets of {name}", "at least one target", "give targets")
         return targets
 
-    def in_layers(self, names: list[str], whole: Sequence[str]) -> list[str]:
-        """Those of the names that are in `config.layers`; `whole` ones count in any layer."""
+    def _in_layers(self, names: list[str], targets: str | Sequence[str]) -> list[str]:
+        """Those of the names that are in `config.layers`."""
         layers = self.layers
         if layers is None:
             return names
+        whole = targets if self.whole_in_any_layer and not isinstance(targets, str) else ()
         where = f"{self.where}: layers_pattern"
         lists = [matcher(one, where, ENDING) for one in self.config.layers_pattern or ()]
         layer = {name: layer_of(name, lists) for name in names if name not in whole}
@@ -227,7 +241,6 @@ class Resolver:
                     f"{self.label('layers')} no target in layer {number}",
                     "layers with targets",
                     "check layers and layers_pattern",
-                    code="AK105",
                 )
         return [name for name in names if name in whole or layer[name] in layers]
 
@@ -306,7 +319,6 @@ class Resolver:
                         f"parameters of {shown(path)} and of {shown(other)} inside it",
                         "modules beside each other: PEFT's layout has no such nest",
                         "remove those of one of them",
-                        code="AK105",
                     )
         return names
 
@@ -336,7 +348,7 @@ class Resolver:
         heads = [] if embedding is None else tied_modules(self.modules, embedding)
         if embedding is None or not heads:
             problem = "tie = True, but the model has no tied weights"
-            self.errors.add(problem, "tied weights", "remove tie", code="AK105")
+            self.errors.add(problem, "tied weights", "remove tie")
             return {}
         if not {embedding, *heads} & set(paths):
             return {}
@@ -351,9 +363,118 @@ class Resolver:
         """Refuse the entries of a setting that match none of the known names."""
         for entry in entries:
             problem = f"{self.label(setting)} {shown(entry)!r} matches none"
-            self.errors.add(
-                problem, expected, similar_names(entry, known) or "check the names", code="AK105"
-            )
+            self.errors.add(problem, expected, similar_names(entry, known) or "check the names")
+
+
+class StoredResolver(Resolver):
+    """A config on a stored model. `among`: the layers that can get factors; the others are
+    `lacking`, as messages say. What "all-linear" leaves out joins the notes."""
+
+    where = "--targets"
+    whole_in_any_layer = False
+
+    def __init__(
+        self,
+        names: Names,
+        config: LoraConfig,
+        notes: list[str],
+        among: Collection[str] | None = None,
+        lacking: str = "",
+    ):
+        model = torch.nn.Module() if names.model is None else names.model.model
+        modules = {name: module for name, module in model.named_modules() if name}
+        for name in among or ():  # transformers does not know the model, or has these elsewhere
+            modules.setdefault(name, torch.nn.Linear(1, 1, device="meta"))
+        super().__init__(model, modules, config)
+        self.stored_names, self.notes, self.among, self.lacking = names, notes, among, lacking
+
+    def label(self, setting: str) -> str:
+        return OPTIONS[setting]
+
+    @property
+    def is_classifier(self) -> bool:
+        return type(self.model).__name__.endswith("ForSequenceClassification")
+
+    def why_not(self, path: str) -> str:
+        """What a layer is on which no factors can start; "" for one on which they can."""
+        reason = why_not_on_layer(self.stored_names, path, self.modules[path])
+        return reason or self._lacks(path)
+
+    def _lacks(self, path: str) -> str:
+        return "" if self.among is None or path in self.among else self.lacking
+
+    def unread(self, path: str) -> Refused | None:
+        problem = self.why_not(path)
+        if not problem:
+            return None
+        return Refused(
+            f"target {shown(path)} is {problem}",
+            expected="layers on which factors act",
+            where=self.where,
+            hint="leave it out",
+            code="AK105",
+        )
+
+    def fitting(self, paths: list[str]) -> list[str]:
+        left_out: dict[str, list[str]] = {}
+        for path in paths:
+            left_out.setdefault(self.why_not(path), []).append(path)
+        fit = left_out.pop("", [])
+        self.notes += [
+            f"no factors for {listed(its)}: {reason}" for reason, its in left_out.items()
+        ]
+        return fit
+
+
+class CalledLayers(StoredResolver):
+    """Layers whose inputs are seen, because the code around them calls them: factors may not act
+    there."""
+
+    def why_not(self, path: str) -> str:
+        reader = weight_reader(self.stored_names, path)
+        return f"read by {reader}, and not called" if reader else self._lacks(path)
+
+
+def select_layers(
+    names: Names,
+    targets: str | Sequence[str] | None,
+    among: Collection[str],
+    lacking: str,
+    notes: list[str],
+    kind: type[StoredResolver] = StoredResolver,
+) -> list[str]:
+    """Those of the layers that --targets means, in the model's order; without it all that `kind`
+    takes. `lacking`: what a model's other layers are."""
+    config = LoraConfig(targets=ALL_LINEAR if targets is None else entries_of("--targets", targets))
+    resolver = kind(names, config, notes, among, lacking)
+    if targets is None:
+        return resolver.fitting(list(among))
+    return [target.path for target in resolver.resolve()]
+
+
+def entries_of(option: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
+    """A text of --targets or --exclude as PEFT has it: "all-linear", ends of names, of several with
+    commas between, or a regular expression for whole names."""
+    text = text_of_targets(value)
+    if text.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    if NAMES.fullmatch(text):
+        return tuple(text.replace(" ", "").split(","))
+    matcher(text, option)
+    return text
+
+
+def why_not_on_layer(names: Names, path: str, module: torch.nn.Module) -> str:
+    """What a module is on which PEFT puts no factors as on a layer; "" for one that takes them."""
+    kind, cls = kind_of(module), type(module)
+    is_plain = is_linear(module) if kind in LINEAR else cls.__name__ in CONVOLUTIONS
+    if kind == "embedding":
+        is_plain = not looks_up_otherwise(cls.__mro__)
+    elif is_bypassed(names, path) or is_taken_for_experts(
+        names.base.config.get("model_type"), path
+    ):
+        return "passed by in PEFT, or its weight is read by others"
+    return "" if is_plain else f"a {cls.__name__}, on which no factors start"
 
 
 def layer_of(name: str, lists: Sequence[Callable[[str], bool]] = ()) -> int | None:

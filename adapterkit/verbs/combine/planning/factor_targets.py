@@ -1,61 +1,23 @@
-"""Which layers of a stored model options mean, and where PEFT can put factors, or a trained copy in
-a module's place: PEFT's rules on the model without data."""
+"""Which parameters of a stored model PEFT can give factors, or a trained copy in their module's
+place."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
 from adapterkit.core.adapter.record import EMBEDDINGS
-from adapterkit.core.adapter.targets import ALL_LINEAR
-from adapterkit.core.errors import Refused, listed, shown
-from adapterkit.core.lazy import torch
-from adapterkit.core.options import targets as text_of_targets
-from adapterkit.core.patterns import matcher
-from adapterkit.core.weights.linear import is_linear, kind_of
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import Parameter
-from adapterkit.core.weights.unsupported_layers import (
-    ATTENTION,
-    is_bypassed,
-    is_taken_for_experts,
-    looks_up_otherwise,
-    weight_reader,
-)
-from adapterkit.verbs.shared.lora_config import LoraConfig
-from adapterkit.verbs.shared.targets.resolve import LINEAR, Resolver, embeddings_of
+from adapterkit.core.weights.unsupported_layers import ATTENTION, is_bypassed
+from adapterkit.verbs.combine.tasks.difference import prefixes
+from adapterkit.verbs.shared.targets import CONVOLUTIONS, embeddings_of, why_not_on_layer
 
-CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 LAYERS = ("Linear", "Conv1D", *CONVOLUTIONS)  # classes of modules with factors
 PARAMETRIZED = "ParametrizationList"  # torch's: cannot be replaced by a copy
 EXPERTS = re.compile("expert", re.IGNORECASE)
-NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
-OPTIONS = {
-    "targets": "--targets", "exclude": "--exclude", "layers": "--layers:",
-    "rank_pattern": "--rank-for", "alpha_pattern": "--alpha-for",
-}  # fmt: skip
-
-
-def prefixes(path: str) -> list[str]:
-    """The modules of a dotted path, from the outermost to the path itself."""
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-
-
-def why_not_on_layer(names: Names, path: str, module: torch.nn.Module) -> str:
-    """What a module is on which PEFT puts no factors as on a layer; "" for one that takes them."""
-    kind, cls = kind_of(module), type(module)
-    is_plain = is_linear(module) if kind in LINEAR else cls.__name__ in CONVOLUTIONS
-    if kind == "embedding":
-        is_plain = not looks_up_otherwise(cls.__mro__)
-    elif is_bypassed(names, path) or is_taken_for_experts(
-        names.base.config.get("model_type"), path
-    ):
-        return "passed by in PEFT, or its weight is read by others"
-    return "" if is_plain else f"a {cls.__name__}, on which no factors start"
 
 
 class FactorTargets:
@@ -160,103 +122,3 @@ def _is_suffix_of_any(suffix: str, reversed_names: list[str]) -> bool:
     """Whether another name ends with this one; `reversed_names`: all, reversed, sorted."""
     at = bisect_right(reversed_names, suffix[::-1])
     return at < len(reversed_names) and reversed_names[at].startswith(suffix[::-1])
-
-
-def entries_of(option: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
-    """A text of --targets or --exclude as PEFT has it: "all-linear", ends of names, of several with
-    commas between, or a regular expression for whole names."""
-    text = text_of_targets(value)
-    if text.lower() == ALL_LINEAR:
-        return ALL_LINEAR
-    if NAMES.fullmatch(text):
-        return tuple(text.replace(" ", "").split(","))
-    matcher(text, option)
-    return text
-
-
-class StoredResolver(Resolver):
-    """A config on a stored model. `among`: the layers that can get factors; the others are
-    `lacking`, as messages say. What "all-linear" leaves out joins the notes."""
-
-    where = "--targets"
-
-    def __init__(
-        self,
-        names: Names,
-        config: LoraConfig,
-        notes: list[str],
-        among: Collection[str] | None = None,
-        lacking: str = "",
-    ):
-        model = torch.nn.Module() if names.model is None else names.model.model
-        modules = {name: module for name, module in model.named_modules() if name}
-        for name in among or ():  # transformers does not know the model, or has these elsewhere
-            modules.setdefault(name, torch.nn.Linear(1, 1, device="meta"))
-        super().__init__(model, modules, config)
-        self.stored_names, self.notes, self.among, self.lacking = names, notes, among, lacking
-
-    def label(self, setting: str) -> str:
-        return OPTIONS[setting]
-
-    @property
-    def is_classifier(self) -> bool:
-        return type(self.model).__name__.endswith("ForSequenceClassification")
-
-    def why_not(self, path: str) -> str:
-        """What a layer is on which no factors can start; "" for one on which they can."""
-        reason = why_not_on_layer(self.stored_names, path, self.modules[path])
-        return reason or self._lacks(path)
-
-    def _lacks(self, path: str) -> str:
-        return "" if self.among is None or path in self.among else self.lacking
-
-    def unread(self, path: str) -> Refused | None:
-        problem = self.why_not(path)
-        if not problem:
-            return None
-        return Refused(
-            f"target {shown(path)} is {problem}",
-            expected="layers on which factors act",
-            where=self.where,
-            hint="leave it out",
-            code="AK105",
-        )
-
-    def fitting(self, paths: list[str]) -> list[str]:
-        left_out: dict[str, list[str]] = {}
-        for path in paths:
-            left_out.setdefault(self.why_not(path), []).append(path)
-        fit = left_out.pop("", [])
-        self.notes += [
-            f"no factors for {listed(its)}: {reason}" for reason, its in left_out.items()
-        ]
-        return fit
-
-    def in_layers(self, names: list[str], whole: Sequence[str]) -> list[str]:
-        return super().in_layers(names, ())
-
-
-class CalledLayers(StoredResolver):
-    """Layers whose inputs are seen, because the code around them calls them: factors may not act
-    there."""
-
-    def why_not(self, path: str) -> str:
-        reader = weight_reader(self.stored_names, path)
-        return f"read by {reader}, and not called" if reader else self._lacks(path)
-
-
-def select_layers(
-    names: Names,
-    targets: str | Sequence[str] | None,
-    among: Collection[str],
-    lacking: str,
-    notes: list[str],
-    kind: type[StoredResolver] = StoredResolver,
-) -> list[str]:
-    """Those of the layers that --targets means, in the model's order; without it all that `kind`
-    takes. `lacking`: what a model's other layers are."""
-    config = LoraConfig(targets=ALL_LINEAR if targets is None else entries_of("--targets", targets))
-    resolver = kind(names, config, notes, among, lacking)
-    if targets is None:
-        return resolver.fitting(list(among))
-    return [target.path for target in resolver.resolve()]

@@ -1,1 +1,0 @@
-"""Which modules an option means."""
