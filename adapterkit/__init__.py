@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from adapterkit.verbs.combine.records.resize import resize as resize
     from adapterkit.verbs.combine.records.subtract import subtract as subtract
     from adapterkit.verbs.fit.verb import fit as fit
-    from adapterkit.verbs.init.records.init import init as init
-    from adapterkit.verbs.init.records.rebase import rebase as rebase
+    from adapterkit.verbs.init.records import init as init
+    from adapterkit.verbs.init.records import rebase as rebase
     from adapterkit.verbs.look.records.check import check as check
     from adapterkit.verbs.look.records.diagnose import diagnose as diagnose
     from adapterkit.verbs.look.records.diff import diff as diff

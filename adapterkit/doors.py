@@ -8,7 +8,7 @@ SECTIONS = {
     "Models": {
         "merge": "core.merge.verb",
         "extract": "verbs.combine.records.extract",
-        "init": "verbs.init.records.init",
+        "init": "verbs.init.records",
         "stats": "verbs.stats.verb",
     },
     "Adapters": {
@@ -18,7 +18,7 @@ SECTIONS = {
         "subtract": "verbs.combine.records.subtract",
         "arrow": "verbs.combine.records.arrow",
         "resize": "verbs.combine.records.resize",
-        "rebase": "verbs.init.records.rebase",
+        "rebase": "verbs.init.records",
         "edit": "adapters.formats.edit",
     },
     "Quantization": {

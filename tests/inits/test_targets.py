@@ -12,8 +12,8 @@ from adapterkit.core.adapter.targets import USUAL_TARGETS
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.errors import AdapterkitError
-from adapterkit.verbs.init.initial_targets import find_targets
-from adapterkit.verbs.init.records.init import Init
+from adapterkit.verbs.init.records import Init
+from adapterkit.verbs.init.targets import find_targets
 from tests.runtime.test_targets import BUILDS, wrapped
 from tests.support import oracle, tiny
 

@@ -99,8 +99,8 @@ def _suffixes(path: str) -> Iterator[str]:
 
 @dataclass
 class Extraction:
-    """Every parameter of a fine-tune, the second side, sorted: with factors, saved whole, unchanged,
-    or not selected. Those without factors are read, to compare them."""
+    """Every parameter of a fine-tune, the second side, sorted: with factors, saved whole,
+    unchanged, or not selected. Those without factors are read, to compare them."""
 
     sides: tuple[Checkpoint, Checkpoint]
     options: Extract

@@ -37,10 +37,10 @@ from adapterkit.core.shared_options import BlockOptions
 from adapterkit.core.tasks.handoff import HandoffFactors, handed_on
 from adapterkit.core.weights.decoded import decoded_view
 from adapterkit.core.weights.detect import check_not_quantized
-from adapterkit.verbs.init.initial_targets import InitialTarget, find_targets
 from adapterkit.verbs.init.methods import created_init
 from adapterkit.verbs.init.methods.protocol import ComputedInit, Initialization, RedistributingInit
-from adapterkit.verbs.init.records.init import Init
+from adapterkit.verbs.init.records import Init
+from adapterkit.verbs.init.targets import InitialTarget, find_targets
 from adapterkit.verbs.init.tasks import (
     InitialFactors,
     ResidualWeight,

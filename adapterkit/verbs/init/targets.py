@@ -16,7 +16,7 @@ from adapterkit.core.merge.values_by_regex import pattern_table, read_rules
 from adapterkit.core.options import ABOVE_0, COUNT
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import StoredParameter
-from adapterkit.verbs.init.records.init import Init
+from adapterkit.verbs.init.records import Init
 from adapterkit.verbs.shared.lora_config import LoraConfig
 from adapterkit.verbs.shared.targets import PARAMETER, StoredResolver, Target, entries_of
 

@@ -1,5 +1,5 @@
 """init: an adapter that starts by any method, and for some the base that is left without the part
-that the adapter takes."""
+that the adapter takes. rebase: such an adapter, trained, as plain LoRA on the original base."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,10 +17,15 @@ from adapterkit.core.options import (
 )
 from adapterkit.core.registry import declarations, written_formats
 from adapterkit.core.shared_options import (
+    EXACT_BY_DEFAULT,
+    FOR_AMBIGUOUS_PARAMETERS,
     QUANTIZED,
     BlockOptions,
     ScaleOptions,
+    base_option,
+    energy_option,
     factor_dtype_option,
+    rank_option,
     seed_option,
     settings_option,
     statistics_option,
@@ -60,7 +65,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
     """
 
     tier = "core"
-    planner = "verbs.init.planning.init:plan_init"
+    planner = "verbs.init.plan:plan_init"
     needs = dict.fromkeys(("skip", "block_size", "double_quant"), "quantize")
     command = """Initialize an adapter on a base.
 
@@ -119,4 +124,43 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
     dtype: str = factor_dtype_option()
 
 
+@record
+class Rebase(WritingVerb):
+    """Turn an adapter that was initialized by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the
+    original base.
+
+    Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training; by
+    default those beside an adapter of `init` with `residual="implicit"`), so on W the delta is
+    s·b@a - s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it.
+    Unlike PEFT's `path_initial_model_for_weight_conversion` it keeps embeddings, biases,
+    magnitudes, trained modules and token rows, and works with patterns and rsLoRA. `base` tells
+    parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything
+    is written.
+    """
+
+    planner = "verbs.init.rebase:plan_rebase"
+    command = """Turn a PiSSA-like adapter into LoRA on the original base.
+
+    Δ' = s·b@a - s₀·b₀@a₀, for adapters initialized by PiSSA, OLoRA, CorDA or LoRA-GA.
+
+    \b
+    Example:
+      adapterkit rebase ./pissa-trained --initial ./pissa-init --out plain
+    """
+
+    adapter: StrPath = argument(kw_only=False, check=SOURCE)
+    initial: StrPath | None = option(
+        default=None,
+        check=SOURCE,
+        metavar="ADAPTER",
+        help="The same adapter as saved before training (default: ADAPTER/initial, of init "
+        "--residual implicit).",
+    )
+    base: StrPath | None = base_option(FOR_AMBIGUOUS_PARAMETERS)
+    rank: int | None = rank_option(EXACT_BY_DEFAULT)
+    energy: float | None = energy_option()
+    dtype: str = factor_dtype_option()
+
+
 init = function_of(Init)
+rebase = function_of(Rebase)

@@ -21,7 +21,7 @@ from adapterkit.core.plan import Plan, Task
 from adapterkit.core.weights.names import Names
 from adapterkit.verbs.combine.methods.linear import Linear
 from adapterkit.verbs.combine.tasks.combine import CombinedFactors, Operand, Refit
-from adapterkit.verbs.init.records.rebase import Rebase
+from adapterkit.verbs.init.records import Rebase
 from adapterkit.verbs.shared import adapter_output
 from adapterkit.verbs.shared.joined_values import read_all
 
