@@ -8,8 +8,8 @@ import torch
 
 from adapterkit.kernels import block_sizes as pieces
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.verbs.combine.methods import common
-from adapterkit.verbs.combine.methods.common import DenseDeltas
+from adapterkit.verbs.combine.methods import protocol
+from adapterkit.verbs.combine.methods.protocol import Deltas
 from tests.support import methods
 from tests.support.card import DEVICE, Card, installed
 
@@ -27,7 +27,7 @@ def spent(name: str) -> tuple[int, float]:
             [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
             for _ in range(count)
         ]
-        deltas = DenseDeltas([Product(*pair) for pair in pairs])
+        deltas = Deltas([Product(*pair) for pair in pairs])
         launches, waits = card.launches, card.waits
         methods.record(name).combine_elements(deltas, [1.0] * count, methods.seeds)
     assert not card.races
@@ -42,5 +42,5 @@ def test_methods_on_elements(name: str):
 
 @pytest.mark.parametrize("name", ["ties", "dare_ties"])
 def test_a_budget_fails_where_pieces_are_those_of_a_cpu(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pieces, "GPU", common.BLOCK)
+    monkeypatch.setattr(pieces, "GPU", protocol.BLOCK)
     assert spent(name)[0] > LAUNCHES

@@ -16,7 +16,7 @@ from adapterkit.core.errors import Damaged, MultipleErrors, Refused
 from adapterkit.core.tasks.rows import EditedTensor
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.verbs.combine.methods.gta import Gta
-from adapterkit.verbs.combine.tasks.combine import ModuleSeeds
+from adapterkit.verbs.combine.tasks.combine import module_seeds
 from tests.support import experts, gguf_files, one_file, oracle, quantized_llama
 from tests.support.combining import options_of
 from tests.support.methods import METHODS, combined, record
@@ -70,7 +70,7 @@ def expected(base: Path, adapters: list[Path], name: str, **given) -> dict[str, 
     before, values = stored(base), {}
     for module, products in products_of(adapters).items():
         method, weights = record(name, **given), [WEIGHTS[number] for number in products]
-        seeds = ModuleSeeds(0, f"{module}/0")
+        seeds = module_seeds(0, f"{module}/0")
         delta = combined(method, [*products.values()], weights, seeds)
         weight = before[f"{module}.weight"].double()
         values[f"{module}.weight"] = Exact(weight + delta, weight.abs() + delta.abs(), 8)

@@ -6,8 +6,8 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file
 
 from adapterkit.kernels import elementwise
-from adapterkit.verbs.combine.methods.common import DenseDeltas
-from adapterkit.verbs.combine.tasks.combine import ModuleSeeds
+from adapterkit.verbs.combine.methods.protocol import Deltas
+from adapterkit.verbs.combine.tasks.combine import module_seeds
 from tests.support import oracle
 from tests.support.combining import WEIGHTS, combined, narrowed, pairs_of, peft_combined
 from tests.support.deltas import assert_close, deltas, net, weighted
@@ -64,8 +64,8 @@ def test_dare_on_factors_is_pefts_with_the_same_draws(kind, three, tmp_path, mon
     def pruned(tensor, density, rescale):
         name, side, which = next(order)
         matrix = tensor.detach().flatten(1).clone()
-        given = DenseDeltas([matrix])
-        draws = ModuleSeeds(5, f"{name}/{side}")(which)
+        given = Deltas([matrix])
+        draws = module_seeds(5, f"{name}/{side}")(which)
         for first, last in given.blocks():
             elementwise.drop(matrix[first:last], density, draws.at(first * matrix.shape[1]))
         return matrix.view_as(tensor)

@@ -12,9 +12,7 @@ from adapterkit.core import registry
 from adapterkit.core.errors import Refused
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.kernels import dense, elementwise
-from adapterkit.kernels.block_sizes import piece
 from adapterkit.kernels.lowrank.algebra import Product, Svd, norm, stack_products, svd
-from adapterkit.kernels.rows import row_ranges
 from adapterkit.verbs.combine.methods.protocol import (
     Deltas,
     DenseDelta,
@@ -25,7 +23,6 @@ from adapterkit.verbs.combine.methods.protocol import (
 )
 
 Majority = Literal["total", "frequency"]
-BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
 SUBSAMPLE = 4  # one row in four of each block is enough to estimate a threshold
 NOISE = 1e-12  # of a norm: singular values below it are float64's rounding
 # changes a block in place; the blocks of a delta come in row-major order
@@ -89,7 +86,7 @@ class InCores(OnFactors):
     ) -> tuple[Product, Metrics]:
         check_count(weights, len(products))
         u, v = self.bases(products)
-        cores = DenseDeltas(cores_of(products, u, v))
+        cores = Deltas(cores_of(products, u, v))
         merged, metrics = self._inner().combine_elements(cores, weights, seeds)
         return (Product(u, merged) if v is None else Product(u @ merged, v)), metrics
 
@@ -145,32 +142,6 @@ def nearest_orthogonal(
     p, s, qh = dense.svd(core)
     p, qh = p[:, s > 1e-8], qh[s > 1e-8]
     return q @ p @ qh
-
-
-class DenseDeltas:
-    """Deltas of one module, or their cores; rows of a product are multiplied out in float32
-    whenever they are asked for. `wide`: in float64, then rounded, so that every kind of device has
-    the same values, and a method that compares them decides the same."""
-
-    def __init__(self, deltas: Sequence[Product | Tensor], *, wide: bool = False):
-        dtype = torch.float64 if wide else torch.float32
-        self.deltas = [
-            Product(d.left.to(dtype), d.right.to(dtype)) if isinstance(d, Product) else d
-            for d in deltas
-        ]
-        first, self.count = self.deltas[0], len(deltas)
-        sides = (first.left, first.right) if isinstance(first, Product) else (first, first)
-        self.shape, self.device = (sides[0].shape[0], sides[1].shape[1]), sides[0].device
-        self.dtype = torch.float32 if isinstance(first, Product) else first.dtype
-
-    def blocks(self) -> list[tuple[int, int]]:
-        return row_ranges(*self.shape, piece(self.device, BLOCK))
-
-    def rows(self, which: int, first: int, last: int) -> Tensor:
-        delta = self.deltas[which]
-        if isinstance(delta, Product):
-            return (delta.left[first:last] @ delta.right).to(self.dtype)
-        return delta[first:last].clone()
 
 
 def check_share(option: str, value: float, above_zero: bool = False) -> None:

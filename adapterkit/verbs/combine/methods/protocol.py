@@ -8,14 +8,17 @@ takes no part: the planner skips it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.registry import STABLE, Tier
+from adapterkit.kernels.block_sizes import piece
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.kernels.rows import row_ranges
 
+BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
 Over = Literal["module", "layer", "adapter"]
 Metrics = dict[str, float]  # for the receipt
 # E[x xᵀ] (in, in) float32 of the inputs that adapter `which` saw, read when it is asked for; the
@@ -23,29 +26,36 @@ Metrics = dict[str, float]  # for the receipt
 Covariances = Callable[[int], Tensor]
 
 
-class Deltas(Protocol):
-    """The dense deltas of one module, computed from their factors whenever a block of them is read:
-    that is cheaper than keeping them."""
+Seeds = Callable[[int], Draws]  # of delta `which` of a module, whatever else is drawn
 
-    shape: tuple[int, int]  # (out, in) of each
-    count: int
-    device: torch.device
-    dtype: torch.dtype  # of the rows, and of what is made of them
 
-    def blocks(self) -> Iterable[tuple[int, int]]:
+class Deltas:
+    """Deltas of one module, or their cores; rows of a product are multiplied out in float32
+    whenever they are asked for, which is cheaper than keeping them. `wide`: in float64, then
+    rounded, so that every kind of device has the same values, and a method that compares them
+    decides the same."""
+
+    def __init__(self, deltas: Sequence[Product | Tensor], *, wide: bool = False):
+        dtype = torch.float64 if wide else torch.float32
+        self.deltas = [
+            Product(d.left.to(dtype), d.right.to(dtype)) if isinstance(d, Product) else d
+            for d in deltas
+        ]
+        first, self.count = self.deltas[0], len(deltas)
+        sides = (first.left, first.right) if isinstance(first, Product) else (first, first)
+        self.shape, self.device = (sides[0].shape[0], sides[1].shape[1]), sides[0].device
+        self.dtype = torch.float32 if isinstance(first, Product) else first.dtype
+
+    def blocks(self) -> list[tuple[int, int]]:
         """Rows [first, last) of each block: a function of the shape and the device alone."""
-        ...
+        return row_ranges(*self.shape, piece(self.device, BLOCK))
 
     def rows(self, which: int, first: int, last: int) -> Tensor:
         """Rows [first, last) of delta `which`, (last - first, in); the caller may change them."""
-        ...
-
-
-class Seeds(Protocol):
-    def __call__(self, which: int) -> Draws:
-        """The random numbers of delta `which` of this module: the same whatever else is drawn, in
-        whatever order."""
-        ...
+        delta = self.deltas[which]
+        if isinstance(delta, Product):
+            return (delta.left[first:last] @ delta.right).to(self.dtype)
+        return delta[first:last].clone()
 
 
 class DenseDelta(NamedTuple):

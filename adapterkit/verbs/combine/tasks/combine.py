@@ -21,8 +21,8 @@ from adapterkit.kernels.block_sizes import GPU
 from adapterkit.kernels.lowrank import algebra, weighted
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 from adapterkit.kernels.quant.stochastic import Draws
-from adapterkit.verbs.combine.methods.common import DenseDeltas, WeightedSum, add_pruned
-from adapterkit.verbs.combine.methods.protocol import Method
+from adapterkit.verbs.combine.methods.common import WeightedSum, add_pruned
+from adapterkit.verbs.combine.methods.protocol import Deltas, Method, Seeds
 from adapterkit.verbs.combine.tasks.truncate import energies_of, fit_metrics
 from adapterkit.verbs.shared.statistics_file import (
     covariance_errors,
@@ -165,7 +165,7 @@ class CombinedFactors(FactorsTask):
             if self.method.acts_on == "covariances":
                 result, root, measured = self._regress(deltas, weights, inputs)
             else:
-                seeds = ModuleSeeds(self.seed, f"{self.name}/{expert}")
+                seeds = module_seeds(self.seed, f"{self.name}/{expert}")
                 result, measured = combined_delta(self.method, deltas, weights, seeds)
             results.append(result)
             metrics.append(measured | damping | _cosines(deltas))
@@ -246,8 +246,8 @@ class CombinedFactors(FactorsTask):
         for side in (0, 1):
             matrices, weights = [pair[side] for pair in pairs], [root[side] for root in roots]
             if self.method.acts_on == "elements":
-                seeds = ModuleSeeds(self.seed, f"{self.name}/{'ab'[side]}")
-                sides.append(self.method.combine_elements(DenseDeltas(matrices), weights, seeds)[0])
+                seeds = module_seeds(self.seed, f"{self.name}/{'ab'[side]}")
+                sides.append(self.method.combine_elements(Deltas(matrices), weights, seeds)[0])
             else:
                 sides.append(sum(m * w for m, w in zip(matrices, weights, strict=True)))
         rank = self.parts[0].factors.rank
@@ -268,31 +268,26 @@ def combined_delta(
     method: Method,
     deltas: Sequence[Delta],
     weights: Sequence[float],
-    seeds: ModuleSeeds,
+    seeds: Seeds,
     *,
     wide: bool = False,
 ) -> tuple[Delta, Metrics]:
     """What a method of no covariances makes of deltas, as a product where it keeps them so, else
-    dense, and its metrics; `wide`: as `DenseDeltas` has it."""
+    dense, and its metrics; `wide`: as `Deltas` has it."""
     if method.acts_on == "elements":
-        return method.combine_elements(DenseDeltas(deltas, wide=wide), weights, seeds)
+        return method.combine_elements(Deltas(deltas, wide=wide), weights, seeds)
     assert method.acts_on == "factors"
     is_dense = not all(isinstance(delta, Product) for delta in deltas)
     if is_dense and isinstance(method, WeightedSum):
         shares = method.shares(weights)
-        dense = DenseDeltas(deltas, wide=wide)
+        dense = Deltas(deltas, wide=wide)
         return add_pruned(dense, shares, [lambda block: None] * len(shares))
     return method.combine_factors([algebra.as_product(d) for d in deltas], weights, seeds)
 
 
-class ModuleSeeds:
+def module_seeds(seed: int, name: str) -> Seeds:
     """Random numbers for each delta of one module, from the run's seed and the module's name."""
-
-    def __init__(self, seed: int, name: str):
-        self.seed, self.name = seed, name
-
-    def __call__(self, which: int) -> Draws:
-        return Draws.of(self.seed, f"{self.name}\0{which}")
+    return lambda which: Draws.of(seed, f"{name}\0{which}")
 
 
 def quantile(values: Tensor, share: float) -> float:
@@ -323,7 +318,7 @@ def _span(deltas: Sequence[Delta]) -> Svd | None:
 def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:
     """Cosines between the inputs' deltas, row by row of the triangle above the diagonal."""
     products = [delta for delta in deltas if isinstance(delta, Product)]
-    table = algebra.gram(products) if len(products) == len(deltas) else _gram(DenseDeltas(deltas))
+    table = algebra.gram(products) if len(products) == len(deltas) else _gram(Deltas(deltas))
     norms = table.diagonal().clamp_min(0).sqrt()
     pairs = itertools.combinations(range(len(deltas)), 2)
     return {
@@ -334,7 +329,7 @@ def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:
     }
 
 
-def _gram(deltas: DenseDeltas) -> Tensor:
+def _gram(deltas: Deltas) -> Tensor:
     """All inner products of dense deltas, in float64."""
     table = torch.zeros(deltas.count, deltas.count, dtype=torch.float64)
     for first, last in deltas.blocks():

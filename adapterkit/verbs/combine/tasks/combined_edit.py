@@ -18,7 +18,7 @@ from adapterkit.kernels.block_sizes import GPU
 from adapterkit.kernels.lowrank.algebra import Product, stack_products
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.verbs.combine.methods.protocol import Method
-from adapterkit.verbs.combine.tasks.combine import Delta, ModuleSeeds, combined_delta
+from adapterkit.verbs.combine.tasks.combine import Delta, combined_delta, module_seeds
 
 if TYPE_CHECKING:
     from adapterkit.adapters.formats.modules.deltas import ModuleDelta
@@ -102,7 +102,7 @@ class AddCombined(RowEdit):
         weights, whole = [part.weight for part in self.parts], slice(0, grid[1])
         added: list[tuple[Band, slice, Product | Tensor]] = []
         for block, deltas in zip(self.blocks, by_block, strict=True):
-            seeds = ModuleSeeds(self.seed, f"{self.name}/{block.expert or 0}")
+            seeds = module_seeds(self.seed, f"{self.name}/{block.expert or 0}")
             delta, _ = combined_delta(self.method, deltas, weights, seeds, wide=True)
             columns = slice(block.columns.start, block.columns.stop)
             added.append((block.rows, columns, self._placed(delta, block, inputs.dtype)))
