@@ -81,9 +81,9 @@ class ModuleMethods:
             return self.method
         densities = tuple(self.densities.of(number, module) for number in numbers)
         if len({*densities}) == 1:
-            return self._with(density=densities[0])
+            return replace(cast(Any, self.method), density=densities[0])
         if "densities" in self.names:
-            return self._with(densities=densities)
+            return replace(cast(Any, self.method), densities=densities)
         raise Refused(
             f"{self.method.name} with densities {', '.join(f'{one:g}' for one in densities)}",
             expected="one for all adapters of a module",
@@ -91,9 +91,6 @@ class ModuleMethods:
             hint="use --method gta, whose adapters may have each their own",
             code="AK102",
         )
-
-    def _with(self, **values: object) -> Method:
-        return replace(cast(Any, self.method), **values)
 
     def problems(self) -> list[AdapterkitError]:
         """Refusals of rules that no module matched."""

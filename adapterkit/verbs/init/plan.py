@@ -13,7 +13,6 @@ from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.keys import INITIAL
 from adapterkit.core.adapter.record import Adapter, Lora
 from adapterkit.core.checkpoint.fingerprint import fingerprint
-from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.overlay import Overlay
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.commands import command
@@ -44,7 +43,7 @@ from adapterkit.verbs.init.targets import InitialTarget, find_targets
 from adapterkit.verbs.init.tasks import (
     InitialFactors,
     ResidualWeight,
-    finalize_by_ratios,
+    redistribute,
     warn_of_dropped,
     with_candidates,
 )
@@ -138,7 +137,8 @@ def plan_init(options: Init) -> Plan:
     finalize, warn = None, no_warnings
     if isinstance(method, RedistributingInit):
         tasks = with_candidates(method, tasks)
-        finalize, warn = partial(finalize_by_ratios, method), warn_of_dropped
+        finalize = lambda tasks: partial(redistribute, method, tasks)
+        warn = warn_of_dropped
     adapter = _adapter(base, tasks, targets, options, method, ADAPTER, implicit)
     adapter = replace(adapter, finalize=finalize)
     rest, files = (), adapter.files(notes)
@@ -172,7 +172,13 @@ def _factors(
     targets: Sequence[InitialTarget],
     statistics: Checkpoint | None,
 ) -> list[InitialFactors]:
-    specs = _statistics(statistics, method, targets)
+    specs = {
+        kind: select_statistics(
+            statistics, kind, {target.name: shape_of(kind, *target.shape) for target in targets}
+        )
+        for kind in method.needs
+        if kind != "weight"
+    }
     return [
         InitialFactors(
             name=target.name,
@@ -222,7 +228,7 @@ def _adapter(
     implicit: bool = False,
 ) -> adapter_output.Output:
     """An adapter of the output; its config has no init that PEFT would repeat."""
-    parameters = [target.name for target in targets if target.is_parameter]
+    parameters = [target.name for target in targets if target.kind == "experts"]
     settings: Json = {}
     if parameters:
         settings |= {"target_parameters": parameters, "peft_version": adapter_config.PEFT_LAYOUT}
@@ -243,23 +249,9 @@ def _adapter(
     )
 
 
-def _statistics(
-    stats: Checkpoint | None, method: Initialization, targets: Sequence[InitialTarget]
-) -> dict[str, dict[str, TensorSpec]]:
-    """The tensors of each kind that the method needs, by target."""
-    return {
-        kind: select_statistics(
-            stats, kind, {target.name: shape_of(kind, *target.shape) for target in targets}
-        )
-        for kind in method.needs
-        if kind != "weight"
-    }
-
-
 def _check(options: Init, method: Initialization, has_stats: bool) -> None:
     """Refuse options that do not go together."""
     errors = Problems(where="options", code="AK102")
-
     needs = [kind for kind in method.needs if kind != "weight"]
     if needs and not has_stats:
         what = ",".join(name for name, kinds in COLLECTED.items() if {*kinds} & {*needs})

@@ -43,10 +43,6 @@ class InitialTarget:
         """(out, in) of its factors' product, a kernel's axes flattened."""
         return self.place.out, math.prod(self.place.a_tail)
 
-    @property
-    def is_parameter(self) -> bool:
-        return self.kind == "experts"
-
 
 def find_targets(base: Checkpoint, options: Init, notes: list[str]) -> list[InitialTarget]:
     """The targets in the model's order; `Refused` with all names that match none, and all modules
@@ -61,7 +57,7 @@ def find_targets(base: Checkpoint, options: Init, notes: list[str]) -> list[Init
     for target in sorted(resolver.resolve(), key=lambda target: order[target.path]):
         with errors.collected():
             targets.append(_target(names, target))
-    Problems(errors).raise_all()
+    errors.raise_all()
     return _nested(names, targets)
 
 
@@ -131,13 +127,13 @@ def _target(names: Names, target: Target) -> InitialTarget:
 def _nested(names: Names, targets: list[InitialTarget]) -> list[InitialTarget]:
     """The targets with keys for a file in which PEFT wraps modules for their parameters: once for
     each, the last one of the module's code outermost."""
-    stacks = Counter(target.module for target in targets if target.is_parameter)
+    stacks = Counter(target.module for target in targets if target.kind == "experts")
     if not stacks:
         return targets
     depths: dict[str, int] = {}
     for module in stacks:
         leaves = names.children(module) or []
-        own = [t.name for t in targets if t.is_parameter and t.module == module]
+        own = [t.name for t in targets if t.kind == "experts" and t.module == module]
         own.sort(key=lambda name: leaves.index(name.rpartition(".")[2]))
         depths |= {name: len(own) - 1 - i for i, name in enumerate(own)}
     nested = []

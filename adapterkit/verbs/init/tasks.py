@@ -13,7 +13,7 @@ from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import TensorPlan
 from adapterkit.core.errors import Damaged, Problems, listed, unrecoverable
 from adapterkit.core.lazy import Tensor, torch
-from adapterkit.core.plan import READ, Change, Effort, Finalize, Metrics, Task, TaskResult
+from adapterkit.core.plan import READ, Change, Effort, Metrics, Task, TaskResult
 from adapterkit.core.tasks.common import RankedFactors
 from adapterkit.core.tasks.handoff import handoff_keys, handoff_of
 from adapterkit.core.tasks.metrics import short
@@ -108,7 +108,9 @@ class InitialFactors(RankedFactors):
         self, matrix: Tensor | None, statistics: dict[str, Tensor], expert: int
     ) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank), a kernel's axes flattened."""
-        generator = generator_of(self.seed, f"{self.name} {expert}")
+        # whatever other modules draw, and in whatever order
+        seed = Draws.of(self.seed, f"{self.name} {expert}").key >> 1
+        generator = torch.Generator().manual_seed(seed)
         method = self.method
         if isinstance(method, ComputedInit):
             return self._computed(method, matrix, statistics, generator)
@@ -139,11 +141,6 @@ class InitialFactors(RankedFactors):
             code="AK106",
         ):
             return start()
-
-
-def generator_of(seed: int, name: str) -> torch.Generator:
-    """Random numbers of one module: those of others, and their order, do not matter."""
-    return torch.Generator().manual_seed(Draws.of(seed, name).key >> 1)
 
 
 @dataclass(frozen=True)
@@ -228,17 +225,14 @@ def with_candidates(
     return result
 
 
-def finalize_by_ratios(method: RedistributingInit, tasks: Sequence[Task]) -> Finalize:
-    """Give each module its rank once the ratios of all are known."""
-    return partial(_redistribute, method, [cast(InitialFactors, task) for task in tasks])
-
-
-def _redistribute(
-    method: RedistributingInit, tasks: Sequence[InitialFactors], metrics: list[Metrics]
+def redistribute(
+    method: RedistributingInit, tasks: Sequence[Task], metrics: list[Metrics]
 ) -> list[Change]:
-    budget = sum(task.rank for task in tasks)
+    """Give each module its rank once the ratios of all are known."""
+    factors = [cast(InitialFactors, task) for task in tasks]
+    budget = sum(task.rank for task in factors)
     ranks = distribute([metric["ratios"] for metric in metrics], budget)
-    return [partial(_cut, method, task, rank) for task, rank in zip(tasks, ranks, strict=True)]
+    return [partial(_cut, method, task, rank) for task, rank in zip(factors, ranks, strict=True)]
 
 
 def _cut(

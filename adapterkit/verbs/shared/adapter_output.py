@@ -135,9 +135,13 @@ class Output:
             targets = (self.modules.get(task.name) for task in ordered)
             homes = [target if target in pairs else None for target in targets]
             finalize = partial(_pad_pairs, ordered, homes)
-        made_for = common_fingerprint(self.adapters) or self.base_fingerprint
+        fingerprints = {adapter.base_fingerprint for adapter in self.adapters}
+        made_for = fingerprints.pop() if len(fingerprints) == 1 else None
         return OutputFile.computed(
-            self.inside(WEIGHTS), ordered, metadata_with(made_for), finalize=finalize
+            self.inside(WEIGHTS),
+            ordered,
+            metadata_with(made_for or self.base_fingerprint),
+            finalize=finalize,
         )
 
     def files(self, notes: list[str]) -> Files:
@@ -185,12 +189,6 @@ class Output:
         config |= target_settings(self.adapters, sorted(by_target.keys() - self.parameters))
         config |= rank_settings(by_target, alphas or self.alpha, self.unnamed)
         return as_json(in_order_of_peft(config))
-
-
-def common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
-    """The fingerprint of the base that all of the adapters were made for, if they say so."""
-    fingerprints = {adapter.base_fingerprint for adapter in adapters}
-    return fingerprints.pop() if len(fingerprints) == 1 else None
 
 
 def _pad_pairs(

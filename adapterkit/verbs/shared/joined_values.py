@@ -67,7 +67,9 @@ class AdapterWeights:
     ):
         self.weights, self.file, self.option = weights, file, option
         self.given = [self._rule(text) for text in texts]
-        rules = [[rule for numbers, rule in self.given if n in numbers] for n in self._numbers]
+        rules = [
+            [rule for numbers, rule in self.given if n in numbers] for n in range(len(weights))
+        ]
         self.patterns = [Patterns(pattern_table(its), self.option) for its in rules]
         self.modules: list[set[str]] = [set() for _ in weights]  # of each adapter, so far
         self.scale = 1.0  # of all of them
@@ -106,10 +108,6 @@ class AdapterWeights:
                 code="AK112",
             )
         return self.scale * any(weight), replace(factors, directions=weight)
-
-    @property
-    def _numbers(self) -> range:
-        return range(len(self.weights))
 
     def problems(self) -> list[AdapterkitError]:
         """Refusals of the rules, and of names in the file, that no module matched so far."""

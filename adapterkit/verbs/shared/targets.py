@@ -123,7 +123,8 @@ class Resolver:
         `Refused` with all names that match nothing, and all modules that take no factors."""
         chosen = self.selected()
         paths = [name for name in chosen if name in self.modules]
-        leaves = [name for name in chosen if name not in self.modules] + self._parameters()
+        leaves = [name for name in chosen if name not in self.modules]
+        leaves += self._parameters() if self.config.parameters else []
         for path in dict.fromkeys(name.rpartition(".")[0] for name in leaves):
             if path in paths:
                 self.errors.add(
@@ -131,14 +132,15 @@ class Resolver:
                     "one of them",
                     "exclude the module from targets, or give targets=[]",
                 )
-        targets = self.with_ranks(paths, leaves, self._tied(paths))
+        tied = self._tied(paths) if self.config.tie else {}
+        targets = self._with_ranks(paths, leaves, tied)
         self.errors += filter(None, map(self.refusal_reason, paths))
         for target in targets:
             self.errors += self.unfit_settings(target)
         self.errors.raise_all()
         return targets
 
-    def with_ranks(
+    def _with_ranks(
         self, paths: Sequence[str], leaves: Sequence[str], tied: Mapping[str, str]
     ) -> list[Target]:
         """The targets on modules and on parameters, each with its rank and alpha."""
@@ -172,7 +174,8 @@ class Resolver:
         config = self.config
         targets = self._usual() if config.targets is None else config.targets
         names = self.named(targets)
-        names = self._in_layers(names, targets)
+        if self.layers is not None:
+            names = self._in_layers(names, targets, self.layers)
         # an attention's factors are for both of its projections
         kinds = {name: self.kind_of(self.modules[name]) for name in names if name in self.modules}
         attentions = {name for name, kind in kinds.items() if kind == "attention"}
@@ -226,11 +229,10 @@ class Resolver:
             self.errors.add(f"no usual targets of {name}", "at least one target", "give targets")
         return targets
 
-    def _in_layers(self, names: list[str], targets: str | Sequence[str]) -> list[str]:
-        """Those of the names that are in `config.layers`."""
-        layers = self.layers
-        if layers is None:
-            return names
+    def _in_layers(
+        self, names: list[str], targets: str | Sequence[str], layers: Sequence[int]
+    ) -> list[str]:
+        """Those of the names that are in the layers."""
         whole = targets if self.whole_in_any_layer and not isinstance(targets, str) else ()
         where = f"{self.where}: layers_pattern"
         lists = [matcher(one, where, ENDING) for one in self.config.layers_pattern or ()]
@@ -295,8 +297,7 @@ class Resolver:
 
     def _parameters(self) -> list[str]:
         """The parameters that `config.parameters` names."""
-        if not self.config.parameters:
-            return []
+        assert self.config.parameters
         is_named, known, names = TargetMatcher(self.config.parameters, self.where), [], []
         for path, module in [("", self.model), *self.modules.items()]:
             for leaf, parameter in module.named_parameters(recurse=False):
@@ -340,10 +341,8 @@ class Resolver:
         return Refused(problem, expected=expected, where=self.where, hint=hint, code="AK105")
 
     def _tied(self, paths: list[str]) -> dict[str, str]:
-        """With `config.tie`: head -> the embedding that it shares its weight with. Where one of
-        them is among the `paths`, all of them are added."""
-        if not self.config.tie:
-            return {}
+        """Head -> the embedding that it shares its weight with. Where one of them is among the
+        `paths`, all of them are added."""
         embedding = input_embedding(self.model, self.modules)
         heads = [] if embedding is None else tied_modules(self.modules, embedding)
         if embedding is None or not heads:

@@ -117,7 +117,7 @@ def test_the_ranknum_of_old_files_counts(base, tmp_path):
 
 def test_a_plan_knows_the_largest_rank_of_each_cut(base, oracle_of, tmp_path, monkeypatch):
     """With a size none may have more than so many times the rank that all could have alike."""
-    monkeypatch.setattr("adapterkit.verbs.combine.planning.resize.SHARES", 2)
+    monkeypatch.setattr("adapterkit.verbs.combine.tasks.truncate.SHARES", 2)
     adapter, _ = oracle_of(Case("oft", ["wide", "fit"], OFT, base=True))
 
     def most(**cut):

@@ -58,14 +58,14 @@ def plan_combine(options: Combine) -> Plan:
     base = if_given(open_model, options.base)
     stats = [open_statistics(path) for path in options.stats]
     method, refit = _resolve_method(options)
-    if not options.data:
+    if not options.data and (stats or method.acts_on == "covariances"):
         check_statistics(method, refit, options.space, len(sources), len(stats))
     _check_count(options, len(sources))
     adapters = read_all(inputs.folders)
     own = [weight for _, weight in sources]
     given_weights = resolved_weights(method, own, options.weight_for, file)
     weights = AdapterWeights(given_weights, tuple(options.weight_for), file)
-    notes, errors = notes_on_copies(adapters), Problems()
+    notes, errors = notes_on_copies(adapters), Problems(code="AK305")
     model, decomposed = _base(base, adapters, notes, errors, runs=bool(options.data))
     joined = join(adapters, errors, names_of(model, adapters, notes))
     levels, dtype = levels_of(joined.values()), dtypes.parse(options.dtype)
@@ -85,10 +85,12 @@ def plan_combine(options: Combine) -> Plan:
     first = len(adapters) + (model is not None)
     statistics = [open_checkpoint(folder, number) for number, folder in enumerate(stats, first)]
     parameters = {n for n, site in joined.items() if site.parameter}
-    tasks = with_statistics(tasks, statistics, parameters, notes, errors)
+    if statistics and tasks:
+        tasks = with_statistics(tasks, statistics, parameters, notes, errors)
     biases = _biases(joined, weights, options, errors)
     errors += weights.problems()
-    check_wrappers(adapters, joined.values(), errors)
+    if parameters:
+        check_wrappers(adapters, joined.values(), errors)
     read = [*adapters, *([model] if model else []), *statistics]
     found: dict[str, list[float]] = {}
     if method.over != "module":
@@ -146,7 +148,6 @@ def _check_scaled(adapters: list[Adapter], options: Combine, errors: Problems) -
             "a sum of LoRAs in --space delta",
             "remove --set strength",
             where="options",
-            code="AK305",
         )
 
 
@@ -158,7 +159,6 @@ def _check_groups(method: Method, doras: Collection[int], errors: Problems) -> N
             "LoRAs, or one set of weights for each module",
             "give --set per=module",
             where="--method",
-            code="AK305",
         )
 
 
@@ -250,22 +250,15 @@ def _resolve_method(options: Combine) -> tuple[Method, Refit]:
     method, default = ALIASES.get(options.method, (options.method, None))
     record = method_of(method, options)
     dense = record.acts_on == "elements"
-    if options.space == "factors" and options.method in ALIASES:
-        raise Refused(
-            f"--space factors keeps the ranks: it takes no {options.method}",
-            expected="--space factors with a method alone",
-            where="options",
-            hint="remove --space factors",
-            code="AK102",
-        )
-    if options.space == "factors" and not dense and method != "linear":
-        raise Refused(
-            f"{method} is not defined on A and B separately (--space factors)",
-            expected="linear, or a method on elements",
-            where="options",
-            hint="remove --space factors",
-            code="AK102",
-        )
+    is_by_factors = options.method not in ALIASES and (dense or method == "linear")
+    if options.space == "factors" and not is_by_factors:
+        problem = f"{method} is not defined on A and B separately (--space factors)"
+        expected = "linear, or a method on elements"
+        if options.method in ALIASES:
+            problem = f"--space factors keeps the ranks: it takes no {options.method}"
+            expected = "--space factors with a method alone"
+        hint = "remove --space factors"
+        raise Refused(problem, expected=expected, where="options", hint=hint, code="AK102")
     largest = default == "largest" or (dense and default is None)
     fixed = options.rank is not None or options.energy is not None
     return record, Refit(options.rank, options.energy, largest and not fixed, options.svd_clamp)
@@ -290,7 +283,6 @@ def _check_fit(
             "one number for each adapter",
             "give one number in the file of weights",
             where="--weights",
-            code="AK305",
         )
     doras = [adapters[part.number].name for part in parts if part.dora]
     if doras and method.by_factors:
@@ -300,7 +292,6 @@ def _check_fit(
             "LoRAs, or a method that acts on deltas",
             PLAIN,
             where="--method",
-            code="AK305",
         )
     elif doras and (by_factors or refit.exact):
         where = "--space factors" if by_factors else "an exact result"
@@ -309,13 +300,12 @@ def _check_fit(
             "a refit in --space delta: a DoRA's delta has full rank",
             "give --rank R or --energy E",
             where="options",
-            code="AK305",
         )
     elif by_factors and len({part.factors.rank for part in parts}) > 1:
         listing = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
         problem = f"{shown(name)}: the ranks differ, {listing}"
         expected, hint = "one rank in --space factors", "use --space delta"
-        errors.add(problem, expected, hint, where="adapters", code="AK305")
+        errors.add(problem, expected, hint, where="adapters")
 
 
 def _biases(
@@ -332,6 +322,5 @@ def _biases(
             "linear in delta space",
             "use --method linear",
             where="--method",
-            code="AK305",
         )
     return tasks

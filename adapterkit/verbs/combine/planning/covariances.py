@@ -76,8 +76,6 @@ def check_statistics(method: Method, refit: Refit, space: str, adapters: int, fi
                 code="AK106",
             )
         return
-    if not files:
-        return
     unused = "an exact result" if refit.exact else "--svd-clamp" if refit.clamp else ""
     unused = "--space factors" if space == "factors" else unused
     if unused:
@@ -112,8 +110,6 @@ def with_statistics(
 ) -> list[CombinedFactors]:
     """The tasks, those of linear layers with the inputs' covariances; see `input_widths`.
     What is missing joins the errors."""
-    if not stats or not tasks:
-        return tasks
     replaced = without_inputs(tasks[0].method)
     otherwise = BY_WEIGHTS if replaced is tasks[0].method else f"combined by {replaced.name}"
     if tasks[0].method.over != "module":

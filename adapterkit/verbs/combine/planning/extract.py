@@ -39,7 +39,7 @@ from adapterkit.verbs.combine.tasks.difference import (
     finalize_extraction,
     prefixes,
 )
-from adapterkit.verbs.combine.tasks.truncate import SHARES, even_rank, in_output_norms
+from adapterkit.verbs.combine.tasks.truncate import in_output_norms, within_shares
 from adapterkit.verbs.shared import adapter_output
 from adapterkit.verbs.shared.adapter_output import Output
 
@@ -358,10 +358,7 @@ def plan_model_extraction(
     extraction = Extraction(sides, options, part and f"{part}.")
     extraction.sort()
     extraction.errors.raise_all()
-    factors = extraction.factors
-    if truncation.max_size:
-        limit = SHARES * even_rank(truncation, factors)
-        factors = [replace(difference, limit=limit) for difference in factors]
+    factors = within_shares(extraction.factors, truncation)
     statistics = None if stats is None else open_checkpoint(stats, 2)
     single = {one.name for one in factors if one.target != one.module}
     factors = in_output_norms(factors, statistics, single, extraction.notes)

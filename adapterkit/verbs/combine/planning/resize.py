@@ -23,15 +23,13 @@ from adapterkit.core.merge.sites import join, levels_of, names_of, targets_of
 from adapterkit.core.plan import Plan, Task
 from adapterkit.core.records import Json
 from adapterkit.core.shared_options import TruncationOptions
-from adapterkit.core.weights.names import Names
 from adapterkit.verbs.combine.records.resize import Resize
 from adapterkit.verbs.combine.tasks.truncate import (
-    SHARES,
     ConvertedFactors,
     TruncatedFactors,
-    even_rank,
     finalize_by_size,
     in_output_norms,
+    within_shares,
 )
 from adapterkit.verbs.shared import adapter_output
 
@@ -60,7 +58,6 @@ def plan_resize(options: Resize) -> Plan:
     job.errors.raise_all()
     adapter_output.check_factors(job.ranked, source.name)
     statistics = None if stats is None else open_checkpoint(stats, 1 if base is None else 2)
-    job.weight(statistics)
     return inputs.written(job.plan(statistics))
 
 
@@ -77,6 +74,7 @@ class _ResizePlanner:
     targets: Json = field(default_factory=dict)  # what the output has to know of them
     adapter: Adapter | None = None
     init: Any = True  # the output's init_lora_weights
+    alpha: float | None = None  # its lora_alpha; None: each module's rank
 
     def __post_init__(self) -> None:
         self.truncation = self.options.only(TruncationOptions)
@@ -85,11 +83,14 @@ class _ResizePlanner:
     def resize(self, adapter: Adapter) -> None:
         """A LoRA from its factors; a DoRA whose base is given from its weights."""
         self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
-        if self.options.alpha == "keep" and adapter.config.get("lora_bias"):
-            expected = "--alpha rank: PEFT scales biases of b by alpha / rank too"
-            problem = "--alpha keep with lora_bias"
-            self.errors.add(problem, expected, "remove --alpha", where="options", code="AK102")
-        sites = join([adapter], self.errors, self._names(adapter))
+        if self.options.alpha == "keep":
+            self.alpha = adapter.config["lora_alpha"]
+            if adapter.config.get("lora_bias"):
+                expected = "--alpha rank: PEFT scales biases of b by alpha / rank too"
+                problem = "--alpha keep with lora_bias"
+                self.errors.add(problem, expected, "remove --alpha", where="options", code="AK102")
+        named = self.base if adapter.config.get("target_parameters") else None
+        sites = join([adapter], self.errors, names_of(named, [adapter], self.notes))
         self.targets = targets_of(sites)
         joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
         if self.base is None or not adapter.config.get("use_dora"):
@@ -99,7 +100,8 @@ class _ResizePlanner:
                     "scale·b@a, not of the delta that they and the norms of W + scale·b@a make of "
                     "it (with --base the delta itself is fitted, as plain LoRA)"
                 )
-            levels, how = levels_of(sites.values()), self._how()
+            levels = levels_of(sites.values())
+            how = {"truncation": self.truncation, "alpha": self.alpha}
             for name, site in sites.items():
                 place, factors = site.place(levels), joined[name]
                 self.ranked.append(TruncatedFactors(name, place, self.dtype, factors, **how))
@@ -130,11 +132,6 @@ class _ResizePlanner:
             self._add(one.module, one.delta, one.trailing_shape, one.embedding, one.module)
         self.targets = {"modules": {one.module: one.module for one in modules}}
 
-    def _names(self, adapter: Adapter) -> Names | None:
-        """The base's names where they tell the adapter's parameters apart."""
-        named = self.base if adapter.config.get("target_parameters") else None
-        return names_of(named, [adapter], self.notes)
-
     def _add(
         self,
         name: str,
@@ -145,32 +142,19 @@ class _ResizePlanner:
     ) -> None:
         kind = "embedding" if embedding else "module"
         place = Place.of_weight(module, (delta.shape[0], *trailing_shape), kind)
-        self.ranked.append(ConvertedFactors(name, place, self.dtype, delta, **self._how()))
-
-    def weight(self, stats: Checkpoint | None) -> None:
-        """Fit in the norm of the outputs, by these statistics; `Refused` where some are missing."""
-        parameters = self.targets.get("parameters", frozenset())
-        names = [name for name, target in self.targets["modules"].items() if target in parameters]
-        self.ranked = in_output_norms(self.ranked, stats, names, self.notes)
-
-    def _alpha(self) -> float | None:
-        assert self.adapter is not None
-        return self.adapter.config["lora_alpha"] if self.options.alpha == "keep" else None
-
-    def _how(self) -> Json:
-        return {"truncation": self.truncation, "alpha": self._alpha()}
+        how = {"truncation": self.truncation, "alpha": self.alpha}
+        self.ranked.append(ConvertedFactors(name, place, self.dtype, delta, **how))
 
     def plan(self, stats: Checkpoint | None) -> Plan:
+        """`Refused` where some statistics are missing."""
         adapter, options = self.adapter, self.options
         assert adapter is not None
-        ranked, finalize = self.ranked, None
+        parameters = self.targets.get("parameters", frozenset())
+        names = [name for name, target in self.targets["modules"].items() if target in parameters]
+        ranked, finalize = in_output_norms(self.ranked, stats, names, self.notes), None
         beside = adapter_output.copy_all_but_factors(adapter, self.dtype)
         if self.truncation.max_size:
-            limit = SHARES * even_rank(self.truncation, ranked)
-            ranked = [
-                replace(task, limit=limit) if isinstance(task, ConvertedFactors) else task
-                for task in ranked
-            ]
+            ranked = within_shares(ranked, self.truncation)
             made_for = adapter.base_fingerprint
             finalize = partial(finalize_by_size, self.truncation, made_for=made_for)
         settings = adapter_output.settings_of(adapter) | {"init_lora_weights": self.init}
@@ -180,7 +164,7 @@ class _ResizePlanner:
             "modules": modules,
             "settings": settings,
             "finalize": finalize,
-            "alpha": self._alpha(),
+            "alpha": self.alpha,
         }
         output = adapter_output.Output([adapter], tasks, summary="resized", **more)
         decisions = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}

@@ -42,7 +42,8 @@ def value_tasks(
 ) -> list[Task]:
     """Tasks for values that were trained whole: copied from the one adapter of weight 1 that has
     them or from several whose values are equal, else averaged. Others join the errors."""
-    _check_rows(adapters, levels, errors)
+    if any(adapter.tokens for adapter in adapters):
+        _check_rows(adapters, levels, errors)
     tasks: list[Task] = []
     for key, specs in trained_values(adapters, levels).items():
         module = module_of(key)

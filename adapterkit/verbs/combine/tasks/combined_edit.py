@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.formats.modules.deltas import ModuleDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.plan import PIECE_BYTES, Effort, Loaded, RowEdit

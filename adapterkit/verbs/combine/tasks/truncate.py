@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="FittedFactors")
 BY_WEIGHTS = "fitted in the norm of their weights"
 FLOAT_NOISE = 1e-6  # of the largest singular value: below it, float32 factors hold nothing
-# with --max-size no module gets more than this many times the rank that all could have alike:
-# bounds the work
-SHARES = 8
+SHARES = 8  # times the rank that all modules could have alike
 
 
 def rank_for(truncation: TruncationOptions, s: Tensor, total: float) -> int:
@@ -217,10 +215,16 @@ def input_widths(
     return widths
 
 
-def even_rank(truncation: TruncationOptions, tasks: Sequence[Task]) -> int:
-    """The rank that all modules could have alike in a file of the size that is given."""
-    size = truncation.size
-    return max(1, size // max(sum(map(_rank_nbytes, tasks)), 1))
+def within_shares(tasks: list[F], truncation: TruncationOptions) -> list[F]:
+    """The tasks of dense deltas, with --max-size with no rank above SHARES times the one that all
+    modules could have alike: that bounds the work."""
+    if not truncation.max_size:
+        return tasks
+    even_rank = max(1, truncation.size // max(sum(map(_rank_nbytes, tasks)), 1))
+    limit = SHARES * even_rank
+    return [
+        task if isinstance(task, TruncatedFactors) else replace(task, limit=limit) for task in tasks
+    ]
 
 
 def finalize_by_size(
