@@ -16,7 +16,6 @@ pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
 BAD = {
     "density": [-0.1, 1.1, math.nan],
-    "majority": ["most"],
     "gamma": [-0.1, 1.5],
     "epsilon": [-0.1, 0.4, 0.9],
     "select": [-0.1, 2.0],
@@ -38,6 +37,12 @@ def test_bad_options(name: str, option: str) -> None:
     for value in BAD.get(option, []):
         with pytest.raises(Refused, match=registry.as_flag(option)):
             record(name, **{"density": 0.4, "prune": "ranks", option: value})
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if "majority" in registry.options(METHODS[n])])
+def test_an_unknown_majority(name: str) -> None:
+    with pytest.raises(Refused, match="--majority"):
+        registry.create("combinations", name, {"density": 0.4, "majority": "most"})
 
 
 def test_della_says_which_epsilon_fits() -> None:

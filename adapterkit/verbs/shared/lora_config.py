@@ -87,7 +87,8 @@ def options_of_peft(init: object, config: Settings) -> Json:
     return {name: value for name, value in options.items() if name not in ignored}
 
 
-EMPTY = "dummy-target-modules"  # PEFT's target_modules for an adapter of no module
+# PEFT's target_modules for an adapter of no module: an empty list is an error there
+NO_MODULES = "dummy-target-modules"
 # field -> PEFT's name, where it is another
 PEFT_NAMES = {
     "rank": "r", "alpha": "lora_alpha", "targets": "target_modules", "rslora": "use_rslora",
@@ -244,7 +245,7 @@ class LoraConfig:
         if isinstance(self.init, str) and not is_repeatable:
             own["init_lora_weights"] = True
         if self.targets == () and not self.parameters:
-            own["target_modules"] = EMPTY
+            own["target_modules"] = NO_MODULES
         base = {"base_model_name_or_path": base_model_name_or_path}
         return copy.deepcopy(PEFT_DEFAULTS) | own | base
 
@@ -260,7 +261,7 @@ class LoraConfig:
             is_empty = value is None or (isinstance(value, str | list | dict) and not value)
             if not is_empty or (f.name == "targets" and value == []):
                 settings[f.name] = value
-        if settings.get("targets") == EMPTY:
+        if settings.get("targets") == NO_MODULES:
             settings["targets"] = []
         if "init" in settings:
             init = settings["init"]

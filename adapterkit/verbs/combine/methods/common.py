@@ -157,18 +157,6 @@ def check_share(option: str, value: float, above_zero: bool = False) -> None:
         )
 
 
-def check_majority(value: str) -> None:
-    """Raises `Refused` for an unknown rule of electing signs."""
-    if value not in ("total", "frequency"):
-        raise Refused(
-            f"majority {value!r}",
-            expected="total or frequency",
-            where="--majority",
-            hint="use one of these",
-            code="AK101",
-        )
-
-
 def check_count(weights: Sequence[float], deltas: int) -> None:
     """Raises ValueError for another number of weights than of deltas: a mistake of the planner."""
     if len(weights) != deltas:

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.verbs.combine.methods.common import (
-    Majority,
-    check_majority,
-    check_share,
-    elect_pruned,
-)
+from adapterkit.verbs.combine.methods.common import Majority, check_share, elect_pruned
 from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
 from adapterkit.verbs.combine.methods.random_masks import random_drop
 
@@ -33,7 +28,6 @@ class DareTies(OnElements):
 
     def __post_init__(self):
         check_share("density", self.density, above_zero=True)
-        check_majority(self.majority)
 
     def combine_elements(
         self, deltas: Deltas, weights: Sequence[float], seeds: Seeds

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit.core.lazy import Tensor
-from adapterkit.verbs.combine.methods.common import (
-    Majority,
-    check_majority,
-    check_share,
-    elect_pruned,
-)
+from adapterkit.verbs.combine.methods.common import Majority, check_share, elect_pruned
 from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
 from adapterkit.verbs.combine.methods.random_masks import chances, check_chances, random_drop
 
@@ -38,7 +33,6 @@ class Della(OnElements):
     def __post_init__(self):
         check_share("density", self.density, above_zero=True)
         check_share("epsilon", self.epsilon)
-        check_majority(self.majority)
         check_chances(self.density, self.epsilon)
 
     def combine_elements(

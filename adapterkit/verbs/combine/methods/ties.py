@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.verbs.combine.methods.common import (
-    Majority,
-    check_majority,
-    check_share,
-    elect_pruned,
-    trim,
-)
+from adapterkit.verbs.combine.methods.common import Majority, check_share, elect_pruned, trim
 from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
 
 
@@ -35,7 +29,6 @@ class Ties(OnElements):
 
     def __post_init__(self):
         check_share("density", self.density)
-        check_majority(self.majority)
 
     def combine_elements(
         self, deltas: Deltas, weights: Sequence[float], seeds: Seeds

@@ -42,9 +42,7 @@ from adapterkit.verbs.combine.tasks.difference import (
 from adapterkit.verbs.combine.tasks.truncate import in_output_norms, within_shares
 from adapterkit.verbs.shared import adapter_output
 from adapterkit.verbs.shared.adapter_output import Output
-
-# PEFT's word for an adapter without factors: an empty list is an error there
-NO_MODULES = "dummy-target-modules"
+from adapterkit.verbs.shared.lora_config import NO_MODULES
 
 
 @dataclass(frozen=True)
