@@ -385,7 +385,9 @@ class StoredResolver(Resolver):
         for name in among or ():  # transformers does not know the model, or has these elsewhere
             modules.setdefault(name, torch.nn.Linear(1, 1, device="meta"))
         super().__init__(model, modules, config)
-        self.stored_names, self.notes, self.among, self.lacking = names, notes, among, lacking
+        self.stored_names, self.notes = names, notes
+        others = () if among is None else modules.keys() - set(among)
+        self.lacking = dict.fromkeys(others, lacking)
 
     def label(self, setting: str) -> str:
         return OPTIONS[setting]
@@ -397,10 +399,7 @@ class StoredResolver(Resolver):
     def why_not(self, path: str) -> str:
         """What a layer is on which no factors can start; "" for one on which they can."""
         reason = why_not_on_layer(self.stored_names, path, self.modules[path])
-        return reason or self._lacks(path)
-
-    def _lacks(self, path: str) -> str:
-        return "" if self.among is None or path in self.among else self.lacking
+        return reason or self.lacking.get(path, "")
 
     def unread(self, path: str) -> Refused | None:
         problem = self.why_not(path)
@@ -431,7 +430,7 @@ class CalledLayers(StoredResolver):
 
     def why_not(self, path: str) -> str:
         reader = weight_reader(self.stored_names, path)
-        return f"read by {reader}, and not called" if reader else self._lacks(path)
+        return f"read by {reader}, and not called" if reader else self.lacking.get(path, "")
 
 
 def select_layers(

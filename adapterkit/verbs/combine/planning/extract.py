@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.adapter_config import rank_settings
 from adapterkit.core.adapter.factors import Place
 from adapterkit.core.adapter.keys import value_key
+from adapterkit.core.adapter.targets import TargetMatcher
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import Problems, Refused, Unrecoverable, listed, shown
@@ -81,18 +82,10 @@ class ExtractedAdapter(Output):
     def target_modules(self, modules: Collection[str]) -> list[str] | str:
         """target_modules that match these modules alone: a name in a list matches every module
         whose path ends with it."""
-        others = self.all_modules.difference(modules)
-        if any(suffix in modules for other in others for suffix in _suffixes(other)):
+        is_meant = TargetMatcher(sorted(modules), "target_modules")
+        if any(map(is_meant, self.all_modules.difference(modules))):
             return "|".join(re.escape(module) for module in sorted(modules))
         return sorted(modules)
-
-
-def _suffixes(path: str) -> Iterator[str]:
-    """The parts of a path after each of its dots."""
-    at = path.find(".")
-    while at >= 0:
-        yield path[at + 1 :]
-        at = path.find(".", at + 1)
 
 
 @dataclass
