@@ -115,8 +115,7 @@ def with_statistics(
     if tasks[0].method.over != "module":
         otherwise += f" where their {tasks[0].method.over} has no linear layers"
     try:
-        places = {task.name: task.place for task in tasks}
-        widths = input_widths(places, parameters, notes, otherwise)
+        widths = input_widths(tasks, parameters, notes, otherwise)
     except AdapterkitError as error:
         errors.append(error)
         return tasks

@@ -350,9 +350,11 @@ def plan_model_extraction(
     extraction.sort()
     extraction.errors.raise_all()
     factors = within_shares(extraction.factors, truncation)
-    statistics = None if stats is None else open_checkpoint(stats, 2)
-    single = {one.name for one in factors if one.target != one.module}
-    factors = in_output_norms(factors, statistics, single, extraction.notes)
+    read = [*sides]
+    if stats is not None:
+        read.append(open_checkpoint(stats, 2))
+        single = {one.name for one in factors if one.target != one.module}
+        factors = in_output_norms(factors, read[-1], single, extraction.notes)
     tasks: list[Task] = [*factors, *extraction.values]
     if not tasks:
         raise Refused(
@@ -387,9 +389,8 @@ def plan_model_extraction(
     }
     output = ExtractedAdapter([], tasks, targets, settings, summary, finalize=finalize, **more)
     decisions = {"left_out": extraction.skipped, "unchanged": sorted(extraction.unchanged)}
-    inputs = (*sides, *(() if statistics is None else (statistics,)))
     return adapter_output.plan_adapters(
-        "extract", options.recipe_options(), inputs, [output], extraction.notes, decisions
+        "extract", options.recipe_options(), read, [output], extraction.notes, decisions
     )
 
 

@@ -149,9 +149,11 @@ class _ResizePlanner:
         """`Refused` where some statistics are missing."""
         adapter, options = self.adapter, self.options
         assert adapter is not None
-        parameters = self.targets.get("parameters", frozenset())
-        names = [name for name, target in self.targets["modules"].items() if target in parameters]
-        ranked, finalize = in_output_norms(self.ranked, stats, names, self.notes), None
+        ranked, finalize, targets = self.ranked, None, self.targets["modules"]
+        if stats is not None:
+            parameters = self.targets.get("parameters", frozenset())
+            names = [name for name, target in targets.items() if target in parameters]
+            ranked = in_output_norms(ranked, stats, names, self.notes)
         beside = adapter_output.copy_all_but_factors(adapter, self.dtype)
         if self.truncation.max_size:
             ranked = within_shares(ranked, self.truncation)
@@ -159,7 +161,7 @@ class _ResizePlanner:
             finalize = partial(finalize_by_size, self.truncation, made_for=made_for)
         settings = adapter_output.settings_of(adapter) | {"init_lora_weights": self.init}
         tasks: list[Task] = [*ranked, *beside]
-        modules = {task.name: self.targets["modules"][task.name] for task in ranked}
+        modules = {task.name: targets[task.name] for task in ranked}
         more = self.targets | {
             "modules": modules,
             "settings": settings,

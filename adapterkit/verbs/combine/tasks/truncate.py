@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from adapterkit.core import dtypes
-from adapterkit.core.adapter.factors import Factors, Place
+from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.checkpoint.fingerprint import metadata_with
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import laid_out
@@ -174,29 +174,25 @@ class ConvertedFactors(FittedFactors):
 
 
 def in_output_norms(
-    tasks: list[F], stats: Checkpoint | None, parameters: Collection[str], notes: list[str]
+    tasks: list[F], stats: Checkpoint, parameters: Collection[str], notes: list[str]
 ) -> list[F]:
-    """The tasks, those of linear layers with the covariance of their inputs; as they are without a
-    file.
+    """The tasks, those of linear layers with the covariance of their inputs.
 
     `parameters`: names of factors of single parameters. What is no linear layer joins the notes.
     `Refused` with all covariances that are missing or of another shape.
     """
-    if stats is None:
-        return tasks
-    places = {task.name: task.place for task in tasks}
-    selected = select_covariances(stats, input_widths(places, parameters, notes, BY_WEIGHTS))
+    selected = select_covariances(stats, input_widths(tasks, parameters, notes, BY_WEIGHTS))
     return [replace(task, covariance=selected.get(task.name)) for task in tasks]
 
 
 def input_widths(
-    places: Mapping[str, Place], parameters: Collection[str], notes: list[str], otherwise: str
+    tasks: Sequence[FactorsTask], parameters: Collection[str], notes: list[str], otherwise: str
 ) -> dict[str, int]:
     """The widths of the inputs of linear layers; a note says what happens to others."""
     widths = {
-        name: place.a_tail[0]
-        for name, place in places.items()
-        if name not in parameters and place.is_linear
+        task.name: task.place.a_tail[0]
+        for task in tasks
+        if task.name not in parameters and task.place.is_linear
     }
     if not widths:
         raise Refused(
@@ -206,10 +202,10 @@ def input_widths(
             hint="remove --stats",
             code="AK106",
         )
-    others = [name for name in places if name not in widths]
+    others = [task.name for task in tasks if task.name not in widths]
     if others:
         notes.append(
-            f"{len(others)} of {len(places)} modules are no linear layers (embeddings, "
+            f"{len(others)} of {len(tasks)} modules are no linear layers (embeddings, "
             f"convolutions, parameters), and {otherwise}: {listed(others)}"
         )
     return widths
