@@ -1,14 +1,13 @@
 """breadcrumbs: drop the largest and the smallest, then add."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.verbs.combine.methods.common import add_pruned, check_share, without_outliers
-from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.common import Prune, PrunedSum, check_share, without_outliers
+from adapterkit.verbs.combine.methods.protocol import Deltas, Seeds
 
 
 @dataclass(frozen=True)
-class Breadcrumbs(OnElements):
+class Breadcrumbs(PrunedSum):
     """Δ' = Σᵢ wᵢ βᵢ, βᵢ = Δᵢ without its outliers, the int(gamma·n) largest magnitudes, and without
     all but the int(density·n) largest of the others.
 
@@ -27,10 +26,5 @@ class Breadcrumbs(OnElements):
         check_share("density", self.density)
         check_share("gamma", self.gamma)
 
-    def combine_elements(
-        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
-    ) -> DenseDelta:
-        prunes = [
-            without_outliers(deltas, i, self.density, self.gamma) for i in range(deltas.count)
-        ]
-        return add_pruned(deltas, weights, prunes)
+    def pruning(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
+        return without_outliers(deltas, which, self.density, self.gamma)

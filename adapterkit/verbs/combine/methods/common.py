@@ -91,6 +91,33 @@ class InCores(OnFactors):
         return (Product(u, merged) if v is None else Product(u @ merged, v)), metrics
 
 
+class PrunedSum(OnElements):
+    """Δ' = Σ wᵢ pruneᵢ(Δᵢ)."""
+
+    @abstractmethod
+    def pruning(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
+        """What prunes the blocks of a delta."""
+
+    def prunings(self, deltas: Deltas, seeds: Seeds) -> list[Prune]:
+        return [self.pruning(deltas, which, seeds) for which in range(deltas.count)]
+
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        return add_pruned(deltas, weights, self.prunings(deltas, seeds))
+
+
+class PrunedElection(PrunedSum):
+    """The mean of the wᵢ pruneᵢ(Δᵢ) over those whose sign is the majority's, element by element."""
+
+    majority: Majority
+
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        return elect_pruned(deltas, weights, self.prunings(deltas, seeds), self.majority)
+
+
 def cores_of(products: Sequence[Product], u: Tensor, v: Tensor | None) -> list[Tensor]:
     """Uᵀ Δᵢ Vᵀ of each, (R, R'), or Uᵀ Δᵢ (R, in)."""
     return [(u.T @ p.left) @ (p.right if v is None else p.right @ v.T) for p in products]

@@ -1,15 +1,14 @@
 """dare_linear: drop at random, rescale, and add."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.verbs.combine.methods.common import add_pruned, check_share
-from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.common import Prune, PrunedSum, check_share
+from adapterkit.verbs.combine.methods.protocol import Deltas, Seeds
 from adapterkit.verbs.combine.methods.random_masks import random_drop
 
 
 @dataclass(frozen=True)
-class DareLinear(OnElements):
+class DareLinear(PrunedSum):
     """Δ' = Σᵢ wᵢ mᵢ Δᵢ / density, mᵢ = 1 with probability density, else 0, for each element apart:
     Σᵢ wᵢ Δᵢ in expectation.
 
@@ -27,9 +26,5 @@ class DareLinear(OnElements):
     def __post_init__(self):
         check_share("density", self.density, above_zero=True)
 
-    def combine_elements(
-        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
-    ) -> DenseDelta:
-        return add_pruned(
-            deltas, weights, [random_drop(seeds, i, self.density) for i in range(deltas.count)]
-        )
+    def pruning(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
+        return random_drop(seeds, which, self.density)

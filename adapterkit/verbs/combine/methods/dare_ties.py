@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.verbs.combine.methods.common import Majority, check_share, elect_pruned
-from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.common import Majority, Prune, PrunedElection, check_share
+from adapterkit.verbs.combine.methods.protocol import Deltas, Seeds
 from adapterkit.verbs.combine.methods.random_masks import random_drop
 
 
 @dataclass(frozen=True)
-class DareTies(OnElements):
+class DareTies(PrunedElection):
     """Δ' = Σᵢ kᵢ wᵢ δᵢ / max(Σᵢ kᵢ, 1), δᵢ = mᵢ Δᵢ / density as in dare_linear, kᵢ as in ties.
 
     As PEFT, but for the random numbers. (mergekit's dare_ties rescales by L1 norms and does not
@@ -29,12 +28,5 @@ class DareTies(OnElements):
     def __post_init__(self):
         check_share("density", self.density, above_zero=True)
 
-    def combine_elements(
-        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
-    ) -> DenseDelta:
-        return elect_pruned(
-            deltas,
-            weights,
-            [random_drop(seeds, i, self.density) for i in range(deltas.count)],
-            self.majority,
-        )
+    def pruning(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
+        return random_drop(seeds, which, self.density)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit.core.lazy import Tensor
-from adapterkit.verbs.combine.methods.common import Majority, check_share, elect_pruned
-from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.common import Majority, Prune, PrunedElection, check_share
+from adapterkit.verbs.combine.methods.protocol import Deltas, Seeds
 from adapterkit.verbs.combine.methods.random_masks import chances, check_chances, random_drop
 
 
 @dataclass(frozen=True)
-class Della(OnElements):
+class Della(PrunedElection):
     """Δ' = Σᵢ kᵢ wᵢ δᵢ / max(Σᵢ kᵢ, 1), δᵢ = mᵢ Δᵢ / pᵢ, mᵢ = 1 with probability
     pᵢ = density + epsilon·(2·rank - 1), kᵢ as in ties.
 
@@ -35,12 +34,9 @@ class Della(OnElements):
         check_share("epsilon", self.epsilon)
         check_chances(self.density, self.epsilon)
 
-    def combine_elements(
-        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
-    ) -> DenseDelta:
+    def pruning(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
         density = 1 if self.density == 1 else self.probabilities
-        prunes = [random_drop(seeds, i, density) for i in range(deltas.count)]
-        return elect_pruned(deltas, weights, prunes, self.majority)
+        return random_drop(seeds, which, density)
 
     def probabilities(self, block: Tensor) -> Tensor:
         """The probability of each element to stay."""

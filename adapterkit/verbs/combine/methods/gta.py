@@ -10,6 +10,7 @@ from typing import Literal
 from adapterkit.core.lazy import torch
 from adapterkit.verbs.combine.methods.common import (
     Prune,
+    PrunedSum,
     add_pruned,
     check_count,
     check_share,
@@ -17,12 +18,12 @@ from adapterkit.verbs.combine.methods.common import (
     trim,
     without_outliers,
 )
-from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, Seeds
 from adapterkit.verbs.combine.methods.random_masks import chances, check_chances, random_drop
 
 
 @dataclass(frozen=True)
-class Gta(OnElements):
+class Gta(PrunedSum):
     """Δ' = factor · Σᵢ kᵢ wᵢ δᵢ, with divide "weights" / Σᵢ kᵢ wᵢ, δᵢ = Δᵢ pruned, kᵢ = 1, with
     consensus "sum" [sign(wᵢ δᵢ) = sign of Σⱼ wⱼ δⱼ].
 
@@ -66,7 +67,7 @@ class Gta(OnElements):
             for i, weight in enumerate(weights)
         ]
         divided = self.divide == "weights"
-        prunes = [self._prune(deltas, i, seeds) for i in range(deltas.count)]
+        prunes = self.prunings(deltas, seeds)
         if self.consensus == "none":
             divisor = math.fsum(weights) if divided else 1.0
             divisor = divisor if abs(divisor) >= 1e-8 else 1.0
@@ -77,7 +78,7 @@ class Gta(OnElements):
         delta, metrics = elect_pruned(deltas, back, weighed, "total", shares, divided=divided)
         return DenseDelta(delta.mul_(self.factor), metrics)
 
-    def _prune(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
+    def pruning(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
         density = self.densities[which] if self.densities else self.density
         if density == 1 or self.prune == "none":
             return lambda block: None
@@ -91,7 +92,7 @@ class Gta(OnElements):
 
     def _rescaled(self, deltas: Deltas, which: int, seeds: Seeds) -> float:
         """‖Δ‖₁ / ‖δ‖₁, summed exactly over the columns; 1 where one of them is below 1e-7."""
-        prune = self._prune(deltas, which, seeds)
+        prune = self.pruning(deltas, which, seeds)
         sums = torch.zeros(2, deltas.shape[1], dtype=torch.float64, device=deltas.device)
         for first, last in deltas.blocks():
             block = deltas.rows(which, first, last)

@@ -1,14 +1,13 @@
 """magnitude_prune: trim, then add."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.verbs.combine.methods.common import add_pruned, check_share, trim
-from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.common import Prune, PrunedSum, check_share, trim
+from adapterkit.verbs.combine.methods.protocol import Deltas, Seeds
 
 
 @dataclass(frozen=True)
-class MagnitudePrune(OnElements):
+class MagnitudePrune(PrunedSum):
     """Δ' = Σᵢ wᵢ τᵢ, τᵢ the int(density·n) largest magnitudes of Δᵢ.
 
     As PEFT. Of equal magnitudes at the threshold the first in row-major order stay.
@@ -23,9 +22,5 @@ class MagnitudePrune(OnElements):
     def __post_init__(self):
         check_share("density", self.density)
 
-    def combine_elements(
-        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
-    ) -> DenseDelta:
-        return add_pruned(
-            deltas, weights, [trim(deltas, i, self.density) for i in range(deltas.count)]
-        )
+    def pruning(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
+        return trim(deltas, which, self.density)

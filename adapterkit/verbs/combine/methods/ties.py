@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.verbs.combine.methods.common import Majority, check_share, elect_pruned, trim
-from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.verbs.combine.methods.common import (
+    Majority,
+    Prune,
+    PrunedElection,
+    check_share,
+    trim,
+)
+from adapterkit.verbs.combine.methods.protocol import Deltas, Seeds
 
 
 @dataclass(frozen=True)
-class Ties(OnElements):
+class Ties(PrunedElection):
     """Δ' = Σᵢ kᵢ wᵢ τᵢ / max(Σᵢ kᵢ, 1), τᵢ the int(density·n) largest magnitudes of Δᵢ,
     kᵢ = [sign(τᵢ) = sign of Σⱼ τⱼ].
 
@@ -30,12 +35,5 @@ class Ties(OnElements):
     def __post_init__(self):
         check_share("density", self.density)
 
-    def combine_elements(
-        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
-    ) -> DenseDelta:
-        return elect_pruned(
-            deltas,
-            weights,
-            [trim(deltas, i, self.density) for i in range(deltas.count)],
-            self.majority,
-        )
+    def pruning(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
+        return trim(deltas, which, self.density)
