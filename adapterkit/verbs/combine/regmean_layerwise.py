@@ -47,6 +47,7 @@ from adapterkit.verbs.stats.sums_files import Collected, SumsFile
 from adapterkit.verbs.stats.verb import StatsOptions
 
 Pair = tuple[Tensor, Tensor]  # a (r, in), b (out, r)
+HINT = "collect with adapterkit stats, and give --stats"
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,12 @@ def job_of(
     return job
 
 
-HINT = "collect with adapterkit stats, and give --stats"
-
-
 class _Recollector:
     """Goes through each layer with each adapter's own factors, combines it, and goes on with the
     result."""
 
     gradients = False
+    watch: SumsWatch  # of the model, from when it runs
 
     def __init__(
         self,
@@ -188,7 +187,6 @@ class _Recollector:
         self.own: list[dict[str, Pair]] = []  # of each adapter in a layer that is rehearsed
         self.active: dict[str, Pair] = {}  # what is added now
         self.collected: list[Collected] = []
-        self.watch: SumsWatch | None = None
 
     def watching(self, watch: SumsWatch) -> _Recollector:
         self.watch = watch
@@ -270,14 +268,12 @@ class _Recollector:
             self.merged[task.name] = a.float(), b.float()
 
     def begin(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
-        assert self.watch is not None
         self.watch.masks = one.masks
         is_rehearsed = bool(self.own) and unit is not None
         self.active = self.own[one.block] if is_rehearsed else self.merged
         self.watch.sums = self.collected[one.block].sums if is_rehearsed else None
 
     def end(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
-        assert self.watch is not None
         if self.watch.sums is not None:
             self.watch.sums.settle()
 
@@ -291,7 +287,6 @@ class _Recollector:
         raise AssertionError("no gradients are wanted")
 
     def record_input(self, unit: OffloadedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
-        assert self.watch is not None
         self.watch.record_input(unit.name, args, kwargs)
 
 
