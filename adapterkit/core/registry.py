@@ -7,7 +7,6 @@ reads the same from their source, for what must not import torch: the help and c
 import ast
 import dataclasses
 import importlib
-import pkgutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -37,28 +36,13 @@ def experimental(member: M) -> M:
 @cache
 def members(family: str) -> dict[str, type]:
     """Name -> record of every member of a family of `doors.py`, in the order of their names."""
-    home = importlib.import_module(f"adapterkit.{doors.FAMILIES[family]}")
-    records: dict[str, type] = {}
-    for info in pkgutil.iter_modules(home.__path__):
-        records |= _records(family, info.name)
-    return dict(sorted(records.items()))
+    return {name: member(family, name) for name in declarations(family)}
 
 
 def member(family: str, name: str) -> type:
     """The record of one member, for which no other is imported."""
-    return _records(family, declarations(family)[name].module)[name]
-
-
-def _records(family: str, file: str) -> dict[str, type]:
-    """Name -> record of the members in a module of a family's folder."""
-    module = importlib.import_module(f"adapterkit.{doors.FAMILIES[family]}.{file}")
-    return {
-        value.name: value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and value.__module__ == module.__name__
-        and isinstance(getattr(value, "name", None), str)
-    }
+    home, file = doors.FAMILIES[family], declarations(family)[name].module
+    return _named(f"{home}.{file}", name)
 
 
 def options(record: type) -> dict[str, dataclasses.Field]:
@@ -100,9 +84,13 @@ def declarations(family: str) -> dict[str, Declaration]:
 
 def verb_named(name: str) -> type:
     """The record of a verb."""
-    module = importlib.import_module(f"adapterkit.{doors.VERBS[name]}")
-    own = (value for value in vars(module).values() if isinstance(value, type))
-    return next(one for one in own if vars(one).get("name") == name)
+    return _named(doors.VERBS[name], name)
+
+
+def _named(module: str, name: str) -> type:
+    """The class of a module of the package that has the name."""
+    own = vars(importlib.import_module(f"adapterkit.{module}")).values()
+    return next(one for one in own if isinstance(one, type) and vars(one).get("name") == name)
 
 
 def written_formats(of: str = "targets") -> list[str]:
