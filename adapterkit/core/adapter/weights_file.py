@@ -148,13 +148,6 @@ def in_receipt(weights: WeightsFile | None) -> Json:
     return {"weights_file": json.loads(text(replace(weights, adapters=named, base=base, fit=None)))}
 
 
-def layer_of(module: str) -> str:
-    """The layer that a module is in: its name up to the first number, all of it without one."""
-    parts = module.split(".")
-    at = next((n for n, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: at + 1])
-
-
 def digests(folder: Folder) -> dict[str, str]:
     """The sha256 of an adapter's weights and settings, by the names of these files as they are in
     its own format. They are read whole, unless the Hub knows their hashes."""

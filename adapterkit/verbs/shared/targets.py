@@ -236,7 +236,7 @@ class Resolver:
         whole = targets if self.whole_in_any_layer and not isinstance(targets, str) else ()
         where = f"{self.where}: layers_pattern"
         lists = [matcher(one, where, ENDING) for one in self.config.layers_pattern or ()]
-        layer = {name: layer_of(name, lists) for name in names if name not in whole}
+        layer = {name: layer_number(name, lists) for name in names if name not in whole}
         for number in layers:
             if number not in layer.values():
                 self.errors.add(
@@ -475,7 +475,7 @@ def why_not_on_layer(names: Names, path: str, module: torch.nn.Module) -> str:
     return "" if is_plain else f"a {cls.__name__}, on which no factors start"
 
 
-def layer_of(name: str, lists: Sequence[Callable[[str], bool]] = ()) -> int | None:
+def layer_number(name: str, lists: Sequence[Callable[[str], bool]] = ()) -> int | None:
     """The number after a list of layers in a name: after the first of `lists` that is in it, or
     without them the first number that is no part's own name.
 

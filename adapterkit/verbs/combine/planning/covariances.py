@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.adapter.weights_file import layer_of
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused
@@ -35,7 +34,7 @@ def with_group_weights(
     What has no covariances gets its group's weights too, if there are any."""
     method = next(task.method for task in tasks if task.covariances)
     reader, count = PlanReader([one.folder for one in inputs]), len(shares)
-    group_of = lambda task: layer_of(task.name) if method.over == "layer" else ALL
+    group_of = lambda task: _layer_of(task.name) if method.over == "layer" else ALL
 
     def modules() -> Iterator[tuple[str, list[Product | None], Callable[[int], Tensor]]]:
         for task in tasks:
@@ -62,6 +61,13 @@ def with_group_weights(
             task = replace(task, method=Linear(), parts=tuple(parts), covariances=read)
         changed.append(task)
     return changed, {group: c.tolist() for group, (c, _) in found.items()}
+
+
+def _layer_of(module: str) -> str:
+    """The layer that a module is in: its name up to the first number, all of it without one."""
+    parts = module.split(".")
+    at = next((n for n, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[: at + 1])
 
 
 def check_statistics(method: Method, refit: Refit, space: str, adapters: int, files: int) -> None:
