@@ -59,9 +59,8 @@ def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str)
     loras = []
     for target in targets:
         shapes = target.place.shapes(target.rank)
-        kind = "embedding" if target.kind == "embedding" else "module"
         a, b = handed_on(target.name, dtypes.parse(dtype), shapes)
-        loras.append(Lora(target.module, kind, a, b, depth=target.depth))
+        loras.append(Lora(target.path, target.factors_kind, a, b, depth=target.depth))
     folder = Overlay("adapter", "the initial adapter", {}, {})  # which the same plan writes
     return Adapter(folder, 1, json.loads(config), tuple(loras), {}, (), {})
 

@@ -14,6 +14,7 @@ from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.merge.values_by_regex import pattern_table, read_rules
 from adapterkit.core.options import ABOVE_0, COUNT
+from adapterkit.core.records import Json
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.verbs.init.records import Init
@@ -24,19 +25,19 @@ RANGE = re.compile(r"\d+(-\d+)?")
 KINDS = {"conv1d": "linear", PARAMETER: "experts"}  # what inits call a kind, where it is another
 
 
-@dataclass(frozen=True)
-class InitialTarget:
-    """A module, or a stack of experts, that gets factors."""
+@dataclass(frozen=True, kw_only=True)
+class InitialTarget(Target):
+    """A target of a stored model: a linear layer, an embedding, a convolution ("conv"), or a stack
+    of experts."""
 
-    name: str  # of the module, or of the stack's parameter
-    module: str
-    kind: str  # linear, embedding, conv, experts
     weight: StoredParameter
     place: Place
-    rank: int
-    alpha: float
-    scale: float
     depth: int = 0  # wrappers of the module's other parameters around this one's
+
+    @property
+    def factors_kind(self) -> str:
+        """What its factors are to PEFT."""
+        return "embedding" if self.kind == "embedding" else "module"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,35 +113,27 @@ def _target(names: Names, target: Target) -> InitialTarget:
         experts, *matrix = weight.shape
         shape = tuple(matrix[::-1] if weight.transposed else matrix)
     place_kind = "embedding" if kind == "embedding" else "module"
-    return InitialTarget(
-        name=name,
-        module=target.path,
-        kind=kind,
-        weight=weight,
-        place=Place.of_weight(target.path, shape, place_kind, experts),
-        rank=target.rank,
-        alpha=target.alpha,
-        scale=target.scale,
-    )
+    place = Place.of_weight(target.path, shape, place_kind, experts)
+    found: Json = vars(target) | {"kind": kind}
+    return InitialTarget(**found, weight=weight, place=place)
 
 
 def _nested(names: Names, targets: list[InitialTarget]) -> list[InitialTarget]:
     """The targets with keys for a file in which PEFT wraps modules for their parameters: once for
     each, the last one of the module's code outermost."""
-    stacks = Counter(target.module for target in targets if target.kind == "experts")
+    stacks = Counter(target.path for target in targets if target.kind == "experts")
     if not stacks:
         return targets
     depths: dict[str, int] = {}
     for module in stacks:
         leaves = names.children(module) or []
-        own = [t.name for t in targets if t.kind == "experts" and t.module == module]
+        own = [t.name for t in targets if t.kind == "experts" and t.path == module]
         own.sort(key=lambda name: leaves.index(name.rpartition(".")[2]))
         depths |= {name: len(own) - 1 - i for i, name in enumerate(own)}
     nested = []
     for target in targets:
         depth = depths.get(target.name, 0)
-        kind = "embedding" if target.kind == "embedding" else "module"
-        a_key, b_key = factor_keys(target.module, stacks, depth, kind)
+        a_key, b_key = factor_keys(target.path, stacks, depth, target.factors_kind)
         place = replace(target.place, a_key=a_key, b_key=b_key)
         nested.append(replace(target, place=place, depth=depth))
     return nested
