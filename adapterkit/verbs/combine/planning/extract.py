@@ -96,6 +96,7 @@ class Extraction:
     sides: tuple[Checkpoint, Checkpoint]
     options: Extract
     prefix: str = ""  # of a pipeline's part, before the names of modules that are selected
+    errors: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
     factors: list[DifferenceFactors] = field(default_factory=list)
     values: list[WholeParameter] = field(default_factory=list)
@@ -113,7 +114,6 @@ class Extraction:
         old = Names(self.sides[0], wanted, trained_class=cls, build_model=True, notes=self.notes)
         self.names = old, new
         self.targets = FactorTargets(new)
-        self.errors = Problems(where=self.sides[1].name, code="AK408")
         selects = selection(self.options.include, self.options.exclude)
         self.is_selected = lambda module: selects(self.prefix + module)
         self.truncation = self.options.only(TruncationOptions)
@@ -183,13 +183,13 @@ class Extraction:
             if names[1].parameter(name) is None and self.is_selected(name.rpartition(".")[0])
         ]
         if lone:
-            self.errors.add(
+            self._refuse(
                 f"{', '.join(map(shown, lone))} in {self.sides[0].name} alone",
                 "every parameter of the base in both",
                 "exclude it with --exclude",
             )
         if clashes:
-            self.errors.add(
+            self._refuse(
                 f"shapes that differ: {'; '.join(clashes)}",
                 "two models of one size",
                 "check the two paths, or exclude them with --exclude",
@@ -224,7 +224,7 @@ class Extraction:
         if [slot.key for slot in copies[0].slots] == [slot.key for slot in copies[1].slots]:
             return
         if not equal_values((new, new), *(StoredParameter.of(p, new.tensors) for p in copies)):
-            self.errors.add(
+            self._refuse(
                 f"{shown(name)} and {shown(other)} are tied, and stored with two values",
                 "one value",
                 "set tie_word_embeddings to false in its config if they are two, or exclude one "
@@ -236,8 +236,8 @@ class Extraction:
         stored = before.dtypes | after.dtypes
         if not stored <= set(dtypes.FLOATS):
             problem = f"{shown(name)} is {', '.join(sorted(stored))}"
-            expected, hint = " ".join(dtypes.FLOATS), "dequantize it first"
-            self.errors.add(problem, expected, hint, where="weights")
+            hint = "dequantize it first"
+            self.errors.add(problem, " ".join(dtypes.FLOATS), hint, where="weights", code="AK408")
             return
         module, shape, experts = name.rpartition(".")[0], new.shape, None
         if target == name and len(shape) == 3:
@@ -262,7 +262,7 @@ class Extraction:
             self.unchanged += names
             return
         if self.options.rest == "refuse":
-            self.errors.add(
+            self._refuse(
                 f"{', '.join(map(shown, changed))} differs and gets no factors",
                 "linear layers and convolutions alone",
                 "give --rest save or --rest drop, or exclude it with --exclude",
@@ -317,6 +317,9 @@ class Extraction:
 
     def _stored(self, parameter: Parameter, side: int) -> StoredParameter:
         return StoredParameter.of(parameter, self.sides[side].tensors)
+
+    def _refuse(self, problem: str, expected: str, hint: str) -> None:
+        self.errors.add(problem, expected, hint, where=self.sides[1].name, code="AK408")
 
 
 def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:
