@@ -47,7 +47,7 @@ NEEDS: dict[str, str] = {
     "verbs.shared": "adapters.formats",
     "verbs.stats": "bases.hub verbs.shared",
     "bases.quantized": "verbs.shared",
-    "verbs.combine": "adapters.formats adapters.kinds verbs.shared verbs.stats",
+    "verbs.combine": "adapters.kinds verbs.shared verbs.stats",
     "bases.images": "adapters.formats bases.quantized verbs.combine",
     "verbs.init": "adapters.kinds bases.quantized verbs.combine verbs.shared",
     "bases.gguf": "adapters.formats bases.images bases.quantized",

@@ -1,4 +1,4 @@
-"""Several adapters joined: read, asked whether their deltas can be summed, and weighed by module."""
+"""Several adapters joined: read, asked if their deltas can be summed, and weighed by module."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -94,7 +94,7 @@ class Resolver:
         layers = config.layers
         self.layers = (layers,) if isinstance(layers, int) else layers
         self.stacks: Collection[str] = ()  # parameters that `targets` name, too
-        self.errors = Problems(where=self.where, code="AK105")
+        self.errors = Problems(where=self.where)
 
     def label(self, setting: str) -> str:
         """How messages call a setting."""
@@ -131,6 +131,7 @@ class Resolver:
                     f"{shown(path)} is a target, and so is a parameter of it",
                     "one of them",
                     "exclude the module from targets, or give targets=[]",
+                    code="AK105",
                 )
         tied = self._tied(paths) if self.config.tie else {}
         targets = self._with_ranks(paths, leaves, tied)
@@ -184,7 +185,7 @@ class Resolver:
         if targets and not left and not self.errors:
             hint = similar_names(str(targets), self.names()) or "check targets"
             hint = "check exclude and modules_to_save" if names else hint
-            self.errors.add("no module is a target", "at least one target", hint)
+            self.errors.add("no module is a target", "at least one target", hint, code="AK105")
         return left
 
     def names(self) -> list[str]:
@@ -226,7 +227,9 @@ class Resolver:
         targets = USUAL_TARGETS.get(kind or "", ())
         if not targets and not self.config.parameters:
             name = type(self.model).__name__ if kind is None else f"model type {shown(kind)}"
-            self.errors.add(f"no usual targets of {name}", "at least one target", "give targets")
+            self.errors.add(
+                f"no usual targets of {name}", "at least one target", "give targets", code="AK105"
+            )
         return targets
 
     def _in_layers(
@@ -243,6 +246,7 @@ class Resolver:
                     f"{self.label('layers')} no target in layer {number}",
                     "layers with targets",
                     "check layers and layers_pattern",
+                    code="AK105",
                 )
         return [name for name in names if name in whole or layer[name] in layers]
 
@@ -320,6 +324,7 @@ class Resolver:
                         f"parameters of {shown(path)} and of {shown(other)} inside it",
                         "modules beside each other: PEFT's layout has no such nest",
                         "remove those of one of them",
+                        code="AK105",
                     )
         return names
 
@@ -347,7 +352,7 @@ class Resolver:
         heads = [] if embedding is None else tied_modules(self.modules, embedding)
         if embedding is None or not heads:
             problem = "tie = True, but the model has no tied weights"
-            self.errors.add(problem, "tied weights", "remove tie")
+            self.errors.add(problem, "tied weights", "remove tie", code="AK105")
             return {}
         if not {embedding, *heads} & set(paths):
             return {}
@@ -362,7 +367,9 @@ class Resolver:
         """Refuse the entries of a setting that match none of the known names."""
         for entry in entries:
             problem = f"{self.label(setting)} {shown(entry)!r} matches none"
-            self.errors.add(problem, expected, similar_names(entry, known) or "check the names")
+            self.errors.add(
+                problem, expected, similar_names(entry, known) or "check the names", code="AK105"
+            )
 
 
 class StoredResolver(Resolver):

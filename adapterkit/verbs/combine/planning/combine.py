@@ -65,7 +65,7 @@ def plan_combine(options: Combine) -> Plan:
     own = [weight for _, weight in sources]
     given_weights = resolved_weights(method, own, options.weight_for, file)
     weights = AdapterWeights(given_weights, tuple(options.weight_for), file)
-    notes, errors = notes_on_copies(adapters), Problems(code="AK305")
+    notes, errors = notes_on_copies(adapters), Problems()
     model, decomposed = _base(base, adapters, notes, errors, runs=bool(options.data))
     joined = join(adapters, errors, names_of(model, adapters, notes))
     levels, dtype = levels_of(joined.values()), dtypes.parse(options.dtype)
@@ -148,6 +148,7 @@ def _check_scaled(adapters: list[Adapter], options: Combine, errors: Problems) -
             "a sum of LoRAs in --space delta",
             "remove --set strength",
             where="options",
+            code="AK305",
         )
 
 
@@ -159,6 +160,7 @@ def _check_groups(method: Method, doras: Collection[int], errors: Problems) -> N
             "LoRAs, or one set of weights for each module",
             "give --set per=module",
             where="--method",
+            code="AK305",
         )
 
 
@@ -283,6 +285,7 @@ def _check_fit(
             "one number for each adapter",
             "give one number in the file of weights",
             where="--weights",
+            code="AK305",
         )
     doras = [adapters[part.number].name for part in parts if part.dora]
     if doras and method.by_factors:
@@ -292,6 +295,7 @@ def _check_fit(
             "LoRAs, or a method that acts on deltas",
             PLAIN,
             where="--method",
+            code="AK305",
         )
     elif doras and (by_factors or refit.exact):
         where = "--space factors" if by_factors else "an exact result"
@@ -300,12 +304,13 @@ def _check_fit(
             "a refit in --space delta: a DoRA's delta has full rank",
             "give --rank R or --energy E",
             where="options",
+            code="AK305",
         )
     elif by_factors and len({part.factors.rank for part in parts}) > 1:
         listing = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
         problem = f"{shown(name)}: the ranks differ, {listing}"
         expected, hint = "one rank in --space factors", "use --space delta"
-        errors.add(problem, expected, hint, where="adapters")
+        errors.add(problem, expected, hint, where="adapters", code="AK305")
 
 
 def _biases(
@@ -322,5 +327,6 @@ def _biases(
             "linear in delta space",
             "use --method linear",
             where="--method",
+            code="AK305",
         )
     return tasks
