@@ -47,11 +47,12 @@ FAMILIES = {
     "combinations": "verbs.combine.methods",
 }
 
-# What a base can be besides a model in safetensors; `core/inputs/base_door.py` decides by names
+# What a base can be besides a model in safetensors: what finds it by names of files -> its record;
+# the first that fits counts
 BASES = {
-    "pipeline": "bases.images.pipeline_base:PipelineBase",
-    "gguf": "bases.gguf.base:GgufBase",
-    "images": "bases.images.base:ImageBase",
+    "core.inputs.base_door:is_pipeline": "bases.images.pipeline_base:PipelineBase",
+    "core.inputs.base_door:is_gguf": "bases.gguf.base:GgufBase",
+    "core.inputs.base_door:may_be_images": "bases.images.base:ImageBase",
 }
 
 # What reads files that are no safetensors, by how their names end

@@ -110,14 +110,14 @@ RECIPES = [block.text for block in blocks(ROOT / "docs" / "CONTRIBUTING.md", "py
 (TOY,) = (text for text in RECIPES if text.startswith("# adapterkit/bases/toy.py"))
 
 
-def test_a_new_kind_of_base_is_one_record_and_two_rows(home, tmp_path, monkeypatch):
+def test_a_new_kind_of_base_is_one_record_one_function_and_one_row(home, tmp_path, monkeypatch):
     """The recipe in CONTRIBUTING.md, with files of safetensors that end in .toy."""
     toy = ModuleType("adapterkit.bases.toy")
     exec(TOY, vars(toy))
     monkeypatch.setitem(sys.modules, toy.__name__, toy)
     is_toy = lambda folder: "weights.toy" in folder.files()
-    monkeypatch.setitem(model_checkpoint.KINDS, "toy", is_toy)
-    monkeypatch.setitem(doors.BASES, "toy", "bases.toy:ToyBase")
+    monkeypatch.setattr(model_checkpoint, "is_toy", is_toy, raising=False)
+    monkeypatch.setitem(doors.BASES, "core.inputs.base_door:is_toy", "bases.toy:ToyBase")
     (tmp_path / "base").mkdir()
     save_file({f"{MODULE}.weight": torch.eye(64)}, tmp_path / "base" / "weights.toy")
     adapterkit.merge(tmp_path / "base", [home / "a"], out=tmp_path / "out")

@@ -1,6 +1,6 @@
 """Image and video models in their publisher's names, in one file or a folder of files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +23,7 @@ class ImageBase(Base):
     those of one."""
 
     does: ClassVar = {"quantize": "bases.images.quantize:plan_image_quantization"}
+    unfit_for_files: ClassVar = OF_FOLDERS
 
     @cached_property
     def images(self) -> "SingleFileModel | None":
@@ -44,9 +45,6 @@ class ImageBase(Base):
             return self.images  # read before, for the output's name
         checkpoint = open_checkpoint(self.folder, number)
         return _in_safetensors(checkpoint) or checkpoint
-
-    def unfit_with(self, file: str | None) -> Mapping[str, tuple[str, ...]]:
-        return {**self.unfit, "a folder": OF_FOLDERS if file is not None else ()}
 
     def prepare(self, state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
         prepare_images(state, errors)

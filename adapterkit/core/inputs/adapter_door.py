@@ -13,7 +13,7 @@ from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.dtypes import FLOATS
 from adapterkit.core.errors import AdapterkitError
-from adapterkit.core.inputs.base_door import single_file_of
+from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.options import StrPath
 from adapterkit.core.registry import load
 from adapterkit.doors import ADAPTERS
@@ -43,7 +43,7 @@ def in_adapter_layout(
         check_added_deltas(folder)
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
-    file = single_file_of(base)
+    file = None if base is None else kind_of(base).images
     if file is None and is_plain(folder):
         return folder
     converted = load(ADAPTERS["converted"])

@@ -40,6 +40,7 @@ class Base:
     unfit: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "a base in a GGUF file": ("imatrix", "touched_as", "scales", "modelfile")
     }
+    unfit_for_files: ClassVar[tuple[str, ...]] = ()  # likewise, where the output is one file
 
     def own(self, work: str) -> Callable[..., Any] | None:
         """What does a work of this kind of base; None where it is done as for a model."""
@@ -70,7 +71,8 @@ class Base:
         """`Refused` for options of a merge that it has no use for; `file`: the output's name where
         it is one."""
         errors, given = Problems(where="options", hint="remove it", code="AK102"), vars(options)
-        for expected, names in self.unfit_with(file).items():
+        unfit = {**self.unfit, "a folder": self.unfit_for_files if file is not None else ()}
+        for expected, names in unfit.items():
             for name in names:
                 if imatrix if name == "imatrix" else given[name]:
                     errors.add(f"{flag_of(name)} with this base", expected)
@@ -78,9 +80,6 @@ class Base:
         if options.variant and not self.part:
             errors.add("--variant with this base", "a pipeline of diffusers", "remove --variant")
             errors.raise_all()
-
-    def unfit_with(self, file: str | None) -> Mapping[str, tuple[str, ...]]:
-        return self.unfit
 
     def prepare(self, state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
         """What a merge asks before it looks at parameters; `Refused` with these errors for adapters
@@ -102,12 +101,12 @@ class Base:
         )
 
 
-def _is_pipeline(folder: Folder) -> bool:
+def is_pipeline(folder: Folder) -> bool:
     files = folder.files()
     return INDEX in files and CONFIG not in files
 
 
-def _is_gguf(folder: Folder) -> bool:
+def is_gguf(folder: Folder) -> bool:
     """A GGUF file next to safetensors is not the model; one file of a split model stands for it."""
     here = [name for name in folder.files() if "/" not in name]
     has_file = any(name.lower().endswith(GGUF) for name in here)
@@ -115,23 +114,15 @@ def _is_gguf(folder: Folder) -> bool:
     return is_file or (has_file and not any(name.endswith(SAFETENSORS) for name in here))
 
 
-def _may_be_images(folder: Folder) -> bool:
+def may_be_images(folder: Folder) -> bool:
     return any(n.endswith(SAFETENSORS) for n in folder.files()) and not has_type(folder)
-
-
-# what finds the files of other kinds, in the order in which they are asked for
-KINDS: dict[str, Callable[[Folder], bool]] = {
-    "pipeline": _is_pipeline,
-    "gguf": _is_gguf,
-    "images": _may_be_images,
-}
 
 
 @lru_cache(maxsize=4)  # what writes the output and what reads adapters ask for it
 def kind_of(folder: Folder) -> Base:
     """The base that a folder or file is. Its record is loaded where there are files of its kind."""
-    kind = next((kind for kind, fits in KINDS.items() if fits(folder)), None)
-    return Base(folder) if kind is None else load(BASES[kind])(folder)
+    record = next((record for finds, record in BASES.items() if load(finds)(folder)), None)
+    return Base(folder) if record is None else load(record)(folder)
 
 
 def has_type(folder: Folder) -> bool:
@@ -146,8 +137,3 @@ def has_type(folder: Folder) -> bool:
 def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     """The headers of the base that a folder is, as input `number` of the job."""
     return kind_of(folder).read(number)
-
-
-def single_file_of(base: Folder | None) -> "SingleFileModel | None":
-    """The image or video model in its publisher's names that a folder or file is, if it is one."""
-    return None if base is None else kind_of(base).images
