@@ -135,11 +135,6 @@ def with_heads(modules: Iterable[str] | None, task_type: str | None) -> list[str
     return list(dict.fromkeys([*(modules or ()), *TASK_HEADS.get(task_type or "", ())]))
 
 
-def saved_modules(config: dict) -> list[str]:
-    """Modules trained in full, as an adapter_config.json says."""
-    return with_heads(config.get("modules_to_save"), config.get("task_type"))
-
-
 # (config, its file for messages) -> its errors
 ConfigCheck = Callable[[dict, str], list[AdapterkitError]]
 

@@ -10,7 +10,7 @@ from adapterkit.core.adapter.config import (
     TASK_HEADS,
     ConfigCheck,
     check_config,
-    saved_modules,
+    with_heads,
 )
 from adapterkit.core.adapter.keys import (
     BASE_LAYER_VALUE,
@@ -62,7 +62,8 @@ def scan_adapter(
     if typed and scan.shards:
         scan.errors.extend(_check_config_against_file(keys, scan.config, folder.name))
     adapter = replace(adapter, loras=loras)
-    if typed and not as_stored and any(map(adapter.is_stack, adapter.loras)):
+    may_have_stacks = typed and not as_stored and adapter.config.get("target_parameters")
+    if may_have_stacks and any(map(adapter.is_stack, adapter.loras)):
         scan.errors.extend(filter(None, [load(ADAPTERS["expert order"])(adapter)]))
     for error in scan.errors:
         locate(error, folder)
@@ -106,10 +107,11 @@ def _read(
     if eight_bits:
         tensors = load(ADAPTERS["eight bits"])(tensors)
     keys = _classify_keys(tensors, scan.errors, f"{folder.name}/{WEIGHTS}", roles)
-    tokens = (
-        () if config is None or header is None else _tokens(keys, config, scan.errors, folder.name)
-    )
-    sha256, made_for = ("", None) if header is None else (header.sha256, known(header.metadata))
+    sha256, made_for, tokens = "", None, ()
+    if header is not None:
+        sha256, made_for = header.sha256, known(header.metadata)
+        if config and (keys.tokens or config.get("trainable_token_indices")):
+            tokens = _tokens(keys, config, scan.errors, folder.name)
     values = keys.replaced, tokens, tensors
     return Adapter(folder, number, scan.config, (), *values, sha256, made_for), keys, scan
 
@@ -279,7 +281,8 @@ def _declared_in_config(parameter: str, key: str, config: dict) -> bool:
         return True
     if "bias" in parameter.rpartition(".")[2] and config.get("bias", "none") != "none":
         return True
-    return any(_is_entry_for(parameter, saved) for saved in saved_modules(config))
+    modules = with_heads(config.get("modules_to_save"), config.get("task_type"))
+    return any(_is_entry_for(parameter, saved) for saved in modules)
 
 
 def _is_entry_for(parameter: str, entry: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from adapterkit.core.adapter.config import BASE_CHANGING_INITS, IMPLICIT, saved_modules
+from adapterkit.core.adapter.config import BASE_CHANGING_INITS, IMPLICIT, with_heads
 from adapterkit.core.adapter.keys import BASE_LAYER_VALUE, CONFIG
 from adapterkit.core.adapter.targets import ALL_LINEAR, Patterns, TargetMatcher, has_end
 from adapterkit.core.checkpoint.folder import Folder
@@ -101,7 +101,7 @@ class Adapter:
     @property
     def saved(self) -> list[str]:
         """Modules trained in full: modules_to_save and the heads that PEFT adds for the task."""
-        return saved_modules(self.config)
+        return with_heads(self.config.get("modules_to_save"), self.config.get("task_type"))
 
     def saves(self, parameter: str) -> bool:
         """Whether the parameter is of a module trained in full."""

@@ -53,7 +53,9 @@ def merged_adapters(base: Folder) -> list[MergedAdapter]:
 
 def _receipt_of(base: Folder) -> Json:
     found = find_receipt(base)
-    receipt = read_json(*found) if found else {}
+    if found is None:
+        return {}
+    receipt = read_json(*found)
     return receipt if RECEIPT_CHECK.fits(receipt) else {}
 
 

@@ -169,12 +169,9 @@ def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
     `.safetensors` file, whatever its name, is one of PEFT's where its adapter_config.json lies
     beside it; `Refused` where that belongs to another file."""
     folder = open_source(text)
-    next_to = folder.next_to() if _is_weights(folder) else ()
-    if not _is_weights(folder) or CONFIG not in next_to:
-        if not allow_pickle:
-            return folder
-        return load(ADAPTERS["pickles"])(folder)
-    if folder.single != WEIGHTS and WEIGHTS in next_to:
+    if not _is_weights(folder) or CONFIG not in folder.next_to():
+        return load(ADAPTERS["pickles"])(folder) if allow_pickle else folder
+    if folder.single != WEIGHTS and WEIGHTS in folder.next_to():
         problem = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
         hint = "give each a folder of its own with its config"
         raise Refused(

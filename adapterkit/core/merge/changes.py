@@ -246,13 +246,16 @@ def collect_changes(state: MergeState) -> None:
     ]
     for adapter in state.adapters:
         _check_adapter(state, adapter)
-        _check_complete(state, adapter)
-        _add_values(state, adapter)
+        if adapter.saved or adapter.config.get("bias") in ("all", "lora_only"):
+            _check_complete(state, adapter)
+        if adapter.replaced:
+            _add_values(state, adapter)
         _add_products(state, adapter)
         if ADDED_DELTAS in adapter.folder.files():
             _add_deltas(state, adapter)
-        _check_rows(state, adapter)
-        _add_rows(state, adapter)
+        if adapter.tokens or adapter.config.get("trainable_token_indices"):
+            _check_rows(state, adapter)
+            _add_rows(state, adapter)
     if state.module_weights is not None:
         state.errors += state.module_weights.problems()
         state.notes += state.module_weights.notes()
@@ -279,8 +282,10 @@ def _check_adapter(state: MergeState, adapter: Adapter) -> None:
             where=adapter.where,
             code="AK304",
         )
-    with state.errors.collected():
-        _check_weighted(state, adapter)
+    has_magnitudes = any(lora.magnitude is not None for lora in adapter.loras)
+    if has_magnitudes or adapter.replaced or adapter.tokens:
+        with state.errors.collected():
+            _check_weighted(state, adapter)
 
 
 def _check_initial(state: MergeState, adapter: Adapter) -> None:
@@ -372,8 +377,6 @@ def other_base(state: MergeState, adapter: Adapter) -> list[str]:
 def _check_complete(state: MergeState, adapter: Adapter) -> None:
     """Refuse a file without some of the tensors that PEFT saves together: the whole state of a
     saved module, each bias that was trained."""
-    if not adapter.saved and adapter.config.get("bias") not in ("all", "lora_only"):
-        return
     names = state.names.all()
     expected: dict[str, str] = {}
     for module in adapter.saved:
@@ -456,7 +459,8 @@ def _add_products(state: MergeState, adapter: Adapter) -> None:
         else:
             state.skip(adapter, lora.module)
     for module, loras in by_module.items():
-        _check_acting(state, adapter, module, "factors", loras)
+        if state.names.model is not None:
+            _check_acting(state, adapter, module, "factors", loras)
         with state.errors.collected():
             for name, leaf, lora in resolve_targets(state, adapter, module, loras):
                 _add_product(state, adapter, name, leaf, lora)
@@ -498,10 +502,13 @@ def _add_product(
     factors = orient(state, adapter, parameter, lora, leaf, scale)
     if factors.rank != rank:
         raise rank_mismatch(adapter, lora, factors.rank, rank)
-    weight, factors = state.weighted(adapter, site, factors)
-    if not weight and state.file is not None:
-        state.skip(adapter, site)
-        return
+    if state.file is None or state.module_weights is None:
+        weight = state.weight(adapter, factors.module)
+    else:  # with those of its directions
+        weight, factors = state.module_weights.rules.on(adapter.number - 1, site, factors)
+        if not weight:
+            state.skip(adapter, site)
+            return
     factors = replace(factors, scale=scale * (1 if state.methods else weight))
     magnitude = lora.magnitude
     if magnitude is not None and factors.experts is not None:

@@ -40,11 +40,9 @@ LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)", re.DOT
 
 
 def replicated(base: Checkpoint, adapters: list[Adapter], errors: Problems) -> Checkpoint:
-    """The base with its layers stacked anew; the base itself where no adapter has replicated
-    layers, or where they do not fit, which joins the errors."""
+    """The base with its layers stacked anew, as some of the adapters have replicated layers; the
+    base itself where they do not fit, which joins the errors."""
     replicating = [a for a in adapters if a.config.get("layer_replication")]
-    if not replicating:
-        return base
     if len({json.dumps(a.config.get("layer_replication")) for a in adapters}) > 1:
         errors.add(
             "different layer_replication in the adapters",
@@ -167,13 +165,6 @@ class Change:
         """Whether it is more than a new value."""
         return bool(self.additions or self.vectors or self.deltas or self.rows)
 
-    @property
-    def stack(self) -> bool:
-        """Whether the parameter is a stack of matrices (experts); a convolution's kernel and other
-        tables may have three axes too."""
-        are_stacks = (factors.experts is not None for factors in self.additions)
-        return len(self.parameter.shape) == 3 and not self.deltas and all(are_stacks)
-
 
 class MergeState:
     """One merge while it is planned: its inputs, and the adapters' changes of the base's
@@ -191,6 +182,7 @@ class MergeState:
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
         self.part = part  # that the base is of a pipeline
+        self._prefix = f"{part}." if part else ""  # of modules' names for --include and --exclude
         self.errors = Problems(where="adapters")
         self.notes: list[str] = []
         # numbers of adapters that the next one, their initial factors, is to be taken from
@@ -200,24 +192,22 @@ class MergeState:
         self.changes: dict[str, Change] = {}
         self.new: dict[str, Change] = {}  # parameters that the base does not store: heads
         self.original = base
-        view = decoded_view(base)
-        self.base = replicated(view, adapters, self.errors)
+        self.base = view = decoded_view(base)
+        if any(adapter.config.get("layer_replication") for adapter in adapters):
+            self.base = replicated(view, adapters, self.errors)
         self.quantized = [] if view is base else quantized_weights(self.base.tensors)
         self.config: Json = json.loads(json.dumps(self.base.config))
-        self._selects = selection(options.include, options.exclude)
+        is_selective = options.include or options.exclude
+        self._selects = selection(options.include, options.exclude) if is_selective else None
         self.names = self._names()
         self.file = file
         # where an adapter may have several; the pipeline has them where it gives them
-        self.module_weights = self._module_weights() if weight_of is None else None
+        self.module_weights: ModuleWeights | None = None
+        has_several = options.weight_for or options.lbw or file or options.method
+        if weight_of is None and has_several:
+            self.module_weights = load(MERGES["weights"])(base, weights, options, file)
         self._weight_of = self.module_weights.of if self.module_weights else weight_of
         self.methods = None if options.method is None else self._methods(options.method)
-
-    def _module_weights(self) -> "ModuleWeights | None":
-        """The weights on each module; None where each adapter has one."""
-        options = self.options
-        if not (options.weight_for or options.lbw or self.file or options.method):
-            return None
-        return load(MERGES["weights"])(self.original, self.weights, options, self.file)
 
     def _methods(self, name: str) -> "ModuleMethods | None":
         """The method on each module; None for the sum."""
@@ -238,13 +228,6 @@ class MergeState:
         if self._weight_of is None:
             return self.weights[adapter.number - 1]
         return self._weight_of(adapter.number, module)
-
-    def weighted(self, adapter: Adapter, name: str, factors: Factors) -> tuple[float, Factors]:
-        """The weight of an adapter on a module or parameter, and its factors, with those of their
-        directions from a file."""
-        if self.module_weights is None or self.file is None:
-            return self.weight(adapter, factors.module), factors
-        return self.module_weights.rules.on(adapter.number - 1, name, factors)
 
     def is_off(self, adapter: Adapter, module: str) -> bool:
         """Whether an adapter that has a weight has none on a module; of weights from a file each
@@ -299,10 +282,7 @@ class MergeState:
     def is_selected(self, *names: str) -> bool:
         """Whether --include and --exclude select a module, by any of its names, in a pipeline with
         the part's in front."""
-        return self._selects(*map(self._whole, names))
-
-    def _whole(self, name: str) -> str:
-        return f"{self.part}.{name}" if self.part else name
+        return self._selects is None or self._selects(*(self._prefix + name for name in names))
 
     def is_selected_value(self, parameter: str) -> bool:
         """Whether they select a replaced parameter, by its module's name or its own."""
@@ -312,7 +292,7 @@ class MergeState:
         """Note a module or parameter of the adapter that is not selected."""
         if self.module_weights is not None:
             self.module_weights.rules.skipped.add(name)
-        self.skipped.append(f"{adapter.name}: {self._whole(name)}")
+        self.skipped.append(f"{adapter.name}: {self._prefix}{name}")
 
     def change(self, parameter: Parameter) -> Change:
         """The change of this parameter, a new one if it has none."""

@@ -20,7 +20,13 @@ from adapterkit.core.inputs.base_door import Base, kind_of
 from adapterkit.core.inputs.earlier_merges import history_notes, merged_adapters
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.model_config import nested_values, set_nested
-from adapterkit.core.inputs.sources import initial_of, open_adapter, open_model, open_statistics
+from adapterkit.core.inputs.sources import (
+    initial_of,
+    open_adapter,
+    open_model,
+    open_statistics,
+    open_weighted,
+)
 from adapterkit.core.inputs.weights import notes_on_base, open_with_weights
 from adapterkit.core.merge.changes import collect_changes
 from adapterkit.core.merge.job import MergeState, nothing_selected
@@ -70,7 +76,10 @@ def plan_merge_of(merge: Merge) -> Plan:
     name = base.output_file(merge.out)
     layout = options.expert_layout
     opener = partial(open_adapter, base=base.folder, for_merge=True, expert_layout=layout)
-    adapters, weights = open_with_weights(merge.adapters, merge.weights, opener)
+    if merge.weights is None:
+        adapters, weights = open_weighted(merge.adapters, opener), None
+    else:
+        adapters, weights = open_with_weights(merge.adapters, merge.weights, opener)
     stats = None if merge.stats is None else open_statistics(merge.stats)
     imatrix = None if merge.imatrix is None else importance_of(merge.imatrix)
     if merge.base16 is None:
@@ -99,7 +108,8 @@ def plan_merge(
     problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
     output that is one file; `imatrix`: what weighs the errors of its blocks; `weight_of`: weights
     of modules that a pipeline has for its part; `weights`: those of modules and directions."""
-    Problems(missing_statistics(options.rounding, stats)).raise_all()
+    if options.rounding == "compensated":
+        Problems(missing_statistics(options.rounding, stats)).raise_all()
     base.check_options(options, imatrix, file)
     if not sources:
         raise Refused(
@@ -121,10 +131,13 @@ def plan_merge(
         )
     adapters, errors = _scan_adapters(sources)
     given = [weight for _, weight in sources]
-    are_plain = len(adapters) == len(given) and all(one.is_factors_alone for one in adapters)
-    is_enough = lambda it: not MergeState(it, adapters, given, options).names.needs_model
+    is_enough = lambda it: (
+        len(adapters) == len(given)
+        and all(one.is_factors_alone for one in adapters)
+        and not MergeState(it, adapters, given, options).names.needs_model
+    )
     try:
-        checkpoint = base.read_for(is_enough) if are_plain else base.read()
+        checkpoint = base.read_for(is_enough)
     except AdapterkitError as error:
         Problems([error, *errors]).raise_all()
         raise
@@ -133,7 +146,8 @@ def plan_merge(
     state = MergeState(checkpoint, adapters, given, options, base.part, weight_of, weights)
     state.notes += notes_on_base(weights, state.fingerprint, state.original.name) if weights else []
     state.with_initial = with_initial
-    _decode_to_16_bits(state)
+    if options.dequantize:
+        _decode_to_16_bits(state)
     whole = base.parts_of or base.folder
     state.merged_before = merged_adapters(whole)
     if state.merged_before or len(adapters) > 1:
@@ -154,7 +168,7 @@ def _decode_to_16_bits(state: MergeState) -> None:
     """Have decoded weights written in 16 bits unless `dtype` says otherwise: their own error is
     larger than that rounding."""
     wide = any(weight.dtype == "F32" for weight in state.quantized)
-    if state.options.dequantize and state.options.dtype is None and wide:
+    if state.options.dtype is None and wide:
         declared = set(map(str, nested_values(state.base.config, "dtype"))) & {
             "float16",
             "bfloat16",
@@ -179,8 +193,10 @@ def changed_steps(state: MergeState, errors: Sequence[AdapterkitError] = ()) -> 
     steps = plan_steps(state)
     state.errors += state.methods.problems() if state.methods else []
     state.errors.raise_all()
-    _refuse_nothing(state, steps)
-    if state.original.in_safetensors:
+    has_changes = any(step.edits or step.source.folder for step in _all_steps(steps))
+    if not has_changes and not (state.part and state.skipped):  # others may have some
+        raise _nothing_changed(state)
+    if state.original.in_safetensors and (state.quantized or state.options.dequantize):
         check_quantized_output(state, steps)
     state.errors.raise_all()
     return steps
@@ -258,8 +274,7 @@ def check_quantized_output(state: MergeState, steps: Steps) -> None:
     the config where the weights keep theirs."""
     weights, options = state.quantized, state.options
     if not weights:
-        if options.dequantize:
-            state.notes.append("--dequantize has no effect: the base is not quantized")
+        state.notes.append("--dequantize has no effect: the base is not quantized")
         return
     errors, first = Problems(where=state.original.name, code="AK404"), "dequantize the base first"
     if any(spec.key != key for key, spec in state.base.tensors.items()):
@@ -291,15 +306,12 @@ def _all_steps(steps: Steps) -> Iterator[Step]:
     return (step for group in steps.values() for step in group)
 
 
-def _refuse_nothing(state: MergeState, steps: Steps) -> None:
-    if state.part and state.skipped:
-        return  # others may have some
-    if any(step.edits or step.source.folder for step in _all_steps(steps)):
-        return
+def _nothing_changed(state: MergeState) -> Refused:
+    """The refusal of a merge that would write the base as it is."""
     names = [adapter.name for adapter in state.adapters]
     if state.skipped:
-        raise nothing_selected(state.skipped, names, state.options)
-    raise Refused(
+        return nothing_selected(state.skipped, names, state.options)
+    return Refused(
         "an adapter without weights",
         expected="at least one module",
         where=", ".join(names),
@@ -349,7 +361,9 @@ def _plan_of_files(
     if state.merged_before:
         decisions["held"] = [adapter._asdict() for adapter in state.merged_before]
     options = {k: v for k, v in vars(state.options).items() if v not in (None, False, ())}
-    options |= {"weights": state.weights} | in_receipt(state.file)
+    options["weights"] = state.weights
+    if state.file is not None:
+        options |= in_receipt(state.file)
     return plan_of(
         "merge",
         options,

@@ -73,7 +73,10 @@ def _blocks(parameter: Parameter, slot: Slot, *, stack: bool) -> tuple[bool, tup
     height = slot.shape[matrix[0]]
     rows = _band(row_axis[0], parameter.shape[row_axis[1]])
     columns = _band(col_axis[0], parameter.shape[col_axis[1]])
-    blocks = (Block(_shifted(rows, place * height), columns, expert) for expert, place in experts)
+    blocks = (
+        Block(_shifted(rows, place * height) if place else rows, columns, expert)
+        for expert, place in experts
+    )
     return swapped, tuple(blocks)
 
 
@@ -170,7 +173,7 @@ def plan_steps(state: MergeState) -> dict[str, list[Step]]:
                 _place(state, changed, change, slot)
     dtype = dtypes.parse(state.options.dtype) if state.options.dtype else None
     groups: dict[str, list[Step]] = {name: [] for name in state.base.shards}
-    obsolete = _obsolete(state)
+    obsolete = _obsolete(state) if state.new else set()
     for key, spec in state.base.tensors.items():
         if key in obsolete:
             continue
@@ -183,7 +186,7 @@ def plan_steps(state: MergeState) -> dict[str, list[Step]]:
 
 
 def _obsolete(state: MergeState) -> set[str]:
-    """Keys that the class with the new head no longer has (the old head)."""
+    """Keys that the class with a new head no longer has (the old head)."""
     model = state.names.model
     if model is None or state.config.get("architectures") == state.base.config.get("architectures"):
         return set()
@@ -260,41 +263,38 @@ def _edited(
 ) -> Step:
     """The step with these edits, then the change's rows, then its additions on the slot: in PEFT a
     LoRA wraps the rows of the same weight."""
-    edits = edits + [
-        place_rows(change.parameter, slot, values, indices) for values, indices in change.rows
-    ]
-    edits = _additions(state, edits, change, slot, step.dtype)
-    names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
-    has_stack = change.stack and len(slot.shape) in (2, 3) and slot.axes[0].axis is not None
+    parameter = change.parameter
+    edits = [*edits, *(place_rows(parameter, slot, *rows) for rows in change.rows)]
+    edits += [place_vector(parameter, slot, *vector) for vector in change.vectors]
+    if state.methods is not None and change.weights:
+        edits.append(_combined(state, change, slot, state.methods))
+    else:
+        for one, weight in change.deltas:
+            edits.append(AddDelta(one.delta, weight, Band(one.rows.start, one.rows.stop)))
+        if state.options.compat == "peft":
+            _add_like_peft(state, edits, change, slot, step.dtype)
+        elif change.additions:
+            _add_factors(edits, change, slot)
+    are_stacks = (factors.experts is not None for factors in change.additions)
+    # of a convolution's kernel, and of other tables, three axes are no stack of experts
+    is_stack = len(parameter.shape) == 3 and not change.deltas and all(are_stacks)
+    has_stack = is_stack and len(slot.shape) in (2, 3) and slot.axes[0].axis is not None
     rows = math.prod(slot.shape[: 2 if has_stack else 1])  # of the stored tensor as a grid
+    names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
     return replace(step, edits=tuple(edits), rows=rows, adapters=names)
 
 
-def _additions(
-    state: MergeState, edits: list[RowEdit], change: Change, slot: Slot, dtype: str
-) -> list[RowEdit]:
-    """The edits, followed by those of the change's additions."""
-    parameter = change.parameter
-    edits += [place_vector(parameter, slot, *vector) for vector in change.vectors]
-    if state.methods is not None and change.weights:
-        return [*edits, _combined(state, change, slot, state.methods)]
-    for one, weight in change.deltas:
-        edits.append(AddDelta(one.delta, weight, Band(one.rows.start, one.rows.stop)))
-    if state.options.compat == "peft":
-        return _additions_like_peft(state, edits, change, slot, dtype)
-    placed = [place_factors(parameter, slot, factors) for factors in change.additions]
-    if placed:
-        # neighbors in one stored tensor (q, k, v in a fused projection) share one edit, so one
-        # pass
-        last = edits[-1] if edits else None
-        if isinstance(last, AddLowRank):
-            edits.pop()
-            placed = [*last.added, *placed]
-        edits.append(AddLowRank(tuple(placed)))
+def _add_factors(edits: list[RowEdit], change: Change, slot: Slot) -> None:
+    """Append the additions' products, those of neighbors in one stored tensor (q, k, v in a fused
+    projection) as one edit, so one pass; then DoRA's rescaling."""
+    placed = [place_factors(change.parameter, slot, factors) for factors in change.additions]
+    if edits and isinstance(last := edits[-1], AddLowRank):
+        edits.pop()
+        placed = [*last.added, *placed]
+    edits.append(AddLowRank(tuple(placed)))
     for factors in change.additions:
         if factors.magnitude is not None:
-            edits.append(place_magnitude(parameter, slot, factors, tuple(edits)))
-    return edits
+            edits.append(place_magnitude(change.parameter, slot, factors, tuple(edits)))
 
 
 def _combined(state: MergeState, change: Change, slot: Slot, methods: "ModuleMethods") -> RowEdit:
@@ -329,9 +329,9 @@ def _combined(state: MergeState, change: Change, slot: Slot, methods: "ModuleMet
     return load(MERGES["combined"])(module, tuple(parts), blocks, flip, shape, method, seed)
 
 
-def _additions_like_peft(
+def _add_like_peft(
     state: MergeState, edits: list[RowEdit], change: Change, slot: Slot, dtype: str
-) -> list[RowEdit]:
+) -> None:
     """The same in PEFT's order, with its roundings to `dtype` between."""
     parameter = change.parameter
     for factors in change.additions:
@@ -344,7 +344,6 @@ def _additions_like_peft(
         delta = AddLowRank((placed,))
         magnitude = place_magnitude(parameter, slot, factors, (delta,))
         edits += [delta, replace(magnitude, of_stored=True), RoundTo(dtype)]
-    return edits
 
 
 def _delta_first(state: MergeState, parameter: Parameter, factors: Factors) -> bool:

@@ -143,6 +143,7 @@ def resolve_tied_weights(state: MergeState) -> None:
     refuse them, or fold all changes into the shared weight."""
     if state.names.model is None:
         _check_unknown_ties(state)
+        return
     unequal: dict[tuple[str, ...], Sides] = {}
     for group in _groups(state):
         changed = [name for name in group if name in state.changes]
@@ -208,10 +209,10 @@ def _note_biases(state: MergeState) -> None:
 
 def _groups(state: MergeState) -> list[tuple[str, ...]]:
     """The names of each parameter that has several, the stored one first."""
-    parameters = state.names.model.parameters if state.names.model is not None else {}
+    assert state.names.model is not None
     groups = {
         frozenset((name, *parameter.tied))
-        for name, parameter in parameters.items()
+        for name, parameter in state.names.model.parameters.items()
         if parameter.tied
     }
     return sorted(

@@ -53,7 +53,17 @@ def check_not_quantized(base: Checkpoint, hint: str = "") -> None:
 
 def quantization_evidence(config: dict, tensors: Mapping[str, TensorSpec]) -> str | None:
     """The sign that some weights are quantized, or None."""
-    return _by_config(config) or _by_key(tensors) or _by_dtype(tensors)
+    if by_config := _by_config(config):
+        return by_config
+    for key in tensors:
+        for ending, kind in SIBLINGS.items():
+            if key.endswith(ending):
+                return f"{shown(key)} ({kind})"
+        for ending, (other, kind) in PAIRS.items():
+            if key.endswith(ending) and key.removesuffix(ending) + other in tensors:
+                return f"{shown(key)} ({kind})"
+    packed = next((spec for spec in tensors.values() if spec.dtype in PACKED), None)
+    return f"{shown(packed.key)} in {packed.dtype}" if packed else None
 
 
 def without_quantization(config: dict) -> Json:
@@ -92,19 +102,3 @@ def _by_config(config: dict) -> str | None:
             return f"{key} ({shown(method)})"
     parts = (v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))
     return next(filter(None, map(_by_config, parts)), None)
-
-
-def _by_key(tensors: Mapping[str, TensorSpec]) -> str | None:
-    for key in tensors:
-        for ending, kind in SIBLINGS.items():
-            if key.endswith(ending):
-                return f"{shown(key)} ({kind})"
-        for ending, (other, kind) in PAIRS.items():
-            if key.endswith(ending) and key.removesuffix(ending) + other in tensors:
-                return f"{shown(key)} ({kind})"
-    return None
-
-
-def _by_dtype(tensors: Mapping[str, TensorSpec]) -> str | None:
-    spec = next((spec for spec in tensors.values() if spec.dtype in PACKED), None)
-    return f"{shown(spec.key)} in {spec.dtype}" if spec else None
