@@ -35,7 +35,7 @@ from adapterkit.core.merge.tied import resolve_new_head, resolve_tied_weights, r
 from adapterkit.core.merge.verb import Merge, MergeOptions
 from adapterkit.core.options import StrPath, flag_of, parse_size
 from adapterkit.core.outputs.cards import Merged, merged_card
-from adapterkit.core.outputs.folder_files import model_files
+from adapterkit.core.outputs.folder_files import model_files, tokenizer_files
 from adapterkit.core.outputs.model import (
     CHANGED_BY,
     check_gaps,
@@ -44,7 +44,6 @@ from adapterkit.core.outputs.model import (
     plan_shards_of_size,
     rounding_warnings,
 )
-from adapterkit.core.outputs.tokenizer_files import tokenizer_files
 from adapterkit.core.plan import Files, OutputFile, Plan, Step
 from adapterkit.core.registry import load
 from adapterkit.core.shared_options import missing_statistics

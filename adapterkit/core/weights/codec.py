@@ -20,7 +20,7 @@ from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
 
 if TYPE_CHECKING:
-    from adapterkit.core.weights.scan import CheckpointScan
+    from adapterkit.core.weights.decoded import CheckpointScan
 
 
 Parts = dict[str, Tensor]  # stored tensors by key

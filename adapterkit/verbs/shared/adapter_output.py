@@ -20,8 +20,7 @@ from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.merge.sites import JoinedSite, levels_of
 from adapterkit.core.output.stage import RECEIPT
 from adapterkit.core.outputs.cards import plain
-from adapterkit.core.outputs.folder_files import as_json
-from adapterkit.core.outputs.tokenizer_files import tokenizer_files
+from adapterkit.core.outputs.folder_files import as_json, tokenizer_files
 from adapterkit.core.plan import (
     Change,
     Files,

@@ -24,7 +24,7 @@ from adapterkit.core.weights.codec import (
     check_block_size,
     pair_in,
 )
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant.grid import NESTED, Grid
 from adapterkit.kernels.quant.stochastic import Draws

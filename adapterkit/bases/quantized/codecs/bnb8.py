@@ -9,7 +9,7 @@ from adapterkit.core.errors import shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.records import Json
 from adapterkit.core.weights.codec import Parts, PlainWeight, QuantizedModules, QuantizedWeight
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import llm_int8 as int8_rows
 from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws

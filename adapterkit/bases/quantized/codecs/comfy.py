@@ -20,7 +20,7 @@ from adapterkit.core.errors import listed, shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.records import Json
 from adapterkit.core.weights.codec import Parts, PlainWeight, QuantizedWeight
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import fp4, fp8, integers
 from adapterkit.kernels.quant import tiles as tiles_kernel
 from adapterkit.kernels.quant.grid import NV_GROUP, Grid

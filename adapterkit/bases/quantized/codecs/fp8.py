@@ -20,7 +20,7 @@ from adapterkit.core.weights.codec import (
     blocks_in,
     pair_in,
 )
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import fp8
 from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.weights.codec import Parts, QuantizedWeight
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import fp8
 from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws

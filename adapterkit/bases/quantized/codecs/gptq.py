@@ -12,7 +12,7 @@ from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import shown
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.weights.codec import Parts, QuantizedWeight
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import gptq, integers
 from adapterkit.kernels.quant.grid import WORD, Grid
 from adapterkit.kernels.quant.stochastic import Draws

@@ -12,7 +12,7 @@ from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.errors import shown
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.weights.codec import Parts, QuantizedWeight
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import fp4, fp8
 from adapterkit.kernels.quant.grid import NV_GROUP, Grid
 from adapterkit.kernels.quant.stochastic import Draws

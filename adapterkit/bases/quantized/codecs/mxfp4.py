@@ -8,7 +8,7 @@ from adapterkit.core.errors import Refused, shown
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.records import Json
 from adapterkit.core.weights.codec import Parts, PlainWeight, QuantizedModules, QuantizedWeight
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import fp4
 from adapterkit.kernels.quant.grid import MX_GROUP
 from adapterkit.kernels.quant.stochastic import Draws

@@ -16,7 +16,7 @@ from adapterkit.core.weights.codec import (
     pair_in,
     shapes_of_scales,
 )
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import fp8, integers
 
 NAMES = ("qdata", "scale", "zero_point")
