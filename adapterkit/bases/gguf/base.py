@@ -13,7 +13,7 @@ from adapterkit.bases.gguf.model import GgufCheckpoint, open_gguf
 from adapterkit.bases.gguf.output import plan_gguf_files
 from adapterkit.bases.gguf.table_checkpoint import open_plain_gguf
 from adapterkit.bases.gguf.transformers_tables import table_of
-from adapterkit.bases.images.base import OF_FOLDERS, images_in, prepare_images
+from adapterkit.bases.images.base import OF_FOLDERS, images_in
 from adapterkit.core.adapter.keys import CONFIG as ADAPTER_CONFIG
 from adapterkit.core.checkpoint.hashes import sha256_of_file
 from adapterkit.core.checkpoint.spec import Checkpoint
@@ -44,6 +44,7 @@ class GgufBase(Base):
         "quantize": "bases.gguf.quantize:plan_gguf_quantization",
         "dequantize": "bases.gguf.quantize:plan_gguf_dequantization",
         "inspect": "verbs.look.gguf:inspect_gguf",
+        "prepare merge": "bases.images.base:prepare_images",
         "merged files": "bases.gguf.base:merged_files",
     }
     unfit: ClassVar = {"a base of safetensors": ("dtype", "compat", "dequantize", *OF_FOLDERS)}
@@ -79,9 +80,6 @@ class GgufBase(Base):
         """Without a model where its table's names are enough."""
         plain = open_plain_gguf(self.files, table_of)
         return plain if plain is not None and is_enough(plain) else self.read()
-
-    def prepare(self, state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
-        prepare_images(state, errors)
 
 
 def _images_in(files: GgufFiles, number: int = 0) -> GgufImageModel | None:

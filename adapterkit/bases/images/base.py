@@ -22,7 +22,10 @@ class ImageBase(Base):
     """Safetensors whose config names no model of transformers: an image model where its keys are
     those of one."""
 
-    does: ClassVar = {"quantize": "bases.images.quantize:plan_image_quantization"}
+    does: ClassVar = {
+        "quantize": "bases.images.quantize:plan_image_quantization",
+        "prepare merge": "bases.images.base:prepare_images",
+    }
     unfit_for_files: ClassVar = OF_FOLDERS
 
     @cached_property
@@ -45,9 +48,6 @@ class ImageBase(Base):
             return self.images  # read before, for the output's name
         checkpoint = open_checkpoint(self.folder, number)
         return _in_safetensors(checkpoint) or checkpoint
-
-    def prepare(self, state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
-        prepare_images(state, errors)
 
 
 def _in_safetensors(checkpoint: Checkpoint) -> "SingleFileModel | None":

@@ -2,7 +2,7 @@
 of its config alone, and the kind that most are: a model of safetensors."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +17,6 @@ from adapterkit.doors import BASES
 
 if TYPE_CHECKING:
     from adapterkit.adapters.formats.image_model import SingleFileModel
-    from adapterkit.core.merge.job import MergeState
     from adapterkit.core.merge.verb import MergeOptions
 
 CONFIG, INDEX = "config.json", "model_index.json"
@@ -80,10 +79,6 @@ class Base:
         if options.variant and not self.part:
             errors.add("--variant with this base", "a pipeline of diffusers", "remove --variant")
             errors.raise_all()
-
-    def prepare(self, state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
-        """What a merge asks before it looks at parameters; `Refused` with these errors for adapters
-        of what the base does not hold. Notes join the job's."""
 
     def output_file(self, out: StrPath) -> str | None:
         """The name of an output that is one file, as the base is; `Refused` for other names."""

@@ -151,7 +151,8 @@ def plan_merge(
     state.merged_before = merged_adapters(whole)
     if state.merged_before or len(adapters) > 1:
         state.notes += history_notes(whole, state.merged_before, adapters, state.weights)
-    base.prepare(state, errors)
+    if own := base.own("prepare merge"):  # before any parameter is looked at
+        own(state, errors)
     steps, statistics = changed_steps(state, errors), None
     if stats is not None:
         statistics = open_checkpoint(stats, len(sources) + 1)
