@@ -27,19 +27,6 @@ from adapterkit.core.records import (
 # how the columns of a stack's b count: see `expert_order`
 ORDER, ORDER_DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
 SLOWEST, FASTEST = ORDERS = ("grouped_by_expert", "rank_major")
-# Settings of PEFT 0.21, and Unsloth's of stacks. Others are ignored when falsy, else refused: an
-# unknown flag may mean unknown arithmetic.
-KNOWN_SETTINGS = {
-    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
-    "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "kasa_config",
-    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    ORDER, "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save",
-    "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "target_modules", "target_parameters", "task_type", "trainable_token_indices",
-    ORDER_DETAIL, "use_dora", "use_rslora", "velora_config", "runtime_config",
-    "eps", "num_labels",
-}  # fmt: skip
 OTHER_ARITHMETIC = {
     "alora_invocation_tokens": (
         "an activated LoRA acts on the tokens after its invocation only: no weight equals it"
@@ -71,6 +58,9 @@ PEFT_DEFAULTS: Json = {
     "task_type": None, "trainable_token_indices": None, "use_bdlora": None, "use_dora": False,
     "use_qalora": False, "use_rslora": False, "velora_config": None,
 }  # fmt: skip
+# Settings of PEFT 0.21, and Unsloth's of stacks. Others are ignored when falsy, else refused: an
+# unknown flag may mean unknown arithmetic.
+KNOWN_SETTINGS = {*PEFT_DEFAULTS, ORDER, ORDER_DETAIL, "runtime_config", "eps", "num_labels"}
 
 
 def _is_targets(value: object) -> bool:
@@ -149,7 +139,7 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     errors = Problems(where=where, hint=hint, code="AK301")
     for key in filter(config.get, OTHER_ARITHMETIC):
         errors.add(f"{key} is set: {OTHER_ARITHMETIC[key]}", "a plain or DoRA LoRA")
-    errors += check_unknown_settings(config, KNOWN_SETTINGS | set(OTHER_ARITHMETIC), where)
+    errors += check_unknown_settings(config, KNOWN_SETTINGS, where)
     return errors + check_settings(LORA_SETTINGS, config, where)
 
 
