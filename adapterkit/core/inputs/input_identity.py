@@ -1,7 +1,7 @@
 """The plan of a job with these inputs; hashes and identities of their files, by which a resumed job
 recognizes them."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from adapterkit.core.adapter.keys import CONFIG, WEIGHTS
 from adapterkit.core.adapter.record import Adapter
@@ -12,8 +12,6 @@ from adapterkit.core.checkpoint.reader import Identity
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.plan import Files, OutputFile, Plan, no_warnings
 from adapterkit.core.records import Json
-
-Inputs = Mapping[int, Checkpoint | Adapter]  # by their numbers
 
 
 def plan_of(
@@ -30,7 +28,7 @@ def plan_of(
 ) -> Plan:
     """The plan of a job; `configs` as of `header_hashes`, the rest as of `Plan`."""
     folders = tuple(source.folder for source in inputs)
-    headers = header_hashes(dict(enumerate(inputs)), configs)
+    headers = header_hashes(inputs, configs)
     return Plan(
         verb=verb,
         options=options,
@@ -46,11 +44,13 @@ def plan_of(
     )
 
 
-def header_hashes(inputs: Inputs, configs: Collection[int] = ()) -> dict[tuple[int, str], str]:
+def header_hashes(
+    inputs: Sequence[Checkpoint | Adapter], configs: Collection[int] = ()
+) -> dict[tuple[int, str], str]:
     """sha256 of the headers of all inputs, by input and file; and of the config of each adapter and
     of the models numbered in `configs`."""
     hashes: dict[tuple[int, str], str] = {}
-    for number, source in inputs.items():
+    for number, source in enumerate(inputs):
         config = "config.json"
         if isinstance(source, Adapter):
             hashes[number, WEIGHTS], config = source.header_sha256, CONFIG

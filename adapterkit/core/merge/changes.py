@@ -150,14 +150,14 @@ def _trained(state: MergeState, adapter: Adapter) -> dict[str, TensorSpec]:
         if not spec.shape or spec.dtype not in dtypes.FLOATS:
             continue  # refused when the file was read
         stored = state.base.tensors[parameter.slots[0].key]
-        comparable = (
-            parameter.is_whole and type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
-        )
-        count = spec.shape[0]
+        is_plain = type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
+        comparable = parameter.is_whole and is_plain
+        is_quantized = parameter.is_whole and isinstance(stored, QuantizedWeight)
+        copy, count, error = (adapter.folder, spec), spec.shape[0], None
         if comparable:
-            count = differing_rows((adapter.folder, spec), (state.base.folder, stored))
-        asked = state.options.base_copies is not None
-        error = None if asked else _quantization_error(state, parameter, adapter, spec)
+            count = differing_rows(copy, (state.base.folder, stored))
+        elif is_quantized and state.options.base_copies is None:
+            error = decoded_difference(copy, (state.base.folder, stored))
         if count == 0 or (is_copy and state.options.base_copies == "ignore"):
             del trained[name]
         elif error is not None and error < QUANTIZED:
@@ -213,17 +213,6 @@ def _tell_of_copies(
         state.notes.append(f"{adapter.name}: copies of another base's weights {effect}: {text}")
 
 
-def _quantization_error(
-    state: MergeState, parameter: Parameter, adapter: Adapter, copy: TensorSpec
-) -> float | None:
-    """By how much a copy differs from the base's weight as that decodes; None where that is not
-    quantized."""
-    stored = state.base.tensors[parameter.slots[0].key]
-    if not parameter.is_whole or not isinstance(stored, QuantizedWeight):
-        return None
-    return decoded_difference((adapter.folder, copy), (state.base.folder, stored))
-
-
 def _is_of_original(
     state: MergeState, adapter: Adapter, copy: TensorSpec, stored: TensorSpec
 ) -> bool:
@@ -251,8 +240,10 @@ def collect_changes(state: MergeState) -> None:
         if adapter.replaced:
             _add_values(state, adapter)
         _add_products(state, adapter)
-        if ADDED_DELTAS in adapter.folder.files():
-            _add_deltas(state, adapter)
+        if ADDED_DELTAS in adapter.folder.files():  # of other kinds than factors
+            for added in load(ADAPTERS["extra deltas"])(adapter.folder, adapter.number):
+                with state.errors.collected():
+                    _add_delta(state, adapter, added)
         if adapter.tokens or adapter.config.get("trainable_token_indices"):
             _check_rows(state, adapter)
             _add_rows(state, adapter)
@@ -304,19 +295,22 @@ def _check_initial(state: MergeState, adapter: Adapter) -> None:
 
 def _check_weighted(state: MergeState, adapter: Adapter) -> None:
     """Refuse multiples of values that replace the base's; with --exclude the base's stay."""
-    is_weighted = lambda module: state.is_selected(module) and state.weight(adapter, module) != 1.0
     values = [
         name
         for name in adapter.replaced
         if state.is_selected_value(name) and state.weight(adapter, name.rpartition(".")[0]) != 1.0
     ]
-    rows = [tokens.module for tokens in adapter.tokens if is_weighted(tokens.module)]
+    rows = [
+        tokens.module
+        for tokens in adapter.tokens
+        if state.is_selected(tokens.module) and state.weight(adapter, tokens.module) != 1.0
+    ]
     doras = [
         lora.module
         for lora in adapter.loras
         if lora.magnitude is not None
-        and is_weighted(lora.module)
-        and not state.is_off(adapter, lora.module)
+        and state.changes_module(adapter, lora.module)
+        and state.weight(adapter, lora.module) != 1.0
     ]
     options = state.options
     weight = f"{state.weights[adapter.number - 1]:g}"
@@ -454,7 +448,7 @@ def _add_new_parameter(state: MergeState, adapter: Adapter, name: str, spec: Ten
 def _add_products(state: MergeState, adapter: Adapter) -> None:
     by_module: dict[str, list[Lora]] = {}
     for lora in adapter.loras:
-        if state.is_selected(lora.module) and not state.is_off(adapter, lora.module):
+        if state.changes_module(adapter, lora.module):
             by_module.setdefault(lora.module, []).append(lora)
         else:
             state.skip(adapter, lora.module)
@@ -528,18 +522,11 @@ def _add_product(
     change.adapters.append(adapter.name)
 
 
-def _add_deltas(state: MergeState, adapter: Adapter) -> None:
-    """Deltas of other kinds than factors."""
-    for added in load(ADAPTERS["extra deltas"])(adapter.folder, adapter.number):
-        module = added.module.name
-        with state.errors.collected():
-            _add_delta(state, adapter, added, module)
-
-
-def _add_delta(state: MergeState, adapter: Adapter, added: "AddedDelta", module: str) -> None:
+def _add_delta(state: MergeState, adapter: Adapter, added: "AddedDelta") -> None:
     """Raises `Refused` for weights of its directions."""
+    module = added.module.name
     weight = state.weight(adapter, module)
-    if not state.is_selected(module) or state.is_off(adapter, module):
+    if not state.changes_module(adapter, module):
         state.skip(adapter, module)
         return
     names = [f"{module}.{leaf}" if leaf else module for leaf in added.leaves]

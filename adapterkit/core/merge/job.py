@@ -229,12 +229,13 @@ class MergeState:
             return self.weights[adapter.number - 1]
         return self._weight_of(adapter.number, module)
 
-    def is_off(self, adapter: Adapter, module: str) -> bool:
-        """Whether an adapter that has a weight has none on a module; of weights from a file each
-        parameter has its own."""
+    def changes_module(self, adapter: Adapter, module: str) -> bool:
+        """Whether a module is selected, and an adapter that has a weight has one there; of weights
+        from a file each parameter has its own."""
         if self.file is not None or self._weight_of is None:
-            return False
-        return self.weight(adapter, module) == 0.0 != self.weights[adapter.number - 1]
+            return self.is_selected(module)
+        is_off = self.weight(adapter, module) == 0.0 != self.weights[adapter.number - 1]
+        return not is_off and self.is_selected(module)
 
     @cached_property
     def fingerprint(self) -> str:

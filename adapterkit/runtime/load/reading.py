@@ -156,7 +156,7 @@ def join_folder(
 def read_parts(maker: PartMaker, stored: StoredAdapter) -> list[tuple[str, Part]]:
     """The parts of an adapter with their values; without a dtype at least float32."""
     folders = (stored.adapter.folder,)
-    with Sources(folders, identities(folders, header_hashes({0: stored.adapter}))) as sources:
+    with Sources(folders, identities(folders, header_hashes([stored.adapter]))) as sources:
         read = LocalReader(sources, torch.device("cpu"), dtype=None).tensor
 
         def read_wide(spec: TensorSpec) -> Tensor:

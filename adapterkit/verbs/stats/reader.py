@@ -38,7 +38,7 @@ def open_statistics(stats: Stats) -> Iterator[tuple[Statistics, Read]]:
         return
     checkpoint = open_checkpoint(open_file(stats))
     folders = (checkpoint.folder,)
-    expected = identities(folders, header_hashes({0: checkpoint}))
+    expected = identities(folders, header_hashes([checkpoint]))
     with Sources(folders, expected) as sources:
         yield checkpoint, LocalReader(sources, torch.device("cpu")).tensor
 
