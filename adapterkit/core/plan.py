@@ -34,8 +34,8 @@ from adapterkit.core.output.writer import part_name
 from adapterkit.core.records import Json
 from adapterkit.core.system import cores, quarter_of_memory
 from adapterkit.core.weights.codec import stored_parts
+from adapterkit.core.weights.parameters import Positions
 from adapterkit.core.weights.reader import Reader
-from adapterkit.core.weights.slots import Positions
 from adapterkit.kernels.block_sizes import GPU
 from adapterkit.kernels.quant.stochastic import Draws
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from adapterkit.core.errors import Refused, listed, shown
-from adapterkit.core.weights.linear import kind_of
-from adapterkit.core.weights.unsupported_layers import (
+from adapterkit.core.weights.layers import (
     is_taken_for_experts,
+    kind_of,
     looks_up_otherwise,
     reader_of,
 )

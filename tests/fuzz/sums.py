@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.errors import AdapterkitError
-from adapterkit.core.weights.linear import is_linear
+from adapterkit.core.weights.layers import is_linear
 from adapterkit.runtime import collect
 from tests.support.oracle import quiet
 from tests.support.stored import collected

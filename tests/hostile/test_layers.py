@@ -170,7 +170,7 @@ def test_the_core_asks_for_nothing_that_has_no_door():
     ("core.plan", "from adapterkit.runtime import attach"),
     ("core.merge.plan", "from adapterkit.bases.gguf import header"),
     ("bases.gguf.model", "from adapterkit.verbs.stats import sums"),
-    ("core.weights.slots", "import adapterkit"),
+    ("core.weights.parameters", "import adapterkit"),
     ("core.tasks.rows", "def f():\n    from adapterkit.verbs.combine.methods import ties"),
     ("verbs.stats.sums", "from adapterkit.cli import group"),
     ("doors", "from adapterkit.core import registry"),

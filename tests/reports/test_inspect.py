@@ -15,7 +15,7 @@ from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.engine.reader import LocalReader
-from adapterkit.core.weights.slots import Axis, Slot
+from adapterkit.core.weights.parameters import Axis, Slot
 from adapterkit.verbs.look import factors
 from tests.support import oracle, raw_files, tiny
 from tests.support.inspections import inspect, problems_of

@@ -7,7 +7,7 @@ from torch import nn
 
 import adapterkit
 from adapterkit.core.errors import Refused
-from adapterkit.core.weights.linear import is_linear
+from adapterkit.core.weights.layers import is_linear
 from adapterkit.runtime import collect
 from tests.support import tiny
 from tests.support.stored import checkpoint, collected

@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import core_model_loading
 
-from adapterkit.core.weights.slots import Unsupported
+from adapterkit.core.weights.parameters import Unsupported
 from adapterkit.core.weights.symbols import Symbol
 from tests.support.slots import gathered
 

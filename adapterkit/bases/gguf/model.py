@@ -24,9 +24,9 @@ from adapterkit.bases.gguf.parts import find_slots, is_joined, seen_so
 from adapterkit.bases.gguf.tables import NameTable, TableNames, model_by_table
 from adapterkit.bases.gguf.tensors import model_tensors, tensor_names, tensors_by_table
 from adapterkit.core.errors import WARNING, shown
+from adapterkit.core.weights.parameters import SlottedCheckpoint
 from adapterkit.core.weights.safe_config import LOCAL, closed
 from adapterkit.core.weights.skeleton import Skeleton
-from adapterkit.core.weights.slots import SlottedCheckpoint
 
 TableOf: TypeAlias = Callable[[str], NameTable | None]
 UNSIZED = ("gemma4",)  # of which transformers reads files of one model's sizes, and no experts

@@ -11,7 +11,7 @@ from adapterkit.bases.gguf.header import Entry
 from adapterkit.bases.gguf.tables import EXPERT, NameTable, TableNames
 from adapterkit.bases.gguf.weight import GgufWeight
 from adapterkit.core.checkpoint.header import TensorSpec
-from adapterkit.core.weights.slots import Axis, Slot
+from adapterkit.core.weights.parameters import Axis, Slot
 
 Slots = Mapping[str, tuple[Slot, ...]]  # by parameter
 Entries = Mapping[str, Entry]

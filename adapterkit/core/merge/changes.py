@@ -27,7 +27,6 @@ from adapterkit.core.merge.value_comparison import (
 from adapterkit.core.registry import load
 from adapterkit.core.weights.codec import QuantizedWeight
 from adapterkit.core.weights.parameters import Parameter
-from adapterkit.core.weights.unsupported_layers import looks_up_otherwise, weight_reader
 from adapterkit.doors import ADAPTERS
 
 if TYPE_CHECKING:
@@ -465,6 +464,8 @@ def _check_acting(
 ) -> None:
     """Refuse what does in training nothing, or something else than in a merged weight; factors may
     be zero, as training leaves what does not act."""
+    from adapterkit.core.weights.layers import looks_up_otherwise, weight_reader
+
     if reader := weight_reader(state.names, module):
         reason = f"whose weight {reader} reads itself: PEFT's do nothing there before a merge"
     elif looks_up_otherwise(classes := state.names.classes(module)):

@@ -25,8 +25,7 @@ from adapterkit.core.tasks.edits import (
     RoundTo,
 )
 from adapterkit.core.weights.codec import QuantizedWeight
-from adapterkit.core.weights.parameters import Parameter
-from adapterkit.core.weights.slots import Axis, Slot, identity_slot
+from adapterkit.core.weights.parameters import Axis, Parameter, Slot, identity_slot
 from adapterkit.doors import MERGES
 from adapterkit.kernels.quant.stochastic import Draws
 

@@ -24,7 +24,6 @@ from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.plan import HANDOFF_FOLDER
 from adapterkit.core.weights.parameters import Parameter
 from adapterkit.core.weights.skeleton import tied_names
-from adapterkit.core.weights.unsupported_layers import weight_reader
 
 
 def resolve_vocab_resize(state: MergeState) -> None:
@@ -265,6 +264,8 @@ def _followers(state: MergeState) -> dict[str, str]:
     """The names that a model ties to others: PEFT wraps the rows there as well, which does nothing
     where the code around a head reads its weight itself. Blt ties its embedding to its head, and
     PEFT's head has no rows then."""
+    from adapterkit.core.weights.layers import weight_reader
+
     assert state.names.model is not None
     tied = state.names.model.model.all_tied_weights_keys
     return {

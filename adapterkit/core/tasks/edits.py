@@ -13,8 +13,8 @@ from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.plan import READ, Loaded, RowEdit
+from adapterkit.core.weights.parameters import Positions, taken
 from adapterkit.core.weights.reader import Reader
-from adapterkit.core.weights.slots import Positions, taken
 from adapterkit.kernels import rows as kernel
 from adapterkit.kernels.lowrank.algebra import Product
 

@@ -12,8 +12,8 @@ from adapterkit.core.checkpoint.spec import LAYER_COUNTS, Checkpoint
 from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, listed, shown
 from adapterkit.core.weights.decoded import decoded_view
 from adapterkit.core.weights.names import plain_names
+from adapterkit.core.weights.parameters import Unsupported, extent
 from adapterkit.core.weights.skeleton import Skeleton
-from adapterkit.core.weights.slots import Unsupported, extent
 
 NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
 Shape = tuple[int, ...]

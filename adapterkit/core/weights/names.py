@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Refused, shown
-from adapterkit.core.weights.parameters import Parameter
+from adapterkit.core.weights.parameters import Parameter, extent, identity_slot, known_slots
 from adapterkit.core.weights.skeleton import OF_DIFFUSERS, Skeleton
-from adapterkit.core.weights.slots import extent, identity_slot, known_slots
 
 if TYPE_CHECKING:
     from torch import nn

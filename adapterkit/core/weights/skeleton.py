@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.optional import optional
-from adapterkit.core.weights.parameters import Parameter
+from adapterkit.core.weights.parameters import (
+    Axis,
+    Parameter,
+    Slot,
+    extent,
+    identity_slot,
+    known_slots,
+)
 from adapterkit.core.weights.safe_config import LOCAL, closed, safe_config
-from adapterkit.core.weights.slots import Axis, Slot, extent, identity_slot, known_slots
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from adapterkit.core.errors import Refused
-from adapterkit.core.weights.slots import Axis, Positions, Slot, Unsupported, identity_slot
+from adapterkit.core.weights.parameters import Axis, Positions, Slot, Unsupported, identity_slot
 
 
 class Symbol(torch.Tensor):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterkit.core.weights.linear import is_conv1d
+from adapterkit.core.weights.layers import is_conv1d
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.quantized import quantization_of, weight_of
 from adapterkit.runtime.site import Host, Site

@@ -14,8 +14,7 @@ from adapterkit.core.adapter.record import Adapter, Lora
 from adapterkit.core.engine.device import with_float64
 from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.merge.sites import JoinedSite, flips_square_experts, sites_of
-from adapterkit.core.weights.linear import is_linear
-from adapterkit.core.weights.unsupported_layers import is_taken_for_experts
+from adapterkit.core.weights.layers import is_linear, is_taken_for_experts
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.site import Part, Values

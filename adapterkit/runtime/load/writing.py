@@ -23,7 +23,7 @@ from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.inputs.model_config import vocabulary_sizes
 from adapterkit.core.options import StrPath
 from adapterkit.core.system import system
-from adapterkit.core.weights.unsupported_layers import is_taken_for_experts
+from adapterkit.core.weights.layers import is_taken_for_experts
 from adapterkit.runtime.layers.linear import Conv1DPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.parts.copies import CopyPart, ValuePart, entries_for_peft

@@ -92,7 +92,7 @@ class FactorsPart(Part):
 
     @classmethod
     def matches(cls, host: nn.Module) -> bool:
-        """Whether a module is of this kind, where `weights.linear` knows none for it."""
+        """Whether a module is of this kind, where `weights.layers` knows none for it."""
         return False
 
     @classmethod

@@ -18,7 +18,7 @@ from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.options import Progress
 from adapterkit.core.output.stage import WORK, Workspace, work_folder
 from adapterkit.core.plan import Effort, OutputFile, Plan, TaskResult
-from adapterkit.core.weights.linear import is_linear
+from adapterkit.core.weights.layers import is_linear
 from adapterkit.core.weights.reader import Reader
 from adapterkit.verbs.combine.planning.combine import plan_combine
 from adapterkit.verbs.combine.records.combine import Combine

@@ -22,9 +22,9 @@ from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.lazy import torch
 from adapterkit.core.options import targets as text_of_targets
 from adapterkit.core.patterns import matcher, similar_names
-from adapterkit.core.weights.linear import is_linear, kind_of
+from adapterkit.core.weights.layers import is_linear, kind_of
 from adapterkit.core.weights.names import Names
-from adapterkit.core.weights.unsupported_layers import (
+from adapterkit.core.weights.layers import (
     is_bypassed,
     is_taken_for_experts,
     looks_up_otherwise,

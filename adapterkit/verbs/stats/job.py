@@ -6,7 +6,7 @@ from adapterkit.core.adapter.targets import ALL_LINEAR
 from adapterkit.core.errors import Refused, listed
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.records import Json
-from adapterkit.core.weights.linear import is_linear
+from adapterkit.core.weights.layers import is_linear
 from adapterkit.core.weights.names import TRANSPOSED
 from adapterkit.verbs.shared.statistics_file import INPUTS
 from adapterkit.verbs.shared.targets import CalledLayers, select_layers

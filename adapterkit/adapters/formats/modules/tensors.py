@@ -3,8 +3,9 @@
 Renames cost nothing: a `StoredTensor` is copied as bytes. The functions simplify: a transpose of a
 transpose is the tensor itself, and rows of a joined tensor are its part.
 
-`weights.slots.Symbol` goes through some of the same operations, and answers another question: which
-positions of which stored tensors a parameter is, axis by axis, for those who read some of its rows.
+`weights.symbols.Symbol` goes through some of the same operations, and answers another question:
+which positions of which stored tensors a parameter is, axis by axis, for those who read some of its
+rows.
 Slots cannot say that an axis was cut and joined with another, nor zeros, nor arithmetic, which
 formats need; an expression cannot say which bytes a few rows take. Both take entries by `taken`.
 """
@@ -20,8 +21,8 @@ from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Unrecoverable, shown
 from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.weights.parameters import taken
 from adapterkit.core.weights.reader import TensorReader
-from adapterkit.core.weights.slots import taken
 from adapterkit.kernels.sums import all_finite
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.merge.steps import is_rounded
 from adapterkit.core.plan import Compensation, Span, Step
 from adapterkit.core.weights.codec import QuantizedWeight
-from adapterkit.core.weights.slots import Positions, Slot, identity_slot
+from adapterkit.core.weights.parameters import Positions, Slot, identity_slot
 from adapterkit.verbs.shared.statistics_file import select_covariances
 
 UNSEEN = "NonDynamicallyQuantizableLinear"  # attention's out_proj, which is never called

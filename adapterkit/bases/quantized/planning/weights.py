@@ -17,7 +17,7 @@ from adapterkit.core.records import Json
 from adapterkit.core.registry import members
 from adapterkit.core.tasks.rows import EditedTensor
 from adapterkit.core.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
-from adapterkit.core.weights.linear import linear_class
+from adapterkit.core.weights.layers import linear_class
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import Parameter
 from adapterkit.core.weights.skeleton import is_of_transformers

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from adapterkit.core.weights.unsupported_layers import reads_weight
+from adapterkit.core.weights.layers import reads_weight
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
 LARGE = 1 << 20  # bytes of a layer outside the lists of layers that is run by itself
