@@ -34,7 +34,7 @@ import adapterkit
 import languages
 import lossy
 import realmodel
-from adapterkit.core.adapter.weights_file import write_weights
+from adapterkit.core.inputs.weights_file import write_weights
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import Json
 from adapterkit.verbs.fit.fit import climbed, outcome, weights_file

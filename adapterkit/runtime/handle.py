@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.core.adapter.weights_file import write_weights
 from adapterkit.core.errors import Problems, Refused, did_you_mean, shown
+from adapterkit.core.inputs.weights_file import write_weights
 from adapterkit.core.options import Sources, StrPath, finite
 from adapterkit.core.records import Json
 from adapterkit.core.registry import experimental

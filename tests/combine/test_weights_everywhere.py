@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.core.adapter.weights_file import (
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.errors import Refused
+from adapterkit.core.inputs.weights_file import (
     WeightsFile,
     named_adapter,
     read_weights,
     write_weights,
 )
-from adapterkit.core.checkpoint.folder import LocalFolder
-from adapterkit.core.errors import Refused
 from adapterkit.runtime import load
 from adapterkit.runtime.parts.factors import FactorsPart
 from tests.support import deltas, experts, oracle

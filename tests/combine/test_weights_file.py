@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.core.adapter.weights_file import (
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.hashes import sha256_of_file
+from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.core.inputs.weights_file import (
     NamedAdapter,
     WeightsFile,
     digests,
@@ -14,9 +17,6 @@ from adapterkit.core.adapter.weights_file import (
     text,
     write_weights,
 )
-from adapterkit.core.checkpoint.folder import LocalFolder
-from adapterkit.core.checkpoint.hashes import sha256_of_file
-from adapterkit.core.errors import AdapterkitError, Refused
 
 GOLDEN = Path(__file__).parent / "weights-1.json"  # as version 1 wrote it
 TABLE = {"adapters": ["a", "b"], "default": [1, 0.5]}

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.core.adapter.weights_file import read_weights
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.errors import AdapterkitError, Failed, Refused
+from adapterkit.core.inputs.weights_file import read_weights
 from adapterkit.runtime import load
 from adapterkit.verbs.fit import coarse_to_fine as staircase
 from adapterkit.verbs.fit.balance import Balance

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.core.adapter.weights_file import read_weights
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.errors import Failed, Refused
+from adapterkit.core.inputs.weights_file import read_weights
 from tests.support import oracle
 
 TARGET = (0.8, -0.3)

@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from adapterkit.core.adapter.config import TASK_HEADS
 from adapterkit.core.adapter.keys import CONFIG
-from adapterkit.core.adapter.weights_file import NamedAdapter, WeightsFile, write_weights
+from adapterkit.core.inputs.weights_file import NamedAdapter, WeightsFile, write_weights
 from adapterkit.runtime import Adapters, attach, load
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.verbs.shared.lora_config import LoraConfig

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.core.adapter.weights_file import named_adapter
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.errors import AdapterkitError, Damaged, Refused
+from adapterkit.core.inputs.weights_file import named_adapter
 from adapterkit.core.receipt import seal_receipt
 from tests.support.raw_files import AdapterFiles, base, normal, plain
 

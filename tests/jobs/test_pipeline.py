@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.core.adapter.weights_file import (
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import read_header
+from adapterkit.core.errors import Interrupted, Refused
+from adapterkit.core.inputs.weights_file import (
     NamedAdapter,
     WeightsFile,
     named_adapter,
     write_weights,
 )
-from adapterkit.core.checkpoint.folder import LocalFolder
-from adapterkit.core.checkpoint.header import read_header
-from adapterkit.core.errors import Interrupted, Refused
 from adapterkit.many.workflows.workflow import run_pipeline
 from tests.formats.test_any_verb import write_kohya
 from tests.golden.inputs import create_inputs

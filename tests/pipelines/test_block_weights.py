@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.core.adapter.weights_file import WeightsFile, named_adapter, write_weights
 from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.inputs.weights_file import WeightsFile, named_adapter, write_weights
 from tests.support.pipeline_files import assert_outputs, loaded, lora_file, quiet, with_adapters
 from tests.support.usual import usual
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.core.adapter.weights_file import WeightsFile, named_adapter, write_weights
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.errors import Refused
+from adapterkit.core.inputs.weights_file import WeightsFile, named_adapter, write_weights
 from adapterkit.verbs.look.overview.page import report_page
 from adapterkit.verbs.look.pages.pictures import MOST_CELLS
 from tests.support import raw_files

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit import LoraConfig
-from adapterkit.core.adapter.weights_file import NamedAdapter, WeightsFile, write_weights
 from adapterkit.core.errors import Refused
+from adapterkit.core.inputs.weights_file import NamedAdapter, WeightsFile, write_weights
 from adapterkit.runtime import Adapters, LoraFA, attach, load
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.memo import bits_of

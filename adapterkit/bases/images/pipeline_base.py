@@ -11,14 +11,15 @@ from adapterkit.bases.images.joined_plans import in_folders, joined
 from adapterkit.bases.images.pipeline import PipelineComponent, read_pipeline
 from adapterkit.bases.images.pipeline_adapters import Split, base_of_conversion, split_adapters
 from adapterkit.core.adapter import adapter_config
-from adapterkit.core.adapter.weights_file import WeightsFile, in_receipt
+from adapterkit.core.inputs.weights_file import WeightsFile
+from adapterkit.core.checkpoint.compare import have_same_bytes
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.reader import have_same_bytes
 from adapterkit.core.checkpoint.shards import weight_files
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.inputs.base_door import Base
-from adapterkit.core.inputs.weights import weighted_sources
+from adapterkit.core.inputs.weights_file import WeightsFile, weighted_sources
 from adapterkit.core.merge.job import nothing_selected
 from adapterkit.core.merge.values_by_regex import selection
 from adapterkit.core.merge.verb import Merge, MergeOptions
@@ -148,7 +149,7 @@ def plan_merge_into_parts(
         raise nothing_selected(decisions["left_out"], names, options)
     card = merged_card(pipeline.folder, _rows(plans), "diffusers", added_by(options))
     plan = joined(pipeline, plans, card)
-    receipt = plan.options | {"weights": given} | in_receipt(weights)
+    receipt = plan.options | {"weights": given} | (weights.in_receipt() if weights else {})
     plan = replace(plan, notes=(*plan.notes, *(rules.notes() if rules else ())))
     others = [name for name in pipeline.parts if name not in plans]
     for name in ("dtype", "max_shard_size") if others else ():

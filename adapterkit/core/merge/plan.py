@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.adapter.weights_file import WeightsFile, in_receipt
 from adapterkit.core.checkpoint import layout
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
@@ -27,7 +26,6 @@ from adapterkit.core.inputs.sources import (
     open_statistics,
     open_weighted,
 )
-from adapterkit.core.inputs.weights import notes_on_base, open_with_weights
 from adapterkit.core.merge.changes import collect_changes
 from adapterkit.core.merge.job import MergeState, nothing_selected
 from adapterkit.core.merge.steps import plan_steps
@@ -55,6 +53,8 @@ from adapterkit.doors import CONTAINERS, MERGES
 if TYPE_CHECKING:
     from adapterkit.bases.gguf.base import ImportanceFile
     from adapterkit.verbs.combine.module_methods import WeightOf
+    from adapterkit.core.inputs.weights_file import WeightsFile
+    from adapterkit.verbs.combine.module_weights import WeightOf
 
 Steps = dict[str, list[Step]]  # by output file
 
@@ -78,6 +78,8 @@ def plan_merge_of(merge: Merge) -> Plan:
     if merge.weights is None:
         adapters, weights = open_weighted(merge.adapters, opener), None
     else:
+        from adapterkit.core.inputs.weights_file import open_with_weights
+
         adapters, weights = open_with_weights(merge.adapters, merge.weights, opener)
     stats = None if merge.stats is None else open_statistics(merge.stats)
     imatrix = None if merge.imatrix is None else importance_of(merge.imatrix)
@@ -101,7 +103,7 @@ def plan_merge(
     file: str | None = None,
     imatrix: "ImportanceFile | None" = None,
     weight_of: "WeightOf | None" = None,
-    weights: WeightsFile | None = None,
+    weights: "WeightsFile | None" = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
     problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
@@ -143,7 +145,8 @@ def plan_merge(
     if errors and len(adapters) < len(sources):
         Problems(errors).raise_all()
     state = MergeState(checkpoint, adapters, given, options, base.part, weight_of, weights)
-    state.notes += notes_on_base(weights, state.fingerprint, state.original.name) if weights else []
+    if weights is not None:
+        state.notes += weights.notes_on_base(state.fingerprint, state.original.name)
     state.with_initial = with_initial
     if options.dequantize:
         _decode_to_16_bits(state)
@@ -238,7 +241,7 @@ def plan_merge_into_original(
     sources: list[tuple[Folder, float]],
     options: MergeOptions,
     stats: Folder | None = None,
-    chosen: WeightsFile | None = None,
+    chosen: "WeightsFile | None" = None,
 ) -> Plan:
     """The plan of a merge into the 16-bit original `base16` of the quantized base that the adapters
     were trained on; `Refused` if it is not its original."""
@@ -363,7 +366,7 @@ def _plan_of_files(
     options = {k: v for k, v in vars(state.options).items() if v not in (None, False, ())}
     options["weights"] = state.weights
     if state.file is not None:
-        options |= in_receipt(state.file)
+        options |= state.file.in_receipt()
     return plan_of(
         "merge",
         options,

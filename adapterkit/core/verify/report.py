@@ -4,7 +4,6 @@ rows are recomputed in float64."""
 from functools import partial
 from typing import Any, cast
 
-from adapterkit.core.adapter.weights_file import weights_in
 from adapterkit.core.checkpoint.folder import SingleFile
 from adapterkit.core.errors import Damaged, Problems, Refused, listed, shown
 from adapterkit.core.inputs.base_door import Base, kind_of
@@ -16,6 +15,7 @@ from adapterkit.core.inputs.sources import (
     open_statistics,
     open_weighted,
 )
+from adapterkit.core.inputs.weights_file import weights_in
 from adapterkit.core.options import flag_of
 from adapterkit.core.output.stage import RECEIPT
 from adapterkit.core.plan import Plan

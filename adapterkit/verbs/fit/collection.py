@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.adapter.weights_file import WeightsFile, text
 from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.inputs.input_identity import plan_of
+from adapterkit.core.inputs.weights_file import WeightsFile, text
 from adapterkit.core.options import Progress
 from adapterkit.core.output.stage import Workspace, work_folder
 from adapterkit.core.plan import Effort, OutputFile, Plan, Task, TaskResult

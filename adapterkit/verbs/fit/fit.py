@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from adapterkit.core.adapter.weights_file import Weight, WeightsBase, WeightsFile
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.engine.execution import as_it_runs, execute
 from adapterkit.core.errors import shown
 from adapterkit.core.inputs.sources import weight_of
+from adapterkit.core.inputs.weights_file import Weight, WeightsBase, WeightsFile
 from adapterkit.core.options import Progress, weighted
 from adapterkit.core.plan import Plan, TaskResult
 from adapterkit.core.receipt import Receipt

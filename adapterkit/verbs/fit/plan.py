@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from adapterkit.core import dtypes
-from adapterkit.core.adapter.weights_file import NamedAdapter, named_adapter
 from adapterkit.core.checkpoint.fingerprint import difference, fingerprint
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
@@ -20,6 +19,7 @@ from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.core.inputs.sources import open_adapter, open_model, weight_of
+from adapterkit.core.inputs.weights_file import NamedAdapter, named_adapter
 from adapterkit.core.options import Progress, files, no_progress, weighted
 from adapterkit.core.plan import Effort, Plan, TaskResult
 from adapterkit.core.records import Json

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapterkit.core.adapter.weights_file import (
+from adapterkit.core.checkpoint.fingerprint import fingerprint
+from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.errors import AdapterkitError, Failed, Problems
+from adapterkit.core.inputs.sources import open_model
+from adapterkit.core.inputs.weights_file import (
     NamedAdapter,
     WeightsBase,
     WeightsFile,
     named_adapter,
 )
-from adapterkit.core.checkpoint.fingerprint import fingerprint
-from adapterkit.core.checkpoint.spec import open_checkpoint
-from adapterkit.core.errors import AdapterkitError, Failed, Problems
-from adapterkit.core.inputs.sources import open_model
 from adapterkit.core.options import Progress, finite, no_progress
 from adapterkit.core.plan import Plan, TaskResult
 from adapterkit.core.records import Json

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.adapter.peft import read_adapter
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.adapter.targets import Patterns
-from adapterkit.core.adapter.weights_file import WeightsFile
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.commands import PLAIN, WITHOUT_INITIAL
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.core.merge.values_by_regex import Rule, pattern_table, read_rules, unmatched
 from adapterkit.core.options import NUMBER
+
+if TYPE_CHECKING:
+    from adapterkit.core.inputs.weights_file import WeightsFile
 
 OPTION, WEIGHTS = "--weight-for", "--weights"
 
@@ -62,7 +65,7 @@ class AdapterWeights:
         self,
         weights: list[float],
         texts: Iterable[str],
-        file: WeightsFile | None = None,
+        file: "WeightsFile | None" = None,
         option: str = OPTION,
     ):
         self.weights, self.file, self.option = weights, file, option

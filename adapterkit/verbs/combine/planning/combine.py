@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from adapterkit.core import dtypes
 from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.adapter.weights_file import in_receipt
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.commands import PLAIN
@@ -17,7 +16,7 @@ from adapterkit.core.inputs.adapter_door import together
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.inputs.earlier_merges import notes_on_copies
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics, open_unconverted
-from adapterkit.core.inputs.weights import open_with_weights
+from adapterkit.core.inputs.weights_file import open_with_weights
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.merge.sites import (
     JoinedSite,
@@ -122,7 +121,8 @@ def _plan(
     found: dict[str, list[float]],
 ) -> Plan:
     receipt_options = options.recipe_options() | {"weights": weights.weights}
-    receipt_options |= in_receipt(weights.file)
+    if weights.file is not None:
+        receipt_options |= weights.file.in_receipt()
     if options.settings:
         receipt_options["settings"] = tuple(options.settings.items())
     decisions: Json = {"weights": found} if found else {}

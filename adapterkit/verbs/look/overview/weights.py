@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from adapterkit.core.adapter.weights_file import Weight, WeightsFile
 from adapterkit.core.records import Json, Settings
 from adapterkit.verbs.look.heatmaps import grid_of
 from adapterkit.verbs.look.pages.page import paragraph, table
 
+if TYPE_CHECKING:
+    from adapterkit.core.inputs.weights_file import Weight, WeightsFile
+
 FIT = ("files", "losses", "steps", "written", "seconds")  # what a fit says of itself
 
 
-def weights_document(weights: WeightsFile, names: Sequence[str]) -> Json:
+def weights_document(weights: "WeightsFile", names: Sequence[str]) -> Json:
     """Weights by layer and module, of directions their mean; and losses, where a fit wrote them."""
     places, rows, columns = grid_of(weights.modules)
     at = {place: weights.modules[name] for name, place in places.items()}
@@ -31,7 +34,7 @@ def weights_document(weights: WeightsFile, names: Sequence[str]) -> Json:
     }
 
 
-def _mean(weight: Weight) -> float:
+def _mean(weight: "Weight") -> float:
     return fmean(weight or (0.0,)) if isinstance(weight, tuple) else weight
 
 

@@ -1,20 +1,30 @@
 """The file of weights with which adapters are added: one number for each, and others for modules or
-for directions of their deltas. A fit writes it, or a hand, and all that takes weights reads it."""
+for directions of their deltas; and the adapters that it names. A fit writes it, or a hand, and all
+that takes weights reads it."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from adapterkit.core.adapter.keys import CONFIG
 from adapterkit.core.checkpoint.disk import replace_file
+from adapterkit.core.checkpoint.fingerprint import difference
 from adapterkit.core.checkpoint.folder import WEIGHTS, Folder, original
 from adapterkit.core.checkpoint.hashes import sha256_of_file
 from adapterkit.core.checkpoint.hub_ids import portable_name
 from adapterkit.core.checkpoint.strict import read_json
-from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed
+from adapterkit.core.errors import WARNING, AdapterkitError, Problems, Refused, listed, shown
+from adapterkit.core.inputs.sources import (
+    named_in_file,
+    open_source,
+    open_unconverted,
+    open_weighted,
+    weight_of,
+)
+from adapterkit.core.options import Sources, StrPath, weighted
 from adapterkit.core.records import (
     FINITE,
     NAME,
@@ -32,6 +42,7 @@ SCHEMA = 1
 Per = Literal["adapter", "layer", "module", "direction"]
 Weight = float | tuple[float, ...]  # of a delta, or of each of its singular triplets
 HINT = "docs/which-weights.md has the schema"
+OPTION = "--weights"
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,24 @@ class WeightsFile:
         """The weight of an adapter, numbered from 0, on a module."""
         return self.modules.get(module, self.default)[number]
 
+    def in_receipt(self) -> Json:
+        """What a receipt's options say of it: names without paths, and nothing of how the weights
+        were chosen, which may be anything."""
+        named = [replace(one, name=portable_name(one.name)) for one in self.adapters]
+        base = self.base and replace(self.base, name=portable_name(self.base.name))
+        weights = replace(self, adapters=named, base=base, fit=None)
+        return {"weights_file": json.loads(text(weights))}
+
+    def notes_on_base(self, fingerprint: str, base: str) -> list[str]:
+        """A warning where the weights were chosen on another base."""
+        chosen = self.base.fingerprint if self.base else None
+        if self.base is None or chosen is None or not difference(chosen, fingerprint):
+            return []
+        return [
+            f"{WARNING}the weights were chosen on {shown(self.base.name)} (fingerprint {chosen}), "
+            f"not on {shown(base)} ({fingerprint})"
+        ]
+
 
 def read_weights(folder: Folder) -> WeightsFile:
     """The weights in a folder that is one file; `Refused` with all that is wrong with it."""
@@ -138,16 +167,6 @@ def text(weights: WeightsFile) -> str:
     return _block("{}", [row.replace("\n", "\n ") for row in rows]) + "\n"
 
 
-def in_receipt(weights: WeightsFile | None) -> Json:
-    """What a receipt's options say of a file of weights: names without paths, and nothing of how
-    the weights were chosen, which may be anything."""
-    if weights is None:
-        return {}
-    named = [replace(one, name=portable_name(one.name)) for one in weights.adapters]
-    base = weights.base and replace(weights.base, name=portable_name(weights.base.name))
-    return {"weights_file": json.loads(text(replace(weights, adapters=named, base=base, fit=None)))}
-
-
 def digests(folder: Folder) -> dict[str, str]:
     """The sha256 of an adapter's weights and settings, by the names of these files as they are in
     its own format. They are read whole, unless the Hub knows their hashes."""
@@ -160,6 +179,98 @@ def digests(folder: Folder) -> dict[str, str]:
 def named_adapter(name: str, folder: Folder) -> NamedAdapter:
     """The adapter in a folder, by the last component of its path or its Hub id."""
     return NamedAdapter(portable_name(name), digests(folder))
+
+
+def open_with_weights(
+    adapters: Sources, weights: StrPath | None, opener: Callable[[StrPath], Folder]
+) -> tuple[list[tuple[Folder, float]], WeightsFile | None]:
+    """The adapters with their weights, and the file of these, if one is named: then the adapters
+    are those of the file, in its order, and may be left out. `Refused` where they are others, or
+    have weights of their own."""
+    if weights is None:
+        return open_weighted(adapters, opener), None
+    folder = open_source(weights)
+    file, errors = read_weights(folder), Problems(where=folder.label)
+    opened = []
+    sources = sources_of(adapters, weights, file, errors)
+    for source, named in zip(sources, file.adapters, strict=True):
+        with errors.collected():
+            adapter = opener(source)
+            check_same(named, adapter, folder.label)
+            opened.append(adapter)
+    errors.raise_all()
+    return list(zip(opened, file.default, strict=True)), file
+
+
+def weighted_sources(
+    adapters: Sources, weights: StrPath | None
+) -> tuple[Sources, WeightsFile | None]:
+    """As `open_with_weights`, of adapters that are opened later."""
+    if weights is None:
+        return adapters, None
+    _, file = open_with_weights(adapters, weights, open_unconverted)
+    assert file is not None
+    sources = sources_of(adapters, weights, file, Problems())
+    return list(zip(sources, file.default, strict=True)), file
+
+
+def sources_of(
+    adapters: Sources, weights: StrPath, file: WeightsFile, errors: Problems
+) -> list[StrPath]:
+    """The sources of a file's adapters: those that it names if none are given. `Refused` with these
+    errors for others, and for adapters with weights of their own."""
+    pairs = [
+        weight_of(source) if weight is None else (source, weight)
+        for source, weight in weighted(adapters)
+    ]
+    own = [f"{source}={weight:g}" for source, weight in pairs if weight != 1.0]
+    if own:
+        errors.add(
+            f"{listed(own)}, and {OPTION}",
+            "weights from one place",
+            f"remove the weights of the adapters, or {OPTION}",
+            where="options",
+            code="AK112",
+        )
+    sources: list[StrPath] = [source for source, _ in pairs]
+    if not sources:
+        folder = Path(weights).parent if os.path.exists(weights) else None
+        found = {one.name: named_in_file(one.name, folder) for one in file.adapters}
+        if lacking := [name for name, source in found.items() if source is None]:
+            problem = f"{listed(lacking)}: not next to the file of weights"
+            hint = "name the adapters of the weights in their order"
+            errors.add(
+                problem, "adapters next to it, by name, or ids of the Hub", hint, code="AK112"
+            )
+        errors.raise_all()
+        sources = [found[one.name] or "" for one in file.adapters]
+    if len(sources) != len(file.adapters):
+        errors.add(
+            f"{len(sources)} adapters, and weights of {len(file.adapters)}",
+            f"in this order: {listed([one.name for one in file.adapters])}",
+            "name those of the file, or none",
+            code="AK112",
+        )
+    errors.raise_all()
+    return sources
+
+
+def check_same(named: NamedAdapter, adapter: Folder, where: str) -> None:
+    """`Refused` where an adapter's files are others than those that weights were chosen for."""
+    if not named.files:
+        return
+    own = digests(adapter)
+    other = sorted(name for name in {*named.files, *own} if named.files.get(name) != own.get(name))
+    if other:
+        raise Refused(
+            f"{adapter.label} is not the adapter {shown(named.name)} of the weights: "
+            f"{listed(other)} differ",
+            expected="files with the sha256 that the weights say",
+            where=where,
+            hint="name the adapters of the weights in their order; without `files` in the file of "
+            "weights any will do",
+            code="AK112",
+        )
 
 
 def _problems(table: Settings, where: str) -> list[AdapterkitError]:
