@@ -22,7 +22,7 @@ from adapterkit.bases.gguf.weight import GgufWeight, as_tensor, converted
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Damaged, Problems, shown
 from adapterkit.core.lazy import Tensor
-from adapterkit.core.weights.skeleton import Skeleton, tied_names
+from adapterkit.core.weights.skeleton import Skeleton
 
 
 class TensorNames(Protocol):
@@ -171,7 +171,7 @@ def model_tensors(
         some = ", ".join(map(shown, unknown[:6]))
         problem = f"{len(unknown)} tensors that transformers has no place for: {some}"
         errors.add(problem, f"the tensors of {model.class_name}", code="AK207")
-    tied = tied_names(model.model)
+    tied = model.tied
     missing = [
         key
         for key in shapes

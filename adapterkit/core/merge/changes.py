@@ -19,11 +19,6 @@ from adapterkit.core.inputs.earlier_merges import merged_change, same_merges
 from adapterkit.core.inputs.model_config import vocabulary_sizes
 from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.merge.sites import flips_square_experts, sites_of
-from adapterkit.core.merge.value_comparison import (
-    decoded_difference,
-    differing_rows,
-    relative_difference,
-)
 from adapterkit.core.registry import load
 from adapterkit.core.weights.codec import QuantizedWeight
 from adapterkit.core.weights.parameters import Parameter
@@ -133,6 +128,8 @@ def _trained(state: MergeState, adapter: Adapter) -> dict[str, TensorSpec]:
 
     Copies of other weights are refused, unless the option says which weight counts: the base's
     ("ignore") or the copy ("adapter", as in PEFT)."""
+    from adapterkit.core.merge.value_comparison import decoded_difference, differing_rows
+
     trained, differing = dict(adapter.replaced), {}
     explained: list[str] = []
     quantized: list[str] = []
@@ -217,6 +214,8 @@ def _is_of_original(
 ) -> bool:
     """Whether a copy is of the base before the merges that its receipt tells of: this adapter is
     one of them, or the copy differs by about what the last merge changed."""
+    from adapterkit.core.merge.value_comparison import relative_difference
+
     if not state.merged_before:
         return False
     if same_merges(state.merged_before, adapter):

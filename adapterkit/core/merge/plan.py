@@ -388,10 +388,10 @@ def _shards(state: MergeState, steps: Steps) -> tuple[OutputFile, ...]:
     limit, headers = state.options.max_shard_size, state.original.shards
     if len(steps) == len(headers) == 1:  # whose name may be another one
         headers = dict(zip(steps, headers.values(), strict=True))
-    limit, stem = parse_size(limit) if limit else None, stem_of(headers)
+    limit = parse_size(limit) if limit else None
     if state.quantized:
         if state.options.dequantize and limit:
-            return plan_shards_of_size(list(_all_steps(steps)), limit, stem)
+            return plan_shards_of_size(list(_all_steps(steps)), limit, stem_of(headers))
         return tuple(
             plan_shard(name, group, headers[name], keep_format=not state.options.dequantize)
             for name, group in steps.items()
@@ -400,7 +400,9 @@ def _shards(state: MergeState, steps: Steps) -> tuple[OutputFile, ...]:
     if limit:
         stored = [step.planned for step in _all_steps(steps)]
         metadata = next(iter(headers.values())).metadata or {"format": "pt"}
-        layouts = dict.fromkeys(layout.resharded(stored, limit, metadata, stem), metadata)
+        layouts = dict.fromkeys(
+            layout.resharded(stored, limit, metadata, stem_of(headers)), metadata
+        )
     else:
         layouts = {
             layout.like_base(name, [step.planned for step in group], headers[name]): (

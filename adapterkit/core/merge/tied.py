@@ -23,7 +23,6 @@ from adapterkit.core.inputs.model_config import (
 from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.plan import HANDOFF_FOLDER
 from adapterkit.core.weights.parameters import Parameter
-from adapterkit.core.weights.skeleton import tied_names
 
 
 def resolve_vocab_resize(state: MergeState) -> None:
@@ -113,11 +112,10 @@ def _check_complete(state: MergeState, class_name: str, heads: list[str]) -> Non
     assert model is not None
     optional = getattr(model.model, "_keys_to_ignore_on_load_missing", None) or ()
     known = model.parameters.keys() | model.unreadable.keys() | state.new.keys()
-    ties = tied_names(model.model)
     missing = [
         name
         for name in model.state
-        if not known & {name, *ties.get(name, ())}
+        if not known & {name, *model.tied.get(name, ())}
         and not any(re.search(pattern, name) for pattern in optional)
     ]
     if not missing:
@@ -141,7 +139,8 @@ def resolve_tied_weights(state: MergeState) -> None:
     """Untie parameters whose names are not changed in the same way, or as the option `tied` has it:
     refuse them, or fold all changes into the shared weight."""
     if state.names.model is None:
-        _check_unknown_ties(state)
+        if True in nested_values(state.base.config, SWITCH) and state.options.tied != "fold":
+            _check_unknown_ties(state)
         return
     unequal: dict[tuple[str, ...], Sides] = {}
     for group in _groups(state):
@@ -169,7 +168,7 @@ def resolve_tied_weights(state: MergeState) -> None:
 
 
 def _check_unknown_ties(state: MergeState) -> None:
-    """Without the model nobody knows what is tied to an embedding: refuse to change one where the
+    """Without the model nobody knows what is tied to an embedding: refuse to change one, as the
     config says that something is."""
     sizes = vocabulary_sizes(state.base.config)
     names = [
@@ -177,8 +176,7 @@ def _check_unknown_ties(state: MergeState) -> None:
         for name, change in state.changes.items()
         if sizes.intersection(change.parameter.shape[:1])
     ]
-    tied = True in nested_values(state.base.config, SWITCH)
-    if names and tied and state.options.tied != "fold":
+    if names:
         state.errors.add(
             f"{', '.join(map(shown, names))} may have other names: the config says "
             "tie_word_embeddings, and transformers cannot build the model",
@@ -399,8 +397,7 @@ def _untie(state: MergeState, unequal: dict[tuple[str, ...], Sides]) -> None:
     """
     assert state.names.model is not None
     for config in _untied_configs(state.config):
-        model = state.names.model.with_config(config)
-        ties = tied_names(model)
+        model, ties = state.names.model.with_config(config)
         if all(
             _are_equal(state, names, sides)
             for group, sides in unequal.items()

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.core.checkpoint.fingerprint import of_headers
 from adapterkit.core.checkpoint.header import Header
@@ -22,11 +22,13 @@ from adapterkit.core.tasks.rows import EditedTensor, RequantizedWeight
 from adapterkit.core.weights.codec import QuantizedWeight
 from adapterkit.core.weights.detect import metadata_of_floats
 from adapterkit.core.weights.loading import find_gaps, gaps_of, looks_whole
-from adapterkit.core.weights.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from adapterkit.core.weights.skeleton import Skeleton
 
 
 def check_gaps(
-    base: Checkpoint, model: Skeleton | None, notes: list[str], brought: Collection[str] = ()
+    base: Checkpoint, model: "Skeleton | None", notes: list[str], brought: Collection[str] = ()
 ) -> list[AdapterkitError]:
     """Problems of a base that lacks a parameter which its other layers have, or whose experts do
     not fit together; other gaps are notes, as a model may lack a head or a pooler on purpose.

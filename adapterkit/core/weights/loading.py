@@ -7,13 +7,16 @@ something is missing of a stack of equal layers, which is what `looks_whole` loo
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from adapterkit.core.checkpoint.spec import LAYER_COUNTS, Checkpoint
 from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, listed, shown
 from adapterkit.core.weights.decoded import decoded_view
 from adapterkit.core.weights.names import plain_names
 from adapterkit.core.weights.parameters import Unsupported, extent
-from adapterkit.core.weights.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from adapterkit.core.weights.skeleton import Skeleton
 
 NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
 Shape = tuple[int, ...]
@@ -85,7 +88,7 @@ class Gaps:
         return "restore them from where the weights came from"
 
 
-def find_gaps(model: Skeleton) -> Gaps:
+def find_gaps(model: "Skeleton") -> Gaps:
     """The gaps of a checkpoint for a class."""
     ignored = model.model._keys_to_ignore_on_load_missing
     known = re.compile("|".join(f"({pattern})" for pattern in ignored)) if ignored else None
@@ -132,6 +135,8 @@ def find_gaps(model: Skeleton) -> Gaps:
 
 def gaps_of(base: Checkpoint) -> Gaps:
     """The gaps of a checkpoint for the class that it says; `Refused` where nobody knows them."""
+    from adapterkit.core.weights.skeleton import Skeleton
+
     classes = [str(name) for name in base.config.get("architectures") or ()]
     if not base.config.get("model_type"):
         raise Refused("no model_type", where=f"{base.name}/config.json", code="AK405")

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.weights.parameters import Parameter, extent, identity_slot, known_slots
-from adapterkit.core.weights.skeleton import OF_DIFFUSERS, Skeleton
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from adapterkit.core.weights.skeleton import Skeleton
 
 # PEFT's task types
 HEADS = {
@@ -33,6 +34,7 @@ HEADS = {
 }
 LANGUAGE = "language_model."  # where it is a part of a model that sees
 IN_PROJ = re.compile(r"(?<=\.in_proj)\.(weight|bias)$")  # parameters of MultiheadAttention itself
+OF_DIFFUSERS = "_class_name"  # key of the class in its configs
 TRANSPOSED = "Conv1D"  # GPT-2's linear layer, whose weight is (in, out)
 
 
@@ -116,7 +118,7 @@ class Names:
         return plain_names(self.base.config)
 
     @cached_property
-    def model(self) -> Skeleton | None:
+    def model(self) -> "Skeleton | None":
         """The model without data; None if names match directly, or transformers does not know
         it."""
         return self._skeleton() if self.needs_model else None
@@ -127,8 +129,10 @@ class Names:
         direct = all(name in self.base.tensors for name in self.wanted)
         return not direct or self.build_model or not self.plain
 
-    def _skeleton(self) -> Skeleton | None:
+    def _skeleton(self) -> "Skeleton | None":
         """The candidate class that has the most of the wanted parameters."""
+        from adapterkit.core.weights.skeleton import Skeleton
+
         if not (self.base.config.get("model_type") or self._diffusers_class()):
             return None
         best, problem = None, None

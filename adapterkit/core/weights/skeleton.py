@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.optional import optional
+from adapterkit.core.weights.names import OF_DIFFUSERS
 from adapterkit.core.weights.parameters import (
     Axis,
     Parameter,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from adapterkit.core.weights.symbols import Symbol
 
 Source = tuple[str, str, tuple[int, ...]]  # a key, the converter's pattern that it matches, shape
-OF_DIFFUSERS = "_class_name"  # key of the class in its configs
 MODELS = 2  # that are remembered: of both sides of an extraction, of a base read twice
 
 
@@ -50,9 +50,10 @@ class Skeleton:
         self.unused: list[str] = []  # keys that the loader ignores
         self.parameters = self._find_parameters()
 
-    def with_config(self, config: dict):
-        """The same class without data, built with another config."""
-        return _meta_model(replace(self.base, config=config), self.class_name)
+    def with_config(self, config: dict) -> tuple[Any, dict[str, tuple[str, ...]]]:
+        """The same class without data, built with another config, and its `tied_names`."""
+        model = _meta_model(replace(self.base, config=config), self.class_name)
+        return model, tied_names(model)
 
     def by_old_name(self, name: str) -> Parameter | None:
         """The parameter that a file's or an older transformers' name means, or None.
