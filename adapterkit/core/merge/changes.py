@@ -148,11 +148,14 @@ def _trained(state: MergeState, adapter: Adapter) -> dict[str, TensorSpec]:
         stored = state.base.tensors[parameter.slots[0].key]
         is_plain = type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
         comparable = parameter.is_whole and is_plain
-        is_quantized = parameter.is_whole and isinstance(stored, QuantizedWeight)
         copy, count, error = (adapter.folder, spec), spec.shape[0], None
         if comparable:
             count = differing_rows(copy, (state.base.folder, stored))
-        elif is_quantized and state.options.base_copies is None:
+        elif (
+            parameter.is_whole
+            and isinstance(stored, QuantizedWeight)
+            and state.options.base_copies is None
+        ):
             error = decoded_difference(copy, (state.base.folder, stored))
         if count == 0 or (is_copy and state.options.base_copies == "ignore"):
             del trained[name]

@@ -15,7 +15,6 @@ from adapterkit.core.inputs.sources import (
     open_statistics,
     open_weighted,
 )
-from adapterkit.core.inputs.weights_file import weights_in
 from adapterkit.core.options import flag_of
 from adapterkit.core.output.stage import RECEIPT
 from adapterkit.core.plan import Plan
@@ -83,6 +82,7 @@ def _plan_again(
     receipt: dict, verify: Verify, base: Base, sources: list[tuple[Any, float]], file: str | None
 ) -> Plan:
     """The plan that made the output, from the receipt's options and inputs that are the same."""
+    from adapterkit.core.inputs.weights_file import weights_in
     from adapterkit.core.merge.plan import importance_of, plan_merge
     from adapterkit.core.merge.verb import MergeOptions
 

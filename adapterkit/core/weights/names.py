@@ -34,7 +34,6 @@ HEADS = {
 }
 LANGUAGE = "language_model."  # where it is a part of a model that sees
 IN_PROJ = re.compile(r"(?<=\.in_proj)\.(weight|bias)$")  # parameters of MultiheadAttention itself
-OF_DIFFUSERS = "_class_name"  # key of the class in its configs
 TRANSPOSED = "Conv1D"  # GPT-2's linear layer, whose weight is (in, out)
 
 
@@ -152,6 +151,8 @@ class Names:
         return best[1] if best else None
 
     def _diffusers_class(self) -> list[str]:
+        from adapterkit.core.weights.skeleton import OF_DIFFUSERS
+
         name = self.base.config.get(OF_DIFFUSERS) if self.of_diffusers else None
         return [name] if isinstance(name, str) else []
 

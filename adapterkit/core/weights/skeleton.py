@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.optional import optional
-from adapterkit.core.weights.names import OF_DIFFUSERS
 from adapterkit.core.weights.parameters import (
     Axis,
     Parameter,
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from adapterkit.core.weights.symbols import Symbol
 
 Source = tuple[str, str, tuple[int, ...]]  # a key, the converter's pattern that it matches, shape
+OF_DIFFUSERS = "_class_name"  # key of the class in its configs
 MODELS = 2  # that are remembered: of both sides of an extraction, of a base read twice
 
 
