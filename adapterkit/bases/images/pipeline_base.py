@@ -21,12 +21,11 @@ from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.inputs.base_door import Base
 from adapterkit.core.inputs.weights_file import WeightsFile, weighted_sources
 from adapterkit.core.merge.job import nothing_selected
-from adapterkit.core.merge.values_by_regex import selection
 from adapterkit.core.merge.verb import Merge, MergeOptions
 from adapterkit.core.options import Sources, StrPath, flag_of
 from adapterkit.core.outputs.cards import Merged, merged_card, model_card
 from adapterkit.core.outputs.model import rounding_warnings
-from adapterkit.core.patterns import matcher
+from adapterkit.core.patterns import matcher, selection
 from adapterkit.core.plan import Plan
 from adapterkit.core.weights.detect import quantization_evidence
 

@@ -12,8 +12,8 @@ from adapterkit.core import dtypes
 from adapterkit.core.errors import Refused
 from adapterkit.core.inputs.base_door import Base
 from adapterkit.core.inputs.input_identity import plan_of
-from adapterkit.core.merge.values_by_regex import selecting
 from adapterkit.core.outputs.model import QuantizedModel
+from adapterkit.core.patterns import selecting
 from adapterkit.core.plan import Plan
 from adapterkit.core.registry import members, written_formats
 from adapterkit.core.weights.codec import PlainWeight, QuantizedWeight

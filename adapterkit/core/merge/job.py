@@ -21,9 +21,8 @@ from adapterkit.core.commands import CHECK_BASE
 from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.inputs.earlier_merges import MergedAdapter
 from adapterkit.core.inputs.model_config import vocabulary_sizes
-from adapterkit.core.merge.values_by_regex import selection
 from adapterkit.core.merge.verb import MergeOptions
-from adapterkit.core.patterns import similar_names
+from adapterkit.core.patterns import selection, similar_names
 from adapterkit.core.records import Json
 from adapterkit.core.registry import load
 from adapterkit.core.weights.decoded import decoded_view, quantized_weights

@@ -11,8 +11,8 @@ from adapterkit.core.adapter.targets import Patterns
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.commands import PLAIN, WITHOUT_INITIAL
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
-from adapterkit.core.merge.values_by_regex import Rule, pattern_table, read_rules, unmatched
 from adapterkit.core.options import NUMBER
+from adapterkit.core.patterns import Rule, pattern_table, read_rules, unmatched
 
 if TYPE_CHECKING:
     from adapterkit.core.inputs.weights_file import WeightsFile

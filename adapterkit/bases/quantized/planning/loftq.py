@@ -16,9 +16,9 @@ from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import WARNING, Problems, Refused, shown
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
-from adapterkit.core.merge.values_by_regex import pattern_table, read_rules, unmatched
 from adapterkit.core.options import integer_of
 from adapterkit.core.outputs.model import QuantizedModel, planned_fingerprint
+from adapterkit.core.patterns import pattern_table, read_rules, unmatched
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.records import Json
 from adapterkit.core.shared_options import BlockOptions

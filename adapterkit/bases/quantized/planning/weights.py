@@ -9,9 +9,9 @@ from adapterkit.core import dtypes
 from adapterkit.core.adapter.targets import Patterns
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
-from adapterkit.core.merge.values_by_regex import selecting
 from adapterkit.core.options import flag_of
 from adapterkit.core.outputs.model import check_gaps
+from adapterkit.core.patterns import selecting
 from adapterkit.core.plan import Step, Task
 from adapterkit.core.records import Json
 from adapterkit.core.registry import members

@@ -22,11 +22,12 @@ from adapterkit.core.inputs.model_config import nested_values
 from adapterkit.core.inputs.sources import if_given, open_adapter, open_model, open_statistics
 from adapterkit.core.merge.plan import plan_merge
 from adapterkit.core.merge.value_comparison import equal_values
-from adapterkit.core.merge.values_by_regex import selection
 from adapterkit.core.merge.verb import MergeOptions
 from adapterkit.core.outputs.folder_files import as_json
 from adapterkit.core.patterns import similar_names
 from adapterkit.core.plan import Plan, Task
+from adapterkit.core.patterns import selection, similar_names
+from adapterkit.core.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
 from adapterkit.core.records import Json
 from adapterkit.core.shared_options import TruncationOptions
 from adapterkit.core.weights.detect import check_not_quantized
