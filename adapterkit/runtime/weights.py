@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from adapterkit.core.inputs.weights_file import NamedAdapter, Weight, WeightsFile, read_weights
 from adapterkit.core.errors import Problems, Refused, by_reason, did_you_mean, listed, shown
 from adapterkit.core.inputs.sources import open_adapter, open_source
 from adapterkit.core.inputs.weights_file import (
     NamedAdapter,
+    Weight,
     WeightsFile,
     check_same,
     read_weights,

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.adapter.record import Adapter, Lora
-from adapterkit.core.inputs.weights_file import WeightsFile
-from adapterkit.core.checkpoint.compare import same_bytes
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -32,10 +30,8 @@ from adapterkit.doors import ADAPTERS, MERGES
 
 if TYPE_CHECKING:
     from adapterkit.adapters.formats.extra_deltas import PlacedDelta
-    from adapterkit.verbs.combine.module_methods import ModuleMethods, ModuleWeights, WeightOf
     from adapterkit.core.inputs.weights_file import WeightsFile
-    from adapterkit.verbs.combine.module_methods import ModuleMethods
-    from adapterkit.verbs.combine.module_weights import ModuleWeights, WeightOf
+    from adapterkit.verbs.combine.module_methods import ModuleMethods, ModuleWeights, WeightOf
 
 OTHER_LISTS = re.compile(r"^architectures$|_token_ids?$")  # not one value for each layer
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

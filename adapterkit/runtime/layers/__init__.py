@@ -9,8 +9,6 @@ from torch import nn
 from adapterkit.core.errors import Refused
 from adapterkit.core.weights.layers import kind_of as stored_kind_of
 from adapterkit.runtime.layers.alora import INVOKED
-from adapterkit.core.weights.layers import kind_of as stored_kind_of
-from adapterkit.runtime.layers.alora_linear import INVOKED
 from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.verbs.shared.lora_config import LoraConfig
 

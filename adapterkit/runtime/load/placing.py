@@ -33,7 +33,6 @@ from adapterkit.runtime.targets import own_modules
 from adapterkit.runtime.targets import unread as why_unread
 from adapterkit.verbs.shared.lora_config import LoraConfig
 from adapterkit.verbs.shared.targets import embeddings_of, input_embedding, tied_modules
-from adapterkit.verbs.shared.targets import input_embedding
 
 T = TypeVar("T")
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from adapterkit.core.adapter.keys import PREFIX
 from adapterkit.core.weights.layers import reads_value
 from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward, nothing
-from adapterkit.core.weights.layers import reads_value
-from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward
 
 OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
 

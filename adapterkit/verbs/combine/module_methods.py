@@ -5,12 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.core.inputs.weights_file import WeightsFile
 from adapterkit.core.errors import AdapterkitError, Refused, listed
-from adapterkit.core.options import flag_of
-from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.core.inputs.weights_file import WeightsFile
 from adapterkit.core.merge.verb import MergeOptions
+from adapterkit.core.options import flag_of
 from adapterkit.core.outputs.cards import SUM
 from adapterkit.core.registry import create, load, options
 from adapterkit.core.shared_options import MethodOptions

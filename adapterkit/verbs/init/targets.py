@@ -13,8 +13,8 @@ from adapterkit.core.adapter.keys import factor_keys
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.options import ABOVE_0, COUNT
-from adapterkit.core.records import Json
 from adapterkit.core.patterns import pattern_table, read_rules
+from adapterkit.core.records import Json
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.verbs.init.records import Init

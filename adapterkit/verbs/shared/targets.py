@@ -22,14 +22,15 @@ from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.lazy import torch
 from adapterkit.core.options import targets as text_of_targets
 from adapterkit.core.patterns import matcher, similar_names
-from adapterkit.core.weights.layers import is_linear, kind_of
-from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.layers import (
     is_bypassed,
+    is_linear,
     is_taken_for_experts,
+    kind_of,
     looks_up_otherwise,
     weight_reader,
 )
+from adapterkit.core.weights.names import Names
 from adapterkit.verbs.shared.lora_config import LoraConfig
 
 LINEAR = ("linear", "conv1d")

@@ -145,10 +145,3 @@ def with_statistics(
         specs = tuple(file[task.name] for file in files if task.name in file)
         weighted.append(replace(task, covariances=specs))
     return weighted
-
-
-def _layer_of(module: str) -> str:
-    """The layer that a module is in: its name up to the first number, all of it without one."""
-    parts = module.split(".")
-    at = next((n for n, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: at + 1])

@@ -24,10 +24,8 @@ from adapterkit.core.merge.plan import plan_merge
 from adapterkit.core.merge.value_comparison import equal_values
 from adapterkit.core.merge.verb import MergeOptions
 from adapterkit.core.outputs.folder_files import as_json
-from adapterkit.core.patterns import similar_names
-from adapterkit.core.plan import Plan, Task
 from adapterkit.core.patterns import selection, similar_names
-from adapterkit.core.plan import Change, Finalize, Plan, Task, TaskResult, unchanged
+from adapterkit.core.plan import Plan, Task
 from adapterkit.core.records import Json
 from adapterkit.core.shared_options import TruncationOptions
 from adapterkit.core.weights.detect import check_not_quantized

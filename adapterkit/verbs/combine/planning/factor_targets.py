@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from adapterkit.core.adapter.record import EMBEDDINGS
+from adapterkit.core.weights.layers import ATTENTION, is_bypassed
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import Parameter
-from adapterkit.core.weights.layers import ATTENTION, is_bypassed
 from adapterkit.verbs.combine.tasks.difference import prefixes
 from adapterkit.verbs.shared.targets import CONVOLUTIONS, embeddings_of, why_not_on_layer
 
