@@ -7,7 +7,7 @@ import os
 import click
 
 from adapterkit import __version__
-from adapterkit.cli import console, signals
+from adapterkit.cli import output, signals
 from adapterkit.cli.commands import SECTIONS, command_named, summary_of
 from adapterkit.cli.group import Group
 
@@ -19,7 +19,7 @@ def process() -> None:
     exit: 0.4 s of each command.
     """
     signals.exit_at_once()
-    console.never_fail()
+    output.never_fail()
     gc.set_threshold(100_000, 50, 50)
     if os.environ.get("ADAPTERKIT_FSYNC") == "0":  # for measuring only: what durability costs
         from adapterkit.core.checkpoint import disk

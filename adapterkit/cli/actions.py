@@ -42,48 +42,65 @@ CONVERT_OPTIONS = [
 ]
 
 
-def inspect(verb: type[Verb], paths: Any, as_json: bool, modules: bool, **options: object) -> None:
+def reading(
+    show: Callable[[Json], object], is_fine: Callable[[Json], bool] = lambda result: True
+) -> Callable[..., None]:
+    """Call a verb that reads, and print its result, as JSON or by `show`; the exit status is 1
+    unless the result `is_fine`."""
+
+    def action(
+        verb: type[Verb], *sources: Any, as_json: bool, quiet: bool = False, **options: Any
+    ) -> None:
+        with ProgressBar(quiet) as bar:
+            result: Any = function_of(verb)(*sources, progress=bar, **options)
+        if as_json:
+            print_json(result)
+        elif not quiet:
+            show(result)
+        if not is_fine(result):
+            click.get_current_context().exit(1)
+
+    return action
+
+
+def inspect(verb: type[Verb], paths: Any, modules: bool, **options: Any) -> None:
     """Print what sources hold; the exit status is 1 where a file cannot be read."""
-    with ProgressBar(False) as bar:
-        result = function_of(verb)(paths, progress=bar, **options)
-    if as_json:
-        print_json(result)
-    else:
+
+    def show(result: Json) -> None:
         from adapterkit.verbs.look.tables import adapters_table, inspect_table
 
         if result["kind"] == "adapters":
             click.echo(adapters_table(result))
         else:
             click.echo(inspect_table(result, modules, get_terminal_size().columns))
-    click.get_current_context().exit(0 if result["readable"] else 1)
+
+    reading(show, lambda result: result["readable"])(verb, paths, **options)
 
 
-def diff(verb: type[Verb], a: str, b: str, as_json: bool, quiet: bool, **options: object) -> None:
+def diff(verb: type[Verb], *sources: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Print what two sources do not have in common; the exit status is 1 where they differ."""
-    if quiet and not as_json:
-        options["rank_for_energy"] = 0.0
-    with ProgressBar(quiet) as bar:
-        result = function_of(verb)(a, b, progress=bar, **options)
-    if as_json:
-        print_json(result)
-    elif not quiet:
+
+    def show(result: Json) -> None:
         from adapterkit.verbs.look.tables import diff_table
 
         print_diff(result, diff_table(result))
-    click.get_current_context().exit(0 if result["same"] else 1)
+
+    if quiet and not as_json:
+        options["rank_for_energy"] = 0.0
+    action = reading(show, lambda result: result["same"])
+    action(verb, *sources, as_json=as_json, quiet=quiet, **options)
 
 
-def report(verb: type[Verb], adapters: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+def report(verb: type[Verb], adapters: Any, **options: Any) -> None:
     """Write the page, and print what it advises, or its numbers."""
-    with ProgressBar(quiet) as bar:
-        result = function_of(verb)(adapters, progress=bar, **options)
-    if as_json:
-        print_json(result)
-    elif not quiet:
+
+    def show(result: Json) -> None:
         advice = result["advice"]
         click.echo(f"{options['out']}: {advice['reason']}")
         if advice["command"]:
             click.echo(f"next: {advice['command']}")
+
+    reading(show)(verb, adapters, **options)
 
 
 def fit(
@@ -102,16 +119,6 @@ def fit(
         click.echo("\n".join(fit_table(result)))
 
 
-def verify(verb: type[Verb], folder: str, as_json: bool, quiet: bool, **options: object) -> None:
-    """Print what was checked of an output."""
-    with ProgressBar(quiet) as bar:
-        result = function_of(verb)(folder, progress=bar, **options)
-    if as_json:
-        print_json(result)
-    elif not quiet:
-        print_verified(result)
-
-
 def check(verb: type[Verb], adapter: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Print what an engine does with an adapter; the exit status is 1 unless it takes all of it."""
     result = function_of(verb)(adapter, **options)
@@ -126,27 +133,14 @@ def check(verb: type[Verb], adapter: str, as_json: bool, quiet: bool, **options:
     click.get_current_context().exit(0 if result["takes"] else 1)
 
 
-def diagnose(verb: type[Verb], model: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Print what was found; the exit status is 1 where something was."""
-    with ProgressBar(quiet) as bar:
-        result = function_of(verb)(model, progress=bar, **options)
-    if as_json:
-        print_json(result)
-    elif not quiet:
-        for row in result["findings"]:
-            click.echo(f"- {row['problem']}\n  evidence: {row['evidence']}\n  {advised('do', row)}")
-        click.echo(f"found: {len(result['findings']) or 'nothing'}")
-    click.get_current_context().exit(1 if result["findings"] else 0)
+def _show_findings(result: Json) -> None:
+    for row in result["findings"]:
+        click.echo(f"- {row['problem']}\n  evidence: {row['evidence']}\n  {advised('do', row)}")
+    click.echo(f"found: {len(result['findings']) or 'nothing'}")
 
 
-def rerun(verb: type[Verb], output: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Print that an output was made again with the same bytes."""
-    with ProgressBar(quiet) as bar:
-        result = function_of(verb)(output, progress=bar, **options)
-    if as_json:
-        print_json(result)
-    elif not quiet:
-        click.echo(f"{result['files']} files are the same bytes: {result['command']}")
+def _show_same(result: Json) -> None:
+    click.echo(f"{result['files']} files are the same bytes: {result['command']}")
 
 
 def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -194,11 +188,6 @@ def _print_outcome(file: str, outcome: "Outcome") -> None:
     else:
         text += f"; all files are written\nnext: {command('adapterkit finish', file)}"
     click.echo(text, err=True)
-
-
-def finish(verb: type[Verb], file: str, **options: Any) -> None:
-    """Publish the output of a plan file, and print its receipt."""
-    run_verb(verb, file, **options)
 
 
 def convert(
@@ -265,33 +254,25 @@ def _print(document: Json, table: str, as_json: bool) -> None:
         click.echo(table)
 
 
-# Commands that do more than call a verb and print what it gives; and options of theirs alone
+# Commands that do more than call a verb and print its plan or receipt; and options of theirs alone
 ACTIONS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "check": check,
-    "diagnose": diagnose,
+    "diagnose": reading(_show_findings, lambda result: not result["findings"]),
     "diff": diff,
-    "finish": finish,
     "fit": fit,
     "inspect": inspect,
     "report": report,
-    "rerun": rerun,
+    "rerun": reading(_show_same),
     "run": run,
-    "verify": verify,
+    "verify": reading(print_verified),
 }
-OWN_OPTIONS = {
+QUIETLY = ("check", "diagnose", "finish", "fit", "report", "rerun", "run", "verify")
+OWN_OPTIONS = {name: [json_option, quiet_option] for name in QUIETLY} | {
     "convert": CONVERT_OPTIONS,
-    "check": [json_option, quiet_option],
-    "diagnose": [json_option, quiet_option],
     "diff": [json_option, QUIET_DIFF],
-    "finish": [json_option, quiet_option],
-    "fit": [json_option, quiet_option],
     "inspect": [
         json_option,
         click.Option(["--modules"], is_flag=True, help="List all modules, one a line."),
     ],
-    "report": [json_option, quiet_option],
-    "rerun": [json_option, quiet_option],
-    "run": [json_option, quiet_option],
-    "verify": [json_option, quiet_option],
 }

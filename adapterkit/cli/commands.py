@@ -9,11 +9,18 @@ import click
 
 from adapterkit.cli.actions import ACTIONS, OWN_OPTIONS
 from adapterkit.cli.completion import completion
-from adapterkit.cli.explain import explain
 from adapterkit.cli.group import Rows, VerbCommand
 from adapterkit.cli.output import print_json, run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of, sections_of
-from adapterkit.core.errors import AdapterkitError, Interrupted, Waiting
+from adapterkit.core.errors import (
+    AdapterkitError,
+    Interrupted,
+    Refused,
+    Waiting,
+    codes,
+    did_you_mean,
+    shown,
+)
 from adapterkit.core.options import option_of
 from adapterkit.core.records import Json
 from adapterkit.core.registry import TIERS, Declaration, as_flag, declarations, verb_named
@@ -145,6 +152,37 @@ def summary_of(name: str) -> str:
     """The first paragraph of a command's help."""
     text = str(OWN[name].help) if name in OWN else cleandoc(verb_named(name).command)
     return " ".join(text.partition("\n\n")[0].split())
+
+
+@click.command()
+@click.argument("code", required=False)
+def explain(code: str | None) -> None:
+    """Print what the code of an error means.
+
+    And how it comes about, what to do, and an example; without CODE the list of all codes.
+
+    \b
+    Example:
+      adapterkit explain AK401
+    """
+    known = codes()
+    if code is None:
+        for name, entry in known.items():
+            click.echo(f"{name}  {entry['title']}")
+        return
+    name = code.strip("[]").upper()
+    if name not in known:
+        hint = did_you_mean([name], known) or "`adapterkit explain` lists all"
+        raise Refused(
+            f"no code {shown(code)}",
+            expected=f"{min(known)} to {max(known)}",
+            hint=hint,
+            code="AK101",
+        )
+    entry = known[name]
+    lines = [f"{name}: {entry['title']}", "", f"How it comes about: {entry['cause']}"]
+    lines += [f"What to do: {entry['do']}", "", *entry["example"].splitlines()]
+    click.echo("\n".join(lines))
 
 
 OWN = {str(command.name): command for command in (explain, completion)}

@@ -1,8 +1,12 @@
-"""What commands print: plans, receipts, results, and progress."""
+"""What commands print: plans, receipts, results, and progress; where the encoding of the console
+or the file lacks letters, such as code page 1252, with readable stand-ins, and never an error."""
 
+import codecs
+import io
 import json
 import sys
 import threading
+import unicodedata
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,17 @@ from adapterkit.core.verb import Verb, function_of
 if TYPE_CHECKING:
     from adapterkit.core.plan import Plan
     from adapterkit.core.receipt import Receipt
+
+
+STAND_INS = {
+    "‖": "||", "Δ": "delta", "δ": "delta", "Σ": "sum", "σ": "sigma", "Ω": "Omega", "θ": "theta",
+    "γ": "gamma", "τ": "tau", "η": "eta", "ε": "eps", "λ": "lambda", "α": "alpha", "β": "beta",
+    "ρ": "rho",
+    "≈": "~", "≤": "<=", "≥": ">=", "−": "-", "⁻": "-", "₋": "-", "±": "+-", "·": "*", "×": "x",
+    "⊗": "x", "⊙": "*", "∗": "*", "∘": "o", "•": "*", "→": "->", "←": "<-", "½": "1/2", "¼": "1/4",
+    "√": "sqrt", "∞": "inf", "∈": "in", "°": "deg", "⟨": "<", "⟩": ">", "—": "-",
+    "\N{EN DASH}": "-", "█": "#", "▓": "%", "▒": "=", "░": "-",
+}  # fmt: skip
 
 
 def run_verb(
@@ -271,3 +286,24 @@ def print_diff(document: Json, lines: list[str]) -> None:
     click.echo(f"{'same' if document['same'] else 'different'}: {totals}{size}", err=True)
     for note in document["notes"]:
         click.echo(f"note: {note}", err=True)
+
+
+def never_fail() -> None:
+    """Let what is printed have stand-ins where the stream's encoding lacks a letter."""
+    codecs.register_error("adapterkit", _stand_in)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # somebody may have put something else there
+            stream.reconfigure(errors="adapterkit")
+
+
+def _stand_in(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    return "".join(map(_plain, letters)), error.end
+
+
+def _plain(letter: str) -> str:
+    if letter in STAND_INS or unicodedata.combining(letter):
+        return STAND_INS.get(letter, "")
+    return unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?"

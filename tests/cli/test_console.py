@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import adapterkit
-from adapterkit.cli.console import PLAIN, _plain
+from adapterkit.cli.output import STAND_INS, _plain
 from tests.support.forks import program
 from tests.support.usual import usual
 
 HELP = (
     "import sys\n"
-    "from adapterkit.cli import console, main\n"
-    "console.never_fail()\n"
+    "from adapterkit.cli import main, output\n"
+    "output.never_fail()\n"
     "for name in sorted(main.list_commands(None)):\n"
     "    main([name, '--help'], standalone_mode=False)\n"
 )
@@ -26,7 +26,7 @@ HELP = (
 def test_every_letter_of_the_package_has_a_stand_in():
     texts = [p.read_text(encoding="utf-8") for p in Path(adapterkit.__file__).parent.rglob("*.py")]
     letters = {letter for text in texts for letter in text if not letter.isascii()}
-    assert PLAIN.keys() & letters and "?" not in map(_plain, letters)
+    assert STAND_INS.keys() & letters and "?" not in map(_plain, letters)
 
 
 @pytest.mark.parametrize("encoding", usual(["cp1252", "cp437"], {"cp1252"}))
@@ -88,7 +88,7 @@ from pathlib import Path
 from unittest import mock
 os.mkdir({name!r})
 os.chdir({name!r})
-from adapterkit.cli import console, main
+from adapterkit.cli import main, output
 {inputs}
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 master, terminal = pty.openpty()
@@ -96,7 +96,7 @@ termios.tcsetwinsize(terminal, (24, 80))
 for number, name in ((1, "stdout"), (2, "stderr")):
     os.dup2(terminal, number)
     setattr(sys, name, io.TextIOWrapper(open(number, "wb", 0, closefd=False), "cp1252"))
-console.never_fail()
+output.never_fail()
 shown = []
 def watch():
     while data := os.read(master, 1 << 16):
