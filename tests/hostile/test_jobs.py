@@ -11,7 +11,7 @@ import pytest
 import adapterkit
 from adapterkit.core.errors import AdapterkitError, Failed, MultipleErrors, Refused
 from adapterkit.core.output.journal import line_of, read_entry
-from adapterkit.many.workflows.launcher import worker_of
+from adapterkit.many.workers.launcher import worker_of
 from adapterkit.many.workflows.workflow import run_pipeline
 from tests.support.raw_files import base, plain
 

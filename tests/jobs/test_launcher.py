@@ -3,8 +3,8 @@
 import pytest
 
 from adapterkit.core.errors import Refused
+from adapterkit.many.workers.launcher import worker_of
 from adapterkit.many.workers.worker import assigned
-from adapterkit.many.workflows.launcher import worker_of
 
 pytestmark = pytest.mark.quick
 

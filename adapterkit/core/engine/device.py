@@ -28,7 +28,7 @@ SHORTENING = {  # of the environment: libraries make products of shorter numbers
 }
 CUDA = re.compile("cuda(?::(0|[1-9][0-9]*))?")
 # which of a node's processes this one is: of torchrun, Open MPI, MPICH's kind and Slurm, the
-# innermost first, as in many/workflows/launcher.py
+# innermost first, as in many/workers/launcher.py
 LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 OUT_OF_MEMORY = {
     "cpu": "free some memory, then --resume",

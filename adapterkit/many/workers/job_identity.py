@@ -27,8 +27,8 @@ class WorkerJob:
     @classmethod
     def of(cls, plan: Plan, hash: str) -> "WorkerJob":
         """The job of a plan, as it is read again from a file."""
-        recipe = public_recipe(plan.recipe())
-        return cls(recipe, _inputs(plan), hash)
+        inputs = {f"{n} {name}": list(known) for (n, name), known in plan.identities.items()}
+        return cls(public_recipe(plan.recipe()), inputs, hash)
 
     @property
     def fingerprint(self) -> str:
@@ -59,11 +59,6 @@ class WorkerJob:
                 hint="make the plan again with --overwrite",
                 code="AK603",
             )
-
-
-def _inputs(plan: Plan) -> dict[str, list[int]]:
-    """Which files the local inputs are."""
-    return {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
 
 
 def prepare_workers(plan: Plan, job: WorkerJob, how: RunOptions) -> Plan:

@@ -210,7 +210,7 @@ class _WorkerRun:
                     time.sleep(POLL)
                     waited += POLL
                     continue
-                elif not todo or not steal or self._in_progress_elsewhere(ready):
+                elif not todo or not steal or all(map(self.watch.advancing, ready)):
                     self.outcome.left = todo
                     return
                 else:
@@ -238,16 +238,13 @@ class _WorkerRun:
         free = [name for name in reversed(ready) if not self.watch.alive(name)]
         return free[self.stage.worker % len(free)] if free else None
 
-    def _in_progress_elsewhere(self, ready: Sequence[str]) -> bool:
-        return all(self.watch.advancing(name) for name in ready)
-
     def _make(self, names: Sequence[str], heartbeat: "Heartbeat", *, shared: bool = False) -> None:
         """Make files; one of another worker only until that worker has made it."""
         self.marks.began = time.monotonic()
 
         def progress(done: int) -> None:
             heartbeat(done)
-            if shared and heartbeat.is_made(names[0]):
+            if shared and names[0] in heartbeat.made:
                 raise _Made
 
         shards = [self.units[name] for name in names]
@@ -335,7 +332,7 @@ class Heartbeat:
     def __init__(self, stage: WorkerStage, units: dict[str, OutputFile], progress: Progress):
         self.stage, self.units, self.progress = stage, units, progress
         self.bytes = self.shown = 0  # of files without a marker; of all workers, shown so far
-        self.made: set[str] = set()
+        self.made: set[str] = set()  # files that had a marker at the last look
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.running, self.problem = Running(1), None
 
@@ -358,10 +355,6 @@ class Heartbeat:
             self.bytes += done
         if self.problem is not None:
             raise self.problem
-
-    def is_made(self, name: str) -> bool:
-        """Whether a file had a marker at the last look."""
-        return name in self.made
 
     def _run(self) -> None:
         number = 0

@@ -137,7 +137,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
     def run(self) -> "Outcome | Json | Receipt | Plan":
-        from adapterkit.many.workflows.launcher import worker_of
+        from adapterkit.many.workers.launcher import worker_of
         from adapterkit.many.workflows.plan_file import read_plan
         from adapterkit.many.workflows.workflow import run_pipeline
 
