@@ -27,6 +27,8 @@ def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **option
     """
     from adapterkit.adapters.formats.convert import convert
     from adapterkit.many.workflows.report import report
+    from adapterkit.adapters.formats.records.convert import convert
+    from adapterkit.many.workflows.workflow import report
 
     del options["out"], options["plan"]
     jobs, results = plan_outputs(read_lines(file), pattern), []
@@ -136,7 +138,7 @@ def _convert(
     convert: Callable[..., Any], source: str, out: str, quiet: bool, options: Json
 ) -> Json:
     """One conversion as a row of the report."""
-    from adapterkit.many.workflows.report import outcome, refusal
+    from adapterkit.many.workflows.workflow import outcome, refusal
 
     row: Json = {"source": source, "out": out}
     try:
