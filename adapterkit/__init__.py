@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.core.verify.verb import verify as verify
     from adapterkit.many.workflows.finish import finish as finish
     from adapterkit.many.workflows.plan_file import write_plan as write_plan
-    from adapterkit.many.workflows.records.rerun import rerun as rerun
+    from adapterkit.many.workflows.rerun import rerun as rerun
     from adapterkit.many.workflows.run import run as run
     from adapterkit.verbs.combine.records.arrow import arrow as arrow
     from adapterkit.verbs.combine.records.combine import combine as combine

@@ -33,7 +33,7 @@ SECTIONS = {
         "check": "verbs.look.records.check",
         "diff": "verbs.look.records.diff",
         "verify": "core.verify.verb",
-        "rerun": "many.workflows.records.rerun",
+        "rerun": "many.workflows.rerun",
         "diagnose": "verbs.look.records.diagnose",
     },
 }

@@ -1,173 +1,82 @@
 """rerun: an output made again from its receipt, and compared byte for byte."""
 
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Sequence
 
-from adapterkit.core import records
-from adapterkit.core.calls import NOT_IN_RECEIPTS, check_call, command_of
-from adapterkit.core.checkpoint.folder import Folder
-from adapterkit.core.checkpoint.hashes import sha256_of_file
-from adapterkit.core.checkpoint.hub_ids import COMMIT, parse
-from adapterkit.core.errors import Damaged, Problems, Refused, listed, shown
-from adapterkit.core.inputs.sources import named_in_file, open_source
-from adapterkit.core.options import StrPath, flag_of, option_of
-from adapterkit.core.output.stage import RECEIPT
-from adapterkit.core.plan import Plan
-from adapterkit.core.receipt import fingerprint_of, other_inputs, public_recipe, read_receipt
-from adapterkit.core.records import Json
-from adapterkit.core.verb import WritingVerb, fields_of
-from adapterkit.many.workflows.records.rerun import Rerun
-from adapterkit.many.workflows.verbs import VERB
-
-NAME_IT = "say where it is: --inputs PATH, which ends in its name, or the folder that holds it"
-BY_HAND = "run its command again by hand; verify checks its files"
-# of a receipt's inputs, the entries of the Hub
-AT_COMMIT = records.entries({
-    "repo": records.TEXT, "revision": records.test("a commit", lambda text: COMMIT.fullmatch(text))
-})  # fmt: skip
+from adapterkit.core.checkpoint.hub_ids import is_on_hub
+from adapterkit.core.errors import Refused
+from adapterkit.core.options import (
+    FILES,
+    FLAG,
+    PROGRESS,
+    SOURCE,
+    Progress,
+    StrPath,
+    argument,
+    no_progress,
+    option,
+    path,
+    record,
+)
+from adapterkit.core.records import Check, Json
+from adapterkit.core.verb import Verb, function_of
 
 
-def rerun_output(rerun: Rerun) -> Json:
-    """Make an output again and compare it."""
-    folder = open_source(rerun.output)
-    receipt = read_receipt(folder)
-    kind, call = call_in(receipt, folder.label)
-    verb = partial(_verb_of, kind, call, _Inputs.of(rerun, receipt), rerun)
-    if rerun.out is not None:
-        return _run(verb(Path(rerun.out)), folder, receipt)
-    with tempfile.TemporaryDirectory(prefix="adapterkit-rerun-") as work:
-        name = os.path.basename(os.path.normpath(rerun.output))
-        return _run(verb(Path(work) / name), folder, receipt) | {"out": None}
-
-
-def _run(verb: WritingVerb, folder: Folder, receipt: Json) -> Json:
-    plan = verb.plan()
-    _check_same(receipt, plan)
-    done: Any = verb.carry_out(plan)
-    made, out = done.data["files"], str(verb.out)
-    before = {
-        name: entry["sha256"] or sha256_of_file(folder.path(name))  # of --hash none
-        for name, entry in receipt["files"].items()
-    }
-    differing = [name for name, sum in before.items() if made.get(name, {}).get("sha256") != sum]
-    errors = Problems(where=out, kind=Damaged, code="AK607")
-    if differing:
-        version = receipt["recipe"].get("version")
-        errors.add(
-            f"{len(differing)} of {len(before)} files differ: {listed(differing)}",
-            "the bytes of the receipt",
-            f"the receipt is of adapterkit {shown(version)}, made on "
-            f"{shown(receipt.get('device', 'a CPU'))}: run it there, or keep one with --out "
-            "and compare them with `adapterkit diff`",
-        )
-    errors.raise_all()
-    return {"out": out, "files": len(made), "command": command_text(receipt)}
-
-
-def command_text(receipt: Json) -> str:
-    """The command that a receipt is of, with the names of its inputs."""
-    return command_of(*call_in(receipt, RECEIPT), "OUT")
-
-
-def call_in(receipt: Json, where: str) -> tuple[type[WritingVerb], Json]:
-    """The verb and the arguments that a receipt says its output is of: what is computed, and no
-    more. `Refused` for a receipt that says more, or nothing."""
-    call = receipt.get("call")
-    if not isinstance(call, dict):
+def _out(value: object) -> StrPath:
+    out = path(value)
+    if is_on_hub(out):
         raise Refused(
-            "the receipt does not say how its command was called",
-            expected="a receipt of adapterkit 0.1 or later with a call",
-            where=RECEIPT,
-            hint=BY_HAND,
-            code="AK608",
+            f" = {os.fspath(out)!r}",
+            expected="a folder or a file here: nothing is sent before it is compared",
+            hint="make it here, then: hf upload ORG/NAME DIR",
+            code="AK101",
         )
-    verb = records.entries({"verb": VERB})
-    Problems(records.problems(verb, receipt["recipe"], where, hint=BY_HAND)).raise_all()
-    kind = VERB.read(receipt["recipe"]["verb"])
-    check_call(kind, call, NOT_IN_RECEIPTS, where, "adapterkit wrote no such call: do not trust it")
-    return kind, call
+    return out
 
 
-def _verb_of(
-    kind: type[WritingVerb], call: Json, inputs: "_Inputs", rerun: Rerun, out: Path
-) -> WritingVerb:
-    """The call of a receipt with the paths of its inputs; `Refused` with all that are missing."""
-    arguments = dict(call)
-    for field in fields_of(kind):
-        if field.name in arguments and option_of(field).check.kind in ("source", "sources", "file"):
-            arguments[field.name] = inputs.found(arguments[field.name])
-    inputs.errors.raise_all()
-    more = {"out": str(out), "progress": rerun.progress}
-    if rerun.allow_pickle:
-        more["allow_pickle"] = True
-    return records.read(kind, arguments | more, RECEIPT, hint=BY_HAND, name=flag_of)
+OUT = Check("a path", _out, kind="file")
 
 
-@dataclass
-class _Inputs:
-    """Where the inputs of a receipt are: what the user named, or the folder of the output."""
+@record
+class Rerun(Verb[Json]):
+    """Make an output again as its receipt says, and compare its files' sha256 with the receipt's;
+    `files`, how many are the same, `command`, and `out`.
 
-    rerun: Rerun
-    commits: Mapping[str, str]
-    errors: Problems
+    Inputs are searched by name in `inputs`, folders that hold them or inputs themselves, by default
+    in the folder that holds the output. Ids of the Hub are read at the commits of the receipt. The
+    receipt may come from a stranger, so its names lead nowhere else, and nothing is sent. Headers
+    and options have to be the receipt's, and the bytes of inputs whose sha256 it has. `out` keeps
+    the output; without it nothing is kept. Raises `Refused` for a receipt without a call, with one
+    that says more than what is computed, or where the plan differs, and `Damaged` with all files
+    that differ: another version, kind of device or CPU's LAPACK gives other last bits.
+    """
 
-    @classmethod
-    def of(cls, rerun: Rerun, receipt: Json) -> "_Inputs":
-        entries: list[Json] = [one for one in receipt["recipe"]["inputs"] if AT_COMMIT.fits(one)]
-        commits = {entry["repo"]: entry["revision"] for entry in entries}
-        return cls(rerun, commits, Problems(where=os.fspath(rerun.output), hint=NAME_IT))
+    runner = "many.workflows.rerun_output:rerun_output"
+    command = """Make an output again from its receipt, and compare.
 
-    def found(self, value: Any) -> Any:
-        """Names as the paths of what is there; ids of the Hub at their commits."""
-        if isinstance(value, list):
-            return [self.found(one) for one in value]
-        if isinstance(value, float | int):  # the weight of the source before it
-            return value
-        found = next(filter(None, self._named(value)), None)
-        hub_id = None if found is None or os.path.exists(found) else parse(found)
-        if hub_id is not None:
-            commit = self.commits.get(hub_id.repo, hub_id.revision)
-            found = named_in_file(str(replace(hub_id, revision=commit)), None)
-        if found is None:
-            problem = f"there is no {shown(value)}, or it is a link that leads elsewhere"
-            self.errors.add(problem, "the receipt's inputs, by name", code="AK608")
-        return found
+    Inputs are searched by name next to the output, or where --inputs says. Nothing is kept without
+    --out. The exit status is 1 if a file differs.
 
-    def _named(self, name: object) -> Iterator[str | None]:
-        output, inputs = self.rerun.output, cast(Sequence[StrPath], self.rerun.inputs)
-        for path in map(Path, inputs):
-            yield str(path) if path.name == name else named_in_file(name, path)
-        if not inputs:
-            is_here = os.path.exists(output)
-            yield named_in_file(name, Path(os.path.abspath(output)).parent if is_here else None)
+    \b
+    Example:
+      adapterkit rerun merged
+      adapterkit rerun merged --inputs ./models --inputs /data/llama --out again
+    """
 
-
-def _check_same(receipt: Json, plan: Plan) -> None:
-    """`Refused` where the plan is not that of the receipt, with what differs."""
-    recipe = plan.recipe()
-    errors = Problems(
-        where=RECEIPT, hint="give the inputs and the version of the receipt", code="AK608"
+    output: StrPath = argument(kw_only=False, check=SOURCE, metavar="DIR")
+    inputs: StrPath | Sequence[StrPath] = option(
+        default=(),
+        check=FILES,
+        metavar="PATH",
+        help="Where the inputs are: a folder that holds them, by name, or one of them; repeat.",
     )
-    if fingerprint_of(recipe) == receipt["fingerprint"]:
-        if other := other_inputs(plan, receipt):
-            errors.add(f"other bytes: {listed(other)}", "the sha256 of the receipt's inputs")
-        errors.raise_all()
-        return
-    before, now = receipt["recipe"], public_recipe(recipe)
-    for key in ("version", "options", "layout"):
-        if before.get(key) != now[key]:
-            errors.add(f"{key} {shown(now[key])}", shown(before.get(key)))
-    for one, other in zip(before["inputs"], now["inputs"], strict=False):
-        if one != other:
-            names = {*one.get("files", {})} | {*other["files"]}
-            same = lambda name, a=one, b=other: a.get("files", {}).get(name) == b["files"].get(name)
-            files = sorted(name for name in names if not same(name))
-            errors.add(
-                f"another {shown(other['name'])}: {listed(files)}", "the input of the receipt"
-            )
-    errors.raise_all()
+    out: StrPath | None = option(
+        default=None, check=OUT, metavar="DIR", help="Keep what is made here."
+    )
+    allow_pickle: bool = option(
+        default=False, check=FLAG, help="Read the pickle that a conversion was made of."
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+
+rerun = function_of(Rerun)
