@@ -12,7 +12,7 @@ import click
 from adapterkit.cli.completion import Name, SourceType, Targets
 from adapterkit.core.options import flag_of, option_of
 from adapterkit.core.records import Check, Json
-from adapterkit.core.run_options import RUNNING
+from adapterkit.core.shared_options import RUNNING
 from adapterkit.core.verb import Verb, WritingVerb, fields_of
 
 json_option = click.Option(

@@ -19,7 +19,7 @@ from adapterkit.core.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.core.options import OptionRecord, StrPath, finite, flag_of, option_of, weighted
 from adapterkit.core.records import Json
 from adapterkit.core.registry import load
-from adapterkit.core.run_options import RUNNING
+from adapterkit.core.shared_options import RUNNING
 
 # (kind of the check: source or file, path) -> its text
 Spelling = Callable[[str, StrPath], str]

@@ -1,5 +1,5 @@
 """Modules that are loaded when a name of theirs is first used: a plan is made of headers and
-records, and computes nothing."""
+records, and computes nothing. And packages that only some jobs need."""
 
 import sys
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from functools import cached_property
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from adapterkit.core.errors import Refused, shown
 
 
 class LazyModule:
@@ -30,6 +32,24 @@ def submodules(package: str) -> Callable[[str], LazyModule]:
         return LazyModule(f"{package}.{name}")
 
     return find
+
+
+def optional(module: str, *, install: str, expected: str, where: str = "") -> ModuleType:
+    """A module of a package that need not be there; `Refused` without it, with what `pip install`
+    takes."""
+    package = module.partition(".")[0]
+    try:
+        return import_module(module)
+    except ImportError as error:
+        is_absent = (error.name or "").partition(".")[0] == package
+        problem = "is not installed" if is_absent else f"cannot be imported: {shown(error)}"
+        raise Refused(
+            f"{package} {problem}",
+            expected=expected,
+            where=where,
+            hint=f"pip install {install}",
+            code="AK110",
+        ) from error
 
 
 if TYPE_CHECKING:

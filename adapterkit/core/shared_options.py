@@ -1,36 +1,46 @@
-"""Options that several verbs have, each told once."""
+"""Options that several verbs have, each told once, and those of every verb that writes: where and
+how its plan runs."""
 
-import math
+import dataclasses
+import os
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.core.options import (
-    ABOVE_0,
-    COUNT,
+    DEVICE,
     DTYPE,
     FLAG,
+    PROGRESS,
     REGEX,
     SEED,
     SETTINGS,
     SHARE,
-    SHARE_ABOVE_0,
     SIZE,
     SOURCE,
-    TARGETS,
+    TEXT,
     TEXTS,
     OptionRecord,
+    Progress,
+    StrPath,
     choice,
-    number,
+    no_progress,
     option,
+    path,
     record,
 )
-from adapterkit.core.records import Json
+from adapterkit.core.records import Check, Json
+from adapterkit.core.registry import load
+from adapterkit.doors import ENGINES, HUB
 
 # sections of the helps
 SEVERAL = "Methods and weights of several adapters"
 QUANTIZED = "Quantization and rounding"
-FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
-EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
+GGUF, IMAGES = "Models in GGUF files", "Image and video models"
+
+WAIT = 600.0  # seconds for files of other workers that a worker's own need
 
 
 def base_option(help: str) -> Any:
@@ -43,10 +53,10 @@ def statistics_option(help: str, **more: object) -> Any:
     return option(default=None, check=SOURCE, metavar="FILE", help=help, **more)
 
 
-def covariances_option() -> Any:
-    """The covariances by which factors are fitted."""
-    help = "Input covariances: minimize output error instead of weight error."
-    return statistics_option(help)
+def compensation_option() -> Any:
+    """The covariances by which rounding is compensated."""
+    help = "Covariances of the layers' inputs, for --rounding compensated."
+    return statistics_option(help, needs="rounding=compensated", section=QUANTIZED)
 
 
 def missing_statistics(rounding: str, stats: object) -> list[AdapterkitError]:
@@ -58,6 +68,20 @@ def missing_statistics(rounding: str, stats: object) -> list[AdapterkitError]:
         "collect them\nadapterkit stats BASE --data FILE --out stats.safetensors",
     )
     return [Refused(problem, expected="--stats FILE", where="options", hint=hint, code="AK102")]
+
+
+def importance_option() -> Any:
+    """The importance matrix of a GGUF model."""
+    help = (
+        "Importance matrix of llama.cpp, .gguf or .dat: weighs the errors when scales of a GGUF "
+        "model are searched."
+    )
+    return statistics_option(help, section=GGUF)
+
+
+def modelfile_option() -> Any:
+    help = "Write a Modelfile for Ollama beside the output, which is a GGUF file."
+    return option(default=False, check=FLAG, help=help, section=GGUF)
 
 
 def dtype_option(help: str) -> Any:
@@ -75,23 +99,6 @@ def expert_layout_option() -> Any:
     )
 
 
-def factor_dtype_option() -> Any:
-    """The dtype of factors."""
-    help, flags = "Dtype of the LoRA factors.", ("--dtype", "--factor-dtype")
-    return option(default="fp32", check=DTYPE, help=help, flags=flags)
-
-
-def targets_option(default: str, modules: str = "Modules that get factors") -> Any:
-    """Which modules are meant, of which `default` says what holds without it."""
-    return option(
-        default=None,
-        check=TARGETS,
-        metavar="NAMES|REGEX",
-        help=f"{modules}: all-linear, comma-separated name suffixes (q_proj,v_proj), or a regex "
-        f"for whole names (default: {default}).",
-    )
-
-
 def seed_option(help: str = "Seed of methods that draw.", **more: object) -> Any:
     return option(default=0, check=SEED, help=help, **more)
 
@@ -104,36 +111,6 @@ def settings_option() -> Any:
         flags=("--set",),
         metavar="KEY=VALUE",
         help="An option of the method, see the lists below; repeat for several.",
-    )
-
-
-def length_option(**more: object) -> Any:
-    """Where samples end."""
-    return option(
-        default=None,
-        check=COUNT,
-        help="Cut samples to this many tokens (default: 512, or the model's positions).",
-        **more,
-    )
-
-
-def whole_option() -> Any:
-    """Whether a model runs as a whole."""
-    return option(
-        default=False,
-        check=FLAG,
-        help="Hold the whole model in memory instead of one layer at a time.",
-    )
-
-
-def activations_option() -> Any:
-    """`memory` of a verb that runs a model one layer at a time."""
-    return option(
-        default=None,
-        check=SIZE,
-        metavar="SIZE",
-        help="Memory for activations, which go to disk beyond it, e.g. 8GB (default: a quarter of "
-        "RAM).",
     )
 
 
@@ -167,16 +144,6 @@ def shard_size_option() -> Any:
     return option(default=None, check=SIZE, metavar="SIZE", help=help)
 
 
-def tokenizer_option() -> Any:
-    """Whose tokenizer the result has."""
-    return option(
-        default=None,
-        check=choice(("base", "adapter")),
-        help="adapter: copy the adapters' tokenizer (the default if they have one); base: copy "
-        "none.",
-    )
-
-
 def verify_option() -> Any:
     return option(
         default=False,
@@ -184,18 +151,6 @@ def verify_option() -> Any:
         help="Read the output again: check every hash; of a merge, recompute rows of each changed "
         "tensor.",
     )
-
-
-def rank_option(default: str = "") -> Any:
-    """The rank of a result, of which `default` says what holds without it."""
-    help = f"Refit each module to this rank{default}."
-    return option(default=None, check=COUNT, help=help, excludes=("energy", "space=factors"))
-
-
-def energy_option() -> Any:
-    """The energy that the result keeps."""
-    help = "Refit each module to the smallest rank that keeps this share of its energy."
-    return option(default=None, check=SHARE_ABOVE_0, help=help, excludes=("space=factors",))
 
 
 @record
@@ -216,80 +171,6 @@ class MethodOptions(OptionRecord):
 
 
 @record
-class ScaleOptions(OptionRecord):
-    """Rank and scale of a new adapter."""
-
-    rank: int = option(check=COUNT, help="Rank of the LoRA factors.")
-    alpha: float | None = option(
-        default=None, check=ABOVE_0, help="lora_alpha (default: the rank, for a scale of 1)."
-    )
-    rslora: bool = option(default=False, check=FLAG, help="Use the scale alpha / sqrt(rank).")
-
-    @property
-    def lora_alpha(self) -> float:
-        return self.rank if self.alpha is None else self.alpha
-
-    @property
-    def scale(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-@record
-class TruncationOptions(OptionRecord):
-    """How many singular values of a delta stay: by a number, a share of the energy, a ratio to the
-    largest one, or a size of the file for all modules."""
-
-    one_needed = ("rank", "energy", "sv_ratio", "max_size")
-
-    rank: int | None = option(default=None, check=COUNT, help="Rank of each module.")
-    energy: float | None = option(
-        default=None,
-        check=SHARE_ABOVE_0,
-        help="Smallest rank of each module that keeps this energy share.",
-    )
-    sv_ratio: float | None = option(
-        default=None,
-        check=number("a number of at least 1", lambda value: value >= 1),
-        help="Keep singular values of at least the largest one divided by this.",
-    )
-    max_size: str | int | None = option(
-        default=None,
-        check=SIZE,
-        metavar="SIZE",
-        help="Largest file, e.g. 50MB: ranks go to the largest singular values.",
-    )
-
-    @property
-    def size(self) -> int:
-        """`max_size` in bytes."""
-        return int(self.max_size or 0)
-
-    def max_rank(self, full: int) -> int:
-        """The largest rank that a delta of full rank `full` can get."""
-        return min(self.rank, full) if self.rank is not None else full
-
-
-@record
-class BlockOptions(OptionRecord):
-    """What is quantized, and in which blocks."""
-
-    section = QUANTIZED
-
-    skip: str | None = option(
-        default=None,
-        check=REGEX,
-        metavar="REGEX",
-        help="Do not quantize modules whose name matches this regex.",
-    )
-    block_size: int | None = option(
-        default=None, check=COUNT, help="Values that share a scale (nf4, fp4: 64; w4a16: 128)."
-    )
-    double_quant: bool = option(
-        default=False, check=FLAG, help="Quantize the scales too (nf4, fp4)."
-    )
-
-
-@record
 class ModuleFilters(OptionRecord):
     """Which modules are meant."""
 
@@ -302,3 +183,95 @@ class ModuleFilters(OptionRecord):
     exclude: str | None = option(
         default=None, check=REGEX, metavar="REGEX", help="No modules whose name matches this regex."
     )
+
+
+# -- of verbs that write ---------------------------------------------------------------------------
+
+
+def _output(value: object, *, endings: tuple[str, ...]) -> StrPath:
+    out = path(value)
+    if is_on_hub(out):
+        load(HUB["output"])(os.fspath(out), endings=endings)
+    return out
+
+
+def _repository(value: object) -> str:
+    return load(HUB["repository"])(value)
+
+
+REPOSITORY = Check("a repository", _repository)
+OUTPUT_FOLDER = Check("an output", partial(_output, endings=("",)), kind="file")
+OUTPUT_FILE = Check("an output", partial(_output, endings=(".safetensors",)), kind="file")
+OUTPUT_MODEL = Check(
+    "an output", partial(_output, endings=("", ".gguf", ".safetensors")), kind="file"
+)
+
+
+def model_output_option() -> Any:
+    """`out` of a verb whose output is a folder, or a file where the base is one."""
+    return option(
+        check=OUTPUT_MODEL,
+        metavar="DIR|FILE|hf://ORG/NAME[:FILE]",
+        help="Output folder, of a base in one file (GGUF, an image model) a file (published "
+        "atomically), or a place on the Hub (one commit).",
+    )
+
+
+@record
+class RunOptions(OptionRecord):
+    """Where and how a plan runs."""
+
+    out: StrPath = option(
+        check=OUTPUT_FOLDER,
+        metavar="DIR|hf://ORG/NAME",
+        help="Output folder (published atomically), or a repository of the Hub (one commit).",
+    )
+    dry_run: bool = option(
+        default=False, check=FLAG, help="Print the plan (tensors, bytes, memory, disk) and stop."
+    )
+    device: str = option(
+        default="auto", check=DEVICE, metavar="auto|cpu|cuda[:i]", help="Where to compute."
+    )
+    memory: str | int | None = option(
+        default=None,
+        check=SIZE,
+        metavar="SIZE",
+        help="Memory for weights computed at the same time, e.g. 8GB (default: a quarter of RAM).",
+    )
+    engine: str = option(
+        default="local",
+        check=choice(tuple(ENGINES)),
+        help="Where to run: this machine, or a Ray cluster on a shared file system.",
+    )
+    ray_address: str | None = option(
+        default=None,
+        check=TEXT,
+        metavar="ADDRESS",
+        help="Address of the Ray cluster (default: as Ray finds or starts one).",
+        needs="engine=ray",
+    )
+    disk_limit: str | int | None = option(
+        default=None,
+        check=SIZE,
+        metavar="SIZE",
+        help="Disk that a job to the Hub may use on this machine, e.g. 20GB.",
+    )
+    resume: bool = option(
+        default=False, check=FLAG, help="Continue an interrupted run of the same job."
+    )
+    overwrite: bool = option(
+        default=False, check=FLAG, help="Replace an earlier output of adapterkit in its place."
+    )
+    hash: str = option(
+        default="sha256",
+        check=choice(("sha256", "none")),
+        help="Hash of each output file in the receipt.",
+    )
+    progress: Progress = option(default=no_progress, check=PROGRESS)
+
+    def __getstate__(self) -> Mapping[str, object]:
+        """For pickle, without the progress, which is of this process."""
+        return vars(self) | {"progress": no_progress}
+
+
+RUNNING = frozenset(field.name for field in dataclasses.fields(RunOptions))

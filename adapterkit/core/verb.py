@@ -38,7 +38,7 @@ from adapterkit.core.errors import did_you_mean, listed
 from adapterkit.core.options import OptionRecord, option, option_of, record
 from adapterkit.core.records import Check, Json, invalid_value
 from adapterkit.core.registry import STABLE, Tier, load, verb_named
-from adapterkit.core.run_options import REPOSITORY, RUNNING, RunOptions
+from adapterkit.core.shared_options import REPOSITORY, RUNNING, RunOptions
 from adapterkit.doors import VERBS
 
 if TYPE_CHECKING:

@@ -31,12 +31,11 @@ CORE = [
     "engine",
     "tasks execute",
     "receipt plan budget",
-    "verb calls run_options",
+    "verb calls shared_options",
     "adapter",
     "weights",
     "output checkpoint system commands",
-    "shared_options product_options",
-    "options optional patterns registry records dtypes errors lazy",
+    "options patterns registry records dtypes errors lazy",
 ]
 LEVEL = {f"core.{part}": level for level, parts in enumerate(CORE) for part in parts.split()}
 

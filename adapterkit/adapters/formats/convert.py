@@ -16,9 +16,8 @@ from adapterkit.core.options import (
     record,
     text,
 )
-from adapterkit.core.product_options import IMAGES
 from adapterkit.core.records import Check
-from adapterkit.core.shared_options import base_option, dtype_option, expert_layout_option
+from adapterkit.core.shared_options import IMAGES, base_option, dtype_option, expert_layout_option
 from adapterkit.core.verb import WritingVerb, function_of
 
 COMPONENTS = (

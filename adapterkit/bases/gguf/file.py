@@ -21,7 +21,7 @@ from adapterkit.bases.gguf.header import (
 )
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.errors import Damaged, Problems, Refused, shown
-from adapterkit.core.optional import optional
+from adapterkit.core.lazy import optional
 from adapterkit.core.records import Settings
 
 COPY = "model.gguf"

@@ -20,7 +20,7 @@ from adapterkit.core.output.stage import RECEIPT, Stage, check_name, receipt_bes
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt, fingerprint_of
 from adapterkit.core.registry import load
-from adapterkit.core.run_options import RunOptions
+from adapterkit.core.shared_options import RunOptions
 from adapterkit.doors import ENGINES, HUB
 
 

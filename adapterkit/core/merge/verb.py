@@ -1,7 +1,7 @@
 """merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,10 @@ from adapterkit.core.options import (
     FLAG,
     SHARE_ABOVE_0,
     SOURCE,
+    TEXT,
+    TEXTS,
     WEIGHTED,
+    OptionRecord,
     Sources,
     StrPath,
     argument,
@@ -19,30 +22,36 @@ from adapterkit.core.options import (
     option,
     record,
 )
-from adapterkit.core.product_options import (
-    GgufMergeOptions,
-    ImageMergeOptions,
-    MethodMergeOptions,
-    QuantizedMergeOptions,
-    compensation_option,
-    importance_option,
-)
-from adapterkit.core.registry import load
-from adapterkit.core.run_options import model_output_option
+from adapterkit.core.registry import declarations, load
 from adapterkit.core.shared_options import (
+    GGUF,
+    IMAGES,
     QUANTIZED,
+    SEVERAL,
     MethodOptions,
     ModuleFilters,
+    compensation_option,
     dtype_option,
     expert_layout_option,
+    importance_option,
+    model_output_option,
+    modelfile_option,
+    seed_option,
     shard_size_option,
     verify_option,
+    weight_for_option,
     weights_option,
 )
 from adapterkit.core.verb import WritingVerb, function_of, push_option
 
 if TYPE_CHECKING:
     from adapterkit.core.plan import Plan
+
+
+WRITTEN_TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k",
+    "q2_k", "iq4_nl", "iq4_xs", "mxfp4", "tq1_0", "tq2_0",
+)  # fmt: skip
 
 
 @record
@@ -81,6 +90,104 @@ class PlainMergeOptions(ModuleFilters, MethodOptions):
         default=None,
         check=choice(("base", "adapter")),
         help="Tokenizer of the output (default: the adapter's, if it has one).",
+    )
+
+
+def _methods() -> list[str]:
+    """Those that need nothing but the adapters."""
+    known = declarations("combinations").items()
+    return [name for name, one in known if one.constants["acts_on"] != "covariances"]
+
+
+@record
+class QuantizedMergeOptions(OptionRecord):
+    """How changed weights are rounded, and quantized ones written."""
+
+    section = QUANTIZED
+
+    dequantize: bool = option(
+        default=False,
+        check=FLAG,
+        help="Write a quantized base's weights as 16-bit floats (default: keep the format).",
+    )
+    rounding: str = option(
+        default="nearest",
+        check=choice(("nearest", "stochastic", "compensated")),
+        help="Rounding of changed weights; stochastic: unbiased, so that small deltas survive; "
+        "compensated: errors carried on, so that outputs change least.",
+    )
+
+
+@record
+class MethodMergeOptions(OptionRecord):
+    """How the deltas of several adapters are combined, with other values for some modules."""
+
+    section = SEVERAL
+    needs = dict.fromkeys(("density", "majority", "settings"), "method")
+
+    method: str | None = option(
+        default=None,
+        check=choice(_methods),
+        metavar="NAME",
+        help="How the deltas are combined, see the list below (default: linear, their sum).",
+        excludes=("compat",),
+    )
+    density_for: Iterable[str] = option(
+        default=(),
+        check=TEXTS,
+        metavar="[N:]REGEX=D",
+        help="Another density (of the N-th adapter) for modules whose name, or the end of it, "
+        "matches.",
+        needs="method",
+    )
+    seed: int = seed_option(
+        "Seed of stochastic rounding, and of methods that draw: same seed, same bytes.",
+        needs="rounding=stochastic or method",
+    )
+    weight_for: Iterable[str] = weight_for_option()
+
+
+@record
+class GgufMergeOptions(OptionRecord):
+    """How the tensors of a GGUF model are written, and what lies beside the file."""
+
+    section = GGUF
+
+    touched_as: str | None = option(
+        default=None,
+        check=choice(WRITTEN_TYPES),
+        help="Type of blocks of the tensors of a GGUF model that change (default: their own).",
+    )
+    scales: str | None = option(
+        default=None,
+        check=choice(("search", "keep")),
+        help="Scales of changed blocks of a GGUF model: the best ones (search, the default), or "
+        "those that are there, where the new values fit.",
+    )
+    modelfile: bool = modelfile_option()
+
+
+@record
+class ImageMergeOptions(OptionRecord):
+    """Which weights of an image model are meant, and how much each of its blocks gets."""
+
+    section = IMAGES
+
+    lbw: Iterable[str] = option(
+        default=(),
+        check=TEXTS,
+        metavar="[N:]NAME|LIST|FILE",
+        help="Factors of the weight (of the N-th adapter) on the blocks of an image model: a "
+        "preset (ALL0.5, INS, MIDD, OUTD, ...), numbers separated by commas, FILE:NAME of a file "
+        "of presets, or a JSON file of diffusers' or ComfyUI's settings.",
+        contents="bases.images.block_weights:with_files",
+    )
+    variant: str | None = option(
+        default=None,
+        check=TEXT,
+        metavar="NAME",
+        help="Weights of a pipeline of diffusers, such as fp16 (default: those without a name, or "
+        "the only ones).",
     )
 
 

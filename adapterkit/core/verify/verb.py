@@ -13,9 +13,8 @@ from adapterkit.core.options import (
     option,
     record,
 )
-from adapterkit.core.product_options import GGUF
 from adapterkit.core.records import Json
-from adapterkit.core.shared_options import QUANTIZED, base_option, statistics_option
+from adapterkit.core.shared_options import GGUF, QUANTIZED, base_option, statistics_option
 from adapterkit.core.verb import Verb, function_of
 
 

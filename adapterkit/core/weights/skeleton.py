@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Refused, shown
-from adapterkit.core.optional import optional
+from adapterkit.core.lazy import optional
 from adapterkit.core.weights.parameters import (
     Axis,
     Parameter,

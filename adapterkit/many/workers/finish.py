@@ -17,7 +17,7 @@ from adapterkit.core.output.writer import part_name
 from adapterkit.core.plan import OutputFile, Placement, Plan
 from adapterkit.core.receipt import Receipt, read_receipt
 from adapterkit.core.records import Json
-from adapterkit.core.run_options import RunOptions
+from adapterkit.core.shared_options import RunOptions
 from adapterkit.core.system import all_cores
 from adapterkit.core.verify.file_checks import check_files
 from adapterkit.many.workers.job_identity import WorkerJob, check_one_kind, job_failed, no_stage

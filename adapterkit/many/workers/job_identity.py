@@ -11,7 +11,7 @@ from adapterkit.core.output.resume import difference, state_of
 from adapterkit.core.plan import Placement, Plan
 from adapterkit.core.receipt import digest, public_recipe
 from adapterkit.core.records import Json
-from adapterkit.core.run_options import RunOptions
+from adapterkit.core.shared_options import RunOptions
 from adapterkit.many.workers.ranges import room
 from adapterkit.many.workers.stage import WorkerStage, prepare
 

@@ -28,14 +28,13 @@ from adapterkit.core.errors import (
     shown,
 )
 from adapterkit.core.execute import FolderCheck, Push
-from adapterkit.core.lazy import torch
-from adapterkit.core.optional import optional
+from adapterkit.core.lazy import optional, torch
 from adapterkit.core.options import no_progress
 from adapterkit.core.output.resume import state_of
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt
 from adapterkit.core.records import Json
-from adapterkit.core.run_options import RunOptions
+from adapterkit.core.shared_options import RunOptions
 from adapterkit.many.workers.finish import finish_workers
 from adapterkit.many.workers.job_identity import WorkerJob, prepare_workers
 from adapterkit.many.workers.ranges import accepts, units

@@ -34,7 +34,7 @@ from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.resume import state_of
 from adapterkit.core.output.stage import Stage
 from adapterkit.core.plan import OutputFile, Plan
-from adapterkit.core.run_options import WAIT, RunOptions
+from adapterkit.core.shared_options import WAIT, RunOptions
 from adapterkit.many.workers.job_identity import WorkerJob, check_one_kind, job_failed, no_stage
 from adapterkit.many.workers.ranges import accepts, tiling, units
 from adapterkit.many.workers.stage import WorkerStage, has_ended

@@ -24,7 +24,7 @@ from adapterkit.core.options import (
     record,
 )
 from adapterkit.core.records import Json
-from adapterkit.core.run_options import OUTPUT_MODEL, WAIT
+from adapterkit.core.shared_options import OUTPUT_MODEL, WAIT
 from adapterkit.core.verb import Verb, function_of
 from adapterkit.doors import ENGINES
 

@@ -18,7 +18,7 @@ from adapterkit.core.options import Progress, weighted
 from adapterkit.core.plan import Plan, TaskResult
 from adapterkit.core.receipt import Receipt
 from adapterkit.core.records import Json
-from adapterkit.core.run_options import RunOptions
+from adapterkit.core.shared_options import RunOptions
 from adapterkit.verbs.combine.records.combine import Combine
 from adapterkit.verbs.fit.coarse_to_fine import CoarseToFineFit
 from adapterkit.verbs.fit.collection import TASK, FittedWeights, WeightsCollection

@@ -25,14 +25,9 @@ from adapterkit.core.options import (
     record,
 )
 from adapterkit.core.records import Check, Json
-from adapterkit.core.shared_options import (
-    activations_option,
-    dtype_option,
-    length_option,
-    seed_option,
-    whole_option,
-)
+from adapterkit.core.shared_options import dtype_option, seed_option
 from adapterkit.core.verb import Verb, function_of
+from adapterkit.verbs.shared.options import activations_option, length_option, whole_option
 
 LEVELS = ("adapter", "layer", "module", "direction")
 # options of a fit to data

@@ -32,7 +32,6 @@ from adapterkit.core.outputs.model import (
 )
 from adapterkit.core.plan import Files, OutputFile, Plan, Task, no_warnings
 from adapterkit.core.records import Json
-from adapterkit.core.shared_options import BlockOptions
 from adapterkit.core.tasks.handoff import HandoffFactors, handed_on
 from adapterkit.core.weights.decoded import decoded_view
 from adapterkit.core.weights.detect import check_not_quantized
@@ -48,6 +47,7 @@ from adapterkit.verbs.init.tasks import (
     with_candidates,
 )
 from adapterkit.verbs.shared import adapter_output
+from adapterkit.verbs.shared.options import BlockOptions
 from adapterkit.verbs.shared.statistics_file import INPUTS, select_statistics, shape_of
 
 BASE = "base"  # its folder in the output

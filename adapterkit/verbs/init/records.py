@@ -17,21 +17,23 @@ from adapterkit.core.options import (
 )
 from adapterkit.core.registry import declarations, written_formats
 from adapterkit.core.shared_options import (
-    EXACT_BY_DEFAULT,
-    FOR_AMBIGUOUS_PARAMETERS,
     QUANTIZED,
-    BlockOptions,
-    ScaleOptions,
     base_option,
-    energy_option,
-    factor_dtype_option,
-    rank_option,
     seed_option,
     settings_option,
     statistics_option,
-    targets_option,
 )
 from adapterkit.core.verb import WritingVerb, function_of
+from adapterkit.verbs.shared.options import (
+    EXACT_BY_DEFAULT,
+    FOR_AMBIGUOUS_PARAMETERS,
+    BlockOptions,
+    ScaleOptions,
+    energy_option,
+    factor_dtype_option,
+    rank_option,
+    targets_option,
+)
 
 MATCHING = "Another {} for modules whose name, or the end of it, matches."
 

@@ -33,8 +33,8 @@ from adapterkit.core.plan import (
     unchanged,
 )
 from adapterkit.core.records import Json
-from adapterkit.core.shared_options import ScaleOptions
 from adapterkit.core.tasks.common import CopiedTensor, FactorsTask, SummedTensor
+from adapterkit.verbs.shared.options import ScaleOptions
 
 # settings that an adapter made from others has of the first of them
 INHERITED = (

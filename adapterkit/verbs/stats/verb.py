@@ -15,15 +15,14 @@ from adapterkit.core.options import (
     option,
     record,
 )
-from adapterkit.core.run_options import OUTPUT_FILE
-from adapterkit.core.shared_options import (
+from adapterkit.core.shared_options import OUTPUT_FILE, seed_option
+from adapterkit.core.verb import WritingVerb, function_of
+from adapterkit.verbs.shared.options import (
     activations_option,
     length_option,
-    seed_option,
     targets_option,
     whole_option,
 )
-from adapterkit.core.verb import WritingVerb, function_of
 
 
 @record

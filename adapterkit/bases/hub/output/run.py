@@ -20,7 +20,7 @@ from adapterkit.core.options import StrPath, parse_size
 from adapterkit.core.output.stage import RECEIPT, Stage, check_name, receipt_beside
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt, earlier_repositories
-from adapterkit.core.run_options import RunOptions
+from adapterkit.core.shared_options import RunOptions
 
 
 def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[object]:

@@ -21,13 +21,13 @@ from adapterkit.core.outputs.model import QuantizedModel, planned_fingerprint
 from adapterkit.core.patterns import pattern_table, read_rules, unmatched
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.records import Json
-from adapterkit.core.shared_options import BlockOptions
 from adapterkit.core.tasks.handoff import HandoffFactors
 from adapterkit.core.weights.codec import QuantizedWeight
 from adapterkit.core.weights.decoded import decoded_view
 from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.core.weights.names import Names
 from adapterkit.verbs.shared import adapter_output
+from adapterkit.verbs.shared.options import BlockOptions
 from adapterkit.verbs.shared.statistics_file import select_covariances
 from adapterkit.verbs.shared.targets import select_layers
 

@@ -14,9 +14,10 @@ from adapterkit.core.options import flag_of
 from adapterkit.core.outputs.model import QuantizedModel
 from adapterkit.core.plan import Compensation, Plan, Span, Task
 from adapterkit.core.registry import written_formats
-from adapterkit.core.shared_options import BlockOptions, missing_statistics
+from adapterkit.core.shared_options import missing_statistics
 from adapterkit.core.tasks.quantize import EncodedWeight
 from adapterkit.core.weights.detect import check_not_quantized
+from adapterkit.verbs.shared.options import BlockOptions
 from adapterkit.verbs.shared.statistics_file import select_covariances
 
 OF_GGUF = ("imatrix", "modelfile")

@@ -15,14 +15,14 @@ from adapterkit.core.options import (
     option,
     record,
 )
-from adapterkit.core.shared_options import (
+from adapterkit.core.verb import WritingVerb, function_of
+from adapterkit.verbs.shared.options import (
     BlockOptions,
     ScaleOptions,
     covariances_option,
     factor_dtype_option,
     targets_option,
 )
-from adapterkit.core.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
     from adapterkit.bases.quantized.tasks.loftq import Accept

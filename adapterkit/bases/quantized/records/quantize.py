@@ -1,12 +1,17 @@
 """quantize: a checkpoint's linear layers into a quantized format."""
 
 from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
-from adapterkit.core.product_options import compensation_option, importance_option, modelfile_option
 from adapterkit.core.registry import load, written_formats
-from adapterkit.core.run_options import model_output_option
-from adapterkit.core.shared_options import QUANTIZED, BlockOptions
+from adapterkit.core.shared_options import (
+    QUANTIZED,
+    compensation_option,
+    importance_option,
+    model_output_option,
+    modelfile_option,
+)
 from adapterkit.core.verb import WritingVerb, function_of
 from adapterkit.doors import CONTAINERS
+from adapterkit.verbs.shared.options import BlockOptions
 
 
 def targets() -> list[str]:

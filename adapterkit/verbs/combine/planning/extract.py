@@ -27,7 +27,6 @@ from adapterkit.core.outputs.folder_files import as_json
 from adapterkit.core.patterns import selection, similar_names
 from adapterkit.core.plan import Plan, Task
 from adapterkit.core.records import Json
-from adapterkit.core.shared_options import TruncationOptions
 from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import Parameter, StoredParameter
@@ -43,6 +42,7 @@ from adapterkit.verbs.combine.tasks.truncate import in_output_norms, within_shar
 from adapterkit.verbs.shared import adapter_output
 from adapterkit.verbs.shared.adapter_output import Output
 from adapterkit.verbs.shared.lora_config import NO_MODULES
+from adapterkit.verbs.shared.options import TruncationOptions
 
 
 @dataclass(frozen=True)

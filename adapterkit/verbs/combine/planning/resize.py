@@ -23,6 +23,8 @@ from adapterkit.core.merge.sites import join, levels_of, names_of, targets_of
 from adapterkit.core.plan import Plan, Task
 from adapterkit.core.records import Json
 from adapterkit.core.shared_options import TruncationOptions
+from adapterkit.core.weights.names import Names
+from adapterkit.verbs.combine.planning.output_norms import in_output_norms
 from adapterkit.verbs.combine.records.resize import Resize
 from adapterkit.verbs.combine.tasks.truncate import (
     ConvertedFactors,
@@ -32,6 +34,7 @@ from adapterkit.verbs.combine.tasks.truncate import (
     within_shares,
 )
 from adapterkit.verbs.shared import adapter_output
+from adapterkit.verbs.shared.options import TruncationOptions
 
 if TYPE_CHECKING:
     from adapterkit.adapters.kinds.common import Delta, Kind

@@ -12,8 +12,8 @@ from adapterkit.core.options import (
     option,
     record,
 )
-from adapterkit.core.shared_options import factor_dtype_option
 from adapterkit.core.verb import WritingVerb, function_of
+from adapterkit.verbs.shared.options import factor_dtype_option
 
 
 @record

@@ -19,22 +19,24 @@ from adapterkit.core.options import (
     record,
 )
 from adapterkit.core.registry import declarations, load
-from adapterkit.core.run_options import adapter_output_option
 from adapterkit.core.shared_options import (
     SEVERAL,
     MethodOptions,
     base_option,
-    energy_option,
-    factor_dtype_option,
-    length_option,
-    rank_option,
     seed_option,
-    tokenizer_option,
     weight_for_option,
     weights_option,
 )
 from adapterkit.core.verb import WritingVerb, function_of
 from adapterkit.verbs.combine.methods import ALIASES
+from adapterkit.verbs.shared.options import (
+    adapter_output_option,
+    energy_option,
+    factor_dtype_option,
+    length_option,
+    rank_option,
+    tokenizer_option,
+)
 
 if TYPE_CHECKING:
     from adapterkit.core.plan import Plan

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
 from adapterkit.core.registry import load
-from adapterkit.core.shared_options import (
-    ModuleFilters,
+from adapterkit.core.shared_options import ModuleFilters
+from adapterkit.core.verb import WritingVerb, function_of
+from adapterkit.verbs.shared.options import (
     TruncationOptions,
     covariances_option,
     factor_dtype_option,
 )
-from adapterkit.core.verb import WritingVerb, function_of
 
 if TYPE_CHECKING:
     from adapterkit.core.plan import Plan

@@ -2,14 +2,14 @@
 approximation of each delta, by its singular values."""
 
 from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
-from adapterkit.core.run_options import adapter_output_option
-from adapterkit.core.shared_options import (
+from adapterkit.core.shared_options import base_option
+from adapterkit.core.verb import WritingVerb, function_of
+from adapterkit.verbs.shared.options import (
     TruncationOptions,
-    base_option,
+    adapter_output_option,
     covariances_option,
     factor_dtype_option,
 )
-from adapterkit.core.verb import WritingVerb, function_of
 
 
 @record

@@ -11,17 +11,17 @@ from adapterkit.core.options import (
     option,
     record,
 )
-from adapterkit.core.run_options import adapter_output_option
-from adapterkit.core.shared_options import (
+from adapterkit.core.shared_options import base_option
+from adapterkit.core.verb import WritingVerb, function_of
+from adapterkit.verbs.shared.options import (
     EXACT_BY_DEFAULT,
     FOR_AMBIGUOUS_PARAMETERS,
-    base_option,
+    adapter_output_option,
     energy_option,
     factor_dtype_option,
     rank_option,
     tokenizer_option,
 )
-from adapterkit.core.verb import WritingVerb, function_of
 
 
 @record

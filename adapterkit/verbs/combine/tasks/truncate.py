@@ -20,13 +20,14 @@ from adapterkit.core.errors import Refused, listed
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.options import bytes_text
 from adapterkit.core.plan import READ, Change, Finalize, Metrics, Task, TaskResult, unchanged
-from adapterkit.core.shared_options import TruncationOptions
 from adapterkit.core.tasks.common import FactorsTask
 from adapterkit.core.tasks.metrics import short
 from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels.lowrank import algebra, weighted
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.verbs.shared.statistics_file import read_root, root_memory, select_covariances
+from adapterkit.verbs.shared.options import TruncationOptions
+from adapterkit.verbs.shared.statistics_file import read_root, root_memory
 
 if TYPE_CHECKING:
     from adapterkit.adapters.kinds.common import Delta

@@ -11,7 +11,7 @@ from typing import Any
 
 from adapterkit.core.checkpoint.strict import strict_json
 from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, did_you_mean, shown
-from adapterkit.core.optional import optional
+from adapterkit.core.lazy import optional
 from adapterkit.core.options import StrPath
 from adapterkit.core.records import Json
 

@@ -1,0 +1,183 @@
+"""Options that several verbs have, but merge and verify have not."""
+
+import math
+from typing import Any
+
+from adapterkit.core.options import (
+    ABOVE_0,
+    COUNT,
+    DTYPE,
+    FLAG,
+    REGEX,
+    SHARE_ABOVE_0,
+    SIZE,
+    TARGETS,
+    OptionRecord,
+    choice,
+    number,
+    option,
+    record,
+)
+from adapterkit.core.shared_options import OUTPUT_FOLDER, QUANTIZED, statistics_option
+
+FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
+EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
+
+
+def adapter_output_option() -> Any:
+    """`out` of a verb that makes one adapter of others."""
+    return option(
+        check=OUTPUT_FOLDER,
+        metavar="DIR|FILE.safetensors|hf://ORG/NAME",
+        help="Output folder (published atomically), a file in the layout that the (first) adapter "
+        "has, or a repository of the Hub (one commit).",
+    )
+
+
+def factor_dtype_option() -> Any:
+    """The dtype of factors."""
+    help, flags = "Dtype of the LoRA factors.", ("--dtype", "--factor-dtype")
+    return option(default="fp32", check=DTYPE, help=help, flags=flags)
+
+
+def targets_option(default: str, modules: str = "Modules that get factors") -> Any:
+    """Which modules are meant, of which `default` says what holds without it."""
+    return option(
+        default=None,
+        check=TARGETS,
+        metavar="NAMES|REGEX",
+        help=f"{modules}: all-linear, comma-separated name suffixes (q_proj,v_proj), or a regex "
+        f"for whole names (default: {default}).",
+    )
+
+
+def covariances_option() -> Any:
+    """The covariances by which factors are fitted."""
+    help = "Input covariances: minimize output error instead of weight error."
+    return statistics_option(help)
+
+
+def rank_option(default: str = "") -> Any:
+    """The rank of a result, of which `default` says what holds without it."""
+    help = f"Refit each module to this rank{default}."
+    return option(default=None, check=COUNT, help=help, excludes=("energy", "space=factors"))
+
+
+def energy_option() -> Any:
+    """The energy that the result keeps."""
+    help = "Refit each module to the smallest rank that keeps this share of its energy."
+    return option(default=None, check=SHARE_ABOVE_0, help=help, excludes=("space=factors",))
+
+
+def tokenizer_option() -> Any:
+    """Whose tokenizer the result has."""
+    return option(
+        default=None,
+        check=choice(("base", "adapter")),
+        help="adapter: copy the adapters' tokenizer (the default if they have one); base: copy "
+        "none.",
+    )
+
+
+def length_option(**more: object) -> Any:
+    """Where samples end."""
+    return option(
+        default=None,
+        check=COUNT,
+        help="Cut samples to this many tokens (default: 512, or the model's positions).",
+        **more,
+    )
+
+
+def whole_option() -> Any:
+    """Whether a model runs as a whole."""
+    return option(
+        default=False,
+        check=FLAG,
+        help="Hold the whole model in memory instead of one layer at a time.",
+    )
+
+
+def activations_option() -> Any:
+    """`memory` of a verb that runs a model one layer at a time."""
+    return option(
+        default=None,
+        check=SIZE,
+        metavar="SIZE",
+        help="Memory for activations, which go to disk beyond it, e.g. 8GB (default: a quarter of "
+        "RAM).",
+    )
+
+
+@record
+class ScaleOptions(OptionRecord):
+    """Rank and scale of a new adapter."""
+
+    rank: int = option(check=COUNT, help="Rank of the LoRA factors.")
+    alpha: float | None = option(
+        default=None, check=ABOVE_0, help="lora_alpha (default: the rank, for a scale of 1)."
+    )
+    rslora: bool = option(default=False, check=FLAG, help="Use the scale alpha / sqrt(rank).")
+
+    @property
+    def lora_alpha(self) -> float:
+        return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@record
+class TruncationOptions(OptionRecord):
+    """How many singular values of a delta stay: by a number, a share of the energy, a ratio to the
+    largest one, or a size of the file for all modules."""
+
+    one_needed = ("rank", "energy", "sv_ratio", "max_size")
+
+    rank: int | None = option(default=None, check=COUNT, help="Rank of each module.")
+    energy: float | None = option(
+        default=None,
+        check=SHARE_ABOVE_0,
+        help="Smallest rank of each module that keeps this energy share.",
+    )
+    sv_ratio: float | None = option(
+        default=None,
+        check=number("a number of at least 1", lambda value: value >= 1),
+        help="Keep singular values of at least the largest one divided by this.",
+    )
+    max_size: str | int | None = option(
+        default=None,
+        check=SIZE,
+        metavar="SIZE",
+        help="Largest file, e.g. 50MB: ranks go to the largest singular values.",
+    )
+
+    @property
+    def size(self) -> int:
+        """`max_size` in bytes."""
+        return int(self.max_size or 0)
+
+    def max_rank(self, full: int) -> int:
+        """The largest rank that a delta of full rank `full` can get."""
+        return min(self.rank, full) if self.rank is not None else full
+
+
+@record
+class BlockOptions(OptionRecord):
+    """What is quantized, and in which blocks."""
+
+    section = QUANTIZED
+
+    skip: str | None = option(
+        default=None,
+        check=REGEX,
+        metavar="REGEX",
+        help="Do not quantize modules whose name matches this regex.",
+    )
+    block_size: int | None = option(
+        default=None, check=COUNT, help="Values that share a scale (nf4, fp4: 64; w4a16: 128)."
+    )
+    double_quant: bool = option(
+        default=False, check=FLAG, help="Quantize the scales too (nf4, fp4)."
+    )
