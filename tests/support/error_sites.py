@@ -72,7 +72,8 @@ def _kind(call: ast.Call) -> str:
 
 
 def _code(call: ast.Call, scope: tuple[ast.AST, ...]) -> str:
-    """The code that a call gives, or that of the `Problems` of this function to which it adds."""
+    """The code that a call gives, or that of the `Problems` of this function or class to which it
+    adds."""
     if code := _own_code(call) or CLASSES.get(ast.unparse(call.func), ""):
         return code
     if not isinstance(call.func, ast.Attribute):
@@ -80,7 +81,9 @@ def _code(call: ast.Call, scope: tuple[ast.AST, ...]) -> str:
     errors = call.func.value
     if isinstance(errors, ast.Call):
         return _own_code(errors)
-    made = (_own_code(value) for name, value in _assigned(scope[-1]) if name == ast.unparse(errors))
+    name = ast.unparse(errors)
+    home = scope[0] if name.startswith("self.") else scope[-1]
+    made = (_own_code(value) for own, value in _assigned(home) if own == name)
     return next(filter(None, made), "")
 
 

@@ -116,7 +116,7 @@ class _Recipe:
 
     def __init__(self, document: RecipeDocument, where: str):
         self.document, self.method = document, document.merge_method
-        self.errors = Problems(where=where, hint=HINT)
+        self.errors = Problems(where=where, hint=HINT, code="AK113")
         self._check_document()
         self.inputs = document.models or tuple(s for one in document.slices for s in one.sources)
         self._split_references()
@@ -136,31 +136,24 @@ class _Recipe:
         return counts.pop() if len(counts) == 1 else 0
 
     def _check_document(self) -> None:
-        document, errors = self.document, self.errors
+        document = self.document
         if self.method not in (*SPARSE, "linear", "nuslerp", "sce"):
             known = ", ".join((*SPARSE, "linear", "nuslerp", "sce"))
             reason = OTHERS.get(self.method, "is not known here")
             hint = did_you_mean([self.method], known.split(", ")) or "use one of these"
-            errors.add(f"merge_method {shown(self.method)} {reason}", known, hint, code="AK113")
+            self.errors.add(f"merge_method {shown(self.method)} {reason}", known, hint)
         if len(document.slices) > 1 or document.modules or not (document.models or document.slices):
             problem = "modules, or several slices: layers of models put together anew"
-            errors.add(
-                problem,
-                "models, or one slice of all layers",
-                "see mergekit for these",
-                code="AK113",
-            )
+            self.errors.add(problem, "models, or one slice of all layers", "see mergekit for these")
         for name in ("tokenizer", "chat_template"):
             if getattr(document, name) is not None:
-                errors.add(name, "the base's", f"remove {name}; the base's is copied", code="AK113")
+                self.errors.add(name, "the base's", f"remove {name}; the base's is copied")
         if document.tokenizer_source not in (None, "base", document.base_model):
             problem = f"tokenizer_source {shown(str(document.tokenizer_source))}"
-            errors.add(problem, "base", "give tokenizer_source: base", code="AK113")
+            self.errors.add(problem, "base", "give tokenizer_source: base")
         for dtype in filter(None, (document.dtype, document.out_dtype)):
             if dtype not in DTYPES:
-                errors.add(
-                    f"dtype {shown(dtype)}", ", ".join(DTYPES), "give one of these", code="AK113"
-                )
+                self.errors.add(f"dtype {shown(dtype)}", ", ".join(DTYPES), "give one of these")
 
     def _split_references(self) -> None:
         """The base, the adapters' paths, and of each input the number of its adapter, or None."""
@@ -169,21 +162,17 @@ class _Recipe:
         self.base, self.paths, self.numbers = self.document.base_model or "", [], []
         if len({*bases}) > 1 or not bases:
             problem = f"{len(bases)} bases: {listed(sorted(map(str, bases)))}"
-            self.errors.add(
-                problem, "one base, of all inputs", "write each as BASE+ADAPTER", code="AK113"
-            )
+            self.errors.add(problem, "one base, of all inputs", "write each as BASE+ADAPTER")
             return
         self.base = str(bases.pop())
         for base, lora in pairs:
             path = lora or ("" if base == self.base else base)
             if path in self.paths or (not path and None in self.numbers):
-                self.errors.add(
-                    f"{shown(path or base)} twice", "each input once", "remove one", code="AK113"
-                )
+                self.errors.add(f"{shown(path or base)} twice", "each input once", "remove one")
             self.numbers.append(len(self.paths) if path else None)
             self.paths += [path] if path else []
         if not self.paths:
-            self.errors.add("no adapter", "inputs BASE+ADAPTER", "name them so", code="AK113")
+            self.errors.add("no adapter", "inputs BASE+ADAPTER", "name them so")
 
     def _modules_of(self, adapter: Adapter) -> list[str]:
         others = {
@@ -193,9 +182,7 @@ class _Recipe:
         }
         for what in (name for name, found in others.items() if found):
             problem = f"{adapter.name} has {what}"
-            self.errors.add(
-                problem, "factors of modules alone", "merge it without a recipe", code="AK113"
-            )
+            self.errors.add(problem, "factors of modules alone", "merge it without a recipe")
         return list(dict.fromkeys(lora.module for lora in adapter.loras))
 
     def _check_layers(self) -> None:
@@ -203,9 +190,7 @@ class _Recipe:
             if one.layer_range != (0, self.layers):
                 problem = f"layer_range {list(one.layer_range)} of {shown(one.model)}"
                 expected = f"all layers: [0, {self.layers}]"
-                self.errors.add(
-                    problem, expected, "see mergekit for stacks of layers", code="AK113"
-                )
+                self.errors.add(problem, expected, "see mergekit for stacks of layers")
 
     # -- parameters --------------------------------------------------------------------------------
 
@@ -230,7 +215,7 @@ class _Recipe:
         if number is None:
             problem = f"{name} of {shown(self.inputs[which].model)} on {shown(module)}"
             problem += " is missing" if value is None else f" = {shown(repr(value))}"
-            self.errors.add(problem, "a number", "give it in the input's parameters", code="AK113")
+            self.errors.add(problem, "a number", "give it in the input's parameters")
         return 0.0 if number is None else number
 
     def _shared(self, name: str, default: Any, which: Sequence[int | None] = (None,)) -> Any:
@@ -242,9 +227,7 @@ class _Recipe:
         if len(values) == 1 and fits(value := values.pop()):
             return value if isinstance(default, bool) else finite(value)
         shown_values = ", ".join(sorted(shown(repr(value)) for value in values)) or "another value"
-        self.errors.add(
-            f"{name}: {shown_values}", "one value for all tensors", "give one", code="AK113"
-        )
+        self.errors.add(f"{name}: {shown_values}", "one value for all tensors", "give one")
         return default
 
     def _check_names(self, shared: Sequence[str], own: Sequence[str] = ()) -> None:
@@ -255,9 +238,7 @@ class _Recipe:
         for allowed, table in tables:
             for name in sorted({*map(str, table)} - allowed):
                 expected = ", ".join(sorted(allowed)) or "none there"
-                self.errors.add(
-                    f"parameter {shown(name)} of {self.method}", expected, "remove it", code="AK113"
-                )
+                self.errors.add(f"parameter {shown(name)} of {self.method}", expected, "remove it")
 
     # -- methods -----------------------------------------------------------------------------------
 
@@ -297,9 +278,7 @@ class _Recipe:
             total = math.fsum(weights.values())
             if abs(total) < 1e-8:
                 if exact:
-                    self.errors.add(
-                        f"weights that add up to 0 on {shown(module)}", "a sum", HINT, code="AK113"
-                    )
+                    self.errors.add(f"weights that add up to 0 on {shown(module)}", "a sum", HINT)
                 total = 1.0
             values |= {
                 (n, module): weights[i] / total
@@ -313,18 +292,14 @@ class _Recipe:
         places = range(len(self.inputs))
         if self.document.base_model and None not in self.numbers:
             problem = "base_model of linear, without a weight among the models"
-            self.errors.add(
-                problem, "its weight", "add it to models, or remove base_model", code="AK113"
-            )
+            self.errors.add(problem, "its weight", "add it to models, or remove base_model")
         if self._shared("normalize", True):
             return self._divided(places, exact=True), {}
         for module in dict.fromkeys(name for own in self.modules for name in own):
             total = math.fsum(self._number("weight", module, i) for i in places)
             if abs(total - 1) > 1e-9:
                 problem = f"normalize: false, and weights of {shown(module)} that add up to {total}"
-                self.errors.add(
-                    problem, "1: else the base itself is scaled", "normalize them", code="AK113"
-                )
+                self.errors.add(problem, "1: else the base itself is scaled", "normalize them")
         return self._weights(), {}
 
     def _sparse(self) -> tuple[Values, Json]:
@@ -383,21 +358,17 @@ class _Recipe:
         first, *others = (set(own) for own in self.modules)
         if different := sorted({name for own in others for name in own ^ first}):
             problem = f"only some of the adapters have {listed(different)}"
-            self.errors.add(
-                problem, f"the same modules in all, for {self.method}", HINT, code="AK113"
-            )
+            self.errors.add(problem, f"the same modules in all, for {self.method}", HINT)
 
     def _nuslerp(self) -> tuple[Values, Json]:
         self._check_names(("nuslerp_row_wise", "nuslerp_flatten"), ("weight",))
         if self._shared("nuslerp_row_wise", False) or not self._shared("nuslerp_flatten", True):
-            self.errors.add(
-                "an arc for each row or column", "nuslerp_flatten: true", "remove it", code="AK113"
-            )
+            self.errors.add("an arc for each row or column", "nuslerp_flatten: true", "remove it")
         if not self.document.base_model or len(self.paths) != 2:
             problem = f"nuslerp of {len(self.paths)} adapters" + (
                 "" if self.document.base_model else f", without base_model: it then {WHOLE}"
             )
-            self.errors.add(problem, "two, and base_model", "give base_model", code="AK113")
+            self.errors.add(problem, "two, and base_model", "give base_model")
             return {}, {}
         self._check_same_modules()
         values: Values = {}
@@ -407,9 +378,7 @@ class _Recipe:
             t = two / (one + two) if abs(one + two) >= 1e-6 else 0.5
             if not 0 <= t <= 1:
                 problem = f"weights {one:g} and {two:g} on {shown(module)}"
-                self.errors.add(
-                    problem, "a place between the two", "give weights of one sign", code="AK113"
-                )
+                self.errors.add(problem, "a place between the two", "give weights of one sign")
             values |= {(0, module): 1 - t, (1, module): t}
         return values, {"method": "slerp"}
 
