@@ -39,7 +39,7 @@ from adapterkit.many.workers.finish import finish_workers
 from adapterkit.many.workers.job_identity import WorkerJob, prepare_workers
 from adapterkit.many.workers.ranges import accepts, units
 from adapterkit.many.workers.stage import WorkerStage
-from adapterkit.many.workers.worker import Heartbeat, Worker
+from adapterkit.many.workers.worker import Heartbeat, make_share
 
 RETRIES = 3  # of the task of a lost worker
 OPTIONS = {"scheduling_strategy": "SPREAD", "max_retries": RETRIES, "retry_exceptions": False}
@@ -232,9 +232,8 @@ def _run_worker(
                 code="AK610",
             )
         pick_device(how.device)
-        Worker(job, worker, worker_count, workers=workers, wait=math.inf).make(
-            ray.get(stored[0]), how
-        )
+        plan: Any = ray.get(stored[0])
+        make_share(plan, job, how, worker, worker_count, workers=workers, wait=math.inf)
     except AdapterkitError as error:
         return _as_data(error)
     return None

@@ -10,7 +10,7 @@ import hashlib
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from adapterkit.core.errors import (
     Refused,
     Unrecoverable,
     Waiting,
-    listed,
 )
 from adapterkit.core.lazy import torch
 from adapterkit.core.options import Progress, expect
@@ -67,82 +66,52 @@ class Outcome:
     finished: bool = False  # the output, by another process
 
 
-@dataclass
-class Worker:
-    """One worker: makes files until none is left for it. `outcome` is there
-    afterwards. `only`: these files and no others."""
-
-    job: WorkerJob
-    worker: int
-    worker_count: int
-    device: str | None = None
-    workers: int | None = None
-    wait: float = WAIT
-    dry_run: bool = False
-    only: Sequence[str] | None = None
-    outcome: Outcome | None = None
-
-    def make(self, plan: Plan, execution: RunOptions) -> Plan:
-        """Make files of a plan; the plan."""
-        self.job.check(plan)
-        plan, device = place(plan, self.device or execution.device, own_gpu())
-        made = {
-            unit.name: unit for unit in units(plan.shards, self.worker_count, pick_device(device))
-        }
-        # whoever is last makes what all have collected for it
-        sizes = [
-            (name, unit.size) for name, unit in made.items() if not unit.collection or unit.range
-        ]
-        share = list(self.only or assigned(sizes, self.worker_count)[self.worker])
-        if unknown := [name for name in share if name not in made]:
-            raise Refused(
-                f"the plan has no file {listed(unknown)}",
-                expected=f"some of {listed([*made])}",
-                where="the plan file",
-                hint="make the plan again",
-                code="AK610",
-            )
-        outcome = self.outcome = Outcome(self.worker, self.worker_count, share)
-        if not self.dry_run:
-
-            def run(stage: WorkerStage) -> None:
-                work = _WorkerRun(plan, made, stage, outcome, device, self.workers, execution)
-                work.make_files(self.wait, steal=self.only is None)
-
-            of_plan = accepts(plan, hashed=execution.hash == "sha256")
-            self._at_work(stage_of(plan, Path(execution.out)), run, of_plan)
-        return plan
-
-    def _at_work(
-        self,
-        whole: Stage,
-        run: Callable[[WorkerStage], None],
-        accepts: Callable[[ShardResult], bool],
-    ) -> None:
-        """Let `run` make files; what becomes of its errors, and of what it does not finish."""
-        assert self.outcome is not None
-        stage = WorkerStage(whole.control, self.job.digest, self.worker, accepts=accepts)
-        if not stage.exists() and _is_ended(whole, self.job):
-            self.outcome.finished = True
-            return
-        try:
-            run(stage)
-        except Unrecoverable as error:
-            with contextlib.suppress(AdapterkitError):
-                stage.fail(f"{error.where}: {error.problem}")
+def make_share(
+    plan: Plan,
+    job: WorkerJob,
+    how: RunOptions,
+    worker: int,
+    worker_count: int,
+    *,
+    device: str | None = None,
+    workers: int | None = None,
+    wait: float = WAIT,
+    dry_run: bool = False,
+) -> Outcome:
+    """Make files of a plan as one worker, until none is left for it; what it did."""
+    job.check(plan)
+    plan, device = place(plan, device or how.device, own_gpu())
+    made = {unit.name: unit for unit in units(plan.shards, worker_count, pick_device(device))}
+    # whoever is last makes what all have collected for it
+    sizes = [(name, unit.size) for name, unit in made.items() if not unit.collection or unit.range]
+    outcome = Outcome(worker, worker_count, assigned(sizes, worker_count)[worker])
+    if dry_run:
+        return outcome
+    whole = stage_of(plan, Path(how.out))
+    of_plan = accepts(plan, hashed=how.hash == "sha256")
+    stage = WorkerStage(whole.control, job.digest, worker, accepts=of_plan)
+    if not stage.exists() and _is_ended(whole, job):
+        outcome.finished = True
+        return outcome
+    try:
+        _WorkerRun(plan, made, stage, outcome, device, workers, how).make_files(wait)
+    except Unrecoverable as error:
+        with contextlib.suppress(AdapterkitError):
+            stage.fail(f"{error.where}: {error.problem}")
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "stopped; finished files are kept",
+            where=str(stage.path),
+            hint="run the same command again",
+        ) from None
+    except Exception:  # whatever comes of a folder that another process made the output of
+        if stage.exists() or not _is_ended(whole, job):
             raise
-        except KeyboardInterrupt:
-            raise Interrupted(
-                "stopped; finished files are kept",
-                where=str(stage.path),
-                hint="run the same command again",
-            ) from None
-        except Exception:  # whatever comes of a folder that another process made the output of
-            if stage.exists() or not _is_ended(whole, self.job):
-                raise
-            self.outcome.finished = True
-        finally:
-            stage.leave()
+        outcome.finished = True
+    finally:
+        stage.leave()
+    return outcome
 
 
 def _is_ended(stage: Stage, job: WorkerJob) -> bool:
@@ -189,7 +158,7 @@ class _WorkerRun:
         self.done: set[str] = set()
         self.watch = Liveness(stage)
 
-    def make_files(self, wait: float, *, steal: bool) -> None:
+    def make_files(self, wait: float) -> None:
         """Make files until none is left that this worker can make. Raises `Waiting` after `wait`
         seconds for what its own need, `Refused` where the job failed or its folder is gone."""
         self.marks.check(self.units)
@@ -202,7 +171,7 @@ class _WorkerRun:
                 own = [name for name in self.outcome.share if name in todo]
                 if own_ready := [name for name in own if name in ready]:
                     self._make(own_ready, heartbeat)
-                elif name := self._free(ready, heartbeat) if steal else None:
+                elif name := self._free(ready):
                     self._make([name], heartbeat, shared=True)
                 elif own:
                     if waited >= wait:
@@ -210,7 +179,7 @@ class _WorkerRun:
                     time.sleep(POLL)
                     waited += POLL
                     continue
-                elif not todo or not steal or all(map(self.watch.advancing, ready)):
+                elif not todo or all(map(self.watch.advancing, ready)):
                     self.outcome.left = todo
                     return
                 else:
@@ -232,7 +201,7 @@ class _WorkerRun:
             return True
         return unit.file in parts and tiling(parts[unit.file], unit.layout.size) is not None
 
-    def _free(self, ready: Sequence[str], heartbeat: "Heartbeat") -> str | None:
+    def _free(self, ready: Sequence[str]) -> str | None:
         """A file that nobody is at: from the end, as its worker begins with the longest; workers
         that look at the same time take different ones."""
         free = [name for name in reversed(ready) if not self.watch.alive(name)]

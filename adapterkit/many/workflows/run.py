@@ -1,6 +1,5 @@
 """run: one process's share of a plan file, or the steps of a pipeline."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from adapterkit.core.plan import Plan
     from adapterkit.core.receipt import Receipt
     from adapterkit.many.workers.worker import Outcome
-    from adapterkit.many.workflows.plan_file import PlanFile
 
 OF_PLAN_FILES, OF_RECIPES = ("worker", "workers", "wait"), ("out",)
 OF_PIPELINES = ("overwrite", "engine", "allow_push")
@@ -137,8 +135,6 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
     def run(self) -> "Outcome | Json | Receipt | Plan":
-        from adapterkit.many.workers.launcher import worker_of
-        from adapterkit.many.workflows.plan_file import read_plan
         from adapterkit.many.workflows.workflow import run_pipeline
 
         if Path(self.file).suffix in RECIPES:
@@ -155,15 +151,30 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
                 progress=self.progress,
             )
         self._refuse((*OF_PIPELINES, *OF_RECIPES), "a plan file")
-        return run_worker(
-            read_plan(self.file),
-            *worker_of(self.worker),
-            device=self.device,
-            workers=self.workers,
-            wait=self.wait,
-            dry_run=self.dry_run,
-            progress=self.progress,
-        )
+        return self.make_share()
+
+    def make_share(self) -> "Outcome":
+        """Make the share that this process has of a plan file's output."""
+        from adapterkit.core.engine.execution import check_out
+        from adapterkit.many.workers.launcher import worker_of
+        from adapterkit.many.workers.worker import make_share
+        from adapterkit.many.workflows.plan_file import again, read_plan
+
+        plan_file, numbers = read_plan(self.file), worker_of(self.worker)
+        verb = replace(plan_file.verb, resume=True, progress=self.progress)
+        with again(verb):
+            plan = verb.plan()
+            check_out(plan, verb)
+            return make_share(
+                plan,
+                plan_file.job,
+                verb,
+                *numbers,
+                device=self.device,
+                workers=self.workers,
+                wait=self.wait,
+                dry_run=self.dry_run,
+            )
 
     def merge(self) -> "Merge":
         """The merge that a recipe describes."""
@@ -189,33 +200,6 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
                 hint=f"remove {options}",
                 code="AK102",
             )
-
-
-def run_worker(
-    plan_file: "PlanFile",
-    worker: int,
-    worker_count: int,
-    *,
-    only: Sequence[str] | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    wait: float = WAIT,
-    dry_run: bool = False,
-    progress: Progress = no_progress,
-) -> "Outcome":
-    """`run` of a plan file that was read; with `only` exactly these files."""
-    from adapterkit.core.engine.execution import check_out
-    from adapterkit.many.workers.worker import Worker
-    from adapterkit.many.workflows.plan_file import again
-
-    verb = replace(plan_file.verb, resume=True, progress=progress)
-    own = Worker(plan_file.job, worker, worker_count, device, workers, wait, dry_run, only)
-    with again(verb):
-        plan = verb.plan()
-        check_out(plan, verb)
-        own.make(plan, verb)
-    assert own.outcome is not None
-    return own.outcome
 
 
 run = function_of(Run)
