@@ -44,8 +44,6 @@ IDENTITY = ("size", "modified", "changed")
 SLACK = 128
 HANDOFF_FOLDER = -1  # of tensors that an earlier output file hands on
 READ = {"read": True}  # metadata of fields that hold tensors which are read
-
-
 # (block of rows, number of its first row): changes the block in place
 Apply = Callable[[Tensor, int], None]
 
@@ -225,8 +223,6 @@ class Step:
 
 
 Metrics = dict[str, Any]  # of a task or a tensor, for the receipt
-
-
 PIECE_BYTES = 40  # of temporaries, for each element of a piece
 
 
@@ -640,38 +636,30 @@ class Plan:
             for shard in self.shards
             for step, stored in zip(shard.steps, shard.layout.tensors, strict=False)
         ]
-        changed = [(step, stored) for step, stored in steps if not step.copied]
-        as_is = [stored for task in tasks if task.copied for stored in task.max_outputs]
-        computed = [stored for task in tasks if not task.copied for stored in task.max_outputs]
-        small = sum(self._small(file) for file in self.written_files().values())
-        readers = [*(edit for step, _ in changed for edit in step.edits), *tasks]
+        changed = [step for step, _ in steps if not step.copied]
+        copied = [stored for step, stored in steps if step.copied]
+        copied += [stored for task in tasks if task.copied for stored in task.max_outputs]
+        made = [stored for step, stored in steps if not step.copied]
+        made += [stored for task in tasks if not task.copied for stored in task.max_outputs]
+        readers = [*(edit for step in changed for edit in step.edits), *tasks]
         shared = {spec for reader in readers for spec in reader.shared_reads}  # read once for all
-        factors = sum(
-            spec.nbytes for reader in readers for spec in reader.reads if spec not in shared
-        )
-        factors += sum(spec.nbytes for spec in shared)
+        read = [spec for reader in readers for spec in reader.reads if spec not in shared]
+        read += [*shared, *(step.source for step, _ in steps)]
+        small = sum(map(self._small, self.written_files().values()))
         written = sum(shard.layout.size for shard in self.shards) + small
         collections = [shard.collection for shard in self.shards if shard.collection is not None]
         collected = {k: v for each in collections for k, v in each.totals(self.budget).items()}
         return {
             "shards": len(self.shards),
-            "tensors": len(steps) + len(as_is) + len(computed),
-            "tensors_changed": len(changed) + len(computed),
-            "bytes_copied": sum(
-                stored.nbytes
-                for stored in [*(stored for step, stored in steps if step.copied), *as_is]
-            ),
-            "bytes_changed": sum(
-                stored.nbytes for stored in [*(stored for _, stored in changed), *computed]
-            ),
-            "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
+            "tensors": len(copied) + len(made),
+            "tensors_changed": len(made),
+            "bytes_copied": sum(stored.nbytes for stored in copied),
+            "bytes_changed": sum(stored.nbytes for stored in made),
+            "bytes_read": sum(spec.nbytes for spec in read),
             "bytes_written": written,
             "disk_needed": written + self.room(self.shards),
             "memory_peak": BUFFERS * cores()
-            + max(
-                self.factors_memory((step for step, _ in changed), cores()),
-                self.tasks_memory(cores()),
-            ),
+            + max(self.factors_memory(changed, cores()), self.tasks_memory(cores())),
             **collected,
             **self.placement.totals,
         }
