@@ -65,22 +65,21 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
     check_out(plan, call)
     job, needs = WorkerJob.of(plan, call.hash), plan.needs()
     plan = prepare_workers(plan, job, call)
-    _write(
-        path,
-        {
-            "adapterkit": VERSION,
-            "version": __version__,
-            "verb": verb,
-            "arguments": arguments,
-            "fingerprint": job.fingerprint,
-            **vars(job),
-            "shards": [
-                {"file": shard.file, "size": shard.size, "needs": list(needs[shard.file])}
-                for shard in plan.shards
-            ],
-            "totals": plan.totals(),
-        },
-    )
+    content = {
+        "adapterkit": VERSION,
+        "version": __version__,
+        "verb": verb,
+        "arguments": arguments,
+        "fingerprint": job.fingerprint,
+        **vars(job),
+        "shards": [
+            {"file": shard.file, "size": shard.size, "needs": list(needs[shard.file])}
+            for shard in plan.shards
+        ],
+        "totals": plan.totals(),
+    }
+    data = json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+    replace_file(path, data, path.with_name(f".{path.name}.{os.getpid()}.part"))
     return plan
 
 
@@ -199,11 +198,6 @@ def _pinned(source: StrPath) -> str:
         return f"{named[1]}:{_pinned(named[2])}"
     hub_id = parse(text)
     return text if hub_id is None else str(replace(hub_id, revision=HubFolder(hub_id).commit))
-
-
-def _write(path: Path, content: Json) -> None:
-    data = json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
-    replace_file(path, data, path.with_name(f".{path.name}.{os.getpid()}.part"))
 
 
 @contextmanager

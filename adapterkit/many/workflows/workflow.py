@@ -69,10 +69,6 @@ class StepRun:
         return names | {"out": step.out} | self.outcome
 
     @property
-    def is_refused(self) -> bool:
-        return self.outcome["state"] == "refused"
-
-    @property
     def is_finished(self) -> bool:
         return self.mode is not None and self.mode.finished
 
@@ -103,7 +99,7 @@ def run_pipeline(
         _check_local(steps, path)
     pipeline = _Workflow(path, device, engine, overwrite, progress)
     runs = pipeline.plan(steps)
-    stopped = dry_run or any(run.is_refused for run in runs)
+    stopped = dry_run or any(run.outcome["state"] == "refused" for run in runs)
     for number, run in enumerate(runs, 1):
         if not stopped and not run.is_finished:
             try:
@@ -180,7 +176,11 @@ class _Workflow:
             for source, number in step.needs.items()
             if not runs[number - 1].is_finished
         }
-        planned = {source: _planned(source, other) for source, other in pending.items()}
+        planned = {
+            source: other.plan
+            and planned_folder(other.step.place.text, other.plan, source.place.text)
+            for source, other in pending.items()
+        }
         unknown = [source for source, folder in planned.items() if folder is None]
         folders = {source: folder for source, folder in planned.items() if folder is not None}
         verb = self._verb(step, folders)
@@ -277,14 +277,6 @@ def _dry_run(verb: WritingVerb) -> Plan:
     plan = replace(verb, dry_run=True).run()
     assert isinstance(plan, Plan)
     return plan
-
-
-def _planned(source: StepSource, other: StepRun) -> Overlay | None:
-    """What an earlier step will write where a source is; None where that is not known. `Refused`
-    where it will write nothing there."""
-    if other.plan is None:
-        return None
-    return planned_folder(other.step.place.text, other.plan, source.place.text)
 
 
 # -- the report on several jobs, each of which is done or refused on its own -----------------------
