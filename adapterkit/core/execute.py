@@ -97,7 +97,7 @@ def run(
                 return _delivered(stage, receipt, push)
             if state == "publish":
                 if _is_of_plan(stage, plan, recipe):
-                    stage.clear(keep=[*_names(plan), RECEIPT])
+                    stage.clear(keep=output_names(plan))
                 else:
                     state = "resume"  # the receipt is made again
             if state != "fresh":
@@ -141,20 +141,15 @@ def _is_of_plan(stage: Stage, plan: Plan, recipe: dict) -> bool:
     return (
         RECEIPT_CHECK.fits(receipt)
         and receipt["recipe"] == public_recipe(recipe)
-        and receipt["files"].keys() == _names(plan)
+        and {*receipt["files"], RECEIPT} == output_names(plan)
         and is_sealed(data)
         and stage.is_whole(receipt["files"])
     )
 
 
-def _names(plan: Plan) -> set[str]:
-    """The output's files, but for the receipt."""
-    return {*(shard.file for shard in plan.shards), *plan.files}
-
-
 def output_names(plan: Plan, receipt: str = RECEIPT) -> set[str]:
     """The output's files; `receipt`: the name of its receipt."""
-    return {*_names(plan), receipt}
+    return {*(shard.file for shard in plan.shards), *plan.files, receipt}
 
 
 def check_place(stage: Stage, plan: Plan, *, resume: bool, overwrite: bool) -> None:

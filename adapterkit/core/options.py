@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, dataclass_transform
 
 from adapterkit.core import dtypes
 from adapterkit.core.errors import AdapterkitError, Problems
@@ -267,9 +267,14 @@ def regex(value: object) -> str:
 
 def path(value: object) -> StrPath:
     """A path, or what else a source can be called."""
-    if not isinstance(value, str | os.PathLike) or not _is_name(os.fspath(value)):
+    if not _is_path(value):
         raise invalid_value(value, "a path", "give a text or a Path")
     return value
+
+
+def _is_path(value: object) -> TypeGuard[StrPath]:
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    return isinstance(text, str) and text != "" and "\0" not in text
 
 
 def parse_size(value: object) -> int:
@@ -367,10 +372,6 @@ def _integer(value: Any, *, flags: bool = False) -> int | None:
         return int(number) if number is not None and number.is_integer() else None
 
 
-def _is_name(text: str | bytes) -> bool:
-    return isinstance(text, str) and bool(text) and "\0" not in text
-
-
 # -- several values --------------------------------------------------------------------------------
 
 
@@ -398,7 +399,7 @@ def weighted(adapters: object) -> list[tuple[StrPath, float | None]]:
     for item in items:
         source, weight = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         number = finite(weight)
-        if not isinstance(source, str | os.PathLike) or not _is_name(os.fspath(source)):
+        if not _is_path(source):
             hint = "give a text, a Path or a pair"
             errors.append(invalid_value(item, "a source, or a source and its weight", hint))
         elif source is not item and number is None:

@@ -206,17 +206,17 @@ def create_receipt(
 def seal_receipt(receipt: dict) -> bytes:
     """The receipt's file. Its last value is the sha256 of all bytes before it; as it differs
     between two runs of one job, it stands among the timings."""
-    text = json.dumps(receipt, indent=1, ensure_ascii=False).encode().removesuffix(b"\n }\n}")
+    text = json.dumps(receipt, indent=1, ensure_ascii=False).encode()
+    return _sealed(text.removesuffix(b"\n }\n}"))
+
+
+def _sealed(text: bytes) -> bytes:
     return text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
 
 
 def is_sealed(data: bytes) -> bool:
     """Whether a receipt's bytes are those that were written."""
-    text, seal, _ = data.rpartition(SEAL)
-    return (
-        bool(seal)
-        and data == text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
-    )
+    return SEAL in data and data == _sealed(data.rpartition(SEAL)[0])
 
 
 CHANGED = "bytes that are not those that were written"

@@ -75,10 +75,15 @@ def declarations(family: str) -> dict[str, Declaration]:
         summary = " ".join(summary.split())
         for record in (node for node in module.body if isinstance(node, ast.ClassDef)):
             constants = dict(_constants(record))
+            fields = tuple(
+                item.target.id
+                for item in record.body
+                if isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and "ClassVar" not in ast.unparse(item.annotation)
+            )
             if isinstance(constants.get("name"), str):
-                declared[constants["name"]] = Declaration(
-                    file.stem, summary, constants, tuple(_fields(record))
-                )
+                declared[constants["name"]] = Declaration(file.stem, summary, constants, fields)
     return dict(sorted(declared.items()))
 
 
@@ -107,16 +112,6 @@ def _constants(record: ast.ClassDef) -> Iterator[tuple[str, Any]]:
                 yield item.targets[0].id, ast.literal_eval(item.value)
             except ValueError:  # computed
                 continue
-
-
-def _fields(record: ast.ClassDef) -> Iterator[str]:
-    for item in record.body:
-        if (
-            isinstance(item, ast.AnnAssign)
-            and isinstance(item.target, ast.Name)
-            and "ClassVar" not in ast.unparse(item.annotation)
-        ):
-            yield item.target.id
 
 
 def create(family: str, name: str, settings: dict[str, object]) -> object:

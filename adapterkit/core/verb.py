@@ -107,7 +107,7 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         return {name: value for name in computing if (value := getattr(self, name))}
 
     def run(self) -> "Receipt | Plan":
-        with load("core.engine.execution:pinned_inputs")(self):
+        with import_module("adapterkit.core.engine.execution").pinned_inputs(self):
             return self.carry_out(self.plan())
 
     def carry_out(self, plan: "Plan", *, push: bool = True) -> "Receipt | Plan":
