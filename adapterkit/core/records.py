@@ -273,26 +273,18 @@ def misnamed(
     names: Iterable[str], checks: Mapping[str, Check], needed: Iterable[str]
 ) -> list[AdapterkitError]:
     """What is wrong with the words of a table: some are missing, or unknown; to be `placed`."""
-    errors = _missing(checks, set(needed) - set(names))
+    errors = Problems(_missing(checks, set(needed) - set(names)), code="AK101")
     for name in sorted(map(str, set(names) - checks.keys())):
         hint, expected = did_you_mean([name], checks) or "remove it", ", ".join(checks) or "nothing"
-        errors.append(
-            Refused(" is unknown", expected=expected, where=f".{name}", hint=hint, code="AK101")
-        )
+        errors.add(" is unknown", expected, hint, where=f".{name}")
     return errors
 
 
 def _missing(checks: Mapping[str, Check], names: Iterable[str]) -> list[AdapterkitError]:
-    return [
-        Refused(
-            " is missing",
-            expected=checks[name].expected,
-            where=f".{name}",
-            hint="give it",
-            code="AK101",
-        )
-        for name in sorted(names)
-    ]
+    errors = Problems(hint="give it", code="AK101")
+    for name in sorted(names):
+        errors.add(" is missing", checks[name].expected, where=f".{name}")
+    return errors
 
 
 def also(check: Check, expected: str, fits: Callable[[Any], object]) -> Check:
