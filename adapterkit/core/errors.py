@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXAMPLES = 3  # errors of one cause that are printed
+WARNING = "WARNING: "  # begins a note of a plan that matters most
 # a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
 _VARIABLE = re.compile(
     r"\([\d, ]*\)|(?<![^\s:;,'\"()])[^\s:;,'\"()\d._]*+[\d._](?:\.*+[^\s:;,'\"().])++|\d+"
 )
-
-
-WARNING = "WARNING: "  # begins a note of a plan that matters most
 
 
 class AdapterkitError(Exception):

@@ -111,9 +111,9 @@ class OptionRecord:
         errors, fields = Problems(), type(self).__dataclass_fields__
         given = {name: v for name, v in vars(self).items() if v is not fields[name].default}
         for name, value in given.items():
+            check = fields[name].metadata["option"].check
             with errors.collected():
-                value = checked(name, fields[name].metadata["option"].check, value)
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, checked(name, check, value))
         Problems(errors or self._conflicts(given)).raise_all()
 
     def __eq__(self, other: object) -> bool:
@@ -243,9 +243,13 @@ def number(expected: str, fits: Callable[[float], bool]) -> Check:
 
 def flag(value: object) -> bool:
     """True or false, also as a number."""
-    if _integer(value, flags=True) not in (0, 1) or isinstance(value, str):
+    if not _is_flag(value) and (isinstance(value, str) or _integer(value) not in (0, 1)):
         raise ValueError
     return bool(value)
+
+
+def _is_flag(value: object) -> bool:
+    return type(value).__name__ in ("bool", "bool_")  # numpy's too
 
 
 def text(value: object) -> str:
@@ -359,10 +363,10 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _integer(value: Any, *, flags: bool = False) -> int | None:
+def _integer(value: Any) -> int | None:
     """The integer that a value is, or spells; None for anything else."""
-    if type(value).__name__ in ("bool", "bool_"):  # numpy's too
-        return int(value) if flags else None
+    if _is_flag(value):
+        return None
     if isinstance(value, str):
         return int(value) if re.fullmatch(r"[+-]?\d{1,30}", value.strip(), re.ASCII) else None
     try:
@@ -398,7 +402,7 @@ def weighted(adapters: object) -> list[tuple[StrPath, float | None]]:
     pairs, errors = [], Problems()
     for item in items:
         source, weight = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-        number = finite(weight)
+        number = None if weight is None else finite(weight)
         if not _is_path(source):
             hint = "give a text, a Path or a pair"
             errors.append(invalid_value(item, "a source, or a source and its weight", hint))
@@ -462,11 +466,8 @@ FUNCTION, PROGRESS = Check("a function", function), Check("a function", progress
 DEVICE = Check("auto, cpu, cuda or cuda:i", device, hint=ONE_OF)
 DTYPE = Check(" or ".join(dtypes.SHORT), dtype, tuple(dtypes.SHORT), ONE_OF)
 COMPAT = choice(("peft",))
-COUNT, SEED, SHARE = (
-    integer(),
-    integer(0, MOST_SEED),
-    number("a share, 0 to 1", lambda x: 0 <= x <= 1),
-)
+COUNT, SEED = integer(), integer(0, MOST_SEED)
+SHARE = number("a share, 0 to 1", lambda x: 0 <= x <= 1)
 SHARE_ABOVE_0 = number("a share above 0, at most 1", lambda x: 0 < x <= 1)
 ABOVE_0 = number("a number above 0", lambda x: x > 0)
 NUMBER = number("a finite number", lambda x: True)

@@ -442,11 +442,11 @@ class OutputFile:
     @property
     def size(self) -> int:
         """Bytes, at most; of a block its share of them."""
-        if self.collection is not None and self.range is not None:
+        if self.range is None:
+            return self.layout.size + SLACK * len(self.variable_size)
+        if self.collection is not None:
             return self.layout.size // self.collection.blocks
-        if self.range is not None:
-            return self.range[1] - self.range[0]
-        return self.layout.size + SLACK * len(self.variable_size)
+        return self.range[1] - self.range[0]
 
     @cached_property
     def variable_size(self) -> frozenset[str]:
@@ -674,9 +674,8 @@ class Plan:
         """Bytes that tasks may take together; one that takes more is made by itself."""
         return quarter_of_memory() if self.memory is None else self.memory
 
-    def factors_memory(self, changed: Iterable[Step], workers: int) -> int:
+    def factors_memory(self, steps: Sequence[Step], workers: int) -> int:
         """Bytes of the factors of the steps that so many workers are at."""
-        steps = list(changed)
         sizes = (
             sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps
         )

@@ -195,11 +195,7 @@ def _output(value: object, *, endings: tuple[str, ...]) -> StrPath:
     return out
 
 
-def _repository(value: object) -> str:
-    return load(HUB["repository"])(value)
-
-
-REPOSITORY = Check("a repository", _repository)
+REPOSITORY = Check("a repository", lambda value: load(HUB["repository"])(value))
 OUTPUT_FOLDER = Check("an output", partial(_output, endings=("",)), kind="file")
 OUTPUT_FILE = Check("an output", partial(_output, endings=(".safetensors",)), kind="file")
 OUTPUT_MODEL = Check(

@@ -54,13 +54,21 @@ def finish_workers(
     if device != "cpu":  # of the workers: this machine may have none
         placement = Placement(device, device_totals(plan, all_cores()))
         plan = replace(plan, placement=placement)
+
+    def looks_at(folder: Path) -> None:
+        if check is not None:
+            check(folder)
+        if verify:
+            out = LocalFolder(folder)
+            check_files(out, read_receipt(out))
+
     return run(
         plan,
         stage,
         _nothing_left,
         hash=execution.hash,
         resume=True,
-        check=_both(check, verify),
+        check=looks_at,
         push=push,
         progress=execution.progress,
         began=time.monotonic() - worked,
@@ -135,16 +143,3 @@ def _gone(name: str) -> Failed:
         hint="make the plan again with --overwrite",
         code="AK610",
     )
-
-
-def _both(check: FolderCheck | None, verify: bool) -> FolderCheck | None:
-    if not verify:
-        return check
-
-    def checks(folder: Path) -> None:
-        if check is not None:
-            check(folder)
-        out = LocalFolder(folder)
-        check_files(out, read_receipt(out))
-
-    return checks
