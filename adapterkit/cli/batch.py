@@ -3,7 +3,7 @@ on its own, and all are reported."""
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from adapterkit.core.records import Json
 PLACES = ("{name}", "{parent}")
 
 
-def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **options: object) -> int:
+def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **options: Any) -> int:
     """Convert each source in the file's lines; the exit status: 0 if all are done, else 1.
 
     Empty lines and those that start with # say nothing. Raises `Refused` before the first
@@ -28,21 +28,25 @@ def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **option
     from adapterkit.adapters.formats.convert import convert
     from adapterkit.many.workflows.report import report
     from adapterkit.adapters.formats.records.convert import convert
-    from adapterkit.many.workflows.workflow import report
+    from adapterkit.many.workflows.workflow import outcome, refusal, report
 
     del options["out"], options["plan"]
     jobs, results = plan_outputs(read_lines(file), pattern), []
     for source, out in jobs:
+        row: Json = {"source": source, "out": out}
         try:
-            result = _convert(convert, source, out, quiet, options)
+            with ProgressBar(quiet or options["dry_run"]) as bar:
+                row |= outcome(convert(source, out=out, progress=bar, **options))
         except (KeyboardInterrupt, Interrupted):
             raise Interrupted(
                 f"stopped after {len(results)} of {len(jobs)} conversions",
                 hint="run the same command with --resume",
             ) from None
-        results.append(result)
+        except AdapterkitError as error:
+            row |= refusal(error)
+        results.append(row)
         if not quiet and not as_json:
-            _print_row(result)
+            _print_row(row)
     return _finish(report("conversions", results), as_json, quiet)
 
 
@@ -132,22 +136,6 @@ def name_and_parent(source: str) -> tuple[str, str]:
         path = Path(source).absolute()
         is_file = path.is_file()
     return path.stem if is_file else path.name, path.parent.name
-
-
-def _convert(
-    convert: Callable[..., Any], source: str, out: str, quiet: bool, options: Json
-) -> Json:
-    """One conversion as a row of the report."""
-    from adapterkit.many.workflows.workflow import outcome, refusal
-
-    row: Json = {"source": source, "out": out}
-    try:
-        with ProgressBar(quiet or options["dry_run"]) as bar:
-            return row | outcome(convert(source, out=out, progress=bar, **options))
-    except Interrupted:
-        raise
-    except AdapterkitError as error:
-        return row | refusal(error)
 
 
 def _print_row(row: Json) -> None:
