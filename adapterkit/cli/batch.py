@@ -26,8 +26,6 @@ def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **option
     conversion where two outputs would be one, `Interrupted` on a signal.
     """
     from adapterkit.adapters.formats.convert import convert
-    from adapterkit.many.workflows.report import report
-    from adapterkit.adapters.formats.records.convert import convert
     from adapterkit.many.workflows.workflow import outcome, refusal, report
 
     del options["out"], options["plan"]

@@ -19,8 +19,6 @@ from adapterkit.core.engine.partition import DIGITS, cut
 from adapterkit.core.errors import Refused
 from adapterkit.core.lazy import torch
 from adapterkit.core.output.journal import ShardResult
-from adapterkit.core.output.writer import part_name, part_of
-from adapterkit.core.output.file_result import ShardResult
 from adapterkit.core.output.writer import ShardFile, part_name, part_of, unfinished_name
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.system import system

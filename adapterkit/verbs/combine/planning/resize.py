@@ -22,9 +22,6 @@ from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.core.merge.sites import join, levels_of, names_of, targets_of
 from adapterkit.core.plan import Plan, Task
 from adapterkit.core.records import Json
-from adapterkit.core.shared_options import TruncationOptions
-from adapterkit.core.weights.names import Names
-from adapterkit.verbs.combine.planning.output_norms import in_output_norms
 from adapterkit.verbs.combine.records.resize import Resize
 from adapterkit.verbs.combine.tasks.truncate import (
     ConvertedFactors,

@@ -14,7 +14,6 @@ from adapterkit.core.adapter.keys import factor_keys, value_key
 from adapterkit.core.checkpoint.layout import TensorPlan
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.plan import READ, Change, Effort, Finalize, Task, TaskResult, unchanged
-from adapterkit.core.shared_options import TruncationOptions
 from adapterkit.core.tasks.common import CopiedTensor
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.core.weights.reader import Reader
@@ -22,6 +21,7 @@ from adapterkit.kernels.block_sizes import piece
 from adapterkit.kernels.lowrank import weighted as weighted_kernel
 from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.verbs.combine.tasks.truncate import FittedFactors, finalize_by_size
+from adapterkit.verbs.shared.options import TruncationOptions
 from adapterkit.verbs.shared.statistics_file import read_root, root_memory
 
 BLOCK = 1 << 20  # elements converted to float32 at a time on a CPU

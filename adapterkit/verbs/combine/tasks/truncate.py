@@ -25,9 +25,8 @@ from adapterkit.core.tasks.metrics import short
 from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels.lowrank import algebra, weighted
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.verbs.shared.statistics_file import read_root, root_memory, select_covariances
 from adapterkit.verbs.shared.options import TruncationOptions
-from adapterkit.verbs.shared.statistics_file import read_root, root_memory
+from adapterkit.verbs.shared.statistics_file import read_root, root_memory, select_covariances
 
 if TYPE_CHECKING:
     from adapterkit.adapters.kinds.common import Delta
