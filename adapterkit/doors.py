@@ -61,7 +61,7 @@ CONTAINERS = {
         "check": "bases.gguf.file:check_models",
         "tensors": "bases.gguf.header:stored_tensors",
         "adapter": "bases.gguf.adapter:read_adapter",
-        "importance": "bases.gguf.base:read_importance",
+        "importance": "bases.gguf.imatrix:read_importance",
         "mixes": "bases.gguf.mixes:MIXES",
     }
 }

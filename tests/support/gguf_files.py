@@ -14,11 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from adapterkit.bases.gguf.blocks import encode_rows
 from adapterkit.bases.gguf.header import find_gguf
-from adapterkit.bases.gguf.table_checkpoint import open_plain_gguf
-from adapterkit.bases.gguf.transformers_tables import table_of
-from adapterkit.bases.gguf.weight import GgufWeight
+from adapterkit.bases.gguf.model import open_plain_gguf
+from adapterkit.bases.gguf.weight import GgufWeight, encode_rows
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.inputs.sources import open_source
 from tests.support import oracle
@@ -369,7 +367,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict, dict]]] = {
 def known_without_a_model(path: Path) -> int:
     """How many parameters of a file are known without its model, each as it is known with it."""
     files, known = find_gguf(open_source(path)), 0
-    plain = open_plain_gguf(files, table_of) if files else None
+    plain = open_plain_gguf(files) if files else None
     full = read_checkpoint(open_source(path))
     for key, weight in plain.tensors.items() if plain else ():
         assert isinstance(weight, GgufWeight) and weight.placement

@@ -6,28 +6,34 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.adapters.formats.image_model import SingleFileModel
-from adapterkit.bases.gguf.beside.imatrix import Importance, read_imatrix
-from adapterkit.bases.gguf.beside.modelfile import modelfile
-from adapterkit.bases.gguf.header import GgufFiles, find_gguf, is_gguf_adapter
-from adapterkit.bases.gguf.model import GgufCheckpoint, open_gguf
+from adapterkit.bases.gguf.header import GgufFiles, GgufHeader, find_gguf, is_gguf_adapter
+from adapterkit.bases.gguf.imatrix import ImportanceFile
+from adapterkit.bases.gguf.model import GgufCheckpoint, open_gguf, open_image_gguf, open_plain_gguf
 from adapterkit.bases.gguf.output import plan_gguf_files
 from adapterkit.bases.gguf.table_checkpoint import open_plain_gguf
 from adapterkit.bases.gguf.transformers_tables import table_of
 from adapterkit.bases.images.base import OF_FOLDERS, images_in
+from adapterkit.bases.images.base import OF_FOLDERS, images_in, prepare_images
 from adapterkit.core.adapter.keys import CONFIG as ADAPTER_CONFIG
-from adapterkit.core.checkpoint.hashes import sha256_of_file
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.commands import command, line
 from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.core.inputs.base_door import GGUF, Base, has_type
-from adapterkit.core.inputs.sources import open_source
-from adapterkit.core.options import StrPath
 from adapterkit.core.plan import Files, OutputFile, Step
 
 if TYPE_CHECKING:
     from adapterkit.core.merge.job import MergeState
 
 MODELFILE = "Modelfile"
+# metadata of `general.sampling.`, and the parameters of a Modelfile that they are
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repeat_penalty",
+    "penalty_last_n": "repeat_last_n",
+}
 
 
 @dataclass(frozen=True)
@@ -74,43 +80,18 @@ class GgufBase(Base):
         if number == 0 and getattr(self.folder, "single", None) is not None and self.images:
             return self.images  # read before, for the adapters
         images = _images_in(self.files, number)
-        return images or open_gguf(self.files, number, table_of=table_of).checkpoint
+        return images or open_gguf(self.files, number, by_table=True).checkpoint
 
     def read_for(self, is_enough: Callable[[Checkpoint], bool]) -> Checkpoint:
         """Without a model where its table's names are enough."""
-        plain = open_plain_gguf(self.files, table_of)
+        plain = open_plain_gguf(self.files)
         return plain if plain is not None and is_enough(plain) else self.read()
 
 
 def _images_in(files: GgufFiles, number: int = 0) -> GgufImageModel | None:
     """The image or video model in a GGUF file; None for a language model."""
-    from adapterkit.bases.gguf.images import open_image_gguf
-
     checkpoint = open_image_gguf(files, number)
     return None if checkpoint is None else images_in(checkpoint, GgufImageModel)
-
-
-@dataclass(frozen=True)
-class ImportanceFile:
-    """An importance matrix and the hash of its file."""
-
-    sums: Importance
-    sha256: str
-
-
-def read_importance(text: StrPath) -> ImportanceFile:
-    """`Refused` or `Damaged` for what is no such file."""
-    folder = open_source(text)
-    names = [name for name in folder.files() if "/" not in name]
-    if len(names) != 1:
-        raise Refused(
-            f"a folder of {len(names)} files",
-            expected="one file of llama-imatrix",
-            where=folder.label,
-            hint="give the path of the file itself",
-            code="AK106",
-        )
-    return ImportanceFile(read_imatrix(folder, names[0]), sha256_of_file(folder.path(names[0])))
 
 
 def merged_files(
@@ -164,3 +145,20 @@ def files_beside(
     notes.append(f"to load it: {load}; {how}; LM Studio: put it into the folder of its models")
     header = next(iter(base.headers.values()))
     return {MODELFILE: modelfile(header, first)} if asked else {}
+
+
+def modelfile(header: GgufHeader, name: str) -> bytes:
+    """The text that makes a model of the file in the same folder, with what its metadata say of
+    sampling. Ollama's templates are Go's, and the one in a GGUF file is Jinja's: `ollama create`
+    finds its own for that.
+
+    Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx.
+    """
+    lines = [f"FROM ./{name}"]
+    if "tokenizer.chat_template" in header.metadata:
+        lines.append("# the chat template is in the file")
+    for key, parameter in SAMPLING.items():
+        value = header.metadata.get(f"general.sampling.{key}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            lines.append(f"PARAMETER {parameter} {float(f'{value:.6g}'):g}")
+    return ("\n".join(lines) + "\n").encode()

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adapterkit.bases.gguf.blocks import is_written
 from adapterkit.bases.gguf.header import (
     EMBEDDING,
     HEAD,
@@ -19,6 +18,7 @@ from adapterkit.bases.gguf.header import (
     model_of,
     read_model,
 )
+from adapterkit.bases.gguf.weight import is_written
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.errors import Damaged, Problems, Refused, shown
 from adapterkit.core.lazy import optional

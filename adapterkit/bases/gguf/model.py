@@ -1,15 +1,18 @@
 """A GGUF file as a checkpoint: config, parameters and tokenizer as transformers reads them, blocks
-decoded by the `gguf` package.
+decoded by the `gguf` package. What transformers would leave out without a word is refused.
 
-What transformers would leave out without a word is refused.
+Without transformers' model: where a table names all parameters, because by transformers' sources
+the names of a checkpoint are those of the loaded model; and image and video models, as
+ComfyUI-GGUF (loader.py, tools/convert.py) and stable-diffusion.cpp (src/model_io/gguf_io.cpp) write
+them: the publisher's names, shapes turned around, no metadata of a model.
 """
 
 import json
+import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self
 
 from adapterkit.bases.gguf.config import check_counts, config_arguments, config_of
 from adapterkit.bases.gguf.file import (
@@ -19,19 +22,40 @@ from adapterkit.bases.gguf.file import (
     is_read_by_transformers,
     quiet_transformers,
 )
-from adapterkit.bases.gguf.header import FLOATS, GgufFiles, GgufHeader, read_model
+from adapterkit.bases.gguf.header import (
+    EMBEDDING,
+    FLOATS,
+    HEAD,
+    MAX_ERRORS,
+    GgufFiles,
+    GgufHeader,
+    read_model,
+)
 from adapterkit.bases.gguf.parts import find_slots, is_joined, seen_so
-from adapterkit.bases.gguf.tables import NameTable, TableNames, model_by_table
-from adapterkit.bases.gguf.tensors import model_tensors, tensor_names, tensors_by_table
-from adapterkit.core.errors import WARNING, shown
+from adapterkit.bases.gguf.tables import (
+    EXPERT,
+    NameTable,
+    TableNames,
+    model_by_table,
+    sizes_of,
+    table_of,
+)
+from adapterkit.bases.gguf.tensors import as_stored, model_tensors, tensor_names, tensors_by_table
+from adapterkit.bases.gguf.weight import is_written
+from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.errors import WARNING, Problems, shown
+from adapterkit.core.lazy import torch
+from adapterkit.core.records import Json
+from adapterkit.core.weights.names import plain_names
 from adapterkit.core.weights.parameters import SlottedCheckpoint
 from adapterkit.core.weights.safe_config import LOCAL, closed
 from adapterkit.core.weights.skeleton import Skeleton
 
-TableOf: TypeAlias = Callable[[str], NameTable | None]
 UNSIZED = ("gemma4",)  # of which transformers reads files of one model's sizes, and no experts
 MOST_SQUARES = 1_000_000_000  # which takes half a second
 LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # of a tokenizer's config
+SHAPE = "comfy.gguf.orig_shape."  # of a tensor that is kept in rows of 256 values
 
 
 @dataclass(frozen=True)
@@ -44,6 +68,17 @@ class GgufCheckpoint(SlottedCheckpoint):
     in_safetensors = False
     # it may have a layer under no name that is known
     otherwise = "; if it was, merge into the original checkpoint and convert that to GGUF"
+
+    @classmethod
+    def of(
+        cls,
+        folder: Folder,
+        headers: dict[str, GgufHeader],
+        tensors: dict[str, TensorSpec],
+        config: Json | None = None,
+    ) -> Self:
+        shards = {name: one.header for name, one in headers.items()}
+        return cls(folder, shards, tensors, None, None, config or {}, {}, headers=headers)
 
 
 class GgufModel(NamedTuple):
@@ -59,13 +94,13 @@ class GgufModel(NamedTuple):
 
 
 def open_gguf(
-    files: GgufFiles, number: int = 0, *, tokenizer: bool = False, table_of: TableOf | None = None
+    files: GgufFiles, number: int = 0, *, tokenizer: bool = False, by_table: bool = False
 ) -> GgufModel:
     """Read a GGUF file as a checkpoint; `Refused` or `Damaged`, all at once, where that cannot be
     done in full. `number`: which input of the job it is; `tokenizer`: make its files, too.
 
-    `table_of` an architecture that transformers does not read: its parameters are those of the
-    table then, other tensors have their own names, and the config is not one to run the model."""
+    `by_table`: where transformers does not read an architecture, its parameters are those of the
+    table, other tensors have their own names, and the config is not one to run the model."""
     gguf = gguf_package()
     header, headers = read_model(files)
     kinds = {entry.type for entry in header.tensors}
@@ -73,7 +108,7 @@ def open_gguf(
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers(), closed():
         file = GgufFile(files.folder, files.names[0], header, Path(scratch))
         table = None
-        if table_of is not None:
+        if by_table:
             table = table_of(file.architecture)
             read = is_read_by_transformers(file.architecture) and file.architecture not in UNSIZED
             if table is not None and read and not is_joined(table, file.entries):
@@ -90,8 +125,7 @@ def _read(
 ) -> tuple[GgufCheckpoint, Skeleton]:
     """The checkpoint, and its model without data."""
     check_counts(file)
-    shards = {name: header.header for name, header in headers.items()}
-    checkpoint = GgufCheckpoint(file.folder, shards, {}, None, None, {}, {}, headers=headers)
+    checkpoint = GgufCheckpoint.of(file.folder, headers, {})
     if table is not None:
         model = model_by_table(file, table, checkpoint)
         names = TableNames(table, model, file.architecture)
@@ -156,3 +190,61 @@ def loads_in_float32(model: object, key: str, dtype: str) -> bool:
     if dtype == "F16":
         names |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     return any(f".{name}." in f".{key}." for name in names)
+
+
+def open_plain_gguf(files: GgufFiles) -> GgufCheckpoint | None:
+    """A GGUF file as a checkpoint, with the parameters that its architecture's table names; other
+    tensors have their own names. None where a model has to say more: of stacks of experts, of keys
+    that the loader renames, of types that are only read.
+
+    The config has the sizes of the file alone."""
+    header, headers = read_model(files)
+    table = table_of(header.architecture)
+    if table is None or not all(is_written(entry.type) for entry in header.tensors):
+        return None
+    config = _plain_config(header, table.models[0])
+    if config is None or not plain_names(config):
+        return None
+    check_counts(GgufFile(files.folder, files.names[0], header, Path()))
+    tensors: dict[str, TensorSpec] = {}
+    for entry in header.tensors:
+        places = set(table.places(entry.name))
+        if len(places) > 1 or any(EXPERT in place.key or place.key in tensors for place in places):
+            return None
+        key, rows = entry.name, None
+        for place in places:
+            key, rows = place.key, table.rows(place, entry.shape[0], config)
+        tensors[key] = as_stored(entry, key, None if rows is None else torch.argsort(rows))
+    return GgufCheckpoint.of(files.folder, headers, tensors, config)
+
+
+def _plain_config(header: GgufHeader, model_type: str) -> Json | None:
+    """The config of a model of that type; None without a number of heads."""
+    config: Json = {"model_type": model_type, **sizes_of(header)}
+    heads = config.get("num_attention_heads", 0)
+    if min(heads, config.get("num_key_value_heads", heads)) < 1:
+        return None
+    entries = {entry.name: entry for entry in header.tensors}
+    if EMBEDDING in entries:
+        config["vocab_size"] = entries[EMBEDDING].shape[0]
+    return config | {"tie_word_embeddings": HEAD not in entries}
+
+
+def open_image_gguf(files: GgufFiles, number: int = 0) -> GgufCheckpoint | None:
+    """A file's tensors under their own names, as input `number` of the job; None for a model of
+    llama.cpp's, whose metadata has its number of blocks. `Refused` for types that nothing
+    decodes, and for shapes of another size."""
+    header, headers = read_model(files)
+    if f"{header.architecture}.block_count" in header.metadata:
+        return None
+    kinds = {entry.type for entry in header.tensors}
+    check_types(gguf_package(), kinds)
+    errors = Problems(where=files.names[0], hint="make the file again", code="AK207")
+    tensors: dict[str, TensorSpec] = {}
+    for entry in header.tensors:
+        shape = header.arrays.get(SHAPE + entry.name, entry.shape)
+        if math.prod(shape) != math.prod(entry.shape) or min(shape, default=0) < 1:
+            errors.add(f"{shown(entry.name)} {entry.shape} is said to be {shape}", "as many values")
+        tensors[entry.name] = as_stored(entry, shape=shape, number=number)
+    Problems(errors[:MAX_ERRORS]).raise_all()
+    return GgufCheckpoint.of(files.folder, headers, tensors)

@@ -1,24 +1,59 @@
-"""Output files of a model in GGUF: those of the base, with new values of some tensors."""
+"""Output files of a model in GGUF: those of the base, with new values of some tensors, laid out as
+they were, or anew where tensors get another type or are added."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from adapterkit.bases.gguf.beside.imatrix import Importance
 from adapterkit.bases.gguf.file import has_head
-from adapterkit.bases.gguf.header import EMBEDDING, HEAD, TYPES, GgufHeader
-from adapterkit.bases.gguf.layout import FileLayout, NewTensor, as_it_was, laid_out_anew, nbytes
+from adapterkit.bases.gguf.header import EMBEDDING, HEAD, TENSOR_COUNT, TYPES, GgufHeader
+from adapterkit.bases.gguf.imatrix import Importance
 from adapterkit.bases.gguf.model import GgufCheckpoint
 from adapterkit.bases.gguf.weight import GgufWeight
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.plan import OutputFile, Step, Task
+from adapterkit.core.records import Json
 from adapterkit.core.tasks.common import CopiedTensor, SomeOutputs
 from adapterkit.core.tasks.quantize import CompensatedStep, EncodedStep
 from adapterkit.core.tasks.rows import RequantizedWeight
 
 HEADS = {"lm_head.weight": HEAD}  # that a tied model's file gets
 WAY_OUT = "give --touched-as q8_0, or merge into the original checkpoint"
+
+
+class NewTensor(NamedTuple):
+    """A tensor that is added to a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+
+def nbytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of that type."""
+    _, values, width = TYPES[kind]
+    return math.prod(shape) // values * width
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """Where each tensor of a file lies; the `LayOut` of its output."""
+
+    header: bytes = field(repr=False)  # up to the first tensor
+    starts: Mapping[str, int]
+    size: int
+
+    def __call__(
+        self, file: str, tensors: Sequence[TensorPlan], metadata: Mapping[str, Json]
+    ) -> ShardLayout:
+        ordered = sorted(tensors, key=lambda tensor: self.starts[tensor.key])
+        starts = tuple(self.starts[tensor.key] for tensor in ordered)
+        end = starts[-1] + ordered[-1].nbytes if ordered else len(self.header)
+        return ShardLayout(file, self.header, tuple(ordered), starts, self.size - end)
 
 
 def plan_gguf_files(
@@ -202,5 +237,35 @@ def _layout(
     ):
         start = min((entry.start for entry in header.tensors), default=header.size)
         between = base.folder.read(header.file, len(header.raw), start)
-        return as_it_was(header, header.raw + between)
+        starts = {entry.name: entry.start for entry in header.tensors}
+        return FileLayout(header.raw + between, starts, header.size)
     return laid_out_anew(header, types, added)
+
+
+def laid_out_anew(
+    header: GgufHeader, types: Mapping[str, str], added: Sequence[NewTensor]
+) -> FileLayout:
+    """The layout of the file with other types of some tensors, by name, and with more of them at
+    its end; the order of the others stays."""
+    raw = bytearray(header.raw)
+    raw[TENSOR_COUNT : TENSOR_COUNT + 8] = struct.pack("<Q", len(header.tensors) + len(added))
+    offset, offsets = 0, {}
+    for entry in sorted(header.tensors, key=lambda entry: entry.start):
+        kind = types.get(entry.name, entry.type)
+        struct.pack_into("<IQ", raw, entry.at, TYPES[kind][0], offset)
+        offsets[entry.name] = offset
+        offset = _aligned(offset + nbytes(kind, entry.shape), header.alignment)
+    for tensor in added:
+        name, rank = tensor.name.encode(), len(tensor.shape)
+        raw += struct.pack("<Q", len(name)) + name
+        raw += struct.pack(f"<I{rank}Q", rank, *reversed(tensor.shape))
+        raw += struct.pack("<IQ", TYPES[tensor.type][0], offset)
+        offsets[tensor.name] = offset
+        offset = _aligned(offset + nbytes(tensor.type, tensor.shape), header.alignment)
+    raw += bytes(-len(raw) % header.alignment)
+    places = {name: len(raw) + at for name, at in offsets.items()}
+    return FileLayout(bytes(raw), places, len(raw) + offset)
+
+
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment

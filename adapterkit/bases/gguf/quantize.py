@@ -3,9 +3,10 @@
 import re
 from dataclasses import replace
 
-from adapterkit.bases.gguf.base import GgufBase, GgufImageModel, files_beside, read_importance
+from adapterkit.bases.gguf.base import GgufBase, GgufImageModel, files_beside
 from adapterkit.bases.gguf.file import check_types, gguf_package
 from adapterkit.bases.gguf.header import FLOATS, read_model
+from adapterkit.bases.gguf.imatrix import read_importance
 from adapterkit.bases.gguf.mixes import MIXES, image_types_of, types_of, with_number
 from adapterkit.bases.gguf.model import GgufCheckpoint, loads_in_float32, open_gguf
 from adapterkit.bases.gguf.output import gguf_files, retyped, weighed
@@ -49,11 +50,10 @@ def plan_gguf_quantization(kind: GgufBase, options: Quantize) -> Plan:
         mix = image_types_of(filter(is_inside, header.tensors), options.to)
     stored = {entry.name: as_stored(entry) for entry in header.tensors}
     changed = [stored[name] for name, type_ in mix.items() if stored[name].types != (type_,)]
-    shards = {name: one.header for name, one in headers.items()}
+    # inputs are known by the headers that they have, outputs have the number of the mix
+    base = GgufCheckpoint.of(files.folder, headers, {}) if model is None else model
     headers = {name: with_number(one, MIXES[options.to][1]) for name, one in headers.items()}
-    base = GgufCheckpoint(files.folder, shards, {}, None, None, {}, {}, headers=headers)
-    if model is not None:
-        base = replace(model, headers=headers)
+    base = replace(base, headers=headers)
     formats = [retyped(one, (mix[one.key],)) for one in changed]
     formats = [weighed(one, imatrix.sums) if imatrix else one for one in formats]
     tasks = [EncodedWeight(one.key, stored[one.key], one) for one in formats]

@@ -1,5 +1,6 @@
-"""Names and layouts of architectures that transformers does not read from GGUF: by a table of
-modules, and transformers' model of a config of which the metadata say some sizes.
+"""Names and layouts of architectures that transformers does not read from GGUF: by the tables of
+`convert --to gguf`, read backwards, and transformers' model of a config of which the metadata say
+some sizes.
 
 Such a model is good for the names and classes of its modules. Shapes are the file's, and nothing
 can run by such a config.
@@ -8,21 +9,27 @@ can run by such a config.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cache, cached_property
+from typing import Any
 
+from adapterkit.adapters.formats.base_model import model_heads
+from adapterkit.adapters.formats.library import architectures, format_named
+from adapterkit.adapters.formats.modules.names import ComponentNames, names_of
+from adapterkit.adapters.formats.modules.row_permutations import model_order
 from adapterkit.bases.gguf.config import class_name_of
 from adapterkit.bases.gguf.file import GgufFile, number_of
-from adapterkit.bases.gguf.header import EMBEDDING, HEAD, Entry
+from adapterkit.bases.gguf.header import EMBEDDING, HEAD, Entry, GgufHeader
 from adapterkit.bases.gguf.placement import Build, ReadArray
 from adapterkit.bases.gguf.weight import as_tensor, converted
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError
-from adapterkit.core.lazy import Tensor
+from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.records import Json
 from adapterkit.core.weights.skeleton import Skeleton
 
 COLUMNS = 3
+FORMAT = "gguf"
+ONLY_MODELS = "gguf_model"  # the naming of modules that llama.cpp's graphs take no adapter for
 EXPERT = "*"  # in a key: the number of each matrix of a stack
 # architecture -> the norms whose weights llama.cpp adds 1 to
 SHIFTED = {"gemma": re.compile("norm"), "qwen3next": re.compile(r"^(?!.*\.linear_attn\.)")}
@@ -55,21 +62,51 @@ class TablePlace:
     shift: int = 0  # what the file has more in each value
 
 
-class NameTable(Protocol):
-    """What a table of an architecture says."""
+@cache
+def table_of(architecture: str) -> "NameTable | None":
+    """The table of an architecture by its name in GGUF; None without one."""
+    format = format_named(FORMAT).names
+    if architecture not in format.architectures:
+        return None
+    namings = (names_of(architecture, "", one) for one in (*format.naming, ONLY_MODELS))
+    return NameTable(architectures()[architecture].detect.models, tuple(namings))
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        """transformers' model types, to try in this order."""
-        ...
+
+@dataclass(frozen=True)
+class NameTable:
+    """The rules of an architecture."""
+
+    models: tuple[str, ...]  # transformers' model types, to try in this order
+    namings: tuple[ComponentNames, ...]
 
     def places(self, name: str) -> list[TablePlace]:
-        """Where a GGUF tensor of that name may be."""
-        ...
+        """Where a tensor of that name may be, by rules for one module: parts of several would not
+        be told apart."""
+        stem, _, leaf = name.rpartition(".")
+        found = []
+        for names in self.namings:
+            for match in names.find(stem):
+                if len(match.rule.model) > 1 or leaf not in ("weight", "bias"):
+                    continue
+                number = names.stacked(match.rule)
+                if number is not None:
+                    match = replace(match, values=(*match.values, (number, EXPERT)))
+                (module,) = names.models(match)
+                found.append(TablePlace(f"{module}.{leaf}", match.rule.steps.get(names.naming, ())))
+        return found
 
     def rows(self, place: TablePlace, size: int, config: Json) -> Tensor | None:
-        """For each of so many rows of the model its row in the file; None: in their order."""
-        ...
+        """For each of so many rows of the model its row in the file; None: in their order.
+        `Refused` without a number of heads that the steps need."""
+        if not place.steps:
+            return None
+        return torch.tensor(model_order(place.steps, size, model_heads(config), place.key))
+
+
+def sizes_of(header: GgufHeader) -> dict[str, int]:
+    """The sizes that the metadata say, by all their names in configs."""
+    stated = ((header.metadata.get(f"{header.architecture}.{key}"), SIZES[key]) for key in SIZES)
+    return {name: value for value, names in stated if type(value) is int for name in names}
 
 
 def table_config(file: GgufFile, model_type: str) -> Json:
@@ -78,12 +115,9 @@ def table_config(file: GgufFile, model_type: str) -> Json:
 
     defaults = file.call_transformers("config", lambda: AutoConfig.for_model(model_type).to_dict())
     is_nested = isinstance(defaults.get("text_config"), dict)
-    known, metadata = defaults["text_config"] if is_nested else defaults, file.header.metadata
+    known = defaults["text_config"] if is_nested else defaults
     sizes: Json = {"pad_token_id": None} if "pad_token_id" in known else {}
-    for key, names in SIZES.items():
-        value = metadata.get(f"{file.architecture}.{key}")
-        if type(value) is int:
-            sizes |= {name: value for name in names if name in known}
+    sizes |= {name: value for name, value in sizes_of(file.header).items() if name in known}
     if sizes.get("num_experts") and "enable_moe_block" in known:
         sizes["enable_moe_block"] = True
     if EMBEDDING in file.entries:

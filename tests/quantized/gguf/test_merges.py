@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import adapterkit
-from adapterkit.bases.gguf.blocks import encode_rows
 from adapterkit.bases.gguf.header import GgufHeader, read_gguf
+from adapterkit.bases.gguf.weight import encode_rows
 from adapterkit.core.errors import Damaged, Refused
 from adapterkit.core.inputs.sources import open_source
 from adapterkit.kernels import rows

@@ -7,16 +7,43 @@ https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/quantize.cpp.
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from adapterkit.bases.gguf.header import MAGIC, read_gguf
 from adapterkit.core.checkpoint.folder import Folder
+from adapterkit.core.checkpoint.hashes import sha256_of_file
 from adapterkit.core.errors import Damaged, Problems, Refused, shown
+from adapterkit.core.inputs.sources import open_source
 from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.options import StrPath
 
 SUMS = ".in_sum2"  # behind a tensor's name
 MOST = 1 << 20  # entries, and bytes of a name
 
 Importance = dict[str, Tensor]  # (matrices, columns) float32 by the name of a tensor
+
+
+@dataclass(frozen=True)
+class ImportanceFile:
+    """An importance matrix and the hash of its file."""
+
+    sums: Importance
+    sha256: str
+
+
+def read_importance(text: StrPath) -> ImportanceFile:
+    """`Refused` or `Damaged` for what is no such file."""
+    folder = open_source(text)
+    names = [name for name in folder.files() if "/" not in name]
+    if len(names) != 1:
+        raise Refused(
+            f"a folder of {len(names)} files",
+            expected="one file of llama-imatrix",
+            where=folder.label,
+            hint="give the path of the file itself",
+            code="AK106",
+        )
+    return ImportanceFile(read_imatrix(folder, names[0]), sha256_of_file(folder.path(names[0])))
 
 
 def read_imatrix(folder: Folder, name: str) -> Importance:
