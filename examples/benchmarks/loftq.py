@@ -64,7 +64,7 @@ OURS = """
 from concurrent.futures import ThreadPoolExecutor
 from threading import local
 from adapterkit.bases.quantized.codecs.bnb4 import Bnb4
-from adapterkit.bases.quantized.tasks import loftq
+from adapterkit.bases.quantized import loftq
 from adapterkit.core.weights.codec import PlainWeight
 
 class Spent(local):

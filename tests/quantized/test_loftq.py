@@ -18,7 +18,7 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit.bases.quantized.codecs.bnb4 import Bnb4
-from adapterkit.bases.quantized.tasks.loftq import alternate
+from adapterkit.bases.quantized.loftq import alternate
 from adapterkit.core.errors import Refused
 from adapterkit.core.weights.codec import PlainWeight
 from tests.support import oracle

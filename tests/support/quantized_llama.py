@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit.kernels.quant import fp4, integers, nibbles
+from adapterkit.kernels.quant import fp4, integers
 from adapterkit.kernels.quant.fp8 import encode_fp8
 from adapterkit.kernels.quant.gptq import AWQ_ORDER
 from tests.support import comfy_files
@@ -229,7 +229,7 @@ def torchao(kind: str) -> Callable[[Tensor], Parts]:
         if kind == "Int4Tensor":
             scale = w.unflatten(1, (-1, 32)).abs().amax(2).T.div(7).bfloat16().contiguous()
             codes = integers.encode_integers(w, 4, scale=scale.T.float()).codes
-            half = nibbles.pack_nibbles(codes.int() & 15)
+            half = integers.pack_nibbles(codes.int() & 15)
             zero = (
                 torch.randn(scale.shape, generator=torch.Generator().manual_seed(2))
                 .mul_(1e-3)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import adapterkit.core.tasks
 from adapterkit.bases.gguf.weight import GgufWeight
-from adapterkit.bases.quantized.tasks.loftq import LoftQWeight
+from adapterkit.bases.quantized.loftq import LoftQWeight
 from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources

@@ -27,7 +27,7 @@ from adapterkit.kernels.quant.grid import (
     loses_less,
     scale_as_float,
 )
-from adapterkit.kernels.quant.nibbles import expand_nibbles, nibble_pairs, pack_nibbles
+from adapterkit.kernels.quant.integers import expand_nibbles, nibble_pairs, pack_nibbles
 from adapterkit.kernels.quant.stochastic import Draws
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0 to 7; 8 to 15 are their negatives

@@ -5,6 +5,7 @@ rounding. The tools compute in the dtype of their scales: where that is fp16 or 
 exact in float32, and rounding it to that dtype gives their result.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from adapterkit.kernels.block_sizes import padded
 from adapterkit.kernels.quant.grid import WORD, Grid, check_finite, chosen, pieces
-from adapterkit.kernels.quant.nibbles import expand_nibbles, nibble_pairs, pack_nibbles
 from adapterkit.kernels.quant.stochastic import Draws
 
 # of values (out, in) whose columns are in groups of one size: scales (out, groups), and zeros int8
@@ -135,6 +135,37 @@ def unsigned_codes(words: Tensor, bits: int, m: int) -> Tensor:  # (n, m) int16
     shifts = torch.arange(0, 8 * bits, bits, device=words.device)
     codes = (octets >> shifts).bitwise_and_((1 << bits) - 1).to(torch.int16)
     return codes.view(len(packed), -1)[:, :m]
+
+
+# Two codes of four bits in a byte: a table of float16 pairs is read as fast for each byte as one of
+# single values.
+
+
+@functools.cache
+def nibble_pairs(values: tuple[float, ...], device: torch.device) -> Tensor:  # (256,) int32
+    """For each byte the values of its low and its high nibble: two float16 in one int32."""
+    half = torch.tensor(values, dtype=torch.float16)
+    pairs = torch.stack([half.repeat(16), half.repeat_interleave(16)], 1)
+    return pairs.view(torch.int32).flatten().to(device)
+
+
+def expand_nibbles(
+    packed: Tensor,  # (n, m) uint8
+    table: Tensor,  # of nibble_pairs
+    out: Tensor,  # (n, 2m) float32, overwritten
+) -> None:
+    """The values of nibbles, the low one first."""
+    pairs = torch.index_select(table, 0, packed.flatten().int())
+    out.copy_(pairs.view(torch.float16).view(out.shape))
+
+
+def pack_nibbles(
+    codes: Tensor,  # (n, 2m), 0 to 15
+) -> Tensor:  # (n, m) uint8
+    """Two codes in a byte, the first in the low nibble."""
+    codes = codes.to(torch.uint8, memory_format=torch.contiguous_format)
+    pairs = codes.view(torch.int16)  # second << 8 | first
+    return (pairs | pairs >> 4).to(torch.uint8)
 
 
 # compressed-tensors

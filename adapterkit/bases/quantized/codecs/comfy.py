@@ -22,7 +22,6 @@ from adapterkit.core.records import Json
 from adapterkit.core.weights.codec import Parts, PlainWeight, QuantizedWeight
 from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import fp4, fp8, integers
-from adapterkit.kernels.quant import tiles as tiles_kernel
 from adapterkit.kernels.quant.grid import NV_GROUP, Grid
 from adapterkit.kernels.quant.stochastic import Draws
 
@@ -38,6 +37,7 @@ GROUPS = {MXFP8: 32, NVFP4: NV_GROUP}  # values with one scale
 MULTIPLES = {MXFP8: 32, NVFP4: 16}  # of rows and columns; others are padded
 IMAGE_KINDS = {"comfy-fp8": E4M3, "comfy-mxfp8": MXFP8, "comfy-nvfp4": NVFP4, "comfy-int8": INT8}
 LEAST = 1e-30  # scale of int8
+ROWS, COLUMNS = 128, 4  # of a tile of scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Comfy(QuantizedWeight):
         packed = (out, width // 2) if kind == NVFP4 else weight.shape
         shape: tuple[int, ...] = (out, 1) if kind == INT8 else ()
         if kind in GROUPS:
-            shape = tiles_kernel.tiled_shape(out, width // GROUPS[kind])
+            shape = tiled_shape(out, width // GROUPS[kind])
         parts = [
             weight.part("", CODES[kind], packed),
             weight.part("_scale", TILES.get(kind, ("F32",))[0], shape),
@@ -128,9 +128,7 @@ class Comfy(QuantizedWeight):
     def _in_rows(self, stored: Parts) -> Tensor:
         """The bytes of its scales, of each row one after another."""
         out, width = self.shape
-        return tiles_kernel.untiled(
-            stored[self.parts[1].key].view(torch.uint8), out, width // self._block[1]
-        )
+        return untiled(stored[self.parts[1].key].view(torch.uint8), out, width // self._block[1])
 
     def _scales(self, stored: Parts) -> Tensor:
         """Those of FP8, a row of them for each row of blocks."""
@@ -141,7 +139,7 @@ class Comfy(QuantizedWeight):
     def _in_tiles(self, scale: Tensor, stored: Parts | None) -> Tensor:
         key, dtype = self.parts[1].key, dtypes.torch_dtype(self.parts[1].dtype)
         old = stored[key].view(torch.uint8) if stored else None
-        return tiles_kernel.tiled(scale.view(torch.uint8), old).view(dtype)
+        return tiled(scale.view(torch.uint8), old).view(dtype)
 
     def _nvfp4(self, stored: Parts) -> tuple[Tensor, fp4.TensorScale]:
         factor = fp4.TensorScale(stored[self.parts[2].key], divides=False)
@@ -259,7 +257,7 @@ class StoredLayers:
         expected = f"{CODES[kind]} codes, and one scale or one for each row"
         if kind in GROUPS:
             width = shape[-1] * (2 if kind == NVFP4 else 1) if shape else 0
-            tiles = tiles_kernel.tiled_shape(out, width // GROUPS[kind])
+            tiles = tiled_shape(out, width // GROUPS[kind])
             expected = f"{CODES[kind]} codes, scales {tiles} in tiles"
             fits = fits and width % GROUPS[kind] == 0 and scale.dtype in TILES[kind]
             fits = fits and scale.shape == tiles
@@ -294,3 +292,32 @@ def _swapped(codes: Tensor) -> Tensor:
     """Pairs of FP4 values with the first one in the other half: comfy-kitchen has it in the high
     one."""
     return codes << 4 | codes >> 4
+
+
+# Scales of blocks are in cuBLAS's order: tiles of 128 rows and 4 columns, in which row 32·i + j is
+# the (4·j + i)-th (https://docs.nvidia.com/cuda/cublas, "1D Block Scaling Factors Layout").
+
+
+def tiled_shape(rows: int, columns: int) -> tuple[int, int]:
+    """The scales in whole tiles."""
+    return math.ceil(rows / ROWS) * ROWS, math.ceil(columns / COLUMNS) * COLUMNS
+
+
+def tiled(
+    scale: Tensor,  # (rows, columns)
+    old: Tensor | None = None,  # tiles: what is behind the last row and column; None: zeros
+) -> Tensor:  # (down · 128, across · 4)
+    rows, columns = tiled_shape(*scale.shape)
+    whole = scale.new_zeros(rows, columns) if old is None else untiled(old, rows, columns)
+    whole[: scale.shape[0], : scale.shape[1]] = scale
+    tiles = whole.view(rows // ROWS, 4, 32, columns // COLUMNS, COLUMNS)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)
+
+
+def untiled(stored: Tensor, rows: int, columns: int) -> Tensor:  # (rows, columns)
+    """The inverse of `tiled`."""
+    down, across = (
+        size // each for size, each in zip(tiled_shape(rows, columns), (ROWS, COLUMNS), strict=True)
+    )
+    tiles = stored.reshape(down, across, 32, 4, COLUMNS).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(down * ROWS, across * COLUMNS)[:rows, :columns].clone()

@@ -5,9 +5,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
+from adapterkit.bases.quantized.loftq import LoftQFactors, LoftQWeight, finalize_accepted
 from adapterkit.bases.quantized.planning.weights import plan_quantization
 from adapterkit.bases.quantized.records.loftq import Loftq
-from adapterkit.bases.quantized.tasks.loftq import LoftQFactors, LoftQWeight, finalize_accepted
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Place
 from adapterkit.core.adapter.targets import Patterns

@@ -25,7 +25,7 @@ from adapterkit.verbs.shared.options import (
 )
 
 if TYPE_CHECKING:
-    from adapterkit.bases.quantized.tasks.loftq import Accept
+    from adapterkit.bases.quantized.loftq import Accept
 
 
 @record
