@@ -319,13 +319,13 @@ def test_components_are_made_where_half_of_the_card_holds_them(
 ):
     monkeypatch.setattr(InputStatistics, "memory", 20 << 20)
     seen: set[str] = set()
-    real = sums.principal.principal_components
+    real = sums.truncated.principal_components
 
     def components(covariance: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         seen.add(covariance.device.type)
         return real(covariance, mean, count)
 
-    monkeypatch.setattr(sums.principal, "principal_components", components)
+    monkeypatch.setattr(sums.truncated, "principal_components", components)
     with installed(Card(memory)):
         adapterkit.stats(
             "base", data="ids.jsonl", targets="q_proj", what="pca", out=tmp_path / "s.safetensors",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit.core.registry import members
 from adapterkit.kernels import dense
-from adapterkit.kernels.lowrank import algebra, leading, principal, subspace, trailing, truncated
+from adapterkit.kernels.lowrank import algebra, leading, subspace, truncated
 from adapterkit.kernels.lowrank.algebra import Product
 from tests.support import methods
 from tests.support.card import DEVICE, Card, CardTensor, installed
@@ -136,8 +136,8 @@ WORK: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
     "ratio": lambda to: truncated.svd_for_ratio(to(WEIGHT), 4.0, 40),
     "leading": lambda to: leading.leading_triplets(to(FLAT), 8),
     "near optimal": lambda to: subspace.near_optimal_svd(to(FLAT), 8),
-    "trailing": lambda to: trailing.trailing_svd(to(draw(300, 280)), 5),
-    "principal": lambda to: principal.principal_components(
+    "trailing": lambda to: truncated.trailing_svd(to(draw(300, 280)), 5),
+    "principal": lambda to: truncated.principal_components(
         to(FLAT.T.double() @ FLAT.double() / 600), to(draw(700)), 8
     ),
     "product": lambda to: algebra.svd(Product(*map(to, PRODUCT))),

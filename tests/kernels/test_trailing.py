@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.lowrank import trailing
-from adapterkit.kernels.lowrank.trailing import trailing_svd
+from adapterkit.kernels.lowrank import truncated
+from adapterkit.kernels.lowrank.truncated import trailing_svd
 
 pytestmark = pytest.mark.quick
 
@@ -58,7 +58,7 @@ def test_triplets(shape, spectrum):
 def test_inverts_where_that_resolves_the_values(spectrum, inverted):
     """Of nearly singular matrices the inverse hides the third value: LAPACK decomposes them."""
     triangle = torch.linalg.qr(with_values(40, 40, SPECTRA[spectrum](40))).R
-    assert (trailing._inverted(triangle, 4) is not None) == inverted
+    assert (truncated._inverted(triangle, 4) is not None) == inverted
 
 
 def test_refused():

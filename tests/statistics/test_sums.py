@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adapterkit.core.errors import Failed
-from adapterkit.kernels.lowrank.principal import principal_components
+from adapterkit.kernels.lowrank.truncated import principal_components
 from adapterkit.verbs.stats.sums import BLOCK, Sum, Sums
 from tests.support.card import DEVICE, WORKSPACE, Card, installed
 

@@ -7,9 +7,9 @@
 | | the fewest for a share of the energy, or of s₁ | `truncated.leading_svd` |
 | | the leading values, each to a tolerance | `leading.leading_triplets` |
 | | a sum near the best of its rank, single triplets aside | `subspace.near_optimal_svd` |
-| | the trailing triplets | `trailing.trailing_svd` |
+| | the trailing triplets | `truncated.trailing_svd` |
 | a matrix and its inputs | the sum whose outputs are nearest | `weighted.decompose_dense` |
-| a covariance | principal components | `principal.principal_components` |
+| a covariance | principal components | `truncated.principal_components` |
 """
 
 from adapterkit.core.lazy import submodules

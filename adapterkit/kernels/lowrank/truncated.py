@@ -1,5 +1,5 @@
 """The leading singular triplets of a dense matrix: block Krylov, or a full decomposition where that
-costs no more.
+costs no more. By them the trailing ones, the leading ones of the inverse, and principal components.
 
 Block Golub-Kahan iteration with full reorthogonalization and Rayleigh-Ritz extraction (Musco and
 Musco, arXiv:1504.05477). Vectors are rows: u (K, n) and v (K', m) orthonormal, u @ w = core @ v,
@@ -29,6 +29,12 @@ EIGH = 25
 NOISE_SHARE = 0.1  # of a first block that begins with `start`: random directions beside it
 # shorter sides up to this are decomposed in full at once: 8 to 20 ms, no more than the iteration
 SMALL_SIDE = 256
+# trailing triplets: of the largest value of the inverse that is asked for, the smallest one;
+# beyond, float64 does not resolve it beside the largest
+SPREAD = 1e-6
+# of 1 / condition: below, the inverse has no correct digits to speak of
+SINGULAR = 1e-13
+FULL = 0.125  # share of the components from which on a full decomposition takes less time
 
 
 class _Ritz(NamedTuple):
@@ -299,3 +305,72 @@ def triplets(matrix: Matrix, left: Tensor, k: int) -> Svd:
     q, r = dense.qr(matrix.rows(left.T.to(matrix.w.dtype)).T.double())
     x, s, yh = dense.svd(r.T)
     return Svd(left @ x, s, yh @ q.T)
+
+
+# Found by the leading ones.
+
+
+def trailing_svd(
+    w: Tensor,  # (n, m)
+    rank: int,
+) -> Svd:
+    """The triplets of the min(rank, n, m) smallest singular values of w, falling, in float64.
+
+    w or wᵀ = q l with l square: the smallest values of l are the reciprocals of l⁻¹'s largest, and
+    those `truncated_svd` finds; where l is singular to float64's rounding, LAPACK decomposes it.
+    Raises ValueError for a rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    tall = w.shape[0] >= w.shape[1]
+    matrix = w.double()
+    q, triangle = dense.qr(matrix if tall else matrix.T)
+    k = min(rank, len(triangle))
+    found = _inverted(triangle, k)
+    if found is None:
+        u, s, vh = dense.svd(triangle)
+        found = Svd(u[:, -k:], s[-k:], vh[-k:])
+    u, s, vh = found
+    return Svd(q @ u, s, vh) if tall else Svd(vh.T, s, (q @ u).T)
+
+
+def _inverted(triangle: Tensor, k: int) -> Svd | None:
+    diagonal = triangle.diagonal().abs()
+    if not float(diagonal.min()) > SINGULAR * float(diagonal.max()):
+        return None
+    one = torch.eye(len(triangle), dtype=triangle.dtype, device=triangle.device)
+    inverse = torch.linalg.solve_triangular(triangle, one, upper=True)
+    if not float(triangle.norm()) * float(inverse.norm()) * SINGULAR < len(triangle):
+        return None
+    svd = truncated_svd(inverse, k, tolerance=1e-7)
+    if not float(svd.s[-1]) > SPREAD * float(svd.s[0]):
+        return None
+    # once more: what the iteration left of large values in v counts beside the small ones
+    v, s, xh = dense.svd(inverse @ svd.vh.T)
+    return Svd((svd.vh.T @ xh.T).flip(1), 1 / s.flip(0), v.T.flip(0))
+
+
+def principal_components(
+    covariance: Tensor,  # (in, in) E[x xᵀ], float64
+    mean: Tensor,  # (in,) E[x], float64
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(components (k, in), variances (k,), variance (1,)) in float32: of C - m mᵀ the leading
+    k = min(count, in) eigenvectors as rows, their eigenvalues by falling size, and the trace.
+
+    Of a few components block Krylov iteration finds them to 1e-7 of the largest variance. The sign
+    is such that the largest element of each row is positive. Computed in float64.
+    """
+    centered = torch.addr(covariance.double(), mean.double(), mean.double(), alpha=-1)
+    width = len(centered)
+    k = min(count, width)
+    if k < FULL * width and bool(centered.any()):
+        svd = truncated_svd(centered, k, tolerance=1e-7)
+        variances, components = svd.s, svd.vh
+    else:
+        values, vectors = dense.eigh(centered)
+        variances, components = values.flip(0)[:k], vectors.T.flip(0)[:k]
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    components = components * torch.where(largest < 0, -1.0, 1.0)
+    variance = centered.trace().clamp(min=0)[None]
+    return components.float(), variances.clamp(min=0).float(), variance.float()

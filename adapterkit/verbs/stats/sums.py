@@ -10,7 +10,7 @@ from adapterkit.core.engine.device import Mark, begin_copy_to_host, has_room, wi
 from adapterkit.core.errors import Failed, shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.records import Json
-from adapterkit.kernels.lowrank import principal
+from adapterkit.kernels.lowrank import truncated
 from adapterkit.verbs.shared.statistics_file import INPUTS, key_of
 
 CPU = torch.device("cpu")
@@ -326,6 +326,6 @@ class Sums:
             result["mean"] = mean.float().cpu()
         if "pca" in self.what:
             square = total.covariance(torch.float64, mean.device)
-            values = principal.principal_components(square, mean, self.components)
+            values = truncated.principal_components(square, mean, self.components)
             result |= dict(zip(INPUTS["pca"], (value.cpu() for value in values), strict=True))
         return result

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from adapterkit.core import options
 from adapterkit.core.lazy import Tensor, torch
-from adapterkit.kernels.lowrank import algebra, trailing, truncated, weighted
+from adapterkit.kernels.lowrank import algebra, truncated, weighted
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.verbs.init.methods.protocol import ComputedInit
 
@@ -48,7 +48,7 @@ class Corda(ComputedInit):
         if self.corda_method == "ipm":
             u = truncated.truncated_svd(oriented, rank, tolerance=1e-7).u
         else:
-            u = trailing.trailing_svd(oriented, rank).u
+            u = truncated.trailing_svd(oriented, rank).u
         a, b = algebra.balance(Product(u, u.T @ wide / scale))
         beyond = rank - u.shape[1]
         return torch.nn.functional.pad(a, (0, 0, 0, beyond)).float(), torch.nn.functional.pad(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from adapterkit.core.lazy import Tensor
-from adapterkit.kernels.lowrank import trailing
+from adapterkit.kernels.lowrank import truncated
 from adapterkit.verbs.init.methods.protocol import ComputedInit
 
 
@@ -20,5 +20,5 @@ class Mica(ComputedInit):
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
-        u = trailing.trailing_svd(weight, rank).u
+        u = truncated.trailing_svd(weight, rank).u
         return weight.new_zeros(rank, weight.shape[1]), u.to(weight.dtype).contiguous()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from adapterkit.core.lazy import Tensor
-from adapterkit.kernels.lowrank import trailing
+from adapterkit.kernels.lowrank import truncated
 from adapterkit.kernels.lowrank.algebra import Svd, balanced_factors
 from adapterkit.verbs.init.methods.protocol import ComputedInit
 
@@ -22,5 +22,5 @@ class Milora(ComputedInit):
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
-        u, s, vh = (part.to(weight.dtype) for part in trailing.trailing_svd(weight, rank))
+        u, s, vh = (part.to(weight.dtype) for part in truncated.trailing_svd(weight, rank))
         return balanced_factors(Svd(u, s, vh), rank, scale)
