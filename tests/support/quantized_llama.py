@@ -96,12 +96,12 @@ def fp8(
 ) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
         size = (
-            {"tensor": tuple(w.shape), "channel": (1, w.shape[1])}[block]
+            tuple(w.shape if block == "tensor" else (1, w.shape[1]))
             if isinstance(block, str)
             else block
         )
         result = encode_fp8(w, size, scale_dtype=dtype)
-        scale = result.scale.view(1) if block == "tensor" else result.scale
+        scale = result.scale.view(-1) if block in ("tensor", "rows") else result.scale
         return {
             ".weight": result.codes,
             ".weight_scale": scale,
@@ -322,6 +322,9 @@ FORMS = {
         fp8("channel", torch.bfloat16),
         compressed("float-quantized", FP8 | {"strategy": "channel"}),
         0.04,
+    ),
+    "fp8-rows": Form(  # as channels, without their second axis
+        fp8("rows"), compressed("float-quantized", FP8 | {"strategy": "channel"}), 0.04
     ),
     "fp8-block": Form(
         fp8((32, 48)),

@@ -11,9 +11,7 @@ from adapterkit.bases.gguf.imatrix import ImportanceFile
 from adapterkit.bases.gguf.model import GgufCheckpoint, open_gguf, open_image_gguf, open_plain_gguf
 from adapterkit.bases.gguf.output import plan_gguf_files
 from adapterkit.bases.gguf.table_checkpoint import open_plain_gguf
-from adapterkit.bases.gguf.transformers_tables import table_of
 from adapterkit.bases.images.base import OF_FOLDERS, images_in
-from adapterkit.bases.images.base import OF_FOLDERS, images_in, prepare_images
 from adapterkit.core.adapter.keys import CONFIG as ADAPTER_CONFIG
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.commands import command, line

@@ -52,9 +52,9 @@ from adapterkit.doors import CONTAINERS, MERGES
 
 if TYPE_CHECKING:
     from adapterkit.bases.gguf.base import ImportanceFile
+    from adapterkit.bases.gguf.imatrix import ImportanceFile
     from adapterkit.core.inputs.weights_file import WeightsFile
     from adapterkit.verbs.combine.module_methods import WeightOf
-    from adapterkit.bases.gguf.imatrix import ImportanceFile
     from adapterkit.verbs.combine.module_weights import WeightOf
 
 Steps = dict[str, list[Step]]  # by output file

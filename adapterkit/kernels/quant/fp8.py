@@ -79,7 +79,8 @@ def grids(
 
 def decode_fp8(
     codes: Tensor,  # (..., out, in) float8_e4m3fn, float8_e5m2, ...
-    scale: Tensor,  # (..., ceil(out/h), ceil(in/w)) any float, or uint8 (E8M0); or one value
+    # (..., ceil(out/h), ceil(in/w)), or of rows (..., out), any float or uint8 (E8M0); or one value
+    scale: Tensor,
     block: tuple[int, int],  # (h, w): (128, 128), per channel (1, in), per tensor (out, in)
 ) -> Tensor:  # (..., out, in) float32
     """code · scale.
@@ -175,9 +176,11 @@ def _fp8_scale(
 
 
 def _by_block(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
-    """The scales of all blocks of a weight of this shape: (matrices, ceil(out/h), ceil(in/w))."""
+    """The scales of all blocks of a weight of this shape: (matrices, ceil(out/h), ceil(in/w)). Of
+    whole rows they may lack the last axis."""
     grid = (*shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1]))
-    if scale.numel() > 1 and scale.shape != grid:
+    of_rows = grid[-1] == 1 and scale.shape == grid[:-1]
+    if scale.numel() > 1 and scale.shape != grid and not of_rows:
         raise ValueError(
             f"expected scales {grid} for a weight {tuple(shape)} in blocks {block}, "
             f"not {tuple(scale.shape)}"

@@ -148,6 +148,8 @@ def test_compressed_tensors_in_transformers(
     pytest.importorskip("compressed_tensors")
     if name == "int4-g_idx":
         pytest.skip("compressed-tensors 0.20 reads g_idx no more")
+    if name == "fp8-rows":
+        pytest.skip("vLLM reads scales of rows without a second axis, transformers does not")
     adapterkit.dequantize(base(name), out=tmp_path / "plain")
     config = transformers.CompressedTensorsConfig(dequantize=True)
     with warnings.catch_warnings():

@@ -24,7 +24,6 @@ from adapterkit.core.weights.codec import (
     PlainWeight,
     QuantizedModules,
     QuantizedWeight,
-    blocks_in,
     check_block_size,
 )
 from adapterkit.core.weights.decoded import CheckpointScan
@@ -170,7 +169,7 @@ class Compressed(QuantizedWeight):
             return fp4.decode_nvfp4(codes, scale, self._divisor(stored))
         if self.kind == "mxfp4":
             return fp4.decode_mxfp4(codes, scale)
-        return fp8.decode_fp8(codes, self._by_block(scale), self.block)
+        return fp8.decode_fp8(codes, scale, self.block)
 
     def encode(
         self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
@@ -228,7 +227,7 @@ class Compressed(QuantizedWeight):
             return fp4.nvfp4_grid(scale, self._divisor(stored))
         if self.kind == "mxfp4":
             return fp4.mxfp4_grid(scale)
-        (grid,) = fp8.grids(self._by_block(scale), self.shape, self.block)
+        (grid,) = fp8.grids(scale, self.shape, self.block)
         return grid
 
     @property
@@ -255,9 +254,6 @@ class Compressed(QuantizedWeight):
         if self.block == self.shape and self.shape[0] > 1:
             return 1, math.prod(self.shape)
         return self.shape[0], self.shape[1]
-
-    def _by_block(self, scale: Tensor) -> Tensor:
-        return scale.view(blocks_in(self.shape, self.block))
 
     def _divisor(self, stored: Parts) -> fp4.TensorScale:
         divisor = stored[self.key.removesuffix("weight") + GLOBAL_SCALE]

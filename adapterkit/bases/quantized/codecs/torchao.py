@@ -9,14 +9,8 @@ from adapterkit.core.checkpoint.strict import nested_json
 from adapterkit.core.errors import shown
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.records import Json
-from adapterkit.core.weights.codec import (
-    Parts,
-    QuantizedWeight,
-    blocks_in,
-    pair_in,
-    shapes_of_scales,
-)
-from adapterkit.core.weights.decoded import CheckpointScan
+from adapterkit.core.weights.codec import Parts, QuantizedWeight, pair_in, shapes_of_scales
+from adapterkit.core.weights.scan import CheckpointScan
 from adapterkit.kernels.quant import fp8, integers
 
 NAMES = ("qdata", "scale", "zero_point")
@@ -110,7 +104,7 @@ class Torchao(QuantizedWeight):
         if self.kind == "Int4Tensor":
             return integers.decode_torchao_int4(codes, scale, zeros[0])
         if self.kind == "Float8Tensor":
-            return fp8.decode_fp8(codes, scale.view(blocks_in(self.shape, self.block)), self.block)
+            return fp8.decode_fp8(codes, scale, self.block)
         return integers.decode_int8(codes, scale, zeros[0] if self.has_zeros else None)
 
     @property
