@@ -32,6 +32,9 @@ JOBS = {
         ("convert", ["style"], {"to": "vllm", "base": "base"}),
         ("convert", ["kohya.safetensors"], {"to": "diffusers"}),
         ("edit", ["style"], {"title": "Style"}),
+        ("dequantize", ["base-nf4"], {}),
+        ("dequantize", ["base-w8a16"], {}),
+        ("dequantize", ["base-mxfp4"], {}),
     ],
     "reading": [
         ("verify", ["merged"], {}),
@@ -82,6 +85,8 @@ def _create(root: Path) -> None:
 
     create_inputs(root)
     adapterkit.merge(root / "base", root / "style", out=root / "merged")
+    for to in ("nf4", "w8a16", "mxfp4"):
+        adapterkit.quantize(root / "base", to=to, out=root / f"base-{to}")
     for name, old, new in (
         ("wide", b"[4,32]", b"[2,64]"),
         ("lost", b"q_proj.lora_B", b"q_proj.lora_C"),

@@ -10,6 +10,8 @@ elements are in a byte, the first in the high nibble. Each block can be encoded 
 are not finite raise ValueError.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Iterator
@@ -17,32 +19,32 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from adapterkit.core.lazy import Tensor, torch
 from adapterkit.kernels.block_sizes import padded
 from adapterkit.kernels.quant.grid import NESTED, Grid, check_finite, pieces
 from adapterkit.kernels.quant.stochastic import Draws
 
 Kind = Literal["nf4", "fp4"]
 
-CPU = torch.device("cpu")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # sizes that bitsandbytes accepts
 COMPARED = 1 << 16  # elements compared with all thresholds at once: the results stay in cache
 SMALLEST = 1e-38  # stands for smaller scales in a division
 SCALES_NOT_FINITE = "the scales hold values that are not finite"
 CELLS = 1 << 16  # parts of [-1, 1] that the quantization of scales distinguishes
 
-# fmt: off
-NF4 = (  # quantiles of the normal distribution
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
-# fmt: on
-# a 4-bit float (sign, 2 bits of exponent, mantissa) over its largest value, 12
-FP4 = tuple(sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+TABLES: dict[Kind, tuple[float, ...]] = {  # the value of each code
+    "nf4": (  # quantiles of the normal distribution
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    # a 4-bit float (sign, 2 bits of exponent, mantissa) over its largest value, 12
+    "fp4": tuple(
+        sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+    ),
+}  # fmt: skip
 ORDER: dict[Kind, tuple[int, ...]] = {  # codes by rising value; of fp4's two zeros 0 is below 8
     "nf4": tuple(range(16)),
     "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
@@ -93,9 +95,9 @@ class BlockGrid(Grid):
 
 
 @functools.cache
-def quant_map(kind: Kind, device: torch.device = CPU) -> Tensor:  # (16,) float32
+def quant_map(kind: Kind, device: torch.device | str = "cpu") -> Tensor:  # (16,) float32
     """The value of each code, as stored: fp4's 8 is 0 here, and -0 where it is decoded."""
-    return (torch.tensor(NF4 if kind == "nf4" else FP4) + 0.0).to(device)
+    return (torch.tensor(TABLES[kind]) + 0.0).to(device)
 
 
 def quantize_4bit(
@@ -272,21 +274,21 @@ def _order(kind: Kind, device: torch.device) -> Tensor:  # (16,) uint8
 
 
 @functools.cache
-def _rising(kind: Kind, device: torch.device) -> Tensor:  # (16,) float32
+def _rising(kind: Kind, device: torch.device | str) -> Tensor:  # (16,) float32
     """The value of each rank."""
     return quant_map(kind)[list(ORDER[kind])].to(device)
 
 
 @functools.cache
 def _thresholds(kind: Kind, device: torch.device) -> Tensor:  # (15,) float32, rising
-    values = _rising(kind, CPU)
+    values = _rising(kind, "cpu")
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
 @functools.cache
 def _pairs(kind: Kind, device: torch.device) -> Tensor:  # (256,) int64
     """For each byte the values of its high and its low nibble, two float32 in one int64."""
-    values = torch.tensor(NF4 if kind == "nf4" else FP4)
+    values = torch.tensor(TABLES[kind])
     pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)
     return pairs.view(torch.int64).flatten().to(device)
 
@@ -337,11 +339,11 @@ def decode_absmax(
     values: Tensor,  # (256,) float32: nested_quant_map
     offset: Tensor | float,
     blocksize: int = NESTED,
-    dtype: torch.dtype = torch.float32,  # nested_dtype
+    dtype: torch.dtype | None = None,  # nested_dtype; None: float32
 ) -> Tensor:  # (blocks,) float32
     """values[code] · absmax + offset, each of the two rounded to `dtype`; may be 0 or less."""
     group = torch.arange(len(codes), device=codes.device) // blocksize
-    product = (values.float()[codes.int()] * absmax.float()[group]).to(dtype)
+    product = (values.float()[codes.int()] * absmax.float()[group]).to(dtype or torch.float32)
     return (product + _number(offset, codes.device)).float()
 
 
@@ -353,7 +355,7 @@ def _number(value: Tensor | float, device: torch.device) -> Tensor:  # () float3
 
 
 @functools.cache
-def dynamic_map(device: torch.device = CPU) -> Tensor:  # (256,) float32, rising
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:  # (256,) float32, rising
     """0, 1, and for each power of ten 10^(i-6), i = 0 to 6, the middles ± of 2^i equal parts of
     [0.1, 1] times it.
 

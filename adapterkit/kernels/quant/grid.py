@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.kernels.block_sizes import padded, piece
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite, are_finite
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored;
 # (values (out, in), None), of all columns at once, where blocks are not rows of the grid
@@ -254,6 +257,11 @@ def check_finite(*values: Tensor, problem: str = NOT_FINITE) -> None:
     """Raises ValueError for NaN and infinities."""
     if not all(bool(each.isfinite().all()) for each in values):
         raise ValueError(problem)
+
+
+def are_groups(index: Tensor | np.ndarray, count: int) -> bool:  # (in,)
+    """Whether all of an index are numbers of groups."""
+    return bool(((index >= 0) & (index < count)).all())
 
 
 def _numbers(rows: slice, height: int, device: torch.device) -> Tensor:

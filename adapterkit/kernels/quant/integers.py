@@ -171,11 +171,6 @@ def pack_nibbles(
 # compressed-tensors
 
 
-def are_groups(index: Tensor, count: int) -> bool:  # (in,)
-    """Whether all of an index are numbers of groups."""
-    return bool(((index >= 0) & (index < count)).all())
-
-
 def decode_packed(
     words: Tensor,  # (out, ceil(in · bits / 32)) int32
     scale: Tensor,  # (out, groups), (out, 1) or one value

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import TensorPlan
@@ -191,7 +193,7 @@ class Bnb4(QuantizedWeight):
 
     def contradiction(self, stored: Parts) -> tuple[str, str] | None:
         table, spec = self.parts[2], self.parts[-1]
-        if not _is_map(stored[table.key], self.kind):
+        if not _is_map(stored[table.key].cpu().numpy(), self.kind):
             return f"{shown(table.key)}: {OTHER_MAP}", f"that of {self.kind}"
         try:
             state = nested_json(stored[spec.key].cpu().numpy().tobytes())
@@ -372,9 +374,9 @@ class _State(NamedTuple):
         return cls(shape, dtype, block, double, state["nested_dtype"] if double else "float32")
 
 
-def _is_map(table: Tensor, kind: Literal["nf4", "fp4"]) -> bool:
+def _is_map(table: np.ndarray, kind: Literal["nf4", "fp4"]) -> bool:
     """Whether a table is that of a kind of codes."""
-    return bool((table.cpu() == blockwise.quant_map(kind)).all())
+    return np.array_equal(table, np.float32(blockwise.TABLES[kind]))
 
 
 def _parts_fit(parts: list[TensorSpec], count: int, block: int, transposed_scales: bool) -> bool:

@@ -14,6 +14,8 @@ from adapterkit.core.weights.codec import blocks_in, pair_in, shapes_of_scales
 from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import integers
 from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP
+from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP, are_groups
 
 FORMATS = {  # of the config: kinds of codes
     "pack-quantized": ("words",),
@@ -270,7 +272,7 @@ class StoredModule:
                 return ()
             readable = spec.dtype in ("I8", "I32", "I64", *dtypes.FLOATS, "F8_E4M3")
             unused = readable and not (
-                self.scan.reads_freely and bool(self.scan.read(spec, ()).float().any())
+                self.scan.reads_freely and bool(self.scan.read(spec, ()).any())
             )
             problem = f"symmetric, with a {ZERO}"
             return (spec,) if self._check(unused, problem, "zeros, or symmetric: false") else None
@@ -305,6 +307,6 @@ class StoredModule:
         index = self.scan.read(spec, ())
         if bool((index == -1).all()):
             return (spec,), False
-        valid = block[0] == 1 and integers.are_groups(index, groups)
+        valid = block[0] == 1 and are_groups(index, groups)
         valid = self._check(valid, f"{INDEX} out of range", f"0 to {groups - 1}")
         return ((spec,), True) if valid else None

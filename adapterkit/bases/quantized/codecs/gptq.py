@@ -15,6 +15,9 @@ from adapterkit.core.weights.codec import Parts, QuantizedWeight
 from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import gptq, integers
 from adapterkit.kernels.quant.grid import WORD, Grid
+from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.kernels.quant import gptq
+from adapterkit.kernels.quant.grid import WORD, Grid, are_groups
 from adapterkit.kernels.quant.stochastic import Draws
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -67,7 +70,7 @@ class Gptq(QuantizedWeight):
 
     def contradiction(self, stored: Parts) -> tuple[str, str] | None:
         groups = self.parts[2].shape[0]
-        if not self.indexed or integers.are_groups(stored[self.parts[3].key], groups):
+        if not self.indexed or are_groups(stored[self.parts[3].key], groups):
             return None
         return f"groups out of range in {shown(self.parts[3].key)}", f"0 to {groups - 1}"
 
@@ -178,5 +181,5 @@ def _groups_fit(
         return False
     if not scan.reads_freely:
         return True  # checked where it is read
-    valid = integers.are_groups(scan.read(index, ()), groups)
+    valid = are_groups(scan.read(index, ()), groups)
     return scan.check(index.key, valid, "groups out of range", f"0 to {groups - 1}")

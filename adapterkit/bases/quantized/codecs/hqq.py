@@ -47,7 +47,10 @@ class Hqq(QuantizedWeight):
             if siblings is None:
                 continue
             size, packing = (scan.read(spec, siblings[:1]) for spec in siblings[3:])
-            shape, text = tuple(size.tolist()), bytes(packing.view(-1).tolist()).decode("latin-1")
+            shape, text = (
+                tuple(size.tolist()),
+                bytes(packing.reshape(-1).tolist()).decode("latin-1"),
+            )
             if not _fits(scan, text, shape, siblings):
                 continue
             scan.check_finite(*siblings[1:3])

@@ -1,0 +1,173 @@
+"""A checkpoint in which codecs look for their weights."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from adapterkit.core import dtypes
+from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.reader import FEW, read_small
+from adapterkit.core.checkpoint.spec import Checkpoint
+from adapterkit.core.checkpoint.strict import nested_json
+from adapterkit.core.errors import Damaged, Problems, shown
+from adapterkit.core.records import Json
+from adapterkit.core.weights.detect import without_quantization
+from adapterkit.core.weights.names import Names
+
+# bytes; a weight's larger scales are checked when they are decoded, not while planning
+MAX_CHECKED = 1 << 20
+NUMBER = re.compile(r"\d+")
+
+
+@dataclass
+class CheckpointScan:
+    """A quantized checkpoint as codecs see it, and the errors that they note."""
+
+    base: Checkpoint
+    settings: Json  # the config's quantization_config
+    tensors: dict[str, TensorSpec]  # that no codec has claimed yet
+    errors: Problems
+    _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)  # whether above 0
+    _cache: dict[str, bytes] = field(default_factory=dict)  # fetched tensors by key
+    _alike: dict[tuple, bytes] = field(default_factory=dict)  # the first tensor of each kind
+
+    @property
+    def method(self) -> str:
+        return str(self.settings.get("quant_method") or "").lower()
+
+    def with_ending(self, ending: str) -> list[tuple[str, TensorSpec]]:
+        """The tensors with keys of that ending, each after its key without it."""
+        found = (item for item in self.tensors.items() if item[0].endswith(ending))
+        return [(key.removesuffix(ending), spec) for key, spec in found]
+
+    def present(self, start: str, endings: Iterable[str]) -> list[TensorSpec]:
+        """Those of the tensors `start + ending` that are there."""
+        keys = (start + ending for ending in endings)
+        return [self.tensors[key] for key in keys if key in self.tensors]
+
+    @cached_property
+    def names(self) -> Names:
+        """The names of the model without quantization."""
+        config = without_quantization(self.base.config)
+        return Names(replace(self.base, config=config), build_model=True)
+
+    def model_name(self, module: str) -> str:
+        """The loaded model's name of the module whose weight is stored under `module.weight`."""
+        model = self.names.model
+        if model is None:
+            return module
+        return model.renamed(f"{module}.weight").removesuffix(".weight")
+
+    @property
+    def compute_dtype(self) -> str:
+        """The model's dtype by its config (header name); if that does not say, F16 beside tensors
+        that are, else BF16."""
+        dtype = self.base.config.get("dtype") or self.base.config.get("torch_dtype")
+        return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."), self._usual_dtype)
+
+    @cached_property
+    def _usual_dtype(self) -> str:
+        stored = [spec.dtype for spec in self.base.tensors.values()]
+        return max(("BF16", "F16"), key=stored.count)
+
+    def siblings(self, key: str, *endings: str) -> list[TensorSpec] | None:
+        """The tensors `key + ending`; None, with an error, if one is missing."""
+        missing = [ending for ending in endings if key + ending not in self.tensors]
+        if missing:
+            self.errors.add(
+                f"{shown(key)} is without {', '.join(missing)}",
+                "the tensors that belong to it",
+                "download the checkpoint again; without its scales the weight means nothing",
+                kind=Damaged,
+                code="AK202",
+            )
+            return None
+        return [self.tensors[key + ending] for ending in endings]
+
+    def check(self, key: str, fits: bool, problem: str, expected: str) -> bool:
+        """Note an error unless the shapes and dtypes fit."""
+        if not fits:
+            hint = "download the checkpoint again, or restore its config"
+            self.errors.add(f"{shown(key)}: {problem}", expected, hint, kind=Damaged, code="AK202")
+        return fits
+
+    def is_scaled_for_inputs(self, key: str) -> bool:
+        """Whether a tensor of that name says so of a weight; then an error is noted."""
+        if key in self.tensors:
+            problem = f"{shown(key)}: a weight scaled for its inputs"
+            self.errors.add(problem, "weights as the model has them", code="AK202")
+        return key in self.tensors
+
+    def fetch(self, specs: Iterable[TensorSpec]) -> None:
+        """Read tensors for `read` and `read_json`, in a few reads of each file; where reads are not
+        free, only those of files in which they lie together."""
+        read = read_small(self.base.folder, specs, None if self.reads_freely else FEW)
+        self._cache |= {spec.key: bytes(data) for spec, data in read}
+
+    def read(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> np.ndarray:
+        """The value of a small stored tensor among these; `fetch` first if there are many.
+
+        Where reads are not free, what was not fetched is taken to be as in the first weight of its
+        kind: keys that differ in numbers only, and dtypes and shapes that do not differ. Weights
+        that are decoded are checked then (`read_parts`).
+        """
+        return dtypes.array_of(self._bytes(spec, next_to), spec.dtype).reshape(spec.shape)
+
+    def read_json(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> Json:
+        """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, if it
+        is none."""
+        try:
+            value = nested_json(self._bytes(spec, next_to))
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            self.check(spec.key, False, "not a JSON object", "a JSON object as bytes")
+            return {}
+        return value
+
+    def _bytes(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> bytes:
+        if spec.key in self._cache:
+            return self._cache[spec.key]
+        read = lambda: self.base.folder.read(spec.file, spec.start, spec.stop)
+        if self.reads_freely:
+            return read()
+        kind = (NUMBER.sub("#", spec.key), *((other.dtype, other.shape) for other in next_to))
+        if kind not in self._alike:
+            self._alike[kind] = read()
+        return self._alike[kind]
+
+    def check_finite(self, *scales: TensorSpec, positive: bool = False) -> None:
+        """Have `check_scales` check scales: finite (0 is legal: a block of zeros has it), or also
+        above 0."""
+        self._scales += [(spec, positive) for spec in scales if spec.nbytes <= MAX_CHECKED]
+
+    @property
+    def reads_freely(self) -> bool:
+        """Whether a read of each weight costs little: of a folder that is not local it would be a
+        request, most for weights that no job touches."""
+        return isinstance(self.base.folder, LocalFolder)
+
+    def check_scales(self) -> None:
+        """Note an error for each scale that is NaN or infinite; U8 are exponents, 255 NaN.
+
+        Where reads are not free none is made; weights that are decoded are checked then
+        (`decode_checked`).
+        """
+        if not self.reads_freely:
+            return
+        positive = {spec.key for spec, positive in self._scales if positive}
+        for spec, data in read_small(self.base.folder, [spec for spec, _ in self._scales]):
+            valid = _is_finite(spec.dtype, data, spec.key in positive)
+            problem = "scales that are NaN or infinite"
+            problem += " or not above 0" if spec.key in positive else ""
+            self.check(spec.key, valid, problem, "finite scales")
+
+
+def _is_finite(dtype: str, data: memoryview, positive: bool) -> bool:
+    """Whether all of a scale's values are finite, and above 0 if they have to be."""
+    values = dtypes.array_of(data, "F8_E8M0" if dtype == "U8" else dtype)
+    return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
