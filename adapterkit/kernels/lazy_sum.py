@@ -176,11 +176,10 @@ def _plus(
     dtypes and axes allow."""
     for term in total.terms:
         u, v = operands(term)
-        if not y.dtype == u.dtype == v.dtype:
-            y.add_(u @ v, alpha=term.scale)
-        elif y.ndim == u.ndim == v.ndim == 2:
+        alike = y.dtype == u.dtype == v.dtype and y.ndim == u.ndim == v.ndim
+        if alike and y.ndim == 2:
             y.addmm_(u, v, alpha=term.scale)
-        elif y.ndim == u.ndim == v.ndim == 3:
+        elif alike and y.ndim == 3:
             y.baddbmm_(u, v, alpha=term.scale)
         else:
             y.add_(u @ v, alpha=term.scale)
@@ -208,10 +207,6 @@ def _matmul(x: Value, y: Value) -> Value:
     if isinstance(x, LowRankSum) and not isinstance(y, LowRankSum) and y.ndim > 1:
         return _plus(x.weight @ y, x, lambda t: (t.left, t.right @ y.to(t.right.dtype)))
     return NotImplemented
-
-
-def _reversed_matmul(y: Value, x: Value) -> Value:
-    return _matmul(x, y)
 
 
 def _added_matmul(func: Callable, summand: Value, x: Value, y: Value, **options: float) -> Value:
@@ -262,10 +257,6 @@ def _permute(total: Value, *axes: Any) -> Value:
     return (
         total.transposed if tuple(a % total.ndim for a in axes) == kept + last else NotImplemented
     )
-
-
-def _transposed(total: Value) -> Value:
-    return total.transposed
 
 
 def _matrix(total: Value) -> Value:
@@ -337,13 +328,13 @@ def _register(handler: Callable, names: str, *, passes: bool = False) -> None:
 
 HANDLERS[F.linear] = _linear
 _register(_matmul, "mm bmm matmul __matmul__")
-_register(_reversed_matmul, "__rmatmul__")
+_register(lambda y, x: _matmul(x, y), "__rmatmul__")
 _register(_added_matmul, "addmm baddbmm", passes=True)
 if grouped_mm := getattr(torch, "_grouped_mm", None):
     HANDLERS[grouped_mm] = partial(_grouped, grouped_mm)
 _register(_transpose, "transpose swapaxes swapdims")
 _register(_permute, "permute")
-_register(_transposed, "mT")
+_register(lambda total: total.transposed, "mT")
 _register(_matrix, "T t")
 _register(_view, "view reshape", passes=True)
 _register(

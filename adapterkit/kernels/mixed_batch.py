@@ -163,15 +163,11 @@ def grouped_factors(side: SideBySide, groups: Grouping) -> Groups:
     """Each group's factors, of these that are side by side."""
     a, b, picks = side.a, side.b, groups.picks
     if picks is not None:
-        a, b = (_padded(x) if groups.is_padded else x for x in (a, b))
+        if groups.is_padded:  # with a row of zeros
+            a, b = (F.pad(x, (0, 0, 0, 1)) for x in (a, b))
         a, b = a.index_select(0, picks), b.index_select(0, picks)
     a, b = (x.view(len(groups.scales), max(side.ranks), x.shape[1]) for x in (a, b))
     return Groups(groups, a.mT, (b * groups.scales).to(b.dtype))
-
-
-def _padded(x: Tensor) -> Tensor:
-    """A row of zeros more."""
-    return F.pad(x, (0, 0, 0, 1))
 
 
 def add_dense_(y: Tensor, x: Tensor, side: SideBySide, mask: Tensor) -> Tensor:

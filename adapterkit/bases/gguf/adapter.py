@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from adapterkit.bases.gguf.header import (
-    ALIGNMENT,
     ARRAY,
+    FLOAT32,
     MAGIC,
     MAX_RANK,
     STRING,
+    TYPES,
     UINT32,
     VERSIONS,
     GgufHeader,
+    aligned,
+    info_bytes,
     read_gguf,
+    text_bytes,
 )
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -30,11 +34,10 @@ from adapterkit.core.records import Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOAT32 = 6  # ggml's id of that type of metadata
-KINDS = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's type ids of floats
-Q8_0 = 8
-BLOCK, BLOCK_BYTES = 32, 34  # of Q8_0: 32 integers of 8 bits behind a scale of 16 bits
-SIZES = {0: (1, 4), 1: (1, 2), 30: (1, 2), Q8_0: (BLOCK, BLOCK_BYTES)}
+KINDS = {name: TYPES[name][0] for name in ("F32", "F16", "BF16")}  # ggml's type ids of floats
+# of Q8_0: 32 integers of 8 bits behind a scale of 16 bits
+Q8_0, _, BLOCK_BYTES = TYPES["Q8_0"]
+SIZES = {TYPES[name][0]: TYPES[name][1:] for name in (*KINDS, "Q8_0")}
 MAX_NAME = 63  # bytes of a tensor's name in ggml
 EXPECTED = {"general.type": "adapter", "adapter.type": "lora"}
 
@@ -98,7 +101,7 @@ def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
         code="AK207",
     )
     end, size = max((entry.stop for entry in header.tensors), default=0), folder.files()[name]
-    if size not in (end, _aligned(end)):
+    if size not in (end, aligned(end)):
         errors.add(
             f"{size} bytes: the data is followed by other bytes",
             f"{end} bytes, as the header says",
@@ -126,15 +129,13 @@ def gguf_layout(
     infos, offset, offsets = bytearray(), 0, []
     for tensor in tensors:
         offsets.append(offset)
-        infos += _text(tensor.key) + struct.pack("<I", len(tensor.shape))
-        infos += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
-        infos += struct.pack("<IQ", KINDS[tensor.dtype], offset)
-        offset = _aligned(offset + tensor.nbytes)
+        infos += info_bytes(tensor.key, tensor.shape, KINDS[tensor.dtype], offset)
+        offset = aligned(offset + tensor.nbytes)
     raw = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata))
     for key, value in metadata.items():
-        raw += _text(key) + _value(value)
+        raw += text_bytes(key) + _value(value)
     raw += infos
-    raw += bytes(_aligned(len(raw)) - len(raw))
+    raw += bytes(aligned(len(raw)) - len(raw))
     return ShardLayout(file, raw, tuple(tensors), tuple(len(raw) + at for at in offsets))
 
 
@@ -156,19 +157,10 @@ def _errors(file: str, tensors: Sequence[TensorPlan]) -> list[AdapterkitError]:
     return errors
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _text(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
 def _value(value: Value) -> bytes:
     """A value of metadata behind its type."""
     if isinstance(value, str):
-        return struct.pack("<I", STRING) + _text(value)
+        return struct.pack("<I", STRING) + text_bytes(value)
     if isinstance(value, float):
         return struct.pack("<If", FLOAT32, value)
     numbers = [value] if isinstance(value, int) else value

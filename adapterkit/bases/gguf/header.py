@@ -48,8 +48,25 @@ TYPES = {
     "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36), "Q1_0": (41, 128, 18),
 }  # fmt: skip
 FLOATS = ("BF16", "F16", "F32")
+FLOAT32 = 6  # a scalar type of metadata
 SIZES = {number: (values, width) for number, values, width in TYPES.values()}
 NAMES = {number: name for name, (number, _, _) in TYPES.items()}
+
+
+def text_bytes(text: str) -> bytes:
+    """A text as it is stored, behind its length."""
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def info_bytes(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    """What a header says of a tensor, of a type by its id and at a position in the data."""
+    rank = len(shape)
+    return text_bytes(name) + struct.pack(f"<I{rank}QIQ", rank, *reversed(shape), kind, offset)
+
+
+def aligned(size: int, alignment: int = ALIGNMENT) -> int:
+    return -(-size // alignment) * alignment
 
 
 class Length(int):
@@ -322,7 +339,7 @@ class _Parser:
             self.errors.fail(
                 f"general.alignment {shown(alignment)}", "a power of 2 from 8 on", code="AK207"
             )
-        raw, data_start = self.raw[: self.at], -(-self.at // alignment) * alignment
+        raw, data_start = self.raw[: self.at], aligned(self.at, alignment)
         entries = self.entries(infos, data_start, alignment)
         return GgufHeader(raw, metadata, entries, self.arrays, self.name, self.size, self.spans)
 
@@ -460,6 +477,6 @@ class _Parser:
             if entry.start != at or entry.stop > self.size:
                 problem = f"{shown(entry.name)} at bytes {entry.start} to {entry.stop}"[:300]
                 errors.add(problem, f"from {at} on, in a file of {self.size} bytes", code="AK207")
-            at = -(-entry.stop // alignment) * alignment
+            at = aligned(entry.stop, alignment)
         Problems(errors[:MAX_ERRORS]).raise_all()
         return tuple(entries)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from adapterkit.bases.gguf.file import has_head
-from adapterkit.bases.gguf.header import EMBEDDING, HEAD, TENSOR_COUNT, TYPES, GgufHeader
+from adapterkit.bases.gguf.header import (
+    EMBEDDING,
+    HEAD,
+    TENSOR_COUNT,
+    TYPES,
+    GgufHeader,
+    aligned,
+    info_bytes,
+)
 from adapterkit.bases.gguf.imatrix import Importance
 from adapterkit.bases.gguf.model import GgufCheckpoint
 from adapterkit.bases.gguf.weight import GgufWeight
@@ -75,7 +83,8 @@ def plan_gguf_files(
         weight = replace(step.source, keep_scales=keep_scales)
         return replace(step, source=weighed(weight, importance))
 
-    changed = [encoded_so(step) for step in steps if _is_changed(base, step)]
+    own = lambda step: not (step.edits or step.source.folder or step.key not in base.tensors)
+    changed = [encoded_so(step) for step in steps if not own(step)]
     formats = {step.key: _format(base, step, touched_as) for step in changed}
     _check_formats(base, formats.values())
     tasks = [_task(step, formats[step.key]) for step in changed]
@@ -94,10 +103,6 @@ def gguf_files(
         out = name if name is not None and len(base.headers) == 1 else file
         files.append(OutputFile.computed(out, own, {}, lay_out=layout))
     return tuple(files)
-
-
-def _is_changed(base: GgufCheckpoint, step: Step) -> bool:
-    return bool(step.edits or step.source.folder or step.key not in base.tensors)
 
 
 def weighed(weight: GgufWeight, importance: Importance) -> GgufWeight:
@@ -254,18 +259,11 @@ def laid_out_anew(
         kind = types.get(entry.name, entry.type)
         struct.pack_into("<IQ", raw, entry.at, TYPES[kind][0], offset)
         offsets[entry.name] = offset
-        offset = _aligned(offset + nbytes(kind, entry.shape), header.alignment)
+        offset = aligned(offset + nbytes(kind, entry.shape), header.alignment)
     for tensor in added:
-        name, rank = tensor.name.encode(), len(tensor.shape)
-        raw += struct.pack("<Q", len(name)) + name
-        raw += struct.pack(f"<I{rank}Q", rank, *reversed(tensor.shape))
-        raw += struct.pack("<IQ", TYPES[tensor.type][0], offset)
+        raw += info_bytes(tensor.name, tensor.shape, TYPES[tensor.type][0], offset)
         offsets[tensor.name] = offset
-        offset = _aligned(offset + nbytes(tensor.type, tensor.shape), header.alignment)
+        offset = aligned(offset + nbytes(tensor.type, tensor.shape), header.alignment)
     raw += bytes(-len(raw) % header.alignment)
     places = {name: len(raw) + at for name, at in offsets.items()}
     return FileLayout(bytes(raw), places, len(raw) + offset)
-
-
-def _aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment

@@ -207,11 +207,6 @@ class GgufWeight(QuantizedWeight):
             )
         return weight.to(rows[0].device)
 
-    def _rows(self, weight: Tensor) -> list[Tensor]:
-        """The values of its parts."""
-        assert self.placement is not None
-        return self.placement.split(weight)
-
     def rows(
         self, stored: dict[str, Tensor], first: int, last: int
     ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
@@ -243,9 +238,10 @@ class GgufWeight(QuantizedWeight):
     def encode(
         self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
     ) -> Parts:
+        assert self.placement is not None
         new, at, how = [], 0, {"keep": self.keep_scales, "stay": self.has_fixed_scales}
         olds = self.values(stored) if stored else [None] * len(self.types)
-        parts = zip(self.types, olds, self._rows(weight), strict=True)
+        parts = zip(self.types, olds, self.placement.split(weight), strict=True)
         for number, (name, old, rows) in enumerate(parts):
 
             def encode(some, own, weights, name=name, old=old, at=at):

@@ -74,13 +74,10 @@ class ModelNames:
         else:
             assert isinstance(self.base, Pipeline)
             part, _, name = module.partition(".")
-            pairs = [(part, self._component(part), [name])]
+            own = self.base.parts.get(part)
+            # of Wan 2.2 both are transformers
+            pairs = [(part, self.denoiser if own and own.is_denoiser else part, [name])]
         return [self._named(part, component, one) for part, component, m in pairs[:1] for one in m]
-
-    def _component(self, part: str) -> str:
-        """What the architecture calls a part of a pipeline: of Wan 2.2 both are transformers."""
-        parts = self.base.parts if isinstance(self.base, Pipeline) else {}
-        return self.denoiser if part in parts and parts[part].is_denoiser else part
 
     def _named(self, part: str, component: str, model: str) -> ModuleNames:
         named = names_of(str(self.architecture), component, "original").named(model)
@@ -209,7 +206,6 @@ def _of_numbers(text: str, names: ModelNames) -> Factor:
 
 
 def _block(one: ModuleNames, words: BlockSchema) -> str | None:
-    """The block that a module is in."""
     name = f"{one.component}.{one.original}"
     for pattern, word in words.names.items():
         if found := re.fullmatch(pattern, name):

@@ -126,7 +126,10 @@ class _Joint:
             self.left_out += [f"{part.name}/{n}" for n in self._files_of(part) if n not in known]
             for name, header in base.shards.items():
                 file = f"{part.name}/{name}"
-                steps = [_copied(file, spec) for spec in header.tensors]
+                steps = [
+                    Step(spec.key, spec.dtype, spec.shape, replace(spec, file=file))
+                    for spec in header.tensors
+                ]
                 layout = like_base(file, [step.planned for step in steps], header)
                 self.shards.append(OutputFile(layout, tuple(steps)))
                 self.headers[0, file] = header.sha256
@@ -144,10 +147,6 @@ class _Joint:
                 self.left_out.append(name)
             else:
                 self.files[name] = CopyFile(0, name)
-
-
-def _copied(file: str, spec: TensorSpec) -> Step:
-    return Step(spec.key, spec.dtype, spec.shape, replace(spec, file=file))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.adapters.formats.engines import adapter_card
 from adapterkit.bases.images.joined_plans import in_folders, joined
-from adapterkit.bases.images.pipeline import PipelineComponent, read_pipeline
+from adapterkit.bases.images.pipeline import read_pipeline
 from adapterkit.bases.images.pipeline_adapters import Split, base_of_conversion, split_adapters
 from adapterkit.core.adapter import adapter_config
 from adapterkit.core.checkpoint.folder import Folder
@@ -134,7 +134,8 @@ def plan_merge_into_parts(
         if own:
             weight_of = rules and rules.of_part(name, numbers)
             with errors.collected(), part.named():
-                plans[name] = plan_merge(_model(part), own, options, weight_of=weight_of)
+                model = Base(part.folder, part.name, part.pipeline)
+                plans[name] = plan_merge(model, own, options, weight_of=weight_of)
     if rules is not None and not errors:
         left_out = (text for plan in plans.values() for text in plan.decisions["left_out"])
         rules.rules.skipped |= {text.partition(": ")[2] for text in left_out}
@@ -157,10 +158,6 @@ def plan_merge_into_parts(
     return replace(plan, options=receipt, decisions=decisions, warn=warn)
 
 
-def _model(part: PipelineComponent) -> Base:
-    return Base(part.folder, part.name, part.pipeline)
-
-
 def _decisions(plans: Mapping[str, Plan]) -> dict[str, Any]:
     own = [plan.decisions for plan in plans.values()]
     adapters = [
@@ -177,7 +174,6 @@ def _decisions(plans: Mapping[str, Plan]) -> dict[str, Any]:
 
 
 def _rows(plans: Mapping[str, Plan]) -> list[Merged]:
-    """Rows of the card: each adapter's part."""
     return [
         Merged(folder, adapter["weight"], adapter["modules"], part=name)
         for name, plan in plans.items()
