@@ -3,16 +3,10 @@
 Header names (`BF16`) are used inside; people type the short ones (`bf16`).
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from adapterkit.core.lazy import Tensor, torch
-
-if TYPE_CHECKING:
-    import numpy as np
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -39,11 +33,11 @@ _TORCH = {
     "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 
-_NUMBERS = {  # of `struct`
+CODES = {  # of `struct`, and numpy's
     "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i",
     "U64": "Q", "I64": "q", "F16": "e", "F32": "f", "F64": "d",
 }  # fmt: skip
-NUMBERS = (*_NUMBERS, "BF16")
+NUMBERS = (*CODES, "BF16")
 
 
 def size(dtype: str, count: int) -> int:
@@ -76,26 +70,7 @@ def number_of(data: bytes, dtype: str) -> float:
     """The one number of stored bytes, of a dtype in NUMBERS."""
     if dtype == "BF16":
         data, dtype = b"\0\0" + data, "F32"
-    return float(struct.unpack(f"<{_NUMBERS[dtype]}", data)[0])
-
-
-def array_of(data: bytes | memoryview, dtype: str) -> np.ndarray:
-    """The values of stored bytes, of a dtype in NUMBERS or of 8 bits; without torch, which takes
-    longer to load than a plan takes."""
-    import numpy as np
-
-    if dtype in _NUMBERS:
-        return np.frombuffer(data, f"<{_NUMBERS[dtype]}")
-    if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    bits = np.frombuffer(data, "u1").astype("<u2")
-    if dtype == "F8_E5M2":
-        return (bits << 8).view("<f2")
-    if dtype == "F8_E8M0":
-        return np.where(bits == 255, np.nan, np.exp2(bits - 127.0))
-    assert dtype == "F8_E4M3"  # a half's exponent has a bit more, and a bias that is 8 larger
-    halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view("<f2")
-    return np.where(bits & 0x7F == 0x7F, np.nan, halves * np.float32(256))
+    return float(struct.unpack(f"<{CODES[dtype]}", data)[0])
 
 
 def tensor_of(data: bytearray, dtype: str, shape: Sequence[int]) -> Tensor:

@@ -95,10 +95,13 @@ def gguf_files(
     base: GgufCheckpoint, tasks: Sequence[Task], formats: Sequence[GgufWeight], name: str | None
 ) -> tuple[OutputFile, ...]:
     """The files of a model in which these tasks write weights of these formats."""
-    files = []
+    files, written = [], {part.key for weight in formats for part in weight.parts}
     for file, header in base.headers.items():
         layout = _layout(base, header, formats, is_last=file == [*base.headers][-1])
-        own = [*_tasks_in(layout, tasks), *_copies(header, formats)]
+        own = _tasks_in(layout, tasks)
+        for entry in header.tensors:
+            if entry.name not in written:
+                own.append(CopiedTensor(entry.name, entry.stored(), entry.name))
         own.sort(key=lambda task: layout.starts[task.max_outputs[0].key])
         out = name if name is not None and len(base.headers) == 1 else file
         files.append(OutputFile.computed(out, own, {}, lay_out=layout))
@@ -215,13 +218,6 @@ def _tasks_in(layout: FileLayout, tasks: Sequence[Task]) -> list[Task]:
         if own:
             found.append(task if len(own) == len(keys) else SomeOutputs(task.name, task, own))
     return found
-
-
-def _copies(header: GgufHeader, formats: Iterable[GgufWeight]) -> list[Task]:
-    """The tensors that stay."""
-    written = {part.key for weight in formats for part in weight.parts}
-    stored: list[TensorSpec] = [entry.stored() for entry in header.tensors]
-    return [CopiedTensor(spec.key, spec, spec.key) for spec in stored if spec.key not in written]
 
 
 def _layout(

@@ -9,22 +9,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from adapterkit.core.lazy import Tensor, torch
 
 ReadArray = Callable[[str], Any]  # a GGUF tensor's decoded values by its name, as a numpy array
+Build = Callable[[ReadArray], "Tensor"]  # of a parameter; a picklable record
 Shapes = Mapping[str, tuple[int, ...]]  # of GGUF tensors, by name
 MAX_COUNTED = 1 << 20  # elements that are all counted; of larger parameters so many columns
 NARROW = 4  # or as many
-
-
-class Build(Protocol):
-    """Builds a parameter; a picklable record."""
-
-    def __call__(self, read: ReadArray, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 from adapterkit.bases.gguf.config import FREQUENCIES
@@ -25,25 +25,13 @@ from adapterkit.core.lazy import Tensor
 from adapterkit.core.weights.skeleton import Skeleton
 
 
-class TensorNames(Protocol):
-    """One of transformers' ways of reading an architecture."""
-
-    def target(self, name: str) -> str | None:
-        """The parameter that a GGUF tensor is, or is a part of; None if transformers has none."""
-        ...
-
-    def build(self, key: str, names: list[str]) -> Build:
-        """How a parameter is built from the GGUF tensors of these names."""
-        ...
-
-
-def tensor_names(file: GgufFile, model: Skeleton, arguments: dict[str, Any]) -> TensorNames:
+def tensor_names(file: GgufFile, model: Skeleton, arguments: dict[str, Any]) -> "_Table | _Rules":
     """transformers' way of reading the file; `arguments`: of its config, as it read them."""
     rules = conversion_rules()
 
     import gguf
 
-    def create() -> TensorNames:
+    def create() -> _Table | _Rules:
         if file.architecture in rules:
             return _Rules(rules[file.architecture](model.model.config))
         from transformers import modeling_gguf_pytorch_utils as utils
@@ -66,7 +54,8 @@ class _Table:
     names: Mapping[str, str]
 
     def target(self, name: str) -> str | None:
-        """Stacks of experts have no `.weight`."""
+        """The parameter that a GGUF tensor is, or is a part of; None if transformers has none.
+        Stacks of experts have no `.weight`."""
         return self.names.get(name) or self.names.get(name.removesuffix(".weight"))
 
     def build(self, key: str, names: list[str]) -> Build:
@@ -150,7 +139,7 @@ MAX_TRIED = 1 << 26  # values of a parameter up to which its shape is tried on z
 
 
 def model_tensors(
-    file: GgufFile, model: Skeleton, names: TensorNames, number: int
+    file: GgufFile, model: Skeleton, names: "_Table | _Rules", number: int
 ) -> dict[str, TensorSpec]:
     """The model's parameters by name, of input `number` of the job; refused unless file and model
     match in full."""

@@ -11,7 +11,7 @@ from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.weights.reader import TensorReader
-from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank import directions
 from adapterkit.kernels.lowrank.algebra import Product, products_of
 
 STORED = tuple(field.name for field in fields(Lora))  # what a file says of factors
@@ -59,14 +59,14 @@ class Factors(Lora):
     @property
     def count(self) -> int:
         """How many singular triplets its products have together."""
-        return (self.experts or 1) * algebra.count_directions(self.shape, self.rank)
+        return (self.experts or 1) * directions.count(self.shape, self.rank)
 
     def weighted(self, b: Tensor, a: Tensor, expert: int = 0) -> Tensor:
         """b (out, rank) of an expert's product with the weights of its directions."""
         if self.directions is None:
             return b
-        each = algebra.count_directions(self.shape, self.rank)
-        return algebra.weigh_left(b, a, self.directions[expert * each :][:each])
+        each = directions.count(self.shape, self.rank)
+        return directions.weighted_left(b, a, self.directions[expert * each :][:each])
 
     def stored(self, reader: TensorReader) -> tuple[Tensor, Tensor]:
         """a (rank * experts, in) and b (out, rank * experts) in the reader's dtype, unscaled, as

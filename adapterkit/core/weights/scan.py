@@ -14,6 +14,7 @@ from adapterkit.core.checkpoint.reader import FEW, read_small
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.checkpoint.strict import nested_json
 from adapterkit.core.errors import Damaged, Problems, shown
+from adapterkit.core.lazy import Tensor
 from adapterkit.core.records import Json
 from adapterkit.core.weights.detect import without_quantization
 from adapterkit.core.weights.names import Names
@@ -115,7 +116,7 @@ class CheckpointScan:
         kind: keys that differ in numbers only, and dtypes and shapes that do not differ. Weights
         that are decoded are checked then (`read_parts`).
         """
-        return dtypes.array_of(self._bytes(spec, next_to), spec.dtype).reshape(spec.shape)
+        return array_of(self._bytes(spec, next_to), spec.dtype).reshape(spec.shape)
 
     def read_json(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> Json:
         """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, if it
@@ -169,5 +170,27 @@ class CheckpointScan:
 
 def _is_finite(dtype: str, data: memoryview, positive: bool) -> bool:
     """Whether all of a scale's values are finite, and above 0 if they have to be."""
-    values = dtypes.array_of(data, "F8_E8M0" if dtype == "U8" else dtype)
+    values = array_of(data, "F8_E8M0" if dtype == "U8" else dtype)
     return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
+
+
+def array_of(data: bytes | memoryview, dtype: str) -> np.ndarray:
+    """The values of stored bytes, of a dtype in `dtypes.NUMBERS` or of 8 bits; without torch, which
+    takes longer to load than a plan takes."""
+    if dtype in dtypes.CODES:
+        return np.frombuffer(data, f"<{dtypes.CODES[dtype]}")
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    bits = np.frombuffer(data, "u1").astype("<u2")
+    if dtype == "F8_E5M2":
+        return (bits << 8).view("<f2")
+    if dtype == "F8_E8M0":
+        return np.where(bits == 255, np.nan, np.exp2(bits - 127.0))
+    assert dtype == "F8_E4M3"  # a half's exponent has a bit more, and a bias that is 8 larger
+    halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view("<f2")
+    return np.where(bits & 0x7F == 0x7F, np.nan, halves * np.float32(256))
+
+
+def are_groups(index: np.ndarray | Tensor, count: int) -> bool:  # (in,)
+    """Whether all of an index are numbers of groups."""
+    return bool(((index >= 0) & (index < count)).all())

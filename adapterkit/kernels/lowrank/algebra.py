@@ -123,31 +123,6 @@ def gram(products: Sequence[Product]) -> Tensor:
     return table
 
 
-def count_directions(shape: tuple[int, int], rank: int) -> int:
-    """How many triplets `svd` gives of a product of that shape and rank."""
-    return min(*shape, rank)
-
-
-def weigh_directions(product: Product, weights: Sequence[float]) -> Product:
-    """Σₖ cₖ σₖ uₖ vₖᵀ = U diag(c) Uᵀ left @ right, the triplets of `svd`, σ falling, each with a
-    weight of its own.
-
-    `right` stays. Equal σ leave open which directions are meant, and c of σ = 0 has no effect."""
-    u = svd(product).u
-    c = u.new_tensor(weights)
-    return Product(u @ (c[:, None] * (u.T @ product.left)), product.right)
-
-
-def weigh_left(
-    left: Tensor,  # (n, r)
-    right: Tensor,  # (r, m)
-    weights: Sequence[float],
-) -> Tensor:  # (n, r)
-    """The left of `weigh_directions` in left's dtype, computed in float64."""
-    product = Product(left.double(), right.double())
-    return weigh_directions(product, weights).left.to(left.dtype)
-
-
 def rank_for_energy(s: Tensor, energy: float, total: float | None = None) -> int:
     """The smallest k >= 1 with Σ_{i<=k} s² >= energy * Σ s².
 

@@ -7,6 +7,7 @@ best L of rank k, for every k.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -96,44 +97,26 @@ class Energies(NamedTuple):
     total: float
 
 
-class Comparison(NamedTuple):
-    """Of approximations that are the best ones of Δ·root: the parts, and errors in both norms, also
-    of the plain fit, which is the best one of Δ."""
-
-    right: Tensor  # (k, in): uᵀ Δ
-    error: Energies  # of Δ
-    unweighted_error: Energies  # of Δ, by the plain fit
-    unweighted_output_error: Energies  # of Δ·root, by the plain fit
-
-
 class Decomposition(NamedTuple):
     """The leading singular triplets of Δ·root, and ‖Δ·root‖_F²; of Δ where there is no root."""
 
     svd: Svd
     total: float
-    comparison: Comparison | None = None  # where there is a root
+    right: Tensor | None = None  # (k, in): uᵀ Δ, where there is a root
+    compared: Mapping[str, Energies] | None = None  # other errors then, by name
 
     @property
-    def energies(self) -> dict[str, Energies]:
+    def energies(self) -> Mapping[str, Energies]:
         """By the error's name; first those of the norm in which the fit is the best."""
         own = Energies(self.svd.s.double().square(), self.total)
-        if self.comparison is None:
-            return {"error": own}
-        _, error, unweighted_error, unweighted_output_error = self.comparison
-        return {
-            "output_error": own,
-            "error": error,
-            "unweighted_error": unweighted_error,
-            "unweighted_output_error": unweighted_output_error,
-        }
+        return {"error": own} if self.compared is None else {"output_error": own, **self.compared}
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank) of the best approximation of that rank, the norms of each
         rank-one part equal; zeros beyond the triplets that there are."""
-        if self.comparison is None:
+        if self.right is None:
             return algebra.refit(self.svd, rank)
-        left, right = self.svd.u[:, :rank], self.comparison.right[:rank]
-        a, b = algebra.balance(Product(left, right))
+        a, b = algebra.balance(Product(self.svd.u[:, :rank], self.right[:rank]))
         more = rank - len(a)
         return pad(a, (0, 0, 0, more)), pad(b, (0, more))
 
@@ -149,9 +132,10 @@ def decompose_product(
         return Decomposition(plain, total)
     outputs = Product(product.left, product.right @ root.to(product.right.dtype))
     svd = algebra.svd(outputs)
-    right, by_plain = (_from_left(svd.u, product), _from_left(plain.u, outputs))
+    right = (svd.u.T @ product.left) @ product.right
+    by_plain = (plain.u.T @ outputs.left) @ outputs.right
     squares = float(svd.s.square().sum())
-    return Decomposition(svd, squares, _compare(right, total, plain.s, by_plain, squares))
+    return Decomposition(svd, squares, right, _compared(right, total, plain.s, by_plain, squares))
 
 
 def decompose_dense(
@@ -170,26 +154,19 @@ def decompose_dense(
     svd, squares = leading_svd(outputs, max_rank, energy, ratio)
     plain = truncated_svd(delta, len(svd.s), start=start)
     right, by_plain = svd.u.T @ delta, plain.u.T @ outputs
-    compared = _compare(right, squared_norm(delta), plain.s, by_plain, squares)
-    return Decomposition(svd, squares, compared)
+    compared = _compared(right, squared_norm(delta), plain.s, by_plain, squares)
+    return Decomposition(svd, squares, right, compared)
 
 
-def _from_left(u: Tensor, product: Product) -> Tensor:
-    return (u.T @ product.left) @ product.right
-
-
-def _compare(
+def _compared(
     right: Tensor, total: float, s: Tensor, by_plain: Tensor, squares: float
-) -> Comparison:
-    """`total` and `s`: ‖Δ‖_F² and the singular values of Δ; `by_plain`: its left vectors' Δ·root;
-    `squares`: ‖Δ·root‖_F²."""
-    return Comparison(
-        right,
-        Energies(_row_squares(right), total),
-        Energies(s.double().square(), total),
-        Energies(_row_squares(by_plain), squares),
-    )
-
-
-def _row_squares(rows: Tensor) -> Tensor:
-    return rows.double().square().sum(1)
+) -> dict[str, Energies]:
+    """Errors of Δ, and in both norms those of the plain fit, which is the best one of Δ. `total`
+    and `s`: ‖Δ‖_F² and the singular values of Δ; `by_plain`: its left vectors' Δ·root; `squares`:
+    ‖Δ·root‖_F²."""
+    row_squares = lambda rows: rows.double().square().sum(1)
+    return {
+        "error": Energies(row_squares(right), total),
+        "unweighted_error": Energies(s.double().square(), total),
+        "unweighted_output_error": Energies(row_squares(by_plain), squares),
+    }

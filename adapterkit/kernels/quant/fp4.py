@@ -309,13 +309,18 @@ def _e2m1(
     x.abs_()
     if x.device.type != "cpu":
         return torch.bucketize(x, _thresholds(x.device), out_int32=True).bitwise_or_(sign)
+    round_magnitudes(x)
+    # exponent and first bit of the mantissa are the code from 1 on; 0.5 is one short of its code
+    return (x.view(torch.int32) >> 22).sub_(252).add_(x == 0.5).clamp_(min=0).bitwise_or_(sign)
+
+
+def round_magnitudes(x: Tensor) -> Tensor:
+    """The nearest values of FP4 of float32 magnitudes, in their memory."""
     x.clamp_(max=FP4_MAX)
     # 2^22 times the power of 2 below x has half of that power as its last place; 1 and more for
     # the subnormals
     last = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0).mul_(2.0**22)
-    x.add_(last).sub_(last)
-    # exponent and first bit of the mantissa are the code from 1 on; 0.5 is one short of its code
-    return (x.view(torch.int32) >> 22).sub_(252).add_(x == 0.5).clamp_(min=0).bitwise_or_(sign)
+    return x.add_(last).sub_(last)
 
 
 def _check_sizes(packed: Tensor, scale: Tensor, each: int) -> None:

@@ -93,12 +93,12 @@ def decode_fp8(
     table = _values(codes.dtype, codes.device)
     stored = matrices(codes.contiguous().view(torch.uint8), out)
     for (code, w), grid in zip(stored, grids(scale, codes.shape, block), strict=True):
-        grid.decode(w, functools.partial(_look_up, table, code))
+
+        def look_up(rows: slice, x: Tensor, code: Tensor = code) -> None:
+            torch.index_select(table, 0, code[rows].flatten().int(), out=x.view(-1))
+
+        grid.decode(w, look_up)
     return out
-
-
-def _look_up(table: Tensor, code: Tensor, rows: slice, x: Tensor) -> None:
-    torch.index_select(table, 0, code[rows].flatten().int(), out=x.view(-1))
 
 
 def encode_fp8(
@@ -129,8 +129,7 @@ def encode_fp8(
     for number, grid in enumerate(grids(scale, w.shape, block, rule, factor, dtype)):
         x, target = next(stored)
         here = None if draws is None else draws.at(number * x.numel())
-        for rows, code in grid.encode(x, here):
-            target[rows] = code
+        grid.encoded(x, target, here)
     return Encoded(codes, scale)
 
 

@@ -280,8 +280,7 @@ def _grid(kind: BlockType, scales: BlockScales, rows: int | None = None) -> Grid
 def _codes(kind: BlockType, grid: Grid, x: Tensor, draws: Draws | None) -> Tensor:
     """(n, values) uint8"""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    for rows, level in grid.encode(x, draws):
-        codes[rows] = level.to(torch.int8).view(torch.uint8)
+    grid.encoded(x, codes.view(torch.int8), draws)
     return codes.add_(kind.zero) if kind.zero else codes  # wraps
 
 

@@ -6,7 +6,7 @@ part's integers times a float16.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -75,16 +75,15 @@ class BlockScales:
 
     def at(self, blocks: Tensor) -> "BlockScales":
         """Those of some blocks, by number or a mask."""
-        some = lambda x: None if x is None else x[blocks]
-        return BlockScales(self.d[blocks], some(self.m), some(self.scale), some(self.min))
+        return self._each(lambda x: x[blocks])
 
     def without(self, blocks: Tensor) -> "BlockScales":
         """With 0 for these blocks, by number."""
-        if not len(blocks):
-            return self
-        empty = lambda x: None if x is None else x.index_fill(0, blocks, 0)
-        d = self.d.index_fill(0, blocks, 0)
-        return BlockScales(d, empty(self.m), empty(self.scale), empty(self.min))
+        return self._each(lambda x: x.index_fill(0, blocks, 0)) if len(blocks) else self
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "BlockScales":
+        some = lambda x: None if x is None else change(x)
+        return BlockScales(change(self.d), some(self.m), some(self.scale), some(self.min))
 
     def replaced(self, blocks: Tensor, new: "BlockScales") -> "BlockScales":
         """With others for these blocks, by number."""

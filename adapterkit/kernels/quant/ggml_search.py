@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adapterkit.kernels.quant.fp4 import round_magnitudes
 from adapterkit.kernels.quant.ggml_blocks import (
     TYPES,
     BlockScales,
@@ -22,7 +23,6 @@ from adapterkit.kernels.quant.ggml_blocks import (
 HALF_MAX = 65504.0
 LARGEST = 1e9  # more than any type but MXFP4 can hold
 TINY = 1e-37  # stands for smaller numbers in a division
-FP4_MAX = 6.0
 LAST_EXPONENT = 252  # of MXFP4, the largest with which all codes are finite
 CELLS = 512  # parts of [-128, 128], of half a unit: the middles of integers are ends of them
 
@@ -88,10 +88,11 @@ class Parts:
 
     @classmethod
     def of(cls, kind: BlockType, x: Tensor, weight: Tensor | None, memory: Tensor) -> "Parts":
+        clamped = lambda t: t.round_().clamp_(*kind.ends)
         return cls(
             x=x.view(-1, kind.sub),
             weight=None if weight is None else weight.reshape(-1, kind.sub),
-            nearest=_table_values(kind.table, x.device) if kind.table else _clamped(*kind.ends),
+            nearest=_table_values(kind.table, x.device) if kind.table else clamped,
             memory=memory,
         )
 
@@ -407,19 +408,11 @@ def _exponents(x: Tensor, importance: Tensor | None) -> Tensor:  # (n, 1) uint8
     x = x * (254 - first << 23).view(torch.float32)  # 2^(127 - first)
     errors = []
     for factor in (1.0, 0.5):
-        error = _e2m1(x * factor).sub_(x * factor).square_()
+        error = round_magnitudes(x * factor).sub_(x * factor).square_()
         error = error if importance is None else error.mul_(importance)
         errors.append(_sum(error) / factor**2)
     more = (errors[1] < errors[0]) & (first < LAST_EXPONENT)
     return (first + more.int()).to(torch.uint8)
-
-
-def _e2m1(x: Tensor) -> Tensor:
-    """The nearest values of FP4, of magnitudes, which are overwritten."""
-    x.clamp_(max=FP4_MAX)
-    # 2^22 times the power of 2 below x has half of that power as its last place
-    last = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0).mul_(2.0**22)
-    return x.add_(last).sub_(last)
 
 
 # Shared.
@@ -438,10 +431,6 @@ def _inverse(x: Tensor) -> Tensor:
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
     """x / y of y ≥ 0; of what is nearly 0 as if it were a little more."""
     return x / y.clamp(min=TINY)
-
-
-def _clamped(low: int, high: int) -> Callable[[Tensor], Tensor]:
-    return lambda t: t.round_().clamp_(low, high)
 
 
 def _table_values(table: tuple[int, ...], device: torch.device) -> Callable[[Tensor], Tensor]:

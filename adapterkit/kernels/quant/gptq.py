@@ -195,27 +195,20 @@ def _awq_shifts(device: torch.device) -> Tensor:  # (8, 1) int32
     return (4 * torch.tensor(AWQ_ORDER).argsort().int())[:, None].to(device)
 
 
-def gemv_integers(
+def gemv_grid(
     old: WordTensors,  # words (out, in/8), zeros (out, n/8), scale (out, n); n beyond groups unused
     groups: int,
-) -> Integers:
-    """AutoAWQ's gemv layout, 4 bits, all in order along the columns."""
-    assert old.zeros is not None
-    codes = unpack(old.words, 4, 8 * old.words.shape[1])
-    return Integers(codes, old.scale[:, :groups], unpack(old.zeros, 4, groups))
-
-
-def gemv_grid(old: WordTensors, groups: int) -> IntegerGrid:
-    """(code - zero) · scale, as `gemv_integers`, without the middle code, 8."""
-    codes, scale, zero = gemv_integers(old, groups)
-    return grid_of(scale, zero, (len(codes), codes.shape[1]), bits=4)
+) -> IntegerGrid:
+    """(code - zero) · scale of AutoAWQ's gemv layout, 4 bits, all in order along the columns."""
+    shape = len(old.words), 8 * old.words.shape[1]
+    return grid_of(old.scale[:, :groups], _gemv_zero(old, groups), shape, bits=4)
 
 
 def decode_gemv(old: WordTensors, groups: int) -> Tensor:  # (out, in) float32
     """As `gemv_grid`."""
-    codes = gemv_integers(old, groups).codes
-    out = torch.empty(codes.shape, device=codes.device)
-    return gemv_grid(old, groups).decode(out, lambda rows, x: x.copy_(codes[rows]))
+    out = torch.empty(len(old.words), 8 * old.words.shape[1], device=old.words.device)
+    expand = lambda rows, x: expand_codes(old.words[rows], 4, x, 8)
+    return gemv_grid(old, groups).decode(out, expand)
 
 
 def requantize_gemv(
@@ -228,11 +221,19 @@ def requantize_gemv(
 ) -> WordTensors:
     """As `requantize_gptq`; what is beyond the groups stays."""
     lowest = None if keep_zeros else 0
-    result = _requantized(w, gemv_integers(old, groups), 4, None, lowest=lowest, draws=draws)
-    assert old.zeros is not None and result.zero is not None
-    scale, zero = old.scale.clone(), unpack(old.zeros, 4, old.scale.shape[1])
+    codes, zero = unpack(old.words, 4, w.shape[1]), _gemv_zero(old, groups)
+    stored = Integers(codes, old.scale[:, :groups], zero)
+    result = _requantized(w, stored, 4, None, lowest=lowest, draws=draws)
+    assert result.zero is not None
+    scale = old.scale.clone()
+    zero = _gemv_zero(old, scale.shape[1])
     scale[:, :groups], zero[:, :groups] = result.scale, result.zero
     return WordTensors(pack(result.codes, 4), pack(zero, 4), scale)
+
+
+def _gemv_zero(old: WordTensors, count: int) -> Tensor:  # (out, count) int8
+    assert old.zeros is not None
+    return unpack(old.zeros, 4, count)
 
 
 # Shared by all.

@@ -9,21 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.kernels.block_sizes import padded, piece
-from adapterkit.kernels.quant.stochastic import Draws
+from adapterkit.kernels.quant.stochastic import PIECE, Draws
 from adapterkit.kernels.sums import all_finite, are_finite
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored;
 # (values (out, in), None), of all columns at once, where blocks are not rows of the grid
 RoundColumn = Callable[[Tensor, int | None], Tensor]
-# elements worked on at once on a CPU, so that a few temporaries of them stay in cache
-PIECE = 1 << 16
 # of formats with few operations: with fewer elements threads wait for Python's lock too long
 LARGE_PIECE = 1 << 19
 # of formats: values with one scale, scales with one scale, bits of a word of codes
@@ -134,6 +129,12 @@ class Grid:
         if not are_finite(sums) and not all_finite(w):
             raise ValueError(NOT_FINITE)
 
+    def encoded(self, w: Tensor, out: Tensor, draws: Draws | None = None) -> Tensor:
+        """`out` with the codes, as `encode` gives them."""
+        for rows, code in self.encode(w, draws):
+            out[rows] = code
+        return out
+
     def round_column(self, w: Tensor, number: int | None) -> Tensor:
         """A `RoundColumn`."""
         if number is not None:
@@ -142,9 +143,8 @@ class Grid:
         out = torch.empty_like(w)
         for rows in pieces(w.shape, w.device, large=self.large):
             x, scales = self.place(w[rows], rows)
-            out[rows] = self.value(self.nearest(self.scaled(x, *scales)), *scales).view(
-                -1, w.shape[1]
-            )
+            value = self.value(self.nearest(self.scaled(x, *scales)), *scales)
+            out[rows] = value.view(-1, w.shape[1])
         return out
 
     def neighbors(self, x: Tensor, code: Tensor, scales: Sequence[Tensor]) -> Neighbors:
@@ -165,7 +165,6 @@ class Grid:
     def _magnitudes(
         self, x: Tensor, code: Tensor, scales: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Without their signs, if there is one."""
         if not self.sign:
             return x, code, scales
         return x.abs(), code & ~self.sign, [scale.abs() for scale in scales]
@@ -198,8 +197,7 @@ class Grid:
         return (x.amin(2) < torch.minimum(low, high)) | (x.amax(2) > torch.maximum(low, high))
 
     def _end(self, which: int) -> Tensor:
-        shape = self.scales[0].shape
-        code = torch.full(shape, self.ends[which], dtype=torch.int32, device=self.scales[0].device)
+        code = torch.full_like(self.scales[0], self.ends[which], dtype=torch.int32)
         return self.value(code, *self.scales)
 
 
@@ -259,11 +257,5 @@ def check_finite(*values: Tensor, problem: str = NOT_FINITE) -> None:
         raise ValueError(problem)
 
 
-def are_groups(index: Tensor | np.ndarray, count: int) -> bool:  # (in,)
-    """Whether all of an index are numbers of groups."""
-    return bool(((index >= 0) & (index < count)).all())
-
-
-def _numbers(rows: slice, height: int, device: torch.device) -> Tensor:
-    """Of each row the number of its block."""
+def _numbers(rows: slice, height: int, device: torch.device) -> Tensor:  # of rows' blocks
     return torch.arange(rows.start, rows.stop, device=device) // height

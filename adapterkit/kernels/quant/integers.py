@@ -241,14 +241,8 @@ def encode_integers(
         width = size or w.shape[1]
         scale, zero = minmax_scale(w, bits, width, symmetric, scale_dtype)
     grid = grid_of(scale, zero, (len(w), w.shape[1]), group, bits)
-    return Integers(_codes(grid, w, draws), scale, zero)
-
-
-def _codes(grid: IntegerGrid, w: Tensor, draws: Draws | None) -> Tensor:
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    for rows, code in grid.encode(w, draws):
-        codes[rows] = code
-    return codes
+    return Integers(grid.encoded(w, codes, draws), scale, zero)
 
 
 def requantize_integers(
@@ -282,7 +276,8 @@ def requantize_integers(
                 zero = chosen(better, new_zero, zero)
     scales = (scale,) if zero is None else (scale, zero)
     grid = replace(old, scales=tuple(one.float().contiguous() for one in scales))
-    return Integers(_codes(grid, w, draws), scale, zero)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    return Integers(grid.encoded(w, codes, draws), scale, zero)
 
 
 def _in_groups(w: Tensor, group: Tensor, count: int) -> Tensor | None:  # (out, count · size)

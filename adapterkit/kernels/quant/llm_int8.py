@@ -77,8 +77,7 @@ def quantize_int8(
             continue
         sums.append(x.sum())
         here = None if draws is None else draws.at(rows.start * w.shape[1])
-        for part, code in grid_of(scales[rows], w.shape[1]).encode(x, here):
-            codes[rows][part] = code
+        grid_of(scales[rows], w.shape[1]).encoded(x, codes[rows], here)
     check_finite(scales, problem=NOT_FINITE)
     if not are_finite(sums) and not all_finite(w if draws is not None else w.half()):
         raise ValueError(NOT_FINITE)

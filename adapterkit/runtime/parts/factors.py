@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.core.adapter.keys import part_keys
-from adapterkit.kernels.lowrank import algebra
+from adapterkit.kernels.lowrank import directions
 from adapterkit.runtime.parts import dora
 from adapterkit.runtime.parts.memo import Memo
 from adapterkit.runtime.quantized import plainly_stored, unmergeable
@@ -289,7 +289,7 @@ class FactorsPart(Part):
             return "its delta is no product (initial factors, or a convolution with groups)"
         lefts, rights = self._matrices()
         shape = lefts[0].shape[0], rights[0].shape[1]
-        count = len(lefts) * algebra.count_directions(shape, self.stored_rank)
+        count = len(lefts) * directions.count(shape, self.stored_rank)
         return None if len(weights) == count else f"it has {count} directions, not {len(weights)}"
 
     def directed(self, weights: tuple[float, ...]) -> "FactorsPart":
@@ -310,7 +310,7 @@ class FactorsPart(Part):
         pairs = list(zip(*self._matrices(), strict=True))
         each = len(weights) // len(pairs)
         lefts = [
-            algebra.weigh_left(left, right, weights[n * each :][:each])
+            directions.weighted_left(left, right, weights[n * each :][:each])
             for n, (left, right) in enumerate(pairs)
         ]
         return self._with_factors(a.detach(), torch.stack(lefts).reshape(b.shape))

@@ -27,6 +27,8 @@ from adapterkit.core.weights.codec import (
     pair_in,
 )
 from adapterkit.core.weights.decoded import CheckpointScan
+from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.kernels.block_sizes import padded
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant.grid import NESTED, Grid
 from adapterkit.kernels.quant.stochastic import Draws
@@ -291,14 +293,10 @@ class Bnb4(QuantizedWeight):
         Of quantized scales the code, or where their group cannot hold that either, the whole
         group's.
         """
-        key, absmax, w = (
-            self.parts[1].key,
-            self._scales(stored),
-            blockwise.in_blocks(weight, self.block),
-        )
-        grid = lambda scales: blockwise.grid_of(
-            self._scales(stored | scales), self.kind, self.block
-        )
+        key, absmax = self.parts[1].key, self._scales(stored)
+        w = blockwise.in_blocks(weight, self.block)
+        decoded = lambda scales: self._scales(stored | scales)
+        grid = lambda scales: blockwise.grid_of(decoded(scales), self.kind, self.block)
         errors = lambda scales: grid(scales).errors(w)[:, 0]
         overflows = grid({}).overflows(w)[:, 0]
         if not bool(overflows.any()):
@@ -315,11 +313,8 @@ class Bnb4(QuantizedWeight):
         scales = {key: torch.where(better, codes, stored[key])}
         groups = blockwise.quantize_absmax(target, offset, values=values)
         widened = {key: groups.codes, nested_key: groups.absmax}
-        by_group = lambda each: (
-            torch.nn.functional.pad(each, (0, -len(each) % self.nested_block))
-            .view(-1, self.nested_block)
-            .sum(1)
-        )
+        rest = -len(absmax) % self.nested_block
+        by_group = lambda each: padded(each, (0, rest)).view(-1, self.nested_block).sum(1)
         better = (groups.absmax > nested) & (by_group(errors(widened)) < by_group(errors(scales)))
         if not bool(better.any()):
             return scales
@@ -330,7 +325,6 @@ class Bnb4(QuantizedWeight):
         }
 
     def _state(self, offset: float | None = None) -> bytes:
-        """The text of the state."""
         state: Json = {
             "quant_type": self.kind,
             "blocksize": self.block,
@@ -342,10 +336,6 @@ class Bnb4(QuantizedWeight):
             state["nested_dtype"] = "float32"
             state["nested_offset"] = offset
         return json.dumps(state).encode()
-
-
-def _header_name(dtype: object) -> str | None:
-    return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."))
 
 
 class _State(NamedTuple):
@@ -360,7 +350,8 @@ class _State(NamedTuple):
     @classmethod
     def of(cls, state: Json, kind: str) -> "_State | None":
         """None where bitsandbytes writes no such state."""
-        shape, dtype = pair_in(state.get("shape")), _header_name(state.get("dtype"))
+        shape = pair_in(state.get("shape"))
+        dtype = dtypes.HEADER_NAME.get(str(state.get("dtype")).removeprefix("torch."))
         block, double = state.get("blocksize"), "nested_offset" in state
         valid = state.get("quant_type") == kind and dtype in dtypes.FLOATS
         valid = valid and type(block) is int and block in blockwise.BLOCKS
@@ -375,8 +366,7 @@ class _State(NamedTuple):
 
 
 def _is_map(table: np.ndarray, kind: Literal["nf4", "fp4"]) -> bool:
-    """Whether a table is that of a kind of codes."""
-    return np.array_equal(table, np.float32(blockwise.TABLES[kind]))
+    return np.array_equal(table, np.array(blockwise.TABLES[kind], np.float32))
 
 
 def _parts_fit(parts: list[TensorSpec], count: int, block: int, transposed_scales: bool) -> bool:

@@ -16,6 +16,7 @@ from adapterkit.kernels.quant import integers
 from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP
 from adapterkit.core.weights.scan import CheckpointScan
 from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP, are_groups
+from adapterkit.core.weights.scan import CheckpointScan, are_groups
 
 FORMATS = {  # of the config: kinds of codes
     "pack-quantized": ("words",),
@@ -61,7 +62,7 @@ def schemes(scan: CheckpointScan) -> Callable[[str], Scheme | None] | None:
     if not scan.check("quantization_config", CONFIG_GROUPS.fits(groups), "config_groups", expected):
         return None
     known: list[Scheme] = [
-        {"format": settings.get("format"), **_without_none(entry)}
+        {"format": settings.get("format")} | {k: v for k, v in entry.items() if v is not None}
         for entry in groups.values()
         if isinstance(entry.get("weights"), dict)
     ]
@@ -111,10 +112,6 @@ def _check_settings(scan: CheckpointScan) -> None:
             "weights as the model has them",
             code="AK404",
         )
-
-
-def _without_none(scheme: dict) -> dict:
-    return {key: value for key, value in scheme.items() if value is not None}
 
 
 def _target(target: str, where: str) -> tuple[int, Callable[[str], bool]]:

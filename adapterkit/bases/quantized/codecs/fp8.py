@@ -116,7 +116,6 @@ class Fp8(QuantizedWeight):
 
     @property
     def _rule(self) -> fp8.Fp8Rule:
-        """The kernel's rule for scales."""
         return "power" if self.power else "multiply"
 
     @property

@@ -77,9 +77,8 @@ def _places(state: MergeState, step: Step, changes: list[tuple[Change, Slot]]) -
     packed = isinstance(source, QuantizedWeight) and not state.options.dequantize
     turned = isinstance(source, QuantizedWeight) and source.transposed
     places = [_place(step, change, slot) for change, slot in changes if _is_linear(state, change)]
-    if packed and any(place.by_columns != turned for place in places):
-        raise _layout_error(step, places[0].module)
-    if len({place.by_columns for place in places}) > 1:
+    sides = {place.by_columns for place in places}
+    if len(sides) > 1 or (packed and sides - {turned}):
         raise _layout_error(step, places[0].module)
     return places
 

@@ -44,37 +44,27 @@ def plan_model_dequantization(
     original: Checkpoint, options: Dequantize, name: str | None = None
 ) -> Plan:
     """The dequantization of one model of safetensors; `name`: of an output that is one file."""
-    dtype = options.dtype
     base = decoded_view(original)
     packed = quantized_weights(base.tensors)
     if not packed:
         raise nothing_quantized(original.folder)
     notes: list[str] = []
     Problems(check_gaps(base, None, notes)).raise_all()
-    target_dtype = dtypes.parse(dtype) if dtype else None
+    target = dtypes.parse(options.dtype) if options.dtype else None
     steps: dict[str, list[Step]] = {name: [] for name in original.shards}
     for key, spec in base.tensors.items():
-        steps[spec.file].append(
-            Step(
-                key,
-                (target_dtype or spec.dtype) if isinstance(spec, QuantizedWeight) else spec.dtype,
-                spec.shape,
-                spec,
-            )
-        )
+        dtype = target if target and isinstance(spec, QuantizedWeight) else spec.dtype
+        steps[spec.file].append(Step(key, dtype, spec.shape, spec))
     config = dict(base.config)
-    if target_dtype and "config.json" in original.files:
-        config["dtype"] = dtypes.CONFIG_NAME[target_dtype]
+    if target and "config.json" in original.files:
+        config["dtype"] = dtypes.CONFIG_NAME[target]
         config.pop("torch_dtype", None)
-    if name is not None:
-        steps = {name: [step for group in steps.values() for step in group]}
+    together = [step for group in steps.values() for step in group]
+    steps = steps if name is None else {name: together}
     headers = dict(zip(steps, original.shards.values(), strict=True))
     if options.max_shard_size and name is None:
-        shards = plan_shards_of_size(
-            [step for group in steps.values() for step in group],
-            parse_size(options.max_shard_size),
-            stem_of(headers),
-        )
+        size = parse_size(options.max_shard_size)
+        shards = plan_shards_of_size(together, size, stem_of(headers))
     else:
         shards = [
             plan_shard(file, group, headers[file], keep_format=False)
