@@ -14,7 +14,6 @@ from adapterkit.core.checkpoint.reader import FEW, read_small
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.checkpoint.strict import nested_json
 from adapterkit.core.errors import Damaged, Problems, shown
-from adapterkit.core.lazy import Tensor
 from adapterkit.core.records import Json
 from adapterkit.core.weights.detect import without_quantization
 from adapterkit.core.weights.names import Names
@@ -162,16 +161,11 @@ class CheckpointScan:
             return
         positive = {spec.key for spec, positive in self._scales if positive}
         for spec, data in read_small(self.base.folder, [spec for spec, _ in self._scales]):
-            valid = _is_finite(spec.dtype, data, spec.key in positive)
-            problem = "scales that are NaN or infinite"
-            problem += " or not above 0" if spec.key in positive else ""
-            self.check(spec.key, valid, problem, "finite scales")
-
-
-def _is_finite(dtype: str, data: memoryview, positive: bool) -> bool:
-    """Whether all of a scale's values are finite, and above 0 if they have to be."""
-    values = array_of(data, "F8_E8M0" if dtype == "U8" else dtype)
-    return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
+            values = array_of(data, "F8_E8M0" if spec.dtype == "U8" else spec.dtype)
+            valid, problem = np.isfinite(values), "scales that are NaN or infinite"
+            if spec.key in positive:
+                valid, problem = valid & (values > 0), f"{problem} or not above 0"
+            self.check(spec.key, bool(valid.all()), problem, "finite scales")
 
 
 def array_of(data: bytes | memoryview, dtype: str) -> np.ndarray:
@@ -189,8 +183,3 @@ def array_of(data: bytes | memoryview, dtype: str) -> np.ndarray:
     assert dtype == "F8_E4M3"  # a half's exponent has a bit more, and a bias that is 8 larger
     halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view("<f2")
     return np.where(bits & 0x7F == 0x7F, np.nan, halves * np.float32(256))
-
-
-def are_groups(index: np.ndarray | Tensor, count: int) -> bool:  # (in,)
-    """Whether all of an index are numbers of groups."""
-    return bool(((index >= 0) & (index < count)).all())

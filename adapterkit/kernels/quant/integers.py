@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,6 +170,11 @@ def pack_nibbles(
 
 
 # compressed-tensors
+
+
+def are_groups(index: Tensor | np.ndarray, count: int) -> bool:  # (in,)
+    """Whether all of an index are numbers of groups."""
+    return bool(((index >= 0) & (index < count)).all())
 
 
 def decode_packed(

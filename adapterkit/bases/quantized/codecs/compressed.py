@@ -28,6 +28,7 @@ from adapterkit.core.weights.codec import (
 )
 from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.core.weights.scan import CheckpointScan, are_groups
+from adapterkit.core.weights.scan import CheckpointScan
 from adapterkit.kernels.quant import fp4, fp8, integers
 from adapterkit.kernels.quant.grid import MX_GROUP, Grid
 from adapterkit.kernels.quant.stochastic import Draws
@@ -151,7 +152,11 @@ class Compressed(QuantizedWeight):
             return f"{key}: symmetric, with a {ZERO}", "zeros, or symmetric: false"
         index = self._sibling(stored, INDEX) if self.indexed else None
         groups = self.shape[1] // self.block[1]
-        if index is None or _is_unused(index) or (self.block[0] == 1 and are_groups(index, groups)):
+        if (
+            index is None
+            or _is_unused(index)
+            or (self.block[0] == 1 and integers.are_groups(index, groups))
+        ):
             return None
         return f"{key}: {INDEX} out of range", f"0 to {groups - 1}"
 

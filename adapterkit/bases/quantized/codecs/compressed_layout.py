@@ -12,6 +12,7 @@ from adapterkit.core.patterns import matcher
 from adapterkit.core.records import ANYTHING, TEXT, Json, also, entries, list_of, table_of
 from adapterkit.core.weights.codec import blocks_in, pair_in, shapes_of_scales
 from adapterkit.core.weights.decoded import CheckpointScan
+from adapterkit.core.weights.scan import CheckpointScan
 from adapterkit.kernels.quant import integers
 from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP
 from adapterkit.core.weights.scan import CheckpointScan
@@ -304,6 +305,6 @@ class StoredModule:
         index = self.scan.read(spec, ())
         if bool((index == -1).all()):
             return (spec,), False
-        valid = block[0] == 1 and are_groups(index, groups)
+        valid = block[0] == 1 and integers.are_groups(index, groups)
         valid = self._check(valid, f"{INDEX} out of range", f"0 to {groups - 1}")
         return ((spec,), True) if valid else None

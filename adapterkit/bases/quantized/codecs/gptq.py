@@ -71,7 +71,7 @@ class Gptq(QuantizedWeight):
 
     def contradiction(self, stored: Parts) -> tuple[str, str] | None:
         groups = self.parts[2].shape[0]
-        if not self.indexed or are_groups(stored[self.parts[3].key], groups):
+        if not self.indexed or integers.are_groups(stored[self.parts[3].key], groups):
             return None
         return f"groups out of range in {shown(self.parts[3].key)}", f"0 to {groups - 1}"
 
@@ -182,5 +182,5 @@ def _groups_fit(
         return False
     if not scan.reads_freely:
         return True  # checked where it is read
-    valid = are_groups(scan.read(index, ()), groups)
+    valid = integers.are_groups(scan.read(index, ()), groups)
     return scan.check(index.key, valid, "groups out of range", f"0 to {groups - 1}")
