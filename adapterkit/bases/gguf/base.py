@@ -10,7 +10,6 @@ from adapterkit.bases.gguf.header import GgufFiles, GgufHeader, find_gguf, is_gg
 from adapterkit.bases.gguf.imatrix import ImportanceFile
 from adapterkit.bases.gguf.model import GgufCheckpoint, open_gguf, open_image_gguf, open_plain_gguf
 from adapterkit.bases.gguf.output import plan_gguf_files
-from adapterkit.bases.gguf.table_checkpoint import open_plain_gguf
 from adapterkit.bases.images.base import OF_FOLDERS, images_in
 from adapterkit.core.adapter.keys import CONFIG as ADAPTER_CONFIG
 from adapterkit.core.checkpoint.spec import Checkpoint

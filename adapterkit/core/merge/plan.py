@@ -51,11 +51,9 @@ from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.doors import CONTAINERS, MERGES
 
 if TYPE_CHECKING:
-    from adapterkit.bases.gguf.base import ImportanceFile
     from adapterkit.bases.gguf.imatrix import ImportanceFile
     from adapterkit.core.inputs.weights_file import WeightsFile
     from adapterkit.verbs.combine.module_methods import WeightOf
-    from adapterkit.verbs.combine.module_weights import WeightOf
 
 Steps = dict[str, list[Step]]  # by output file
 

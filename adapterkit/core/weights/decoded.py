@@ -3,7 +3,6 @@ their weights in it."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,6 @@ from adapterkit.core.checkpoint.reader import FEW, read_small
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.checkpoint.strict import nested_json
 from adapterkit.core.errors import Damaged, Problems, shown
-from adapterkit.core.lazy import Tensor
 from adapterkit.core.records import Json
 from adapterkit.core.registry import members
 from adapterkit.core.weights.codec import QuantizedWeight
@@ -203,14 +201,14 @@ class CheckpointScan:
         read = read_small(self.base.folder, specs, None if self.reads_freely else FEW)
         self._cache |= {spec.key: bytes(data) for spec, data in read}
 
-    def read(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> Tensor:
+    def read(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> np.ndarray:
         """The value of a small stored tensor among these; `fetch` first if there are many.
 
         Where reads are not free, what was not fetched is taken to be as in the first weight of its
         kind: keys that differ in numbers only, and dtypes and shapes that do not differ. Weights
         that are decoded are checked then (`read_parts`).
         """
-        return dtypes.tensor_of(bytearray(self._bytes(spec, next_to)), spec.dtype, spec.shape)
+        return array_of(self._bytes(spec, next_to), spec.dtype).reshape(spec.shape)
 
     def read_json(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> Json:
         """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, if it
@@ -256,24 +254,25 @@ class CheckpointScan:
             return
         positive = {spec.key for spec, positive in self._scales if positive}
         for spec, data in read_small(self.base.folder, [spec for spec, _ in self._scales]):
-            valid = _is_finite(spec.dtype, data, spec.key in positive)
-            problem = "scales that are NaN or infinite"
-            problem += " or not above 0" if spec.key in positive else ""
-            self.check(spec.key, valid, problem, "finite scales")
+            values = array_of(data, "F8_E8M0" if spec.dtype == "U8" else spec.dtype)
+            valid, problem = np.isfinite(values), "scales that are NaN or infinite"
+            if spec.key in positive:
+                valid, problem = valid & (values > 0), f"{problem} or not above 0"
+            self.check(spec.key, bool(valid.all()), problem, "finite scales")
 
 
-def _is_finite(dtype: str, data: memoryview, positive: bool) -> bool:
-    """Whether all of a scale's values are finite, and above 0 if they have to be."""
-    if not data:
-        return True
-    if dtype in ("F32", "F16", "F64"):  # without torch: there can be tens of thousands
-        values = np.frombuffer(data, f"<f{dtypes.BITS[dtype] // 8}")
-    elif dtype == "BF16":
-        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    else:
-        import torch
-
-        stored = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(dtype)).float()
-        values = stored.numpy()
-        values = np.where(values == 255, math.nan, values) if dtype == "U8" else values
-    return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
+def array_of(data: bytes | memoryview, dtype: str) -> np.ndarray:
+    """The values of stored bytes, of a dtype in `dtypes.NUMBERS` or of 8 bits; without torch, which
+    takes longer to load than a plan takes."""
+    if dtype in dtypes.CODES:
+        return np.frombuffer(data, f"<{dtypes.CODES[dtype]}")
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    bits = np.frombuffer(data, "u1").astype("<u2")
+    if dtype == "F8_E5M2":
+        return (bits << 8).view("<f2")
+    if dtype == "F8_E8M0":
+        return np.where(bits == 255, np.nan, np.exp2(bits - 127.0))
+    assert dtype == "F8_E4M3"  # a half's exponent has a bit more, and a bias that is 8 larger
+    halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view("<f2")
+    return np.where(bits & 0x7F == 0x7F, np.nan, halves * np.float32(256))

@@ -27,7 +27,6 @@ from adapterkit.core.weights.codec import (
     pair_in,
 )
 from adapterkit.core.weights.decoded import CheckpointScan
-from adapterkit.core.weights.scan import CheckpointScan
 from adapterkit.kernels.block_sizes import padded
 from adapterkit.kernels.quant import blockwise
 from adapterkit.kernels.quant.grid import NESTED, Grid

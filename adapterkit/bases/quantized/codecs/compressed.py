@@ -27,8 +27,6 @@ from adapterkit.core.weights.codec import (
     check_block_size,
 )
 from adapterkit.core.weights.decoded import CheckpointScan
-from adapterkit.core.weights.scan import CheckpointScan, are_groups
-from adapterkit.core.weights.scan import CheckpointScan
 from adapterkit.kernels.quant import fp4, fp8, integers
 from adapterkit.kernels.quant.grid import MX_GROUP, Grid
 from adapterkit.kernels.quant.stochastic import Draws

@@ -12,12 +12,8 @@ from adapterkit.core.patterns import matcher
 from adapterkit.core.records import ANYTHING, TEXT, Json, also, entries, list_of, table_of
 from adapterkit.core.weights.codec import blocks_in, pair_in, shapes_of_scales
 from adapterkit.core.weights.decoded import CheckpointScan
-from adapterkit.core.weights.scan import CheckpointScan
 from adapterkit.kernels.quant import integers
 from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP
-from adapterkit.core.weights.scan import CheckpointScan
-from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP, are_groups
-from adapterkit.core.weights.scan import CheckpointScan, are_groups
 
 FORMATS = {  # of the config: kinds of codes
     "pack-quantized": ("words",),

@@ -15,10 +15,6 @@ from adapterkit.core.weights.codec import Parts, QuantizedWeight
 from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import gptq, integers
 from adapterkit.kernels.quant.grid import WORD, Grid
-from adapterkit.core.weights.scan import CheckpointScan
-from adapterkit.core.weights.scan import CheckpointScan, are_groups
-from adapterkit.kernels.quant import gptq
-from adapterkit.kernels.quant.grid import WORD, Grid
 from adapterkit.kernels.quant.stochastic import Draws
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}

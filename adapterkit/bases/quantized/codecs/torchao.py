@@ -10,7 +10,7 @@ from adapterkit.core.errors import shown
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.records import Json
 from adapterkit.core.weights.codec import Parts, QuantizedWeight, pair_in, shapes_of_scales
-from adapterkit.core.weights.scan import CheckpointScan
+from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import fp8, integers
 
 NAMES = ("qdata", "scale", "zero_point")
