@@ -42,7 +42,7 @@ JOBS = {
     "convert to peft, dry run": ("convert(a, to='peft', out=out, dry_run=True)", CARD),
     "check": ("check(a, base=base, program='vllm')", f"verbs.look {CARD}"),
     "inspect a base": ("inspect(base)", "verbs.look"),
-    "inspect an adapter": ("inspect(a)", "verbs.look bases.images"),
+    "inspect an adapter": ("inspect(a)", "verbs.look"),
 }  # fmt: skip
 # what these print needs the model's code or the factors' norms
 COMPUTING = ("merge", "init, dry run", "inspect a base", "inspect an adapter")

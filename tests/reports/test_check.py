@@ -19,7 +19,7 @@ from adapterkit.adapters.formats.engines import engines
 from adapterkit.adapters.formats.library import architectures, formats
 from adapterkit.cli import main
 from adapterkit.core.errors import AdapterkitError, Refused
-from adapterkit.verbs.look.findings import engine_check
+from adapterkit.verbs.look import engine_check
 from tests.support import oracle
 from tests.support.adapter_samples import GOLDEN, all_samples, samples
 from tests.support.architectures import BUILDS

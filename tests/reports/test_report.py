@@ -19,7 +19,7 @@ from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.errors import Refused
 from adapterkit.core.inputs.weights_file import WeightsFile, named_adapter, write_weights
 from adapterkit.verbs.look.overview.page import report_page
-from adapterkit.verbs.look.pages.pictures import MOST_CELLS
+from adapterkit.verbs.look.pages import MOST_CELLS
 from tests.support import raw_files
 from tests.support.inspections import inspect
 

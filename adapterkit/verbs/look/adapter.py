@@ -1,5 +1,6 @@
 """inspect of an adapter: its config, and its modules with rank, scale and norms."""
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapterkit.core.adapter.peft import scan_adapter
@@ -7,10 +8,12 @@ from adapterkit.core.adapter.record import Adapter, Lora, rank_mismatch
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.shards import weight_files
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.errors import Refused, shown
+from adapterkit.core.errors import WARNING, Problems, Refused, shown
+from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.lazy import Tensor, torch
-from adapterkit.core.options import no_progress
+from adapterkit.core.options import Progress, no_progress
 from adapterkit.core.records import Json
+from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.verbs.look.checkpoint import (
     add_problem,
     check_pickles,
@@ -23,17 +26,50 @@ from adapterkit.verbs.look.configs import printable
 from adapterkit.verbs.look.heatmaps import natural
 
 if TYPE_CHECKING:
-    from adapterkit.core.options import Progress
-    from adapterkit.verbs.look.factors import Join
+    from adapterkit.core.weights.parameters import Parameter
 
 FLAGS = ("lora_bias", "bias", "ensure_weight_tying", "layer_replication", "target_parameters")
+
+
+@dataclass
+class Join:
+    """A base, and the parameter of each of the adapter's modules in it, by (module, depth)."""
+
+    base: Checkpoint
+    parameters: "dict[tuple[str, int], Parameter]" = field(default_factory=dict)
+    experts: dict[tuple[str, int], int | None] = field(default_factory=dict)
+
+
+def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
+    """Match the adapter with the base as merge does; what merge refuses is added to `problems`."""
+    from adapterkit.core.merge.changes import collect_changes, other_base
+    from adapterkit.core.merge.job import MergeState
+    from adapterkit.core.merge.verb import MergeOptions
+
+    base = read_checkpoint(on)
+    check_not_quantized(base)
+    # a norm is the same in either layout of experts
+    state = MergeState(base, [adapter], [1.0], MergeOptions(expert_layout="peft-0.19"))
+    collect_changes(state)
+    problems += state.errors
+    # a local copy may have any name
+    names = [] if "repo" in on.origin else other_base(state, adapter)
+    found = [note.removeprefix(WARNING) for note in state.notes if note not in names]
+    problems += [Refused(note, where=adapter.label, code="AK202") for note in found]
+    joined = Join(state.base)
+    for change in state.changes.values():
+        for factors in change.additions:
+            at = factors.module, factors.depth
+            joined.parameters[at] = change.parameter
+            joined.experts[at] = factors.experts
+    return joined
 
 
 def inspect_adapter(
     folder: Folder,
     base: Folder | None,
     with_factors: bool,
-    progress: "Progress" = no_progress,
+    progress: Progress = no_progress,
     spectra: dict[str, Tensor] | None = None,
 ) -> Json:
     """inspect's result for an adapter; `with_factors`: read them for norms and effective ranks, and
@@ -58,26 +94,24 @@ def _modules(
     base: Folder | None,
     with_factors: bool,
     scan: Checkpoint,
-    progress: "Progress",
+    progress: Progress,
     spectra: dict[str, Tensor] | None,
 ) -> list[Json]:
-    if not with_factors:
-        return _in_order([_module(adapter, lora, None, typed, scan) for lora in adapter.loras])
-    from adapterkit.verbs.look import factors
-
-    joined = factors.join(adapter, base, scan.errors) if base is not None and typed else None
+    """The adapted modules in natural order, and the problems of their factors."""
+    joined = None
+    if base is not None and typed and with_factors:
+        joined = join(adapter, base, scan.errors)
     modules = [_module(adapter, lora, joined, typed, scan) for lora in adapter.loras]
-    with torch.inference_mode():
-        factors.read_factors(adapter, modules, joined, scan.errors, progress, spectra)
-    if modules and not (
-        any(module["trained"] for module in modules) or adapter.replaced or adapter.tokens
-    ):
-        hint = "check that training ran before the save"
-        add_problem(scan, "no module is trained: every b is zero", "a trained adapter", hint)
-    return _in_order(modules)
+    if with_factors:
+        from adapterkit.verbs.look.factors import read_factors
 
-
-def _in_order(modules: list[Json]) -> list[Json]:
+        at = (None, {}) if joined is None else (joined.base, joined.parameters)
+        with torch.inference_mode():
+            read_factors(adapter, modules, *at, scan.errors, progress, spectra)
+        trained = any(module["trained"] for module in modules) or adapter.replaced or adapter.tokens
+        if modules and not trained:
+            hint = "check that training ran before the save"
+            add_problem(scan, "no module is trained: every b is zero", "a trained adapter", hint)
     return sorted(modules, key=lambda module: natural(module["module"]))
 
 
@@ -105,7 +139,7 @@ def _adapter_keys(adapter: Adapter) -> Json:
 
 
 def _module(
-    adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, scan: Checkpoint
+    adapter: Adapter, lora: Lora, joined: Join | None, typed: bool, scan: Checkpoint
 ) -> Json:
     """One adapted module from its header and the config, without statistics of its factors."""
     at, stored = (lora.module, lora.depth), lora.a.shape[0]

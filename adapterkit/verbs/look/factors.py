@@ -5,71 +5,78 @@ to the problems, not raised.
 """
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.record import Adapter, Lora
-from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.engine.reader import LocalReader
-from adapterkit.core.errors import WARNING, AdapterkitError, Damaged, Problems, Refused, shown
-from adapterkit.core.inputs.base_door import read_checkpoint
+from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, listed, shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.options import Progress, expect
 from adapterkit.core.records import Json
 from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.core.weights.parameters import Parameter, Slot
+from adapterkit.core.weights.parameters import Parameter
 from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.verbs.look.heatmaps import module_label
-from adapterkit.verbs.look.lost_shards import LostShards
 
 BLOCK = 4 << 20  # bytes of a base's weight that are read at a time
 CHECK_BASE = "check the base"
 NOT_FINITE = "values that are not finite (NaN or infinity)"
+LEAST = 1 / 8  # of an axis: smaller blocks may be heads or neurons that nothing used
+# modules with the rows, or columns, of several, of which training may have left out some
+FUSED = re.compile(
+    r"qkv|gate_up|query_key_value|c_attn|in_proj|W_pack|kv_proj|to_kv|experts|linear[12]$", re.I
+)
 
 
 @dataclass
-class Join:
-    """A base, and the parameter of each of the adapter's modules in it, by (module, depth)."""
+class LostShards:
+    """Factors that were saved without one process's share: most modules have a block of zeros. The
+    modules that have one, and what is zero there."""
 
-    base: Checkpoint
-    parameters: dict[tuple[str, int], Parameter] = field(default_factory=dict)
-    experts: dict[tuple[str, int], int | None] = field(default_factory=dict)
+    trained: int = 0
+    blocks: dict[str, str] = field(default_factory=dict)
 
+    def record_factors(self, lora: Lora, a: Tensor, b: Tensor) -> None:
+        """a (rank, in) and b (out, rank) of a module. Of an embedding most tokens are not seen; of
+        b that is zero nothing was trained."""
+        if lora.kind == "embedding" or not b.any():
+            return
+        self.trained += 1
+        for what, zero in (("columns of a", (a == 0).all(0)), ("rows of b", (b == 0).all(1))):
+            places = zero.nonzero().flatten().tolist()
+            is_block = bool(places) and places[-1] - places[0] + 1 == len(places)
+            if is_block and len(places) >= LEAST * len(zero):
+                self.blocks[lora.module] = f"{places[0]} to {places[-1]} of {len(zero)} {what}"
 
-def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
-    """Match the adapter with the base as merge does; what merge refuses is added to `problems`."""
-    from adapterkit.core.merge.changes import collect_changes, other_base
-    from adapterkit.core.merge.job import MergeState
-    from adapterkit.core.merge.verb import MergeOptions
-
-    base = read_checkpoint(on)
-    check_not_quantized(base)
-    # a norm is the same in either layout of experts
-    state = MergeState(base, [adapter], [1.0], MergeOptions(expert_layout="peft-0.19"))
-    collect_changes(state)
-    problems += state.errors
-    # a local copy may have any name
-    names = [] if "repo" in on.origin else other_base(state, adapter)
-    found = [note.removeprefix(WARNING) for note in state.notes if note not in names]
-    problems += [Refused(note, where=adapter.label, code="AK202") for note in found]
-    joined = Join(state.base)
-    for change in state.changes.values():
-        for factors in change.additions:
-            at = factors.module, factors.depth
-            joined.parameters[at] = change.parameter
-            joined.experts[at] = factors.experts
-    return joined
+    def problem(self, where: str) -> Refused | None:
+        """Where most of the trained modules have one, and not fused ones alone."""
+        count, blocks = len(self.blocks), self.blocks
+        if count < max(2, self.trained / 2) or all(map(FUSED.search, blocks)):
+            return None
+        return Refused(
+            f"{count} of {self.trained} trained modules have a block of zeros: "
+            f"{listed([f'{shown(module)} {what}' for module, what in blocks.items()])}",
+            expected="whole factors: a save that loses the shard of a process leaves such zeros",
+            where=where,
+            hint="save it again, the shards gathered (FSDP, ZeRO-3, tensor parallelism)",
+            code="AK302",
+        )
 
 
 def read_factors(
     adapter: Adapter,
     modules: list[Json],  # of the adapter's loras, in their order; changed in place
-    joined: Join | None,
+    base: Checkpoint | None,
+    parameters: Mapping[tuple[str, int], Parameter],  # of the base, by module and depth
     problems: Problems,
     progress: Progress,
     spectra: dict[str, Tensor] | None = None,
@@ -77,16 +84,15 @@ def read_factors(
     """Add the statistics of the factors to `modules`; check all other tensors for NaN and infinity.
     `spectra` gets the singular values of scale * b @ a by the module's label; of a stack the root
     mean square over the experts."""
-    parameters = joined.parameters if joined is not None else {}
     total = sum(spec.nbytes for spec in adapter.tensors.values())
-    if joined is not None:
+    if base is not None:
         slots = (slot for parameter in parameters.values() for slot in parameter.slots)
-        total += sum(joined.base.tensors[slot.key].nbytes for slot in slots)
+        total += sum(base.tensors[slot.key].nbytes for slot in slots)
     expect(progress, total)
     factors = {spec.key for lora in adapter.loras for spec in (lora.a, lora.b)}
     lost = LostShards()
-    base = joined.base.folder if joined is not None else adapter.folder
-    with Sources((base, adapter.folder), {}) as sources:
+    first = adapter.folder if base is None else base.folder
+    with Sources((first, adapter.folder), {}) as sources:
         reader = LocalReader(sources, torch.device("cpu"), dtype=None, finite=False)
         for lora, module in zip(adapter.loras, modules, strict=True):
             statistics, spectrum = _statistics(lora, module, reader, problems, lost)
@@ -95,8 +101,8 @@ def read_factors(
                 spectra[module_label(module)] = spectrum
             progress(lora.a.nbytes + lora.b.nbytes)
             parameter = parameters.get((lora.module, lora.depth))
-            if joined is not None and parameter is not None and module["norm"] is not None:
-                norm = _weight_norm(joined.base, parameter, reader, problems, progress)
+            if base is not None and parameter is not None and module["norm"] is not None:
+                norm = _weight_norm(base, parameter, reader, problems, progress)
                 module["relative"] = finite(module["norm"] / norm) if norm else None
         for spec in adapter.tensors.values():
             if spec.key not in factors and spec.dtype in dtypes.FLOATS:

@@ -1,20 +1,40 @@
-"""Norms and ranks of adapters' modules, layers by modules: as numbers, as a page, in a terminal."""
+"""Norms and ranks of adapters' modules, layers by modules: as numbers, and in a terminal."""
 
 import math
-import os
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from adapterkit.core.checkpoint.disk import replace_file
-from adapterkit.core.errors import Failed, Refused, shown
-from adapterkit.core.output.writer import unfinished_name
+from adapterkit.core.errors import shown
 from adapterkit.core.records import Json
-from adapterkit.verbs.look.pages.page import MARK
-from adapterkit.verbs.look.pages.pictures import Scale
 
 SHADES = "·░▒▓█"  # from little to much
 NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer, in a name
+
+
+class Scale(NamedTuple):
+    """Values to shares of a colour, from the smallest to the largest of them."""
+
+    low: float
+    high: float
+    log: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float], log: bool = False) -> "Scale":
+        """The scale of these values; zeros have no place on a logarithmic one."""
+        used = [value for value in values if value > 0 or not log]
+        return cls(min(used), max(used), log) if used else cls(0.0, 0.0, False)
+
+    def share(self, value: float) -> float:
+        if self.high == self.low:
+            return 1.0 if value >= self.high else 0.0
+        if self.log:
+            if value <= 0:
+                return 0.0
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return min(max(share, 0.0), 1.0)
 
 
 def module_label(module: Json) -> str:
@@ -96,31 +116,3 @@ def _shade(values: tuple[float | None, ...], scale: Scale) -> str:
         return " "
     share = scale.share(sum(known) / len(known))
     return SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
-
-
-def check_page(path: Path, flag: str, overwrite: bool) -> None:
-    """`Refused` for a place of a page that is no file to write, or holds something else, without
-    `overwrite` an older page too."""
-    if path.suffix != ".html" or not os.path.isdir(path.parent) or os.path.isdir(path):
-        expected, hint = "a file name ending in .html, in a folder that exists", "give another name"
-        raise Refused(shown(path), expected=expected, where=flag, hint=hint, code="AK601")
-    if os.path.exists(path):  # and not where the system takes no such name
-        with path.open("rb") as file:
-            is_page = MARK.encode() in file.read(1000)
-        if not is_page or not overwrite:
-            raise Refused(
-                f"{shown(path)} exists" + " and is no page of adapterkit" * (not is_page),
-                expected="a new file, or an older page, which --overwrite replaces",
-                where=flag,
-                hint="give another name" + ", or --overwrite" * is_page,
-                code="AK601",
-            )
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write it, whole or not at all; `Failed` where that cannot be."""
-    try:
-        replace_file(path, text.encode(), path.with_name(unfinished_name(path.name)), durable=False)
-    except Failed as error:
-        error.hint = "check the disk and the folder"
-        raise

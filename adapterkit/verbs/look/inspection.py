@@ -4,20 +4,17 @@ factors."""
 from pathlib import Path
 from typing import Any
 
-from adapterkit.core.adapter.keys import CONFIG
+from adapterkit.core.adapter.keys import CONFIG, WEIGHTS
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.core.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.inputs.adapter_door import adapter_or_file
-from adapterkit.core.inputs.base_door import kind_of
-from adapterkit.core.inputs.sources import open_model, open_source
+from adapterkit.core.inputs.base_door import INDEX, Base, kind_of
+from adapterkit.core.inputs.sources import if_given, open_model, open_source
 from adapterkit.core.options import StrPath, unweighted
 from adapterkit.core.records import Json
 from adapterkit.verbs.look.adapter import inspect_adapter
-from adapterkit.verbs.look.checkpoint import MAX_NAMES, inspect_base, inspect_file
-from adapterkit.verbs.look.heatmaps import check_page, write_page
-from adapterkit.verbs.look.overview.page import heatmap_page
-from adapterkit.verbs.look.pages.page import frame
+from adapterkit.verbs.look.checkpoint import MAX_NAMES, VERSION, inspect_base, inspect_file
 from adapterkit.verbs.look.records.inspect import Inspect
 
 
@@ -25,6 +22,9 @@ class Inspection(dict[str, Any]):
     """What `inspect` says of a source; of an adapter notebooks show heatmaps."""
 
     def _repr_html_(self) -> str | None:
+        from adapterkit.verbs.look.overview.page import heatmap_page
+        from adapterkit.verbs.look.pages import frame
+
         is_drawn = any(module["norm"] is not None for module in self.get("modules", ()))
         return frame(heatmap_page(self)) if is_drawn else None
 
@@ -32,25 +32,24 @@ class Inspection(dict[str, Any]):
 def inspect_source(inspect: Inspect) -> Inspection:
     """What `inspect` says of a source, or of several adapters."""
     sources = unweighted(inspect.paths)
-    if len(sources) == 1:
-        return Inspection(_of_one(inspect, *sources))
-    from adapterkit.verbs.look.overview.several import inspect_several  # reads factors
-
-    return Inspection(inspect_several(inspect))
+    return Inspection(_of_one(inspect, *sources) if len(sources) == 1 else _of_several(inspect))
 
 
 def _of_one(inspect: Inspect, path: StrPath) -> Json:
     base, plot = inspect.base, inspect.plot
     download, headers = inspect.download, inspect.headers
     if plot is not None:
+        from adapterkit.verbs.look.pages import check_page
+
         check_page(Path(plot), "--plot", inspect.overwrite)
-    on = open_model(base) if base is not None else None
-    folder = open_source(path)
-    its = kind_of(folder)
+    on, folder = if_given(open_model, base), open_source(path)
+    files = folder.files()
+    is_adapter = {CONFIG, WEIGHTS} <= files.keys() and INDEX not in files
+    its = Base(folder) if is_adapter else kind_of(folder)  # which loads other kinds of bases
     if own := its.own("inspect"):
         _refuse_options(folder, f"a {its.noun}, no adapter", base, plot)
         return own(its, headers)
-    if CONFIG not in folder.files():
+    if CONFIG not in files:
         folder = adapter_or_file(folder, on)
     kind = _kind(folder)
     if kind != "adapter":
@@ -58,8 +57,8 @@ def _of_one(inspect: Inspect, path: StrPath) -> Json:
         return inspect_base(folder, headers) if kind == "base" else inspect_file(folder)
     if headers:
         _refuse_options(folder, "headers alone (--headers)", base, plot, download)
-    given = [one and original(one) for one in (folder, on)]
-    far = [one for one in given if one is not None and not isinstance(one, LocalFolder)]
+    given = [original(one) for one in (folder, on) if one is not None]
+    far = [one for one in given if not isinstance(one, LocalFolder)]
     if far and not download:
         _refuse_options(
             far[0], "weights on the Hub, which are read with --download only", base, plot
@@ -69,8 +68,43 @@ def _of_one(inspect: Inspect, path: StrPath) -> Json:
         folder = adapter_or_file(folder, on)
     result = inspect_adapter(folder, on, with_factors, inspect.progress)
     if plot is not None:
+        from adapterkit.verbs.look.overview.page import heatmap_page
+        from adapterkit.verbs.look.pages import write_page
+
         write_page(Path(plot), heatmap_page(result))
     return result
+
+
+def _of_several(inspect: Inspect) -> Json:
+    """What is said of each adapter, and how they go together."""
+    from adapterkit.verbs.look.overview.advice import advise
+    from adapterkit.verbs.look.overview.spaces import adapter_of, compare_adapters, distinct
+
+    sources, base = unweighted(inspect.paths), if_given(open_model, inspect.base)
+    far = [one for one in map(open_source, sources) if not isinstance(one, LocalFolder)]
+    unread = "headers alone (--headers)" if inspect.headers else ""
+    unread = "weights on the Hub, without --download" if far and not inspect.download else unread
+    if unread or inspect.plot is not None or not sources:
+        raise Refused(
+            f"{len(sources)} adapters, {unread or 'and --plot'}",
+            expected="factors that are read, and no --plot",
+            where="options",
+            hint="inspect them one by one, or draw several\n"
+            "adapterkit report ADAPTERS --out report.html",
+            code="AK206",
+        )
+    folders = [adapter_of(source, base) for source in sources]
+    adapters = [inspect_adapter(folder, base, True, inspect.progress) for folder in folders]
+    for one, name in zip(adapters, distinct([one["name"] for one in adapters]), strict=True):
+        one["name"] = name
+    result = {
+        "inspect": VERSION,
+        "kind": "adapters",
+        "readable": all(one["readable"] for one in adapters),
+        "adapters": adapters,
+        "pairs": compare_adapters(folders),
+    }
+    return result | {"advice": advise(result, sources, "BASE")}
 
 
 def _refuse_options(

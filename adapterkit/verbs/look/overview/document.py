@@ -1,4 +1,4 @@
-"""report: the numbers of its document, and the file of its page."""
+"""report: the numbers of its document."""
 
 import json
 import math
@@ -6,9 +6,9 @@ import ntpath
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
+from adapterkit.core.adapter.weights_file import Weight, WeightsFile
 from adapterkit.core.errors import Refused, listed, shown
 from adapterkit.core.inputs.sources import if_given, open_model, open_source
 from adapterkit.core.inputs.weights_file import WeightsFile, weighted_sources
@@ -19,32 +19,18 @@ from adapterkit.core.records import Json
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.verbs.look.adapter import inspect_adapter
 from adapterkit.verbs.look.factors import finite
-from adapterkit.verbs.look.heatmaps import (
-    NUMBER,
-    check_page,
-    heatmaps_of,
-    module_label,
-    place_of,
-    write_page,
-)
+from adapterkit.verbs.look.heatmaps import NUMBER, grid_of, heatmaps_of, module_label, place_of
 from adapterkit.verbs.look.overview.advice import advise, loading
-from adapterkit.verbs.look.overview.outcome import outcome_of
-from adapterkit.verbs.look.overview.page import report_page
 from adapterkit.verbs.look.overview.spaces import adapter_of, compare_adapters, distinct
-from adapterkit.verbs.look.overview.weights import weights_document
 from adapterkit.verbs.look.records.report import Report
 
 VERSION = 1
 QUANTILES = (0.1, 0.5, 0.9)
-
-
-def write_report(report: Report) -> Json:
-    """Write the page of a report; its document."""
-    path = Path(report.out)
-    check_page(path, "--out", report.overwrite)
-    document = document_of(report)
-    write_page(path, report_page(_for_others(document, report)))
-    return document
+WORST = 20  # tensors that are listed
+METRICS = ("delta", "survived", "rounding", "requantization", "changed", "error", "energy")
+WORST_HIGH = ("error", "rounding")  # of which the largest value is the worst
+WORST_BY = ("survived", "energy", *WORST_HIGH)  # the first that there is
+FIT = ("files", "losses", "steps", "written", "seconds")  # what a fit says of itself
 
 
 def document_of(report: Report) -> Json:
@@ -77,7 +63,7 @@ def _commands(document: Json, sources: Sequence[StrPath], base: StrPath) -> Json
     return {"advice": advise(document, sources, base), "loading": loading(document, sources[0])}
 
 
-def _for_others(document: Json, report: Report) -> Json:
+def for_others(document: Json, report: Report) -> Json:
     """The document without absolute paths, because these say whose machine it was made on."""
     given = [os.fspath(one) for one in (*_sources(report)[0], report.base or "BASE")]
     text = json.dumps(document)
@@ -191,3 +177,60 @@ def _outcome(source: StrPath) -> Json:
             code="AK608",
         )
     return outcome_of(read_receipt(folder))
+
+
+def outcome_of(receipt: Json) -> Json:
+    """Its verb, inputs and totals, metrics by layer and module, and the tensors that lost most."""
+    tensors = receipt["parameters"]
+    used = [name for name in METRICS if any(name in metrics for metrics in tensors.values())]
+    worst_by = next((name for name in WORST_BY if name in used), None)
+    ranked = sorted(
+        ((name, metrics) for name, metrics in tensors.items() if worst_by in metrics),
+        key=lambda pair: pair[1][worst_by],
+        reverse=worst_by in WORST_HIGH,
+    )
+    by_label = {name.removesuffix(".weight"): metrics for name, metrics in tensors.items()}
+    places, rows, columns = grid_of(by_label)
+    at = {place: by_label[label] for label, place in places.items()}
+    return {
+        "verb": receipt["recipe"]["verb"],
+        "options": receipt["recipe"]["options"],
+        "inputs": receipt["recipe"]["inputs"],
+        "fingerprint": receipt["fingerprint"],
+        "totals": receipt["totals"],
+        "seconds": receipt["timings"]["seconds"],
+        "warnings": receipt.get("warnings", []),
+        "notes": receipt["notes"],
+        "rows": rows,
+        "columns": columns,
+        "metrics": {
+            name: [[at.get((r, c), {}).get(name) for c in columns] for r in rows] for name in used
+        },
+        "worst": [{"name": name} | {m: metrics.get(m) for m in used} for name, metrics in ranked][
+            :WORST
+        ],
+    }
+
+
+def weights_document(weights: WeightsFile, names: Sequence[str]) -> Json:
+    """Weights by layer and module, of directions their mean; and losses, where a fit wrote them."""
+    places, rows, columns = grid_of(weights.modules)
+    at = {place: weights.modules[name] for name, place in places.items()}
+    cell = lambda place, number: _mean(at[place][number]) if place in at else None
+    tables = [
+        {"adapter": name, "values": [[cell((r, c), number) for c in columns] for r in rows]}
+        for number, name in enumerate(names)
+    ]
+    known = {key: value for key, value in (weights.fit or {}).items() if key in FIT}
+    return {
+        "per": weights.per,
+        "default": list(weights.default),
+        "rows": rows,
+        "columns": columns,
+        "tables": tables,
+        "fit": known or None,
+    }
+
+
+def _mean(weight: Weight) -> float:
+    return fmean(weight or (0.0,)) if isinstance(weight, tuple) else weight

@@ -1,26 +1,31 @@
-"""The page of a report's document."""
+"""The pages of a report, of an adapter that `inspect` plots, and of a receipt in a notebook."""
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from adapterkit import __version__
 from adapterkit.core.errors import Refused
 from adapterkit.core.options import bytes_text
-from adapterkit.core.records import Json
-from adapterkit.verbs.look.heatmaps import heatmaps_of
-from adapterkit.verbs.look.overview.outcome import outcome_of
-from adapterkit.verbs.look.overview.weights import losses_table
-from adapterkit.verbs.look.pages.page import (
+from adapterkit.core.records import Json, Settings
+from adapterkit.verbs.look.heatmaps import Scale, heatmaps_of
+from adapterkit.verbs.look.overview.document import document_of, for_others, outcome_of
+from adapterkit.verbs.look.pages import (
+    band,
+    check_page,
     command,
     frame,
+    heatmap,
     inline,
+    key,
     page,
     paragraph,
     section,
     side_by_side,
     table,
+    write_page,
 )
-from adapterkit.verbs.look.pages.pictures import Scale, band, heatmap, key
+from adapterkit.verbs.look.records.report import Report
 
 MEASURES = {
     "relative": ("‖delta‖ / ‖W‖", True),
@@ -37,6 +42,15 @@ MEASURES = {
 }
 MOST_PROBLEMS = 12  # that are shown of each adapter
 Cells = Sequence[Sequence[float | None]]
+
+
+def write_report(report: Report) -> Json:
+    """Write the page of a report; its document."""
+    path = Path(report.out)
+    check_page(path, "--out", report.overwrite)
+    document = document_of(report)
+    write_page(path, report_page(for_others(document, report)))
+    return document
 
 
 def report_page(document: Json) -> str:
@@ -230,7 +244,26 @@ def _weights(weights: Json | None, names: Sequence[str]) -> list[str]:
     tables = {one["adapter"]: one["values"] for one in weights["tables"]}
     if weights["rows"]:
         parts.append(_maps("weight", False, weights["rows"], weights["columns"], tables))
-    return [*parts, losses_table(weights["fit"])]
+    return [*parts, _losses(weights["fit"])]
+
+
+def _losses(fit: Settings | None) -> str:
+    """The losses held out of a fit: a line for all that was compared, a column for each file."""
+    rows = fit.get("losses") if fit else None
+    is_table = isinstance(rows, list) and all(
+        isinstance(row, dict) and {"row", "files", "value"} <= row.keys() for row in rows
+    )
+    if not fit or not rows or not is_table:
+        return ""
+    files = [str(name) for name in fit.get("files") or range(1, len(rows[0]["files"]) + 1)]
+    lines = [
+        (str(row["row"]), *(f"{loss:.4f}" for loss in (*row["files"], row["value"])))
+        for row in rows
+    ]
+    written = fit.get("written")
+    reason = paragraph(str(written["reason"])) if isinstance(written, dict) else ""
+    heads = ["held out", *files, "all"]
+    return table(heads, lines, caption="losses, the weights of a row in place") + reason
 
 
 def _outcome(outcome: Json | None) -> list[str]:

@@ -37,7 +37,7 @@ class EngineCheck(Verb[Json]):
 
     tier = "core"
     name = "check"
-    runner = "verbs.look.findings.engine_check:check_adapter"
+    runner = "verbs.look.engine_check:check_adapter"
     command = """Check whether an inference engine takes an adapter.
 
     Says which of its modules the engine drops or refuses, by the rules of its sources, and the

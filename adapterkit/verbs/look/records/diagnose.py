@@ -34,7 +34,7 @@ class Diagnose(Verb[Json]):
     (another factor than 1). Raises `Refused` where the files cannot be compared.
     """
 
-    runner = "verbs.look.findings.diagnosis:diagnose_model"
+    runner = "verbs.look.diagnosis:diagnose_model"
     command = """Find out why a merged model answers badly.
 
     Looks at its files, values and tokenizer; with --base and --adapter also at how much of each

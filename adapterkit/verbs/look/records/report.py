@@ -55,7 +55,7 @@ class Report(Verb[Json]):
     page is replaced.
     """
 
-    runner = "verbs.look.overview.document:write_report"
+    runner = "verbs.look.overview.page:write_report"
     command = """Write a page for a browser about adapters.
 
     One HTML file without scripts that any browser shows and prints: problems first, norms and ranks

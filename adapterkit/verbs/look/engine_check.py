@@ -24,7 +24,7 @@ from adapterkit.core.inputs.sources import open_adapter, open_model, open_unconv
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import Json
 from adapterkit.core.weights.detect import quantization_evidence
-from adapterkit.verbs.look.factors import join
+from adapterkit.verbs.look.adapter import join
 from adapterkit.verbs.look.records.check import EngineCheck
 
 VERSION = 1

@@ -1,1 +1,0 @@
-"""What is wrong with a model, or with an adapter for an engine."""
