@@ -45,7 +45,7 @@ JOBS = {
     "inspect an adapter": ("inspect(a)", "verbs.look"),
 }  # fmt: skip
 # what these print needs the model's code or the factors' norms
-COMPUTING = ("merge", "init, dry run", "inspect a base", "inspect an adapter")
+COMPUTING = ("merge", "init, dry run", "inspect an adapter")
 WATCH = """
 import json, sys
 import adapterkit

@@ -40,6 +40,7 @@ JOBS = {
         ("verify", ["merged"], {}),
         ("check", ["style"], {"program": "vllm"}),
         ("check", ["style"], {"program": "vllm", "base": "base"}),
+        ("inspect", ["base"], {}),
         ("inspect", ["base"], {"headers": True}),
         ("inspect", ["style"], {"headers": True}),
     ],

@@ -15,6 +15,7 @@ from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.records import Json
 from adapterkit.core.weights.detect import CONFIG_KEYS, check_not_quantized
 from adapterkit.verbs.look.configs import printable
+from adapterkit.verbs.look.decoders import whole_decoder
 
 OF_DIFFUSERS = "_class_name"  # key of its configs
 VERSION = 1  # of the result's schema
@@ -29,7 +30,7 @@ def inspect_base(folder: Folder, headers: bool) -> Json:
     _check_files(scan)
     quantization = _quantization(scan)
     check_tensors(scan, mixed=quantization is not None)
-    loads = _loads(scan) if opens and not headers else None
+    loads = _loads(scan, quantization is not None) if opens and not headers else None
     tied = _tied(scan, loads is not None)
     classes = scan.config.get("architectures")
     classes = classes if isinstance(classes, list) else [scan.config.get(OF_DIFFUSERS)]
@@ -131,9 +132,12 @@ def _tied(scan: Checkpoint, gaps_known: bool) -> Json:
     return {"config": setting, "head_stored": bool(heads)}
 
 
-def _loads(scan: Checkpoint) -> Json | None:
+def _loads(scan: Checkpoint, is_quantized: bool) -> Json | None:
     """The class that transformers loads, with counts of what it does not find; None where it does
     not know the model."""
+    whole = None if is_quantized else whole_decoder(scan)
+    if whole is not None:
+        return {"class": whole, "missing": 0, "misshapen": 0}
     from adapterkit.core.weights.loading import gaps_of  # of torch
 
     try:
