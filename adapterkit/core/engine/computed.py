@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar, cast
+from typing import cast
 
 from adapterkit.core import dtypes
-from adapterkit.core.budget import AHEAD
 from adapterkit.core.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.core.engine.buffers import StagingBuffers, keep_staging, staging_of
 from adapterkit.core.engine.device import Mark, Streams
 from adapterkit.core.engine.file_threads import FileThreads
-from adapterkit.core.engine.interruptible import result_of, signals_deferred
+from adapterkit.core.engine.interruptible import in_order, result_of, signals_deferred
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Unrecoverable, shown
 from adapterkit.core.lazy import Tensor, torch
@@ -38,8 +36,6 @@ from adapterkit.core.tasks.metrics import finite_metrics
 from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels.sums import all_finite
 
-T = TypeVar("T")
-R = TypeVar("R")
 BLOCK = 4 << 20
 
 
@@ -256,52 +252,6 @@ def _results(
             yield _finite(change(TaskResult(spill.get(where), metrics)))
     finally:
         spill.close()
-
-
-def in_order(
-    function: Callable[[T], R],
-    items: Iterable[T],
-    workers: int,
-    budget: int = 0,
-    cost: Callable[[T], int] = lambda item: 0,
-    pool: ThreadPoolExecutor | None = None,
-) -> Iterator[R]:
-    """function(item) for each, by `workers` threads, in the items' order; some are made ahead of
-    the one that is asked for: as many as cost no more than the budget together, the one that was
-    given out last included, until the next is asked for. `pool`: threads that are there already."""
-    source, waiting = iter(items), deque()
-    ahead, in_use = next(source, None), 0
-    threads = pool or ThreadPoolExecutor(workers, "compute")
-
-    def submit() -> None:
-        nonlocal ahead, in_use
-        while (
-            ahead is not None
-            and len(waiting) < AHEAD * workers
-            and (not in_use or in_use + cost(ahead) <= budget)
-        ):
-            with signals_deferred():
-                waiting.append((threads.submit(function, ahead), cost(ahead)))
-            in_use += cost(ahead)
-            ahead = next(source, None)
-
-    try:
-        submit()
-        while waiting:
-            future, cost_of_result = waiting.popleft()
-            result = result_of(future)
-            del future
-            submit()
-            yield result
-            del result  # before others start
-            in_use -= cost_of_result
-            submit()
-    finally:
-        with signals_deferred():
-            for future, _ in waiting:
-                future.cancel()
-            if pool is None:
-                threads.shutdown(wait=False)
 
 
 class _Spill:

@@ -21,7 +21,6 @@ from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import AGAIN, read_receipt
 from adapterkit.core.records import FINITE, TEXT, Json, entries, list_of, problems, read, table_of
 from adapterkit.core.verify.file_checks import check_files
-from adapterkit.core.verify.row_checks import check_rows
 from adapterkit.core.verify.verb import Verify
 
 
@@ -51,6 +50,8 @@ def verify_output(verify: Verify) -> Json:
     result = check_files(out, receipt, progress, shared=shared)
     if base is None:
         return result | {"rows": 0, "tensors": 0}
+    from adapterkit.core.verify.row_checks import check_rows  # with all that computes
+
     plan = _plan_again(receipt, verify, base, sources, file)
     return result | check_rows(out, plan, _hint(receipt, plan))
 
