@@ -41,6 +41,8 @@ ROWS = 32  # of each
 NEAR = 0.15  # of a coefficient, relative: what rounding and noise leave
 UNTOUCHED = 1e-2  # relative difference of weights above which they are not the base's, rounded
 UNEXPLAINED = 0.3  # share of a change above which something else changed the model
+SAMPLED = "least squares over sampled rows of the weights that they touch"
+OTHERS = "another base, other adapters, training, or rounding to few bits changed them too"
 Tensors = Mapping[str, TensorSpec]  # of a model, as its weights decode
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -85,9 +87,12 @@ def diagnose_model(diagnose: Diagnose) -> Json:
         plans = [plan_merge(kind_of(base), [(one, 1.0)], options) for one in adapters]
         _untouched((model.folder, base), ours, theirs, plans, found)
         if plans:
-            sums = _Projection.of(model.folder, ours, plans)
-            document |= {"coefficients": sums.coefficients, "unexplained": sums.unexplained}
-            _coefficients(sums, adapters, bool(quantized_weights(ours)), found)
+            coefficients, unexplained = _projection(model.folder, ours, plans)
+            document |= {"coefficients": coefficients, "unexplained": unexplained}
+            _coefficients(coefficients, adapters, found)
+            if unexplained > UNEXPLAINED and not quantized_weights(ours):
+                problem = f"{unexplained:.0%} of the change is no multiple of the adapters' deltas"
+                found.add("other_changes", problem, SAMPLED, OTHERS)
     return document | {"findings": found.rows}
 
 
@@ -195,7 +200,8 @@ def _untouched(
         found.add("wrong_base", problem, listed(missing + shapes), do)
     if not plans:  # all may have been changed
         return
-    floats = [key for key in shared if key not in shapes and _is_float(ours[key])]
+    is_matrix = lambda spec: spec.dtype in dtypes.FLOATS and len(spec.shape) > 0
+    floats = [key for key in shared if key not in shapes and is_matrix(ours[key])]
     step = max(1, len(floats) // MOST_TENSORS)
     differing: dict[str, float] = {}
     with Sources(folders, {}) as sources:
@@ -218,10 +224,6 @@ def _untouched(
     )
 
 
-def _is_float(spec: TensorSpec) -> bool:
-    return spec.dtype in dtypes.FLOATS and len(spec.shape) > 0
-
-
 def _rows(reader: LocalReader, spec: TensorSpec, first: int = 0) -> Tensor:
     """Some rows of a stored or quantized matrix."""
     height = spec.shape[0]
@@ -231,34 +233,26 @@ def _rows(reader: LocalReader, spec: TensorSpec, first: int = 0) -> Tensor:
     return reader.rows(spec, grid, first, last)
 
 
-@dataclass(frozen=True)
-class _Projection:
-    """MODEL - BASE ≈ Σ coefficient · delta, by least squares over sampled rows."""
-
-    coefficients: list[float]
-    unexplained: float  # the share of ‖MODEL - BASE‖² that is left
-    changed: bool  # whether there is a difference at all
-
-    @classmethod
-    def of(cls, model: Folder, stored: Tensors, plans: Sequence[Plan]) -> "_Projection":
-        count = len(plans)
-        sizes = (count, count), (count,), ()
-        gram, inner, total = (torch.zeros(size, dtype=torch.float64) for size in sizes)
-        unit = 1.0  # in which the sums are: squares of large values overflow
-        for change, deltas in _samples(model, stored, plans):
-            old, unit = unit, max(unit, *(float(x.abs().max()) for x in (change, *deltas.values())))
-            for sums in (gram, inner, total):
-                sums *= (old / unit) ** 2
-            change, deltas = change / unit, {i: one / unit for i, one in deltas.items()}
-            total += change.square().sum()
-            for i, one in deltas.items():
-                inner[i] += float((one * change).sum())
-                for j, other in deltas.items():
-                    gram[i, j] += float((one * other).sum())
-        solution = torch.linalg.lstsq(gram, inner[:, None], driver="gelsd").solution[:, 0]
-        left = float(total - 2 * solution @ inner + solution @ gram @ solution)
-        size = float(total)
-        return cls(solution.tolist(), max(left, 0.0) / size if size else 0.0, size > 0)
+def _projection(model: Folder, stored: Tensors, plans: Sequence[Plan]) -> tuple[list[float], float]:
+    """Coefficients of MODEL - BASE ≈ Σ coefficient · delta, by least squares over sampled rows, and
+    the share of ‖MODEL - BASE‖² that is left."""
+    count = len(plans)
+    sizes = (count, count), (count,), ()
+    gram, inner, total = (torch.zeros(size, dtype=torch.float64) for size in sizes)
+    unit = 1.0  # in which the sums are: squares of large values overflow
+    for change, deltas in _samples(model, stored, plans):
+        old, unit = unit, max(unit, *(float(x.abs().max()) for x in (change, *deltas.values())))
+        for sums in (gram, inner, total):
+            sums *= (old / unit) ** 2
+        change, deltas = change / unit, {i: one / unit for i, one in deltas.items()}
+        total += change.square().sum()
+        for i, one in deltas.items():
+            inner[i] += float((one * change).sum())
+            for j, other in deltas.items():
+                gram[i, j] += float((one * other).sum())
+    solution = torch.linalg.lstsq(gram, inner[:, None], driver="gelsd").solution[:, 0]
+    left = float(total - 2 * solution @ inner + solution @ gram @ solution)
+    return solution.tolist(), max(left, 0.0) / float(total) if total else 0.0
 
 
 def _samples(
@@ -285,22 +279,13 @@ def _samples(
             yield (after.reshape(before.shape) - before).nan_to_num(0, 0, 0), deltas
 
 
-def _coefficients(
-    sums: _Projection, adapters: Sequence[Folder], is_quantized: bool, found: _Findings
-) -> None:
-    for value, adapter in zip(sums.coefficients, adapters, strict=True):
+def _coefficients(values: Sequence[float], adapters: Sequence[Folder], found: _Findings) -> None:
+    for value, adapter in zip(values, adapters, strict=True):
         name = adapter.name
         kind, problem, do = _meaning(value, name, read_json(adapter, CONFIG))
         if kind:
             evidence = f"the factor of its delta in the model is {value:.3g}"
             found.add(kind, problem, evidence, do, adapter.label)
-    if sums.changed and sums.unexplained > UNEXPLAINED and not is_quantized:
-        found.add(
-            "other_changes",
-            f"{sums.unexplained:.0%} of the change is no multiple of the adapters' deltas",
-            "least squares over sampled rows of the weights that they touch",
-            "another base, other adapters, training, or rounding to few bits changed them too",
-        )
 
 
 def _meaning(value: float, name: str, config: Json) -> tuple[str, str, str]:

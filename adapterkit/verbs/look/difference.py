@@ -23,11 +23,13 @@ from adapterkit.verbs.look.pairs import STATES, Pair, Result, stored_specs
 from adapterkit.verbs.look.records.diff import Diff
 
 VERSION = 1
+ENERGY, ADAPTER_ENERGY = 0.9, 0.99  # shares that the suggested ranks keep
+WORKERS = 2
 
 
 def compare_sources(diff: Diff) -> Json:
     """What `diff` says of two sources."""
-    tolerance, rank_for_energy = diff.tolerance, diff.rank_for_energy
+    tolerance, energy = diff.tolerance, diff.rank_for_energy
     sources = open_source(diff.a), open_source(diff.b)
     folders = (adapter_or_file(sources[0]), adapter_or_file(sources[1]))
     if len({", " in folder.origin.get("component", "") for folder in folders}) > 1:  # one of parts
@@ -35,18 +37,13 @@ def compare_sources(diff: Diff) -> Json:
         folders = (one, other)
     matches, read = _match(sources, folders)
     adapters = matches.are_adapters
-    default = ADAPTER_ENERGY if adapters else ENERGY
-    results = measure(
-        matches, read, default if rank_for_energy is None else rank_for_energy, diff.progress
-    )
+    if energy is None:
+        energy = ADAPTER_ENERGY if adapters else ENERGY
+    results = measure(matches, read, energy, diff.progress)
     for result in results:
         error = result.row.get("relative_error")
-        if (
-            result.row.get("why") == "values"
-            and error is not None
-            and tolerance > 0
-            and error <= tolerance
-        ):
+        is_near = error is not None and tolerance > 0 and error <= tolerance
+        if is_near and result.row["why"] == "values":
             result.state = "within"
     states = [result.state for result in results]
     totals = {"compared": len(results)} | {state: states.count(state) for state in STATES}
@@ -98,10 +95,6 @@ def _whole_change(results: list["Result"]) -> dict[str, float | None]:
         "norm": error if good else None,
         "relative": error / norm if good and norm > 0 and math.isfinite(norm) else None,
     }
-
-
-ENERGY, ADAPTER_ENERGY = 0.9, 0.99  # shares that the suggested ranks keep
-WORKERS = 2
 
 
 def measure(

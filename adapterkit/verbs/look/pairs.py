@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Factors
@@ -36,18 +37,18 @@ class Result:
     squares: tuple[float, float] | None = None  # ‖A−B‖² and ‖A‖², where they were measured
 
 
-class Pair(Protocol):
+@dataclass(frozen=True)
+class Pair(ABC):
     """One thing that both sides have."""
 
-    @property
-    def a(self) -> Any: ...
+    name: str
+    kind: str
+    a: Any
+    b: Any
 
-    @property
-    def b(self) -> Any: ...
-
+    @abstractmethod
     def compare(self, reader: Reader, energy: float) -> Result:
         """Its result; `energy`: the share that the suggested rank keeps, 0: suggest none."""
-        ...
 
 
 class MatrixStack(NamedTuple):
@@ -78,14 +79,8 @@ class MatrixStack(NamedTuple):
         return self.columns <= kernel.EXACT or min(self.height, self.columns) <= kernel.SKETCH
 
 
-@dataclass(frozen=True)
-class TensorPair:
-    """A tensor of both sides."""
-
-    name: str
-    kind: str
-    a: TensorSpec
-    b: TensorSpec
+class TensorPair(Pair):
+    """A tensor of both sides: `TensorSpec`s."""
 
     def compare(self, reader: Reader, energy: float) -> Result:
         floats = self.a.dtype in dtypes.FLOATS and self.b.dtype in dtypes.FLOATS
@@ -200,14 +195,8 @@ class Bias:
         return [Product(column, torch.ones(1, 1, dtype=torch.float64))]
 
 
-@dataclass(frozen=True)
-class DeltaPair:
-    """scale * b @ a, or scale * bias, of both sides."""
-
-    name: str
-    kind: str
-    a: Factors | Bias
-    b: Factors | Bias
+class DeltaPair(Pair):
+    """scale * b @ a, or scale * bias, of both sides: `Factors` or `Bias`."""
 
     def compare(self, reader: Reader, energy: float) -> Result:
         if (_shape(self.a), self.a.experts) != (_shape(self.b), self.b.experts):
@@ -261,14 +250,8 @@ def _factors(part: Factors | Bias) -> tuple[TensorSpec, ...]:
     return (part.a, part.b) if isinstance(part, Factors) else (part.spec,)
 
 
-@dataclass(frozen=True)
-class TokenRowsPair:
-    """Trained token rows of both sides, compared token by token."""
-
-    name: str
-    kind: str
-    a: Tokens
-    b: Tokens
+class TokenRowsPair(Pair):
+    """Trained token rows of both sides, compared token by token: `Tokens`."""
 
     def compare(self, reader: Reader, energy: float) -> Result:
         if self.a.values.shape[1:] != self.b.values.shape[1:]:
@@ -339,7 +322,7 @@ def _figures(sums: kernel.PairSums, elements: int) -> Json:
 
 
 def _changed(
-    pair: TensorPair | DeltaPair | TokenRowsPair,
+    pair: Pair,
     reason: str,
     rank: dict | None = None,
     squares: tuple[float, float] | None = None,
@@ -347,13 +330,8 @@ def _changed(
 ) -> Result:
     """The result of a pair that differs; figures that are missing or not finite are None."""
     names = ("relative_error", "max_abs", "cosine", "differing", "norm")
-    row = {
-        "name": pair.name,
-        "kind": pair.kind,
-        "why": reason,
-        "a": summary_of(pair.a),
-        "b": summary_of(pair.b),
-    }
+    row = {"name": pair.name, "kind": pair.kind, "why": reason}
+    row |= {"a": summary_of(pair.a), "b": summary_of(pair.b)}
     row |= {
         name: figures[name] if math.isfinite(figures.get(name, math.nan)) else None
         for name in names

@@ -65,7 +65,10 @@ def report_page(document: Json) -> str:
         section("Together", _pairs(document["pairs"], names)),
         section("Weights", _weights(document["weights"], names)),
         section("Outcome", _outcome(document["outcome"])),
-        section("How to load", _loading(document["loading"])),
+        section(
+            "How to load",
+            [f"<h3>{inline(c['engine'])}</h3>{command(c['command'])}" for c in document["loading"]],
+        ),
         paragraph(f"adapterkit {__version__}; --json prints the numbers of this page.", "soft"),
     ]
     return page(f"{', '.join(names)}: adapterkit report", [part for part in body if part])
@@ -130,18 +133,14 @@ def _adapters(adapters: Sequence[Json]) -> list[str]:
         ("rank for 90 % of the energy", *(number(a["rank_90"]) for a in adapters)),
         ("rank for 99 %", *(number(a["rank_99"]) for a in adapters)),
     ]
-    flags = [", ".join(map(_flag, _set_flags(a["flags"]))) or "none" for a in adapters]
+    flags = [_flags(a["flags"]) or "none" for a in adapters]
     return [table(["", *(a["name"] for a in adapters)], [*rows, ("flags", *flags)], texts=True)]
 
 
-def _set_flags(flags: Json) -> list[tuple[str, object]]:
+def _flags(flags: Json) -> str:
     """Settings that are not as PEFT has them by default."""
-    return [(k, v) for k, v in flags.items() if v and v != "none" and (k, v) != ("init", True)]
-
-
-def _flag(setting: tuple[str, object]) -> str:
-    name, value = setting
-    return name if value is True else f"{name} {value}"
+    own = [(k, v) for k, v in flags.items() if v and v != "none" and (k, v) != ("init", True)]
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in own)
 
 
 def _maps(
@@ -289,7 +288,3 @@ def _outcome(outcome: Json | None) -> list[str]:
         lines = [(one["name"], *(number(one[head]) for head in heads)) for one in outcome["worst"]]
         parts.append(table(["tensor", *heads], lines, caption="the most affected tensors"))
     return parts
-
-
-def _loading(commands: Sequence[Json]) -> list[str]:
-    return [f"<h3>{inline(c['engine'])}</h3>{command(c['command'])}" for c in commands]
