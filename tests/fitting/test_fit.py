@@ -14,10 +14,9 @@ from adapterkit.core.errors import AdapterkitError, Failed, Refused
 from adapterkit.core.inputs.weights_file import read_weights
 from adapterkit.runtime import load
 from adapterkit.verbs.fit import coarse_to_fine as staircase
-from adapterkit.verbs.fit.balance import Balance
 from adapterkit.verbs.fit.objective import TeacherObjective
 from adapterkit.verbs.fit.plan import plan_fit
-from adapterkit.verbs.fit.solver import Level, Point, minimize
+from adapterkit.verbs.fit.solver import Balance, Level, Point, minimize
 from adapterkit.verbs.fit.verb import WeightFit
 from tests.support import oracle
 from tests.support.fitting import batches_of, points, runs_of

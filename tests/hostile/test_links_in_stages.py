@@ -22,7 +22,7 @@ from adapterkit.core.output.journal import ShardResult, entries_of, line_of, rea
 from adapterkit.core.output.stage import Stage, work_folder
 from adapterkit.core.system import system
 from adapterkit.many.workers.stage import WorkerStage
-from adapterkit.verbs.fit.journal import Evaluations
+from adapterkit.verbs.fit.collection import Evaluations
 from adapterkit.verbs.stats.model.activations import ActivationStore
 from adapterkit.verbs.stats.sums_files import Ledger
 from tests.support.documents import ROOT

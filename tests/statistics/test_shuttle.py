@@ -8,7 +8,7 @@ import torch
 
 import adapterkit
 from adapterkit.core.engine.device import Mark
-from adapterkit.verbs.stats.model import device_offload as shuttle
+from adapterkit.verbs.stats.model import activations as shuttle
 from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from tests.golden import inputs

@@ -25,12 +25,11 @@ from adapterkit.verbs.combine.records.combine import Combine
 from adapterkit.verbs.combine.tasks.combine import CombinedFactors
 from adapterkit.verbs.stats.data.records import draw_records
 from adapterkit.verbs.stats.data.samples import Samples
-from adapterkit.verbs.stats.job import Batch, CollectionPlan
+from adapterkit.verbs.stats.job import Batch, CollectionPlan, SumsWatch
 from adapterkit.verbs.stats.model.activations import ActivationStore
-from adapterkit.verbs.stats.model.hooks import SumsWatch
 from adapterkit.verbs.stats.model.layers import OffloadedLayer, is_within
 from adapterkit.verbs.stats.model.layerwise import run_layerwise
-from adapterkit.verbs.stats.model.layerwise_schedule import Pass
+from adapterkit.verbs.stats.model.layerwise_schedule import Pass, PassReader
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.plan import (
     SUMS,
@@ -166,11 +165,10 @@ def job_of(
     return job
 
 
-class _Recollector:
+class _Recollector(PassReader):
     """Goes through each layer with each adapter's own factors, combines it, and goes on with the
     result."""
 
-    gradients = False
     watch: SumsWatch  # of the model, from when it runs
 
     def __init__(
@@ -211,10 +209,6 @@ class _Recollector:
         finally:
             for handle in handles:
                 handle.remove()
-
-    @contextmanager
-    def visited(self, unit: OffloadedLayer) -> Iterator[None]:
-        yield
 
     @contextmanager
     def rehearsal(self, unit: OffloadedLayer) -> Iterator[bool]:
@@ -276,15 +270,6 @@ class _Recollector:
     def end(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         if self.watch.sums is not None:
             self.watch.sums.settle()
-
-    def wants(self, unit: OffloadedLayer) -> bool:
-        return False
-
-    def wanted(self, one: Pass, unit: OffloadedLayer) -> dict[str, Tensor]:
-        return {}
-
-    def take(self, one: Pass, name: str, gradient: Tensor) -> None:
-        raise AssertionError("no gradients are wanted")
 
     def record_input(self, unit: OffloadedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
         self.watch.record_input(unit.name, args, kwargs)

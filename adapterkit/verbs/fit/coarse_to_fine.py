@@ -1,7 +1,7 @@
 """From one weight for each adapter to one for each direction, as far as samples that are held out
 say that it helps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from adapterkit.core.errors import Failed, listed, shown
 from adapterkit.core.records import Json
-from adapterkit.verbs.fit.balance import Balance
-from adapterkit.verbs.fit.closed_form import closed_form
-from adapterkit.verbs.fit.journal import Evaluations
+from adapterkit.kernels.lowrank.algebra import Product
+from adapterkit.kernels.lowrank.span import span_weights
+from adapterkit.verbs.fit.collection import Evaluations
 from adapterkit.verbs.fit.objective import TeacherObjective
 from adapterkit.verbs.fit.plan import FitCollection, SampleSplit
-from adapterkit.verbs.fit.runs import Runs
-from adapterkit.verbs.fit.solver import Level, Point, minimize
+from adapterkit.verbs.fit.runs import FitBatch, Runs
+from adapterkit.verbs.fit.solver import Balance, Level, Point, minimize
 from adapterkit.verbs.fit.verb import LEVELS
+from adapterkit.verbs.fit.weighted_adapters import ENDS, ActivationGram, WeightedModule
 
 # nats; `auto` goes on until one does worse on what is held out; each begins where one ended
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01)
-ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
 
 @dataclass
@@ -56,6 +56,10 @@ class CoarseToFineFit:
         """Coefficients (all,) of one weight for each adapter."""
         return torch.tensor([weights[o] for o, *_ in self.runs.weighted_model.owners]).double()
 
+    def of_one(self, number: int) -> Tensor:
+        """Coefficients (all,) of one adapter alone."""
+        return self.of_adapters([float(n == number) for n in range(len(self.fit.adapters))])
+
     def kept(self, per: str) -> str:
         """The last level up to that one whose step is kept; "start" for none."""
         steps = self.steps[: LEVELS.index(per) + 1]
@@ -65,12 +69,12 @@ class CoarseToFineFit:
         """Take the steps, each from the last one that is kept."""
         fit, start = self.fit, self._start()
         count = len(fit.adapters)
-        one = lambda n: [float(i == n) for i in range(count)]
         if isinstance(self.runs.target, TeacherObjective):
-            self._look(self.runs.target)
+            for batch in (*fit.train.batches, *fit.held.batches):
+                self.runs.run(self.of_one(batch.file), [batch], self.runs.target.look)
         self.rows["base"] = self.losses(self.of_adapters([0.0] * count), fit.held)
         for number, label in enumerate(fit.labels):
-            self.rows[label] = self.losses(self.of_adapters(one(number)), fit.held)
+            self.rows[label] = self.losses(self.of_one(number), fit.held)
         self.rows["equal"] = self.losses(self.of_adapters([1 / count] * count), fit.held)
         self.rows["start"] = self.losses(start, fit.held)
         self._check_finite()
@@ -90,13 +94,6 @@ class CoarseToFineFit:
             compute = lambda: [closed_form(self.fit, self.runs, c)]
             (c,) = self.evaluations.of("start", c, compute, [tuple(c.shape)])
         return c.clamp(*self.fit.options.limits)
-
-    def _look(self, teacher: TeacherObjective) -> None:
-        """Keep what each file's own adapter makes of its samples."""
-        count = len(self.fit.adapters)
-        for batch in (*self.fit.train.batches, *self.fit.held.batches):
-            c = self.of_adapters([float(n == batch.file) for n in range(count)])
-            self.runs.run(c, [batch], teacher.look)
 
     def _check_finite(self) -> None:
         where = self.fit.held.where
@@ -127,10 +124,9 @@ class CoarseToFineFit:
         balance = Balance(kind == "worst", part.files, part.weights, shares)
         if kind != "retention":
             return balance
-        count = len(fit.adapters)
-        one = lambda n: self.of_adapters([float(i == n) for i in range(count)])
-        losses = [balance.by_file(self.losses(one(n), part))[n] for n in range(count)]
-        own, base = torch.stack(losses), balance.by_file(self.losses(0 * one(0), part))
+        numbers = range(len(fit.adapters))
+        losses = [balance.by_file(self.losses(self.of_one(n), part))[n] for n in numbers]
+        own, base = torch.stack(losses), balance.by_file(self.losses(0 * self.of_one(0), part))
         wrong = [fit.names[n] for n in (own >= base).nonzero().flatten().tolist()]
         if wrong:
             raise Failed(
@@ -197,3 +193,65 @@ class CoarseToFineFit:
         each = 1 / adapters.bincount()[adapters].double()
         shares = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, groups, each)
         return Level(before, groups, shares, 0.0, *self.fit.options.limits)
+
+
+def closed_form(fit: FitCollection, runs: Runs, start: Tensor) -> Tensor:
+    """c (coefficients,) of least Σᵢ wᵢ E‖Σⱼ cⱼ Δⱼ xᵢ - Δᵢ xᵢ‖² for each adapter, layer or module,
+    xᵢ what a module sees of the i-th file with its adapter.
+
+    Of the inputs E[u uᵀ], u = a·x, is enough. Modules that see no vectors are taken to see all
+    directions alike; of stacks of experts c is the start's."""
+    weighted_model, count = runs.weighted_model, len(fit.adapters)
+    owners = torch.tensor([owner[0] for owner in weighted_model.owners])
+    seen: list[ActivationGram] = []
+    for number in range(count):
+        weighted_model.seen = ActivationGram()
+        own = [one for one in fit.train.batches if one.file == number]
+        only = (owners == number).double()
+        runs.run(only, [*_alone(own)], lambda one: 0 * runs.target.logits(one).flatten()[:1])
+        seen.append(weighted_model.seen)
+    weighted_model.seen = None
+    groups = [owner[1 : ENDS.get(fit.options.per, 3)][-1:] for owner in weighted_model.owners]
+    modules = []
+    for place in weighted_model.places:
+        with runs.loaded(place):
+            assert place.part is not None
+            if place.part.a.ndim != 3 or place.leaf is None:
+                modules.append((str(groups[place.first]), *_equations(place, count, seen)))
+    found = span_weights(modules, fit.shares.tolist(), 0.0)
+    pairs = zip(owners.tolist(), groups, start.tolist(), strict=True)
+    values = [float(found[str(g)][0][n]) if str(g) in found else c for n, g, c in pairs]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _equations(
+    place: WeightedModule, count: int, seen: Sequence[ActivationGram]
+) -> tuple[list[Product | None], Callable[[int], Tensor]]:
+    """The deltas of a module, None of an adapter that lacks it, by their rows of u; E[u uᵀ]."""
+    part = place.part
+    assert part is not None
+    a, b = part.a.flatten(1).double().cpu(), part.b.flatten(1).double().cpu()
+    rows = torch.eye(len(a), dtype=torch.float64)
+    products: list[Product | None] = [None] * count
+    for column, number in enumerate(place.members):
+        own = part.columns == place.first + column
+        products[number] = Product(b[:, own], rows[own])
+
+    def covariance(number: int) -> Tensor:
+        mean = seen[number].mean(place.path)
+        return a @ a.T if mean is None else mean
+
+    return products, covariance
+
+
+def _alone(batches: Sequence[FitBatch]) -> Iterator[FitBatch]:
+    """Each sample by itself, without padding."""
+    for batch in batches:
+        mask = batch.inputs.get("attention_mask")
+        for row, number in enumerate(batch.samples):
+            inputs = {key: value[row : row + 1] for key, value in batch.inputs.items()}
+            if mask is not None:
+                length, whole = int(mask[row].sum()), mask.shape[1:]
+                for key, value in inputs.items():
+                    inputs[key] = value[:, :length] if value.shape[1:] == whole else value
+            yield replace(batch, inputs=inputs, samples=(number,))

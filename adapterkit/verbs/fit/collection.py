@@ -1,20 +1,25 @@
-"""A file of weights as the output of a plan: its text is made while the model, or a program,
-runs."""
+"""A file of weights as the output of a plan: its text is made while the model, or a program, runs,
+and what that gives is kept until it is done, so that a fit that was interrupted goes on."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.adapter.weights_file import WeightsFile, text
+from adapterkit.core.checkpoint.disk import replace_file
 from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.weights_file import WeightsFile, text
 from adapterkit.core.options import Progress
+from adapterkit.core.output.journal import read_lines
 from adapterkit.core.output.stage import Workspace, work_folder
 from adapterkit.core.plan import Effort, OutputFile, Plan, Task, TaskResult
 from adapterkit.core.records import Json
@@ -23,6 +28,7 @@ from adapterkit.verbs.fit.verb import WeightFit
 from adapterkit.verbs.stats.plan import ByOneProcess, check_unchanged
 
 TASK = "weights"  # its name, and of its tensor the key
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -117,3 +123,43 @@ class WeightsCollection(ByOneProcess, ABC):
 def _notes_in(metrics: dict[str, dict]) -> list[str]:
     """What was noted while the file was made."""
     return metrics[TASK]["fit"]["notes"]
+
+
+@dataclass
+class Evaluations:
+    """The work folder of a fit: what each point that was evaluated gave, by the point's bits.
+
+    A fit is a function of what the evaluations give, so that one that is run again comes to the
+    same points and finds them here."""
+
+    folder: Path
+
+    def of(
+        self, what: str, c: Tensor, compute: Callable[[], list[Tensor]], shapes: list[Shape]
+    ) -> list[Tensor]:
+        """What `compute` gives at a point, in float64 and of these shapes: made now, or before."""
+        from safetensors.torch import save
+
+        digest = hashlib.sha256(what.encode() + c.double().numpy().tobytes()).hexdigest()
+        path = self.folder / f"{digest[:32]}.safetensors"
+        values = _values(path)
+        if [tuple(value.shape) for value in values] == shapes:
+            return values
+        results = compute()
+        data = save({str(number): value.contiguous() for number, value in enumerate(results)})
+        replace_file(path, data, path.with_suffix(".part"))
+        return results
+
+
+def _values(path: Path) -> list[Tensor]:
+    """The finite numbers of a file that was written here; none of any other."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        found = load(read_lines(path))
+        values = [found[str(number)] for number in range(len(found))]
+    except (SafetensorError, KeyError):
+        return []
+    are_numbers = all(v.dtype == torch.float64 and bool(v.isfinite().all()) for v in values)
+    return values if are_numbers else []

@@ -21,8 +21,7 @@ from adapterkit.core.records import Json
 from adapterkit.core.shared_options import RunOptions
 from adapterkit.verbs.combine.records.combine import Combine
 from adapterkit.verbs.fit.coarse_to_fine import CoarseToFineFit
-from adapterkit.verbs.fit.collection import TASK, FittedWeights, WeightsCollection
-from adapterkit.verbs.fit.journal import Evaluations
+from adapterkit.verbs.fit.collection import TASK, Evaluations, FittedWeights, WeightsCollection
 from adapterkit.verbs.fit.objective import Objective, TeacherObjective
 from adapterkit.verbs.fit.plan import FitCollection, dtype_of, plan_fit
 from adapterkit.verbs.fit.runs import Runs, Step

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from adapterkit.verbs.fit.objective import Objective
 from adapterkit.verbs.fit.weighted_adapters import Acting, WeightedModel, WeightedModule
 from adapterkit.verbs.stats.model.activations import ActivationStore
 from adapterkit.verbs.stats.model.layers import OffloadedLayer, OffloadedLayers, is_within
-from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep, Pass
+from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep, Pass, PassReader
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
 Step = Callable[[], None]
@@ -110,7 +109,7 @@ class Runs:
     ) -> tuple[Tensor, Tensor]:
         """What `compute` gives of the samples, and of each batch the gradient of its weighted sum,
         or c."""
-        one = Evaluation.of(c, batches, compute, gradients, self.stored.dtype)
+        one = Evaluation(c, batches, compute, gradients, self.stored.dtype)
         (self._run_whole if self.whole else self._run_layerwise)(one)
         return torch.cat(one.results).double(), torch.stack(one.sums).detach().double()
 
@@ -140,32 +139,24 @@ class Runs:
                 total += acting.own.grad
 
 
-@dataclass
 class Evaluation:
     """Batches at a point, each with coefficients of its own that get a gradient: `acting`;
     `results`, `sums`: what comes of each batch, losses (rows,) and gradients (coefficients,)."""
 
-    batches: Sequence[FitBatch]
-    compute: Compute
-    gradients: bool
-    acting: list[Acting]
-    results: list[Tensor]
-    sums: list[Tensor]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         c: Tensor,
         batches: Sequence[FitBatch],
         compute: Compute,
         gradients: bool,
         dtype: torch.dtype,
-    ) -> "Evaluation":
+    ):
+        self.batches, self.compute, self.gradients = batches, compute, gradients
         kind = torch.promote_types(dtype, torch.float32)
         leaves = [c.to(kind, copy=True).requires_grad_(gradients) for _ in batches]
-        sums = [torch.zeros_like(leaf) if gradients else leaf for leaf in leaves]
-        acting = [*map(Acting, leaves)]
-        return cls(batches, compute, gradients, acting, [torch.empty(0)] * len(batches), sums)
+        self.acting = [*map(Acting, leaves)]
+        self.results = [torch.empty(0)] * len(batches)
+        self.sums = [torch.zeros_like(leaf) if gradients else leaf for leaf in leaves]
 
     def record_losses(self, number: int, batch: FitBatch) -> Tensor | None:
         """Keep a batch's losses; what is to be differentiated, if anything is."""
@@ -175,7 +166,7 @@ class Evaluation:
             return batch.total(values) if self.gradients else None
 
 
-class CoefficientsReader:
+class CoefficientsReader(PassReader):
     """Reads off the gradients of each pass's coefficients; factors are in memory with their
     unit."""
 
@@ -194,9 +185,6 @@ class CoefficientsReader:
     def begin(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         self.runs.weighted_model.acting = self.evaluation.acting[one.number]
 
-    def end(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
-        pass
-
     def wants(self, unit: OffloadedLayer) -> bool:
         return self.gradients and bool(self.runs._places(unit))
 
@@ -205,6 +193,3 @@ class CoefficientsReader:
 
     def take(self, one: Pass, name: str, gradient: Tensor) -> None:
         self.evaluation.sums[one.number] += gradient
-
-    def record_input(self, unit: OffloadedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
-        pass

@@ -29,8 +29,7 @@ from adapterkit.core.plan import Plan, TaskResult
 from adapterkit.core.records import Json
 from adapterkit.kernels.cma import Cma
 from adapterkit.verbs.combine.records.combine import Combine
-from adapterkit.verbs.fit.collection import FittedWeights, WeightsCollection
-from adapterkit.verbs.fit.journal import Evaluations
+from adapterkit.verbs.fit.collection import Evaluations, FittedWeights, WeightsCollection
 from adapterkit.verbs.fit.plan import TEXT, adapters_of
 from adapterkit.verbs.fit.verb import WeightFit
 from adapterkit.verbs.shared.joined_values import read_all

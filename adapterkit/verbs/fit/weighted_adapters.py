@@ -26,6 +26,7 @@ from adapterkit.runtime.state import State
 from adapterkit.verbs.look.heatmaps import place_of
 
 NAME = "fit"  # of the parts at the sites
+ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
 
 @dataclass
@@ -176,11 +177,9 @@ class WeightedModel:
 
     def count(self, level: str) -> int:
         """How many coefficients a level has."""
-        directions = level == "direction"
-        if level in ("module", "direction"):
-            return sum(sum(place.counts(directions)) for place in self.places)
-        ends = {"adapter": 1, "layer": 2}[level]
-        return len({owner[:ends] for owner in self.owners})
+        if level == "direction":
+            return sum(sum(place.counts(True)) for place in self.places)
+        return len({owner[: ENDS[level]] for owner in self.owners})
 
     @contextmanager
     def attached(self) -> Iterator[None]:

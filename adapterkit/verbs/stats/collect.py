@@ -21,13 +21,14 @@ from adapterkit.core.records import Json
 from adapterkit.core.tasks.common import decomposition
 from adapterkit.core.weights.reader import Reader
 from adapterkit.verbs.shared.statistics_file import INPUTS, METADATA, key_of
-from adapterkit.verbs.stats.job import Batch, CollectionPlan, check_options
+from adapterkit.verbs.stats.data.masks import following
+from adapterkit.verbs.stats.job import Batch, CollectionPlan
 from adapterkit.verbs.stats.model.activations import ActivationStore
+from adapterkit.verbs.stats.model.gradients import Gradients
 from adapterkit.verbs.stats.model.layerwise import SumsReader, run_layerwise
 from adapterkit.verbs.stats.model.stored_model import StoredModel
-from adapterkit.verbs.stats.model.whole import run_whole
 from adapterkit.verbs.stats.sums import Sums
-from adapterkit.verbs.stats.sums_files import Ledger, SumsFile, groups_of, sums_files
+from adapterkit.verbs.stats.sums_files import WHOLE, Ledger, SumsFile, Tally, groups_of, sums_files
 from adapterkit.verbs.stats.verb import StatsOptions
 
 Progress = Callable[[int, int], None]  # (steps done, of how many)
@@ -58,7 +59,6 @@ def collect(
     random), in its checkpoint's dtype, without a cache. Raises `Refused` for models and data that
     cannot be run so; `Failed` for inputs that are not finite.
     """
-    check_options(options)
     with open_sources(base.folder) as sources:
         job = CollectionPlan(StoredModel(base, sources, device), options, batches)
         if attempt:
@@ -67,11 +67,46 @@ def collect(
         name = f"activations.{attempt}.part" if attempt else "activations"
         with closing(ActivationStore(work, memory, name)) as room:
             if job.is_whole:
-                run_whole(job, ledger, progress)
+                _run_whole(job, ledger, progress)
             else:
                 reader = run_layerwise(job, partial(SumsReader, job, ledger), room, progress)
                 if reader.outside is not None:
                     reader.outside.close()
+
+
+def _run_whole(job: CollectionPlan, ledger: Ledger, progress: Progress) -> None:
+    """The model as a whole, batch by batch, but for blocks whose sums are there."""
+    stored, model, tally = job.stored, job.model, Tally(ledger, WHOLE)
+    todo = [(block, batch) for block, batch in job.runs if not tally.is_done(block)]
+    names = stored.parameters()
+    if todo:
+        stored.load(names, stored.device)
+    gradients = Gradients(model, dict.fromkeys(job.targets if job.gradients else (), False))
+    try:
+        with (
+            stored.buffers_on_device(model),
+            job.watch() as watch,
+            gradients.watching(),
+            torch.set_grad_enabled(job.gradients),
+        ):
+            for number, (block, batch) in enumerate(todo):
+                collected = tally.of(block)
+                assert collected is not None
+                on_device = {key: value.to(stored.device) for key, value in batch.items()}
+                watch.sums, watch.masks = collected.sums, job.masks(watch, on_device)
+                with following(watch.masks):
+                    output = model(**job.arguments(on_device))
+                if watch.masks is not None:
+                    watch.masks.finish()
+                if job.gradients:
+                    job.loss(output).backward()
+                for module, value in gradients.taken():
+                    collected.add_gradient(module, value)
+                del output
+                progress(number + 1, len(todo))
+        tally.close()
+    finally:
+        stored.free(names)
 
 
 def open_sources(folder: Folder) -> Sources:

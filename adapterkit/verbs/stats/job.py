@@ -1,6 +1,7 @@
 """What is collected of which model from which data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.core.adapter.targets import ALL_LINEAR
 from adapterkit.core.errors import Refused, listed
@@ -12,25 +13,19 @@ from adapterkit.verbs.shared.statistics_file import INPUTS
 from adapterkit.verbs.shared.targets import CalledLayers, select_layers
 from adapterkit.verbs.stats.data.masks import Masks, token_masks
 from adapterkit.verbs.stats.model.hooks import SumsWatch
+from adapterkit.verbs.shared.targets.stored_targets import CalledLayers, select_layers
+from adapterkit.verbs.stats.data.masks import Leader, Masks, decoder_of, token_masks
+from adapterkit.verbs.stats.model.coroutines import Coroutine
 from adapterkit.verbs.stats.model.layers import OffloadedLayer, OffloadedLayers
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.sums import Sums
 from adapterkit.verbs.stats.verb import StatsOptions
 
+if TYPE_CHECKING:
+    from torch import nn
+
 BLOCKS = 8  # at most: as many processes can share the work
 Batch = Mapping[str, Tensor]
-
-
-def check_options(options: StatsOptions) -> None:
-    """`Refused` for what cannot be collected together."""
-    if options.compat and "pca" in options.what:
-        raise Refused(
-            "pca does not go with compat peft, whose covariance is of scaled inputs",
-            expected="one of them",
-            where="compat",
-            hint="remove --compat, or pca",
-            code="AK102",
-        )
 
 
 def takes_rows(options: StatsOptions) -> bool:
@@ -38,10 +33,71 @@ def takes_rows(options: StatsOptions) -> bool:
     return options.compat == "peft" and "covariance" in options.what
 
 
+class SumsWatch:
+    """Adds what layers see to sums, as a context.
+
+    `masks` is to be set to those of the batch that runs; None: all vectors count. `stops`: modules
+    whose forward, called by a pass, runs elsewhere: what they see is told by `record_input`.
+    """
+
+    def __init__(self, model: "nn.Module", modules: Mapping[str, "nn.Module"]):
+        self.model, self.modules = model, modules
+        self.sums: Sums | None = None  # nothing is added without
+        self.masks: Masks | None = None
+        self.stops: set[nn.Module] = set()
+        self._leaders: dict[Hashable, Leader] = {}
+        self._hooks: list[Any] = []
+
+    def masks_of(self, batch: Mapping[str, Tensor]) -> Masks:
+        """The masks of a batch."""
+        masks = Masks(self.model, leaders=self._leaders)
+        masks.enter(self.model, (), dict(batch))
+        return masks
+
+    def __enter__(self) -> "SumsWatch":
+        for name, module in self.modules.items():
+            hook = module.register_forward_pre_hook(self._see(name), with_kwargs=True)
+            self._hooks.append(hook)
+        decoder = decoder_of(self.model) if self.modules else None
+        if decoder is not None:
+            hook = decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
+            self._hooks.append(hook)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _see(self, name: str) -> Any:
+        def hook(module: "nn.Module", args: tuple, kwargs: dict[str, Any]) -> None:
+            if module not in self.stops or Coroutine.current() is None:
+                self.record_input(name, args, kwargs)
+
+        return hook
+
+    def record_input(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Add the input of a layer that is called."""
+        if self.sums is not None and name in self.modules:
+            x = args[0] if args else next(iter(kwargs.values()))
+            self.sums.add(name, x, None if self.masks is None else self.masks.of(name, x))
+
+    def _enter_decoder(self, module: "nn.Module", args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.masks is not None:
+            self.masks.enter_decoder(module, args, kwargs)
+
+
 class CollectionPlan:
     """A model, its layers whose statistics are collected, and the data."""
 
     def __init__(self, stored: StoredModel, options: StatsOptions, batches: Sequence[Batch]):
+        if options.compat and "pca" in options.what:
+            raise Refused(
+                "pca does not go with compat peft, whose covariance is of scaled inputs",
+                expected="one of them",
+                where="compat",
+                hint="remove --compat, or pca",
+                code="AK102",
+            )
         self.stored, self.options, self.batches = stored, options, batches
         self.runs = [(block_of(n, len(batches)), batch) for n, batch in enumerate(batches)]
         self.model, self.notes = stored.model, stored.notes

@@ -31,8 +31,8 @@ from adapterkit.verbs.stats.collect import CollectedFile, collect, metadata_with
 from adapterkit.verbs.stats.data.apart import tokenize_apart
 from adapterkit.verbs.stats.data.records import Record, draw_records
 from adapterkit.verbs.stats.data.samples import Samples, tokenize_all
-from adapterkit.verbs.stats.job import BLOCKS, CollectionPlan, check_options, takes_rows, tokens_of
-from adapterkit.verbs.stats.model.device_offload import TABLES
+from adapterkit.verbs.stats.job import BLOCKS, CollectionPlan, takes_rows, tokens_of
+from adapterkit.verbs.stats.model.activations import TABLES
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.verb import Stats, StatsOptions
 
@@ -274,7 +274,6 @@ def plan_statistics(
         stored = StoredModel(base, sources, torch.device("cpu"), buffers=False)
         needs_loss = "--what" if "gradient" in options.what else ""
         (samples,) = samples_of(folder, stored.model, [drawn.records], options.length, needs_loss)
-        check_options(options)
         batches = samples.batches(1 if takes_rows(options) else options.batch)
         job = CollectionPlan(stored, options, batches)
     shapes = {name: _shape(job, name) for name in job.targets}

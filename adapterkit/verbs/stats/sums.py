@@ -274,7 +274,8 @@ class Sums:
             old = self.by_module.get(next(iter(modules)))
             if old is None:
                 group = {m: None for m in modules if m not in self.by_module}
-                total = Sum(width, self._squares, self.normalize)
+                squares = "covariance" in self.what or "pca" in self.what
+                total = Sum(width, squares, self.normalize)
             else:
                 group = {m: None for m in old.modules if m in modules}
                 total = old if len(group) == len(old.modules) else old.copy()
@@ -289,10 +290,6 @@ class Sums:
         """Add sums of more inputs, which may be of other groups of layers."""
         for one in others:
             self._spread(one.modules, one.width, one.add_to)
-
-    @property
-    def _squares(self) -> bool:
-        return "covariance" in self.what or "pca" in self.what
 
     @property
     def groups(self) -> list[Sum]:

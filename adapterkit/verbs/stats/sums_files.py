@@ -277,15 +277,14 @@ class Ledger:
         """(out, in) of a gradient as the model has it, and the other way round."""
         return gradient.T if self.job.is_transposed(module) else gradient
 
-    def sums(self, unit: OffloadedLayer) -> Tally | None:
-        """Where the inputs of a unit's layers are summed, if it has such layers."""
-        wanted = self.job.inputs and has_any(unit, self.job.targets)
-        return Tally(self, f"{unit.order:06}.sums.safetensors") if wanted else None
-
-    def gradients(self, unit: OffloadedLayer) -> Tally | None:
-        """Where the gradients of a unit's layers are summed, if it has such layers."""
-        wanted = self.job.gradients and has_any(unit, self.job.targets)
-        return Tally(self, f"{unit.order:06}.gradients.safetensors") if wanted else None
+    def of_unit(self, unit: OffloadedLayer, is_backward: bool) -> Tally | None:
+        """Where the inputs of a unit's layers are summed, or their gradients; None where it has no
+        such layers."""
+        wanted = self.job.gradients if is_backward else self.job.inputs
+        if not wanted or not any(is_within(name, [unit.name]) for name in self.job.targets):
+            return None
+        kind = "gradients" if is_backward else "sums"
+        return Tally(self, f"{unit.order:06}.{kind}.safetensors")
 
     def outside(self) -> Tally | None:
         """Of layers outside the units, whose batches do not come block after block."""
@@ -293,10 +292,6 @@ class Ledger:
         if all(units.unit_of(name) is not None for name in self.job.targets):
             return None
         return Tally(self, OUTSIDE, in_order=False)
-
-
-def has_any(unit: OffloadedLayer, modules: list[str]) -> bool:
-    return any(is_within(name, [unit.name]) for name in modules)
 
 
 def groups_of(files: list[SumsFile]) -> Iterator[tuple[list[str], list[tuple[SumsFile, int]]]]:

@@ -77,7 +77,7 @@ def draw_records(paths: Sequence[StrPath], count: int, seed: int) -> Drawn:
                 raise Refused(
                     f"there is no usable {'line' if path.is_file() else 'row'}",
                     expected=f"samples: {LINES}",
-                    where=_label(path),
+                    where=shown(path),
                     hint="give a file with text in it",
                     code="AK901",
                 )
@@ -96,7 +96,7 @@ def _open(path: Path) -> tuple[str, Iterable[Record | None]]:
         raise Refused(
             "not a regular file" if path.exists() else "no such file",
             expected=SUFFIXES,
-            where=_label(path),
+            where=shown(path),
             hint="check the path",
             code="AK901",
         )
@@ -112,7 +112,7 @@ def _open(path: Path) -> tuple[str, Iterable[Record | None]]:
     raise Refused(
         f"files of type {shown(path.suffix) or 'unknown'} cannot be read",
         expected=SUFFIXES,
-        where=_label(path),
+        where=shown(path),
         hint="convert it to .jsonl: one JSON object on each line",
         code="AK901",
     )
@@ -149,7 +149,7 @@ def _readable(path: Path) -> Path:
         raise Refused(
             f"cannot read: {error.strerror}",
             expected="a file to read",
-            where=_label(path),
+            where=shown(path),
             hint="check its permissions",
             code="AK209",
         ) from error
@@ -227,7 +227,7 @@ def _json_lines(path: Path) -> Iterator[Record | None]:
 
 def _rows(rows: Iterable[Json], path: Path) -> Iterator[Record | None]:
     for number, row in enumerate(rows, 1):
-        yield _record(row, f"{_label(path)}, row {number}")
+        yield _record(row, f"{shown(path)}, row {number}")
 
 
 def _parquet_rows(path: Path) -> Iterator[Json]:
@@ -264,7 +264,7 @@ def _folder_rows(path: Path) -> Iterator[Json]:
         raise Refused(
             f"the dataset has several splits: {', '.join(map(shown, splits[:6]))}",
             expected="one split",
-            where=_label(path),
+            where=shown(path),
             hint=f"give {shown(path.name)}/SPLIT",
             code="AK901",
         )
@@ -272,7 +272,7 @@ def _folder_rows(path: Path) -> Iterator[Json]:
         raise Refused(
             "the folder has no dataset_info.json",
             expected="a folder that save_to_disk of datasets wrote, or files",
-            where=_label(path),
+            where=shown(path),
             hint="give the files themselves, each with --data",
             code="AK901",
         )
@@ -290,21 +290,21 @@ def _columns(names: Sequence[str], path: Path) -> list[str]:
     """The columns to read; `Refused` where there is no sample in any."""
     known = [name for name in names if name in (*KNOWN, *OPTIONAL)]
     if not set(known) & {*KNOWN}:
-        raise _unknown_fields(list(names), _label(path))
+        raise _unknown_fields(list(names), shown(path))
     return known
 
 
 def _library(module: str, path: Path) -> ModuleType:
     package = module.partition(".")[0]
     install, expected = f"{package}, or convert the data to .jsonl", f"{package}, to read it"
-    return optional(module, install=install, expected=expected, where=_label(path))
+    return optional(module, install=install, expected=expected, where=shown(path))
 
 
 def _unreadable(path: Path, error: Exception) -> Damaged:
     return Damaged(
         f"cannot be read: {shown(error)}",
         expected=SUFFIXES,
-        where=_label(path),
+        where=shown(path),
         hint="write it again, or convert it to .jsonl",
         code="AK901",
     )
@@ -390,9 +390,5 @@ _CHECKS = {
 }
 
 
-def _label(path: Path) -> str:
-    return shown(path)
-
-
 def _line(path: Path, number: int) -> str:
-    return f"{_label(path)}, line {number}"
+    return f"{shown(path)}, line {number}"

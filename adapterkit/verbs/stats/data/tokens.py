@@ -63,7 +63,10 @@ class _Tags:
     def of(self, x: Tensor) -> Tensor:
         """The bits of a tensor's elements, uint8, of its shape."""
         ratio = x.element_size() / self.itemsize
-        strides = [int(stride * ratio) if size > 1 else 0 for size, stride in _axes(x)]
+        strides = [
+            int(stride * ratio) if size > 1 else 0
+            for size, stride in zip(x.shape, x.stride(), strict=True)
+        ]
         start = int(x.storage_offset() * ratio)
         inner = [s for s in strides if s % self.run]
         reach = sum(
@@ -475,10 +478,6 @@ def _is_constant(bits: Tensor) -> bool:
     if bits.shape[-1] < 2 or bits.stride(-1) == 0:
         return bits.shape[-1] > 0
     return bool((bits == bits[..., :1]).all())
-
-
-def _axes(x: Tensor) -> Iterable[tuple[int, int]]:
-    return zip(x.shape, x.stride(), strict=True)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

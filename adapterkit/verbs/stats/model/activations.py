@@ -1,25 +1,30 @@
-"""Activations that wait: in memory as far as there is room for them, else in a file."""
+"""Activations that wait, in memory as far as there is room for them, else in a file; and on their
+way to the device of the units and back."""
 
 import ctypes
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from adapterkit.core.budget import pinned_size
 from adapterkit.core.checkpoint.disk import storage_errors, write_all
+from adapterkit.core.engine.device import begin_copy_to_host
 from adapterkit.core.errors import Failed
 from adapterkit.core.system import system
 
 SMALL = 1 << 16  # bytes of a tensor that is left where it is
+TABLES = 256 << 20  # bytes on the device for what passes hand to several units
+T = TypeVar("T")
 
 
 class ActivationStore:
@@ -230,3 +235,72 @@ def _bytes(storage: UntypedStorage) -> memoryview:
     """A view of a storage's memory. (One by numpy would keep it from being emptied.)"""
     array = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     return memoryview(array).cast("B")
+
+
+@dataclass
+class _Kept:
+    """A copy on the device of a tensor that a pass has handed to a unit."""
+
+    source: ReferenceType[Tensor]
+    version: int
+    copy: Tensor
+    copy_version: int  # a unit may change it
+
+    def is_of(self, leaf: Tensor) -> bool:
+        unchanged = self.version == leaf._version and self.copy_version == self.copy._version
+        return unchanged and self.source() is leaf
+
+
+class BatchOffloader:
+    """Copies both ways that do not block where the host's memory is page-locked, as that of outputs
+    is: they are done when a `Mark` that follows them is.
+
+    What a pass hands to several units, as it does tables of positions and masks, goes there once:
+    copies stay while the tensor does that they are of, up to TABLES bytes.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.used = device, 0
+        self._kept: dict[int, _Kept] = {}  # by the tensor's id
+
+    def to_device(self, arguments: T) -> tuple[T, dict[int, Tensor]]:
+        """Arguments there, and the copies by the ids of what they are of."""
+        return self._moved(arguments, self.device, self._copied)
+
+    def to_host(self, output: T) -> T:
+        """An output of a unit, whose copies have begun."""
+        return self._moved(output, torch.device("cpu"), begin_copy_to_host)[0]
+
+    def _moved(
+        self, tree: T, there: torch.device, copied: Callable[[Tensor], Tensor]
+    ) -> tuple[T, dict[int, Tensor]]:
+        """What is in a tree with its tensors there, each once, and the copies by ids."""
+        copies: dict[int, Tensor] = {}
+
+        def move(leaf: object) -> object:
+            if not isinstance(leaf, Tensor) or leaf.device == there:
+                return leaf
+            if id(leaf) not in copies:
+                copies[id(leaf)] = copied(leaf)
+            return copies[id(leaf)]
+
+        return (tree if self.device.type == "cpu" else tree_map(move, tree)), copies
+
+    def _copied(self, leaf: Tensor) -> Tensor:
+        kept = self._kept.get(id(leaf))
+        if kept is not None and kept.is_of(leaf):
+            return kept.copy
+        self._drop(id(leaf))
+        copy = leaf.to(self.device, non_blocking=True)
+        # with gradients it is a part of one unit's graph
+        if not torch.is_grad_enabled() and self.used + copy.nbytes <= TABLES:
+            key = id(leaf)
+            source = ref(leaf, lambda _: self._drop(key))
+            self._kept[key] = _Kept(source, leaf._version, copy, copy._version)
+            self.used += copy.nbytes
+        return copy
+
+    def _drop(self, key: int) -> None:
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            self.used -= kept.copy.nbytes

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from adapterkit.verbs.stats.job import Batch, CollectionPlan
+from adapterkit.verbs.stats.job import Batch, CollectionPlan, SumsWatch
 from adapterkit.verbs.stats.model.activations import ActivationStore
-from adapterkit.verbs.stats.model.hooks import SumsWatch
 from adapterkit.verbs.stats.model.layers import OffloadedLayer, is_within
 from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep, Pass, PassReader
 from adapterkit.verbs.stats.sums_files import Collected, Ledger, Tally
@@ -19,32 +18,11 @@ R = TypeVar("R", bound=PassReader)
 Rehearsal = Callable[[OffloadedLayer], AbstractContextManager[bool]]  # as of `Lockstep`
 
 
-class LayerSums:
-    """What is collected of a unit while the batches go through it: `sums` in the forward pass,
-    `gradients` in the backward pass, begun when they are first asked for."""
-
-    def __init__(self, ledger: Ledger, unit: OffloadedLayer):
-        self.ledger, self.unit = ledger, unit
-
-    @cached_property
-    def sums(self) -> Tally | None:
-        return self.ledger.sums(self.unit)
-
-    @cached_property
-    def gradients(self) -> Tally | None:
-        return self.ledger.gradients(self.unit)
-
-    def close(self) -> None:
-        for tally in vars(self).values():
-            if isinstance(tally, Tally):
-                tally.close()
-
-
-class SumsReader:
+class SumsReader(PassReader):
     """Sums of what layers see, and of the gradients of their weights; `outside`: of the layers
     outside the units."""
 
-    visit: LayerSums
+    tallies: dict[bool, Tally | None]  # of the unit that is visited, forward and backward
     collected: Collected | None = None  # of the pass that runs
 
     def __init__(self, job: CollectionPlan, ledger: Ledger, watch: SumsWatch):
@@ -62,14 +40,15 @@ class SumsReader:
 
     @contextmanager
     def visited(self, unit: OffloadedLayer) -> Iterator[None]:
-        self.visit = LayerSums(self.ledger, unit)
+        self.tallies = {}
         yield
-        self.visit.close()
+        for tally in filter(None, self.tallies.values()):
+            tally.close()
 
     def begin(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
-        tally = self.outside
-        if unit is not None:
-            tally = self.visit.gradients if is_backward else self.visit.sums
+        if unit is not None and is_backward not in self.tallies:
+            self.tallies[is_backward] = self.ledger.of_unit(unit, is_backward)
+        tally = self.outside if unit is None else self.tallies[is_backward]
         self.collected = None if tally is None else tally.of(one.block)
         self.watch.masks = one.masks
         self.watch.sums = None

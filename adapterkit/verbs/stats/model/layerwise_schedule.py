@@ -9,10 +9,10 @@ the other order: autograd runs the code between the units, and the units run aga
 import contextvars
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_leaves
 from adapterkit.core.engine.device import Mark
 from adapterkit.core.errors import Refused, shown
 from adapterkit.verbs.stats.data.masks import Masks, following
-from adapterkit.verbs.stats.model.activations import Activations, ActivationStore
+from adapterkit.verbs.stats.model.activations import Activations, ActivationStore, BatchOffloader
 from adapterkit.verbs.stats.model.checkpointing import Call, apply, is_differentiable
 from adapterkit.verbs.stats.model.coroutines import Coroutine
-from adapterkit.verbs.stats.model.device_offload import BatchOffloader
 from adapterkit.verbs.stats.model.layers import OffloadedLayer, OffloadedLayers
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
@@ -66,38 +65,37 @@ class ResumePoint:
     mark: Mark
 
 
-class PassReader(Protocol):
-    """What is read off the passes, one of which runs at a time.
+class PassReader:
+    """What is read off the passes, one of which runs at a time; here nothing.
 
     `units`: of None is the code between the units. `wanted`: the tensors whose gradients are, of a
     pass in a unit; those of the code between are leaves of its graph.
     """
 
-    gradients: bool  # whether any are wanted
+    gradients = False  # whether any are wanted
 
     def visited(self, unit: OffloadedLayer) -> AbstractContextManager[object]:
         """A unit's parameters are in memory."""
-        ...
+        return nullcontext()
 
     def begin(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         """A pass goes on."""
-        ...
 
     def end(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
         """It has come to its next stop."""
-        ...
 
     def wants(self, unit: OffloadedLayer) -> bool:
         """Whether a unit has anything whose gradients are wanted."""
-        ...
+        return False
 
-    def wanted(self, one: Pass, unit: OffloadedLayer) -> Mapping[str, Tensor]: ...
+    def wanted(self, one: Pass, unit: OffloadedLayer) -> Mapping[str, Tensor]:
+        return {}
 
-    def take(self, one: Pass, name: str, gradient: Tensor) -> None: ...
+    def take(self, one: Pass, name: str, gradient: Tensor) -> None:
+        raise AssertionError("no gradients are wanted")
 
     def record_input(self, unit: OffloadedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
         """A unit is called."""
-        ...
 
 
 @dataclass

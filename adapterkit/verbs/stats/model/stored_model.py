@@ -61,8 +61,10 @@ class StoredModel:
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._stored, self._absent = self._find_parameters()
         self._stored_buffers = self._find_buffers()
-        if buffers:
-            self._load_buffers()
+        for name in sorted(self._stored_buffers if buffers else (), key=self._files):
+            buffer = self.model.get_buffer(name)
+            stored = self._stored_buffers[name]
+            buffer.copy_(stored.read(replace(self._reader, device=buffer.device)))
 
     def _dtype(self, config: Any) -> torch.dtype:
         if isinstance(config.dtype, torch.dtype):
@@ -103,12 +105,6 @@ class StoredModel:
             if parameter is not None and parameter.shape == tuple(buffer.shape):
                 stored[name] = StoredParameter.of(parameter, self.base.tensors)
         return stored
-
-    def _load_buffers(self) -> None:
-        for name in sorted(self._stored_buffers, key=self._files):
-            stored = self._stored_buffers[name]
-            buffer = self.model.get_buffer(name)
-            buffer.copy_(stored.read(replace(self._reader, device=buffer.device)))
 
     def _files(self, name: str) -> list[str]:
         """The files that a parameter or a buffer is read from, in their order."""
