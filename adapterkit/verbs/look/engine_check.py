@@ -10,6 +10,10 @@ from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.planning.as_plain import conversion_hint
 from adapterkit.adapters.formats.planning.plan import base_for, plan_contents
 from adapterkit.adapters.formats.planning.source import AdapterConversion, read_contents
+from adapterkit.adapters.formats.planning.convert import base_for
+from adapterkit.adapters.formats.planning.plan import plan_contents
+from adapterkit.adapters.formats.planning.source import named_base, read_contents
+from adapterkit.adapters.formats.records.convert import ConvertOptions
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT
 from adapterkit.core.adapter.keys import module_of_factors
 from adapterkit.core.adapter.peft import scan_adapter
@@ -24,7 +28,7 @@ from adapterkit.core.inputs.sources import open_adapter, open_model, open_unconv
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import Json
 from adapterkit.core.weights.detect import quantization_evidence
-from adapterkit.verbs.look.adapter import join
+from adapterkit.verbs.look.join import join
 from adapterkit.verbs.look.records.check import EngineCheck
 
 VERSION = 1
@@ -48,6 +52,8 @@ class _Verdicts:
 
     def include(self, errors: Iterable[AdapterkitError]) -> None:
         """Refusals of a conversion: what the engine's format cannot hold."""
+        from adapterkit.adapters.formats.planning.as_plain import conversion_hint
+
         for error in errors:
             do = conversion_hint(error.hint, self.client.format, self.base) or self.convert
             self.add("refuses", error.problem, do, error.expected)
@@ -154,7 +160,8 @@ def _check_names(check: EngineCheck, base: Checkpoint, found: _Verdicts) -> None
             is_floats = quantization_evidence(on.config, on.tensors) is None
             if typed and is_floats and on.tensors:
                 join(adapter, on.folder, errors)
-    found.include(errors)
+    if errors:
+        found.include(errors)
 
 
 def _on_models(check: EngineCheck, base: Checkpoint) -> Iterator[tuple[Folder, Checkpoint]]:
