@@ -23,7 +23,7 @@ from adapterkit.core.budget import BUFFERS
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.header import TensorSpec, read_header
 from adapterkit.core.checkpoint.reader import Sources
-from adapterkit.core.engine.interruptible import in_order
+from adapterkit.core.engine.file_threads import in_order
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Refused
 from adapterkit.core.plan import RowEdit, Step

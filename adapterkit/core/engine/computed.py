@@ -21,8 +21,8 @@ from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.core.engine.buffers import StagingBuffers, keep_staging, staging_of
 from adapterkit.core.engine.device import Mark, Streams
-from adapterkit.core.engine.file_threads import FileThreads
-from adapterkit.core.engine.interruptible import in_order, result_of, signals_deferred
+from adapterkit.core.engine.file_threads import FileThreads, in_order
+from adapterkit.core.engine.interruptible import result_of, signals_deferred
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Unrecoverable, shown
 from adapterkit.core.lazy import Tensor, torch

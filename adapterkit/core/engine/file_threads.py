@@ -1,12 +1,14 @@
-"""Two threads beside those that compute: one makes files before they are needed, one ends those
-that are written."""
+"""Threads that compute, with their results in order; and two beside them: one makes files before
+they are needed, one ends those that are written."""
 
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from adapterkit.core.budget import AHEAD
 from adapterkit.core.engine.interruptible import POLL_INTERVAL, Running, result_of, signals_deferred
 from adapterkit.core.output.journal import ShardResult
 from adapterkit.core.output.stage import Workspace
@@ -15,6 +17,7 @@ from adapterkit.core.output.writer import ShardFile
 SHUTDOWN_TIMEOUT = 1.0  # seconds that an interrupted job gives its threads
 BEHIND = 2  # computed files that may wait for their end: a killed job makes them again
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class FileThreads:
@@ -142,3 +145,49 @@ def file_threads(
     except BaseException as error:
         files.fail(error)
     files.end()
+
+
+def in_order(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    workers: int,
+    budget: int = 0,
+    cost: Callable[[T], int] = lambda item: 0,
+    pool: ThreadPoolExecutor | None = None,
+) -> Iterator[R]:
+    """function(item) for each, by `workers` threads, in the items' order; some are made ahead of
+    the one that is asked for: as many as cost no more than the budget together, the one that was
+    given out last included, until the next is asked for. `pool`: threads that are there already."""
+    source, waiting = iter(items), deque()
+    ahead, in_use = next(source, None), 0
+    threads = pool or ThreadPoolExecutor(workers, "compute")
+
+    def submit() -> None:
+        nonlocal ahead, in_use
+        while (
+            ahead is not None
+            and len(waiting) < AHEAD * workers
+            and (not in_use or in_use + cost(ahead) <= budget)
+        ):
+            with signals_deferred():
+                waiting.append((threads.submit(function, ahead), cost(ahead)))
+            in_use += cost(ahead)
+            ahead = next(source, None)
+
+    try:
+        submit()
+        while waiting:
+            future, cost_of_result = waiting.popleft()
+            result = result_of(future)
+            del future
+            submit()
+            yield result
+            del result  # before others start
+            in_use -= cost_of_result
+            submit()
+    finally:
+        with signals_deferred():
+            for future, _ in waiting:
+                future.cancel()
+            if pool is None:
+                threads.shutdown(wait=False)

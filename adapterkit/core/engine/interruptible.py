@@ -7,19 +7,16 @@ signals wait while that code runs, and the main thread itself waits in a call th
 
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-from adapterkit.core.budget import AHEAD
 from adapterkit.core.system import system
 
 POLL_INTERVAL = 0.1  # seconds between looks at the stop sign
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 @contextmanager
@@ -115,49 +112,3 @@ def run_stoppable(target: Callable[[Callable[[], bool]], None]) -> None:
         result_of(start_thread(lambda: target(stop.is_set)))
     finally:
         stop.set()
-
-
-def in_order(
-    function: Callable[[T], R],
-    items: Iterable[T],
-    workers: int,
-    budget: int = 0,
-    cost: Callable[[T], int] = lambda item: 0,
-    pool: ThreadPoolExecutor | None = None,
-) -> Iterator[R]:
-    """function(item) for each, by `workers` threads, in the items' order; some are made ahead of
-    the one that is asked for: as many as cost no more than the budget together, the one that was
-    given out last included, until the next is asked for. `pool`: threads that are there already."""
-    source, waiting = iter(items), deque()
-    ahead, in_use = next(source, None), 0
-    threads = pool or ThreadPoolExecutor(workers, "compute")
-
-    def submit() -> None:
-        nonlocal ahead, in_use
-        while (
-            ahead is not None
-            and len(waiting) < AHEAD * workers
-            and (not in_use or in_use + cost(ahead) <= budget)
-        ):
-            with signals_deferred():
-                waiting.append((threads.submit(function, ahead), cost(ahead)))
-            in_use += cost(ahead)
-            ahead = next(source, None)
-
-    try:
-        submit()
-        while waiting:
-            future, cost_of_result = waiting.popleft()
-            result = result_of(future)
-            del future
-            submit()
-            yield result
-            del result  # before others start
-            in_use -= cost_of_result
-            submit()
-    finally:
-        with signals_deferred():
-            for future, _ in waiting:
-                future.cancel()
-            if pool is None:
-                threads.shutdown(wait=False)

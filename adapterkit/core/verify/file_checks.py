@@ -6,7 +6,7 @@ import threading
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder, inside
 from adapterkit.core.checkpoint.hashes import RunningHash
 from adapterkit.core.checkpoint.header import TensorSpec, read_header
-from adapterkit.core.engine.interruptible import in_order
+from adapterkit.core.engine.file_threads import in_order
 from adapterkit.core.errors import AdapterkitError, Damaged, Failed, Problems, shown
 from adapterkit.core.options import Progress
 from adapterkit.core.output.stage import RECEIPT

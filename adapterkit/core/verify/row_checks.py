@@ -10,7 +10,7 @@ from typing import NamedTuple
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources
-from adapterkit.core.engine.interruptible import in_order
+from adapterkit.core.engine.file_threads import in_order
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Damaged, Failed, Problems, shown
 from adapterkit.core.lazy import Tensor, torch
