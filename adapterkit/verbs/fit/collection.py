@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.adapter.weights_file import WeightsFile, text
 from adapterkit.core.checkpoint.disk import replace_file
 from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan
 from adapterkit.core.checkpoint.spec import Checkpoint

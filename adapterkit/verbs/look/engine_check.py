@@ -10,10 +10,6 @@ from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.planning.as_plain import conversion_hint
 from adapterkit.adapters.formats.planning.plan import base_for, plan_contents
 from adapterkit.adapters.formats.planning.source import AdapterConversion, read_contents
-from adapterkit.adapters.formats.planning.convert import base_for
-from adapterkit.adapters.formats.planning.plan import plan_contents
-from adapterkit.adapters.formats.planning.source import named_base, read_contents
-from adapterkit.adapters.formats.records.convert import ConvertOptions
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT
 from adapterkit.core.adapter.keys import module_of_factors
 from adapterkit.core.adapter.peft import scan_adapter
@@ -52,7 +48,6 @@ class _Verdicts:
 
     def include(self, errors: Iterable[AdapterkitError]) -> None:
         """Refusals of a conversion: what the engine's format cannot hold."""
-        from adapterkit.adapters.formats.planning.as_plain import conversion_hint
 
         for error in errors:
             do = conversion_hint(error.hint, self.client.format, self.base) or self.convert

@@ -19,9 +19,7 @@ from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, 
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.options import Progress, expect
 from adapterkit.core.records import Json
-from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.core.weights.parameters import Parameter, Slot
-from adapterkit.core.weights.parameters import Parameter
 from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm

@@ -11,9 +11,6 @@ from adapterkit.core.weights.layers import is_linear
 from adapterkit.core.weights.names import TRANSPOSED
 from adapterkit.verbs.shared.statistics_file import INPUTS
 from adapterkit.verbs.shared.targets import CalledLayers, select_layers
-from adapterkit.verbs.stats.data.masks import Masks, token_masks
-from adapterkit.verbs.stats.model.hooks import SumsWatch
-from adapterkit.verbs.shared.targets.stored_targets import CalledLayers, select_layers
 from adapterkit.verbs.stats.data.masks import Leader, Masks, decoder_of, token_masks
 from adapterkit.verbs.stats.model.coroutines import Coroutine
 from adapterkit.verbs.stats.model.layers import OffloadedLayer, OffloadedLayers

@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from statistics import fmean, median
 
-from adapterkit.core.adapter.weights_file import Weight, WeightsFile
 from adapterkit.core.errors import Refused, listed, shown
 from adapterkit.core.inputs.sources import if_given, open_model, open_source
 from adapterkit.core.inputs.weights_file import WeightsFile, weighted_sources
