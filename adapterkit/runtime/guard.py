@@ -1,7 +1,7 @@
 """What would go wrong without a word: libraries that save or restore a model's state dict, in which
 the adapters are not, code that changes modules with adapters, and values that do nothing.
 
-What the code of a class shows is refused before (`core/weights/unsupported_layers.py`); here is
+What the code of a class shows is refused before (`core/weights/layers.py`); here is
 what only runs show."""
 
 import re

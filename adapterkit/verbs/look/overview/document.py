@@ -10,7 +10,7 @@ from statistics import fmean, median
 
 from adapterkit.core.errors import Refused, listed, shown
 from adapterkit.core.inputs.sources import if_given, open_model, open_source
-from adapterkit.core.inputs.weights_file import WeightsFile, weighted_sources
+from adapterkit.core.inputs.weights_file import Weight, WeightsFile, weighted_sources
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.options import StrPath, unweighted, weighted
 from adapterkit.core.receipt import find_receipt, read_receipt
