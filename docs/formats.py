@@ -1,4 +1,4 @@
-"""Writes the tables of docs/formats.md and docs/integrations.md from the TOML files in formats/.
+"""Writes the tables of docs/format-tables.md and docs/integrations.md from the TOML files in formats/.
 
 python docs/formats.py
 """
@@ -10,7 +10,7 @@ from typing import Any
 from adapterkit.adapters.formats.engines import engines
 from adapterkit.verbs.look.formats import list_formats, scale_text
 
-PAGES = [Path(__file__).with_name(name) for name in ("formats.md", "integrations.md")]
+PAGES = [Path(__file__).with_name(name) for name in ("format-tables.md", "integrations.md")]
 PART = re.compile(r"(<!-- (\w+): python docs/formats.py -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -86,7 +86,7 @@ def _modules(pattern: str) -> str:
 
 def architectures(rows: dict[str, Any], formats: dict[str, Any]) -> str:
     """Each family of models, the names that its modules have, and the formats for it alone."""
-    columns = ["`--architecture`", "models", "parts", "formats with its names"]
+    columns = ["`--architecture`", "models", "components", "formats with its names"]
     users = {
         name: [f"`{key}`" for key, one in formats.items() if name in one["architectures"]]
         for name in rows

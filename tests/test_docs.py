@@ -25,6 +25,7 @@ PACKAGE = Path(adapterkit.__file__).parent
 LOOKING = {"convert": {"detect", "listing", "from_list", "out_pattern"}, "inspect": {"modules"}}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WIDTH = 100
+INDEX = ROOT / "docs" / "index.md"
 FILE = re.compile(r"(?<![\w./<-])(?:adapterkit|tests|examples|docs|formats|\.ci)/[\w./*-]*[\w/*]")
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 
@@ -46,8 +47,8 @@ def script(name: str):
 # -- commands and options ------------------------------------------------------------------------
 
 
-def test_every_command_is_in_the_readme_and_has_an_example_in_its_help():
-    assert {words[1] for words in typed(README) if words[0] == "adapterkit"} == set(main.commands)
+def test_every_command_is_on_the_first_page_and_has_an_example_in_its_help():
+    assert {words[1] for words in typed(INDEX) if words[0] == "adapterkit"} == set(main.commands)
     for verb, command in main.commands.items():
         assert command.help is not None and f"adapterkit {verb}" in command.help, verb
 
@@ -158,16 +159,18 @@ def test_the_readme_says_how_to_install_and_test():
     assert "pip install ." in lines and "pip install .[test]" in lines and "pytest" in lines
 
 
-def test_the_readme_says_which_commands_have_the_options_of_writing():
-    """And it is all that it names, and no other."""
-    said = re.search(r"commands of\s+([\w, ]+?)\s+have ([^;]+);", README.read_text())
+def test_the_first_page_says_which_options_every_command_that_writes_has():
+    said = re.search(
+        r"Every command that writes an adapter\s+or a model has (.*?)\.",
+        INDEX.read_text(),
+        re.DOTALL,
+    )
     assert said is not None
-    sections, words = re.findall("[A-Z]\\w+", said[1]), {*re.findall("`(--[\\w-]+)`", said[2])}
+    words = {*re.findall("`(--[\\w-]+)`", said[1])}
     assert words == {"--dry-run", "--resume", "--overwrite", "--json"}
-    named = {verb for section in sections for verb in SECTIONS[section]}
-    have = {verb for verb in VERBS if words <= options(verb)}
-    assert have == named and len(named) > 12
-    for verb in {*VERBS} - have:  # what they write they replace only if asked
+    writing = {v for name in ("Models", "Adapters", "Quantization") for v in SECTIONS[name]}
+    assert writing == {verb for verb in VERBS if words <= options(verb)} and len(writing) > 12
+    for verb in {*VERBS} - writing:  # they replace what they write only if asked
         if "--out" in options(verb):
             assert "--overwrite" in options(verb) or verb == "rerun", verb
 
@@ -246,10 +249,17 @@ def test_lines_are_short_and_words_spelled_alike(document: Path):
         assert not re.search(r"quantis|what to do:|\bmend", words, re.IGNORECASE)
 
 
-def test_the_readme_is_short_and_names_every_document():
-    assert len(README.read_text().splitlines()) <= 170
-    linked = {target.partition("#")[0] for target in LINK.findall(README.read_text())}
-    assert {f"docs/{document.name}" for document in DOCUMENTS[1:]} <= linked
+def test_the_readme_is_short_and_the_first_page_leads_to_every_document():
+    assert len(README.read_text().splitlines()) <= 140
+    reached, found = {INDEX}, [INDEX]
+    while found:
+        page = found.pop()
+        targets = {target.partition("#")[0] for target in LINK.findall(page.read_text())}
+        pages = {(page.parent / target).resolve() for target in targets if target.endswith(".md")}
+        found += pages - reached
+        reached |= pages
+    assert {*DOCUMENTS[1:]} <= reached
+    assert "docs/index.md" in README.read_text()
 
 
 def test_the_tree_of_the_architecture_is_the_tree_of_the_package():

@@ -2,7 +2,7 @@
 its own.
 
 The folder holds a tiny Llama, BASE, whose adapter goes by the names in CAST. The package is a copy
-with the files that CONTRIBUTING.md and formats.md add to it.
+with the files that extending.md adds to it.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from tests.support.hub_server import Hub
 from tests.support.texts import save_tokenizer, write_rows
 
 PACKAGE = Path(adapterkit.__file__).parent
-SCALE = ROOT / "docs" / "scale.md"
+HUB, MACHINES = (ROOT / "docs" / f"{name}.md" for name in ("hub", "machines"))
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for all commands
 CAST = (
@@ -124,9 +124,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def add_rows(root: Path) -> None:
-    """The verb and the engine that CONTRIBUTING.md adds, in their tables."""
+    """The verb and the engine that extending.md adds, in their tables."""
     doors = root / "adapterkit" / "doors.py"
-    text, page = doors.read_text(), (ROOT / "docs" / "CONTRIBUTING.md").read_text()
+    text, page = doors.read_text(), (ROOT / "docs" / "extending.md").read_text()
     for name, table in (("rescale", '"Adapters": {'), ("processes", "ENGINES = {")):
         row = re.search(rf'"{name}": "[\w.:]+"', page)
         assert row and table in text
@@ -186,7 +186,32 @@ def stage(
     for name in ("pissa", "pissa-init"):
         shutil.copytree(stage / "residual" / "adapter", stage / name)
     shutil.copytree(stage / "residual" / "base", stage / "pissa-base")
+    save_real(stage)
     return stage
+
+
+def save_real(stage: Path) -> None:
+    """README's session is of a real model, with a LoRA for it and one of a deeper model."""
+    from realmodel import smollm2
+
+    os.symlink(smollm2(), stage / "smollm2")
+    for name, layers in (("lighthouse", range(30)), ("deeper", range(29, 32))):
+        save_qv(stage / name, layers, torch.Generator().manual_seed(0))
+
+
+def save_qv(folder: Path, layers: range, generator: torch.Generator) -> None:
+    """A LoRA of rank 16 on q and v of SmolLM2's layers, about a hundredth of their size."""
+    factors = {}
+    for layer, (module, out) in itertools.product(layers, (("q_proj", 576), ("v_proj", 192))):
+        name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+        for factor, shape in (("A", (16, 576)), ("B", (out, 16))):
+            value = torch.randn(shape, generator=generator) / 50
+            factors[f"{name}.lora_{factor}.weight"] = value
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
+    config |= {"target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def save_sdxl(stage: Path) -> None:
@@ -222,7 +247,7 @@ def write_gguf(base: Path, file: Path) -> None:
 
 
 def train_hra(model, folder: Path) -> None:
-    """An adapter of the type that CONTRIBUTING.md adds."""
+    """An adapter of the type that extending.md adds."""
     import peft
 
     config = peft.HRAConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False)
@@ -230,7 +255,7 @@ def train_hra(model, folder: Path) -> None:
 
 
 def save_fbgemm(base: Path, folder: Path) -> None:
-    """A base in the format that CONTRIBUTING.md adds."""
+    """A base in the format that extending.md adds."""
     shutil.copytree(base, folder)
     tensors = load_file(folder / "model.safetensors")
     for key in [key for key in tensors if key.endswith("_proj.weight")]:
@@ -273,13 +298,13 @@ def test_what_a_document_says_to_type_runs(document: Path, documents):
 
 
 def test_the_recipes_pass_their_own_checks(tmp_path: Path):
-    """The files of CONTRIBUTING.md and its lines for the tests, in a copy of the repository."""
+    """The files of extending.md and its lines for the tests, in a copy of the repository."""
     ignored = shutil.ignore_patterns("golden", ".*")
     for folder in (PACKAGE, ROOT / "formats", ROOT / "tests"):
         shutil.copytree(folder, tmp_path / folder.name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     added = []
-    for block in blocks(ROOT / "docs" / "CONTRIBUTING.md", "python"):
+    for block in blocks(ROOT / "docs" / "extending.md", "python"):
         name, _, text = block.text.partition("\n")
         file = tmp_path / name.removeprefix("# ")
         if name.startswith("# adapterkit/"):
@@ -344,7 +369,7 @@ def test_schema_versions_are_those_of_the_code(documents, server: Forks):
 
 
 def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
-    """What scale.md says to type of repositories, with the tests' Hub in place of the real one."""
+    """The commands of hub.md, with the tests' Hub in place of the real one."""
     base, adapter = (
         {path.name: path.read_bytes() for path in (stage / name).iterdir()}
         for name in ("BASE", "ADAPTER")
@@ -357,7 +382,7 @@ def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
         )
         tasks = [
             Task(tmp_path, words[1:])
-            for words in typed(SCALE)
+            for words in typed(HUB)
             if any(word.startswith("org/") for word in words)
         ]
         shutil.copy(stage / "texts.jsonl", tmp_path)
@@ -396,15 +421,15 @@ LAUNCHERS: dict[str, Callable[[int, int], dict[str, int]]] = {
 
 
 def launched() -> dict[str, tuple[list[str], int]]:
-    """{launcher: the command that scale.md has it start, and how many times}."""
+    """{launcher: the command that machines.md has it start, and how many times}."""
     found = {}
-    for block in blocks(SCALE, "bash"):
+    for block in blocks(MACHINES, "bash"):
         for words in commands(block.text):
             line = shlex.split(words[-1]) if "--wrap" in words else words
             count = next(n for n in words if re.fullmatch(r"(0-)?\d+", n))
             ranks = int(count.removeprefix("0-")) + count.startswith("0-")
             found[words[0]] = (line[line.index("adapterkit") + 1 :], ranks)
-    for block in blocks(SCALE, "yaml"):
+    for block in blocks(MACHINES, "yaml"):
         job = yaml.safe_load(block.text)["spec"]
         container = job["template"]["spec"]["containers"][0]
         env = {variable["name"]: variable["value"] for variable in container["env"]}

@@ -135,7 +135,7 @@ def merging(ranks_bench) -> tuple[RanksBench, dict[str, str]]:
     return ranks_bench("merge")
 
 
-# as in docs/scale.md, of a plan that is made again and again
+# as in docs/machines.md, of a plan that is made again and again
 PLAN = (
     "adapterkit merge BASE ADAPTER --out merged --max-shard-size 10KB --overwrite "
     "--plan merged.plan.json"
@@ -144,8 +144,8 @@ FINISH = "adapterkit finish merged.plan.json --verify"
 
 
 def launcher_lines() -> dict[str, str]:
-    """The lines of docs/scale.md that start four ranks, by their program."""
-    lines = "".join(block.text for block in blocks(ROOT / "docs" / "scale.md", "bash"))
+    """The lines of docs/machines.md that start four ranks, by their program."""
+    lines = "".join(block.text for block in blocks(ROOT / "docs" / "machines.md", "bash"))
     return {line.split()[0]: line for line in lines.splitlines()}
 
 

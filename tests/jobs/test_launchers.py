@@ -1,4 +1,4 @@
-"""The lines of docs/scale.md for mpirun and torchrun, under these programs."""
+"""The lines of docs/machines.md for mpirun and torchrun, under these programs."""
 
 import os
 import shlex

@@ -140,7 +140,7 @@ def test_the_bytes_of_the_local_engine(cluster: Any, inputs: Path, tmp_path: Pat
 
 @slow
 def test_the_command_of_the_documents(cluster: Any, inputs: Path, tmp_path: Path):
-    words = next(words for words in typed(ROOT / "docs" / "scale.md") if "ray" in words)
+    words = next(words for words in typed(ROOT / "docs" / "machines.md") if "ray" in words)
     for name, source in (("BASE", "base32"), ("ADAPTER", "law")):
         (tmp_path / name).symlink_to(inputs / source)
     done = subprocess.run(

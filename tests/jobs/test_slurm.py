@@ -1,4 +1,4 @@
-"""The Slurm lines of docs/scale.md under Slurm itself: four nodes that are daemons of this machine.
+"""The Slurm lines of docs/machines.md under Slurm itself: four daemons of this machine.
 
 Debian's packages are slurm-wlm and munge. slurmd starts jobs as their user, so only root runs this.
 """

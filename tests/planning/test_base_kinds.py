@@ -106,12 +106,12 @@ def test_a_folder_that_is_two_things_is_taken_for_one(
     assert (result["architecture"] or {}).get("model_type") == name
 
 
-RECIPES = [block.text for block in blocks(ROOT / "docs" / "CONTRIBUTING.md", "python")]
+RECIPES = [block.text for block in blocks(ROOT / "docs" / "extending.md", "python")]
 (TOY,) = (text for text in RECIPES if text.startswith("# adapterkit/bases/toy.py"))
 
 
 def test_a_new_kind_of_base_is_one_record_one_function_and_one_row(home, tmp_path, monkeypatch):
-    """The recipe in CONTRIBUTING.md, with files of safetensors that end in .toy."""
+    """The recipe in extending.md, with files of safetensors that end in .toy."""
     toy = ModuleType("adapterkit.bases.toy")
     exec(TOY, vars(toy))
     monkeypatch.setitem(sys.modules, toy.__name__, toy)
