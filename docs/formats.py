@@ -1,4 +1,4 @@
-"""Writes the tables of docs/format-tables.md and docs/integrations.md from the TOML files in formats/.
+"""Write the tables of format-tables.md and integrations.md from the TOML files in formats/.
 
 python docs/formats.py
 """
