@@ -1,7 +1,7 @@
 """Decoders whose parameters follow from a few settings of the config, so that none need be built to
 say that all are stored.
 
-a test of each (test_decoders) compares them with transformers' own. A checkpoint that differs in
+A test of each (test_decoders) compares them with transformers' own. A checkpoint that differs in
 anything is left to the model's code (`core/weights/loading.py`), which also says what is wrong.
 """
 
