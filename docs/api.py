@@ -15,7 +15,9 @@ import adapterkit
 from adapterkit import runtime
 from adapterkit.cli.parameters import sections_of
 from adapterkit.core import options, registry
+from adapterkit.core.options import option_of
 from adapterkit.core.registry import verb_named
+from adapterkit.core.shared_options import RUNNING, RunOptions
 from adapterkit.core.verb import Verb
 from adapterkit.doors import VERBS
 
@@ -40,6 +42,11 @@ iterable of them, each with a weight where it is given as `"PATH=0.7"`, as a pai
 as an item of a mapping `{path: 0.7}`. A verb that writes returns its `Receipt`, whose `data` is the
 content of `adapterkit.json`; with `dry_run=True` it writes nothing and returns the `Plan`."""
 
+RUN_OPTIONS = """\
+Verbs that write share these options. Their signatures show them as `**run_options`, and you pass
+them by name, for example `merge("BASE", "ADAPTER", out="merged", dry_run=True)`."""
+PROGRESS = "A function that is called with the number of bytes just done (default: none)."
+
 
 def document() -> str:
     """The whole page."""
@@ -47,7 +54,8 @@ def document() -> str:
     values = {name: getattr(adapterkit, name) for name in names}
     verbs = [name for name, value in values.items() if inspect.isfunction(value)]
     contents = " · ".join(f"[{name}](#{name})" for name in verbs)
-    parts = [INTRODUCTION, "## Verbs", textwrap.fill(contents, WIDTH, break_on_hyphens=False)]
+    parts = [INTRODUCTION, *run_options()]
+    parts += ["## Verbs", textwrap.fill(contents, WIDTH, break_on_hyphens=False)]
     parts += [part for name in verbs for part in function(name, values[name], _verb(name))]
     parts += ["## Errors and records"]
     for name, value in values.items():
@@ -96,7 +104,10 @@ def function(name: str, verb: Callable, record: type[Verb] | None = None) -> Ite
     titles = sections_of(record) if record else {}
     order = ["", *titles.values()]
     lines, positional, section = [], True, ""
-    parameters = (p for p in signature.parameters.values() if p.name != "self")
+    shared = [] if record is None else shared_with(signature)
+    parameters = (
+        p for p in signature.parameters.values() if p.name != "self" and p.name not in shared
+    )
     for parameter in sorted(parameters, key=lambda p: order.index(titles.get(p.name, ""))):
         if parameter.kind is parameter.KEYWORD_ONLY and positional:
             positional = False
@@ -104,16 +115,45 @@ def function(name: str, verb: Callable, record: type[Verb] | None = None) -> Ite
         positional = positional and parameter.kind is not parameter.VAR_POSITIONAL
         if section != (section := titles.get(parameter.name, "")):
             lines.append(f"# {section}")
-        default = parameter.default
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        text = f"{stars}{parameter.name}: {annotation(parameter.annotation)}"
-        if default is not parameter.empty:
-            text += f" = {'...' if callable(default) else repr(default)}"
-        lines.append(text)
+        lines.append(argument(parameter))
+    lines += ["**run_options"] if shared else []
     body = "".join(f"    {line}{',' * (line[0] != '#')}\n" for line in lines)
     yield f"```py\n{name}(\n{body}) -> {annotation(signature.return_annotation)}\n```"
     yield from tier_of(record or verb)
     yield from prose(verb.__doc__ or "")
+
+
+def argument(parameter: inspect.Parameter) -> str:
+    """A parameter with its type and default."""
+    default = parameter.default
+    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    text = f"{stars}{parameter.name}: {annotation(parameter.annotation)}"
+    if default is not parameter.empty:
+        text += f" = {'...' if callable(default) else repr(default)}"
+    return text
+
+
+def running() -> dict[str, inspect.Parameter]:
+    """The options that say where and how a plan runs, by name."""
+    parameters = inspect.signature(RunOptions).parameters
+    return {name: parameters[name] for name in sorted(RUNNING - {"out"}, key=[*parameters].index)}
+
+
+def shared_with(signature: inspect.Signature) -> list[str]:
+    """The names of the run options, if a verb has all of them with the same types and defaults."""
+    shown = {argument(parameter) for parameter in signature.parameters.values()}
+    return [*running()] if shown >= {argument(one) for one in running().values()} else []
+
+
+def run_options() -> Iterator[str]:
+    """The options that nearly all writing verbs share, each with its help."""
+    helps = {field.name: option_of(field).help for field in dataclasses.fields(RunOptions)}
+    helps["progress"] = PROGRESS
+    yield "## Run options"
+    yield RUN_OPTIONS
+    cells = ((argument(one).replace("|", "\\|"), helps[name]) for name, one in running().items())
+    rows = [f"| `{option}` | {help} |" for option, help in cells]
+    yield "\n".join(["| option | meaning |", "|---|---|", *rows])
 
 
 def annotation(value: object) -> str:
@@ -125,8 +165,8 @@ def annotation(value: object) -> str:
 
 
 def prose(docstring: str) -> Iterator[str]:
-    """A docstring as Markdown, wrapped anew, so that a source that is wrapped otherwise gives the
-    same page; its indented lines, but for those that continue a list, are code."""
+    """A docstring as Markdown, wrapped again, so that a source that is wrapped otherwise gives
+    the same page; its indented lines, except those that continue a list, are code."""
     for paragraph in inspect.cleandoc(docstring).split("\n\n"):
         if paragraph.startswith("- "):
             items = re.split(r"\n(?=- )", paragraph)
@@ -147,7 +187,7 @@ def wrapped(text: str, indent: str = "") -> str:
 
 
 def fenced(text: str) -> str:
-    """Indented lines as they are; a long one goes on under its second column."""
+    """Indented lines as they are; a long one continues under its second column."""
     lines = []
     for line in textwrap.dedent(text).splitlines():
         column = re.match(r"\S.*?  +(?=\S)", line)

@@ -7,6 +7,7 @@ import inspect
 import re
 import shlex
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ import adapterkit
 from adapterkit import doors, runtime
 from adapterkit.cli import main
 from adapterkit.core import registry
+from adapterkit.core.shared_options import RUNNING
 from adapterkit.doors import SECTIONS, VERBS
 from tests.support.documents import CODE, DOCUMENTS, README, ROOT, blocks, name_of, prose, typed
 
@@ -310,11 +312,19 @@ def test_what_agents_read_is_that_of_the_helps():
     assert all(f"### {name}\n" in skill.skill() for name in main.names)
 
 
+def names_by_keyword(function: Callable) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
 def test_the_api_is_that_of_the_docstrings():
     api = script("api")
     written = (ROOT / "docs" / "api.md").read_text()
     assert written == api.document(), "docs/api.md is out of date: run `python docs/api.py`"
     assert "*sources: object,\n" in written
+    described = written.partition("## Run options\n")[2].partition("\n## ")[0]
+    run_options = re.findall(r"^\| `(\w+): .+` \| \w.+ \|$", described, re.MULTILINE)
+    assert {*run_options} == RUNNING - {"out"} and written.count("**run_options") > 10
     for name, signature in re.findall(
         r"```py\n([\w.]+)(\(\n.*?\) -> .*?)\n```", written, re.DOTALL
     ):
@@ -327,7 +337,10 @@ def test_the_api_is_that_of_the_docstrings():
             p.kind for p in inspect.signature(function).parameters.values() if p.name != "self"
         ]
         arguments = shown.args
-        assert len(arguments.kwonlyargs) == kinds.count(inspect.Parameter.KEYWORD_ONLY), name
+        by_name = [argument.arg for argument in arguments.kwonlyargs]
+        if arguments.kwarg and arguments.kwarg.arg == "run_options":
+            by_name, arguments.kwarg = [*by_name, *run_options], None
+        assert sorted(by_name) == sorted(names_by_keyword(function)), name
         assert bool(arguments.vararg) == (inspect.Parameter.VAR_POSITIONAL in kinds), name
         assert bool(arguments.kwarg) == (inspect.Parameter.VAR_KEYWORD in kinds), name
 
