@@ -1,4 +1,4 @@
-"""llms.txt and SKILL.md for coding agents, made of the help texts; run it after a change of them.
+"""Writes llms.txt and SKILL.md for coding agents from the help texts; run it after changing them.
 
 python docs/skill.py
 """
@@ -39,17 +39,29 @@ def title_of(path: Path) -> str:
 
 
 def llms() -> str:
-    """The file that lists what there is to read."""
+    """The file that lists the pages and the commands."""
     pages = [f"- [{title_of(path)}](docs/{path.name})" for path in documents()]
     return "\n".join(["# adapterkit", "", f"> {' '.join(ABOUT.split())}", "", "## Documents", "",
-                      "- [README](README.md)", *pages, ""])  # fmt: skip
+                      "- [README](README.md)", *pages, "", *commands()])  # fmt: skip
+
+
+def commands() -> list[str]:
+    """The commands with their summaries, a line each."""
+    names = (name for names in main.sections.values() for name in names)
+    lines = (f"- `adapterkit {name}`: {summary(main.commands[name])}" for name in names)
+    return ["## Commands", "", *lines, ""]
+
+
+def summary(command: click.Command) -> str:
+    """The first sentence of a command's help."""
+    return " ".join(cleandoc(command.help or "").split("\n\n")[0].split())
 
 
 def skill() -> str:
-    """What an agent needs to use the command line."""
+    """The file that teaches an agent the command line."""
     about = json.dumps(" ".join(ABOUT.split()))
     head = ["---", "name: adapterkit", f"description: {about}", "---", ""]
-    lines = ["# adapterkit", "", *(f"- {rule}" for rule in RULES), ""]
+    lines = ["# adapterkit", "", *(f"- {rule}" for rule in RULES), "", *commands()]
     shared = [one for one in main.commands["merge"].params if one.name in OF_RUNNING]
     lines += ["## Options of all commands that write", "", *map(_option, shared), ""]
     for title, names in main.sections.items():

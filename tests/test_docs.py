@@ -310,6 +310,9 @@ def test_what_agents_read_is_that_of_the_helps():
     head = yaml.safe_load(skill.skill().split("---\n")[1])
     assert head["name"] == "adapterkit" and len(head["description"]) < 1024
     assert all(f"### {name}\n" in skill.skill() for name in main.names)
+    for text in written.values():
+        named = re.findall(r"^- `adapterkit (\w+)`: [A-Z].*\.$", text, re.MULTILINE)
+        assert sorted(named) == sorted(main.names)
 
 
 def names_by_keyword(function: Callable) -> list[str]:
