@@ -23,7 +23,7 @@ plan_option = click.Option(
     ["--plan"],
     type=click.Path(),
     metavar="FILE",
-    help="Write this plan file, for adapterkit run on several machines, and stop.",
+    help="Write a plan file for `adapterkit run`, for example on several machines, and stop.",
 )
 # the parameters that say how a job runs, and not what it computes
 OF_RUNNING = RUNNING - {"out"} | {"plan", "as_json", "quiet"}

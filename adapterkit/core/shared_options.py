@@ -55,7 +55,7 @@ def statistics_option(help: str, **more: object) -> Any:
 
 def compensation_option() -> Any:
     """The covariances by which rounding is compensated."""
-    help = "Covariances of the layers' inputs, for --rounding compensated."
+    help = "Statistics with covariances of the layers' inputs, for --rounding compensated."
     return statistics_option(help, needs="rounding=compensated", section=QUANTIZED)
 
 
@@ -73,14 +73,14 @@ def missing_statistics(rounding: str, stats: object) -> list[AdapterkitError]:
 def importance_option() -> Any:
     """The importance matrix of a GGUF model."""
     help = (
-        "Importance matrix of llama.cpp, .gguf or .dat: weighs the errors when scales of a GGUF "
-        "model are searched."
+        "Importance matrix of llama.cpp (.gguf or .dat), which weights the errors when the "
+        "scales of a GGUF model are chosen."
     )
     return statistics_option(help, section=GGUF)
 
 
 def modelfile_option() -> Any:
-    help = "Write a Modelfile for Ollama beside the output, which is a GGUF file."
+    help = "Write a Modelfile for Ollama next to the output, a GGUF file."
     return option(default=False, check=FLAG, help=help, section=GGUF)
 
 
@@ -94,12 +94,12 @@ def expert_layout_option() -> Any:
     return option(
         default=None,
         check=choice(("unsloth", "peft-0.18", "peft-0.19")),
-        help="Layout of expert stacks that the adapter does not name: Unsloth's before 2026-09-17, "
-        "or that of a PEFT version.",
+        help="Layout of the stacks of experts, if the adapter does not name it: Unsloth's before "
+        "2026-09-17, or that of a PEFT version.",
     )
 
 
-def seed_option(help: str = "Seed of methods that draw.", **more: object) -> Any:
+def seed_option(help: str = "Seed of methods that use random numbers.", **more: object) -> Any:
     return option(default=0, check=SEED, help=help, **more)
 
 
@@ -110,7 +110,7 @@ def settings_option() -> Any:
         check=SETTINGS,
         flags=("--set",),
         metavar="KEY=VALUE",
-        help="An option of the method, see the lists below; repeat for several.",
+        help="Set an option of the method, listed below; repeat for several.",
     )
 
 
@@ -120,7 +120,7 @@ def weight_for_option() -> Any:
         default=(),
         check=TEXTS,
         metavar="[N:]REGEX=W",
-        help="Another weight (of the N-th adapter) for modules whose name, or the end of it, "
+        help="Use another weight (of the N-th adapter) for modules whose name, or the end of it, "
         "matches.",
         section=SEVERAL,
     )
@@ -132,15 +132,15 @@ def weights_option() -> Any:
         default=None,
         check=SOURCE,
         metavar="FILE",
-        help="Weights of the adapters, for modules or directions too, as fit writes them; the "
-        "adapters may be left out.",
+        help="File of weights that `adapterkit fit` wrote; it names the adapters, so you can "
+        "leave them out.",
         excludes=("weight_for", "lbw"),
         section=SEVERAL,
     )
 
 
 def shard_size_option() -> Any:
-    help = "Re-shard the output, e.g. 5GB (default: keep the base's files)."
+    help = "Largest size of a file, for example 5GB (default: keep the base's files)."
     return option(default=None, check=SIZE, metavar="SIZE", help=help)
 
 
@@ -148,8 +148,8 @@ def verify_option() -> Any:
     return option(
         default=False,
         check=FLAG,
-        help="Read the output again: check every hash; of a merge, recompute rows of each changed "
-        "tensor.",
+        help="Read the output again and check every hash; after a merge, also recompute rows of "
+        "each changed tensor.",
     )
 
 
@@ -162,10 +162,12 @@ class MethodOptions(OptionRecord):
     density: float | None = option(
         default=None,
         check=SHARE,
-        help="Share of the elements to keep (ties, dare, magnitude_prune, ...).",
+        help="Share of the elements to keep, for example for ties and dare_ties.",
     )
     majority: str | None = option(
-        default=None, check=choice(("total", "frequency")), help="How signs are elected (ties)."
+        default=None,
+        check=choice(("total", "frequency")),
+        help="Elect signs by the total of the values or by their frequency (ties).",
     )
     settings: Json | None = settings_option()
 
@@ -178,10 +180,13 @@ class ModuleFilters(OptionRecord):
         default=None,
         check=REGEX,
         metavar="REGEX",
-        help="Only modules whose name matches this regex.",
+        help="Change only modules whose name matches this regular expression.",
     )
     exclude: str | None = option(
-        default=None, check=REGEX, metavar="REGEX", help="No modules whose name matches this regex."
+        default=None,
+        check=REGEX,
+        metavar="REGEX",
+        help="Change no module whose name matches this regular expression.",
     )
 
 
@@ -208,8 +213,8 @@ def model_output_option() -> Any:
     return option(
         check=OUTPUT_MODEL,
         metavar="DIR|FILE|hf://ORG/NAME[:FILE]",
-        help="Output folder, of a base in one file (GGUF, an image model) a file (published "
-        "atomically), or a place on the Hub (one commit).",
+        help="Output folder, GGUF or .safetensors file, or hf://ORG/NAME. It appears when it is "
+        "complete.",
     )
 
 
@@ -220,48 +225,54 @@ class RunOptions(OptionRecord):
     out: StrPath = option(
         check=OUTPUT_FOLDER,
         metavar="DIR|hf://ORG/NAME",
-        help="Output folder (published atomically), or a repository of the Hub (one commit).",
+        help="Output folder, or hf://ORG/NAME. It appears when it is complete.",
     )
     dry_run: bool = option(
-        default=False, check=FLAG, help="Print the plan (tensors, bytes, memory, disk) and stop."
+        default=False,
+        check=FLAG,
+        help="Print the plan (tensors, bytes, memory, disk) and write nothing.",
     )
     device: str = option(
-        default="auto", check=DEVICE, metavar="auto|cpu|cuda[:i]", help="Where to compute."
+        default="auto",
+        check=DEVICE,
+        metavar="auto|cpu|cuda[:i]",
+        help="Device that computes; auto takes a GPU where it is faster.",
     )
     memory: str | int | None = option(
         default=None,
         check=SIZE,
         metavar="SIZE",
-        help="Memory for weights computed at the same time, e.g. 8GB (default: a quarter of RAM).",
+        help="Memory for the weights that are computed at the same time, for example 8GB "
+        "(default: a quarter of the RAM).",
     )
     engine: str = option(
         default="local",
         check=choice(tuple(ENGINES)),
-        help="Where to run: this machine, or a Ray cluster on a shared file system.",
+        help="Run on this machine, or on a Ray cluster with a shared file system.",
     )
     ray_address: str | None = option(
         default=None,
         check=TEXT,
         metavar="ADDRESS",
-        help="Address of the Ray cluster (default: as Ray finds or starts one).",
+        help="Address of the Ray cluster (default: Ray finds or starts one).",
         needs="engine=ray",
     )
     disk_limit: str | int | None = option(
         default=None,
         check=SIZE,
         metavar="SIZE",
-        help="Disk that a job to the Hub may use on this machine, e.g. 20GB.",
+        help="Disk space that a job to the Hub may use on this machine, for example 20GB.",
     )
     resume: bool = option(
         default=False, check=FLAG, help="Continue an interrupted run of the same job."
     )
     overwrite: bool = option(
-        default=False, check=FLAG, help="Replace an earlier output of adapterkit in its place."
+        default=False, check=FLAG, help="Replace an earlier output of adapterkit."
     )
     hash: str = option(
         default="sha256",
         check=choice(("sha256", "none")),
-        help="Hash of each output file in the receipt.",
+        help="Hash that the receipt records for each output file.",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 

@@ -145,7 +145,7 @@ def push_option() -> Any:
         default=None,
         check=REPOSITORY,
         metavar="ORG/NAME",
-        help="Upload the output to this repository of the Hub too, in one commit.",
+        help="Upload the output to this repository on the Hub too, in one commit.",
     )
 
 

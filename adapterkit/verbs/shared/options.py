@@ -20,7 +20,7 @@ from adapterkit.core.options import (
 )
 from adapterkit.core.shared_options import OUTPUT_FOLDER, QUANTIZED, statistics_option
 
-FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
+FOR_AMBIGUOUS_PARAMETERS = "The adapters' base, needed if target_parameters are ambiguous."
 EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
 
 
@@ -29,8 +29,8 @@ def adapter_output_option() -> Any:
     return option(
         check=OUTPUT_FOLDER,
         metavar="DIR|FILE.safetensors|hf://ORG/NAME",
-        help="Output folder (published atomically), a file in the layout that the (first) adapter "
-        "has, or a repository of the Hub (one commit).",
+        help="Output folder, .safetensors file in the layout of the first adapter, or "
+        "hf://ORG/NAME. It appears when it is complete.",
     )
 
 
@@ -46,14 +46,17 @@ def targets_option(default: str, modules: str = "Modules that get factors") -> A
         default=None,
         check=TARGETS,
         metavar="NAMES|REGEX",
-        help=f"{modules}: all-linear, comma-separated name suffixes (q_proj,v_proj), or a regex "
-        f"for whole names (default: {default}).",
+        help=f"{modules}: all-linear, ends of names separated by commas (q_proj,v_proj), or a "
+        f"regular expression for whole names (default: {default}).",
     )
 
 
 def covariances_option() -> Any:
     """The covariances by which factors are fitted."""
-    help = "Input covariances: minimize output error instead of weight error."
+    help = (
+        "Statistics with covariances of the layers' inputs, to minimize the error of the "
+        "outputs instead of the weights."
+    )
     return statistics_option(help)
 
 
@@ -74,8 +77,7 @@ def tokenizer_option() -> Any:
     return option(
         default=None,
         check=choice(("base", "adapter")),
-        help="adapter: copy the adapters' tokenizer (the default if they have one); base: copy "
-        "none.",
+        help="Copy the adapters' tokenizer (adapter, the default if they have one) or none (base).",
     )
 
 
@@ -84,7 +86,8 @@ def length_option(**more: object) -> Any:
     return option(
         default=None,
         check=COUNT,
-        help="Cut samples to this many tokens (default: 512, or the model's positions).",
+        help="Cut samples to this many tokens (default: 512, or the model's number of positions "
+        "if smaller).",
         **more,
     )
 
@@ -94,7 +97,7 @@ def whole_option() -> Any:
     return option(
         default=False,
         check=FLAG,
-        help="Hold the whole model in memory instead of one layer at a time.",
+        help="Keep the whole model in memory instead of one layer at a time.",
     )
 
 
@@ -104,8 +107,8 @@ def activations_option() -> Any:
         default=None,
         check=SIZE,
         metavar="SIZE",
-        help="Memory for activations, which go to disk beyond it, e.g. 8GB (default: a quarter of "
-        "RAM).",
+        help="Memory for activations, for example 8GB; the rest is kept on disk (default: a "
+        "quarter of the RAM).",
     )
 
 
@@ -139,18 +142,19 @@ class TruncationOptions(OptionRecord):
     energy: float | None = option(
         default=None,
         check=SHARE_ABOVE_0,
-        help="Smallest rank of each module that keeps this energy share.",
+        help="For each module, take the smallest rank that keeps this share of its energy.",
     )
     sv_ratio: float | None = option(
         default=None,
         check=number("a number of at least 1", lambda value: value >= 1),
-        help="Keep singular values of at least the largest one divided by this.",
+        help="Drop singular values smaller than the largest one divided by this number.",
     )
     max_size: str | int | None = option(
         default=None,
         check=SIZE,
         metavar="SIZE",
-        help="Largest file, e.g. 50MB: ranks go to the largest singular values.",
+        help="Largest size of the file, for example 50MB; modules with larger singular values get "
+        "higher ranks.",
     )
 
     @property
@@ -173,10 +177,12 @@ class BlockOptions(OptionRecord):
         default=None,
         check=REGEX,
         metavar="REGEX",
-        help="Do not quantize modules whose name matches this regex.",
+        help="Quantize no module whose name matches this regular expression.",
     )
     block_size: int | None = option(
-        default=None, check=COUNT, help="Values that share a scale (nf4, fp4: 64; w4a16: 128)."
+        default=None,
+        check=COUNT,
+        help="Number of values that share a scale (default for nf4 and fp4: 64; for w4a16: 128).",
     )
     double_quant: bool = option(
         default=False, check=FLAG, help="Quantize the scales too (nf4, fp4)."
