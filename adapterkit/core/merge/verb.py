@@ -59,30 +59,30 @@ class PlainMergeOptions(ModuleFilters, MethodOptions):
     """How adapters become part of any base."""
 
     dtype: str | None = dtype_option(
-        "Cast floating-point tensors (default: keep the base's dtypes)."
+        "Dtype of the floating-point tensors (default: the base's dtypes)."
     )
     max_shard_size: str | int | None = shard_size_option()
     tied: str = option(
         default="untie",
         check=choice(("untie", "fold", "refuse")),
-        help="If only one of two tied embeddings changes: write two weights, change the shared one "
-        "(as PEFT does in memory), or refuse.",
+        help="If only one of two tied embeddings changes, write two weights (untie), change the "
+        "shared one as PEFT does in memory (fold), or refuse.",
     )
     base_is_residual: bool = option(
         default=False,
         check=FLAG,
-        help="BASE is the residual base that came with a PiSSA-like adapter.",
+        help="BASE is the residual base that was written with the adapter, for example by PiSSA.",
     )
     base_copies: str | None = option(
         default=None,
         check=choice(("ignore", "adapter")),
-        help="If an adapter's copy of the base's embedding differs from BASE's: ignore the copy, "
-        "or use the adapter's.",
+        help="If an adapter's copy of an embedding differs from BASE's, ignore the copy or use it "
+        "(adapter).",
     )
     compat: str | None = option(
         default=None,
         check=COMPAT,
-        help="PEFT's rounding, and its order of several adapters.",
+        help="Round as PEFT does, after each of several adapters.",
         needs="rounding=nearest",
     )
     expert_layout: str | None = expert_layout_option()
@@ -108,13 +108,14 @@ class QuantizedMergeOptions(OptionRecord):
     dequantize: bool = option(
         default=False,
         check=FLAG,
-        help="Write a quantized base's weights as 16-bit floats (default: keep the format).",
+        help="Write the weights of a quantized base as 16-bit floats (default: keep the format).",
     )
     rounding: str = option(
         default="nearest",
         check=choice(("nearest", "stochastic", "compensated")),
-        help="Rounding of changed weights; stochastic: unbiased, so that small deltas survive; "
-        "compensated: errors carried on, so that outputs change least.",
+        help="Rounding of changed weights. stochastic is unbiased, so that small deltas survive "
+        "on average; compensated corrects errors in later inputs, so that outputs change "
+        "least.",
     )
 
 
@@ -129,19 +130,20 @@ class MethodMergeOptions(OptionRecord):
         default=None,
         check=choice(_methods),
         metavar="NAME",
-        help="How the deltas are combined, see the list below (default: linear, their sum).",
+        help="Method that combines the deltas, listed below (default: linear, their sum).",
         excludes=("compat",),
     )
     density_for: Iterable[str] = option(
         default=(),
         check=TEXTS,
         metavar="[N:]REGEX=D",
-        help="Another density (of the N-th adapter) for modules whose name, or the end of it, "
+        help="Use another density (of the N-th adapter) for modules whose name, or the end of it, "
         "matches.",
         needs="method",
     )
     seed: int = seed_option(
-        "Seed of stochastic rounding, and of methods that draw: same seed, same bytes.",
+        "Seed of stochastic rounding and of methods that use random numbers; the same seed "
+        "gives the same bytes.",
         needs="rounding=stochastic or method",
     )
     weight_for: Iterable[str] = weight_for_option()
@@ -156,13 +158,13 @@ class GgufMergeOptions(OptionRecord):
     touched_as: str | None = option(
         default=None,
         check=choice(WRITTEN_TYPES),
-        help="Type of blocks of the tensors of a GGUF model that change (default: their own).",
+        help="GGUF type of the tensors that change (default: the type that they have).",
     )
     scales: str | None = option(
         default=None,
         check=choice(("search", "keep")),
-        help="Scales of changed blocks of a GGUF model: the best ones (search, the default), or "
-        "those that are there, where the new values fit.",
+        help="Scales of the changed blocks of a GGUF model: search for the best ones (default), "
+        "or keep the present ones where the new values fit.",
     )
     modelfile: bool = modelfile_option()
 
@@ -177,17 +179,17 @@ class ImageMergeOptions(OptionRecord):
         default=(),
         check=TEXTS,
         metavar="[N:]NAME|LIST|FILE",
-        help="Factors of the weight (of the N-th adapter) on the blocks of an image model: a "
-        "preset (ALL0.5, INS, MIDD, OUTD, ...), numbers separated by commas, FILE:NAME of a file "
-        "of presets, or a JSON file of diffusers' or ComfyUI's settings.",
+        help="Block weights (of the N-th adapter) for an image model: a preset such as MIDD or "
+        "ALL0.5, numbers separated by commas, FILE:NAME in a file of presets, or a JSON file "
+        "of diffusers or ComfyUI.",
         contents="bases.images.block_weights:with_files",
     )
     variant: str | None = option(
         default=None,
         check=TEXT,
         metavar="NAME",
-        help="Weights of a pipeline of diffusers, such as fp16 (default: those without a name, or "
-        "the only ones).",
+        help="Variant of a diffusers pipeline's weights, for example fp16 (default: the unnamed "
+        "or only one).",
     )
 
 
@@ -250,7 +252,7 @@ class Merge(WritingVerb, MergeOptions):
 
     tier = "core"
     planner = "core.merge.plan:plan_merge_of"
-    command = """Merge adapters into a base checkpoint.
+    command = """Merge adapters into a base model.
 
     Each weight becomes W' = round(W + Σ weight·scale·b@a).
 
@@ -271,7 +273,7 @@ class Merge(WritingVerb, MergeOptions):
         default=None,
         check=SOURCE,
         metavar="ORIGINAL",
-        help="Merge into this 16-bit original of BASE, the quantized model that was trained on.",
+        help="Merge into this 16-bit original of the quantized BASE.",
         section=QUANTIZED,
     )
     stats: StrPath | None = compensation_option()
@@ -282,8 +284,8 @@ class Merge(WritingVerb, MergeOptions):
         default=None,
         check=SHARE_ABOVE_0,
         metavar="SHARE",
-        help="Fail, and publish nothing, if rounding keeps less than this share of the change, as "
-        "the median of the changed tensors.",
+        help="Fail and publish nothing if rounding keeps less than this share of the change (the "
+        "median over the changed tensors).",
         excludes=("rounding=compensated",),
         section=QUANTIZED,
     )
