@@ -34,7 +34,7 @@ class Verify(Verb[Json]):
     runner = "core.verify.report:verify_output"
     command = """Check an output against its receipt.
 
-    Every hash, size and key is checked; with the inputs of a merge the arithmetic too.
+    Checks every hash, size and key; with the inputs of a merge, also its arithmetic.
 
     \b
     Example:
@@ -44,20 +44,18 @@ class Verify(Verb[Json]):
 
     folder: StrPath = argument(kw_only=False, check=SOURCE, metavar="DIR")
     base: StrPath | None = base_option(
-        "Base of a merge: recompute rows of each changed tensor in float64."
+        "The base of a merge, to recompute rows of each changed tensor in float64."
     )
     adapters: Sources = option(
         default=(),
         check=WEIGHTED,
         flags=("--adapter",),
         metavar="ADAPTER",
-        help="An adapter of the merge; repeat for several, in the merge's order.",
+        help="Adapter of the merge; repeat for several, in the order of the merge.",
     )
-    stats: StrPath | None = statistics_option(
-        "Statistics of a merge that took some.", section=QUANTIZED
-    )
+    stats: StrPath | None = statistics_option("Statistics that the merge used.", section=QUANTIZED)
     imatrix: StrPath | None = statistics_option(
-        "Importance matrix of a merge that took one.", section=GGUF
+        "Importance matrix that the merge used.", section=GGUF
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 

@@ -52,10 +52,10 @@ class Rerun(Verb[Json]):
     """
 
     runner = "many.workflows.rerun_output:rerun_output"
-    command = """Make an output again from its receipt, and compare.
+    command = """Make an output again from its receipt, and compare the bytes.
 
-    Inputs are searched by name next to the output, or where --inputs says. Nothing is kept without
-    --out. The exit status is 1 if a file differs.
+    Inputs are searched by name next to the output and in --inputs. The new output is deleted
+    unless you give --out. The exit status is 1 if a file differs.
 
     \b
     Example:
@@ -68,13 +68,15 @@ class Rerun(Verb[Json]):
         default=(),
         check=FILES,
         metavar="PATH",
-        help="Where the inputs are: a folder that holds them, by name, or one of them; repeat.",
+        help="Folder that contains the inputs by name, or one of the inputs; repeat for several.",
     )
     out: StrPath | None = option(
-        default=None, check=OUT, metavar="DIR", help="Keep what is made here."
+        default=None, check=OUT, metavar="DIR", help="Keep the new output in this folder."
     )
     allow_pickle: bool = option(
-        default=False, check=FLAG, help="Read the pickle that a conversion was made of."
+        default=False,
+        check=FLAG,
+        help="Allow reading the pickle file that a conversion started from.",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
