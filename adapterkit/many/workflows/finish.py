@@ -33,10 +33,10 @@ class Finish(Verb["Receipt"]):
     them; finished before, it says so.
     """
 
-    command = """Publish the output of a plan file once its files are made.
+    command = """Publish the output of a plan file when all its files are written.
 
-    Refused while some are missing, with their names. The output and its receipt are those of the
-    command itself.
+    If some files are missing, nothing is published and they are listed. The output and its receipt
+    are the same as those of the command itself.
 
     \b
     Example:

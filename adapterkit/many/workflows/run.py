@@ -55,20 +55,20 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
     plan file any more; `Failed` after.
     """
 
-    command = """Run a plan file, a share of it, a pipeline or a recipe.
+    command = """Run a plan file (or a share of it), a pipeline or a recipe.
 
-    Any writing command with --plan writes a plan file (what to compute) instead of its output.
-    Start this command on each machine of a shared file system: each worker writes its share of the
-    output files, then files that no other has begun. If a worker dies, others or a restart finish
-    its files. `adapterkit finish` then checks and publishes the output.
+    A command with --plan writes a plan file instead of its output. Run that file on each machine of
+    a shared file system. Each worker writes its share of the output files, and then files that no
+    other worker has begun. If a worker dies, others or a restart finish its files. Afterwards
+    `adapterkit finish` checks and publishes the output.
 
     A pipeline is a .toml file of steps, each a command. All steps are planned before the first one
     runs; a step whose output exists for the same inputs and options is skipped. The exit status is
     1 if any step was refused.
 
-    A recipe is a .yml file of mergekit, all of whose inputs are one base with adapters. Weights and
-    densities by layer (gradients) and name (filters) become those of modules; what is not covered
-    is refused by name. Experimental.
+    A recipe is a .yml file of mergekit whose inputs are one base with adapters. Its gradients (by
+    layer) and filters (by name) become weights and densities of modules. Unsupported settings are
+    refused by name. Experimental.
 
     \b
     Example:
@@ -84,53 +84,53 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         default="auto",
         check=TEXT,
         metavar="auto|I/N",
-        help="Which of N processes this is, from 0; auto: as Slurm, torchrun, MPI or Kubernetes "
-        "say.",
+        help="Number of this process among N, from 0; auto takes it from Slurm, torchrun, MPI or "
+        "Kubernetes.",
     )
     device: str | None = option(
         default=None,
         check=DEVICE,
         metavar="auto|cpu|cuda[:i]",
-        help="Where to compute (default: as in the plan).",
+        help="Device that computes (default: the plan's).",
     )
     workers: int | None = option(
-        default=None, check=COUNT, help="Threads (default: one for each core)."
+        default=None, check=COUNT, help="Number of threads (default: one per core)."
     )
     wait: float = option(
         default=WAIT,
         check=number("0 or more seconds", lambda value: value >= 0),
-        help="Seconds to wait for files of other workers, where this one's need them; then exit "
-        "status 3.",
+        help="Seconds to wait for files of other workers that this one needs; afterwards the exit "
+        "status is 3.",
     )
     overwrite: bool = option(
         default=False,
         check=FLAG,
-        help="Replace outputs that this pipeline did not write, or an older one of a recipe.",
+        help="Replace outputs that this pipeline did not write, or an older output of a recipe.",
     )
     allow_push: bool = option(
         default=False,
         check=FLAG,
-        help="Let a pipeline upload outputs where it says (hf://, push).",
+        help="Allow a pipeline to upload outputs (hf://, push).",
         section="Pipelines",
     )
     engine: str | None = option(
         default=None,
         check=choice(tuple(ENGINES)),
-        help="Where the steps of a pipeline run.",
+        help="Run the steps of a pipeline on this machine, or on a Ray cluster.",
         section="Pipelines",
     )
     out: StrPath | None = option(
         default=None,
         check=OUTPUT_MODEL,
         metavar="DIR|FILE|hf://ORG/NAME[:FILE]",
-        help="Output of a recipe, as of merge.",
+        help="Output of a recipe, as in merge.",
         section="Recipes of mergekit",
         tier="experimental",
     )
     dry_run: bool = option(
         default=False,
         check=FLAG,
-        help="Print the files of this worker, or plan all steps, and stop.",
+        help="Print the files of this worker, or the plans of all steps, and stop.",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
