@@ -22,7 +22,7 @@ class Dequantize(WritingVerb):
     """
 
     planner = "bases.quantized.planning.dequantize:plan_dequantize"
-    command = """Decode a quantized checkpoint or GGUF file into floats.
+    command = """Convert a quantized checkpoint or a GGUF file to floats.
 
     \b
     Example:
@@ -32,7 +32,7 @@ class Dequantize(WritingVerb):
 
     base: StrPath = argument(kw_only=False, check=SOURCE)
     dtype: str | None = dtype_option(
-        "Dtype of the decoded weights (default: the one the format's library computes in)."
+        "Dtype of the decoded weights (default: the one that the format's library computes in)."
     )
     max_shard_size: str | int | None = shard_size_option()
 

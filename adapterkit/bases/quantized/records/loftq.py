@@ -58,9 +58,10 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     """
 
     planner = "bases.quantized.planning.loftq:plan_loftq"
-    command = """Quantize a base and fit an adapter to the error (LoftQ).
+    command = """Quantize a base and fit an adapter to its error (LoftQ).
 
-    W ≈ Q + scale·b@a: DIR/base is the quantized base, DIR/adapter the adapter to train.
+    W ≈ Q + scale·b@a. The quantized base is written to DIR/base, the adapter to train to
+    DIR/adapter.
 
     \b
     Example:
@@ -70,22 +71,26 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     """
 
     base: StrPath = argument(kw_only=False, check=SOURCE)
-    bits: int = option(default=4, check=integer_of(4, 8), help="nf4, or int8.")
+    bits: int = option(
+        default=4, check=integer_of(4, 8), help="Number of bits: 4 for nf4, 8 for int8."
+    )
     bits_for: Sequence[str] = option(
         default=(),
         check=TEXTS,
         metavar="REGEX=N",
-        help="Other bits for modules whose name, or the end of it, matches, e.g. down_proj=8; "
-        "writes compressed-tensors.",
+        help="Use another number of bits for modules whose name, or the end of it, matches, for "
+        "example down_proj=8; writes compressed-tensors.",
         excludes=("quantized",),
     )
-    iterations: int = option(default=4, check=COUNT, help="Iterations, of which the best is kept.")
+    iterations: int = option(
+        default=4, check=COUNT, help="Number of iterations; the best one is kept."
+    )
     targets: str | Sequence[str] | None = targets_option("all quantized modules")
     quantized: StrPath | None = option(
         default=None,
         check=SOURCE,
         metavar="QBASE",
-        help="Keep this quantized version of BASE, and write only the adapter for it.",
+        help="Keep this quantized version of BASE and write only the adapter for it.",
     )
     stats: StrPath | None = covariances_option()
     accept: "Accept | None" = option(default=None, check=FUNCTION, needs="quantized")

@@ -50,9 +50,9 @@ class Quantize(WritingVerb, BlockOptions):
     """
 
     planner = "bases.quantized.planning.quantize:plan_quantize"
-    command = """Quantize a checkpoint's linear layers.
+    command = """Quantize a model's linear layers.
 
-    As transformers would: the output layer, embeddings and norms stay as they are.
+    As in transformers, the output layer, embeddings and norms are not quantized.
 
     \b
     Example:
@@ -63,11 +63,12 @@ class Quantize(WritingVerb, BlockOptions):
     """
 
     base: StrPath = argument(kw_only=False, check=SOURCE)
-    to: str = option(check=choice(targets), help="Format to write; see the list below.")
+    to: str = option(check=choice(targets), help="Format to write, listed below.")
     rounding: str = option(
         default="nearest",
         check=choice(("nearest", "compensated")),
-        help="compensated: errors carried from input to input, so that outputs change least.",
+        help="Round to nearest, or correct errors in later inputs (compensated), so that outputs "
+        "change least.",
         section=QUANTIZED,
     )
     stats: StrPath | None = compensation_option()
