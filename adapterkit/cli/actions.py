@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from adapterkit.many.workers.worker import Outcome
 
 QUIET_DIFF = click.Option(
-    ["--quiet"], is_flag=True, help="Show no progress and no table: only the exit status."
+    ["--quiet"], is_flag=True, help="Show no progress and no table; the exit status is the result."
 )
 CONVERT_OPTIONS = [
     click.Option(
-        ["--detect"], is_flag=True, help="Print the format of SRC and what it holds, and stop."
+        ["--detect"], is_flag=True, help="Print the format and contents of SRC, and stop."
     ),
     click.Option(
-        ["--list", "listing"], is_flag=True, help="Print what each format can hold, and stop."
+        ["--list", "listing"], is_flag=True, help="Print what each format can store, and stop."
     ),
     click.Option(
         ["--from-list"],
         type=click.Path(allow_dash=True),
         metavar="FILE",
-        help="Convert each source of this file, one a line (-: standard input).",
+        help="Convert every source that this file lists, one per line (-: standard input).",
     ),
     click.Option(
         ["--out-pattern"],
         metavar="PATTERN",
-        help="Outputs of --from-list: {name} is the source's name, {parent} its folder's.",
+        help="Output paths of --from-list; {name} is the source's name and {parent} its folder's.",
     ),
 ]
 
@@ -273,6 +273,6 @@ OWN_OPTIONS = {name: [json_option, quiet_option] for name in QUIETLY} | {
     "diff": [json_option, QUIET_DIFF],
     "inspect": [
         json_option,
-        click.Option(["--modules"], is_flag=True, help="List all modules, one a line."),
+        click.Option(["--modules"], is_flag=True, help="List all modules, one per line."),
     ],
 }

@@ -37,16 +37,15 @@ class ConvertOptions(OptionRecord):
     """How an adapter is written in the layout of another tool."""
 
     to: str = option(
-        check=Check("a text", text, words=written_formats),
-        help="Format to write; see the list below.",
+        check=Check("a text", text, words=written_formats), help="Format to write, listed below."
     )
     alpha: float | None = option(
-        default=None, check=ABOVE_0, help="Alpha of a source that has none."
+        default=None, check=ABOVE_0, help="Alpha of a source that does not contain one."
     )
     rank: int | None = option(
         default=None,
         check=COUNT,
-        help="Make plain factors of this rank of LoHa, LoKr, OFT and the like.",
+        help="Convert LoHa, LoKr, OFT and others to LoRA factors of this rank.",
     )
     expert_layout: str | None = expert_layout_option()
     dtype: str | None = dtype_option("Dtype of the tensors (default: the source's).")
@@ -56,15 +55,15 @@ class ConvertOptions(OptionRecord):
     prefix_only: str | None = option(
         default=None,
         check=choice(COMPONENTS),
-        help="Convert this part of a pipeline alone; of a single model's adapter, which part it "
-        "is.",
+        help="Convert only this component of a pipeline; for an adapter of a single model, the "
+        "component that it belongs to.",
         section=IMAGES,
     )
     architecture: str | None = option(
         default=None,
         check=TEXT,
         metavar="NAME",
-        help="The model's family, where the names fit several (see --list).",
+        help="The model's family, if the names fit several (see --list).",
         section=IMAGES,
     )
 
@@ -93,11 +92,11 @@ class Convert(WritingVerb, ConvertOptions):
     planner = "adapters.formats.planning.plan:plan_conversion"
     command = """Convert an adapter between the formats of tools.
 
-    The source's format is detected. Every key of it is used, or the conversion is refused with all
-    that is in the way; the scale is kept, multiplied into B where the format cannot store it.
+    The format of the source is detected. If a key cannot be converted, nothing is written and every
+    such key is listed. The scale is kept; if the format cannot store it, it is multiplied into b.
 
-    With --from-list the exit status is 1 if any conversion was refused or failed; with --resume
-    those that are done are left as they are.
+    With --from-list the exit status is 1 if any conversion was refused or failed; --resume skips
+    finished conversions.
 
     \b
     Example:
@@ -109,7 +108,7 @@ class Convert(WritingVerb, ConvertOptions):
 
     src: StrPath = argument(kw_only=False, check=SOURCE)
     base: StrPath | None = base_option(
-        "The adapter's model, where its names or shapes are needed to read or write it."
+        "The adapter's base, if its names or shapes are needed to read or write the file."
     )
     allow_pickle: bool = option(
         default=False,

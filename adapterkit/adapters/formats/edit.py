@@ -34,10 +34,10 @@ class Edit(WritingVerb):
     """
 
     planner = "adapters.formats.planning.edit:plan_edit"
-    command = """Change what an adapter says of itself, or its alpha.
+    command = """Edit an adapter's title, base id, metadata or alpha.
 
-    Base, title, trigger words, tags, metadata: no tensor changes. --alpha changes the strength by
-    new / old; with --fold the delta stays as it is.
+    Also its trigger words and tags. Without --alpha no tensor changes. --alpha multiplies the
+    strength by new / old; with --fold, b is scaled instead, so that the delta stays the same.
 
     \b
     Example:
@@ -47,31 +47,34 @@ class Edit(WritingVerb):
 
     src: StrPath = argument(kw_only=False, check=SOURCE)
     base_model: str | None = option(
-        default=None, check=TEXT, metavar="ID", help="Id of the base that it says it is for."
+        default=None, check=TEXT, metavar="ID", help="Id of the base model that the adapter names."
     )
-    title: str | None = option(default=None, check=TEXT, metavar="TEXT", help="Its title.")
+    title: str | None = option(
+        default=None, check=TEXT, metavar="TEXT", help="Title of the adapter."
+    )
     trigger: str | None = option(
-        default=None, check=TEXT, metavar="WORDS", help="Words that a prompt needs."
+        default=None, check=TEXT, metavar="WORDS", help="Trigger words for prompts."
     )
     tag: Sequence[str] = option(
-        default=(), check=TEXTS, metavar="TAG", help="A tag; repeat for several."
+        default=(), check=TEXTS, metavar="TAG", help="Tag to add; repeat for several."
     )
     alpha: float | None = option(
-        default=None, check=NUMBER, metavar="A", help="Alpha of all modules: another strength."
+        default=None,
+        check=NUMBER,
+        metavar="A",
+        help="Alpha of all modules, which changes the strength.",
     )
     fold: bool = option(
-        default=False, check=FLAG, help="Keep the delta: b takes the ratio.", needs="alpha"
+        default=False, check=FLAG, help="Keep the delta by scaling b.", needs="alpha"
     )
     metadata: Mapping[str, Any] | None = option(
         default=None,
         check=SETTINGS,
         metavar="KEY=VALUE",
-        help="A key of the file's metadata; repeat for several.",
+        help="Entry of the file's metadata to set; repeat for several.",
     )
     strip_metadata: bool = option(
-        default=False,
-        check=FLAG,
-        help="Remove what the trainer wrote into the metadata, and the card.",
+        default=False, check=FLAG, help="Remove the trainer's metadata and the model card."
     )
 
 
