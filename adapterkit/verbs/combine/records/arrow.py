@@ -33,7 +33,7 @@ class Arrow(WritingVerb):
     """
 
     planner = "verbs.combine.planning.arrow:plan_arrow"
-    command = """Stack adapters as experts with routing prototypes (Arrow).
+    command = """Stack adapters as experts with a router (Arrow).
 
     \b
     Example:
@@ -49,7 +49,9 @@ class Arrow(WritingVerb):
         help="Adapter to subtract from all experts first; repeat for several.",
     )
     top_k: int | None = option(
-        default=None, check=COUNT, help="Experts per token (default: 3, or all if there are fewer)."
+        default=None,
+        check=COUNT,
+        help="Number of experts per token (default: 3, or all if there are fewer).",
     )
     temperature: float = option(
         default=1.0, check=ABOVE_0, help="Temperature of the softmax over the selected experts."
@@ -57,7 +59,7 @@ class Arrow(WritingVerb):
     compat: str | None = option(
         default=None,
         check=COMPAT,
-        help="PEFT's power iteration for prototypes, and its subtraction.",
+        help="Compute prototypes by power iteration and subtract factor means, as PEFT does.",
     )
     seed: int | None = option(
         default=None, check=SEED, help="Seed of --compat peft (default: 0).", needs="compat=peft"

@@ -108,8 +108,8 @@ class Combine(WritingVerb, MethodOptions):
 
     Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
 
-    The weights of slerp give the position on the arc: 0.7 and 0.3, or --set t=0.3. For PEFT's
-    linear, ties and the like, which act on a and b separately, add --space factors.
+    The weights of slerp are the position on the arc: 0.7 and 0.3 are --set t=0.3. PEFT's linear
+    and ties act on a and b separately: add --space factors for that.
 
     \b
     Example:
@@ -125,17 +125,17 @@ class Combine(WritingVerb, MethodOptions):
     method: str = option(
         default="linear",
         check=choice(lambda: (*declarations("combinations"), *ALIASES)),
-        help="How the deltas are combined; see the lists below.",
+        help="Method that combines the deltas, listed below.",
         metavar="NAME",
     )
     base: StrPath | None = base_option(
-        "The adapters' model, needed for DoRA and where target_parameters are ambiguous."
+        "The adapters' base, needed for DoRA, and if target_parameters are ambiguous."
     )
     space: str = option(
         default="delta",
         check=choice(("delta", "factors")),
-        help="Combine the deltas scale·b@a, or a and b separately (PEFT's arithmetic, with its "
-        "cross terms).",
+        help="Combine the deltas scale·b@a, or a and b separately as PEFT does, which adds cross "
+        "terms.",
     )
     rank: int | None = rank_option()
     energy: float | None = energy_option()
@@ -149,8 +149,8 @@ class Combine(WritingVerb, MethodOptions):
         default=(),
         check=SOURCES,
         metavar="FILE",
-        help="Input covariances: minimize output error in the refit; one for all adapters, or one "
-        "for each, in their order (regmean).",
+        help="Statistics with covariances of the layers' inputs, to minimize the error of the "
+        "outputs: one file for all adapters, or one for each in their order (regmean).",
         section=INPUTS,
     )
     data: Iterable[StrPath] = option(
@@ -159,8 +159,8 @@ class Combine(WritingVerb, MethodOptions):
         metavar="FILE",
         needs="base",
         excludes=("stats",),
-        help="Samples of each adapter, in their order, as stats takes them: covariances of what "
-        "the combined model's layers see (regmean).",
+        help="File of samples of each adapter, in their order, to collect covariances while the "
+        "model is combined layer by layer (regmean).",
         section=INPUTS,
         tier="experimental",
     )
@@ -168,7 +168,7 @@ class Combine(WritingVerb, MethodOptions):
         default=256,
         check=COUNT,
         needs="data",
-        help="Number of samples to draw of each --data.",
+        help="Number of samples to draw from each --data.",
         section=INPUTS,
     )
     length: int | None = length_option(needs="data", section=INPUTS)
@@ -178,8 +178,8 @@ class Combine(WritingVerb, MethodOptions):
         default=(),
         check=FILES,
         metavar="FILE[=SHARE]",
-        help="Fit the weights to these samples first, with the defaults of fit; they are written "
-        "beside the output, as OUT.weights.json.",
+        help="Fit the weights to these samples first, with the defaults of `adapterkit fit`, and "
+        "write them to OUT.weights.json.",
         needs="base",
         excludes=("weights", "weight_for", "data"),
         section=SEVERAL,

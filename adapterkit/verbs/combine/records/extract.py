@@ -51,12 +51,12 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
     """
 
     planner = "verbs.combine.planning.extract:plan_extract"
-    command = """Extract the adapter between a base and its fine-tune.
+    command = """Extract a LoRA from a fully fine-tuned model and its base.
 
-    b@a ≈ W_tuned - W_base, the best approximation of that rank. Before it is published, the adapter
-    is read back and its merge into the base planned. Differing shapes are refused, except the
-    vocabulary's. Loading parameters that are saved whole (a class token, a tied embedding, biases)
-    with PEFT modifies the base in memory.
+    b@a is the best approximation of W_tuned - W_base with that rank. The adapter is read again
+    before it is published, and its merge into the base is planned. Shapes may differ only in the
+    vocabulary. If fully trained parameters are saved (a class token, a tied embedding, biases),
+    PEFT changes the base in memory when it loads them.
 
     \b
     Example:
@@ -70,8 +70,8 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
     rest: str = option(
         default="save",
         check=choice(("save", "drop", "refuse")),
-        help="Tensors that differ and get no factors (embeddings, norms, biases): save them whole, "
-        "drop them, or refuse.",
+        help="Save, drop or refuse tensors that differ but get no factors (embeddings, norms, "
+        "biases).",
     )
     dtype: str = factor_dtype_option()
 

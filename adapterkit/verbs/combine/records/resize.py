@@ -45,10 +45,10 @@ class Resize(WritingVerb, TruncationOptions):
 
     tier = "core"
     planner = "verbs.combine.planning.resize:plan_resize"
-    command = """Change an adapter's rank, or its kind to plain LoRA.
+    command = """Change an adapter's rank, or convert it to plain LoRA.
 
-    Each delta gets its best approximation of the new rank, computed from the factors alone.
-    LoHa, LoKr, VeRA, AdaLoRA and OFT adapters, and with --base DoRA, become plain LoRA.
+    The new factors are the best approximation of each delta with the new rank, computed without the
+    model. LoHa, LoKr, VeRA, AdaLoRA and OFT adapters, and with --base DoRA, become plain LoRA.
 
     \b
     Example:
@@ -59,14 +59,15 @@ class Resize(WritingVerb, TruncationOptions):
 
     adapter: StrPath = argument(kw_only=False, check=SOURCE)
     base: StrPath | None = base_option(
-        "The model it was trained on: OFT, VeRA and convolutions need it; with it DoRA becomes "
+        "The adapter's base, needed for OFT, VeRA and convolutions, and to turn DoRA into "
         "plain LoRA."
     )
     stats: StrPath | None = covariances_option()
     alpha: str = option(
         default="rank",
         check=choice(("rank", "keep")),
-        help="lora_alpha of the result: each module's rank (scale 1), or the adapter's own.",
+        help="lora_alpha of the result: the rank of each module, for a scale of 1, or the "
+        "adapter's (keep).",
     )
     dtype: str = factor_dtype_option()
     out: StrPath = adapter_output_option()

@@ -46,7 +46,7 @@ class Subtract(WritingVerb):
     planner = "verbs.combine.planning.subtract:plan_subtract"
     command = """Subtract the mean of general adapters (GenKnowSub).
 
-    Δ' = Δ - mean Δ_general, of each task adapter.
+    Each adapter becomes Δ' = Δ - mean Δ_general.
 
     \b
     Example:
@@ -59,19 +59,20 @@ class Subtract(WritingVerb):
     general: Sources = option(
         check=UNWEIGHTED,
         metavar="ADAPTER",
-        help="Adapter of what all tasks share; repeat for several.",
+        help="Adapter of the general skills to remove; repeat for several.",
     )
     base: StrPath | None = base_option(FOR_AMBIGUOUS_PARAMETERS)
     space: str = option(
         default="delta",
         check=choice(("delta", "factors")),
-        help="Subtract the deltas (exact), or the means of a and b separately, as PEFT does.",
+        help="Subtract the deltas, which is exact, or the means of a and b separately, as PEFT "
+        "does.",
     )
     exclude: str | None = option(
         default=None,
         check=REGEX,
         metavar="REGEX",
-        help="Subtract nothing from modules whose name matches this regex.",
+        help="Leave modules unchanged whose name matches this regular expression.",
     )
     rank: int | None = rank_option(EXACT_BY_DEFAULT)
     energy: float | None = energy_option()
