@@ -35,7 +35,7 @@ from adapterkit.verbs.shared.options import (
     targets_option,
 )
 
-MATCHING = "Another {} for modules whose name, or the end of it, matches."
+MATCHING = "Use another {} for modules whose name, or the end of it, matches."
 
 
 @record
@@ -69,10 +69,10 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
     tier = "core"
     planner = "verbs.init.plan:plan_init"
     needs = dict.fromkeys(("skip", "block_size", "double_quant"), "quantize")
-    command = """Initialize an adapter on a base.
+    command = """Initialize an adapter for training on a base.
 
-    DIR/adapter gets the factors. Methods that take a part of each weight leave the residual in
-    DIR/base.
+    The adapter is written to DIR/adapter. Methods that move a share of each weight into the
+    adapter, for example PiSSA, also write the residual base to DIR/base.
 
     \b
     Example:
@@ -85,7 +85,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
 
     base: StrPath = argument(kw_only=False, check=SOURCE)
     method: str = option(
-        check=choice(lambda: declarations("inits")), help="Initialization; see the list below."
+        check=choice(lambda: declarations("inits")), help="Initialization method, listed below."
     )
     rank_for: Sequence[str] = option(
         default=(), check=TEXTS, metavar="REGEX=N", help=MATCHING.format("rank")
@@ -98,29 +98,29 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
         default=None,
         check=TARGETS,
         metavar="NAMES|REGEX",
-        help="No factors on these: name suffixes, or a regex for whole names.",
+        help="Modules that get no factors: ends of names, or a regular expression for whole names.",
     )
     layers: str | None = option(
         default=None,
         check=TEXT,
         metavar="N-M,N",
-        help="Only targets in these layers, e.g. 0-11,20.",
+        help="Only targets in these layers, for example 0-11,20.",
     )
     stats: StrPath | None = statistics_option(
-        "Statistics from `adapterkit stats` (corda, eva, lora_ga)."
+        "File of `adapterkit stats`, needed for corda, eva and lora_ga."
     )
     settings: Mapping[str, Any] | None = settings_option()
     seed: int = seed_option()
     residual: str = option(
         default="write",
         check=choice(("write", "implicit")),
-        help="Write the base that is left, or keep the original and the initial factors "
+        help="Write the residual base, or keep the original base and store the initial factors "
         "(implicit).",
     )
     quantize: str | None = option(
         default=None,
         check=choice(written_formats),
-        help="Quantize the residual base, e.g. nf4 (QPiSSA).",
+        help="Quantize the residual base, for example to nf4 (QPiSSA).",
         section=QUANTIZED,
     )
     dtype: str = factor_dtype_option()
@@ -141,7 +141,7 @@ class Rebase(WritingVerb):
     """
 
     planner = "verbs.init.rebase:plan_rebase"
-    command = """Turn a PiSSA-like adapter into LoRA on the original base.
+    command = """Convert a PiSSA-like adapter to LoRA on the original base.
 
     Δ' = s·b@a - s₀·b₀@a₀, for adapters initialized by PiSSA, OLoRA, CorDA or LoRA-GA.
 
@@ -155,8 +155,8 @@ class Rebase(WritingVerb):
         default=None,
         check=SOURCE,
         metavar="ADAPTER",
-        help="The same adapter as saved before training (default: ADAPTER/initial, of init "
-        "--residual implicit).",
+        help="The adapter as it was before training (default: ADAPTER/initial, which init "
+        "--residual implicit writes).",
     )
     base: StrPath | None = base_option(FOR_AMBIGUOUS_PARAMETERS)
     rank: int | None = rank_option(EXACT_BY_DEFAULT)
