@@ -104,11 +104,11 @@ class WeightFit(Verb[Json]):
     one_needed = ("data", "score")
     none_given = "nothing says which weights are good"
     runner = "verbs.fit.fit:fit_weights"
-    command = """Choose weights of adapters by data.
+    command = """Choose the weights of adapters from samples.
 
-    Runs the model with all adapters on samples, and writes the weights that give the least loss;
-    combine, merge and the runtime read them. Steps from one number for each adapter to one for each
-    module are kept only if samples that are held out say so.
+    Runs the model with all adapters on your samples and writes the weights with the least loss, for
+    combine, merge and the runtime. It begins with one weight per adapter. Finer weights, such as
+    one per module, are kept only if they lower the loss on held-out samples.
 
     \b
     Example:
@@ -123,15 +123,16 @@ class WeightFit(Verb[Json]):
         default=(),
         check=FILES,
         metavar="FILE[=SHARE]",
-        help="Samples: .txt, .jsonl, .parquet, or a folder of datasets; repeat for several.",
+        help="File of samples (.txt, .jsonl or .parquet), or a folder that datasets wrote; repeat "
+        "for several.",
     )
-    out: StrPath = option(check=FILE, metavar="FILE.json", help="The file of weights.")
+    out: StrPath = option(check=FILE, metavar="FILE.json", help="File to write the weights to.")
     score: str | None = option(
         default=None,
         check=TEXT,
         metavar="CMD",
-        help="Instead of --data: a program that prints a number, the larger the better, of an "
-        "adapter in the folder {}; one weight for each of at most 8 adapters.",
+        help="Program that scores the adapter in the folder {}, instead of --data: it prints a "
+        "number, larger is better. One weight is fitted for each of at most 8 adapters.",
         excludes=OF_DATA,
         section=SCORE,
         tier="experimental",
@@ -139,7 +140,7 @@ class WeightFit(Verb[Json]):
     evaluations: int = option(
         default=60,
         check=COUNT,
-        help="How often to call that program.",
+        help="Number of times to run that program.",
         needs="score",
         section=SCORE,
         tier="experimental",
@@ -147,43 +148,55 @@ class WeightFit(Verb[Json]):
     target: str = option(
         default="labels",
         check=choice(("labels", "teacher")),
-        help="Fit to the data's tokens, or to what each file's own adapter predicts.",
+        help="Fit to the tokens of the samples, or to the predictions of each file's own adapter.",
     )
-    per: str = option(default="module", check=choice(LEVELS), help="Finest weights to try.")
+    per: str = option(
+        default="module", check=choice(LEVELS), help="Finest granularity of the weights to try."
+    )
     start: str = option(
         default="weights",
         check=choice(("weights", "stats")),
-        help="Begin with the adapters' weights (1/N each), or with the closed form.",
+        help="Start from the adapters' weights (1/N each), or from the closed form.",
     )
     samples: int = option(default=64, check=COUNT, help="Number of samples to draw.")
     length: int | None = length_option()
     hold: float = option(
         default=0.25,
         check=number("a share between 0 and 1", lambda value: 0 < value < 1),
-        help="Share of each file's samples that is held out.",
+        help="Share of each file's samples to hold out for validation.",
     )
-    seed: int = seed_option("Seed of the draw and of the split.")
+    seed: int = seed_option("Seed for drawing and splitting the samples.")
     ridge: str | float = option(
         default="auto",
         check=RIDGE,
         metavar="auto|NATS",
-        help="Pull to the step before, at first to the start.",
+        help="Strength of the pull towards the weights of the previous step, at first the start.",
     )
     bounds: str | tuple[float, float] = option(
         default="-1:2", check=BOUNDS, metavar="LOW:HIGH", help="Bounds of all weights."
     )
-    positive: bool = option(default=False, check=FLAG, help="No weights below 0.")
+    positive: bool = option(default=False, check=FLAG, help="Allow no weight below 0.")
     balance: str = option(
-        default="files", check=choice(BALANCES), help="What is a mean over, or its worst."
+        default="files",
+        check=choice(BALANCES),
+        help="Minimize the mean loss over files or tokens, the worst file's loss (worst), or the "
+        "loss of each file relative to its own adapter's (retention).",
     )
     whole: bool = whole_option()
-    dtype: str | None = dtype_option("Dtype of the model (default: fp32 on a CPU, else its own).")
+    dtype: str | None = dtype_option(
+        "Dtype of the model (default: fp32 on a CPU, otherwise the model's)."
+    )
     device: str = option(
-        default="auto", check=DEVICE, metavar="auto|cpu|cuda[:i]", help="Where to compute."
+        default="auto",
+        check=DEVICE,
+        metavar="auto|cpu|cuda[:i]",
+        help="Device that computes; auto takes a GPU where it is faster.",
     )
     memory: str | int | None = activations_option()
     dry_run: bool = option(
-        default=False, check=FLAG, help="Print samples, tokens and numbers of weights, and stop."
+        default=False,
+        check=FLAG,
+        help="Print the numbers of samples, tokens and weights, and stop.",
     )
     resume: bool = option(default=False, check=FLAG, help="Continue an interrupted fit.")
     overwrite: bool = option(default=False, check=FLAG, help="Replace an earlier file of weights.")

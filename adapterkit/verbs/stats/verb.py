@@ -33,21 +33,21 @@ class StatsOptions(OptionRecord):
         default=("covariance",),
         check=kinds(("covariance", "mean", "pca", "gradient")),
         metavar="KINDS",
-        help="Comma-separated: covariance, mean, pca, gradient.",
+        help="Statistics to collect, separated by commas: covariance, mean, pca, gradient.",
     )
     samples: int = option(default=256, check=COUNT, help="Number of samples to draw.")
     length: int | None = length_option()
     targets: str | Sequence[str] | None = targets_option("all-linear", "Modules to measure")
     batch: int = option(default=8, check=COUNT, help="Samples per batch.")
-    seed: int = seed_option("Seed of the draw.")
+    seed: int = seed_option("Seed for drawing the samples.")
     whole: bool = whole_option()
     components: int = option(
-        default=256, check=COUNT, help="Principal components of each module with pca."
+        default=256, check=COUNT, help="Number of principal components of each module (pca)."
     )
     compat: str | None = option(
         default=None,
         check=COMPAT,
-        help="PEFT's covariance of CorDA: inputs divided by their largest.",
+        help="Divide the inputs by their largest value, as PEFT does for CorDA.",
     )
 
 
@@ -83,10 +83,10 @@ class Stats(WritingVerb, StatsOptions):
     """
 
     planner = "verbs.stats.plan:plan_stats"
-    command = """Collect what a model's layers see of some texts.
+    command = """Collect statistics of a model's layers on your texts.
 
-    The input covariances, means, principal components and gradients that loftq --stats,
-    data-driven inits and the like read. The model runs one layer at a time.
+    Covariances, means and principal components of the layers' inputs, and gradients, for example
+    for `init --method eva` and every --stats option. The model runs one layer at a time.
 
     \b
     Example:
@@ -99,12 +99,13 @@ class Stats(WritingVerb, StatsOptions):
     data: StrPath | Sequence[StrPath] = option(
         check=FILES,
         metavar="FILE",
-        help="Samples: .txt, .jsonl, .parquet, or a folder of datasets; repeat for several.",
+        help="File of samples (.txt, .jsonl or .parquet), or a folder that datasets wrote; repeat "
+        "for several.",
     )
     out: StrPath = option(
         check=OUTPUT_FILE,
         metavar="FILE.safetensors|hf://ORG/NAME:FILE.safetensors",
-        help="Output file (published atomically), or a file of the Hub (one commit).",
+        help="Output file, or a file on the Hub. It appears when it is complete.",
     )
     memory: str | int | None = activations_option()
 
