@@ -38,10 +38,10 @@ class EngineCheck(Verb[Json]):
     tier = "core"
     name = "check"
     runner = "verbs.look.engine_check:check_adapter"
-    command = """Check whether an inference engine takes an adapter.
+    command = """Check whether an inference engine loads an adapter completely.
 
-    Says which of its modules the engine drops or refuses, by the rules of its sources, and the
-    command that repairs it. The exit status is 1 unless it takes all of it.
+    Lists the modules that the engine drops or refuses, by the rules of its source code, and the
+    command that repairs the adapter. The exit status is 1 unless every module is loaded.
 
     \b
     Example:
@@ -54,9 +54,9 @@ class EngineCheck(Verb[Json]):
         check=Check("an engine", _engine, words=engine_names),
         flags=("--for",),
         metavar="ENGINE",
-        help="transformers, peft, vllm, sglang, llama.cpp, mlx, diffusers or comfyui.",
+        help="The program: transformers, peft, vllm, sglang, llama.cpp, mlx, diffusers or comfyui.",
     )
-    base: StrPath | None = base_option("The model that it is to act on.")
+    base: StrPath | None = base_option("The adapter's base, to compare names and shapes too.")
 
 
 check = function_of(EngineCheck)

@@ -37,9 +37,9 @@ class Diagnose(Verb[Json]):
     runner = "verbs.look.diagnosis:diagnose_model"
     command = """Find out why a merged model answers badly.
 
-    Looks at its files, values and tokenizer; with --base and --adapter also at how much of each
-    adapter is in it: none, twice, without its scale, or into another base. The exit status is 1 if
-    something was found.
+    Checks its files, values and tokenizer. With --base and --adapter it also measures how much of
+    each adapter is in the model: for example none, twice, without its scale, or merged into another
+    base. The exit status is 1 if it finds a problem.
 
     \b
     Example:
@@ -47,13 +47,13 @@ class Diagnose(Verb[Json]):
     """
 
     model: StrPath = argument(kw_only=False, check=SOURCE)
-    base: StrPath | None = base_option("What it was made of.")
+    base: StrPath | None = base_option("The base that the model was made from.")
     adapters: Sources = option(
         default=(),
         check=UNWEIGHTED,
         flags=("--adapter",),
         metavar="ADAPTER",
-        help="An adapter that should be in it; repeat for several.",
+        help="Adapter that should be in the model; repeat for several.",
         needs="base",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)

@@ -61,13 +61,14 @@ class Diff(Verb[Json]):
     runner = "verbs.look.difference:compare_sources"
     command = """Compare two checkpoints, adapters or .safetensors files.
 
-    Checkpoints are compared by key, however they are sharded; a copy rounded to another dtype is
-    the same. Adapters are compared by their deltas scale·b@a, whatever their ranks and alphas.
+    Checkpoints are compared by key, independent of their shards; a copy rounded to another dtype
+    counts as the same. Adapters are compared by their deltas scale·b@a, independent of ranks and
+    alphas.
 
     Columns: relative ‖A−B‖/‖A‖, largest difference, cosine, share of elements that differ, and the
     rank that holds 90 % of the squared singular values of the difference (~: at most that, from a
-    sketch). Differing config settings come last; those that change the arithmetic count as a
-    difference.
+    sketch). Differing config settings are listed last; settings that change the arithmetic count
+    as a difference.
 
     Exit status: 0 the same; 1 different by more than the tolerance; 2 wrong usage, refused or
     failed.
@@ -83,14 +84,14 @@ class Diff(Verb[Json]):
     tolerance: float = option(
         default=0.0,
         check=number("0 or more", lambda value: value >= 0),
-        help="Largest relative error of tensors that count as the same.",
+        help="Largest relative error at which tensors count as the same.",
     )
     rank_for_energy: float | None = option(
         default=None,
         check=SHARE,
         metavar="SHARE",
-        help="Suggest the rank that keeps this energy share of each difference (default: 0.9, for "
-        "adapters 0.99; 0: none).",
+        help="Suggest the rank that keeps this share of the energy of each difference (default: "
+        "0.9, for adapters 0.99; 0: no suggestion).",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 

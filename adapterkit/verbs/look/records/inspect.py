@@ -75,13 +75,13 @@ class Inspect(Verb[Json]):
 
     tier = "core"
     runner = "verbs.look.inspection:inspect_source"
-    command = """Show what a checkpoint or adapter holds, and its problems.
+    command = """Show the contents of a checkpoint or adapter, and its problems.
 
-    Of a base and of sources on the Hub, headers and JSON are read; of a local adapter also the
-    factors, for norms and effective ranks, unless --headers is given. Of several adapters: how far
-    they are from each other, what a sum keeps of each, and what to try. The exit status is 1 if a
-    file is missing or cannot be read, else 0, whatever the problems; a path without anything to
-    inspect is refused.
+    For a base and for sources on the Hub, only headers and JSON are read. For a local adapter the
+    factors are read too, for norms and effective ranks (not with --headers). For several adapters
+    it shows how similar they are, how much of each their sum keeps, and suggestions. The exit
+    status is 1 if a file is missing or cannot be read. Otherwise it is 0, even if there are
+    problems. A path with nothing to inspect is refused.
 
     \b
     Example:
@@ -92,7 +92,7 @@ class Inspect(Verb[Json]):
 
     paths: Sources = argument(kw_only=False, check=UNWEIGHTED, metavar="PATH...")
     base: StrPath | None = base_option(
-        "The adapter's base: norms are also given relative to its weights' norms."
+        "The adapter's base, to show norms relative to the norms of its weights."
     )
     download: bool = option(
         default=False,
@@ -102,15 +102,14 @@ class Inspect(Verb[Json]):
     headers: bool = option(
         default=False,
         check=FLAG,
-        help="Read only headers and JSON: no norms and effective ranks of an adapter, and of a "
-        "base no search for missing parameters, for which transformers builds the model without "
-        "data.",
+        help="Read only headers and JSON, which is faster but shows no norms, effective ranks or "
+        "missing parameters.",
     )
     plot: StrPath | None = option(
         default=None,
         check=FILE,
         metavar="FILE.html",
-        help="Draw norms and ranks as heatmaps, layers by modules, into a page for a browser.",
+        help="Write an HTML page with heatmaps of norms and ranks, layers by modules.",
     )
     overwrite: bool = option(
         default=False, check=FLAG, help="Replace an earlier page.", needs="plot"

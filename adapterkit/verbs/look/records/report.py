@@ -56,11 +56,11 @@ class Report(Verb[Json]):
     """
 
     runner = "verbs.look.overview.page:write_report"
-    command = """Write a page for a browser about adapters.
+    command = """Write an HTML page with pictures of adapters.
 
-    One HTML file without scripts that any browser shows and prints: problems first, norms and ranks
-    of all modules, singular values, what a sum of the adapters would keep, and of a finished
-    output what was lost.
+    One file without scripts. It shows problems first, then the norms and ranks of all modules,
+    singular values, and how much of each adapter a sum would keep; for a finished output, also how
+    much was lost.
 
     \b
     Example:
@@ -71,13 +71,19 @@ class Report(Verb[Json]):
     adapters: Sources = argument(
         kw_only=False, default=(), check=UNWEIGHTED, metavar="ADAPTER...", unless="weights"
     )
-    out: StrPath = option(check=FILE, metavar="FILE.html", help="The page to write.")
-    base: StrPath | None = base_option("The adapters' base: norms relative to its weights' norms.")
+    out: StrPath = option(check=FILE, metavar="FILE.html", help="HTML page to write.")
+    base: StrPath | None = base_option(
+        "The adapters' base, to show norms relative to the norms of its weights."
+    )
     output: StrPath | None = option(
-        default=None, check=SOURCE, metavar="DIR", help="What was made of them: metrics by tensor."
+        default=None,
+        check=SOURCE,
+        metavar="DIR",
+        help="Output that was made from the adapters, to show the metrics of its tensors.",
     )
     stats: StrPath | None = statistics_option(
-        "Input covariances of the base: cosines of the adapters' outputs."
+        "Statistics with covariances of the base's inputs, to show cosines of the adapters' "
+        "outputs."
     )
     weights: StrPath | None = weights_option()
     overwrite: bool = option(default=False, check=FLAG, help="Replace an earlier page.")
