@@ -157,9 +157,9 @@ def summary_of(name: str) -> str:
 @click.command()
 @click.argument("code", required=False)
 def explain(code: str | None) -> None:
-    """Print what the code of an error means.
+    """Explain an error code.
 
-    And how it comes about, what to do, and an example; without CODE the list of all codes.
+    Prints its meaning, its usual cause, the fix and an example. Without CODE it lists all codes.
 
     \b
     Example:

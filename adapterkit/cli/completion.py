@@ -89,9 +89,9 @@ SHELLS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 @click.command()
 @click.argument("shell", type=click.Choice(list(SHELLS)))
 def completion(shell: str) -> None:
-    """Print the completion script of a shell.
+    """Print the completion script for a shell.
 
-    Paths, --method, --to and --targets complete too.
+    It completes commands, options, paths, and the values of --method, --to and --targets.
 
     \b
     Example:
