@@ -32,15 +32,21 @@ FAMILIES = {
 INTRODUCTION = """\
 # Python API
 
-Generated from the docstrings by `python docs/api.py`; do not edit by hand.
+You call adapterkit from Python, or write a program that uses it. This page is generated from the
+docstrings by `python docs/api.py`; do not edit it by hand.
 
-The verbs have the names and the options of the command line. They are imported on first use:
-`import adapterkit` loads neither torch nor transformers.
+Every command is a function of the same name, which you import from `adapterkit`. You pass its
+options by name, in snake case: for example `--max-shard-size 5GB` is `max_shard_size="5GB"`. A few
+names differ: `--set` is `settings={...}`, `check --for` is `program=`, `--adapter` is `adapters=`,
+and `--plan` is the function [`write_plan`](#write_plan).
 
-`StrPath` is `str | os.PathLike`: a folder, a file or a Hub id. `Sources` is one of them or an
-iterable of them, each with a weight where it is given as `"PATH=0.7"`, as a pair `(path, 0.7)` or
-as an item of a mapping `{path: 0.7}`. A verb that writes returns its `Receipt`, whose `data` is the
-content of `adapterkit.json`; with `dry_run=True` it writes nothing and returns the `Plan`."""
+Each function is loaded when you first use it, so `import adapterkit` loads neither torch nor
+transformers.
+
+`StrPath` is `str | os.PathLike`: a folder, a file or a Hub id. `Sources` is one such path or an
+iterable of them. You can give each a weight, as `"PATH=0.7"`, as a pair `(path, 0.7)` or as an item
+of a mapping `{path: 0.7}`. If the function writes an output, it returns the `Receipt`, whose `data`
+is the content of `adapterkit.json`; with `dry_run=True` it writes nothing and returns the `Plan`."""
 
 RUN_OPTIONS = """\
 Verbs that write share these options. Their signatures show them as `**run_options`, and you pass
