@@ -33,7 +33,7 @@ class Finish(Verb["Receipt"]):
     them; finished before, it says so.
     """
 
-    command = """Publish the output of a plan file when all its files are written.
+    command = """Publish the output of a plan file after its workers.
 
     If some files are missing, nothing is published and they are listed. The output and its receipt
     are the same as those of the command itself.
