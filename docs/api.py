@@ -35,18 +35,18 @@ INTRODUCTION = """\
 You call adapterkit from Python, or write a program that uses it. This page is generated from the
 docstrings by `python docs/api.py`; do not edit it by hand.
 
-Every command is a function of the same name, which you import from `adapterkit`. You pass its
-options by name, in snake case: for example `--max-shard-size 5GB` is `max_shard_size="5GB"`. A few
-names differ: `--set` is `settings={...}`, `check --for` is `program=`, `--adapter` is `adapters=`,
-and `--plan` is the function [`write_plan`](#write_plan).
+Every command, except `explain` and `completion`, is a function of the same name, which you import
+from `adapterkit`. You pass its options by name, in snake case: for example `--max-shard-size 5GB`
+is `max_shard_size="5GB"`. A few names differ: `--set` is `settings={...}`, `check --for` is
+`program=`, `--adapter` is `adapters=`, and `--plan` is the function [`write_plan`](#write_plan).
 
 Each function is loaded when you first use it, so `import adapterkit` loads neither torch nor
 transformers.
 
 `StrPath` is `str | os.PathLike`: a folder, a file or a Hub id. `Sources` is one such path or an
 iterable of them. You can give each a weight, as `"PATH=0.7"`, as a pair `(path, 0.7)` or as an item
-of a mapping `{path: 0.7}`. If the function writes an output, it returns the `Receipt`, whose `data`
-is the content of `adapterkit.json`; with `dry_run=True` it writes nothing and returns the `Plan`."""
+of a mapping `{path: 0.7}`. A function that writes an output returns its `Receipt`, whose `data` is
+the content of `adapterkit.json`. With `dry_run=True` it writes nothing and returns the `Plan`."""
 
 RUN_OPTIONS = """\
 Verbs that write share these options. Their signatures show them as `**run_options`, and you pass
