@@ -15,18 +15,18 @@ from adapterkit.cli.parameters import OF_RUNNING
 ROOT = Path(__file__).parents[1]
 ABOUT = cleandoc("""
     adapterkit edits LoRA adapters and checkpoints on disk: merge, combine, convert, extract,
-    quantize, initialize, inspect and check, without loading the model. It refuses what it cannot do
-    exactly, with the reasons, before anything is written; outputs are complete or absent, with a
-    receipt of hashes (adapterkit.json).
+    quantize, initialize, inspect and check, without loading the model. If it cannot do a job
+    exactly, it refuses with the reasons before it writes anything. Outputs are complete or absent,
+    and contain a receipt with hashes (adapterkit.json).
 """)
 RULES = [
     "Sources are folders, .safetensors or .gguf files, or Hub ids org/name[@revision][:path].",
     "ADAPTER=0.7 gives an adapter a weight; -1 unmerges it.",
-    "Look first: --dry-run prints the plan; inspect, check and diagnose read only.",
-    "--json prints one document to stdout; messages go to stderr; exit status 0 is done.",
-    "A refusal names the problem, what was expected, where, and what to do: do that.",
-    "Verify what was written: adapterkit verify OUT; again from its receipt: adapterkit rerun OUT.",
-    "In Python the verbs are functions of the same names: merge(base, {'a': 0.7}, out=...).",
+    "Look first: --dry-run prints the plan; inspect, check and diagnose only read.",
+    "--json prints one document to stdout; messages go to stderr; exit status 0 means done.",
+    "An error names the problem, the expected value, the location and a hint: follow the hint.",
+    "Check an output: adapterkit verify OUT. Make it again from its receipt: adapterkit rerun OUT.",
+    "In Python the commands are functions of the same names: merge(base, {'a': 0.7}, out=...).",
 ]
 
 
