@@ -10,7 +10,7 @@ from adapterkit.core.errors import codes
 
 TARGET = Path(__file__).with_name("errors.md")
 HEAD = """
-You got an error, and want to know its cause and fix. Every error ends its first line with a code for
+You got an error and want to know its cause and fix. Every error ends its first line with a code for
 its kind of problem, for example `[AK401]`. With `--json` you find it under `code`, and in Python as
 `error.code`. A code never changes its meaning. Wrong use of the command line (exit status 2) has no
 code, and its message names the option. `adapterkit explain` prints the entries of this page:
