@@ -1,7 +1,7 @@
-"""The doors: what the core asks for by name, and where each is. Nothing is imported here.
+"""Tables of the names that the core uses and of the modules that provide them.
 
-A product registers by a line in one of these tables; it is loaded when its name is asked for.
-"""
+Nothing is imported here. A product registers by a line in one of these tables; it is loaded when
+its name is first used."""
 
 # Verbs by section of the help: name -> MODULE of the record of its options
 SECTIONS = {

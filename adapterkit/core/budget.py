@@ -1,4 +1,4 @@
-"""How much memory a job takes: what is in memory at a time on the local engine."""
+"""The memory that a job takes on the local engine."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -11,15 +11,15 @@ STACKS = 1 << 30  # bytes of shared stacks of experts' factors
 
 
 def factors_memory(sizes: Iterable[int], stacks: int, workers: int) -> int:
-    """Bytes of the factors that workers are at, of those of each step: the largest ones, one of
-    them while it is read; and stacks that are kept."""
+    """Return the bytes of the factors in memory at once: those of the largest steps, one for each
+    worker, one of them while it is read, and the stacks that are kept."""
     largest = sorted(sizes)[-2 * workers :]
     return 2 * sum(largest) + 2 * sum(largest[-1:]) + min(STACKS, stacks)
 
 
 def most_together(claims: Iterable[int], budget: int, workers: int) -> int:
-    """The most bytes of a file's tasks, each with its claim, that are in memory together: those
-    ahead, and the one that is written."""
+    """Return the most bytes of a file's tasks that are in memory at once: those made ahead, and the
+    one that is written."""
     most, in_use, window = 0, 0, deque[int]()
     for claim in claims:
         window.append(claim)
@@ -31,6 +31,6 @@ def most_together(claims: Iterable[int], budget: int, workers: int) -> int:
 
 
 def pinned_size(size: int) -> int:
-    """Bytes that so many take of page-locked memory: torch rounds up to a power of 2, and keeps
-    what was pinned once."""
+    """Return the bytes of page-locked memory for `size` bytes: torch rounds up to a power of 2, and
+    keeps what was pinned once."""
     return 1 << (size - 1).bit_length() if size else 0

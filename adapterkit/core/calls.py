@@ -1,8 +1,7 @@
 """A verb's call as data: its arguments in a file, and as a command.
 
-A file that holds a call may come from a stranger. So a call in a file says what is computed, and
-nothing that only the user decides: where it runs, what it replaces, where it is sent.
-"""
+A file that holds a call may come from a stranger, so it says only which output is computed. The
+user alone decides where the job runs, what it replaces and where it is sent."""
 
 import contextlib
 import dataclasses
@@ -23,19 +22,20 @@ from adapterkit.core.shared_options import RUNNING
 
 # (kind of the check: source or file, path) -> its text
 Spelling = Callable[[str, StrPath], str]
-COMMAND = "(the command)"  # stands for it in a card
+COMMAND = "(the command)"  # its placeholder in a card
 # Options that no file holds: the user gives them on the command line. The driver of a Ray cluster
 # unpickles what it is sent, so the address of a cluster is one of them.
 OF_THE_USER = (
     "accept", "allow_pickle", "dry_run", "engine", "overwrite", "progress", "push", "ray_address",
     "resume",
 )  # fmt: skip
-# nor does a receipt hold how the job ran, and what looked at its output
+# a receipt does not hold how the job ran, or how its output was checked
 NOT_IN_RECEIPTS = frozenset({*OF_THE_USER, *RUNNING, "verify", "fail_below"})
 
 
 def arguments_of(verb: OptionRecord, spell: Spelling, without: Collection[str]) -> Json:
-    """The arguments that were given, as JSON has them where it can; sources with their weights."""
+    """Return the arguments that were given, as JSON values if possible; sources with their
+    weights."""
     arguments = {}
     for field in dataclasses.fields(verb):
         value, option = getattr(verb, field.name), option_of(field)
@@ -48,8 +48,8 @@ def arguments_of(verb: OptionRecord, spell: Spelling, without: Collection[str]) 
 def check_call(
     kind: type[OptionRecord], call: Json, without: Collection[str], where: str, hint: str
 ) -> None:
-    """`Refused` for a call in a file that says more than what is computed: options of the user, and
-    files in the place of what they hold."""
+    """Refuse a call in a file that has options of the user, or contents of files instead of their
+    paths."""
     errors, fields = Problems(where=where, hint=hint, code="AK114"), kind.__dataclass_fields__
     if more := sorted(name for name in call if name in without):
         errors.add(f"it holds {listed(more)}", "what is computed: the rest is the user's to say")
@@ -80,7 +80,7 @@ def _spelled(kind: str, value: Any, spell: Spelling) -> Any:
 
 
 def _weighted(source: StrPath, weight: float | None, spell: Spelling) -> Any:
-    """A source, with its weight where it has one."""
+    """Return a source, with its weight if it has one."""
     text = os.fspath(source)
     path, _, number = text.rpartition("=")
     if weight is None and path and not os.path.exists(text) and finite(number) is not None:
@@ -90,13 +90,14 @@ def _weighted(source: StrPath, weight: float | None, spell: Spelling) -> Any:
 
 
 def call_of(verb: OptionRecord) -> Json:
-    """What makes an output again, without what is of one machine: of paths the last part, ids of
-    the Hub without their commits, which the recipe has, and nothing of how the job ran."""
+    """Return the call that makes an output again, without what is specific to one machine: only
+    the last component of a path, Hub ids without commits (the recipe has them), no options of
+    the run."""
     return arguments_of(verb, lambda _, path: portable_name(path), NOT_IN_RECEIPTS)
 
 
 def is_data(value: object) -> bool:
-    """Whether JSON has the value."""
+    """Return whether JSON has the value."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
@@ -127,7 +128,7 @@ def command_of(kind: type[OptionRecord], call: Json, out: str) -> str:
 
 
 def with_command(files: Mapping[str, Any], verb: OptionRecord) -> dict[str, Any]:
-    """Small files with the verb's command in the place that they have for it."""
+    """Return small files with the verb's command filled in."""
     # a backtick would end the block of code
     text = command_of(type(verb), call_of(verb), "OUT").replace("`", "_").encode()
     return {
@@ -137,7 +138,7 @@ def with_command(files: Mapping[str, Any], verb: OptionRecord) -> dict[str, Any]
 
 
 def _word(value: Any) -> str:
-    """One value; of a source with a weight `SOURCE=WEIGHT`."""
+    """Return one value as text; a source with a weight as `SOURCE=WEIGHT`."""
     if isinstance(value, list) and len(value) == 2 and isinstance(value[1], float | int):
         return value[0] if value[1] == 1 else f"{value[0]}={value[1]:g}"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -145,7 +146,7 @@ def _word(value: Any) -> str:
 
 # An option in a hint, except those that are quoted
 _OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)(?: [A-Z]+\b)?")
-_OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of commands that are none of their verbs
+_OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of every command, which no verb declares
 # a word of a command with its quotes; one that stands for a source, and what follows it
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""")
 _STANDS_FOR = re.compile(r"([A-Z]+)(=\S*)?")
@@ -154,9 +155,9 @@ _ADAPTERS = {"adapters", "general", "paths", "src"}
 
 @contextlib.contextmanager
 def own_hints(verb: OptionRecord | type[OptionRecord]) -> Iterator[None]:
-    """Errors of a verb hint at options that it has: planning is shared by verbs that differ. Of one
-    verb within another, such as a step of `run`, the inner one's options are meant. Commands get
-    the paths of a call."""
+    """Adapt the hints of errors in this block to the options of `verb`, because verbs share
+    planning. In a nested verb, such as a step of `run`, the inner one's options count. Commands in
+    hints get the paths of the call."""
     try:
         yield
     except AdapterkitError as error:
@@ -167,8 +168,8 @@ def own_hints(verb: OptionRecord | type[OptionRecord]) -> Iterator[None]:
 
 
 def own_hint(hint: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
-    """A hint with the verb's arguments as they are written, without alternatives that name options
-    of other verbs; its commands with the paths of a call."""
+    """Return a hint that spells options as the verb does, without alternatives that name options of
+    other verbs; its commands get the paths of the call."""
     fields = dataclasses.fields(verb)
     known = {field.name.replace("_", "-") for field in fields if field.kw_only}
     known |= {"adapter"} if "adapters" in known else set()
@@ -185,8 +186,8 @@ def own_hint(hint: str, verb: OptionRecord | type[OptionRecord], where: str = ""
 
 
 def with_paths(hint: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
-    """A hint whose commands have a call's sources for the words that stand for them: of several
-    adapters the one that an error is about."""
+    """Return a hint whose commands name the call's sources instead of the words that stand for
+    them; of several adapters, the one that the error is about."""
     text, newline, commands = hint.partition("\n")
     sources: dict[str, list[str]] = {}
     for field in dataclasses.fields(verb) if isinstance(verb, OptionRecord) else ():

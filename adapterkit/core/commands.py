@@ -1,7 +1,6 @@
-"""Commands as text, for hints and messages: every command that is printed is made here.
+"""Commands as text, for hints and messages: every printed command is made here.
 
-What is quoted may be a stranger's: names of files, ids, the arguments in a receipt.
-"""
+Quoted words may come from a stranger: names of files, ids, the arguments in a receipt."""
 
 import json
 import os
@@ -24,16 +23,15 @@ LIST_FORMATS = "list the formats\nadapterkit convert --list"
 
 
 def line(words: Iterable[str], quote: Callable[[str], str] = system.quote) -> str:
-    """Words as one line that a shell of this system, or of `quote`, reads as these words."""
+    """Join words to one line that the shell of this system, or of `quote`, splits into the same
+    words."""
     return " ".join(quote(printable(word)) for word in words)
 
 
 def command(program: str, /, *arguments: str | os.PathLike, **options: object) -> str:
-    """A command that can be copied into a shell and run; `program` as it is.
-
-    An argument that begins with a dash is written as a path. An option that is True is a flag; None
-    and False are left out.
-    """
+    """Return a command that can be copied into a shell and run; `program` stays as it is. An
+    argument that begins with a dash is written as a path. An option that is True is a flag; None
+    and False are left out."""
     words = [argument(os.fspath(one)) for one in arguments]
     for name, value in options.items():
         if value is not None and value is not False:
@@ -42,12 +40,12 @@ def command(program: str, /, *arguments: str | os.PathLike, **options: object) -
 
 
 def argument(word: str) -> str:
-    """A word that no program takes for an option."""
+    """Return a word that no program mistakes for an option."""
     return f"./{word}" if word.startswith("-") else word
 
 
 def filled(template: str, **values: object) -> str:
-    """A command with values in its places: escaped in a string of Python, else quoted."""
+    """Fill a command's template with values: escaped inside a Python string, else quoted."""
     is_python = '"{' in template
     escaped = lambda text: json.dumps(text, ensure_ascii=False)[1:-1]
     make = escaped if is_python else lambda text: line([argument(text)])

@@ -1,7 +1,6 @@
-"""The number formats of safetensors files: names, widths, torch's names for them.
+"""The number formats of safetensors files: names, widths, and torch's names for them.
 
-Header names (`BF16`) are used inside; people type the short ones (`bf16`).
-"""
+The code uses header names (`BF16`); people type the short ones (`bf16`)."""
 
 import struct
 from collections.abc import Sequence
@@ -41,40 +40,40 @@ NUMBERS = (*CODES, "BF16")
 
 
 def size(dtype: str, count: int) -> int:
-    """Bytes that `count` elements take; whole bytes only."""
+    """Return the bytes of `count` elements, which must fill whole bytes."""
     return BITS[dtype] * count // 8
 
 
 def parse(name: str) -> str:
-    """The header name of a dtype as options have it: bf16, fp16 or fp32."""
+    """Return the header name of a dtype option: bf16, fp16 or fp32."""
     return SHORT[name]
 
 
 def name_of(dtype) -> str:
-    """The header name of a torch dtype."""
+    """Return the header name of a torch dtype."""
     short = str(dtype).removeprefix("torch.")
     return next(name for name, word in _TORCH.items() if word == short)
 
 
 def has_name(dtype) -> bool:
-    """Whether a torch dtype has a header name."""
+    """Return whether a torch dtype has a header name."""
     return str(dtype).removeprefix("torch.") in _TORCH.values()
 
 
 def torch_dtype(dtype: str):
-    """torch's dtype for a header name."""
+    """Return torch's dtype for a header name."""
     return getattr(torch, _TORCH[dtype])
 
 
 def number_of(data: bytes, dtype: str) -> float:
-    """The one number of stored bytes, of a dtype in NUMBERS."""
+    """Return the one number in stored bytes, of a dtype in NUMBERS."""
     if dtype == "BF16":
         data, dtype = b"\0\0" + data, "F32"
     return float(struct.unpack(f"<{CODES[dtype]}", data)[0])
 
 
 def tensor_of(data: bytearray, dtype: str, shape: Sequence[int]) -> Tensor:
-    """The tensor over stored bytes, none of them too."""
+    """Return a tensor over stored bytes, which may be empty."""
     if not data:
         return torch.empty(shape, dtype=torch_dtype(dtype))
     return torch.frombuffer(data, dtype=torch_dtype(dtype)).view(shape)

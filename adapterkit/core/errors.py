@@ -1,10 +1,8 @@
-"""Errors in four parts: the problem, what was expected, where, and a hint for the way out.
+"""Errors in four parts: the problem, the expected value, the place, and a hint with the fix.
 
 Everything adapterkit raises on purpose is an `AdapterkitError`; the command line prints it without
-a traceback and exits 1. Any other exception is a bug and keeps its traceback.
-
-Each has a code for its kind of problem, given where it is made; `errors.toml` explains them.
-"""
+a traceback and exits 1. Any other exception is a bug and keeps its traceback. The place that raises
+an error gives its code; `errors.toml` explains the codes."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXAMPLES = 3  # errors of one cause that are printed
-WARNING = "WARNING: "  # begins a note of a plan that matters most
+WARNING = "WARNING: "  # prefix of a plan's most important notes
 # a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
 _VARIABLE = re.compile(
     r"\([\d, ]*\)|(?<![^\s:;,'\"()])[^\s:;,'\"()\d._]*+[\d._](?:\.*+[^\s:;,'\"().])++|\d+"
@@ -22,10 +20,10 @@ _VARIABLE = re.compile(
 
 
 class AdapterkitError(Exception):
-    """A job that cannot be done, or failed, with a message that tells the user how to fix it."""
+    """A job that cannot be done, or failed, with a message that explains how to fix it."""
 
     is_of_verb = False  # whether the hint names options of the verb that raised it
-    code = ""  # of its kind of problem; "" for an error that other programs make
+    code = ""  # of its kind of problem; "" for an error of another program
 
     def __init__(
         self, problem: str, *, expected: str = "", where: str = "", hint: str = "", code: str = ""
@@ -38,12 +36,12 @@ class AdapterkitError(Exception):
         return self.text(with_code=False)
 
     def text(self, *, with_code: bool = True) -> str:
-        """The four parts as lines, the first with the code at its end."""
+        """Return the four parts as lines, the first with the code at its end."""
         code = self.code if with_code else ""
         return _text(self.where, [self.problem], self.expected, self.hint, code)
 
     def row(self) -> dict[str, str]:
-        """It as a problem in a document of JSON."""
+        """Return the error as an entry of a JSON document."""
         four = {"found": self.problem, "expected": self.expected, "where": self.where}
         return four | advice(self.hint) | {"code": self.code}
 
@@ -77,7 +75,7 @@ class Interrupted(AdapterkitError):
 
 
 class MultipleErrors(Refused, Damaged):
-    """All problems of a request or an output, in `errors`; as text, one entry for each cause."""
+    """All problems of a request or an output, in `errors`; its text has one entry per cause."""
 
     def __init__(self, errors: Iterable[AdapterkitError]):
         self.errors = tuple(errors)
@@ -85,7 +83,7 @@ class MultipleErrors(Refused, Damaged):
         super().__init__(f"{len(self.errors)} problems found", code=codes)
 
     def text(self, *, with_code: bool = True) -> str:
-        """Their number, and the text of each cause."""
+        """Return the number of problems, and the text of each cause."""
         causes: dict[tuple[str, ...], list[AdapterkitError]] = {}
         for error in self.errors:
             causes.setdefault(_cause(error), []).append(error)
@@ -94,13 +92,15 @@ class MultipleErrors(Refused, Damaged):
 
 
 def _cause(error: AdapterkitError) -> tuple[str, ...]:
-    """What errors of one cause share: all but names, shapes and numbers in problem and expected."""
+    """Return the parts that errors with one cause share: problem and expected, without names,
+    shapes and numbers."""
     text = (_VARIABLE.sub("*", part) for part in (error.problem, error.expected))
     return (type(error).__name__, *text, error.where, error.hint)
 
 
 def _summary(errors: list[AdapterkitError], with_code: bool) -> str:
-    """Errors of one cause: all where they are few, else their number and the first of them."""
+    """Return the text of errors with one cause: all of a few, else their number and the first
+    ones."""
     if len(errors) <= EXAMPLES:
         return "\n- ".join(error.text(with_code=with_code) for error in errors)
     some = errors[:EXAMPLES]
@@ -120,7 +120,7 @@ _COMMANDS = re.compile(r"\n(?=(?:adapterkit|hf|python) )")
 
 
 def _text(where: str, problems: list[str], expected: str, hint: str, code: str) -> str:
-    """An error as it is printed; names of folders and files may come unescaped."""
+    """Return an error as it is printed; names of folders and files may come unescaped."""
     first = f"{where}: {problems[0]}" if where else problems[0]
     parts = [f"{first} [{code}]" if code else first, *problems[1:]]
     if expected:
@@ -131,13 +131,14 @@ def _text(where: str, problems: list[str], expected: str, hint: str, code: str) 
 
 
 def advice(hint: str) -> dict[str, str]:
-    """A hint in a document of JSON: what to do, and the command that does it, if there is one."""
+    """Return a hint for a JSON document: what to do, and the command that does it, if there is
+    one."""
     do, *commands = _COMMANDS.split(hint)
     return {"do": do, "command": "\n".join(commands)}
 
 
 def advised(label: str, row: Mapping[str, str]) -> str:
-    """The `advice` in a row, as lines: the command by itself."""
+    """Return the `advice` in a row as lines, with the command on a line of its own."""
     return "\n  ".join(filter(None, (f"{label}: {row['do']}", row["command"])))
 
 
@@ -149,7 +150,7 @@ def _table() -> dict[str, Any]:
 
 
 def codes() -> Mapping[str, Mapping[str, str]]:
-    """The title, cause, remedy and example of each code."""
+    """Return the title, cause, remedy and example of each code."""
     return {code: entry for code, entry in _table().items() if code != "gone"}
 
 
@@ -157,7 +158,7 @@ def codes() -> Mapping[str, Mapping[str, str]]:
 def unrecoverable(
     what: str, *, expected: str, hint: str, code: str, where: str = ""
 ) -> Iterator[None]:
-    """A kernel's ValueError about the values of `what` becomes `Unrecoverable`."""
+    """Raise a kernel's ValueError about the values of `what` as `Unrecoverable`."""
     try:
         yield
     except ValueError as error:
@@ -167,8 +168,8 @@ def unrecoverable(
 
 
 class Problems(list[AdapterkitError]):
-    """All that is wrong with a request, an input or an output, to be raised together; `where`,
-    `hint`, `kind` and `code` are those of errors that are added without them."""
+    """All problems of a request, an input or an output, collected to be raised together. `where`,
+    `hint`, `kind` and `code` are the defaults of errors that are added."""
 
     def __init__(
         self,
@@ -200,13 +201,13 @@ class Problems(list[AdapterkitError]):
     def fail(
         self, problem: str, expected: str = "", hint: str = "", *, where: str = "", code: str = ""
     ) -> NoReturn:
-        """Add an error, and raise it with all that are there."""
+        """Add an error, and raise it with all earlier ones."""
         self.add(problem, expected, hint, where=where, code=code)
         self.raise_all()
         raise AssertionError("there is an error to raise")
 
     def include(self, error: AdapterkitError) -> None:
-        """Add an error, or those that it is made of."""
+        """Add an error, or each error of a `MultipleErrors`."""
         self += error.errors if isinstance(error, MultipleErrors) else (error,)
 
     @contextmanager
@@ -218,7 +219,7 @@ class Problems(list[AdapterkitError]):
             self.include(error)
 
     def raise_all(self) -> None:
-        """Raise the one error, or all of them together; nothing without errors."""
+        """Raise the error, or all of them together; do nothing without errors."""
         different = list({str(error): error for error in self}.values())
         if len(different) == 1:
             raise different[0]
@@ -227,7 +228,7 @@ class Problems(list[AdapterkitError]):
 
 
 def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
-    """A hint with the known name closest to each of the unknown ones; "" where none is close."""
+    """Return a hint with the closest known name for each unknown one; "" if none is close."""
     from difflib import get_close_matches
 
     names = list(names)
@@ -238,14 +239,14 @@ def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
 
 
 def shown(name: object) -> str:
-    """A name from a file, printable: control and bidirectional characters escaped, at most 200
-    characters."""
+    """Return a name from a file, printable: control and bidirectional characters escaped, at most
+    200 characters."""
     text = printable(str(name)[:201])
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def by_reason(pairs: Iterable[tuple[str, str | None]]) -> dict[str, list[str]]:
-    """Names by what is said of them; those of which nothing is are left out."""
+    """Group names by reason; names without a reason are left out."""
     table: dict[str, list[str]] = {}
     for name, reason in pairs:
         if reason:
@@ -254,11 +255,11 @@ def by_reason(pairs: Iterable[tuple[str, str | None]]) -> dict[str, list[str]]:
 
 
 def listed(names: Sequence[object]) -> str:
-    """The first three names, and how many more there are."""
+    """Return the first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(shown, names[:3])) + more
 
 
 def printable(text: str) -> str:
-    """A text with its control and bidirectional characters escaped."""
+    """Return a text with its control and bidirectional characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,5 +1,4 @@
-"""Run a plan: journal, resume, the files besides the shards, one rename that publishes the
-folder."""
+"""Run a plan: journal, resume, small files, and the one rename that publishes the folder."""
 
 import json
 import time
@@ -36,13 +35,13 @@ from adapterkit.core.receipt import (
 from adapterkit.core.records import Json
 
 BLOCK = 16 << 20  # bytes of a copied file at a time
-FolderCheck = Callable[[Path], object]  # looks at a finished folder before it gets its name
+FolderCheck = Callable[[Path], object]  # inspects a finished folder before it gets its name
 Push = Callable[[Path], Json]  # a finished folder -> the receipt's `pushed`
 
 
 class Engine(Protocol):
-    """Where steps run. `finished` is called with each shard's result, once its bytes are durable
-    under its name."""
+    """Runs the steps of a plan. It calls `finished` with each shard's result, once the shard's
+    bytes are durable under its name."""
 
     def __call__(
         self,
@@ -69,16 +68,17 @@ def run(
     progress: Progress = lambda done: None,
     began: float | None = None,
 ) -> Receipt:
-    """Carry the plan out in a stage, and publish it; its receipt. On any failure nothing stands
-    under a final name.
+    """Execute the plan in a stage, publish it and return its receipt. On any failure nothing
+    appears under a final name.
 
-    `check` looks at the finished folder before it gets its name; when it raises, nothing is
-    published. `push` sends what was published, and gives what the receipt says of it; where it was
-    broken off, the same job only sends. `began`: when the work began, as `time.monotonic` has it,
-    if not now. Raises `Refused` before anything is written (output in the way, another plan's
-    unfinished run, too little space) and `Failed` or `Interrupted` after; then `resume=True` goes
-    on with what is done.
-    """
+    `check` inspects the finished folder before it gets its name; if it raises, nothing is
+    published. `push` sends the published output and returns what the receipt records of it; after
+    an interrupted push, the same job only sends. `began`: the start of the work by
+    `time.monotonic`, now by default.
+
+    Raises `Refused` before anything is written (output in the way, another plan's unfinished run,
+    too little space) and `Failed` or `Interrupted` after; then `resume=True` continues from the
+    finished files."""
     out = stage.out
     recipe = plan.recipe()
     fingerprint = fingerprint_of(recipe)
@@ -129,7 +129,7 @@ def run(
 
 
 def _is_of_plan(stage: Stage, plan: Plan, recipe: dict) -> bool:
-    """Whether the stage's receipt is one of this job, and its files are there: others may have
+    """Return whether the stage's receipt is of this job and its files are there: others may have
     written there."""
     if size_below(stage.path, RECEIPT) is None:  # a link
         return False
@@ -148,18 +148,19 @@ def _is_of_plan(stage: Stage, plan: Plan, recipe: dict) -> bool:
 
 
 def output_names(plan: Plan, receipt: str = RECEIPT) -> set[str]:
-    """The output's files; `receipt`: the name of its receipt."""
+    """Return the names of the output's files; `receipt` is the name of its receipt."""
     return {*(shard.file for shard in plan.shards), *plan.files, receipt}
 
 
 def check_place(stage: Stage, plan: Plan, *, resume: bool, overwrite: bool) -> None:
-    """`Refused` where the output could not be written there, as the job itself would be."""
+    """Refuse a job whose output could not be written there, before it starts."""
     if not stage.is_new:  # the recipe of a large plan takes its time
         state_of(stage, fingerprint_of(plan.recipe()), resume=resume, overwrite=overwrite)
 
 
 def _delivered(stage: Stage, receipt: Receipt, push: Push | None) -> Receipt:
-    """The receipt of what is published, and with `push` sent; only then the journal goes."""
+    """Return the receipt of the output once it is published and, with `push`, sent; then the
+    journal is removed."""
     if push is not None:
         receipt.data["pushed"] = push(stage.out)
     stage.discard()
@@ -178,7 +179,7 @@ def _build(
     progress: Progress,
     began: float,
 ) -> None:
-    """Fill the stage: the shards that are not done, the small files, the receipt."""
+    """Fill the stage: the shards that are not finished, the small files, the receipt."""
     if fresh:
         stage.forget()
     done = _done_before(stage, plan, hashed=hash == "sha256")
@@ -203,7 +204,7 @@ def _build(
 
     pool = ThreadPoolExecutor(1, "hash")
     try:
-        # beside the work: hashing releases Python's lock
+        # in parallel: hashing releases Python's lock
         inputs = pool.submit(input_hashes, plan) if hash != "none" else None
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
         results = [done[shard.file] for shard in plan.shards]
@@ -260,7 +261,7 @@ def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
 
 
 def _done_before(stage: Stage, plan: Plan, *, hashed: bool) -> dict[str, ShardResult]:
-    """The shards that the journal calls done and that are there."""
+    """Return the shards that the journal lists as finished and that are there."""
     shards = {shard.file: shard for shard in plan.shards}
     done = {}
     for entry in stage.journal()[1:]:
@@ -280,18 +281,18 @@ def _done_before(stage: Stage, plan: Plan, *, hashed: bool) -> dict[str, ShardRe
 
 
 def check_space(plan: Plan, todo: Sequence[OutputFile], stage: Stage) -> None:
-    """`Refused` where the disk has no room for these files and the small ones."""
+    """Refuse if the disk has too little space for these files and the small ones."""
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
     needed = stage.output.disk(
         sum(shard.layout.size for shard in todo) + plan.room(todo) + small + (1 << 20)
     )
-    work = stage.path.parent / WORK  # of which some is there already
+    work = stage.path.parent / WORK  # some of it is there already
     needed -= sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     check_free(needed, stage.path)
 
 
 def check_free(needed: int, path: Path) -> None:
-    """`Refused` where the disk has not that many bytes free."""
+    """Refuse if the disk has fewer free bytes than `needed`."""
     free = free_bytes(path)
     if needed > free:
         raise Refused(
@@ -329,8 +330,8 @@ def _write_files(
 
 
 def _blocks(plan: Plan, copy: CopyFile) -> Iterator[bytes]:
-    """The bytes of a file of an input folder; `Failed` if they are not as many as when the job was
-    planned."""
+    """Yield the bytes of a file of an input folder; `Failed` if its size has changed since
+    planning."""
     folder = plan.folders[copy.folder]
     size = folder.files()[copy.name]
     for start in range(0, size, BLOCK):

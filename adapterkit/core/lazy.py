@@ -1,5 +1,5 @@
-"""Modules that are loaded when a name of theirs is first used: a plan is made of headers and
-records, and computes nothing. And packages that only some jobs need."""
+"""Modules that are imported at the first use of one of their names, because a plan is made of
+headers and records and computes nothing; and optional packages."""
 
 import sys
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class LazyModule:
 
 
 def submodules(package: str) -> Callable[[str], LazyModule]:
-    """The `__getattr__` of a package whose modules load lazily."""
+    """Return the `__getattr__` of a package whose modules load lazily."""
 
     def find(name: str) -> LazyModule:
         if name.startswith("__"):
@@ -35,8 +35,7 @@ def submodules(package: str) -> Callable[[str], LazyModule]:
 
 
 def optional(module: str, *, install: str, expected: str, where: str = "") -> ModuleType:
-    """A module of a package that need not be there; `Refused` without it, with what `pip install`
-    takes."""
+    """Import a module of an optional package; `Refused` without it, with the name to install."""
     package = module.partition(".")[0]
     try:
         return import_module(module)

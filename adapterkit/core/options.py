@@ -1,10 +1,9 @@
-"""Options of verbs: what values each takes and what it says of itself, told once.
+"""Options of verbs: which values an option takes, and its help, defined once.
 
-Checks of options read a value from outside: values whose meaning is plain become what the verb
-expects ("4" and 4.0 are 4, "5GB" is 5000000000), all others are `Refused`. `option` and `argument`
-declare a field of a verb's record with its check and its help; the Python signature, the command
-and its completion, plan files, pipelines and docs/api.md are made of these fields.
-"""
+Checks read a value from outside. A value with one clear meaning becomes what the verb expects ("4"
+and 4.0 are 4, "5GB" is 5000000000); all others are `Refused`. `option` and `argument` declare a
+field of a verb's record with its check and its help. The Python signature, the command and its
+completion, plan files, pipelines and docs/api.md are derived from these fields."""
 
 import dataclasses
 import math
@@ -37,22 +36,19 @@ MOST_SEED = 2**63 - 1
 
 
 class Progress(Protocol):
-    """Called with the bytes just done; `expect`, where there is one, with the bytes to come."""
+    """Called with the bytes just done; `expect`, if it has one, with the total."""
 
     def __call__(self, done: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field of a verb's record says of itself.
-
-    An option without `help` is Python's alone. `flags`: as the command spells it, where that is not
-    its name; `metavar`: what its help has for the value; `needs`: an option, or OPTION=VALUE, that
-    has to be given with it, or `one or other`; `excludes`: those that may not, as far as the verb
-    has them; `unless`: of sources the option that makes up for them; `contents`: the function that
-    puts what files hold in the place of their paths, where the texts may name some; `section`: the
-    heading in the help, of what the option is for; `tier`: where it is another than the verb's.
-    """
+    """The declaration of a verb's option. Without `help` it exists in Python only. `flags`: its
+    spelling on the command line, if that is not its name; `metavar`: the word for the value in the
+    help; `needs`: an option, OPTION=VALUE or `one or other` that it requires; `excludes`: options
+    that it conflicts with, if the verb has them; `unless`: for sources, the option that replaces
+    them; `contents`: the function that replaces paths of files by their contents; `section`: its
+    heading in the help; `tier`: if it differs from the verb's."""
 
     check: Check
     help: str = ""
@@ -67,43 +63,43 @@ class Option:
 
 
 def option(*, default: Any = dataclasses.MISSING, check: Check, help: str = "", **more: Any) -> Any:
-    """A field of a verb's record that is given by name; required without `default`."""
+    """Declare a keyword field of a verb's record; required without `default`."""
     return dataclasses.field(default=default, metadata={"option": Option(check, help, **more)})
 
 
 def argument(
     *, kw_only: Literal[False], default: Any = dataclasses.MISSING, check: Check, **more: Any
 ) -> Any:
-    """A field of a verb's record that is given by its place: type checkers need the `kw_only`."""
+    """Declare a positional field of a verb's record: type checkers need the `kw_only`."""
     metadata = {"option": Option(check, **more)}
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, argument))
 def record(cls: type[T]) -> type[T]:
-    """A decorator: the class as a frozen record whose fields are options."""
-    # each method that is generated costs every start of the command line some time
+    """Make the class a frozen record whose fields are options (decorator)."""
+    # every generated method makes the command line start later
     return dataclass(frozen=True, kw_only=True, repr=False, eq=False)(cls)
 
 
 def option_of(field: dataclasses.Field) -> Option:
-    """What a field of a verb's record says of itself."""
+    """Return the declaration of a field of a verb's record."""
     return field.metadata["option"]
 
 
 def flag_of(name: str) -> str:
-    """An option as messages and the command line have it."""
+    """Return an option's spelling in messages and on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 class OptionRecord:
-    """A record whose fields are options: made with values as people give them, it holds those that
-    the checks make of them. `Refused` with all that are invalid, or do not go together."""
+    """A record whose fields are options. It is made with values as people give them, and holds the
+    values that the checks return. `Refused` lists every invalid value and every conflict."""
 
     name: ClassVar[str]
-    section: ClassVar[str] = ""  # of the help, for the options of this record that name none
+    section: ClassVar[str] = ""  # in the help, of the options that name none
     one_needed: ClassVar[tuple[str, ...]] = ()  # options of which exactly one is to be given
-    none_given: ClassVar[str] = "the rank is not chosen"  # the problem where none of them is
+    none_given: ClassVar[str] = "the rank is not chosen"  # the problem if none is given
     needs: ClassVar[Mapping[str, str]] = {}  # as of `Option`, of options that several verbs have
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # each is one, by `record`
 
@@ -126,21 +122,21 @@ class OptionRecord:
         return f"{type(self).__name__}({vars(self)})"
 
     def only(self, kind: type[Kind]) -> Kind:
-        """The options of another record that this one has too."""
+        """Return the options of another record that this one has too."""
         shared = object.__new__(kind)
         for field in dataclasses.fields(kind):
             object.__setattr__(shared, field.name, getattr(self, field.name))  # it is checked
         return shared
 
     def _is_given(self, text: str) -> bool:
-        """Whether an option is given, or in OPTION=VALUE has that value."""
+        """Return whether an option is given, or for OPTION=VALUE has that value."""
         name, _, value = text.partition("=")
         default, own = type(self).__dataclass_fields__[name].default, getattr(self, name)
         return str(own) == value if value else own != default
 
     def _conflicts(self, given: Iterable[str]) -> list[AdapterkitError]:
-        """Refusals of options that are given without what they need, or with what they exclude;
-        `given`: those whose value is not their default."""
+        """Return refusals of given options that lack an option they need or conflict with another;
+        `given` are those whose value is not their default."""
         errors = Problems(where="options", code="AK102")
         chosen = [flag_of(name) for name in filter(self._is_given, self.one_needed)]
         if self.one_needed and len(chosen) != 1:
@@ -170,7 +166,7 @@ class OptionRecord:
 
 
 def checked(name: str, check: Check, value: object) -> Any:
-    """What an option's check makes of a value; `Refused` for others."""
+    """Return a value as the option's check converts it; `Refused` if it is invalid."""
     errors = Problems()
     result = inside(check, value, "", errors)
     for error in errors:
@@ -270,7 +266,7 @@ def regex(value: object) -> str:
 
 
 def path(value: object) -> StrPath:
-    """A path, or what else a source can be called."""
+    """A path, or another name of a source, such as a Hub id."""
     if not _is_path(value):
         raise invalid_value(value, "a path", "give a text or a Path")
     return value
@@ -296,7 +292,7 @@ def parse_size(value: object) -> int:
 
 
 def bytes_text(count: int) -> str:
-    """A number of bytes as people read it, such as 178 MB."""
+    """Return a number of bytes for people, such as 178 MB."""
     unit = max((u for u in UNITS if count >= UNITS[u]), key=lambda u: UNITS[u], default="")
     if not unit:
         return f"{count} bytes"
@@ -352,19 +348,19 @@ def function(value: object) -> Any:
 
 
 def finite(value: Any) -> float | None:
-    """The finite number that a value is, or spells; None for anything else."""
+    """Return the finite number that a value is, or spells; None for anything else."""
     if isinstance(value, bool | bytes | bytearray) or getattr(value, "shape", ()):
         return None
     try:
         number = float(value)
     except (ValueError, TypeError, OverflowError, RuntimeError):
-        # RuntimeError: torch's, of a tensor of several elements
+        # RuntimeError: torch's, for a tensor of several elements
         return None
     return number if math.isfinite(number) else None
 
 
 def _integer(value: Any) -> int | None:
-    """The integer that a value is, or spells; None for anything else."""
+    """Return the integer that a value is, or spells; None for anything else."""
     if _is_flag(value):
         return None
     if isinstance(value, str):
@@ -380,7 +376,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _items(value: object) -> list[Any]:
-    """The items of a list in its order; a text or a path is a list of one, None an empty one."""
+    """Return the items of a list; a text or a path counts as one item, None as none."""
     if value is None:
         return []
     if isinstance(value, str | os.PathLike):
@@ -392,9 +388,8 @@ def _items(value: object) -> list[Any]:
 
 
 def weighted(adapters: object) -> list[tuple[StrPath, float | None]]:
-    """Sources and their weights, None where there is none, of one source or several, of pairs
-    `(source, weight)`, or of a mapping of sources to weights. `Refused` with all that are none of
-    these."""
+    """Return sources with their weights (None without one), from one source, several, pairs
+    `(source, weight)`, or a mapping from sources to weights. `Refused` lists every other value."""
     items = list(adapters.items()) if isinstance(adapters, Mapping) else _items(adapters)
     is_pair = isinstance(adapters, tuple) and len(items) == 2 and not isinstance(items[1], str)
     if is_pair and finite(items[1]) is not None:
@@ -414,7 +409,7 @@ def weighted(adapters: object) -> list[tuple[StrPath, float | None]]:
 
 
 def unweighted(adapters: object) -> list[StrPath]:
-    """Sources, for verbs without weights; `Refused` for weights other than 1."""
+    """Return the sources of a verb that takes no weights; `Refused` for weights other than 1."""
     pairs = weighted(adapters)
     expected, hint = "no weights: this verb has none", "remove the weight"
     wrong = (pair for pair in pairs if pair[1] not in (None, 1))
@@ -423,22 +418,22 @@ def unweighted(adapters: object) -> list[StrPath]:
 
 
 def _sources(value: object) -> list[StrPath | tuple[StrPath, float]]:
-    """Sources with their weights where they have some, as `weighted` takes them again."""
+    """Return sources, with their weights if given, in a form that `weighted` accepts."""
     pairs = weighted(value)
     return [source if weight is None else (source, weight) for source, weight in pairs]
 
 
 def progress(value: object) -> Progress:
-    """What is called with the bytes done; nothing for None."""
+    """Return the progress callback; one that does nothing for None."""
     return no_progress if value is None else function(value)
 
 
 def no_progress(done: int, /) -> None:
-    """The progress that nobody looks at."""
+    """Ignore the progress."""
 
 
 def expect(progress: Progress, total: int) -> None:
-    """Tell a progress that can be told how many bytes are to come."""
+    """Announce the total bytes to a progress callback that supports it."""
     getattr(progress, "expect", no_progress)(total)
 
 

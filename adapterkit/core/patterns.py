@@ -1,6 +1,6 @@
 """Regular expressions from outside (configs of strangers, the command line), matched with a time
-limit; options REGEX=VALUE, for the modules whose name, or the end of it after a dot, matches:
-`--rank-for down_proj=16`. Of several that match a module the first counts, as in PEFT."""
+limit; and options REGEX=VALUE for modules whose name, or the end of it after a dot, matches:
+`--rank-for down_proj=16`. The first match wins, as in PEFT."""
 
 import math
 import re
@@ -19,7 +19,7 @@ MAX_LENGTH = 1000
 MAX_EXPANSION = 100_000
 TIMEOUT = 1.0  # seconds for one name
 TOTAL_TIMEOUT = 3.0  # seconds for all the names that one pattern is matched with
-PLAIN = re.compile(r"\^?[\w.\-]*\$?")  # nothing that could backtrack
+PLAIN = re.compile(r"\^?[\w.\-]*\$?")  # cannot backtrack
 # `regex` reads {e<=2} as "with two errors", `re` as these characters
 FUZZY = re.compile(r"(?<!\\)\{(?!\d*(,\d*)?\})")
 V = TypeVar("V")
@@ -27,8 +27,8 @@ Rule = tuple[str, V]  # a pattern and its value
 
 
 def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]:
-    """`re.search` of the pattern within `wrap`. Raises `Refused` for one that does not compile, and
-    when it is matched for one that takes over a second."""
+    """Return `re.search` of the pattern within `wrap`. It is `Refused` if it does not compile, or
+    later, when a match takes over a second."""
     if len(pattern) > MAX_LENGTH:
         raise Refused(
             f"a pattern of {len(pattern)} characters",
@@ -48,23 +48,23 @@ def _matches(pattern: re.Pattern, text: str) -> bool:
 
 
 def similar_names(pattern: str, names: Iterable[str]) -> str:
-    """`did_you_mean` for a pattern that matches none of the dotted names: its unknown words."""
+    """Return `did_you_mean` for the unknown words of a pattern that matches no dotted name."""
     words = re.findall(r"[^\W\d]\w+", re.sub(r"\\[A-Za-z]", " ", pattern))
     known = {part for name in names for part in name.split(".") if not part.isdigit()}
     return did_you_mean((word for word in words if word not in known), sorted(known))
 
 
 def selection(include: str | None, exclude: str | None) -> Callable[..., bool]:
-    """Whether something is selected that any of some names stands for: without `include` all is,
-    without `exclude` nothing is excluded. `Refused` for a regex that does not compile, and when it
-    is asked for one that takes too long."""
+    """Return a function of a module's names that is true if one of them is selected. Without
+    `include` all are; without `exclude` none is excluded. A regex that does not compile is
+    `Refused`, and one that takes too long when it is used."""
     included = matcher(include, "--include") if include else lambda name: True
     excluded = matcher(exclude, "--exclude") if exclude else lambda name: False
     return lambda *names: any(map(included, names)) and not any(map(excluded, names))
 
 
 def selecting(option: str, pattern: str, names: Collection[str]) -> Callable[[str], bool]:
-    """The `matcher` of an option that is a pattern; `Refused` where it matches none of these."""
+    """Return the `matcher` of an option; `Refused` if the pattern matches none of the names."""
     matches = matcher(pattern, option)
     if not any(map(matches, names)):
         raise unmatched(option, pattern, names, "a module of the model")
@@ -74,8 +74,8 @@ def selecting(option: str, pattern: str, names: Collection[str]) -> Callable[[st
 def read_rules(
     option: str, texts: Iterable[str], check: Check, format: str = "REGEX=VALUE"
 ) -> list[Rule[Any]]:
-    """The rules of an option, in their order, their values by the check; `format`: as the option
-    spells them. `Refused` with all that are no rules."""
+    """Return an option's rules in order, with checked values; `format` is the option's spelling.
+    `Refused` lists every text that is not a rule."""
     rules: list[Rule[Any]] = []
     errors = Problems(where="options", hint="give a regex, = and the value", code="AK101")
     for text in texts:
@@ -91,7 +91,7 @@ def read_rules(
 
 
 def pattern_table(rules: Sequence[Rule[V]]) -> dict[str, V]:
-    """Pattern -> value; of two rules of one pattern the first counts."""
+    """Return pattern -> value; the first rule of a pattern wins."""
     table: dict[str, V] = {}
     for pattern, value in rules:
         table.setdefault(pattern, value)
@@ -99,7 +99,7 @@ def pattern_table(rules: Sequence[Rule[V]]) -> dict[str, V]:
 
 
 def unmatched(option: str, pattern: str, names: Collection[str], expected: str) -> Refused:
-    """The refusal of an option whose pattern matches none of these modules."""
+    """Return the refusal of an option whose pattern matches none of these modules."""
     return Refused(
         f"{option} {shown(pattern)!r} matches none",
         expected=expected,
@@ -110,7 +110,8 @@ def unmatched(option: str, pattern: str, names: Collection[str], expected: str) 
 
 
 class _TimedPattern:
-    """A pattern that may backtrack, matched with a time limit; not again once that has passed."""
+    """A pattern that may backtrack, matched with a time limit; it is not tried again after a
+    timeout."""
 
     def __init__(self, pattern: str, whole: str, where: str):
         # one of transformers' own dependencies; the standard library's has no time limit
@@ -136,7 +137,7 @@ class _TimedPattern:
         try:
             return self.compiled.search(text, timeout=TIMEOUT) is not None
         except TimeoutError:
-            self.spent = TOTAL_TIMEOUT  # the names to come are refused without another try
+            self.spent = TOTAL_TIMEOUT  # later names are refused without another try
             self._refuse()
         finally:
             self.spent += time.monotonic() - began
@@ -152,8 +153,8 @@ class _TimedPattern:
 
 
 def _check(pattern: str) -> None:
-    """`re.error` or `ValueError` for what the standard library, which PEFT asks, reads otherwise or
-    not at all."""
+    """Raise `re.error` or `ValueError` for syntax that the standard library, which PEFT uses, reads
+    differently or not at all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         re.compile(pattern)

@@ -1,10 +1,9 @@
-"""Records of a plan: what every output tensor is made of, complete before any data is read.
+"""Records of a plan: how every output tensor is made, complete before any data is read.
 
 A `Plan` gives each output file's exact layout, and for each tensor its `Step`: the stored tensor
-its rows start from and the edits they go through. A file of factors has `Task`s instead, which
-decide their own ranks, within bounds that the plan knows. Everything that can be refused has been
-refused when a plan exists.
-"""
+that its rows start from, and the edits that change them. A file of factors has `Task`s instead,
+which decide their own ranks, within bounds that the plan knows. Once a plan exists, every check
+that can refuse the job has passed."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ Apply = Callable[[Tensor, int], None]
 
 
 def _marked_reads(record: RowEdit | Task) -> tuple[TensorSpec, ...]:
-    """The stored tensors in the fields of a record that are marked `READ`."""
+    """Return the stored tensors in the fields of a record that are marked `READ`."""
     return tuple(
         spec for name in _marked_fields(type(record)) for spec in _specs_in(getattr(record, name))
     )
@@ -61,7 +60,7 @@ def _marked_fields(cls: type[RowEdit | Task]) -> tuple[str, ...]:
 
 
 def _specs_in(value: object) -> Iterator[TensorSpec]:
-    """The stored tensors of a tensor, of all in a tuple, or that a record reads."""
+    """Yield the stored tensors of a tensor, of a tuple of them, or of a record's `reads`."""
     if isinstance(value, TensorSpec):
         yield from stored_parts(value)
         return
@@ -73,9 +72,8 @@ def _specs_in(value: object) -> Iterator[TensorSpec]:
 class Loaded:
     """An edit with its tensors read.
 
-    `apply` changes rows in place; `delta_norm` is the Frobenius norm of what it adds, where known;
-    `exact`, where `apply` rounds, is the same without roundings, to measure them.
-    """
+    `apply` changes rows in place; `delta_norm` is the Frobenius norm of the addition, if known;
+    `exact`, if `apply` rounds, is the same without rounding, to measure the error."""
 
     apply: Apply
     delta_norm: float | None = None
@@ -84,12 +82,12 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What computing takes besides reading and writing, counted; `engine/cost.py` has what it costs
-    on which machine."""
+    """Counts of computation besides reading and writing; `engine/cost.py` has the price of each on
+    a machine."""
 
     encoded: float = 0.0  # elements that are rounded to a quantized format, and compared with it
     decoded: float = 0.0  # elements of a quantized format that become numbers
-    elected: float = 0.0  # elements of dense deltas that a method goes through, those of all
+    elected: float = 0.0  # elements of dense deltas that a method reads, of all adapters
     drawn: float = 0.0  # random numbers
     flops: float = 0.0  # of products in float32
     wide: float = 0.0  # of products in float64
@@ -109,7 +107,7 @@ class RowEdit(ABC):
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        """All that `load` reads, but for the source: the fields that are marked `READ`."""
+        """The tensors that `load` reads, except the source: the fields that are marked `READ`."""
         return _marked_reads(self)
 
     @property
@@ -119,33 +117,33 @@ class RowEdit(ABC):
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of its products, over all rows."""
+        """Multiplications and additions of the edit's products, over all rows."""
         return 0
 
     @property
     def effort(self) -> Effort:
-        """What it takes besides."""
+        """The edit's effort besides `flops`."""
         return Effort()
 
     @property
     def memory(self) -> int:
-        """Bytes that loading it takes, and what is loaded, at most."""
+        """The most bytes that the edit takes while it is loaded and after."""
         return 4 * sum(spec.nbytes for spec in self.reads)
 
     @property
     def gpu_memory(self) -> int:
-        """Bytes that it takes besides on a GPU."""
+        """Additional bytes on a GPU."""
         return 0
 
     @property
     def is_dense(self) -> bool:
-        """Whether what is loaded is as large as the tensor: then that is computed whole, by a task
+        """True if the loaded edit is as large as the tensor. Then a task computes the whole tensor,
         with a claim on memory."""
         return False
 
     @abstractmethod
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
-        """The edit of `source`, as rows and columns of `grid`."""
+        """Return the edit of `source`, seen as rows and columns of `grid`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,22 +156,22 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Compensation:
-    """How rounding errors of a tensor are carried from input to input of its modules; outputs
-    beyond the spans are rounded to nearest."""
+    """Compensated rounding: errors are carried from input to input of the tensor's modules. Outputs
+    outside the spans are rounded to nearest."""
 
     spans: tuple[Span, ...]
     by_columns: bool = False  # the outputs are the grid's columns, the inputs its rows
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        """Each covariance once."""
+        """The covariances, each once."""
         return tuple(dict.fromkeys(span.covariance for span in self.spans))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One output tensor: its rows start from `source` and go through `edits`, in float32 (`wide`:
-    in float64), rounded once to `dtype`: to nearest, with `draws` stochastically, or with
+    """One output tensor: its rows start from `source`, go through `edits` in float32 (`wide`: in
+    float64), and are rounded once to `dtype`: to nearest, stochastically with `draws`, or with
     `compensation`."""
 
     key: str
@@ -182,10 +180,10 @@ class Step:
     source: TensorSpec
     edits: tuple[RowEdit, ...] = ()
     rows: int = 0  # the grid's rows when there are edits
-    adapters: tuple[str, ...] = ()  # whose parts go in
+    adapters: tuple[str, ...] = ()  # the adapters that change it
     draws: Draws | None = None
     wide: bool = False
-    measures_error: bool = False  # of what is written, relative to the source's norm
+    measures_error: bool = False  # of the written values, relative to the source's norm
     compensation: Compensation | None = None
 
     @property
@@ -194,8 +192,8 @@ class Step:
 
     @property
     def copied(self) -> bool:
-        """Whether the source's bytes are copied as a range. Values of an adapter are read instead:
-        they may not be finite."""
+        """True if the source's bytes are copied as a range. Values of an adapter are read instead,
+        because they may not be finite."""
         unread = self.source.folder == 0 or self.dtype not in dtypes.FLOATS
         return not self.edits and self.dtype == self.source.dtype and unread
 
@@ -205,7 +203,7 @@ class Step:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is computed whole, by a task."""
+        """True if a task computes the whole tensor."""
         return self.compensation is not None or any(edit.is_dense for edit in self.edits)
 
     @property
@@ -229,9 +227,8 @@ PIECE_BYTES = 40  # of temporaries, for each element of a piece
 class TaskResult(NamedTuple):
     """The tensors of a task by key, in the order of writing, and metrics for the receipt.
 
-    A `TensorSpec` in place of a tensor: its stored bytes. `handoff`: tensors for tasks of later
-    files.
-    """
+    A `TensorSpec` instead of a tensor stands for its stored bytes. `handoff`: tensors for tasks of
+    later files."""
 
     tensors: Mapping[str, Tensor | TensorSpec]
     metrics: Metrics
@@ -241,12 +238,12 @@ class TaskResult(NamedTuple):
 # (file, tensors in order, metadata) -> a file in another container than safetensors
 LayOut = Callable[[str, Sequence[TensorPlan], Mapping[str, Any]], ShardLayout]
 Change = Callable[[TaskResult], TaskResult]
-# the metrics of all tasks of a file -> what to do to the result of each
+# the metrics of all tasks of a file -> a change for the result of each
 Finalize = Callable[[list[Metrics]], list[Change]]
 
 
 def unchanged(result: TaskResult) -> TaskResult:
-    """The `Change` that is none."""
+    """Return the result as it is: the `Change` that changes nothing."""
     return result
 
 
@@ -254,14 +251,14 @@ def unchanged(result: TaskResult) -> TaskResult:
 class Task(ABC):
     """Output tensors that are computed together, such as the factors of one module.
 
-    Subclasses are frozen, picklable dataclasses. Each is held to what it promises here.
-    """
+    Subclasses are frozen, picklable dataclasses. Their results are checked against these
+    properties."""
 
     name: str  # in the receipt: the module's, or the tensor's key
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        """All that `compute` reads, each once: the fields that are marked `READ`."""
+        """The tensors that `compute` reads, each once: the fields that are marked `READ`."""
         return tuple(dict.fromkeys(_marked_reads(self)))
 
     @property
@@ -272,27 +269,27 @@ class Task(ABC):
     @property
     @abstractmethod
     def max_outputs(self) -> tuple[TensorPlan, ...]:
-        """Its tensors, each as large as it can become."""
+        """The task's tensors, each at its largest possible size."""
 
     @property
     def planned_metrics(self) -> Metrics | None:
-        """Those of its metrics that small files need, where it is known before any value is read
-        that its outputs are `max_outputs`; None where values decide."""
+        """The metrics that small files need, if the outputs are known to be `max_outputs` before
+        any value is read; None if values decide."""
         return None
 
     @property
     def handoff_reads(self) -> tuple[str, ...]:
-        """Keys of handed-on tensors that `compute` reads."""
+        """Keys of tensors from earlier files that `compute` reads."""
         return _handed_on(self.reads)
 
     @property
     def handoff_writes(self) -> tuple[str, ...]:
-        """Keys of what `compute` hands on."""
+        """Keys of the tensors that `compute` keeps for later files."""
         return ()
 
     @property
     def copied(self) -> bool:
-        """Whether its outputs are stored bytes, written as they are."""
+        """True if the outputs are stored bytes, written as they are."""
         return False
 
     @property
@@ -302,11 +299,11 @@ class Task(ABC):
     @property
     @abstractmethod
     def memory(self) -> int:
-        """Bytes that `compute` takes at most."""
+        """The most bytes that `compute` takes."""
 
     @property
     def gpu_memory(self) -> int:
-        """The same of a GPU's memory: pieces that it works on at once are larger there."""
+        """The same for a GPU's memory: pieces that are computed at once are larger there."""
         if self.copied:
             return 0
         largest = max(math.prod(one.shape) for one in (*self.reads, *self.max_outputs))
@@ -317,8 +314,8 @@ class Task(ABC):
 
 
 class Collecting(Protocol):
-    """What is summed up before the tasks of a file are made, in blocks that several processes
-    share: statistics (`verbs/stats/plan.py`)."""
+    """Sums that are made before the tasks of a file, in blocks that several processes share:
+    statistics (`verbs/stats/plan.py`)."""
 
     @property
     def blocks(self) -> int: ...
@@ -329,23 +326,23 @@ class Collecting(Protocol):
 
     @property
     def work(self) -> int:
-        """Bytes of disk of all sums."""
+        """Bytes of disk for all sums."""
         ...
 
     @property
     def device_memory(self) -> int:
-        """Bytes of the memory of a GPU that it runs on."""
+        """Bytes of GPU memory, if it runs on one."""
         ...
 
     @property
     def effort(self) -> Effort: ...
 
     def room(self, budget: int) -> int:
-        """Bytes of disk that it takes meanwhile, with so many bytes of memory."""
+        """Return the temporary bytes of disk, with a memory budget."""
         ...
 
     def totals(self, budget: int) -> dict[str, int]:
-        """What a dry run prints of it, with so many bytes of memory."""
+        """Return the figures that a dry run prints, with a memory budget."""
         ...
 
     def collect_blocks(
@@ -368,22 +365,21 @@ class Collecting(Protocol):
         device: torch.device,
         progress: Progress,
     ) -> OutputFile:
-        """The file with the tasks that the sums of all blocks give; of one process, which makes
-        them first."""
+        """Return the file with the tasks that follow from the sums of all blocks; a single process
+        makes the sums first."""
         ...
 
 
 @dataclass(frozen=True)
 class OutputFile:
     """One output file: of `steps`, which are streamed, or of `tasks`, which are computed whole, in
-    file order; `layout` has each tensor of a task as large as it can become.
+    file order; `layout` has each tensor of a task at its largest possible size.
 
     `safetensors_order`: the tensors are in the order in which the safetensors library writes them.
-    Then sizes are as planned, but for those of `variable_size`. `lay_out`: of a container
-    in which no size varies. `collection`: what its tasks read is collected first, and decides which
-    they are. `range`: bytes [start, stop) of it alone, whole pieces, or one block of the
-    collection, in a file of their own until all are there.
-    """
+    Then sizes are as planned, except those of `variable_size`. `lay_out`: for a container in which
+    no size varies. `collection`: sums that are collected first and determine the tasks. `range`:
+    only bytes [start, stop) of the file, in whole pieces, or one block of the collection, in a file
+    of their own until all are there."""
 
     layout: ShardLayout
     steps: tuple[Step, ...] = ()
@@ -406,7 +402,7 @@ class OutputFile:
         safetensors_order: bool = False,
         lay_out: LayOut | None = None,
     ) -> OutputFile:
-        """A file of these tasks."""
+        """Return a file of these tasks."""
         tasks = tuple(tasks)
         stored = [stored for task in tasks for stored in task.max_outputs]
         if safetensors_order:
@@ -422,8 +418,8 @@ class OutputFile:
         return replace(empty, layout=empty.laid_out(stored))
 
     def laid_out(self, tensors: Sequence[TensorPlan], header_size: int = 0) -> ShardLayout:
-        """The layout of its tasks' tensors as they turned out; where their sizes are not as
-        planned, with a header of at least `header_size` bytes."""
+        """Return the layout of the tasks' tensors as computed. If their sizes are not as planned,
+        the header has at least `header_size` bytes."""
         if self.lay_out is not None:
             return self.lay_out(self.file, tensors, self.metadata)
         room = 0 if self.safetensors_order else header_size
@@ -436,12 +432,12 @@ class OutputFile:
 
     @property
     def name(self) -> str:
-        """The name under which it is written: the file's, or that of its range."""
+        """The name under which it is written: that of the file, or of its range."""
         return self.file if self.range is None else part_name(self.file, *self.range)
 
     @property
     def size(self) -> int:
-        """Bytes, at most; of a block its share of them."""
+        """The most bytes of the file; for a block, its share of them."""
         if self.range is None:
             return self.layout.size + SLACK * len(self.variable_size)
         if self.collection is not None:
@@ -450,45 +446,45 @@ class OutputFile:
 
     @cached_property
     def variable_size(self) -> frozenset[str]:
-        """Keys of tensors whose planned size is a guess: JSON texts of a format."""
+        """Keys of tensors whose planned size is an estimate: JSON texts of a format."""
         return frozenset(stored.key for stored in self.layout.tensors if stored.varies)
 
     @property
     def is_block(self) -> bool:
-        """Whether it is a block of what is collected for it."""
+        """True if it is a block of the file's collection."""
         return self.collection is not None and self.range is not None
 
     def block_files(self) -> list[OutputFile]:
-        """The blocks of what is collected for it."""
+        """Return the blocks of the file's collection."""
         count = 0 if self.collection is None else self.collection.blocks
         return [replace(self, range=(number, number + 1)) for number in range(count)]
 
     @property
     def sizes_are_planned(self) -> bool:
-        """Whether every tensor is as large as planned, but for those of `variable_size`."""
+        """True if every tensor is as large as planned, except those of `variable_size`."""
         return not self.tasks or self.safetensors_order or self.lay_out is not None
 
     @property
     def reads(self) -> Iterator[TensorSpec]:
-        """What its steps and tasks read."""
+        """Yield the tensors that the steps and tasks read."""
         for one in (*self.steps, *self.tasks):
             yield from one.reads
 
     @property
     def handoff_reads(self) -> tuple[str, ...]:
-        """Keys of handed-on tensors that its steps and tasks read."""
+        """Keys of tensors from earlier files that its steps and tasks read."""
         edits = (edit for step in self.steps for edit in step.edits)
         in_tasks = (key for task in self.tasks for key in task.handoff_reads)
         return (*_handed_on(spec for edit in edits for spec in edit.reads), *in_tasks)
 
     @property
     def handoff_writes(self) -> tuple[str, ...]:
-        """Keys of what its tasks hand on."""
+        """Keys of the tensors that its tasks keep for later files."""
         return tuple(key for task in self.tasks for key in task.handoff_writes)
 
     def accepts(self, result: ShardResult, *, hashed: bool) -> bool:
-        """Whether a result that was noted is of this file, hashed as it is to be: one of its range
-        has no hash."""
+        """Return whether a recorded result is of this file, with a hash if one is expected: the
+        result of a range has none."""
         is_size = result.size <= self.size if self.tasks else result.size == self.size
         is_size = is_size or self.is_block  # a list of files
         is_hashed = (result.sha256 is not None) == (hashed and self.range is None)
@@ -509,9 +505,9 @@ class CopyFile:
 
 @dataclass(frozen=True)
 class FromMetrics:
-    """A small file whose content depends on what was computed in the output's files whose names
-    begin with `folder`: metrics by task's or tensor's name, and by how many bytes tensors whose
-    size was a guess have grown."""
+    """A small file whose content depends on the output's files whose names begin with `folder`: on
+    the metrics by task or tensor, and on the bytes by which tensors with estimated sizes have
+    grown."""
 
     content: Callable[[dict[str, dict], int], bytes]
     folder: str = ""
@@ -527,23 +523,21 @@ def no_warnings(metrics: dict[str, dict]) -> list[str]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a plan runs, and what that takes; no part of the job."""
+    """The device on which a plan runs, and its needs there; not recorded as part of the job."""
 
     device: str = "cpu"  # the kind that its bits are of
     # totals beside the plan's own: of another kind of device than the CPU, of an output on the Hub
     totals: Mapping[str, int] = field(default_factory=dict)
-    room: int = 0  # bytes of disk that its files take for a time, beside what they are in the end
+    room: int = 0  # temporary bytes of disk, in addition to the final files
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
-    """A job, complete: inputs, output files, options and decisions for the receipt.
+    """A complete job: inputs, output files, options, and decisions for the receipt.
 
-    As text it is a summary; `totals()` are the numbers of a dry run, `warnings` and `notes` what it
-    says before anything is read.
-
-    It pickles: its values are records, module-level functions and partials of these.
-    """
+    As text it is a summary; `totals()` are the numbers of a dry run, `warnings` and `notes` the
+    remarks before anything is read. It pickles: its values are records, module-level functions and
+    partials of these."""
 
     verb: str
     options: Json
@@ -584,22 +578,22 @@ class Plan:
         return "\n".join([*texts, *(f"note: {note}" for note in self.notes)])
 
     def notes_of(self, name: str) -> list[str]:
-        """Its warnings and notes for a plan that it is a part of, under this name."""
+        """Return the warnings and notes for an enclosing plan, in which this one has that name."""
         warnings = [f"{WARNING}{name}: {text}" for text in self.warnings]
         return warnings + [f"{name}: {note}" for note in self.notes]
 
     def decided(self) -> Json:
-        """The decisions, and the call that makes the output again; not one with a function of the
-        caller's, which nobody can call again."""
+        """Return the decisions, and the call that makes the output again, unless it has a function
+        of the caller's, which nobody else can call."""
         call = None if self.call is None else call_of(self.call)
         return self.decisions | ({"call": call} if call is not None and is_data(call) else {})
 
     def written_files(self) -> Files:
-        """The small files as they are written: cards with the command."""
+        """Return the small files as they are written: cards with the command."""
         return self.files if self.call is None else with_command(self.files, self.call)
 
     def recipe(self) -> Json:
-        """What makes two plans the same, as it is read again from a file: version, verb, options,
+        """Return the identity of the plan, as it is read again from a file: version, verb, options,
         inputs and output layout."""
         inputs: list[dict] = [{"name": f.name, **f.origin, "files": {}} for f in self.folders]
         for (folder, name), sha in sorted(self.headers.items()):
@@ -620,7 +614,8 @@ class Plan:
         return json.loads(json.dumps(recipe))
 
     def needs(self) -> dict[str, tuple[str, ...]]:
-        """The files whose handoffs each output file reads: they are made before it."""
+        """Return, for each output file, the files that must be made before it because it reads
+        their handoffs."""
         written = {key: shard.file for shard in self.shards for key in shard.handoff_writes}
         return {
             shard.file: tuple(dict.fromkeys(written[key] for key in shard.handoff_reads))
@@ -628,8 +623,8 @@ class Plan:
         }
 
     def totals(self) -> Json:
-        """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they
-        are the most it can be."""
+        """Return the sizes that a dry run prints: tensors and bytes. They are exact, except for
+        computed files, where they are upper bounds."""
         tasks = [task for shard in self.shards for task in shard.tasks]
         steps = [
             (step, stored)
@@ -665,17 +660,18 @@ class Plan:
         }
 
     def room(self, shards: Iterable[OutputFile]) -> int:
-        """Bytes of disk that these files take for a time, beside what they are in the end."""
+        """Return the temporary bytes of disk that these files take in addition to their final
+        sizes."""
         collections = [shard.collection for shard in shards if shard.collection is not None]
         return self.placement.room + sum(each.room(self.budget) for each in collections)
 
     @property
     def budget(self) -> int:
-        """Bytes that tasks may take together; one that takes more is made by itself."""
+        """Return the bytes that tasks may take together; a larger task runs alone."""
         return quarter_of_memory() if self.memory is None else self.memory
 
     def factors_memory(self, steps: Sequence[Step], workers: int) -> int:
-        """Bytes of the factors of the steps that so many workers are at."""
+        """Return the bytes of the factors of the steps that run at once."""
         sizes = (
             sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps
         )
@@ -683,7 +679,7 @@ class Plan:
         return factors_memory(sizes, sum(spec.nbytes for spec in shared), workers)
 
     def tasks_memory(self, workers: int, *, gpu: bool = False) -> int:
-        """The most bytes that tasks take together, with so many workers."""
+        """Return the most bytes that tasks take together, with that many workers."""
         files = (
             [task.gpu_memory if gpu else task.memory for task in shard.tasks]
             for shard in self.shards

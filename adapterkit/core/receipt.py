@@ -1,4 +1,4 @@
-"""The receipt, adapterkit.json: what was done, with hashes and measured metrics; reading it."""
+"""The receipt, adapterkit.json: a record of the job, with hashes and measured metrics."""
 
 import hashlib
 import json
@@ -37,18 +37,19 @@ SEAL = b',\n  "seal": "'
 
 
 def digest(recipe: dict) -> str:
-    """The sha256 of a recipe."""
+    """Return the sha256 of a recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint_of(recipe: dict) -> str:
-    """The fingerprint of a job: the sha256 of its public recipe, as it is read again."""
+    """Return the fingerprint of a job: the sha256 of its public recipe, as it is read again."""
     return digest(public_recipe(recipe))
 
 
 def joined_metrics(shards: Iterable[ShardResult], parts: Collection[str] = ()) -> dict[str, dict]:
-    """The metrics of all files by name, in these folders with the folder's in front; those of a
-    stack of experts are of its factors and of the stored tensor of that name."""
+    """Return the metrics of all files by name, with the folder in front for files in `parts`.
+    The metrics of a stack of experts are those of its factors and of the stored tensor with its
+    name."""
     metrics: dict[str, dict] = {}
     for shard in shards:
         folder = shard.file.partition("/")[0]
@@ -59,7 +60,7 @@ def joined_metrics(shards: Iterable[ShardResult], parts: Collection[str] = ()) -
 
 
 def _all_metrics(plan: Plan, shards: Iterable[ShardResult]) -> dict[str, dict]:
-    """The metrics of all files, and of the job that made what they are written of."""
+    """Return the metrics of all files, and of the job that made their source."""
     metrics = joined_metrics(shards, plan.parts)
     for folder in plan.folders:
         for name, own in getattr(getattr(folder, "maker", None), "metrics", {}).items():
@@ -68,8 +69,8 @@ def _all_metrics(plan: Plan, shards: Iterable[ShardResult]) -> dict[str, dict]:
 
 
 def kept_shares(metrics: Mapping[str, dict]) -> dict[str, float]:
-    """The share of each tensor's change that is in what was written. What compensated rounding
-    keeps is in the outputs, whatever is left of each element."""
+    """Return the share of each tensor's change that is in the written values. Compensated rounding
+    is judged by the outputs, not by each element."""
     kept = {key: metric for key, metric in metrics.items() if "output_error" not in metric}
     return {key: metric["survived"] for key, metric in kept.items() if "survived" in metric}
 
@@ -77,19 +78,19 @@ def kept_shares(metrics: Mapping[str, dict]) -> dict[str, float]:
 @dataclass(frozen=True)
 class Receipt:
     """The receipt of a finished job; `data` is the content of `adapterkit.json`, `out` the folder,
-    the file or the place on the Hub that it is of. Notebooks show its metrics."""
+    the file or the Hub address of the output. Notebooks show its metrics."""
 
     out: Path | str
     data: Json = field(repr=False)
     finished_before: bool = False
 
     def _repr_html_(self) -> str:
-        """What notebooks show."""
+        """Return the HTML that notebooks show."""
         return load("verbs.look.overview.page:receipt_frame")(self.data)
 
 
 SHA256 = test("a sha256", lambda value: re.fullmatch("[0-9a-f]{64}", value))
-# what every receipt has, and of which kind; its keys and parameters are as many as tensors
+# the fields of every receipt and their types; it has as many keys and parameters as tensors
 RECEIPT_CHECK = entries(
     {
         "adapterkit": test(str(RECEIPT_VERSION), lambda value: value == RECEIPT_VERSION),
@@ -109,7 +110,7 @@ RECEIPT_CHECK = entries(
 
 
 def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
-    """The sha256 of the adapters' files, and of a model's where the Hub lists it: a base is not
+    """Return the sha256 of the adapters' files, and of a model's if the Hub lists it: a base is not
     read again to be hashed."""
     hashes: dict[str, dict[str, str]] = {}
     for number, folder in enumerate(plan.folders):
@@ -125,8 +126,8 @@ def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
 
 
 def other_inputs(plan: Plan, receipt: Json) -> list[str]:
-    """The input files of a plan whose sha256 is not that of a receipt of the same job, where it has
-    one. They are read whole."""
+    """Return the input files of a plan whose sha256 differs from that in a receipt of the same job.
+    They are read whole."""
     folders = {f"{number} {folder.name}": folder for number, folder in enumerate(plan.folders)}
     sha256 = lambda folder, file: folder.hashes.get(file) or sha256_of_file(folder.path(file))
     return [
@@ -138,7 +139,7 @@ def other_inputs(plan: Plan, receipt: Json) -> list[str]:
 
 
 def public_recipe(recipe: dict) -> dict:
-    """The recipe without sizes and times of input files: of use to a resume, not to a reader."""
+    """Return the recipe without sizes and times of input files, which only a resume uses."""
     inputs = []
     for entry in recipe["inputs"]:
         headers = {name: file.get("header") for name, file in entry["files"].items()}
@@ -148,12 +149,12 @@ def public_recipe(recipe: dict) -> dict:
 
 
 def earlier_repositories(folders: Iterable[Folder]) -> list[str]:
-    """The repositories that inputs on this machine were made of, as the receipts in them say."""
+    """Return the repositories that local inputs were made from, according to their receipts."""
     found: set[str] = set()
     for folder in folders:
         receipt = None if "repo" in folder.origin else find_receipt(folder)
         if receipt is not None:
-            with suppress(AdapterkitError):  # a receipt that cannot be read says nothing
+            with suppress(AdapterkitError):  # an unreadable receipt is ignored
                 found |= repositories(read_json(*receipt))
     return sorted(found)
 
@@ -172,7 +173,7 @@ def create_receipt(
     size, placement = sum(shard.size for shard in shards), replace(plan.placement, room=0)
     totals, device = replace(plan, placement=placement).totals(), placement.device
     for shard, result in zip(plan.shards, shards, strict=True):
-        if result.tensors is not None:  # what was not written after all had been counted as changed
+        if result.tensors is not None:  # tensors that were not written had been counted as changed
             fewer, less = (
                 len(shard.layout.tensors) - result.tensors,
                 shard.layout.size - result.size,
@@ -204,8 +205,8 @@ def create_receipt(
 
 
 def seal_receipt(receipt: dict) -> bytes:
-    """The receipt's file. Its last value is the sha256 of all bytes before it; as it differs
-    between two runs of one job, it stands among the timings."""
+    """Return the receipt's file. Its last value is the sha256 of all bytes before it; it is among
+    the timings, because it differs between two runs of one job."""
     text = json.dumps(receipt, indent=1, ensure_ascii=False).encode()
     return _sealed(text.removesuffix(b"\n }\n}"))
 
@@ -215,7 +216,7 @@ def _sealed(text: bytes) -> bytes:
 
 
 def is_sealed(data: bytes) -> bool:
-    """Whether a receipt's bytes are those that were written."""
+    """Return whether a receipt's bytes are those that were written."""
     return SEAL in data and data == _sealed(data.rpartition(SEAL)[0])
 
 
@@ -224,7 +225,8 @@ AGAIN = "run the merge again"
 
 
 def find_receipt(folder: Folder) -> tuple[Folder, str] | None:
-    """The receipt of an output: in its folder, or beside its one file; None if there is none."""
+    """Return the receipt of an output, in its folder or next to its one file; None if there is
+    none."""
     if RECEIPT in folder.files():
         return folder, RECEIPT
     single = getattr(folder, "single", None)
@@ -235,7 +237,7 @@ def find_receipt(folder: Folder) -> tuple[Folder, str] | None:
 
 
 def read_receipt(folder: Folder) -> Json:
-    """The receipt of an output."""
+    """Return the receipt of an output."""
     found = find_receipt(folder)
     if found is None:
         raise Refused(

@@ -1,11 +1,10 @@
-"""One way from JSON, TOML or a caller to checked values.
+"""Conversion of JSON, TOML or Python arguments to checked values.
 
-A `Check` says what a value is to be, and makes it that. `check_of` gives the check of an
-annotation: int, float, bool, str, Any, Literal, tuples and maps of these, `re.Pattern`, records,
-`X | None`; a record is a frozen dataclass whose fields have the checks of their annotations, or
-those of `checked_field`. `read` gives the record of a table. All that is wrong is refused
-together, each with its place, what was found and what is expected.
-"""
+A `Check` describes the expected value and converts to it. `check_of` returns the check of an
+annotation: int, float, bool, str, Any, Literal, tuples and maps of these, `re.Pattern`, records, `X
+| None`. A record is a frozen dataclass; its fields have the checks of their annotations, or those
+of `checked_field`. `read` returns the record of a table. All errors are refused together, each with
+its place, the value found and the value expected."""
 
 import dataclasses
 import math
@@ -20,19 +19,19 @@ from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_m
 R = TypeVar("R")
 T = TypeVar("T")
 Json = dict[str, Any]  # an object of JSON, as it is made or changed
-Settings = Mapping[str, Any]  # one that is read: of JSON, YAML or TOML
-MOST = 2**31 - 1  # no whole number is larger, but a count of bytes
+Settings = Mapping[str, Any]  # a table that was read from JSON, YAML or TOML
+MOST = 2**31 - 1  # the largest integer, except for counts of bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What a value is to be, as a text and as a function: from the value to what is used, or
-    `ValueError`, or errors with reasons of their own.
+    """A description of the expected value, and a function that converts to it or raises
+    `ValueError` or errors with their own reasons.
 
-    `words`: those that it may be, or a function of them where they are known on use alone; `hint`:
-    the way out where none of them is near. Of options: `kind`, how a text is read on the command
-    line, in plan files and pipelines (text, flag, integer, number, targets, settings; file; source,
-    sources: what is an input), and `several`, a list."""
+    `words`: the allowed values, or a function that returns them if they are known only on use;
+    `hint`: the fix if none of them is similar. For options: `kind` decides how a text is read on
+    the command line, in plan files and pipelines (text, flag, integer, number, targets, settings;
+    for inputs file, source, sources), and `several` makes it a list."""
 
     expected: str
     read: Callable[[Any], Any]
@@ -42,7 +41,7 @@ class Check:
     several: bool = False
 
     def fits(self, value: object) -> bool:
-        """Whether a value is what is expected."""
+        """Return whether a value passes the check."""
         try:
             self.read(value)
         except (ValueError, TypeError, AdapterkitError):
@@ -55,7 +54,7 @@ class Check:
 
 
 def checked_field(default: T, check: Check) -> T:
-    """A field of a record with that default, and a check that its annotation does not tell."""
+    """Declare a field of a record with a default and a check beyond its annotation."""
     about: dict[str, Any] = {"metadata": {"check": check}}
     about |= {"default_factory": dict} if default == {} else {"default": default}
     return dataclasses.field(**about)
@@ -73,7 +72,8 @@ def read(
     name: Callable[[str], str] = str,
     kind: type[AdapterkitError] = Refused,
 ) -> R:
-    """The record of a table, whose place is `where`; `name`: what the user calls a field."""
+    """Return the record of a table, whose place is `where`; `name` returns the user's word for a
+    field."""
     errors = Problems()
     value = inside(check_of(record), table, "", errors)
     Problems(placed(errors, where, hint=hint, name=name, kind=kind)).raise_all()
@@ -83,7 +83,7 @@ def read(
 def problems(
     check: Check, value: object, where: str, *, hint: str, kind: type[AdapterkitError] = Refused
 ) -> list[AdapterkitError]:
-    """What is wrong with a value, whose place is `where`."""
+    """Return the errors of a value, whose place is `where`."""
     errors = Problems()
     inside(check, value, "", errors)
     return placed(errors, where, hint=hint, kind=kind)
@@ -92,8 +92,8 @@ def problems(
 def values(
     checks: Mapping[str, Check], table: Mapping[str, Any], errors: Problems
 ) -> dict[str, Any]:
-    """What the checks make of the values of these names, None where there is none; what is wrong
-    goes to `errors`, to be `placed`."""
+    """Return the converted values of these names, None if missing; errors are added to `errors`, to
+    be `placed`."""
     found: dict[str, Any] = {}
     for name, check in checks.items():
         count = len(errors)
@@ -111,7 +111,7 @@ def placed(
     name: Callable[[str], str] = str,
     kind: type[AdapterkitError] = Refused,
 ) -> list[AdapterkitError]:
-    """Errors of values as the user sees them: the place in the table, then what is wrong."""
+    """Return errors of values as the user sees them: the place in the table, then the problem."""
     result = []
     for error in errors:
         is_within = error.where[:1] in ("", ".", "[")
@@ -123,14 +123,14 @@ def placed(
 
 
 def inside(check: Check, value: object, place: str, errors: Problems) -> Any:
-    """What a check makes of a value at that place of a list or table."""
+    """Return the converted value at that place of a list or table."""
     try:
         return check.read(value)
     except AdapterkitError as error:
         for one in getattr(error, "errors", (error,)):
             if not one.where and not one.problem.startswith(" = "):
                 one.problem = f": {one.problem}"
-            if one.where[:1] in ("", ".", "["):  # else it says where in its own words
+            if one.where[:1] in ("", ".", "["):  # else it already names its place
                 one.where = place + one.where
             errors.append(one)
     except (ValueError, TypeError):
@@ -145,7 +145,7 @@ def invalid_value(
     hint: str = "",
     words: Sequence[str] | Callable[[], Iterable[str]] = (),
 ) -> Refused:
-    """The refusal of a value, by a check or by what it is made of; its place is added later."""
+    """Return the refusal of a value; its place is added later."""
     known = words() if callable(words) else words
     near = did_you_mean([value], known) if known and isinstance(value, str) else ""
     return Refused(f" = {shown(repr(value))}", expected=expected, hint=near or hint, code="AK101")
@@ -155,7 +155,7 @@ def invalid_value(
 
 
 def test(expected: str, fits: Callable[[Any], object]) -> Check:
-    """A value as it is, where it fits."""
+    """A check that passes a value unchanged if it fits."""
 
     def read(value: object) -> Any:
         if not fits(value):
@@ -166,7 +166,7 @@ def test(expected: str, fits: Callable[[Any], object]) -> Check:
 
 
 def of_type(expected: str, *types: type) -> Check:
-    """A value of these types, as it is; true and false are no numbers."""
+    """A check that passes values of these types unchanged; true and false are not numbers."""
     return test(expected, lambda value: type(value) in types)
 
 
@@ -203,20 +203,21 @@ PATTERN = Check("a regular expression", _compiled)
 
 
 def optional(check: Check) -> Check:
-    """The same, or None."""
+    """A check that also allows None."""
     return dataclasses.replace(
         check, read=lambda value: None if value is None else check.read(value)
     )
 
 
 def one_of(*words: object) -> Check:
-    """One of these values; of an enum its text."""
+    """A check for one of these values; returns the text of an enum."""
     texts = tuple(word for word in words if isinstance(word, str))
     return Check(", ".join(map(str, words)), lambda value: words[words.index(value)], texts)
 
 
 def list_of(check: Check, expected: str = "a list") -> Check:
-    """A list, each of its items as the check makes it, as a tuple; a set in the order of texts."""
+    """A check for a list whose items pass `check`; returns a tuple, with the items of a set in
+    order of their texts."""
 
     def read(value: object) -> tuple[Any, ...]:
         if isinstance(value, set | frozenset):
@@ -232,14 +233,14 @@ def list_of(check: Check, expected: str = "a list") -> Check:
 
 
 def one_or_several(check: Check) -> Check:
-    """A list, of which one item may stand alone."""
+    """A check for a list that may also be given as a single item."""
     several = list_of(check)
     alone = lambda value: [value] if isinstance(value, str | int) else value
     return Check(f"{check.expected}, or a list", lambda value: several.read(alone(value)))
 
 
 def table_of(key: Check, check: Check) -> Check:
-    """A table, its keys and its values as the checks make them."""
+    """A check for a table whose keys and values pass these checks."""
 
     def read(value: object) -> dict[Any, Any]:
         if not isinstance(value, Mapping):
@@ -256,7 +257,7 @@ def table_of(key: Check, check: Check) -> Check:
 
 
 def entries(checks: Mapping[str, Check]) -> Check:
-    """A table that has these words, whatever else it has, as it is."""
+    """A check for a table with at least these entries; returns it unchanged."""
 
     def read(table: object) -> Any:
         if not isinstance(table, Mapping):
@@ -272,7 +273,7 @@ def entries(checks: Mapping[str, Check]) -> Check:
 def misnamed(
     names: Iterable[str], checks: Mapping[str, Check], needed: Iterable[str]
 ) -> list[AdapterkitError]:
-    """What is wrong with the words of a table: some are missing, or unknown; to be `placed`."""
+    """Return the errors of missing or unknown names in a table; to be `placed`."""
     errors = Problems(_missing(checks, set(needed) - set(names)), code="AK101")
     for name in sorted(map(str, set(names) - checks.keys())):
         hint, expected = did_you_mean([name], checks) or "remove it", ", ".join(checks) or "nothing"
@@ -288,13 +289,13 @@ def _missing(checks: Mapping[str, Check], names: Iterable[str]) -> list[Adapterk
 
 
 def also(check: Check, expected: str, fits: Callable[[Any], object]) -> Check:
-    """What a check makes of a value, where it fits, too."""
+    """A check whose converted value must also fit."""
     second = test(expected, fits)
     return Check(expected, lambda value: second.read(check.read(value)))
 
 
 def _either(checks: Sequence[Check]) -> Check:
-    """What the first of the checks that a value fits makes of it."""
+    """A check that applies the first of the checks that the value fits."""
 
     def read(value: object) -> Any:
         for check in checks:
@@ -306,7 +307,7 @@ def _either(checks: Sequence[Check]) -> Check:
 
 
 def _record_of(record: Any) -> Check:
-    """A table whose words are fields of the record."""
+    """A check for a table whose keys are fields of the record."""
 
     def read(table: Any) -> Any:
         if not isinstance(table, Mapping):
@@ -323,7 +324,7 @@ def _record_of(record: Any) -> Check:
 
 @cache
 def checks_of(record: Any) -> dict[str, Check]:
-    """The check of each field of a record: of an option its own."""
+    """Return the check of each field of a record; an option brings its own."""
     fields = dataclasses.fields(record)
     if options := [one for one in fields if "option" in one.metadata]:
         return {one.name: one.metadata["option"].check for one in options}
@@ -332,7 +333,7 @@ def checks_of(record: Any) -> dict[str, Check]:
 
 
 def required(record: Any) -> set[str]:
-    """The fields of a record that have no default."""
+    """Return the fields of a record that have no default."""
     missing = dataclasses.MISSING
     return {
         one.name
@@ -349,7 +350,7 @@ PLAIN: dict[Any, Check] = {
 
 @cache
 def check_of(kind: object) -> Check:
-    """The check of an annotation."""
+    """Return the check of an annotation."""
     origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _record_of(kind)

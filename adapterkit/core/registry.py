@@ -1,8 +1,7 @@
 """Families of methods: each module of a package that holds a record with a `name` is a member.
 
-Adding a member adds one file. `members` imports all records, `member` one of them; `declarations`
-reads the same from their source, for what must not import torch: the help and completion.
-"""
+To add a member, add one file. `members` imports all records, `member` one of them; `declarations`
+reads the same from their source, for code that must not import torch: the help and completion."""
 
 import ast
 import dataclasses
@@ -19,7 +18,7 @@ from adapterkit.core.records import Json
 
 M = TypeVar("M")
 Tier = Literal["core", "stable", "experimental"]
-STABLE: Tier = "stable"  # the tier of what names none
+STABLE: Tier = "stable"  # the default tier
 TIERS: dict[Tier, str] = {
     "core": "options, files and bytes follow semantic versioning",
     "stable": "options and files follow semantic versioning; bytes may change with any release",
@@ -28,31 +27,31 @@ TIERS: dict[Tier, str] = {
 
 
 def experimental(member: M) -> M:
-    """A decorator of functions and classes that are not in a family."""
+    """Mark a function or class outside a family as experimental (decorator)."""
     setattr(member, "tier", "experimental")  # noqa: B010  M declares no tier
     return member
 
 
 @cache
 def members(family: str) -> dict[str, type]:
-    """Name -> record of every member of a family of `doors.py`, in the order of their names."""
+    """Return name -> record of every member of a family of `doors.py`, sorted by name."""
     return {name: member(family, name) for name in declarations(family)}
 
 
 def member(family: str, name: str) -> type:
-    """The record of one member, for which no other is imported."""
+    """Return the record of one member without importing the others."""
     home, file = doors.FAMILIES[family], declarations(family)[name].module
     return _named(f"{home}.{file}", name)
 
 
 def options(record: type) -> dict[str, dataclasses.Field]:
-    """The options that a method takes: the fields of its record."""
+    """Return the options of a method: the fields of its record."""
     return {field.name: field for field in dataclasses.fields(record)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """What the source of a method's record declares."""
+    """A method as its record's source declares it."""
 
     module: str  # its file in the family's folder
     summary: str  # first paragraph of the module's docstring, without the method's name
@@ -66,7 +65,7 @@ class Declaration:
 
 @cache
 def declarations(family: str) -> dict[str, Declaration]:
-    """Name -> declaration of every member of a family, without importing them."""
+    """Return name -> declaration of every member of a family, without importing them."""
     declared = {}
     folder = Path(doors.__file__).parent / doors.FAMILIES[family].replace(".", "/")
     for file in sorted(folder.glob("*.py")):
@@ -88,19 +87,19 @@ def declarations(family: str) -> dict[str, Declaration]:
 
 
 def verb_named(name: str) -> type:
-    """The record of a verb."""
+    """Return the record of a verb."""
     return _named(doors.VERBS[name], name)
 
 
 def _named(module: str, name: str) -> type:
-    """The class of a module of the package that has the name."""
+    """Return the class with this name in a module of the package."""
     own = vars(importlib.import_module(f"adapterkit.{module}")).values()
     return next(one for one in own if isinstance(one, type) and vars(one).get("name") == name)
 
 
 def written_formats(of: str = "targets") -> list[str]:
-    """The quantized formats that can be written, by their names in `--to`; `of`: a codec's list of
-    them, `image_targets` for image models in one file."""
+    """Return the quantized formats that can be written, by their names in `--to`; `of`: the
+    attribute of a codec that lists them, `image_targets` for image models in one file."""
     codecs = declarations("codecs").values()
     return list(dict.fromkeys(n for one in codecs for n in one.constants.get(of, ())))
 
@@ -115,8 +114,8 @@ def _constants(record: ast.ClassDef) -> Iterator[tuple[str, Any]]:
 
 
 def create(family: str, name: str, settings: dict[str, object]) -> object:
-    """The record of the method `name` with the settings that are not None; `Refused` with all that
-    are unknown, missing or of another type."""
+    """Return the record of the method `name` with the settings that are not None; `Refused` lists
+    every setting that is unknown, missing or of another type."""
     known = declarations(family)
     if name not in known:
         raise Refused(
@@ -135,11 +134,11 @@ LIFTED = ("density", "majority")  # options of methods that are options of `comb
 
 
 def as_flag(key: str) -> str:
-    """A method's option as the command line has it, without a value."""
+    """Return a method's option as it is written on the command line, without a value."""
     return f"--{key}" if key in LIFTED else f"--set {key}"
 
 
 def load(entry: str) -> Any:
-    """The function of a `MODULE:NAME` of the package."""
+    """Return the function of a `MODULE:NAME` of the package."""
     module, _, name = entry.partition(":")
     return getattr(importlib.import_module(f"adapterkit.{module}"), name)

@@ -1,5 +1,5 @@
-"""Options that several verbs have, each told once, and those of every verb that writes: where and
-how its plan runs."""
+"""Options that several verbs have, each defined once, and those of every verb that writes: where
+and how its plan runs."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ SEVERAL = "Methods and weights of several adapters"
 QUANTIZED = "Quantization and rounding"
 GGUF, IMAGES = "Models in GGUF files", "Image and video models"
 
-WAIT = 600.0  # seconds for files of other workers that a worker's own need
+WAIT = 600.0  # seconds to wait for other workers' files that a worker reads
 
 
 def base_option(help: str) -> Any:
@@ -54,13 +54,13 @@ def statistics_option(help: str, **more: object) -> Any:
 
 
 def compensation_option() -> Any:
-    """The covariances by which rounding is compensated."""
-    help = "Statistics with covariances of the layers' inputs, for --rounding compensated."
+    """The covariances for compensated rounding."""
+    help = "Covariances of the layers' inputs, for --rounding compensated."
     return statistics_option(help, needs="rounding=compensated", section=QUANTIZED)
 
 
 def missing_statistics(rounding: str, stats: object) -> list[AdapterkitError]:
-    """What is wrong with compensated rounding without statistics."""
+    """Return the error of compensated rounding without statistics."""
     if rounding != "compensated" or stats is not None:
         return []
     problem, hint = (
@@ -85,12 +85,12 @@ def modelfile_option() -> Any:
 
 
 def dtype_option(help: str) -> Any:
-    """The dtype of what is written, another one by default."""
+    """The output dtype; the default differs by verb."""
     return option(default=None, check=DTYPE, help=help)
 
 
 def expert_layout_option() -> Any:
-    """How a file without a word of it has its stacks of experts."""
+    """The layout of stacks of experts, for a file that does not name it."""
     return option(
         default=None,
         check=choice(("unsloth", "peft-0.18", "peft-0.19")),
@@ -174,7 +174,7 @@ class MethodOptions(OptionRecord):
 
 @record
 class ModuleFilters(OptionRecord):
-    """Which modules are meant."""
+    """The modules to use."""
 
     include: str | None = option(
         default=None,
@@ -220,7 +220,7 @@ def model_output_option() -> Any:
 
 @record
 class RunOptions(OptionRecord):
-    """Where and how a plan runs."""
+    """Options of the run: its output, device, memory and engine."""
 
     out: StrPath = option(
         check=OUTPUT_FOLDER,
@@ -277,7 +277,7 @@ class RunOptions(OptionRecord):
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
     def __getstate__(self) -> Mapping[str, object]:
-        """For pickle, without the progress, which is of this process."""
+        """Return the state for pickle, without the progress, which is of this process."""
         return vars(self) | {"progress": no_progress}
 
 

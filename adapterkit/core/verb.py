@@ -1,4 +1,4 @@
-"""What a verb is: a frozen record of its sources and options, which plans and runs.
+"""A verb: a frozen record of its sources and options that plans and runs the job.
 
     @record
     class Resize(WritingVerb):
@@ -51,8 +51,7 @@ V = TypeVar("V", bound="Verb")
 
 
 class Verb(OptionRecord, Generic[R]):
-    """A verb: `command` is the help of its command, `runner` the function of the record that does
-    it."""
+    """A verb: `command` is the help of its command, `runner` the function that runs its record."""
 
     tier: ClassVar[Tier] = STABLE
     command: ClassVar[str]
@@ -62,14 +61,14 @@ class Verb(OptionRecord, Generic[R]):
         cls.name = vars(cls).get("name", cls.__name__.lower())
 
     def run(self) -> R:
-        """Do it; what the Python function returns."""
+        """Run the verb and return the result of its Python function."""
         return load(self.runner)(self)
 
 
 @record
 class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
-    """A verb that plans, then writes: a `Receipt`, or with `dry_run` the plan. `planner` is the
-    function of the record that gives the plan."""
+    """A verb that plans, then writes: it returns a `Receipt`, or with `dry_run` the plan. `planner`
+    is the function that plans its record."""
 
     planner: ClassVar[str]
 
@@ -79,19 +78,20 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         return self.planner
 
     def check(self, plan: "Plan") -> Callable[[Path], object] | None:
-        """What looks at the finished folder of a plan before it gets its name."""
+        """Return the check of the plan's finished folder before it gets its name."""
         return None
 
     def plan(self) -> "Plan":
-        """Everything the verb will do; `Refused` with all that cannot be done. Inputs of a job that
-        ends on the Hub stay at the commits of its first run."""
+        """Return the plan; `Refused` lists every problem. Inputs of a job that writes to the Hub
+        stay at the commits of its first run."""
         execution = import_module("adapterkit.core.engine.execution")
         with own_hints(self), execution.pinned_inputs(self):
             verb = self._with_contents()
             return execution.as_it_runs(load(verb.planned_by)(verb), verb)
 
     def _with_contents(self: V) -> V:
-        """The verb with what files hold in the place of their paths, which are then read once."""
+        """Return the verb with the contents of files instead of their paths, so that they are read
+        once."""
         contents = {
             field.name: load(read)(value)
             for field in dataclasses.fields(self)
@@ -100,7 +100,7 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         return dataclasses.replace(self, **contents) if contents else self
 
     def recipe_options(self) -> Json:
-        """The options of what is computed that were given, as the receipt has them; sources are its
+        """Return the given options that determine the output, for the receipt; sources are its
         inputs."""
         own = (field for field in fields_of(type(self)) if field.name not in RUNNING)
         computing = (f.name for f in own if option_of(f).help and not option_of(f).check.is_source)
@@ -111,11 +111,9 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
             return self.carry_out(self.plan())
 
     def carry_out(self, plan: "Plan", *, push: bool = True) -> "Receipt | Plan":
-        """Run a plan of this verb, or with `dry_run` look whether it would begin and return it;
-        without `push` the caller sends the output.
-
-        Raises `Refused` before anything is written, `Failed` after.
-        """
+        """Run a plan of this verb. With `dry_run` only check whether it could start, and return it.
+        Without `push` the caller sends the output. Raises `Refused` before anything is written,
+        `Failed` after."""
         execution = import_module("adapterkit.core.engine.execution")
         with own_hints(self):
             sent = getattr(self, "push", None) if push else None
@@ -123,7 +121,7 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
 
 
 def writing_verbs() -> dict[str, type[WritingVerb]]:
-    """The verbs that write, by name: all that a plan file or a pipeline can call."""
+    """Return the verbs that write, by name: those that a plan file or a pipeline can call."""
     verbs = {name: verb_named(name) for name in VERBS if name not in ("run", "finish")}
     return {name: verb for name, verb in sorted(verbs.items()) if issubclass(verb, WritingVerb)}
 
@@ -140,7 +138,7 @@ VERB = Check("a verb that writes", _writing_verb)
 
 
 def push_option() -> Any:
-    """The repository to which the finished folder goes too."""
+    """The repository to which the finished folder is sent too."""
     return option(
         default=None,
         check=REPOSITORY,
@@ -170,7 +168,7 @@ def function_of(verb: Callable[P, WritingVerb]) -> Function[P]: ...
 @overload
 def function_of(verb: Callable[P, Verb[R]]) -> Callable[P, R]: ...
 def function_of(verb: Any) -> Any:
-    """A verb as a Python function: its sources by their places, its options by name."""
+    """Return a verb as a Python function: sources are positional, options keywords."""
 
     def function(*args: Any, **options: Any) -> Any:
         with own_hints(verb):
@@ -185,8 +183,8 @@ def function_of(verb: Any) -> Any:
 
 
 def called(verb: type[V], *args: Any, **options: Any) -> V:
-    """The record of a call; `TypeError` for what is no option of the verb, with the nearest one,
-    and for what is missing."""
+    """Return the record of a call; `TypeError` for an unknown option, with the nearest name, and
+    for a missing one."""
     try:
         return verb(*args, **options)
     except TypeError:
@@ -202,14 +200,15 @@ def called(verb: type[V], *args: Any, **options: Any) -> V:
 
 
 def fields_of(verb: type[Verb]) -> list[dataclasses.Field]:
-    """The sources and options of a verb in the order of the help: its own, then how it runs."""
+    """Return the sources and options of a verb in the order of the help: its own, then those of the
+    run."""
     fields = dataclasses.fields(verb)
     of_running = RUNNING - {"out"}
     return sorted(fields, key=lambda f: (f.kw_only, f.name != "out", f.name in of_running))
 
 
 def signature_of(verb: type[Verb]) -> inspect.Signature:
-    """The signature of a verb's function."""
+    """Return the signature of a verb's function."""
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     empty = inspect.Parameter.empty
     parameters = [
