@@ -133,7 +133,7 @@ def test_the_pretended_card_sees_factors_that_are_not_waited_for(
 def test_the_pretended_card_sees_memory_that_is_read_into_too_early(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(buffers.StagingBuffers, "_free_room", lambda own: own.staging[0])
+    monkeypatch.setattr(buffers.StagingBuffers, "_next_buffer", lambda own: own.staging[0])
     card = run_together(monkeypatch, "merge-several", folder)
     assert any("written during the copy" in race for race in card.races)
 

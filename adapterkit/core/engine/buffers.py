@@ -1,4 +1,4 @@
-"""Reusable memory of the workers: bounded, pinned where a GPU copies from and to it."""
+"""Reusable buffers of the workers: of bounded size, pinned for copies to and from a GPU."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.tasks.rows import byte_view
 
 CACHED = 1 << 20  # bytes that are read, looked at and converted while they are in a core's cache
-ROOM = 8 << 20  # bytes of a copy to a GPU: less does not fill the bus, more is no faster
-CPU_BUFFERS, GPU_BUFFERS = 4, 2  # of each worker, for pieces that are on their way
-ROOMS = 2  # of a GPU's thread: one is read into while the other is copied
+STAGING_SIZE = 8 << 20  # bytes of a copy to a GPU: less does not fill the bus, more is not faster
+CPU_BUFFERS, GPU_BUFFERS = 4, 2  # of each worker, for pieces in progress
+STAGING_COUNT = 2  # of a GPU's thread: one is filled while the other is copied
 # (position, memory): fills the memory with the bytes from there on
 ReadInto = Callable[[int, memoryview], None]
 
 
 class Buffer:
-    """Reusable memory, all of it from the first use on; pinned where a GPU copies from and to it,
-    if there is memory to pin."""
+    """Reusable memory, allocated at its first use; pinned for copies to and from a GPU, if there is
+    memory to pin."""
 
     def __init__(self, size: int, pinned: bool):
         self.size, self.pinned = size, pinned
 
     @cached_property
     def memory(self) -> Tensor:
-        with torch.inference_mode(False):  # for use in it and outside
+        with torch.inference_mode(False):  # so that it can be used outside, too
             if self.pinned:
-                with suppress(RuntimeError):  # of CUDA: pageable memory is slower, and as right
+                with suppress(RuntimeError):  # from CUDA: pageable memory is slower, but works
                     return torch.empty(pinned_size(self.size), dtype=torch.uint8, pin_memory=True)
             return torch.empty(self.size, dtype=torch.uint8)
 
@@ -44,26 +44,26 @@ class Buffer:
         return self.memory.numpy().data
 
     def view(self, size: int) -> memoryview:
-        """The first `size` bytes."""
+        """Return the first `size` bytes."""
         return self._bytes[:size]
 
     def tensor(self, size: int, dtype: torch.dtype) -> Tensor:
-        """The first `size` bytes as numbers."""
+        """Return the first `size` bytes as numbers."""
         return self.memory[:size].view(dtype)
 
 
 class StagingBuffers:
-    """A thread's own memory for stored bytes on their way to numbers: on a GPU two pinned rooms, of
-    which one is read into while the other is copied; on the CPU one that fits a core's cache."""
+    """A thread's buffers for stored bytes that become numbers: on a GPU two pinned ones, one being
+    filled while the other is copied; on the CPU one that fits a core's cache."""
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type != "cpu"
         self.ahead = int(self.on_gpu)  # chunks that may be on the GPU while the next one is read
-        size, count = (ROOM, ROOMS) if self.on_gpu else (CACHED, 1)
+        size, count = (STAGING_SIZE, STAGING_COUNT) if self.on_gpu else (CACHED, 1)
         self.staging = [Buffer(size, pinned=self.on_gpu) for _ in range(count)]
         self.copied: list[Mark | None] = [None] * len(self.staging)
         self.turn = 0
-        # those of the last call, and all that there is room for
+        # those of the last call, and all the memory behind them
         self.numbers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def load(
@@ -75,11 +75,10 @@ class StagingBuffers:
         look: Callable[[Tensor], None] | None = None,
         into: Tensor | None = None,
     ) -> Tensor:
-        """The numbers that are stored as `stored`, in `dtype` or as they are, on the device.
+        """Return numbers stored as `stored`, in `dtype` if given, on the device.
 
-        `look` sees all of them as they are stored, in parts. They are `into`, if that is given, or
-        memory of their own.
-        """
+        `look` sees every stored number, in chunks. The result is in `into`, if given, or in new
+        memory."""
         if self.on_gpu:
             value = self._copied(read, math.prod(shape) * stored.itemsize)
             value = value.view(stored).view(torch.Size(shape))
@@ -91,36 +90,36 @@ class StagingBuffers:
         return value
 
     def _copied(self, read: ReadInto, size: int) -> Tensor:
-        """Bytes on the GPU, in this thread's stream, where all that follows waits for them."""
+        """Copy bytes to the GPU in this thread's stream, where later work waits for them."""
         made = torch.empty(size, dtype=torch.uint8, device=self.device)
-        for first in range(0, size, ROOM):
-            part = made[first : first + ROOM]
-            room = self._free_room()
-            read(first, room.view(len(part)))
-            part.copy_(room.tensor(len(part), torch.uint8), non_blocking=True)
+        for first in range(0, size, STAGING_SIZE):
+            part = made[first : first + STAGING_SIZE]
+            buffer = self._next_buffer()
+            read(first, buffer.view(len(part)))
+            part.copy_(buffer.tensor(len(part), torch.uint8), non_blocking=True)
             self.copied[self.turn] = Mark(self.device)
         return made
 
     def blocks(self, tensor: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """(position, bytes) of a tensor of the device in order, for use until the next ones are
-        asked for: while they are, those behind them are copied."""
+        """Yield (position, bytes) of a tensor of the device in order. The bytes are valid until the
+        next ones are requested; the following blocks are copied meanwhile."""
         if tensor.device.type == "cpu":
             yield 0, byte_view(tensor)
             return
         flat, waiting = tensor.contiguous().view(-1).view(torch.uint8), deque()
-        for first in range(0, len(flat), ROOM):
-            part = flat[first : first + ROOM]
-            room = self._free_room()
-            room.tensor(len(part), torch.uint8).copy_(part, non_blocking=True)
+        for first in range(0, len(flat), STAGING_SIZE):
+            part = flat[first : first + STAGING_SIZE]
+            buffer = self._next_buffer()
+            buffer.tensor(len(part), torch.uint8).copy_(part, non_blocking=True)
             self.copied[self.turn] = mark = Mark(self.device)
-            waiting.append((first, room.view(len(part)), mark))
+            waiting.append((first, buffer.view(len(part)), mark))
             if len(waiting) == len(self.staging):
                 yield _landed(*waiting.popleft())
         while waiting:
             yield _landed(*waiting.popleft())
 
-    def _free_room(self) -> Buffer:
-        """The room that was copied longest ago."""
+    def _next_buffer(self) -> Buffer:
+        """Return the buffer whose copy began first, once it is done."""
         self.turn = (self.turn + 1) % len(self.staging)
         mark = self.copied[self.turn]
         if mark is not None:
@@ -134,7 +133,7 @@ class StagingBuffers:
         value: Tensor,
         look: Callable[[Tensor], None] | None,
     ) -> None:
-        width, size, room = stored.itemsize, value.numel(), self.staging[0]
+        width, size, buffer = stored.itemsize, value.numel(), self.staging[0]
         direct = value.dtype == stored
         count = max(1, size) if direct and look is None else CACHED // width
         for first in range(0, size, count):
@@ -143,26 +142,26 @@ class StagingBuffers:
                 there = part
                 read(first * width, part.view(torch.uint8).numpy().data)
             else:
-                there = room.tensor(part.numel() * width, stored)
-                read(first * width, room.view(part.numel() * width))
+                there = buffer.tensor(part.numel() * width, stored)
+                read(first * width, buffer.view(part.numel() * width))
             if look is not None:
                 look(there)
             if not direct:
                 part.copy_(there)
 
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """Memory for numbers that the next call gives again; None on a GPU, which may still be at
-        those of the call before."""
+        """Return memory for numbers that the next call reuses; None on a GPU, which may still work
+        on those of the last call."""
         if self.on_gpu:
             return None
-        shape, (last, room) = torch.Size(shape), self.numbers.get(dtype, (None, None))
+        shape, (last, memory) = torch.Size(shape), self.numbers.get(dtype, (None, None))
         if last is not None and last.shape == shape:
             return last
         count = shape.numel()
-        if room is None or room.numel() < count:
-            room = torch.empty(count, dtype=dtype)
-        last = room[:count].view(shape)
-        self.numbers[dtype] = last, room
+        if memory is None or memory.numel() < count:
+            memory = torch.empty(count, dtype=dtype)
+        last = memory[:count].view(shape)
+        self.numbers[dtype] = last, memory
         return last
 
 
@@ -175,14 +174,14 @@ _own = threading.local()
 
 
 def keep_staging(device: torch.device) -> StagingBuffers:
-    """Rooms that this thread keeps as long as it lives."""
+    """Give this thread staging buffers for its lifetime."""
     _own.staging = StagingBuffers(device)
     return _own.staging
 
 
 @contextmanager
 def own_staging(device: torch.device) -> Iterator[StagingBuffers]:
-    """Rooms that this thread keeps until the end of the block."""
+    """Give this thread staging buffers until the end of the block."""
     before = getattr(_own, "staging", None)
     try:
         yield keep_staging(device)
@@ -191,15 +190,15 @@ def own_staging(device: torch.device) -> Iterator[StagingBuffers]:
 
 
 def staging_of(device: torch.device) -> StagingBuffers:
-    """Those that this thread keeps; else some for once."""
+    """Return this thread's staging buffers; new ones if it has none for the device."""
     staging = getattr(_own, "staging", None)
     return staging if staging is not None and staging.device == device else StagingBuffers(device)
 
 
 class BufferPool:
-    """A few buffers per worker bound the memory. A worker takes one BEFORE its piece, so that the
-    piece that the hash waits for always has one: the other way round, later pieces could hold them
-    all and wait for it."""
+    """A few buffers per worker bound the memory. A worker takes a buffer before its piece, so the
+    piece that the hash waits for always has one. In the other order, later pieces could take all
+    buffers and wait for it."""
 
     def __init__(self, count: int, size: int, pinned: bool):
         # the one used last is still in cache

@@ -1,9 +1,8 @@
-"""Files of computed tensors: tasks are made by several threads, and written in the plan's order,
-each as large as it came out.
+"""Write files of computed tensors: several threads compute the tasks, and each result is written in
+the plan's order, at the size it has.
 
-The header gets the room of the largest file there can be, so the data's place is known before its
-size; it is written last.
-"""
+The header gets the space of the largest possible file, so the data's position is known before its
+size. The header is written last."""
 
 from __future__ import annotations
 
@@ -48,10 +47,10 @@ def write_computed(
     hashed: bool,
     progress: Progress,
 ) -> None:
-    """Make all tasks of a file and write what they give; it is ended while the next file is made.
+    """Compute all tasks of a file and write their results; the file is finished while the next one
+    is made.
 
-    `Unrecoverable` where a value is not finite.
-    """
+    `Unrecoverable` if a value is not finite."""
     opening = files.ahead(lambda: files.create(file.file, file.size))
     places = _SortedPlaces(file) if file.sizes_are_planned else _AppendedPlaces(file)
     metrics, handoffs = {}, HandoffWriter(files.stage, file)
@@ -59,7 +58,7 @@ def write_computed(
         results = _results(file, files.stage, inputs, threads, staging, progress)
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
             result = next(results)
-            shard = result_of(opening)  # tasks were begun while it was made
+            shard = result_of(opening)  # tasks started while it was made
             measured = finite_metrics(result.metrics)
             if measured:
                 metrics[task.name] = metrics.get(task.name, {}) | measured
@@ -89,17 +88,17 @@ def _ended(
     metrics: dict[str, dict],
     stop: threading.Event | None,
 ) -> ShardResult:
-    """A file with all tensors gets its header and its size; `stop` ends its hash, without one it
-    has none."""
-    room = len(file.layout.header)
-    layout = file.laid_out(places.stored(), room)
-    if len(layout.header) != room:
-        _shift(shard, room, len(layout.header), layout.size - len(layout.header))
+    """Write the header of a file whose tensors are complete, and set its size. Without `stop` the
+    file has no hash; a set `stop` ends the hash."""
+    header_size = len(file.layout.header)
+    layout = file.laid_out(places.stored(), header_size)
+    if len(layout.header) != header_size:
+        _shift(shard, header_size, len(layout.header), layout.size - len(layout.header))
     shard.write(layout.header, 0)
     shard.truncate(layout.size)
     handoffs.close()
     sha, marks = (None, {}) if stop is None else hash_of(shard, layout, stop)
-    marks = marks if layout.header else None  # a text has no tensors that can be told apart
+    marks = marks if layout.header else None  # a text has no separate tensors
     return ShardResult(
         file.file,
         layout.size,
@@ -113,7 +112,7 @@ def _ended(
 
 
 class _AppendedPlaces:
-    """Places of tensors that follow each other as they are made."""
+    """Positions of tensors in the order in which they are made."""
 
     def __init__(self, file: OutputFile):
         self.tensors, self.at, self.grown = [], len(file.layout.header), 0
@@ -128,14 +127,14 @@ class _AppendedPlaces:
 
 
 class _SortedPlaces:
-    """Places in the order of the plan, whatever order they are made in: each where it was planned,
-    moved by what those before it have turned out larger or smaller than guessed."""
+    """Positions in the plan's order, for tensors made in any order: the planned one, shifted by the
+    differences of size before it."""
 
     def __init__(self, file: OutputFile):
         self.planned, self.starts = file.layout.tensors, file.layout.starts
         self.number = {stored.key: i for i, stored in enumerate(self.planned)}
         self.variable_size = sorted(self.number[key] for key in file.variable_size)
-        # bytes by which what follows the first, the second, ... of them lies elsewhere than planned
+        # the shift of tensors after the first, the second, ... of them, in bytes
         self.moved = [0]
         self.placed: dict[int, TensorPlan] = {}
 
@@ -162,7 +161,7 @@ class _SortedPlaces:
 
 
 def _shift(shard: ShardFile, at: int, to: int, size: int) -> None:
-    """Move the data: the header is not as long as it was guessed, which is seldom."""
+    """Move the data, in the rare case that the header's length differs from the estimate."""
     steps = range(0, size, BLOCK)
     for first in steps if to < at else reversed(steps):
         part = memoryview(bytearray(min(BLOCK, size - first)))
@@ -171,7 +170,7 @@ def _shift(shard: ShardFile, at: int, to: int, size: int) -> None:
 
 
 def _copy(inputs: LocalReader, spec: TensorSpec, shard: ShardFile, at: int) -> None:
-    """Stored bytes: inside the kernel where it can, else through memory that is used again."""
+    """Copy stored bytes, inside the kernel if possible, else through a reused buffer."""
     with inputs.sources.file(spec.folder, spec.file) as descriptor:
         if shard.copy_from(descriptor, spec.start, at, spec.nbytes):
             return
@@ -183,8 +182,8 @@ def _copy(inputs: LocalReader, spec: TensorSpec, shard: ShardFile, at: int) -> N
 
 
 class TaskThreads:
-    """The threads that compute the tasks of a run, each with a stream and rooms of its own, as many
-    at a time as fit into `budget` bytes of memory."""
+    """The threads that compute the tasks of a run, each with a stream and staging buffers of its
+    own. Tasks that run at once fit into `budget` bytes of memory."""
 
     def __init__(self, device: torch.device, workers: int, budget: int):
         self.device, self.workers, self.budget = device, workers, budget
@@ -200,12 +199,12 @@ class TaskThreads:
 
     @contextmanager
     def here(self) -> Iterator[StagingBuffers]:
-        """A stream for this thread, which writes the results, and its rooms."""
+        """Give this thread, which writes the results, a stream and staging buffers."""
         with self.streams.use(), torch.inference_mode():
             yield staging_of(self.device)
 
     def results(self, tasks: Sequence[Task], inputs: Reader) -> Iterator[TaskResult]:
-        """The tasks' results in order, on the device; this thread's stream waits for each."""
+        """Yield the tasks' results in order, on the device; this thread's stream waits for each."""
 
         def compute(task: Task) -> tuple[TaskResult, Mark]:
             torch.set_num_threads(1)  # this thread's; the workers are the parallelism
@@ -229,14 +228,14 @@ def _results(
     staging: StagingBuffers,
     progress: Progress,
 ) -> Iterator[TaskResult]:
-    """The results of a file's tasks, as they are written."""
+    """Yield the results of a file's tasks as they are written."""
     results = threads.results(file.tasks, inputs)
     if file.finalize is None:
         for task in file.tasks:
             yield next(results)
             progress(sum(stored.nbytes for stored in task.max_outputs))
         return
-    # finalize looks at the metrics of all: until then they wait on the disk
+    # finalize reads the metrics of all tasks: until then the tensors wait on disk
     spill, waiting = _Spill(stage, file), []
     try:
         for task in file.tasks:
@@ -290,7 +289,7 @@ class _Spill:
 
 
 def _finite(result: TaskResult) -> TaskResult:
-    """`Unrecoverable` where a tensor holds a value that is not finite."""
+    """Return the result; `Unrecoverable` if a tensor has a value that is not finite."""
     for key, tensor in result.tensors.items():
         if isinstance(tensor, TensorSpec) or not tensor.is_floating_point() or tensor.itemsize == 1:
             continue
@@ -309,7 +308,7 @@ def _finite(result: TaskResult) -> TaskResult:
 def hash_of(
     shard: ShardFile, layout: ShardLayout, stop: threading.Event
 ) -> tuple[str, dict[str, str]]:
-    """The file's sha256 and the marks at its tensors' ends; of no use once it is to stop."""
+    """Return the file's sha256 and the marks at its tensors' ends; useless after `stop`."""
     running, block = RunningHash(tensor_ends(layout)), memoryview(bytearray(BLOCK))
     for at in range(0, layout.size, BLOCK):
         if stop.is_set():

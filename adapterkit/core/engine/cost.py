@@ -1,5 +1,5 @@
-"""What a plan takes on a machine, by its cores or by its GPU: `--device auto` takes the one that is
-sooner done. All figures are here; those of GPUs are estimates."""
+"""Estimate the time of a plan on a machine's cores and on its GPU: `--device auto` takes the faster
+one. All figures are here; those of GPUs are estimates."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from adapterkit.core.budget import GPU_TASKS
 from adapterkit.core.plan import Collecting, Plan, Step, Task
 from adapterkit.core.system import MOST_CORES
 
-GAIN, SECONDS = 1.5, 3.0  # what a GPU has to be: so many times as fast, and so much earlier done
+GAIN, SECONDS = 1.5, 3.0  # how much faster a GPU must be, and how many seconds it must save
 DISK = 3e9  # bytes a second, read and written: one good SSD
 BYTE = 0.75e-9  # seconds of a core for a byte of a file: read, converted, rounded, hashed
 HOST_BYTE = 0.5e-9  # the same where a GPU converts and rounds
@@ -18,8 +18,8 @@ LAUNCH = 5e-6  # seconds of the host for an operation of a GPU, under the interp
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU: operations a second in float32 and float64, bytes a second of its memory and
-    of the bus to it."""
+    """A kind of GPU: operations per second in float32 and float64, bytes per second of its memory
+    and of its bus."""
 
     float32: float
     float64: float
@@ -27,7 +27,7 @@ class Gpu:
     bus: float
 
 
-CONSUMER = Gpu(15e12, 15e12 / 64, 0.3e12, 11e9)  # also what is not known
+CONSUMER = Gpu(15e12, 15e12 / 64, 0.3e12, 11e9)  # also for unknown GPUs
 V100 = Gpu(13e12, 6.5e12, 0.8e12, 11e9)
 A100 = Gpu(18e12, 9e12, 1.5e12, 22e9)
 H100 = Gpu(50e12, 25e12, 2.5e12, 45e9)
@@ -36,8 +36,8 @@ GPUS = {(6, 0): V100, (7, 0): V100, (8, 0): A100, (9, 0): H100, (9, 4): H100, (1
 
 @dataclass(frozen=True)
 class Price:
-    """Of one of what an `Effort` counts: seconds of a core; where a GPU does it, bytes of its
-    memory that are read and written, seconds of a core meanwhile, and operations for a piece."""
+    """The price of one unit of an `Effort`: seconds of a core. On a GPU: bytes of its memory read
+    and written, seconds of a core on the host, and operations per piece."""
 
     core: float = 0.0
     touched: float = 0.0
@@ -54,15 +54,15 @@ PRICES = {
     "drawn": Price(5e-9, touched=160, launches=20),
     "flops": Price(1 / 40e9),
     "wide": Price(1 / 16e9),
-    "columns": Price(launches=10, piece=1),  # what they take is in the products
-    # on a GPU the host makes those of a few hundred rows that one is made of
+    "columns": Price(launches=10, piece=1),  # their arithmetic is in the products
+    # on a GPU the host computes those of a few hundred rows that one consists of
     "decompositions": Price(host=0.05, launches=500, piece=1),
 }
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Cores, a GPU if there is one that can be used, and bytes a second of the disk."""
+    """Cores, a usable GPU if there is one, and bytes per second of the disk."""
 
     cores: int
     gpu: Gpu | None = None
@@ -71,9 +71,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """A plan as what it takes: bytes that are read and written, those of them that are no copies,
-    how many there are of what `PRICES` names, operations that a GPU would be given, and whether
-    there are tasks, of which a GPU computes few at a time."""
+    """The work of a plan: bytes read and written, those of them that are not copied, the counts of
+    what `PRICES` names, operations sent to a GPU, and whether there are tasks, of which a GPU
+    computes few at a time."""
 
     nbytes: float
     changed: float
@@ -99,7 +99,7 @@ class Work:
         )
 
     def gains(self, machine: Machine) -> bool:
-        """Whether it is so much sooner done on the machine's GPU that it is worth taking it."""
+        """Return whether the machine's GPU is faster by enough to be worth using."""
         here, there = self.seconds_on_cores(machine), self.seconds_on_gpu(machine)
         return here > GAIN * there and here - there > SECONDS
 

@@ -1,5 +1,5 @@
-"""The devices that plans run on: their names, their streams, memory that runs out, and arithmetic
-that no setting of the caller's changes."""
+"""Devices that plans run on: names, streams, memory that runs out, and arithmetic that does not
+depend on the caller's settings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from adapterkit.core.system import system
 
 # cuBLAS repeats its bits on several streams only with workspaces of a fixed size
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-SHORTENING = {  # of the environment: libraries make products of shorter numbers, by others of ours
+SHORTENING = {  # environment variables that make libraries multiply in lower precision
     "NVIDIA_TF32_OVERRIDE": "products in float32 would have three digits",
     "HIPBLASLT_ALLOW_TF32": "products in float32 would have three digits",
     "CUBLAS_EMULATE_SINGLE_PRECISION": "products in float32 would be sums of products of bfloat16",
     "CUBLAS_EMULATE_DOUBLE_PRECISION": "products in float64 would be sums of products of integers",
 }
 CUDA = re.compile("cuda(?::(0|[1-9][0-9]*))?")
-# which of a node's processes this one is: of torchrun, Open MPI, MPICH's kind and Slurm, the
+# the number of this process on its node, by torchrun, Open MPI, MPICH's kind and Slurm, the
 # innermost first, as in many/workers/launcher.py
 LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 OUT_OF_MEMORY = {
@@ -42,8 +42,8 @@ CERTAIN = (
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator: can't allocate memory",
 )
-# what a full GPU says too: libraries that find no memory to begin, and torch where it cannot ask
-# how much is free
+# texts of a full GPU too: libraries that find no memory to start, and torch if it cannot query
+# the free memory
 OFTEN = (
     "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUSOLVER_STATUS_NOT_INITIALIZED",
@@ -51,23 +51,23 @@ OFTEN = (
     "cusolver error: 7",
     "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
 )
-FULL = 1 << 30  # bytes free on a GPU, below which it is taken to be full
+FULL = 1 << 30  # free bytes below which a GPU counts as full
 
 
 @functools.cache
 def precisions() -> list[Any]:
-    """The settings of torch by which products of float32 are made of shorter numbers."""
+    """Return torch's settings that allow float32 products in lower precision."""
     backends = [torch.backends.cuda, torch.backends.mkldnn]
     settings = [getattr(backend, "matmul", None) for backend in backends]
     return [one for one in settings if hasattr(one, "fp32_precision")]
 
 
 def pick_device(name: str) -> torch.device:
-    """torch's device for `cpu`, `cuda` or `cuda:i`; of `auto` the CPU: `place` looks at a plan.
+    """Return torch's device for `cpu`, `cuda` or `cuda:i`; the CPU for `auto`, which `place`
+    decides.
 
-    `Refused` where there is no such device, where it computes nothing, or where the environment has
-    the GPU shorten numbers.
-    """
+    `Refused` if there is no such device, if it cannot compute, or if the environment makes the GPU
+    use lower precision."""
     if name in ("auto", "cpu"):
         return torch.device("cpu")
     count = gpu_count()
@@ -86,21 +86,22 @@ def pick_device(name: str) -> torch.device:
 
 
 def is_cpu(name: str) -> bool:
-    """Whether a device's name stands for the CPU whatever is to be done."""
+    """Return whether a device's name means the CPU for every plan."""
     return name == "cpu" or (name == "auto" and gpu_count() == 0)
 
 
 def gpu_count() -> int:
-    """How many GPUs torch can use; it is not loaded where the system has no driver of one."""
+    """Return the number of GPUs that torch can use, without importing torch if the system has no
+    GPU driver."""
     if "torch" not in sys.modules and not system.may_have_gpus():
         return 0
     return torch.cuda.device_count()
 
 
 def probe_gpu_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of a GPU that are free, and all of them, once it has computed something; `Refused` with
-    the driver's text where it does not: torch has no kernels for it, another process has it for
-    itself, it is full, the driver is too old."""
+    """Return the free and total bytes of a GPU after a test computation. If that fails, `Refused`
+    with the driver's text: torch has no kernels for it, another process owns it, it is full, or the
+    driver is too old."""
     for name, problem in SHORTENING.items():
         if os.environ.get(name, "0") not in ("", "0"):
             raise Refused(
@@ -128,8 +129,8 @@ def probe_gpu_memory(device: torch.device) -> tuple[int, int]:
 
 
 def own_gpu() -> int | None:
-    """The GPU of this process among those that a node's processes share; None where nobody says
-    which of them it is, or there are not several."""
+    """Return this process's GPU among those that the processes of a node share; None if no variable
+    names it, or if there are not several."""
     count = gpu_count()
     declared = (os.environ[name] for name in LOCAL_RANKS if name in os.environ)
     text = next(declared, "")
@@ -141,12 +142,12 @@ def has_float64(device: torch.device) -> bool:
 
 
 def with_float64(device: torch.device) -> torch.device:
-    """The device, or the host where it has no float64."""
+    """Return the device, or the host if the device has no float64."""
     return device if has_float64(device) else torch.device("cpu")
 
 
 def has_room(device: torch.device, nbytes: int, left: float) -> bool:
-    """Whether so many bytes more, in float64, leave this share of a device's memory free."""
+    """Return whether `nbytes` more, in float64, leave this share of a device's memory free."""
     if device.type != "cuda":
         return has_float64(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -155,14 +156,14 @@ def has_room(device: torch.device, nbytes: int, left: float) -> bool:
 
 
 def holds(device: torch.device, nbytes: int) -> bool:
-    """Whether half of a GPU holds so many bytes, whatever is free: so that bits do not depend on
-    that."""
+    """Return whether half of a GPU's total memory is enough for `nbytes`. Free memory does not
+    count, so that bits do not depend on it."""
     return device.type != "cuda" or 2 * nbytes <= torch.cuda.mem_get_info(device)[1]
 
 
 def begin_copy_to_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory, page-locked if there is such memory: it is there when a `Mark`
-    that follows it is."""
+    """Begin a copy to the host's memory, page-locked if possible; it is complete when a `Mark` made
+    after it is."""
     try:
         return tensor.to("cpu", non_blocking=tensor.is_cuda)
     except RuntimeError:  # there is none
@@ -170,16 +171,16 @@ def begin_copy_to_host(tensor: Tensor) -> Tensor:
 
 
 def kind(device: torch.device) -> str:
-    """What the same plan's bits depend on: `cpu`, or `cuda` with the GPU's name and torch's
-    version. GPUs, and versions of cuBLAS, sum in different orders."""
+    """Return the kind of device that determines a plan's bits: `cpu`, or `cuda` with the GPU's name
+    and torch's version. GPUs, and versions of cuBLAS, sum in different orders."""
     if device.type == "cpu":
         return "cpu"
     return f"{device.type} {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
 
 
 def arithmetic(device: torch.device, threads: int) -> str:
-    """What the bits of torch's own products depend on: the `kind`, and of a CPU its instructions
-    and how many threads share a product."""
+    """Return the setup that determines the bits of torch's own products: the `kind`, and for a CPU
+    its instructions and the number of threads that share a product."""
     if device.type != "cpu":
         return kind(device)
     return f"cpu {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
@@ -187,22 +188,23 @@ def arithmetic(device: torch.device, threads: int) -> str:
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32 and, on a GPU, sums in the same order every time, whatever
-    the caller or the environment has set; theirs again after. Settings of the whole process."""
+    """Compute products of float32 in float32 and, on a GPU, sums in a fixed order, whatever the
+    caller or the environment has set. The settings are those of the whole process; they are
+    restored after."""
     with float32_products(), _repeatable_sums() if device.type == "cuda" else nullcontext():
         yield
 
 
 @contextmanager
 def float32_products() -> Iterator[None]:
-    """Products of float32 in float32, whatever the caller or the environment has set; theirs again
-    after. A setting of the whole process, not to be made in a compiled forward."""
+    """Compute products of float32 in float32, whatever the caller or the environment has set. The
+    setting is the whole process's and is restored after; do not use it in a compiled forward."""
     settings = [(part, part.fp32_precision) for part in precisions()]
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by the newer names alone, which hides the older one
+    except RuntimeError:  # the newer settings hide the older one
         before = "highest"
-    torch.set_float32_matmul_precision("highest")  # the newer names too, so that both can be read
+    torch.set_float32_matmul_precision("highest")  # the newer too: both can be read
     try:
         yield
     finally:
@@ -218,7 +220,7 @@ def _repeatable_sums() -> Iterator[None]:
     filling = torch.utils.deterministic  # `empty` would fill what it allocates
     filled = filling.fill_uninitialized_memory  # type: ignore[attr-defined] (set by its class)
     with warnings.catch_warnings():
-        # what has no such algorithm is used for values that do not depend on an order
+        # functions without such an algorithm are used only where order does not matter
         warnings.filterwarnings("ignore", message=".*deterministic")
         torch.use_deterministic_algorithms(True, warn_only=True)
         filling.fill_uninitialized_memory = False  # type: ignore[attr-defined] (likewise)
@@ -231,7 +233,7 @@ def _repeatable_sums() -> Iterator[None]:
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """`Failed` where memory runs out within the block, in one message whatever library noticed."""
+    """Raise `Failed`, with one message for all libraries, if memory runs out in the block."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -252,17 +254,16 @@ def _is_out_of_memory(error: MemoryError | RuntimeError, device: torch.device) -
         return False
     try:
         return torch.cuda.mem_get_info(device)[0] < FULL
-    except RuntimeError:  # after an error that stays, it is what every call raises
+    except RuntimeError:  # after a sticky error every call raises it
         return False
 
 
 class Streams:
-    """A stream of the GPU for each thread, so that copies and arithmetic of different threads
-    overlap; nothing on the CPU.
+    """A GPU stream for each thread, so that copies and arithmetic of different threads overlap;
+    nothing on the CPU.
 
-    What a thread's stream has been given is only done when the thread has waited for it: tensors
-    go to other threads after a copy to the host, or with a `Mark` that these wait for.
-    """
+    The work of a thread's stream is only done once the thread has waited for it. Tensors go to
+    other threads after a copy to the host, or with a `Mark` on which those wait."""
 
     def __init__(self, device: torch.device):
         self.device, self.own = device, threading.local()
@@ -283,13 +284,13 @@ class Streams:
 
 @functools.cache
 def _stream(card: int, number: int) -> torch.cuda.Stream:
-    """The stream of a job's first thread, its second, ...: the same in all jobs of a process, as
-    memory that one has freed serves no other, and each has memory of cuBLAS."""
+    """Return the stream of a job's first thread, its second, ... All jobs of a process share them,
+    because memory freed in one stream serves no other, and each stream has memory of cuBLAS."""
     return torch.cuda.Stream(card)
 
 
 class Mark:
-    """A place in this thread's stream; nothing on the CPU, nor where copies block."""
+    """A point in this thread's stream; nothing on the CPU, or if copies block."""
 
     def __init__(self, device: torch.device):
         self.event = None
@@ -299,19 +300,19 @@ class Mark:
             self.event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
-        """This thread waits until the stream has passed it."""
+        """Block this thread until the stream has passed the mark."""
         if self.event is not None and not self.event.query():
             self.event.synchronize()
 
     def precede(self) -> None:
-        """What this thread's stream is given from now on waits until it is passed."""
+        """Make later work of this thread's stream wait for the mark."""
         if self.event is not None:
             self.event.wait()
 
 
 def used_here(tensor: Tensor) -> Tensor:
-    """A tensor of another stream, which this thread's stream uses: its memory goes to others after
-    that use only."""
+    """Return a tensor of another stream that this thread's stream uses: its memory is reused only
+    after that use."""
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor

@@ -1,5 +1,5 @@
-"""A verb's plan becomes its output: by the engine of its name, in the output folder, on the Hub, or
-not at all (a dry run)."""
+"""Execute a verb's plan with the engine that it names, in the output folder, on the Hub, or not at
+all (a dry run)."""
 
 import os
 from collections.abc import Iterable
@@ -25,15 +25,15 @@ from adapterkit.doors import ENGINES, HUB
 
 
 def pinned_inputs(how: RunOptions) -> AbstractContextManager[object]:
-    """Inputs of a job that ends on the Hub stay at the commits of its first run, from its plan to
-    its end: within such a block another one does nothing."""
+    """Keep the inputs of a job that writes to the Hub at the commits of its first run, from its
+    plan to its end. Nested blocks do nothing."""
     if not is_on_hub(how.out):
         return nullcontext()
     return load(HUB["pinned inputs"])(how.out, resume=how.resume)
 
 
 def as_it_runs(plan: Plan, call: RunOptions) -> Plan:
-    """The plan of a verb's call with the memory that it may take, and notes on inputs that are
+    """Return the plan of a verb's call with its memory budget, and notes on inputs that are
     converted first."""
     memory = parse_size(call.memory) if call.memory else None
     made = ((folder, conversion_of(folder)) for folder in plan.folders)
@@ -44,11 +44,9 @@ def as_it_runs(plan: Plan, call: RunOptions) -> Plan:
 def execute(
     plan: Plan, how: RunOptions, check: FolderCheck | None = None, push: str | None = None
 ) -> Receipt | Plan:
-    """Run a plan, or with `dry_run` look whether it would begin and return it.
-
-    `push` is the repository to which the finished folder goes. Raises `Refused` before anything is
-    written, `Failed` after.
-    """
+    """Run a plan; with `dry_run` only check whether it could start, and return it. `push` is the
+    repository to which the finished folder is sent. Raises `Refused` before anything is written,
+    `Failed` after."""
     check_out(plan, how)
     check_push_of(plan, how, push)
     if is_on_hub(how.out):
@@ -63,7 +61,7 @@ def execute(
             check_place(stage, plan, resume=how.resume, overwrite=how.overwrite)
         if is_cpu(how.device):
             return plan
-        from adapterkit.core.engine.placement import place  # not for the CPU: it takes an engine
+        from adapterkit.core.engine.placement import place  # not for the CPU: it imports an engine
 
         return place(plan, how.device)[0]
     sent: Push | None = None
@@ -73,7 +71,7 @@ def execute(
 
 
 def check_out(plan: Plan, how: RunOptions) -> None:
-    """`Refused` where the output of a plan cannot be where it is to be."""
+    """Refuse an output whose place does not allow it."""
     if is_on_hub(how.out):
         return
     if how.disk_limit is not None:
@@ -89,15 +87,15 @@ def check_out(plan: Plan, how: RunOptions) -> None:
 
 
 def with_verified(receipt: Receipt, check: FolderCheck | None) -> Receipt:
-    """The receipt with what the check of a merge's rows found."""
+    """Return the receipt with the findings of the check of a merge's rows."""
     if found := getattr(check, "result", None):
         receipt.data["verified"] = found
     return receipt
 
 
 def check_push_of(plan: Plan, how: RunOptions, repository: str | None) -> None:
-    """`Refused` where the output of a plan could not be pushed there."""
-    if repository is None:  # the recipe of a large plan takes its time
+    """Refuse an output that could not be pushed there."""
+    if repository is None:  # the recipe of a large plan is slow
         return
     receipt = receipt_beside(Path(how.out).name) if plan.is_file else RECEIPT
     names, job = output_names(plan, receipt), fingerprint_of(plan.recipe())
@@ -107,7 +105,7 @@ def check_push_of(plan: Plan, how: RunOptions, repository: str | None) -> None:
 
 
 def pushed(receipt: Receipt, how: RunOptions, repository: str | None) -> Receipt:
-    """The receipt of a finished output that is sent there."""
+    """Send a finished output and return its receipt."""
     if repository is not None:
         receipt.data["pushed"] = load(HUB["send"])(
             Path(receipt.out), repository, overwrite=how.overwrite
@@ -116,7 +114,7 @@ def pushed(receipt: Receipt, how: RunOptions, repository: str | None) -> Receipt
 
 
 def stage_of(plan: Plan, out: Path) -> Stage:
-    """Where the output of a plan is built on this machine."""
+    """Return the stage in which the output of a plan is built on this machine."""
     if plan.is_file:
         from adapterkit.core.output.file_output import FileOutput
 
@@ -125,7 +123,7 @@ def stage_of(plan: Plan, out: Path) -> Stage:
 
 
 def run_here(plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push | None) -> Receipt:
-    """The engine of this machine."""
+    """Run the plan on this machine (the engine `local`)."""
     from adapterkit.core.engine.local import local
     from adapterkit.core.engine.placement import place
 
@@ -144,8 +142,8 @@ def run_here(plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push 
 
 
 def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = False) -> None:
-    """`Refused` when the output is an input, inside one, around one, or a link to one, or cannot be
-    a folder."""
+    """Refuse an output that is an input, is inside or around one, is a link to one, or cannot be a
+    folder."""
     final, problem, expected = out.resolve(), "", "a folder to make"
     places = final.parents if is_file else (final, *final.parents)
     there = next(path for path in places if os.path.exists(path))

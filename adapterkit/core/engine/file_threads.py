@@ -1,5 +1,5 @@
-"""Threads that compute, with their results in order; and two beside them: one makes files before
-they are needed, one ends those that are written."""
+"""Threads that compute, with their results in order; and two more: one creates files before they
+are needed, one finishes those that are written."""
 
 import threading
 from collections import deque
@@ -15,22 +15,20 @@ from adapterkit.core.output.stage import Workspace
 from adapterkit.core.output.writer import ShardFile
 
 SHUTDOWN_TIMEOUT = 1.0  # seconds that an interrupted job gives its threads
-BEHIND = 2  # computed files that may wait for their end: a killed job makes them again
+BEHIND = 2  # computed files that may be unfinished: a killed job makes them again
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class FileThreads:
-    """The files of a run that are open, and the threads that make and end them.
-
-    All threads of the run are counted here: an error in one stops the others.
-    """
+    """The open files of a run, and the threads that create and finish them. All threads of the run
+    are counted here: an error in one stops the others."""
 
     def __init__(self, stage: Workspace, finished: Callable[[ShardResult], None]):
         self.stage, self.finished = stage, finished
         self.stop = threading.Event()
         self.problem: BaseException | None = None
-        self.running = Running(1)  # the caller, threads of its own, and what is under way here
+        self.running = Running(1)  # the caller, its threads, and the work in progress here
         self.open: list[ShardFile] = []
         self.ends: dict[str, Future[None]] = {}  # by file, in their order
         self.opener, self.finisher = (ThreadPoolExecutor(1, name) for name in ("open", "finish"))
@@ -40,28 +38,28 @@ class FileThreads:
         self.stop.set()
 
     def start(self, target: Callable[[], None]) -> None:
-        """Run in a thread of its own."""
+        """Run the target in a thread of its own."""
         counted = self._counted(target)
 
         def run() -> None:
-            with suppress(BaseException):  # it is noted
+            with suppress(BaseException):  # it is recorded
                 counted()
 
         self._begin(lambda: threading.Thread(target=run, daemon=True).start())
 
     def ahead(self, make: Callable[[], T]) -> "Future[T]":
-        """Make what takes a while and is not needed yet, such as the blocks of a file."""
+        """Make something slow before it is needed, such as the blocks of a file."""
         counted = self._counted(make)
         return self._begin(lambda: self.opener.submit(counted))
 
     def create(self, name: str, size: int) -> ShardFile:
-        """A file of this size, open until its end."""
+        """Create a file of this size, open until it is finished."""
         file = ShardFile(self.stage.path, name, size, self.stage.attempt)
         self.open.append(file)
         return file
 
     def finish(self, name: str, file: ShardFile, end: Callable[[], ShardResult]) -> "Future[None]":
-        """Have a file ended: `end` does what it lacks but for fsync and name."""
+        """Finish a file in another thread: `end` does the rest, except fsync and the name."""
         counted = self._counted(lambda: self._finish(file, end))
         self.ends[name] = self._begin(lambda: self.finisher.submit(counted))
         return self.ends[name]
@@ -80,15 +78,14 @@ class FileThreads:
         self.finished(result)
 
     def await_ends(self, names: Collection[str]) -> None:
-        """Wait for the ends of these files, and of all but the last few."""
+        """Wait until these files are finished, and all files except the last few."""
         for number, (name, end) in enumerate(reversed(list(self.ends.items()))):
             if number >= BEHIND or name in names:
                 result_of(end)
 
     def end(self) -> None:
-        """Wait for all threads, and raise what went wrong in one of them. Who interrupts does not
-        wait long for what waits for the disk: it is lost anyway, as a later run begins those files
-        anew."""
+        """Wait for all threads, and raise the first error. An interrupt does not wait long for the
+        disk, because a later run makes the unfinished files again anyway."""
         with signals_deferred():
             self.running.finish()
         try:
@@ -116,14 +113,14 @@ class FileThreads:
                 self.fail(error)
                 raise
             finally:
-                # no tensor is left to this thread: the process may end now, which a thread that
-                # frees one would not outlive quietly
+                # this thread keeps no tensor: the process may end now, and a thread that frees one
+                # then would crash
                 self.running.finish()
 
         return run
 
     def _begin(self, start: Callable[[], T]) -> T:
-        """Begin something that is counted."""
+        """Start something that is counted."""
         with signals_deferred():
             self.running.start()
             try:
@@ -137,8 +134,8 @@ class FileThreads:
 def file_threads(
     stage: Workspace, finished: Callable[[ShardResult], None]
 ) -> Iterator[FileThreads]:
-    """Threads for the files of a run, all of which are ended with the block; `finished` is told of
-    each."""
+    """Yield threads for the files of a run, and end them with the block; `finished` gets each
+    result."""
     files = FileThreads(stage, finished)
     try:
         yield files
@@ -155,9 +152,9 @@ def in_order(
     cost: Callable[[T], int] = lambda item: 0,
     pool: ThreadPoolExecutor | None = None,
 ) -> Iterator[R]:
-    """function(item) for each, by `workers` threads, in the items' order; some are made ahead of
-    the one that is asked for: as many as cost no more than the budget together, the one that was
-    given out last included, until the next is asked for. `pool`: threads that are there already."""
+    """Yield function(item) for each item, in order, computed by `workers` threads. Items are
+    computed ahead as long as the sum of their costs stays within the budget, the last result
+    included until the next is requested. `pool`: existing threads to use."""
     source, waiting = iter(items), deque()
     ahead, in_use = next(source, None), 0
     threads = pool or ThreadPoolExecutor(workers, "compute")

@@ -1,9 +1,9 @@
-"""Waits of the main thread that Ctrl-C ends at once and leaves whole.
+"""Waits of the main thread that Ctrl-C ends at once and safely.
 
 A signal's handler raises KeyboardInterrupt wherever the main thread is. Inside the Python code of
-`threading` and `concurrent.futures` that leaves a lock held for ever, or ends in RuntimeError. So
-signals wait while that code runs, and the main thread itself waits in a call that is written in C.
-"""
+`threading` and `concurrent.futures` that leaves a lock locked for ever, or ends in RuntimeError. So
+signals are deferred while that code runs, and the main thread itself waits in a call that is
+written in C."""
 
 import signal
 import threading
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block; threads started in it never get them."""
+    """Defer SIGINT and SIGTERM until the end of the block; threads started in it never get them."""
     if threading.current_thread() is not threading.main_thread():  # handlers run in the main one
         yield
         return
-    # a mask is not enough: another thread may get the signal, and the handler runs here then
+    # a mask is not enough: if another thread gets the signal, the handler still runs here
     pending: list[int] = []
     is_over = False
     handlers = {int(n): h for n in system.signals if callable(h := signal.getsignal(n))}
 
     def defer(number: int, frame: FrameType | None) -> None:
-        if is_over:  # what a handler raised has ended the loop below
+        if is_over:  # a handler's exception has ended the loop below
             handlers[number](number, frame)
         else:
             pending.append(number)
@@ -50,10 +50,8 @@ def signals_deferred() -> Iterator[None]:
 
 
 class Running:
-    """How many threads and tasks still run; the main thread waits for none.
-
-    All are counted before the first one starts, or by one that runs: the count reaches zero once.
-    """
+    """The number of running threads and tasks; the main thread can wait until there are none. All
+    are counted before the first one starts, or by a running one, so the count reaches zero once."""
 
     def __init__(self, count: int):
         self._lock, self._none, self._count = threading.Lock(), threading.Lock(), count
@@ -70,14 +68,14 @@ class Running:
                 self._none.release()
 
     def wait(self, seconds: float) -> bool:
-        """Whether nothing runs any more, after that many seconds at most."""
+        """Wait for at most `seconds`, and return whether nothing runs any longer."""
         if self._count and self._none.acquire(timeout=seconds):
             self._none.release()
         return not self._count
 
 
 def result_of(future: "Future[T]") -> T:
-    """The future's result; the wait ends with an interrupt."""
+    """Return the future's result; an interrupt ends the wait."""
     done = threading.Lock()
     done.acquire()
     with signals_deferred():
@@ -89,7 +87,7 @@ def result_of(future: "Future[T]") -> T:
 
 
 def start_thread(target: Callable[[], None]) -> "Future[None]":
-    """Run in a thread that no exit of the process waits for; what came of it."""
+    """Run the target in a thread that does not delay the end of the process; return its future."""
     future = Future[None]()
 
     def run() -> None:
@@ -105,8 +103,8 @@ def start_thread(target: Callable[[], None]) -> "Future[None]":
 
 
 def run_stoppable(target: Callable[[Callable[[], bool]], None]) -> None:
-    """Run in a thread, which learns from its argument whether who waits for it has given up: an
-    interrupt does not wait for the network."""
+    """Run the target in a thread. Its argument returns whether the waiting caller has given up, so
+    that an interrupt does not wait for the network."""
     stop = threading.Event()
     try:
         result_of(start_thread(lambda: target(stop.is_set)))

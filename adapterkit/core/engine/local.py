@@ -53,12 +53,12 @@ from adapterkit.core.tasks.metrics import ChangeMetrics, change_sums, squares
 from adapterkit.core.tasks.rows import arithmetic, rounded, unrounded
 from adapterkit.kernels.sums import all_finite
 
-OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
+OPEN_SHARDS = 8  # unfinished output files: small ones would outrun their fsyncs
 
 
 def local(device: str = "auto", workers: int | None = None):
-    """An engine on this machine: `device` auto, cpu, cuda or cuda:i; `Refused` where there is no
-    such device."""
+    """Return an engine on this machine: `device` is auto, cpu, cuda or cuda:i; `Refused` if there
+    is no such device."""
     where = pick_device(device)
 
     def engine(
@@ -94,7 +94,7 @@ def local(device: str = "auto", workers: int | None = None):
             if blocks and (collection := blocks[0].collection):
                 collection.collect_blocks(plan, blocks, stage, where, finished, progress)
             written = {key: file.file for file in computed for key in file.handoff_writes}
-            # first: steps may need what tasks hand on
+            # first, because steps may read the handoffs of tasks
             with TaskThreads(where, tasks, budget) as task_threads:
                 for file in computed:
                     if not stage.wanted(file.file):
@@ -108,7 +108,7 @@ def local(device: str = "auto", workers: int | None = None):
                     write_computed(file, inputs, task_threads, files, hashed=hash, progress=done)
             if streamed:
                 files.await_ends(set().union(*(_files_read(file, written) for file in streamed)))
-                # on a GPU of all: its memory is never given back, and serves other files too
+                # on a GPU the largest of all files: its memory is never freed, and serves them too
                 largest = largest_piece(streamed if where.type == "cpu" else plan.shards, where)
                 _ShardRun(streamed, largest, sources, where, count, hash, files, progress).start()
 
@@ -116,14 +116,14 @@ def local(device: str = "auto", workers: int | None = None):
 
 
 def _files_read(file: OutputFile, written: dict[str, str]) -> set[str]:
-    """The files, of those by what they hand on, whose handoffs this one reads."""
+    """Return the files whose handoffs this one reads."""
     return {written[key] for key in file.handoff_reads if key in written}
 
 
 @contextmanager
 def _torch_threads(workers: int | None) -> Iterator[None]:
-    """So many threads of torch's, if it is said how many; the workers' own setting reaches the
-    whole process."""
+    """Set torch's number of threads, if one is given; the setting also reaches beyond the
+    workers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(workers or threads)
     try:
@@ -133,8 +133,8 @@ def _torch_threads(workers: int | None) -> Iterator[None]:
 
 
 class _ShardRun:
-    """One run over some shards: the pieces in order, workers that take them, files that are made
-    before them and ended behind them."""
+    """One run over some shards: the pieces in order, the workers that take them, the files that are
+    created ahead and finished behind."""
 
     def __init__(self, shards, largest, sources, device, workers, hashed, files, progress):
         self.shards, self.sources, self.device = shards, sources, device
@@ -147,27 +147,27 @@ class _ShardRun:
             (GPU_BUFFERS if on_gpu else CPU_BUFFERS) * workers, largest, pinned=on_gpu
         )
         self.lock = threading.Lock()
-        # to take the next piece; waits for files to be finished, so not the lock for counting
+        # to take the next piece; may wait for files, so it is not the lock for counting
         self.turn = threading.Lock()
-        self.room = threading.Semaphore(max(OPEN_SHARDS, workers) + 1)  # one of them is made ahead
+        self.slots = threading.Semaphore(max(OPEN_SHARDS, workers) + 1)  # one is created ahead
 
     def start(self) -> None:
-        """Begin: the threads end with those of `files`."""
+        """Start the threads, which end with those of `files`."""
         pieces = self._pieces()
         with signals_deferred():
             for _ in range(self.workers):
                 self.files.start(lambda: self._take_pieces(pieces))
 
     def _pieces(self) -> Iterator[Piece]:
-        """The pieces of a few files in turn: each file has one hash, in file order, and one core
-        makes it. The next file is made meanwhile: giving it its blocks may take a while."""
+        """Yield the pieces of a few files in turn, because one core computes a file's hash, in
+        order. The next file is created meanwhile: allocating its blocks may be slow."""
         shards, turns = deque(self.shards), deque[Iterator[Piece]]()
         opening: Future[Iterator[Piece]] | None = None
         while shards or opening or turns:
             if (
                 opening is None
                 and shards
-                and self.room.acquire(timeout=0 if turns else POLL_INTERVAL)
+                and self.slots.acquire(timeout=0 if turns else POLL_INTERVAL)
             ):
                 shard = shards.popleft()
                 opening = self.files.ahead(lambda shard=shard: self._opened(shard))
@@ -186,7 +186,7 @@ class _ShardRun:
 
     def _opened(self, shard: OutputFile) -> Iterator[Piece]:
         if not self.files.stage.wanted(shard.name):
-            self.room.release()
+            self.slots.release()
             return iter(())
         opened = OpenShard(shard, hashed=self.hashed)
         opened.file = self.files.create(shard.name, shard.size)
@@ -224,7 +224,7 @@ class _ShardRun:
             )
         if last:
             ended = self.files.finish(shard.shard.name, shard.file, shard.result)
-            ended.add_done_callback(lambda _: self.room.release())
+            ended.add_done_callback(lambda _: self.slots.release())
         elif shard.flushed > start:
             shard.file.start_writeback(start, shard.flushed - start)
 
@@ -270,8 +270,8 @@ class _ShardRun:
         with self.sources.file(step.source.folder, step.source.file):  # it stays open
             for chunk in piece.chunks:
                 shape, outgoing = (chunk.last - chunk.first, columns), written[rows(chunk)]
-                room = staging.kept(shape, arithmetic(step))
-                w = inputs.rows(step.source, step.grid, chunk.first, chunk.last, room)
+                into = staging.kept(shape, arithmetic(step))
+                w = inputs.rows(step.source, step.grid, chunk.first, chunk.last, into)
                 waiting.append(compute_chunk(w, edits, step, chunk, outgoing))
                 if len(waiting) > staging.ahead:
                     write(waiting.popleft())
@@ -283,8 +283,8 @@ class _ShardRun:
 
 @dataclass
 class ComputedChunk:
-    """A chunk whose arithmetic and copy to the host have begun. On a GPU what it gives is there
-    when it has landed; until then a worker reads and begins the next one."""
+    """A chunk whose arithmetic and copy to the host have begun. On a GPU its result is there once
+    it has landed; until then a worker reads and begins the next one."""
 
     chunk: Chunk
     values: Tensor  # in the dtype of the arithmetic, on the device
@@ -293,12 +293,12 @@ class ComputedChunk:
     mark: Mark
 
     def landed(self, step: Step) -> list[float]:
-        """Wait for it: `outgoing` is there. Σ of the new values squared, and `change_sums` of a
-        sampled chunk; `Unrecoverable` if they are not finite."""
+        """Wait until `outgoing` is there. Return Σ of the new values squared, and `change_sums` of
+        a sampled chunk; `Unrecoverable` if they are not finite."""
         self.mark.wait()
         sums = [float(one) for one in self.sums]
         limit = torch.finfo(self.outgoing.dtype).max
-        # then no element is above the limit; false for NaN
+        # implies that no element is above the limit; false for NaN
         if not sums[0] <= limit * limit and not all_finite(self.outgoing):
             raise _not_finite(step, self.values)
         return sums
@@ -307,7 +307,7 @@ class ComputedChunk:
 def compute_chunk(
     w: Tensor, edits: list[Loaded], step: Step, chunk: Chunk, outgoing: Tensor
 ) -> ComputedChunk:
-    """Begin the edits of w, which change it, and the copy of the rounded rows to `outgoing`."""
+    """Begin the edits of w, in place, and the copy of the rounded rows to `outgoing`."""
     before = w.clone() if chunk.sampled and edits else None
     for edit in edits:
         edit.apply(w, chunk.first)

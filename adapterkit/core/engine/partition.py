@@ -25,17 +25,17 @@ from adapterkit.core.tasks.metrics import ChangeMetrics, delta_norm
 from adapterkit.core.tasks.rows import arithmetic, chunks, elements_of_chunk
 from adapterkit.kernels.rows import rows_of_chunk
 
-# chunks that a worker takes at a time: what it shares with the others is touched once per span
+# chunks that a worker takes at a time: it touches shared state once per span
 SPAN = 4
 RUN = 4 << 20  # bytes of one piece of an untouched run
-DIGITS = 4  # of metrics, which sampled chunks tell
+DIGITS = 4  # of metrics, which sampled chunks estimate
 SAMPLE = 64  # metrics are measured on every 64th chunk of a tensor, the first included
 
 
 @dataclass
 class Piece:
-    """Some bytes of one output file: a run of untouched bytes (no step), header bytes, or some
-    chunks of a step."""
+    """A range of bytes of one output file: copied bytes (no step), header bytes, or some chunks of
+    a step."""
 
     shard: OpenShard
     number: int  # in file order
@@ -64,7 +64,7 @@ class _CopiedRun:
     stop: int
 
     def joins(self, source: TensorSpec, position: int) -> bool:
-        """Whether this tensor goes on where the run ends, in both files."""
+        """Return whether this tensor continues the run in both files."""
         same = (self.source.folder, self.source.file) == (source.folder, source.file)
         return (
             same
@@ -75,8 +75,8 @@ class _CopiedRun:
 
 @dataclass
 class OpenStep:
-    """A step while its chunks are worked on: its edits are loaded by the first worker and freed
-    after the last chunk, when each worker has waited for what it had a GPU do with them."""
+    """A step in progress. The first worker loads its edits; they are freed after the last chunk,
+    once each worker has waited for its GPU work with them."""
 
     step: Step
     remaining: int
@@ -99,7 +99,7 @@ class OpenStep:
             return self.edits
 
     def done(self, metrics: ChangeMetrics) -> None:
-        """One span less to do; the last one frees the edits."""
+        """Count one span as done; the last one frees the edits."""
         with self.lock:
             self.metrics.add(metrics)
             self.remaining -= 1
@@ -108,12 +108,12 @@ class OpenStep:
 
 
 def largest_piece(files: Iterable[OutputFile], device: torch.device) -> int:
-    """Bytes of the largest of their pieces."""
+    """Return the bytes of the largest piece of these files."""
     return max((RUN, *(_piece_of(step, device) for file in files for step in file.steps)))
 
 
 def _piece_of(step: Step, device: torch.device) -> int:
-    """Bytes of a step's first piece, the largest."""
+    """Return the bytes of a step's first piece, the largest."""
     if step.copied:
         return RUN
     rows, columns = step.grid
@@ -122,7 +122,7 @@ def _piece_of(step: Step, device: torch.device) -> int:
 
 
 def cut(shard: OutputFile, parts: int, device: torch.device) -> list[OutputFile]:
-    """An output file in so many parts of about the same size, at most; cut between pieces."""
+    """Cut an output file, between pieces, into at most that many ranges of about the same size."""
     starts = [piece.position for piece in OpenShard(shard, hashed=False).pieces(device)]
     wanted = [shard.size * number // parts for number in range(1, parts)]
     places = [starts[i] for i in (bisect_left(starts, at) for at in wanted) if i < len(starts)]
@@ -131,7 +131,7 @@ def cut(shard: OutputFile, parts: int, device: torch.device) -> list[OutputFile]
 
 
 class OpenShard:
-    """An output file in the making: its pieces, its hash in file order, what is left to do."""
+    """An unfinished output file: its pieces, its hash in file order, and its remaining pieces."""
 
     file: ShardFile
 
@@ -146,7 +146,7 @@ class OpenShard:
         self.flushed = 0
 
     def pieces(self, device: torch.device) -> Iterator[Piece]:
-        """The pieces in order, those of a part at their places in it."""
+        """Yield the pieces in order, at their positions in the file or in its range."""
         if self.shard.range is None:
             yield from self._pieces(device)
             return
@@ -167,8 +167,8 @@ class OpenShard:
     def _pieces(
         self, device: torch.device, start: int = 0, stop: int = sys.maxsize
     ) -> Iterator[Piece]:
-        """The whole file's, but for tensors and bytes of runs that are nowhere near [start, stop);
-        neighboring untouched tensors of one input file are one run."""
+        """Yield the pieces of the whole file, except tensors and runs that are nowhere near [start,
+        stop); neighboring untouched tensors of one input file are one run."""
         number = itertools.count()
         header = self.shard.layout.header
         yield Piece(self, next(number), 0, len(header), data=header)
@@ -220,8 +220,8 @@ class OpenShard:
             )
 
     def hash(self, number: int, view: memoryview, release: Callable[[], None]) -> None:
-        """Feed a piece's bytes to the hash in file order; `release` gives the buffer back once they
-        are through."""
+        """Feed a piece's bytes to the hash in file order; `release` returns the buffer after
+        that."""
         if self.digest is None:
             release()
             return
@@ -242,7 +242,7 @@ class OpenShard:
 
     def result(self) -> ShardResult:
         changed = [each for each in self.steps if each.step.edits]
-        if self.shard.range is not None:  # its metrics go on in the other parts
+        if self.shard.range is not None:  # its metrics continue in the other ranges
             raw = {each.step.key: vars(each.metrics) for each in changed}
             return ShardResult(self.shard.name, self.shard.size, None, {}, raw)
         metrics = {

@@ -1,10 +1,10 @@
-"""Which device a plan runs on, and what it takes there."""
+"""Choose the device of a plan, and compute the memory that the plan takes there."""
 
 import math
 from dataclasses import replace
 
 from adapterkit.core.budget import GPU_TASKS, pinned_size
-from adapterkit.core.engine.buffers import GPU_BUFFERS, ROOM, ROOMS
+from adapterkit.core.engine.buffers import GPU_BUFFERS, STAGING_COUNT, STAGING_SIZE
 from adapterkit.core.engine.cost import CONSUMER, GPUS, H100, Machine, Work
 from adapterkit.core.engine.device import gpu_count, is_cpu, kind, pick_device, probe_gpu_memory
 from adapterkit.core.engine.partition import largest_piece
@@ -14,18 +14,18 @@ from adapterkit.core.plan import Placement, Plan, Step, Task
 from adapterkit.core.system import all_cores
 from adapterkit.core.tasks.rows import CUDA_ELEMENTS
 
-CONTEXT, SLACK = 1 << 30, 1.5  # bytes of CUDA and its libraries; what allocators keep of a task
-IDLE = 0.9  # of a GPU's memory is free: no other one is looked at, as each takes a context
-# bytes of a worker for each element of a chunk, twice in float64: two chunks that are under way, of
-# which one is measured
+CONTEXT, SLACK = 1 << 30, 1.5  # bytes of CUDA and its libraries; overhead of allocators
+IDLE = 0.9  # share of free memory at which no other GPU is probed, because each takes a context
+# bytes of a worker for each element of a chunk, twice in float64: two chunks in progress, one of
+# them measured
 CHUNK_BYTES = 60
-USABLE = 0.8  # of a GPU's free memory: the rest is the allocator's and the libraries'
+USABLE = 0.8  # share of a GPU's free memory: the rest is for allocator and libraries
 
 
 def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
-    """The plan with the device that it runs on and what it takes there, and that device's name;
-    `Refused` where there is no such device. `auto`: see `Work.gains`. `own`: the GPU of this
-    process, where several of a machine share its GPUs."""
+    """Return the plan with its device and its memory there, and the device's name; `Refused` if
+    there is no such device. For `auto` see `Work.gains`. `own`: the GPU of this process, if several
+    processes share a machine's GPUs."""
     if is_cpu(name):
         return plan, "cpu"
     if name == "auto":
@@ -40,8 +40,8 @@ def place(plan: Plan, name: str, own: int | None = None) -> tuple[Plan, str]:
 
 
 def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
-    """The device that a plan is best off on, and notes on GPUs that cannot be used: of those that
-    can and have room for it, the one with most memory free."""
+    """Return the best device for a plan, and notes on GPUs that cannot be used. Among the GPUs with
+    enough memory it is the one with most memory free."""
     work = Work.of(plan)
     if not work.gains(Machine(all_cores(), H100)):
         return "cpu", []  # before CUDA is started
@@ -63,8 +63,8 @@ def _auto(plan: Plan, own: int | None) -> tuple[str, list[str]]:
 
 
 def least_memory(plan: Plan) -> int:
-    """Bytes of a GPU's memory that a plan does not run without: those of its largest task, of one
-    worker, or of a layer whose inputs are summed."""
+    """Return the bytes of GPU memory that a plan needs at least: for its largest task, for one
+    worker, or for a layer whose inputs are summed."""
     steps = _changed(plan)
     streamed = worker_memory(steps) + plan.factors_memory(steps, 1) if steps else 0
     largest = max((task.gpu_memory for task in tasks_of(plan)), default=0)
@@ -85,16 +85,16 @@ def _changed(plan: Plan) -> list[Step]:
 
 
 def device_totals(plan: Plan, workers: int) -> dict[str, int]:
-    """The most bytes of the GPU's memory that the plan takes, and of page-locked memory of this
+    """Return the most GPU memory that the plan takes, and the most page-locked memory of this
     machine."""
     steps = _changed(plan)
     factors = plan.factors_memory(steps, workers)
     streamed = workers * worker_memory(steps) + factors if steps else 0
     at_a_time = min(GPU_TASKS, workers)
-    pinned = (at_a_time + 1) * ROOMS * ROOM  # of those that compute, and of the one that writes
+    pinned = (at_a_time + 1) * STAGING_COUNT * STAGING_SIZE
     if not all(shard.tasks for shard in plan.shards):
         piece = pinned_size(largest_piece(plan.shards, torch.device("cuda")))
-        pinned = max(pinned, workers * ROOMS * ROOM) + workers * GPU_BUFFERS * piece
+        pinned = max(pinned, workers * STAGING_COUNT * STAGING_SIZE) + workers * GPU_BUFFERS * piece
     return {
         "device_memory": max(streamed, plan.tasks_memory(at_a_time, gpu=True), _collected(plan)),
         "pinned_memory": pinned,
@@ -102,7 +102,7 @@ def device_totals(plan: Plan, workers: int) -> dict[str, int]:
 
 
 def worker_memory(steps: list[Step]) -> int:
-    """Bytes on the GPU for the chunks of one worker."""
+    """Return the bytes on the GPU for the chunks of one worker."""
     return max(
         ((CHUNK_BYTES << step.wide) * min(CUDA_ELEMENTS, math.prod(step.shape)) for step in steps),
         default=0,
@@ -110,8 +110,8 @@ def worker_memory(steps: list[Step]) -> int:
 
 
 def fitting(plan: Plan, workers: int, free: int) -> tuple[int, int]:
-    """How many of the workers a GPU with that many free bytes has room for, at least one, and the
-    bytes for tasks together."""
+    """Return how many workers fit into a GPU with that many free bytes, at least one, and the bytes
+    for tasks together."""
     steps, usable = _changed(plan), int(USABLE * free)
-    each, room = worker_memory(steps), usable - plan.factors_memory(steps, workers)
-    return max(1, min(workers, room // each if each else workers)), min(plan.budget, usable)
+    each, left = worker_memory(steps), usable - plan.factors_memory(steps, workers)
+    return max(1, min(workers, left // each if each else workers)), min(plan.budget, usable)

@@ -1,5 +1,5 @@
-"""Folders that are not there yet: the output of a plan, which later plans are made from, and the
-conversion that stands for an adapter in another tool's format."""
+"""Folders that do not exist yet: the output of a plan, from which later plans are made, and the
+conversion of an adapter in another tool's format."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def planned_folder(out: str, plan: "Plan", source: str) -> Overlay | None:
-    """What a plan will write at `source`, which is its output or in it; None where sizes or small
-    files depend on values, and for one file of a folder. `Refused` where it will write nothing
-    there."""
+    """Return the files that a plan will write at `source`, its output or a folder in it; None if
+    sizes or small files depend on values, or for one file of a folder. `Refused` if it will write
+    nothing there."""
     contents = planned_contents(plan)
     inner = source.removeprefix(out).strip("/:")
-    if contents is None or inner in contents:  # a file, read with what lies beside it
+    if contents is None or inner in contents:  # a file, which is read with its neighbors
         return None
     name = shown(Path(out).name)
     folder = Overlay(name, shown(out), {"name": name}, contents, place=out)
@@ -43,7 +43,7 @@ def planned_folder(out: str, plan: "Plan", source: str) -> Overlay | None:
 
 
 def planned_contents(plan: "Plan") -> dict[str, Content] | None:
-    """The files that a plan will write; None where sizes or small files depend on values."""
+    """Return the files that a plan will write; None if sizes or small files depend on values."""
     # here, so that headers of models are read without torch
     from adapterkit.core.plan import CopyFile, FromMetrics
 
@@ -67,8 +67,8 @@ def planned_contents(plan: "Plan") -> dict[str, Content] | None:
 
 
 def _planned_metrics(file: "OutputFile") -> dict[str, Json] | None:
-    """The metrics of a file's tasks, as far as small files need them; None where values decide
-    about its header."""
+    """Return the metrics of a file's tasks that small files need; None if its header depends on
+    values."""
     if file.sizes_are_planned:
         return None if file.variable_size else {}
     if file.finalize is not None:
@@ -80,7 +80,7 @@ def _planned_metrics(file: "OutputFile") -> dict[str, Json] | None:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Carries out the plan of a conversion into PEFT's layout."""
+    """Executes the plan of a conversion into PEFT's layout."""
 
     plan: "Plan"
 
@@ -107,9 +107,9 @@ class Conversion:
 
 @dataclass(frozen=True)
 class JobOutput(Conversion):
-    """Carries out a job whose adapter is to be written in another layout."""
+    """Executes a job whose adapter is to be written in another layout."""
 
-    metrics: dict[str, Json] = field(default_factory=dict)  # for the receipt of what is written
+    metrics: dict[str, Json] = field(default_factory=dict)  # for the receipt of the written adapter
 
     def make(self, place: Path) -> Mapping[str, Copied]:
         files = super().make(place)
@@ -122,10 +122,10 @@ def converted_folder(
     form: str,
     file: str,  # the source's
     plan: "Plan",
-    component: str = "",  # of the pipeline that the source is for
+    component: str = "",  # the pipeline's component that the source changes
 ) -> Overlay:
-    """An adapter in PEFT's layout whose headers and settings are those of the plan of its
-    conversion, which is carried out when more is asked for."""
+    """Return an adapter in PEFT's layout, whose headers and settings come from the plan of its
+    conversion. The conversion runs when anything else is read."""
     origin = {**source.origin, "format": form, "file": file}
     origin |= {"component": component} if component else {}
     known = planned_contents(plan)
@@ -133,21 +133,21 @@ def converted_folder(
 
 
 def made_adapter(plan: "Plan") -> Overlay:
-    """An adapter in PEFT's layout that a job makes to be written in another one."""
+    """Return an adapter in PEFT's layout that a job makes, to be written in another one."""
     source, origin = plan.folders[0], {"name": plan.verb}
     known = planned_contents(plan)
     return Overlay(plan.verb, source.label, origin, known, JobOutput(plan), source)
 
 
 def conversion_of(folder: Folder) -> Conversion | None:
-    """What makes a folder that stands for a conversion; None for others."""
+    """Return the conversion behind a folder; None for other folders."""
     maker = getattr(folder, "maker", None)
     return maker if isinstance(maker, Conversion) else None
 
 
 def check_added_deltas(folder: Folder) -> None:
-    """`Refused` for a folder that has the file and did not make it: it would change modules that no
-    other reader of the adapter sees."""
+    """Refuse a folder that contains the file of added deltas but was not made here, because it
+    would change modules that no other reader of the adapter sees."""
     conversion = conversion_of(folder)
     is_made = conversion and ADDED_DELTAS in (shard.file for shard in conversion.plan.shards)
     if ADDED_DELTAS in folder.files() and not is_made:

@@ -1,4 +1,5 @@
-"""What tasks and edits read: whole tensors, rows, shared stacks of experts' factors, handoffs."""
+"""Read inputs of tasks and edits: whole tensors, rows, shared stacks of experts' factors,
+handoffs."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ LEAST_STACKS = 3  # stacks of experts' factors that are kept however large they 
 
 @dataclass
 class LocalReader:
-    """The `Reader` of a job on this machine: of its open files, and of what earlier files handed
-    on."""
+    """The `Reader` of a job on this machine, for its open files and the handoffs of earlier
+    files."""
 
     sources: Sources
     device: torch.device
@@ -37,7 +38,7 @@ class LocalReader:
     handoffs: HandoffReader | None = None
     finite: bool = True  # whether tensors that are not finite are refused
     stacks: SharedStacks = field(default_factory=lambda: SharedStacks())
-    decoded: Callable[[], Iterator[tuple[int, Tensor]]] | None = None  # what `blocks` gives
+    decoded: Callable[[], Iterator[tuple[int, Tensor]]] | None = None  # yields the `blocks`
 
     def view(
         self,
@@ -58,7 +59,7 @@ class LocalReader:
         return value if self.dtype is None else value.to(self.dtype)
 
     def _stored(self, spec: TensorSpec, dtype: torch.dtype | None = None) -> Tensor:
-        """In a dtype, or as it is stored."""
+        """Return a tensor in a dtype, or as it is stored."""
         if spec.folder == HANDOFF_FOLDER:
             assert self.handoffs is not None
             data = self.handoffs.read(spec.key, spec.start, spec.stop)
@@ -97,10 +98,10 @@ class LocalReader:
         last: int,
         into: Tensor | None = None,
     ) -> Tensor:
-        """`into`: memory for them that is used again; on the CPU."""
+        """Return rows; `into` is memory to reuse for them, on the CPU."""
         width = dtypes.BITS[spec.dtype] // 8 * grid[1]
         return staging_of(self.device).load(
-            lambda at, room: self.sources.read_into(spec, first * width + at, room),
+            lambda at, memory: self.sources.read_into(spec, first * width + at, memory),
             dtypes.torch_dtype(spec.dtype),
             (last - first, grid[1]),
             self.dtype,
@@ -116,10 +117,9 @@ class LocalReader:
 
 
 class SharedStacks:
-    """What was cut of the stacks of experts' factors that were asked for last; thread-safe.
+    """The slices last cut from stacks of experts' factors; thread-safe.
 
-    Steps that follow each other ask for a few in turn: those of gate and up, and of down, of each
-    adapter."""
+    Consecutive steps request a few in turn: those of gate and up, and of down, for each adapter."""
 
     def __init__(self):
         self.lock, self.stacks = threading.Lock(), OrderedDict[TensorSpec, _Stack]()

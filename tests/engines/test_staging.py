@@ -28,7 +28,7 @@ from tests.golden import jobs
 from tests.support.card import DEVICE, Card, installed
 
 CPU = torch.device("cpu")
-WHOLE = (96, 65)  # many rooms of 256 bytes, the last one not full
+WHOLE = (96, 65)  # many buffers of 256 bytes, the last one not full
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalFolder, dict[
 
 
 @pytest.fixture(autouse=True)
-def small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "ROOM", 256)
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "STAGING_SIZE", 256)
     monkeypatch.setattr(buffers, "CACHED", 256)
 
 
@@ -68,7 +68,7 @@ def all_read(
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
 @pytest.mark.parametrize("device", [CPU, DEVICE])
-def test_what_is_read_part_by_part_is_what_is_stored(
+def test_tensors_read_in_parts_equal_the_stored_ones(
     device: torch.device, dtype: torch.dtype | None, stored: tuple[LocalFolder, dict[str, Tensor]]
 ):
     with installed(Card()) as card:
@@ -84,10 +84,10 @@ def spec_of(stored: tuple[LocalFolder, dict[str, Tensor]], key: str) -> TensorSp
     return open_checkpoint(stored[0]).tensors[key]
 
 
-def test_a_read_to_a_card_waits_for_a_room_and_for_whether_it_is_finite(
+def test_a_read_to_a_gpu_waits_for_a_free_staging_buffer_and_for_the_check_of_finite_values(
     stored: tuple[LocalFolder, dict[str, Tensor]],
 ):
-    """Copies do not block: from the third room on, for the copy two rooms before; then once."""
+    """Copies do not block: from the third buffer on, for the copy two buffers before; then once."""
     spec = spec_of(stored, "torch.float32")
     with (
         installed(Card()) as card,
@@ -106,13 +106,13 @@ def test_a_read_to_a_card_waits_for_a_room_and_for_whether_it_is_finite(
     assert not card.races
 
 
-def test_rows_may_go_to_memory_that_is_used_again(stored: tuple[LocalFolder, dict[str, Tensor]]):
-    with Sources((stored[0],), {}) as sources, own_staging(CPU) as rooms:
+def test_rows_are_read_into_reused_memory(stored: tuple[LocalFolder, dict[str, Tensor]]):
+    with Sources((stored[0],), {}) as sources, own_staging(CPU) as staging:
         for key in ("torch.bfloat16", "torch.float32"):
             spec, places = spec_of(stored, key), set()
             for first, last in ((0, 5), (5, 7), (90, 96)):
-                room = rooms.kept((last - first, 65), torch.float32)
-                read = LocalReader(sources, CPU).rows(spec, WHOLE, first, last, room)
+                memory = staging.kept((last - first, 65), torch.float32)
+                read = LocalReader(sources, CPU).rows(spec, WHOLE, first, last, memory)
                 assert torch.equal(read, stored[1][key][first:last].float())
                 places.add(read.data_ptr())
             assert len(places) <= 2  # the last one is the largest
@@ -121,14 +121,14 @@ def test_rows_may_go_to_memory_that_is_used_again(stored: tuple[LocalFolder, dic
 @pytest.mark.parametrize(
     ("name", "kinds"), [("merge-several", 2), ("quantize-nf4", 1), ("stats-all", 1)]
 )
-def test_a_plan_says_how_much_memory_is_page_locked(
+def test_a_plan_counts_its_page_locked_memory(
     name: str, kinds: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """All of it at once, and no more later: what is pinned is never given back."""
     monkeypatch.setattr(rows, "CUDA_ELEMENTS", 512)
     monkeypatch.setattr("adapterkit.core.engine.partition.RUN", 128)
-    monkeypatch.setattr(buffers, "ROOM", 2048)
-    monkeypatch.setattr("adapterkit.core.engine.placement.ROOM", 2048)
+    monkeypatch.setattr(buffers, "STAGING_SIZE", 2048)
+    monkeypatch.setattr("adapterkit.core.engine.placement.STAGING_SIZE", 2048)
     monkeypatch.setattr("adapterkit.core.engine.placement.all_cores", lambda: 3)
     sizes, empty = [], torch.empty
 
@@ -150,7 +150,7 @@ def test_a_plan_says_how_much_memory_is_page_locked(
     assert len(set(sizes)) == kinds
 
 
-def test_a_card_has_a_worker_for_each_core(
+def test_a_gpu_gets_a_worker_for_each_core(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As many files in the making, and hashes; on the CPU eight would wait for the disk."""
@@ -158,7 +158,7 @@ def test_a_card_has_a_worker_for_each_core(
 
     def note(run, *arguments) -> None:
         init(run, *arguments)
-        runs.append((run.workers, run.room._value))
+        runs.append((run.workers, run.slots._value))
 
     monkeypatch.setattr(local._ShardRun, "__init__", note)
     monkeypatch.setattr(local, "all_cores", lambda: 11)
