@@ -252,7 +252,7 @@ def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
         raise Refused(
             "the finished output is of another job "
             f"({difference(data.get('recipe', {}), public_recipe(recipe))} differs)",
-            expected="the job that --resume goes on with",
+            expected="the job that --resume continues",
             where=str(out),
             hint="choose another --out, or give --overwrite",
             code="AK601",

@@ -526,7 +526,7 @@ class Placement:
     """The device on which a plan runs, and its needs there; not recorded as part of the job."""
 
     device: str = "cpu"  # the kind that its bits are of
-    # totals beside the plan's own: of another kind of device than the CPU, of an output on the Hub
+    # additional totals: those of a GPU, or of an output on the Hub
     totals: Mapping[str, int] = field(default_factory=dict)
     room: int = 0  # temporary bytes of disk, in addition to the final files
 

@@ -223,7 +223,7 @@ def test_a_single_file_beside_an_index_that_does_not_name_it_is_refused():
     wrong for someone."""
     folder = sharded()
     folder.content["model.safetensors"] = tensors_file(base_tensors())
-    assert "model.safetensors lies beside an index" in refusal(folder)
+    assert "model.safetensors is next to an index" in refusal(folder)
 
 
 def test_an_index_that_names_the_single_file_is_fine():

@@ -45,7 +45,7 @@ def test_files_are_their_folders(base_name, adapter_name, llama, lora, tmp_path,
     assert adapterkit.merge(
         base_name, f"{adapter / adapter_name}=0.5", out="merged", resume=True
     ).finished_before
-    with pytest.raises(Refused, match="holds the input"):
+    with pytest.raises(Refused, match="contains the input"):
         adapterkit.merge(base / base_name, adapter / adapter_name, out=base, overwrite=True)
 
 

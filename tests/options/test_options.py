@@ -163,7 +163,7 @@ def test_sizes_are_bytes():
 @pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize("out, words", [
     ("file", "a file of this name"), ("file/sub", "file is a file"),
-    ("file/sub/deeper", "file is a file"), ("link", "is a link"), (".", "holds the input"),
+    ("file/sub/deeper", "file is a file"), ("link", "is a link"), (".", "contains the input"),
     pytest.param(
         "/dev/null/x", "null is a file",
         marks=pytest.mark.skipif(os.name == "nt", reason="Windows has no such file"),

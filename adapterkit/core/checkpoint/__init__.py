@@ -1,2 +1,2 @@
-"""Bytes: what a checkpoint's headers say, and reading and writing its tensors. Nothing here knows
-what a tensor means."""
+"""Checkpoints as bytes: parse their headers, and read and write their tensors. Nothing here knows
+the meaning of a tensor."""

@@ -1,5 +1,4 @@
-"""Writing to a disk: short writes, durable names, free space, and the system's errors with a
-hint."""
+"""Write to a disk: short writes, durable names, free space, and the system's errors with a hint."""
 
 import contextlib
 import errno
@@ -52,27 +51,27 @@ def write_all(data: memoryview | bytes, write: Callable[[memoryview, int], int])
 
 
 def is_linked(root: Path, folder: Path) -> bool:
-    """Whether a folder below `root`, or one between them, is a link: it may lead anywhere. A system
-    call that follows no link looks at the last name of a path only."""
+    """Return whether a folder below `root`, or one in between, is a link, which may lead anywhere.
+    A system call that follows no links only checks the last name of a path."""
     between = takewhile(lambda one: one != root, (folder, *folder.parents))
     return any(one.is_symlink() for one in between)
 
 
 def check_folder(root: Path, folder: Path) -> None:
-    """OSError for a folder that `is_linked`."""
+    """Raise OSError for a folder that `is_linked`."""
     if is_linked(root, folder):
         raise OSError(errno.ELOOP, "a folder is a symbolic link", str(folder))
 
 
 def size_below(root: Path, name: str) -> int | None:
-    """Bytes of an ordinary file that has this name alone; None of a link, of a hard link, behind a
-    linked folder, and where there is none."""
+    """Return the bytes of an ordinary file with no other name; None for a link, a hard link, a file
+    behind a linked folder, or no file."""
     path = root / name
     try:
         status = path.lstat()
     except OSError:
         return None
-    is_own = stat.S_ISREG(status.st_mode) and status.st_nlink < 2  # 0 on some file systems
+    is_own = stat.S_ISREG(status.st_mode) and status.st_nlink < 2  # may be 0 on some file systems
     return status.st_size if is_own and not is_linked(root, path.parent) else None
 
 
@@ -115,7 +114,8 @@ def sync_folders(root: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes free for an unprivileged writer where `path`, or its nearest existing parent, is."""
+    """Return the free bytes for an unprivileged writer at `path`, or at its nearest existing
+    parent."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free

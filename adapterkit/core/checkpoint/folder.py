@@ -1,7 +1,5 @@
-"""Where files come from: the contract of a folder, and the folder on local disk.
-
-The remote one is `bases/hub/folder.py`.
-"""
+"""Sources of files: the interface of a folder, and the folder on local disk. The remote one is in
+`bases/hub/folder.py`."""
 
 import errno
 import json
@@ -29,7 +27,7 @@ from adapterkit.core.errors import (
 from adapterkit.core.system import system
 
 T = TypeVar("T")
-WEIGHTS = (".safetensors", ".gguf")  # how names end that are files' where nothing else tells it
+WEIGHTS = (".safetensors", ".gguf")  # suffixes by which a name is taken for a file's
 OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
@@ -42,29 +40,31 @@ class Folder(Protocol):
     hashes: dict[str, str]  # sha256 by file name, where known without reading the file
 
     def files(self) -> dict[str, int]:
-        """Every file's name and size in bytes."""
+        """Return every file's name and size in bytes."""
         ...
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of one file, fewer at its end; of a remote file, this range only."""
+        """Return bytes [start, stop) of one file, fewer at its end; a remote folder reads only this
+        range."""
         ...
 
     def path(self, name: str) -> Path:
-        """The complete file on local disk; a remote folder downloads it first."""
+        """Return the complete file on local disk; a remote folder downloads it first."""
         ...
 
     def prefetch(self, names: list[str]) -> None:
-        """Files that will be read, in this order; a remote folder starts to download them."""
+        """Announce the files that will be read, in this order; a remote folder starts to download
+        them."""
         ...
 
 
 class WithSubfolders(Folder, Protocol):
-    """A folder on disk or on the Hub, or one that is planned."""
+    """A local, remote or planned folder that has subfolders."""
 
     def subfolder(self, name: str) -> "WithSubfolders": ...
 
     def without(self, names: Collection[str]) -> Folder:
-        """It as if these files were not there."""
+        """Return a view without these files."""
         ...
 
 
@@ -79,16 +79,16 @@ class SingleFile(Folder, Protocol):
 
 
 def original(folder: Folder) -> Folder:
-    """The folder that another one is made from (a conversion, a rewritten pickle, copies of the
-    Hub's files); itself where it is none of these."""
+    """Return the folder from which this one is made (a conversion, a rewritten pickle, copies of
+    the Hub's files); the folder itself if it is not made from another."""
     while (source := getattr(folder, "source", None)) is not None:
         folder = source
     return folder
 
 
 def place_of(folder: Folder, name: str) -> str:
-    """Where one of a folder's files is, for messages; the weights of a folder that is one file, or
-    is made of one, are that file."""
+    """Return the place of a folder's file for messages. If the folder is one file, or is made from
+    one, the weights are that file."""
     single = getattr(original(folder), "single", None)
     if not single or not folder.label.endswith(single):
         return f"{folder.label}/{name}"
@@ -96,17 +96,18 @@ def place_of(folder: Folder, name: str) -> str:
     return folder.label if is_weights else folder.label.removesuffix(single) + name
 
 
-MOST_PARSED = 1 << 20  # bytes of files of which a folder keeps what was parsed
+MOST_PARSED = 1 << 20  # bytes of the files whose parsed content a folder keeps
 
 
 def parsed(folder: Folder, key: tuple[str, str], parse: Callable[[], tuple[int, T]]) -> T:
-    """What `parse` makes of a file, with the bytes that it took. A folder of files that stay as
-    they are (`parsed`) keeps it, so nobody may change it; large files are read once anyway."""
+    """Return the result of `parse` for a file, which comes with the file's size. A folder whose
+    files do not change keeps small results (`parsed`), so nobody may change them; large files are
+    only read once anyway."""
     kept = getattr(folder, "parsed", {})
     if key in kept:
         return kept[key][1]
     size, value = parse()
-    if size + sum(size for size, _ in [*kept.values()]) <= MOST_PARSED:  # other threads add more
+    if size + sum(size for size, _ in [*kept.values()]) <= MOST_PARSED:  # a thread may add
         kept[key] = size, value
     return value
 
@@ -123,9 +124,9 @@ class LocalFolder:
         self.name = shown(path.name or path.resolve().name)
         self.origin = {"name": self.name}
         self.single = path.name if path.is_file() else None
-        self.renamed: dict[str, str] = {}  # names here of files that have others on disk
+        self.renamed: dict[str, str] = {}  # names here -> different names on disk
         self.root = path.parent if self.single else path
-        self._files: dict[str, int] | None = None  # once they were asked for
+        self._files: dict[str, int] | None = None  # cached
         if not (path.is_file() or path.is_dir()):
             problem = "neither a file nor a folder" if path.exists() else "no such file or folder"
             raise Refused(
@@ -137,7 +138,7 @@ class LocalFolder:
             )
 
     def __getstate__(self) -> Mapping[str, object]:
-        """For pickle, with an absolute path: a copy may be read from elsewhere."""
+        """Return the state for pickle, with an absolute path: a copy may be read from elsewhere."""
         return vars(self) | {"root": self.root.absolute(), "parsed": {}}
 
     def files(self) -> dict[str, int]:
@@ -160,25 +161,26 @@ class LocalFolder:
         return sizes
 
     def subfolder(self, name: str) -> "LocalFolder":
-        """A folder inside this one."""
+        """Return a folder inside this one."""
         return LocalFolder(self._inside(self.root / name))
 
     def without(self, names: Collection[str]) -> "LocalFolder":
-        """It as if these files were not there."""
+        """Return a view without these files."""
         folder = LocalFolder(self.root)
         folder._files = {name: size for name, size in self.files().items() if name not in names}
         return folder
 
     def containing_folder(self) -> "LocalFolder":
-        """The folder that holds the file."""
+        """Return the folder that contains the file."""
         return LocalFolder(self.root)
 
     def next_to(self) -> set[str]:
-        """The names of the files in the file's folder, its own too."""
+        """Return the names of the files in the file's folder, its own included."""
         return {name for name in os.listdir(self.root) if os.path.isfile(self.root / name)}
 
     def as_weights(self, name: str) -> "LocalFolder":
-        """The file under this name, and the files beside it but for other weights and indexes."""
+        """Return a view of the file under this name, and of the files next to it except other
+        weights and indexes."""
         assert self.single is not None
         folder = LocalFolder(self.root / self.single)
         folder.renamed = {name: self.single}
@@ -234,7 +236,8 @@ class LocalFolder:
 
 
 def read_small(path: str | os.PathLike, most: int) -> bytes:
-    """An ordinary file as a whole; `ValueError` for more bytes than `most`, OSError for a pipe."""
+    """Return an ordinary file as a whole; `ValueError` for more than `most` bytes, OSError for a
+    pipe."""
     with open(system.open(Path(path), "read"), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
@@ -246,7 +249,7 @@ def read_small(path: str | os.PathLike, most: int) -> bytes:
 
 @contextmanager
 def belonging_to(folder: Folder) -> Iterator[None]:
-    """Errors in this block name the folder of the file that they are about."""
+    """Name the folder in errors of this block that are about a file."""
     try:
         yield
     except AdapterkitError as error:
@@ -266,7 +269,8 @@ def locate(error: AdapterkitError, folder: Folder) -> None:
 
 
 def inside(name: str, where: str) -> PurePosixPath:
-    """A file name from a file, as a path inside its folder on any system; `Refused` otherwise."""
+    """Return a file name from a file, as a path inside its folder on any system; `Refused`
+    otherwise."""
     if not is_plain_path(name):
         raise Refused(
             f"file name {shown(name)!r}",
@@ -279,21 +283,21 @@ def inside(name: str, where: str) -> PurePosixPath:
 
 
 def is_plain_path(name: str) -> bool:
-    """Whether a file name is a path inside its folder on any system."""
+    """Return whether a file name is a path inside its folder on any system."""
     # an absolute path has an empty first part
     upwards = any(part in ("", ".", "..") for part in name.split("/"))
     elsewhere = "\\" in name or name[1:2] == ":"
     if upwards or elsewhere or not name.isprintable() or len(name) > 1000:
         return False
-    return all(len(part.encode()) <= 255 for part in name.split("/"))  # what systems can hold
+    return all(len(part.encode()) <= 255 for part in name.split("/"))  # the limit of file systems
 
 
 SHARE = re.compile(r'"(\d+:|[^"]*\+)?(/|\\\\)(/|\\\\|\?\?)[^"]*')  # in JSON
 
 
 def refuse_shares(document: object, where: str) -> None:
-    """`Refused` for a path on another machine in a file: on Windows a look at `//host/share`
-    connects to that host, and signs in there."""
+    """Refuse a document with a path on another machine: on Windows even a check of `//host/share`
+    connects to that host and signs in there."""
     problem, hint = "", "copy it here first"
     try:
         if found := SHARE.search(json.dumps(document, default=str)):
@@ -312,7 +316,7 @@ RESERVED = re.compile(
 
 
 def check_names(names: Iterable[str]) -> None:
-    """`Refused` where files of these names cannot lie in one folder on every system."""
+    """Refuse file names that cannot be in one folder on every system."""
     problems, everywhere = (
         Problems(hint="rename it where it comes from", code="AK601"),
         "names for any system",
@@ -321,7 +325,7 @@ def check_names(names: Iterable[str]) -> None:
     for name in names:
         if reason := unportable(name):
             problems.add(f"an output file {shown(name)!r}: {reason}", everywhere)
-        # folders of macOS and Windows know neither case nor how accents are composed
+        # folders of macOS and Windows ignore case and the composition of accents
         twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if twin != name:
             problem = f"output files {shown(twin)!r} and {shown(name)!r} differ in case only"
@@ -330,7 +334,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def unportable(name: str) -> str:
-    """Why some system cannot hold a file of that name; empty where all can."""
+    """Return why some system cannot store a file of that name; empty if all can."""
     for part in name.split("/"):
         if RESERVED.fullmatch(part):
             return f"{part!r} is a device of Windows"
@@ -342,11 +346,9 @@ def unportable(name: str) -> str:
 
 
 def leads_inside(path: Path, root: Path) -> bool:
-    """Whether a path below a folder stays in it, through all links on its way.
-
-    The Hub cache's files are links to blobs of their repository, which may be links too. Only the
-    cache that is configured counts: a stranger's folder may have the same layout.
-    """
+    """Return whether a path below a folder stays in it, through all links. The Hub cache's files
+    are links to blobs of their repository, which may be links too. Only the configured cache
+    counts: a stranger's folder may have the same layout."""
     target, home = path.resolve(), root.resolve()
     if target.is_relative_to(home):
         return True
@@ -360,7 +362,7 @@ def leads_inside(path: Path, root: Path) -> bool:
 
 
 def temporary_folder(owner: object) -> Path:
-    """A new folder, removed with its owner."""
+    """Return a new folder that is removed with its owner."""
     home = tempfile.mkdtemp(prefix="adapterkit-")
     weakref.finalize(owner, shutil.rmtree, home, ignore_errors=True)
     return Path(home)

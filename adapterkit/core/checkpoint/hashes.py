@@ -14,10 +14,7 @@ MARK = 16  # hexadecimal digits of a mark
 
 class RunningHash:
     """The sha256 of a file whose bytes come in order, and marks: its first digits up to each
-    tensor's end.
-
-    From the marks `verify` tells which tensor of a damaged file is damaged.
-    """
+    tensor's end. From the marks `verify` finds the damaged tensor of a file."""
 
     def __init__(self, ends: Iterable[tuple[str, int]] = ()):
         """`ends`: each tensor's key and the position behind its last byte, in file order."""
@@ -38,23 +35,23 @@ class RunningHash:
         self._position += len(view)
 
     def hexdigest(self) -> str:
-        """The sha256 of all bytes so far."""
+        """Return the sha256 of all bytes so far."""
         self.update(b"")  # tensors without bytes at the end
         return self._digest.hexdigest()
 
 
 def tensor_ends(layout: ShardLayout) -> list[tuple[str, int]]:
-    """Each tensor's key and the position behind its last byte, in file order."""
+    """Return each tensor's key and the position behind its last byte, in file order."""
     pairs = zip(layout.tensors, layout.starts, strict=True)
     return [(tensor.key, start + tensor.nbytes) for tensor, start in pairs]
 
 
 def sha256_of_file(path: Path) -> str:
-    """The sha256 of a file on local disk."""
+    """Return the sha256 of a file on local disk."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_small_file(folder: Folder, name: str) -> str:
-    """The sha256 of a small file of a folder, local or remote."""
+    """Return the sha256 of a small file of a folder, local or remote."""
     return hashlib.sha256(folder.read(name, 0, folder.files()[name])).hexdigest()

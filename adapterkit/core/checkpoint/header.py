@@ -1,9 +1,8 @@
 """The one parser and the one writer of safetensors headers, strict in both directions.
 
-Format: https://github.com/huggingface/safetensors#format. Stricter than the reference reader
-(0.8.0), which takes duplicate keys (the last wins), unknown fields and any name: here each key
-stands once, names are printable, ranks sane.
-"""
+Format: https://github.com/huggingface/safetensors#format. It is stricter than the reference reader
+(0.8.0), which accepts duplicate keys (the last wins), unknown fields and any name: here each key is
+unique, names are printable, and ranks are sane."""
 
 import hashlib
 import json
@@ -27,7 +26,7 @@ ENTRY = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One stored tensor: where its bytes are and how to read them."""
+    """One stored tensor: the position of its bytes, its dtype and its shape."""
 
     key: str
     dtype: str
@@ -42,7 +41,7 @@ class TensorSpec:
         return self.stop - self.start
 
     def narrowed(self, shape: tuple[int, ...], first: int, last: int) -> "TensorSpec":
-        """tensor.view(shape)[first:last], as a tensor of its own."""
+        """Return tensor.view(shape)[first:last] as a tensor of its own."""
         width = self.nbytes // shape[0]
         start, stop = (self.start + row * width for row in (first, last))
         return replace(self, shape=(last - first, *shape[1:]), start=start, stop=stop)
@@ -62,10 +61,8 @@ class Header:
 
 
 def read_header(folder: Folder, name: str, number: int = 0) -> Header:
-    """One safetensors file's header, in one read if it is short.
-
-    `number`: which input of the job the folder is. Raises `Damaged`.
-    """
+    """Return one safetensors file's header, in one read if it is short. `number`: the index of the
+    folder among the job's inputs. Raises `Damaged`."""
     header = parsed(folder, ("header", name), lambda: _read_header(folder, name, number))
     if all(spec.folder == number for spec in header.tensors[:1]):
         return header
@@ -73,7 +70,7 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
 
 
 def _read_header(folder: Folder, name: str, number: int) -> tuple[int, Header]:
-    """The header and its length."""
+    """Return the header's length and the header."""
     if (size := folder.files().get(name)) is None:
         problem, where = f"no file {shown(name)}", folder.label
         raise Damaged(
@@ -94,8 +91,8 @@ def _read_header(folder: Folder, name: str, number: int) -> tuple[int, Header]:
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
-    """The header's length (8-byte prefix included) of a file of `file_size` bytes; `Damaged` if it
-    has none."""
+    """Return the header's length (8-byte prefix included) in a file of `file_size` bytes; `Damaged`
+    if it has none."""
     other = hint = ""
     if prefix.startswith(b"version https://git-lfs"):
         other, hint = "a Git LFS pointer", "run `git lfs pull`"
@@ -125,7 +122,8 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Header:
-    """Tensors and metadata of header bytes `raw`; `Damaged` with the first error in them."""
+    """Return the tensors and metadata of header bytes `raw`; `Damaged` with the first error in
+    them."""
 
     def damaged(problem: str, expected: str) -> Damaged:
         return Damaged(
@@ -149,7 +147,7 @@ def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Head
             f"a header that is not strict JSON: {shown(error)}", "UTF-8 JSON, each key once"
         ) from error
     metadata = table.pop("__metadata__", None)
-    if metadata is None:  # as mlx and the reference reader have it: null says that there is none
+    if metadata is None:  # null means no metadata, as for mlx and the reference reader
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged("__metadata__ that is not text to text", "a map of strings")
@@ -222,8 +220,8 @@ def _naturals(value) -> bool:
 def build_header(
     tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str], size: int = 0
 ) -> tuple[bytes, list[int]]:
-    """Header bytes, at least `size` of them, for tensors (key, dtype, shape) laid out in this
-    order, and each one's position."""
+    """Return header bytes, at least `size` of them, for tensors (key, dtype, shape) in this order,
+    and each one's position."""
     table: dict = {"__metadata__": metadata} if metadata else {}
     at, starts = 0, []
     for key, dtype, shape in tensors:

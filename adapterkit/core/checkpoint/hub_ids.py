@@ -18,8 +18,8 @@ GRAMMAR = re.compile(
 
 @dataclass(frozen=True)
 class HubId:
-    """A folder of a model repository, `org/name[@revision][:subfolder]`; or one file, whose path
-    stands in the place of the subfolder's."""
+    """A folder of a model repository, `org/name[@revision][:subfolder]`; or one file, with its path
+    instead of the subfolder."""
 
     repo: str
     revision: str | None = None  # a branch, a tag or a commit; None: the default branch
@@ -30,29 +30,32 @@ class HubId:
         return self.repo + revision + (f":{self.subfolder}" if self.subfolder else "")
 
     def path(self, name: str) -> str:
-        """A file's path in the repository."""
+        """Return a file's path in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     @property
     def parent(self) -> "HubId":
-        """The folder that holds this one, or this file."""
+        """Return the folder that contains this folder or file."""
         return replace(self, subfolder=self.subfolder.rpartition("/")[0])
 
 
 def is_on_hub(out: str | os.PathLike) -> bool:
-    """Whether an output is a place on the Hub, `hf://org/name[@branch][:folder or file]`."""
-    return os.fspath(out).startswith(("hf:/", "hf:\\"))  # all that a Path keeps of hf://
+    """Return whether an output is an address on the Hub, `hf://org/name[@branch][:folder or
+    file]`."""
+    return os.fspath(out).startswith(("hf:/", "hf:\\"))  # a Path shortens hf:// to this
 
 
 def place_on_hub(out: str | os.PathLike) -> HubId | None:
-    """The place of an output `hf://...`, a folder or a file; None where it is none."""
+    """Return the Hub address of an output `hf://...`, a folder or a file; None for a local
+    output."""
     text = os.fspath(out)
     text = text if isinstance(out, str) else text.replace("\\", "/")  # a Path of Windows
     return parse(re.sub("^hf:/+", "", text))
 
 
 def parse(source: str) -> HubId | None:
-    """The Hub id that a text is, or None. Callers look first whether it is a path on disk."""
+    """Return the Hub id that a text is, or None. Callers check first whether it is a path on
+    disk."""
     match = GRAMMAR.fullmatch(source) if source.isprintable() else None
     if match is None:
         return None
@@ -71,8 +74,8 @@ def parse(source: str) -> HubId | None:
 
 
 def portable_name(source: str | os.PathLike) -> str:
-    """What a file says of a source: the last component of its path, or its Hub id, without a
-    commit."""
+    """Return the name of a source for a file: the last component of its path, or its Hub id without
+    a commit."""
     text = os.fspath(source)
     hub_id = parse(text)
     if hub_id is None or os.path.exists(text):
@@ -82,8 +85,8 @@ def portable_name(source: str | os.PathLike) -> str:
 
 
 def repositories(receipt: Mapping[str, Any]) -> set[str]:
-    """The repositories that an output was made of, as its receipt says: its inputs, and what local
-    ones of these were made of."""
+    """Return the repositories from which an output was made, according to its receipt: its inputs,
+    and those from which local inputs were made."""
     recipe, earlier = receipt.get("recipe"), receipt.get("repositories")
     inputs = recipe.get("inputs") if isinstance(recipe, dict) else None
     names = [entry.get("repo") for entry in _list(inputs) if isinstance(entry, dict)]

@@ -1,4 +1,4 @@
-"""Which tensor goes where in which file: pure arithmetic on names, dtypes and shapes."""
+"""Assign tensors to files and positions: pure arithmetic on names, dtypes and shapes."""
 
 import json
 import math
@@ -18,7 +18,7 @@ class TensorPlan:
     key: str
     dtype: str
     shape: tuple[int, ...]
-    varies: bool = False  # its size depends on values: what is planned is a guess
+    varies: bool = False  # its size depends on values: the planned one is an estimate
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +42,7 @@ class ShardLayout:
 
 
 def like_base(file: str, tensors: list[TensorPlan], base: Header | None) -> ShardLayout:
-    """A file in the base's order; with the base's header bytes if no key, dtype or shape
+    """Return a file in the base's order, with the base's header bytes if no key, dtype or shape
     changes."""
     if base is not None:
         before = [(t.key, t.dtype, t.shape) for t in base.tensors]
@@ -59,10 +59,8 @@ def laid_out(
     ordered: bool = False,
     header_size: int = 0,
 ) -> ShardLayout:
-    """A file with a new header of at least `header_size` bytes.
-
-    Unless `ordered`, wider dtypes come first if a tensor would be misaligned.
-    """
+    """Return a file with a new header of at least `header_size` bytes. Unless `ordered`, wider
+    dtypes come first if a tensor would be misaligned."""
     at = 0
     for tensor in [] if ordered else tensors:
         if at % max(dtypes.BITS[tensor.dtype] // 8, 1):
@@ -78,13 +76,15 @@ def laid_out(
 def resharded(
     tensors: list[TensorPlan], limit: int, metadata: dict[str, str], stem: str
 ) -> list[ShardLayout]:
-    """Files of at most `limit` bytes of data each, in this order; a larger tensor has its own."""
+    """Return files of at most `limit` bytes of data each, in this order; a larger tensor has its
+    own file."""
     groups = grouped(tensors, [tensor.nbytes for tensor in tensors], limit, stem)
     return [laid_out(name, group, metadata) for name, group in groups.items()]
 
 
 def grouped(items: list[T], sizes: list[int], limit: int, stem: str) -> dict[str, list[T]]:
-    """Items by file name, in this order; files of at most `limit` bytes, called `stem`."""
+    """Return items by file name, in this order, for files of at most `limit` bytes, called
+    `stem`."""
     groups: list[list[T]] = [[]]
     room = limit
     for item, size in zip(items, sizes, strict=True):
@@ -100,10 +100,8 @@ def grouped(items: list[T], sizes: list[int], limit: int, stem: str) -> dict[str
 
 
 def index(shards: list[ShardLayout], old: dict | None, grown: int = 0) -> bytes:
-    """The index file of these shards: the old one's metadata, with new totals.
-
-    `grown`: bytes that the data has more than the layouts.
-    """
+    """Return the index file of these shards: the old one's metadata, with new totals. `grown`:
+    bytes of data beyond the layouts."""
     metadata = dict((old or {}).get("metadata") or {})
     metadata["total_size"] = sum(t.nbytes for s in shards for t in s.tensors) + grown
     if "total_parameters" in metadata:

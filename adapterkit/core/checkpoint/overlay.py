@@ -1,5 +1,5 @@
-"""A folder that is made of others: files as bytes, files of another folder, and files that are made
-when more than their headers is asked for."""
+"""A folder composed of bytes, files of other folders, and files that are made when anything beyond
+their headers is read."""
 
 import os
 import threading
@@ -18,7 +18,7 @@ from adapterkit.core.records import Json
 
 @dataclass(frozen=True)
 class Copied:
-    """A file as another folder has it."""
+    """A file that another folder has."""
 
     folder: Folder
     name: str
@@ -26,7 +26,7 @@ class Copied:
 
 @dataclass(frozen=True)
 class Unmade:
-    """A file of weights, of which the header is known."""
+    """A file of weights of which only the header is known."""
 
     header: bytes
     size: int
@@ -36,29 +36,29 @@ Content = bytes | Copied | Unmade
 
 
 class Maker(Protocol):
-    """What makes the files of an overlay, all together; a record that pickles."""
+    """A record that makes all files of an overlay together; it pickles."""
 
     def make(self, place: Path) -> Mapping[str, Content]:
-        """All files, made in a new folder."""
+        """Make all files in a new folder."""
         ...
 
     def identities(self, name: str) -> dict[str, Identity]:
-        """As `identities_of` has them."""
+        """Return the result of `identities_of` for the file."""
         ...
 
 
 @dataclass(eq=False)
 class Overlay:
-    """A `Folder`, and a path for the options of verbs. Without a maker it is what a plan will write
-    later: for what is behind a header there is `Refused`, and `asked` names the file from then on,
-    also where the caller goes on without."""
+    """A `Folder`, and a path for the options of verbs. Without a maker it is the output that a plan
+    will write later: a read beyond a header is `Refused`, and `asked` keeps the file's name, even
+    if the caller continues."""
 
     name: str
     label: str
     origin: Json
-    known: Mapping[str, Content] | None  # None: what there is turns out when it is made
+    known: Mapping[str, Content] | None  # None: unknown until it is made
     maker: Maker | None = None
-    source: Folder | None = None  # that it is made from
+    source: Folder | None = None  # the folder from which it is made
     hashes: dict[str, str] = field(default_factory=dict)
     place: str = ""  # where it will be
     asked: list[str] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Overlay:
         self._made: Mapping[str, Content] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        """For pickle: a copy makes its own files."""
+        """Return the state for pickle: a copy makes its own files."""
         return {name: vars(self)[name] for name in self.__dataclass_fields__}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -79,7 +79,7 @@ class Overlay:
         return self.place
 
     def subfolder(self, name: str) -> "Overlay":
-        """A folder inside this one."""
+        """Return a folder inside this one."""
         start = f"{name}/"
         own = {f.removeprefix(start): Copied(self, f) for f in self.files() if f.startswith(start)}
         place, last = os.path.join(self.place, name), shown(Path(name).name)
@@ -87,7 +87,7 @@ class Overlay:
         return Overlay(last, label, {"name": last}, own, place=place, asked=self.asked)
 
     def without(self, names: Collection[str]) -> "Overlay":
-        """It as if these files were not there."""
+        """Return a view without these files."""
         kept = {name: Copied(self, name) for name in self.files() if name not in names}
         own = self.name, self.label, self.origin
         return Overlay(*own, kept, place=self.place, asked=self.asked)
@@ -123,7 +123,7 @@ class Overlay:
         pass
 
     def made(self, name: str = "") -> Mapping[str, Content]:
-        """All files, made if they are not yet, for the sake of one of that name."""
+        """Return all files, and make them if necessary; `name` is the file that is read."""
         if self.maker is None:
             self.asked.append(name)
             raise Refused(
@@ -146,8 +146,8 @@ def _size(content: Content) -> int:
 
 
 def identities_of(folder: Folder, name: str) -> dict[str, Identity]:
-    """Size and times of the local files that one of a folder is, or is made from: by its name, or
-    by those that the folder's maker gives them."""
+    """Return the size and times of the local files that a folder's file is, or is made from: by its
+    name, or by the names that the folder's maker gives them."""
     if isinstance(folder, Overlay):
         return {} if folder.maker is None else folder.maker.identities(name)
     is_local = isinstance(folder, LocalFolder)

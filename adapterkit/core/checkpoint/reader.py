@@ -1,8 +1,8 @@
-"""Payload bytes of the inputs: files are opened once, read by position, and checked for changes.
+"""Read tensors' bytes of the inputs: files are opened once, read by position, and checked for
+changes.
 
 Positioned reads, not mappings: a mapping of a file that shrinks kills the process, and is slow on
-network file systems.
-"""
+network file systems."""
 
 import contextlib
 import itertools
@@ -19,8 +19,8 @@ from adapterkit.core.errors import Damaged, Failed, Unrecoverable, shown
 from adapterkit.core.system import system
 
 NEAR = 4 << 10  # bytes between two tensors that are read along rather than skipped
-# the same in a remote file in which more than so many tensors lie apart: what comes meanwhile, when
-# each has a request of its own and several of these are under way
+# the same in a remote file with more than so many separate tensors: the bytes that arrive while
+# several requests, one for each tensor, are in progress
 APART, FAR = (64, 128 << 10)
 FEW = 4  # requests of a remote file for small tensors, where some of them will do
 RANGE = 8 << 20  # bytes of one read of small tensors
@@ -30,8 +30,8 @@ Identity = tuple[int, int, int]
 
 
 def identity(status: os.stat_result) -> Identity:
-    """Size and both times in ns: different for an edited or replaced file. Not its numbers: those
-    of the device, and of FUSE's inodes, differ on other machines and when mounted again."""
+    """Return a file's size and both times in ns, which change if it is edited or replaced. Device
+    and FUSE inode numbers are left out, because they differ between machines and mounts."""
     return (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -51,7 +51,7 @@ class Sources:
 
     @contextlib.contextmanager
     def file(self, folder: int, name: str) -> Iterator[int]:
-        """The descriptor of one input file, which stays open until the end of the block."""
+        """Yield the descriptor of one input file, which stays open until the end of the block."""
         which = folder, name
         descriptor = self.acquire(which)
         try:
@@ -63,21 +63,21 @@ class Sources:
     def read_into(self, spec: TensorSpec, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on."""
         folder = self.folders[spec.folder]
-        parts = getattr(folder, "parts", {}).get(spec.file)  # what the plan does not read is a hole
+        parts = getattr(folder, "parts", {}).get(spec.file)  # a hole elsewhere
         if parts is not None and not any(at <= spec.start and spec.stop <= to for at, to in parts):
             raise AssertionError(f"{spec.file}: {spec.key} is read, and was not asked for")
         with belonging_to(folder), self.file(spec.folder, spec.file) as descriptor:
             read_exactly(descriptor, buffer, spec.start + offset, spec)
 
     def read(self, spec: TensorSpec) -> bytearray:
-        """All bytes of one tensor; not for large weights."""
+        """Return all bytes of one tensor; not for large weights."""
         data = bytearray(spec.nbytes)
         if data:
             self.read_into(spec, 0, memoryview(data))
         return data
 
     def acquire(self, which: tuple[int, str]) -> int:
-        """The file's descriptor, for one user more."""
+        """Return the file's descriptor and count one more user."""
         with self._lock:
             if which in self._open:
                 self._users[which] += 1
@@ -118,23 +118,23 @@ class Sources:
             after = identity(os.fstat(descriptor))
         except OSError as error:
             raise changed(
-                self._label(which), f"the file cannot be examined any more: {error.strerror}"
+                self._label(which), f"the file can no longer be examined: {error.strerror}"
             ) from error
         finally:
-            with contextlib.suppress(OSError):  # nothing was written to it
+            with contextlib.suppress(OSError):  # it was only read
                 os.close(descriptor)
         if after != before:
             raise changed(self._label(which))
 
     def forget(self, which: tuple[int, str]) -> None:
-        """Close a file that is going: it is another one when it is read again."""
+        """Close a file that will be removed: the next read opens a new one."""
         with self._lock:
             if which in self._open:
                 self._close(which)
             self.expected.pop(which, None)
 
     def close(self) -> None:
-        """Close all; `Failed` if one of them changed while it was open."""
+        """Close all files; `Failed` if one of them changed while it was open."""
         problems = []
         with self._lock:
             for which in list(self._open):
@@ -182,11 +182,9 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
 def read_small(
     folder: Folder, specs: Iterable[TensorSpec], most: int | None = None
 ) -> Iterator[tuple[TensorSpec, memoryview]]:
-    """The bytes of small tensors, in the order of files and positions; one read for neighbors.
-
-    `most`: of a remote file in which that takes more requests, none is read. Raises `Damaged` where
-    a file ends before one of them.
-    """
+    """Yield the bytes of small tensors, in the order of files and positions, with one read for
+    neighbors. `most`: a remote file that needs more requests is not read at all. Raises `Damaged`
+    if a file ends before one of them."""
     ordered = sorted(specs, key=lambda spec: (spec.file, spec.start, spec.stop))
     is_remote = not isinstance(folder, LocalFolder)
     for name, group in itertools.groupby(ordered, lambda spec: spec.file):
@@ -214,7 +212,8 @@ def read_small(
 def _read_ranges(
     folder: Folder, name: str, ranges: list[tuple[int, int]]
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of each range, in order; of a remote file several are asked for at a time."""
+    """Yield the bytes of each range, in order; several ranges of a remote file are requested at a
+    time."""
     if isinstance(folder, LocalFolder):
         with _opened(folder.path(name)) as descriptor:
             yield from (_read_at(descriptor, first, stop, name) for first, stop in ranges)
@@ -227,8 +226,8 @@ def _read_ranges(
 def _neighbors(
     ordered: Iterable[TensorSpec], gap: int
 ) -> Iterator[tuple[int, int, list[TensorSpec]]]:
-    """(start, stop, tensors) of each range to read: at most `gap` bytes between two tensors, at
-    most RANGE in all."""
+    """Yield (start, stop, tensors) of each range to read: at most `gap` bytes between two tensors,
+    at most RANGE in all."""
     together: list[TensorSpec] = []
     start = stop = 0
     for spec in ordered:
@@ -269,7 +268,7 @@ def _read_at(descriptor: int, start: int, stop: int, name: str) -> memoryview:
 
 
 def changed(name: str, problem: str = "the file changed between plan and end") -> Unrecoverable:
-    """The error of an input that changed during the job."""
+    """Return the error of an input that changed during the job."""
     return Unrecoverable(
         problem,
         expected="inputs that stay as they are",
@@ -280,7 +279,7 @@ def changed(name: str, problem: str = "the file changed between plan and end") -
 
 
 def same_bytes(first: tuple[Folder, TensorSpec], *others: tuple[Folder, TensorSpec]) -> bool:
-    """Whether stored tensors have one dtype, one shape and the same bytes."""
+    """Return whether stored tensors have one dtype, one shape and the same bytes."""
     spec = first[1]
     if any((other.dtype, other.shape) != (spec.dtype, spec.shape) for _, other in others):
         return False
@@ -298,8 +297,8 @@ def _read(tensor: tuple[Folder, TensorSpec], start: int, stop: int) -> bytes:
 
 
 def have_same_bytes(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same tensors; reads them where no hashes of their files are
-    known."""
+    """Return whether two checkpoints have the same tensors; reads them if the hashes of their files
+    are not known."""
     if one.tensors.keys() != other.tensors.keys():
         return False
     for key, spec in one.tensors.items():

@@ -1,5 +1,5 @@
-"""Which files of a checkpoint folder hold its weights: what an index names, one file, or a numbered
-set."""
+"""Find the files of a checkpoint folder that contain its weights: by an index, one file, or a
+numbered set."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -19,9 +19,9 @@ INDEX = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")
 OF_DIFFUSERS = re.compile(
     r"(diffusion_pytorch_model(?:\.\w+)?)(?:-\d{5}-of-\d{5})?(\.\w+)?\.safetensors"
 )
-NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
+NOT_A_MODEL = "adapter_model"  # the name of a PEFT adapter's weights
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# files of a tokenizer beside a model
+# files of a tokenizer next to a model
 TOKENIZER = re.compile(
     r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
     r"|merges\.txt|.*\.(spm|tiktoken)|spiece\.model|sentencepiece.*\.model|chat_template.*)"
@@ -33,9 +33,9 @@ TRAINER = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state",
 def find_shards(
     folder: Folder, errors: Problems
 ) -> tuple[list[str] | None, dict | None, str | None]:
-    """The files that hold the folder's weights and can be opened, None where that cannot be
-    determined; the content of their index, and its name. The errors get all that is wrong with
-    these."""
+    """Return the readable files that contain the folder's weights, None if they cannot be
+    determined; the content of their index; and its name. Every problem with them is added to
+    `errors`."""
     own = [name for name in folder.files() if "/" not in name]
     index_name = _index_name(own, folder.name, errors)
     if index_name is None:
@@ -46,7 +46,7 @@ def find_shards(
 
 
 def noted(errors: Problems, read: Callable[..., T], *arguments: object) -> T | None:
-    """What can be read; None, and an error more, where the file does not allow it."""
+    """Return the result of `read`; None if it raises, with the error added to `errors`."""
     try:
         return read(*arguments)
     except (Refused, Damaged) as error:
@@ -55,43 +55,44 @@ def noted(errors: Problems, read: Callable[..., T], *arguments: object) -> T | N
 
 
 def stem_of(names: Iterable[str]) -> str:
-    """What new shards of a model in these files are called before their number: as their readers
-    look for them, `model` or `diffusion_pytorch_model`, with diffusers' variant."""
+    """Return the name of a model's new shards before their number: the one that readers look for,
+    `model` or `diffusion_pytorch_model`, with diffusers' variant."""
     found = OF_DIFFUSERS.fullmatch(next(iter(names), ""))
     return "model" if found is None else found[1] + (found[2] or "")
 
 
 def index_filename(stem: str) -> str:
-    """The name of the index of shards that are called so."""
+    """Return the file name of the index of shards with this stem."""
     name, _, variant = stem.partition(".")
     return f"{name}.safetensors.index.{variant + '.' if variant else ''}json"
 
 
 def likely_shards(folder: Folder) -> list[str]:
-    """Where nothing tells which files hold the model: the one with the standard name, else all."""
+    """Return the likely files of a model without an index: the one with the standard name, else
+    all."""
     weights = weight_files(folder)
     return [name for name in SINGLE if name in weights][:1] or weights
 
 
 def pickles(folder: Folder) -> list[str]:
-    """The folder's own pickles that may hold weights."""
+    """Return the folder's own pickles that may contain weights."""
     names = (name for name in folder.files() if "/" not in name and name.endswith(PICKLES))
     return sorted(name for name in names if not name.startswith(TRAINER))
 
 
 def weight_files(folder: Folder) -> list[str]:
-    """The folder's own safetensors files that are no adapter's."""
+    """Return the folder's own safetensors files that are not an adapter's."""
     names = (name for name in folder.files() if "/" not in name and name.endswith(".safetensors"))
     return sorted(name for name in names if not name.startswith(NOT_A_MODEL))
 
 
 def _index_name(own: list[str], where: str, errors: Problems) -> str | None:
-    """The index file, the standard name before a variant's."""
+    """Return the index file; the standard name comes before a variant's."""
     indexes = sorted(filter(INDEX.fullmatch, own))
     standard = [f"{single}.index.json" for single in SINGLE if f"{single}.index.json" in indexes]
     if standard or any(single in own for single in SINGLE):
         return standard[0] if standard else None
-    if len(indexes) > 1:  # other readers may take another one
+    if len(indexes) > 1:  # other readers may choose another one
         errors.add(
             f"several indexes: {', '.join(map(shown, indexes))}",
             "one, or model.safetensors.index.json among them",
@@ -103,7 +104,7 @@ def _index_name(own: list[str], where: str, errors: Problems) -> str | None:
 
 
 def _unindexed(folder: Folder, own: list[str], errors: Problems) -> list[str] | None:
-    """The files of a model without an index."""
+    """Return the files of a model without an index."""
     weights = weight_files(folder)
     for name in SINGLE:
         if name in weights:
@@ -131,7 +132,7 @@ def _unindexed(folder: Folder, own: list[str], errors: Problems) -> list[str] | 
 
 
 def _indexed(index: dict, index_name: str, folder: Folder, errors: Problems) -> list[str] | None:
-    """The files that an index names; None without a map of names."""
+    """Return the files that an index names; None without a map of names."""
     where, files = f"{folder.name}/{index_name}", folder.files()
     weight_map = index.get("weight_map")
     if (
@@ -150,8 +151,8 @@ def _indexed(index: dict, index_name: str, folder: Folder, errors: Problems) -> 
     single = index_name.removesuffix(".index.json")
     if single in SINGLE and single in files and single not in names:
         errors.add(
-            f"{single} lies beside an index that does not name it",
-            "one of them (transformers would load the single file, the index says otherwise)",
+            f"{single} is next to an index that does not name it",
+            "one of them (transformers would load the single file, the index names others)",
             "move away the one that is not the model",
             where=where,
             code="AK203",
@@ -175,7 +176,8 @@ def _bad_index(problem: str, expected: str, where: str) -> Damaged:
 
 
 def _shard_name_error(file: str, files: dict[str, int], where: str) -> AdapterkitError | None:
-    """What is wrong with a file name that an index gives, on any operating system."""
+    """Return the error of a file name in an index that is invalid on any operating system, or
+    None."""
     try:
         inside(file, where)
     except Refused as error:
@@ -202,7 +204,7 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
 
 
 def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
-    """The refusal of a folder without weights, by what it holds instead."""
+    """Return the refusal of a folder without weights, depending on its files."""
     if any(name.startswith(NOT_A_MODEL) for name in own):
         return Refused(
             "this is an adapter",

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers and its index alone."""
+"""Read a checkpoint's headers and index: its tensors, their shapes and their files."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from adapterkit.core.checkpoint.shards import find_shards, likely_shards, noted
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.errors import AdapterkitError, Damaged, Problems, shown
 
-# of these as many modules are built, also where a config is only looked at
+# numbers of modules to build, even if a config is only inspected
 COUNTS = re.compile(r"((?<!max_)depths?|layers?|blocks|per_block|num_labels)$")
 MOST_LABELS = 100_000
 LAYER_COUNTS = {
@@ -26,8 +26,8 @@ LAYER_COUNTS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model checkpoint, or what could be read of one: its shards' headers by file name, every
-    tensor by key, its JSON files; and what is wrong with the rest."""
+    """A model checkpoint, or its readable part: its shards' headers by file name, every tensor by
+    key, its JSON files; and the errors of the rest."""
 
     folder: Folder
     shards: dict[str, Header]  # in the order of their files
@@ -39,23 +39,23 @@ class Checkpoint:
     errors: Problems = field(default_factory=Problems)
     unread: tuple[str, ...] = ()  # files of weights whose headers cannot be read
     complete: bool = True  # all files of the weights are there and can be read
-    readable: bool = True  # so are the JSON files beside them
+    readable: bool = True  # so are the JSON files next to them
 
-    in_safetensors: ClassVar[bool] = True  # else in a container that is written as it is
-    otherwise: ClassVar[str] = ""  # what else can be done with an adapter of unknown modules
+    in_safetensors: ClassVar[bool] = True  # else in a container that is written unchanged
+    otherwise: ClassVar[str] = ""  # a hint for an adapter of unknown modules
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     def names_layer(self, module: str) -> bool:
-        """Whether the rules of the model's family say that a module is a layer."""
+        """Return whether the rules of the model's family call a module a layer."""
         return False
 
 
 def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
-    """A checkpoint folder's headers; raises `Refused` or `Damaged` with all that is wrong with
-    it. `number`: which input of the job it is."""
+    """Return a checkpoint folder's headers; raises `Refused` or `Damaged` with every problem.
+    `number`: its index among the job's inputs."""
     with belonging_to(folder):
         checkpoint = scan_checkpoint(folder, number)
         checkpoint.errors.raise_all()
@@ -63,7 +63,8 @@ def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
 
 
 def scan_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
-    """As much of a checkpoint folder as can be read, with all for which it cannot be opened."""
+    """Return the readable part of a checkpoint folder, with every error that keeps it from being
+    opened."""
     errors = Problems()
     names, index, index_name = find_shards(folder, errors)
     scan = scan_files(folder, likely_shards(folder) if names is None else names, number, errors)
@@ -85,7 +86,8 @@ def scan_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
 def scan_files(
     folder: Folder, names: Iterable[str], number: int, errors: Problems, config: dict | None = None
 ) -> Checkpoint:
-    """What can be read of the headers of these files; the errors get what is wrong with others."""
+    """Return the readable headers of these files; the errors of the others are added to
+    `errors`."""
     read = {name: noted(errors, read_header, folder, name, number) for name in names}
     shards = {name: header for name, header in read.items() if header is not None}
     tensors = {spec.key: spec for header in shards.values() for spec in header.tensors}
@@ -95,8 +97,8 @@ def scan_files(
 
 
 def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitError]:
-    """Values of a config and its sub-configs that decide which model is built, and cannot be
-    right."""
+    """Return errors of values in a config and its sub-configs that decide which model is built and
+    cannot be right."""
     errors = Problems(where=where, hint="fix the config", kind=Damaged, code="AK202")
     names = config.get("architectures")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -120,7 +122,7 @@ def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitErro
 def _index_errors(
     scan: Checkpoint, weight_map: dict[str, str], where: str
 ) -> list[AdapterkitError]:
-    """Contradictions between the index and the files that could be read."""
+    """Return contradictions between the index and the readable files."""
     tensors = scan.tensors
     errors = Problems(where=where, hint="restore the index", kind=Damaged, code="AK202")
     for key, file in weight_map.items():
@@ -133,13 +135,13 @@ def _index_errors(
 
 
 def _shared_strings(tensors: dict[str, TensorSpec], weight_map: dict[str, str]) -> dict[str, str]:
-    """An index of the headers' own strings: as read, each name of a file is a new string."""
+    """Return an index with the headers' own strings, because every name as read is a new string."""
     pairs = ((tensors.get(key), key, file) for key, file in weight_map.items())
     return {s.key if s else key: s.file if s and s.file == file else file for s, key, file in pairs}
 
 
 def _stored_twice(scan: Checkpoint) -> list[AdapterkitError]:
-    """Keys that several files hold."""
+    """Return the errors of keys that several files contain."""
     files: dict[str, str] = {}  # of each key
     errors = Problems(where=scan.folder.name, code="AK202")
     for spec in (spec for header in scan.shards.values() for spec in header.tensors):

@@ -1,4 +1,5 @@
-"""JSON from strangers, read strictly: what two readers could understand in two ways is an error."""
+"""Read JSON from strangers strictly: a text that two readers could understand differently is an
+error."""
 
 import json
 import re
@@ -8,20 +9,19 @@ from adapterkit.core.checkpoint.folder import Folder, parsed
 from adapterkit.core.errors import Damaged, shown
 
 MAX_JSON = 50_000_000  # bytes
-MAX_DEPTH = 100  # of lists and objects inside each other
+MAX_DEPTH = 100  # of nested lists and objects
 
 MAX_DIGITS = 100  # characters; float() of a longer integer may overflow
-# where there is none, no number needs a look of its own
+# without a match, no number needs to be checked
 _ODD = re.compile(rb"(?<![eE])-0(?![.eE])|[0-9]{%d}" % MAX_DIGITS)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def strict_json(data: bytes) -> Any:
-    """The value of UTF-8 JSON; `ValueError` with a plain reason when it is none.
+    """Return the value of UTF-8 JSON; `ValueError` with a short reason if it is invalid.
 
-    It is none either with a key twice, half a surrogate pair or an absurd number. NaN and Infinity
-    pass as floats: transformers writes them into some configs.
-    """
+    A duplicate key, half a surrogate pair or an absurd number is invalid too. NaN and Infinity are
+    floats, because transformers writes them into some configs."""
     try:
         parse_int = _integer if _ODD.search(data) else None
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=parse_int)
@@ -50,15 +50,15 @@ def _integer(text: str) -> int:
 
 
 def nested_json(text: str | bytes) -> Any:
-    """`strict_json` of a text within a file, and no deeper than `check_depth` allows."""
+    """Return `strict_json` of a text inside a file, no deeper than `check_depth` allows."""
     value = strict_json(text.encode() if isinstance(text, str) else text)
     check_depth(value)
     return value
 
 
 def read_json(folder: Folder, name: str) -> dict:
-    """The JSON object in a file of the folder, which may be another reader's too: copy it to change
-    it. `Damaged` if it is none, or larger than 50 MB."""
+    """Return the JSON object in a file of the folder. It may be shared with other readers: copy it
+    to change it. `Damaged` for other content, or more than 50 MB."""
     size = folder.files().get(name, 0)
     return parsed(folder, ("json", name), lambda: (size, _read_json(folder, name, size)))
 
@@ -88,7 +88,8 @@ def _read_json(folder: Folder, name: str, size: int) -> dict:
 
 
 def check_depth(value: object) -> None:
-    """`ValueError` for lists and objects too deep inside each other: what walks them recurses."""
+    """Raise `ValueError` for lists and objects nested too deep, because code that walks them
+    recurses."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

@@ -146,8 +146,8 @@ class _SortedPlaces:
             known < len(self.variable_size) and self.variable_size[known] < number
         ):
             raise AssertionError(
-                f"{stored}: planned as {self.planned[number]}, with all that varies before it made "
-                "before"
+                f"{stored}: planned as {self.planned[number]}, with every variable "
+                "size before it made first"
             )
         self.placed[number] = stored
         return self.starts[number] + self.moved[bisect_left(self.variable_size, number)]

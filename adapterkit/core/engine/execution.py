@@ -152,7 +152,7 @@ def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = 
     elif there == final and not there.is_dir():
         problem = "a file of this name exists"
     elif not there.is_dir():
-        problem = f"{shown(there.name)} is a file, and no folder to make one in"
+        problem = f"{shown(there.name)} is a file, so no folder can be made in it"
     if problem:
         hint = "choose another --out"
         raise Refused(problem, expected=expected, where=str(out), hint=hint, code="AK601")
@@ -162,8 +162,8 @@ def check_output_apart(out: Path, folders: Iterable[Folder], *, is_file: bool = 
         root = (folder.root / folder.single if folder.single else folder.root).resolve()
         relations = {
             "is": final == root,
-            "lies in": root in final.parents,
-            "holds": final in root.parents,
+            "is inside": root in final.parents,
+            "contains": final in root.parents,
         }
         relation = next((name for name, holds in relations.items() if holds), None)
         if relation is not None:

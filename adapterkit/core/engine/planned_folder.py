@@ -119,14 +119,14 @@ class JobOutput(Conversion):
 
 def converted_folder(
     source: Folder,
-    form: str,
+    format: str,
     file: str,  # the source's
     plan: "Plan",
     component: str = "",  # the pipeline's component that the source changes
 ) -> Overlay:
     """Return an adapter in PEFT's layout, whose headers and settings come from the plan of its
     conversion. The conversion runs when anything else is read."""
-    origin = {**source.origin, "format": form, "file": file}
+    origin = {**source.origin, "format": format, "file": file}
     origin |= {"component": component} if component else {}
     known = planned_contents(plan)
     return Overlay(source.name, source.label, origin, known, Conversion(plan), source)

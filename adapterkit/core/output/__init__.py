@@ -1,1 +1,1 @@
-"""Output folders: written whole or not at all, one process at a time, resumable."""
+"""Output folders: complete or absent, written by one process at a time, resumable."""

@@ -1,5 +1,5 @@
-"""An output that is one file: it is built in a hidden folder beside it, then gets its name, and its
-receipt that name with a suffix. Small files may lie next to it."""
+"""An output that is one file. It is built in a hidden folder next to it, then gets its name, and
+its receipt that name with a suffix. Small files may be next to it."""
 
 import os
 from collections.abc import Iterable
@@ -65,7 +65,7 @@ class FileOutput(StagedOutput):
             )
 
     def _owner(self, name: str) -> str:
-        """The other output of the folder whose receipt names a file; "" for none."""
+        """Return the other output of the folder whose receipt names a file; "" if none."""
         ends = receipt_beside("")
         receipts = sorted(path for path in self.final.glob(f"*{ends}") if path != self.receipt_path)
         owns = lambda one: name in parse_receipt(receipt_bytes(one)).get("files", {})

@@ -27,11 +27,10 @@ from adapterkit.core.system import system
 
 
 class FolderOutput(StagedOutput):
-    """A folder: it gets its name by one rename, or by an exchange with an older output.
+    """A folder that gets its name by one rename, or by an exchange with an older output.
 
-    Where it exists and no rename can replace it (a mount point, or a parent that is not writable)
-    it is built inside, and the files move one by one: weights, index, config, receipt last.
-    """
+    If it exists and no rename can replace it (a mount point, or a parent that is not writable), it
+    is built inside, and the files move one by one: weights, index, config, receipt last."""
 
     def __init__(self, out: Path):
         self.out = self.final = out
@@ -86,14 +85,14 @@ class FolderOutput(StagedOutput):
         return (name in files or name == RECEIPT) and not (self.out / name).is_symlink()
 
     def _entries(self) -> list[Path]:
-        """What the folder holds, without the control folder."""
+        """Return the content of the folder, without the control folder."""
         if not self.out.is_dir():
             return []
         own = (".adapterkit", "lost+found") if self.moves else (".adapterkit",)
         return [path for path in self.out.iterdir() if path.name not in own]
 
     def _files(self) -> list[str]:
-        """Every file of the folder, as a path in it."""
+        """Return every file of the folder, as a path in it."""
         files = []
         for top in self._entries():
             below = [top] if top.is_symlink() or not top.is_dir() else top.rglob("*")
@@ -130,8 +129,8 @@ class FolderOutput(StagedOutput):
             system.replace_empty(stage.path, final)
 
     def _move_into(self, stage: Stage) -> None:
-        """An old index over new shards loads and is silently wrong: what makes a folder loadable is
-        removed first and moved last."""
+        """Move the files into the folder. Files that make it loadable are removed first and moved
+        last, because an old index over new shards loads and is silently wrong."""
         staged, there = stage.path / RECEIPT, self.out / RECEIPT
         receipt = parse_receipt(receipt_bytes(staged if staged.exists() else there))
         new = [*receipt["files"], RECEIPT]
@@ -164,9 +163,9 @@ def _publish_order(name: str) -> int:
 
 
 def size_at(path: Path) -> int | None:
-    """Bytes of a file, where it leads to if it is a link; None where there is none."""
+    """Return the bytes of a file, or of a link's target; None if there is none."""
     try:
         status = path.stat()
-    except (OSError, ValueError):  # a name that no system has, too
+    except (OSError, ValueError):  # ValueError: a name that no system allows
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None

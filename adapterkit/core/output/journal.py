@@ -1,9 +1,7 @@
-"""What is noted of an output in the making, a line for each entry: a JSON object whose last value
-is a checksum, so that a line that is torn or damaged is known and counts as not there.
+"""The journal of an unfinished output: one JSON object per line, with a checksum as its last value.
 
-Who may write these files may write the output too: nothing here is checked against forgery. A line
-whose words have other kinds counts as not there, too.
-"""
+A line that is torn or damaged, or whose values have wrong types, counts as absent. Anyone who can
+write these files can write the output too, so nothing here is checked against forgery."""
 
 import json
 import os
@@ -17,9 +15,9 @@ from adapterkit.core import records
 from adapterkit.core.records import COUNT, FINITE, TABLE, TEXT, Json, list_of, optional
 from adapterkit.core.system import system
 
-_SUM = b',"crc32":"'  # begins the end of a line; an entry is never empty
+_SUM = b',"crc32":"'  # starts the end of a line; an entry is never empty
 
-MOST = 256 << 20  # bytes of a file of them
+MOST = 256 << 20  # the largest file in bytes
 WORDS = {
     "fingerprint": TEXT, "recipe": TABLE, "publish": TEXT, "old": list_of(TEXT),
     "attempt": TEXT, "device": TEXT, "torch": TEXT, "seconds": FINITE, "joined": COUNT,
@@ -30,13 +28,13 @@ Entry = Json
 
 
 def line_of(entry: Entry) -> bytes:
-    """An entry as a line."""
+    """Return an entry as a line."""
     text = json.dumps(entry, separators=(",", ":")).encode().removesuffix(b"}")
     return text + _end(text)
 
 
 def entries_of(lines: bytes) -> Iterator[tuple[bytes, Entry]]:
-    """The lines with their entries, up to the first one that is not as it was written."""
+    """Yield the lines with their entries, up to the first damaged one."""
     for line in lines.splitlines(keepends=True):
         text, _, _ = line.rpartition(_SUM)
         if not text or line != text + _end(text):
@@ -56,12 +54,12 @@ def _parsed(text: bytes) -> Entry | None:
 
 
 def read_entry(path: Path) -> Entry:
-    """The only entry of a file; empty where there is none."""
+    """Return the only entry of a file; empty if there is none."""
     return next((entry for _, entry in entries_of(read_lines(path))), {})
 
 
 def read_lines(path: Path) -> bytes:
-    """The bytes of an ordinary file; none of a link, a pipe or more than `MOST`."""
+    """Return the bytes of an ordinary file; empty for a link, a pipe or more than `MOST` bytes."""
     try:
         with open(system.open(path, "own"), "rb") as file:
             status = os.fstat(file.fileno())
@@ -81,19 +79,19 @@ class ShardResult:
     file: str
     size: int
     sha256: str | None
-    # key -> first 16 hex digits of the sha256 of the file up to that tensor's end; None of a file
+    # key -> first 16 hex digits of the sha256 of the file up to that tensor's end; None for a file
     # whose bytes never came here
     marks: dict[str, str] | None
     metrics: dict[str, dict]
     grown: int = 0  # bytes by which tensors are larger than planned, all together
-    tensors: int | None = None  # their number, where the plan knows an upper bound only
+    tensors: int | None = None  # their number, if the plan only knows an upper bound
     # key -> dtype, shape, position in the handoff's file
     handoffs: dict[str, list] = field(default_factory=dict)
 
 
 def read_result(entry: Entry) -> ShardResult | None:
-    """The result that an entry notes, still to be held against the plan; None where it notes
-    something else."""
+    """Return the result that an entry records, not yet checked against the plan; None for another
+    entry."""
     return ShardResult(**entry["shard"]) if RESULT.fits(entry.get("shard")) else None
 
 

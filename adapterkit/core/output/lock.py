@@ -18,31 +18,29 @@ LOCK = "lock"
 
 
 class Lock:
-    """The file `lock` in a folder. It names the process that holds it, which keeps it locked.
+    """The file `lock` in a folder. It names the process that owns it, which keeps it locked.
 
-    It is stale when nobody has it locked and the process that it names is gone; then the next one
-    takes its place. A process on another host counts as running.
+    It is stale when nobody has it locked and the named process is gone; then the next process takes
+    it over. A process on another host counts as running.
 
-    `filelock.SoftFileLock` (tried: 4.3.1) does not serve: it takes a process in another PID
-    namespace for one of another host, so the lock of a container that was killed refuses its
-    successor for ever; it creates the file first and writes the owner then, so a crash in between
-    leaves an empty file that no later process reclaims; a torn one is refused until it was watched
-    for two seconds.
-    """
+    `filelock.SoftFileLock` (tried: 4.3.1) does not suffice. It takes a process in another PID
+    namespace for one on another host, so the lock of a killed container refuses its successor for
+    ever. It creates the file before it writes the owner, so a crash in between leaves an empty file
+    that no later process reclaims. A torn file is refused until it was watched for two seconds."""
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK
         self._descriptor = -1
 
     def acquire(self) -> None:
-        """`Refused` while another process holds the lock."""
+        """Take the lock; `Refused` while another process has it."""
         try:
             self._descriptor = system.hold(self.path, process_record(), may_run)
         except LockHeldError as held:
             raise self._refusal(held.holder) from None
 
     def check(self) -> None:
-        """`Refused` while another process holds the lock, which this only reads."""
+        """Read the lock; `Refused` while another process has it."""
         holder = ""
         if self._descriptor < 0:
             with contextlib.suppress(OSError, ValueError):
@@ -53,7 +51,7 @@ class Lock:
     def _refusal(self, holder: str) -> Refused:
         host, pid, *_ = *holder.split(" "), "?"
         which = f"process {pid}" if host == socket.gethostname() else f"process {pid} on {host}"
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # it has just finished
             began = datetime.fromtimestamp(self.path.stat().st_mtime)
             which += f" since {began.isoformat(' ', 'seconds')}"
         return Refused(
@@ -71,13 +69,13 @@ class Lock:
 
 
 def process_record() -> str:
-    """This process: its host, number and start."""
+    """Return the record of this process: its host, number and start."""
     return f"{socket.gethostname()} {os.getpid()} {system.start_of(os.getpid())}"
 
 
 def may_run(holder: str) -> bool:
-    """Whether the process of a record may be running, one on another host always; after a restart
-    its number may be another's."""
+    """Return whether the process of a record may be running. One on another host always may. After
+    a restart another process may have its number."""
     host, _, rest = holder.partition(" ")
     pid, _, start = rest.partition(" ")
     if not re.fullmatch(r"[0-9]{1,10}", pid) or not start:

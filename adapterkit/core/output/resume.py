@@ -1,5 +1,5 @@
-"""What `--resume` and `--overwrite` come to: how far an earlier run got, by its journal and by the
-files that are there, and whether it was of the same job."""
+"""Decide what `--resume` and `--overwrite` do: compare the journal and the files of an earlier run
+with this job."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -12,10 +12,8 @@ from adapterkit.core.records import Json
 
 
 def state_of(stage: Stage, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
-    """'fresh', 'resume', 'publish' (only the final names are missing) or 'finished'.
-
-    `Refused` where the output or an interrupted run is in the way, or another run is at work.
-    """
+    """Return 'fresh', 'resume', 'publish' (only the final names are missing) or 'finished'.
+    `Refused` if the output or an interrupted run is in the way, or another run is active."""
     output = stage.output
     if not resume:
         stage.lock.check()
@@ -27,18 +25,18 @@ def state_of(stage: Stage, fingerprint: str, *, resume: bool, overwrite: bool) -
     there = output.receipt()
     published = parse_receipt(there).get("fingerprint")
     is_its = _is_receipt(there, noted) or (head is None and published == fingerprint)
-    # of another job it is refused by who asks, unless its history keeps it
+    # the caller refuses the output of another job, unless its history keeps that
     is_others = head is None and published not in (None, fingerprint)
     is_others = is_others and not (overwrite or output.has_history)
     if resume and (is_others or (is_its and _is_finished(stage, overwrite))):
         return "finished"
     complete = resume and _is_receipt(receipt_bytes(stage.path / RECEIPT), noted)
     stage.replaces = overwrite or bool(resume and head is not None and head.get("overwrite"))
-    if not (complete and output.moves):  # else the output is half moved
+    if not (complete and output.moves):  # otherwise the output is half moved
         output.check(replaces=stage.replaces)
     if head is not None and not resume and not overwrite:
         stage.lock.check()
-        if stage.journal():  # else a run has just ended
+        if stage.journal():  # otherwise a run has just finished
             raise Refused(
                 "an earlier run to this --out was interrupted",
                 expected="an output that no other run has begun",
@@ -52,16 +50,15 @@ def state_of(stage: Stage, fingerprint: str, *, resume: bool, overwrite: bool) -
 
 
 def is_published(stage: Stage, recipe: Json) -> bool:
-    """Whether the output is there and is of this very job, of the same input files: its journal is
-    there still."""
+    """Return whether the output exists and is of this very job, with the same input files: its
+    journal is still there."""
     entries = stage.journal()
     is_there = _is_receipt(stage.output.receipt(), _publish_of(entries))
     return is_there and entries[0].get("recipe") == recipe
 
 
 def _publish_of(entries: list[Entry]) -> str | None:
-    """The sha256 of the receipt with which the stage was complete; files may have been sent
-    since."""
+    """Return the sha256 of the receipt of the complete stage; files may have been sent since."""
     found = [entry["publish"] for entry in entries if "publish" in entry]
     return found[-1] if found else None
 
@@ -71,8 +68,8 @@ def _is_receipt(data: bytes, sha256: str | None) -> bool:
 
 
 def _is_finished(stage: Stage, overwrite: bool) -> bool:
-    """Whether the output that is there has all of its files; `Damaged` where it lacks some, unless
-    it is to be made again."""
+    """Return whether the existing output has all of its files; `Damaged` if some are missing,
+    unless it is to be made again."""
     receipt = parse_receipt(stage.output.receipt())
     lacks = lacking(receipt, stage.output.size_of) if receipt else []
     if lacks and not overwrite:
@@ -87,7 +84,7 @@ def _is_finished(stage: Stage, overwrite: bool) -> bool:
 
 
 def lacking(receipt: Mapping[str, Any], size_of: Callable[[str], int | None]) -> list[str]:
-    """The files of a receipt that are not there with their sizes."""
+    """Return the files of a receipt that are missing or have another size."""
     return [
         name
         for name, entry in receipt["files"].items()
@@ -96,7 +93,7 @@ def lacking(receipt: Mapping[str, Any], size_of: Callable[[str], int | None]) ->
 
 
 def check_same_job(stage: Stage, recipe: Json) -> None:
-    """`Refused` when the interrupted run was of other inputs, options or another version."""
+    """Refuse to resume if the interrupted run had other inputs or options, or another version."""
     before = stage.journal()[0].get("recipe", {})
     if before != recipe:
         raise Refused(
@@ -109,8 +106,8 @@ def check_same_job(stage: Stage, recipe: Json) -> None:
 
 
 def check_same_way(stage: Stage, device: str) -> None:
-    """`Refused` while several processes write the output's files, and when the interrupted run was
-    on another kind of device: its sums have another order."""
+    """Refuse while several processes write the output's files, or if the interrupted run was on
+    another kind of device, which sums in another order."""
     head = stage.journal()[0]
     if head.get("ranks"):
         raise Refused(
@@ -132,7 +129,7 @@ def check_same_way(stage: Stage, device: str) -> None:
 
 
 def difference(before: dict, now: dict, path: str = "") -> str:
-    """The first place where two recipes differ, as a dotted path."""
+    """Return the first place where two recipes differ, as a dotted path."""
     for key in dict.fromkeys([*now, *before]):
         old, new = before.get(key), now.get(key)
         if old == new:

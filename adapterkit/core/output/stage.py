@@ -1,12 +1,11 @@
-"""Writing an output so that it appears whole or not at all.
+"""Write an output so that it is complete or absent.
 
 Files are built in a hidden folder, the stage, each as `name.part` (`writer.py`), and get their
-final names together. How is said by the kind of output: a folder (`folder_output.py`) by one rename
-or, where there is an older output, an exchange, so that the final name is at every moment a whole
-old output, a whole new one, or nothing; one file (`file_output.py`); a folder on the Hub
-(`bases/hub/output/hub_output.py`). A journal beside the stage lists the finished files; from it
-`resume.py` tells how far an earlier run got.
-"""
+final names together. The kind of output determines how: a folder (`folder_output.py`) by one
+rename, or by an exchange with an older output, so that the final name is always a complete old
+output, a complete new one, or absent; one file (`file_output.py`); a folder on the Hub
+(`bases/hub/output/hub_output.py`). A journal next to the stage lists the finished files, so
+`resume.py` knows how far an earlier run got."""
 
 import contextlib
 import hashlib
@@ -34,25 +33,25 @@ from adapterkit.core.system import system
 JOURNAL = "journal.jsonl"
 RANKS = "ranks"  # the folder of `many/workers/stage.py`
 RECEIPT = "adapterkit.json"
-SUFFIX = f".{RECEIPT}"  # of the receipt of an output that is one file, after its name
-WORK = "work"  # the folder beside the files, of what they are made of
+SUFFIX = f".{RECEIPT}"  # suffix of the receipt of an output that is one file
+WORK = "work"  # the folder of intermediate files, next to the files
 HANDOFF = ".handoff"  # suffix of the file with tensors for later files
 NAME_MAX = 255  # bytes
 
 
 def receipt_beside(name: str) -> str:
-    """The name of the receipt of a file of that name."""
+    """Return the name of the receipt of a file."""
     return name + SUFFIX
 
 
 def control_of(out: Path) -> str:
-    """The name of the folder in which an output is built."""
+    """Return the name of the folder in which an output is built."""
     return f".{out.resolve().name}.adapterkit"
 
 
 def check_name(out: Path, files: Iterable[str]) -> None:
-    """`Refused` where `out`, the folder in which it is built or one of its files there has too long
-    a name or path."""
+    """Refuse an `out` for which it, the folder in which it is built, or a file there has too long a
+    name or path."""
     path, control = out.resolve(), control_of(out)
     longest = max(len(os.fsencode(name)) for name in (*path.parts, control))
     stage = path.parent / control / "out"
@@ -70,7 +69,8 @@ def check_name(out: Path, files: Iterable[str]) -> None:
 
 
 def parse_receipt(data: bytes) -> Json:
-    """What a receipt says; empty for bytes that are none, without a list of files."""
+    """Return the content of a receipt; empty if the bytes are not a receipt with a list of
+    files."""
     try:
         receipt = json.loads(data)
     except (ValueError, RecursionError):
@@ -79,7 +79,7 @@ def parse_receipt(data: bytes) -> Json:
 
 
 def receipt_bytes(path: Path) -> bytes:
-    """A receipt's file; empty where there is none."""
+    """Return a receipt's bytes; empty if there is none."""
     try:
         return read_small(path, MAX_JSON)
     except (OSError, ValueError):
@@ -87,9 +87,10 @@ def receipt_bytes(path: Path) -> bytes:
 
 
 class Workspace(Protocol):
-    """Where engines put files: a `Stage`, or a worker's share of it (`many/workers/stage.py`)."""
+    """A folder for the files that engines write: a `Stage`, or a worker's share of it
+    (`many/workers/stage.py`)."""
 
-    attempt: str  # what tells files in the making from those of other processes
+    attempt: str  # distinguishes unfinished files from those of other processes
 
     @property
     def path(self) -> Path:
@@ -97,16 +98,16 @@ class Workspace(Protocol):
         ...
 
     def journal(self) -> list[dict]:
-        """Entries, `shard` in those of finished files."""
+        """Return the journal's entries; those of finished files have a `shard`."""
         ...
 
     def wanted(self, name: str) -> bool:
-        """Whether a file is still to be made."""
+        """Return whether a file is still missing."""
         ...
 
 
 def work_folder(stage: Workspace) -> Path:
-    """The folder of what its files are made of, which is there."""
+    """Return the folder for intermediate files, and create it."""
     work = stage.path.parent / WORK
     with storage_errors(work):
         disk.check_folder(work.parent, work)
@@ -115,72 +116,71 @@ def work_folder(stage: Workspace) -> Path:
 
 
 class StagedOutput(ABC):
-    """What a stage asks of the output that it becomes. What is not abstract is so of a folder on
-    this machine, the usual one."""
+    """The output that a stage becomes, as the stage sees it. The defaults are right for a folder on
+    this machine."""
 
-    out: Path  # its name, for messages; on the Hub that of the work for it
+    out: Path  # its name, for messages; on the Hub that of the local work folder
     final: Path  # the folder in which files get their names
     control: Path  # the folder in which it is built, with journal and lock
-    moves = False  # files get their names one by one, so some may have them already
-    has_history = False  # an output of another job stays in it when this one replaces that
+    moves = False  # files get their names one by one, so some may already have theirs
+    has_history = False  # keeps the output of another job after this one replaces it
 
     @abstractmethod
     def exists(self) -> bool:
-        """Whether there is anything of its name."""
+        """Return whether anything has the output's name."""
 
     @abstractmethod
     def receipt(self) -> bytes:
-        """The receipt of the output that is there; empty without one."""
+        """Return the receipt of the existing output; empty without one."""
 
     @abstractmethod
     def size_of(self, name: str) -> int | None:
-        """Bytes of a file of the output that is there."""
+        """Return the bytes of a file of the existing output."""
 
     @abstractmethod
     def check(self, *, replaces: bool) -> None:
-        """`Refused` unless there is nothing or, where this replaces it, an older output only."""
+        """Refuse unless there is nothing or, if this output replaces it, only an older output."""
 
     @abstractmethod
     def publish(self, stage: "Stage") -> None:
         """Give the finished stage its final name; called again after a crash it continues."""
 
     def check_kind(self) -> None:
-        """`Refused` for what no output can replace."""
+        """Refuse an existing file or folder that no output can replace."""
         return  # a name on the Hub has one kind
 
     def head(self) -> Json:
-        """What the journal's first entry holds besides the job."""
+        """Return the journal's first entry, besides the job."""
         return {}
 
     def go_on(self, head: Json) -> None:
-        """Note that an interrupted run, whose journal begins so, is continued."""
-        return  # nothing depends on it
+        """Record that an interrupted run, whose journal has this first entry, is resumed."""
+        return  # the default: nothing to record
 
     def begin(self) -> None:
-        """Make ready what the first file needs."""
+        """Prepare for the first file."""
         return  # nothing
 
     def has(self, stage: "Stage", name: str, sha256: str | None) -> bool:
-        """Whether a file has left the stage before the others."""
+        """Return whether a file has left the stage before the others."""
         return False
 
     def disk(self, size: int) -> int:
-        """Bytes of disk that files of that size take, all together."""
+        """Return the bytes of disk that files of that total size need."""
         return size
 
     def old_files(self) -> list[str]:
-        """Files that are removed one by one when the new ones get their names."""
+        """Return files to remove one by one when the new ones get their names."""
         return []
 
 
 class Stage:
-    """The hidden folder in which an output is built; a context that holds its lock.
+    """The hidden folder in which an output is built; a context that owns its lock.
 
-    The control folder, `.NAME.adapterkit/` beside the output, holds `out/` (the stage),
+    The control folder, `.NAME.adapterkit/` next to the output, contains `out/` (the stage),
     `journal.jsonl` and `lock`. The journal's first entry is the job, then come the finished shards,
-    and once all is written `{"publish": sha256 of the receipt}`: from then on only the names are
-    missing, and whether the stage or the output has that receipt tells how far publishing got.
-    """
+    and at the end `{"publish": sha256 of the receipt}`. From then on only the names are missing:
+    the receipt is in the stage before publishing, and in the output after."""
 
     attempt = ""  # one process writes here
 
@@ -223,7 +223,7 @@ class Stage:
                     raise
 
     def __exit__(self, *_: object) -> None:
-        """Release the lock; what a later --resume can use stays."""
+        """Release the lock; the files that a later --resume can use stay."""
         self._close_journal()
         with contextlib.suppress(OSError):
             self.lock.release()
@@ -231,17 +231,17 @@ class Stage:
 
     @property
     def is_new(self) -> bool:
-        """Whether neither an output nor a run's work is there."""
+        """True if there is neither an output nor an earlier run's work."""
         return not (self.output.exists() or os.path.lexists(self.control))
 
     def holds(self, name: str, size: int, sha256: str | None) -> bool:
-        """Whether a finished file is there, or has left before the others."""
+        """Return whether a finished file is there, or has left before the others."""
         is_here = disk.size_below(self.path, name) == size
         return is_here or self.output.has(self, name, sha256)
 
     def is_whole(self, files: Mapping[str, dict]) -> bool:
-        """Whether the files of a receipt are there, to be published; where files are moved one by
-        one, some may have been."""
+        """Return whether the files of a receipt are there to be published; if files move one by
+        one, some may have moved."""
         return all(
             disk.size_below(self.output.final, name) == entry["size"]
             if self.output.moves and not os.path.lexists(self.path / name)
@@ -250,8 +250,7 @@ class Stage:
         )
 
     def clear(self, keep: Iterable[str] = ()) -> None:
-        """Empty the stage but for finished shards: half-written files take the space that is
-        needed."""
+        """Empty the stage except finished shards: unfinished files take space that is needed."""
         finished = {self.path / name for name in keep}
         with storage_errors(self.path):
             for path in sorted(self.path.rglob("*"), reverse=True):  # files before their folder
@@ -263,21 +262,21 @@ class Stage:
                         path.rmdir()
 
     def forget(self) -> None:
-        """Remove an earlier run's stage and journal: the next run begins again."""
+        """Remove an earlier run's stage and journal, so that the next run starts again."""
         self._close_journal()
         with storage_errors(self.control):
             (self.control / JOURNAL).unlink(missing_ok=True)
             sync_folder(self.control)
             self.clear()
             for folder in (self.control / RANKS, self.control / WORK):
-                if folder.is_symlink():  # not one of ours: what it leads to stays
+                if folder.is_symlink():  # not one of ours: its target stays
                     folder.unlink()
                 shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
     def begin(self) -> None:
-        """Make ready what the first file needs, the journal first."""
+        """Prepare for the first file, the journal first."""
         self.open_journal()
         self.output.begin()
 
@@ -293,27 +292,27 @@ class Stage:
             sync_folder(self.control.parent)
 
     def journal(self) -> list[dict]:
-        """The journal's entries, up to the first that is torn or damaged; none where there is no
-        interrupted run."""
+        """Return the journal's entries, up to the first that is torn or damaged; empty if no run
+        was interrupted."""
         return [entry for _, entry in entries_of(read_lines(self.control / JOURNAL))]
 
     def wanted(self, name: str) -> bool:
         return True
 
     def note(self, entry: dict) -> None:
-        """Append one entry to the journal, durably; of several threads."""
+        """Append one entry to the journal, durably; thread-safe."""
         with self._noting, storage_errors(self.control / JOURNAL):
             write_all(line_of(entry), lambda rest, _: os.write(self._journal, rest))
             disk.sync(self._journal)
 
     def rewrite(self, entries: Iterable[dict]) -> None:
-        """Put these entries in the place of the journal's, all at once."""
+        """Replace the journal by these entries, atomically."""
         self._close_journal()
         temporary = self.control / unfinished_name(JOURNAL)
         disk.replace_file(self.control / JOURNAL, b"".join(map(line_of, entries)), temporary)
 
     def write_file(self, name: str, blocks: Iterable[bytes]) -> tuple[int, str]:
-        """Write a small file durably; its size and sha256."""
+        """Write a small file durably; return its size and sha256."""
         path = self.path / name
         size, digest = 0, hashlib.sha256()
         with storage_errors(path):
@@ -332,7 +331,7 @@ class Stage:
         return size, digest.hexdigest()
 
     def ready(self) -> None:
-        """Note that the stage is complete: from here on a resumed run only publishes it."""
+        """Record that the stage is complete: from here on a resumed run only publishes it."""
         self.output.check(replaces=self.replaces)  # it may have changed since the start
         with storage_errors(self.path):
             sync_folders(self.path)
@@ -340,7 +339,8 @@ class Stage:
         self.note({"publish": sha256, "old": self.output.old_files()})
 
     def publish(self) -> None:
-        """Give the finished stage its final name, and leave nothing else behind but the journal."""
+        """Give the finished stage its final name, and leave nothing else behind except the
+        journal."""
         self.output.publish(self)
         self._close_journal()
         self._clean()

@@ -20,17 +20,18 @@ FLUSH = 32 << 20  # bytes after which write-back is started: the fsync at the en
 
 
 def unfinished_name(name: str, attempt: str = "") -> str:
-    """The name of a file while it is written."""
+    """Return the name of a file while it is written."""
     return f"{name}.{attempt}{UNFINISHED}" if attempt else name + UNFINISHED
 
 
 def part_name(file: str, start: int, stop: int) -> str:
-    """The name of the file of bytes [start, stop) of an output file."""
+    """Return the name of the file for bytes [start, stop) of an output file."""
     return f"{file}@{start}-{stop}"
 
 
 def part_of(name: str) -> tuple[str, int, int] | None:
-    """The file, and which bytes [start, stop) of it, that a name is of; None of no part."""
+    """Return the output file and the bytes [start, stop) of a range's file name; None for another
+    name."""
     match = PART_NAME.fullmatch(name)
     return (match[1], int(match[2]), int(match[3])) if match else None
 
@@ -38,10 +39,9 @@ def part_of(name: str) -> tuple[str, int, int] | None:
 class ShardFile:
     """One output file while it is written: `name.part`, of its final size from the start.
 
-    With an `attempt`, `name.<attempt>.part`: where other processes may write the same file, the
-    last rename wins. Then the folder has to be there: when it is not, the output is finished.
-    `kept`: the file is there, and grows behind so many bytes.
-    """
+    With an `attempt` it is `name.<attempt>.part`, because other processes may write the same file:
+    the last rename wins. Then the folder must exist; if it does not, the output is finished.
+    `kept`: the file exists, and grows after that many bytes."""
 
     def __init__(
         self, folder: Path, name: str, size: int, attempt: str = "", *, kept: int | None = None
@@ -78,7 +78,7 @@ class ShardFile:
             write_all(data, lambda rest, at: system.write_at(self.descriptor, rest, position + at))
 
     def read(self, buffer: memoryview, position: int) -> None:
-        """Fill the buffer with what was written at `position`."""
+        """Fill the buffer with the bytes written at `position`."""
         with storage_errors(self.path):
             done = 0
             while done < len(buffer):
@@ -88,13 +88,13 @@ class ShardFile:
                 done += n
 
     def truncate(self, size: int) -> None:
-        """Set the final size, where that of the start was an upper bound."""
+        """Set the final size, if that of the start was an upper bound."""
         with storage_errors(self.path):
             os.ftruncate(self.descriptor, size)
 
     def copy_from(self, source: int, start: int, position: int, length: int) -> bool:
-        """Copy a byte range of an open file inside the kernel, as a reflink if possible; False if
-        not."""
+        """Copy a byte range of an open file inside the kernel, as a reflink if possible; return
+        False if not."""
         done = 0
         while done < length:
             try:
@@ -105,7 +105,7 @@ class ShardFile:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     with storage_errors(self.path):
                         raise
-                # EXDEV, ENOSYS, EINVAL, EIO ...: the caller reads and writes, which names a real
+                # EXDEV, ENOSYS, EINVAL, EIO ...: the caller reads and writes, which reports a real
                 # error
                 return False
             if n == 0:
@@ -114,16 +114,14 @@ class ShardFile:
         return True
 
     def start_writeback(self, position: int, length: int) -> None:
-        """Ask the kernel to begin writing this range to disk. Errors appear at `sync`."""
+        """Start writing this range to disk. Errors appear at `sync`."""
         if disk.DURABLE:
             with contextlib.suppress(OSError):
                 system.start_writeback(self.descriptor, position, length)
 
     def sync(self) -> None:
-        """Make the bytes durable and close the file.
-
-        An fsync that fails is final, never tried again: the kernel forgets after one report.
-        """
+        """Make the bytes durable and close the file. A failed fsync is final and never retried,
+        because the kernel reports an error only once."""
         descriptor, self.descriptor = self.descriptor, -1
         with storage_errors(self.path):
             try:
@@ -137,7 +135,7 @@ class ShardFile:
             system.replace(self.path, self.final)
 
     def abandon(self) -> None:
-        """Close the file as it is; a later run begins it again."""
+        """Close the file as it is; a later run writes it again."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):

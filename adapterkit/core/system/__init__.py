@@ -1,4 +1,4 @@
-"""What differs between operating systems, and only here: one interface, a half for each.
+"""The differences between operating systems: one interface, implemented for each.
 
 | promise | Linux | macOS | Windows |
 |---|---|---|---|
@@ -25,7 +25,7 @@ from adapterkit.core.system.interface import LockHeldError, System
 
 __all__ = ["LockHeldError", "all_cores", "cores", "quarter_of_memory", "system"]
 
-MOST_CORES = 8  # that are used unless asked otherwise
+MOST_CORES = 8  # used by default
 
 
 def _chosen() -> System:
@@ -46,15 +46,16 @@ system = _chosen()
 
 
 def all_cores() -> int:
-    """The processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return system.processors()
 
 
 def cores() -> int:
-    """Those that it uses by default: more wait for the disk, or for memory."""
+    """Return the number of processors used by default: more would wait for the disk, or for
+    memory."""
     return min(MOST_CORES, system.processors())
 
 
 def quarter_of_memory() -> int:
-    """A quarter of the machine's memory in bytes."""
+    """Return a quarter of the machine's memory in bytes."""
     return system.memory() // 4

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-assert sys.platform == "darwin"  # type checkers pass over the rest elsewhere
+assert sys.platform == "darwin"  # elsewhere type checkers skip the rest
 
-# below the assert: where types are checked for Windows, that module has no names
+# below the assert: when types are checked for Windows, that module has no names
 from adapterkit.core.system.posix import Posix, is_alive  # noqa: E402
 
 # of <sys/fcntl.h>, <sys/stdio.h>
@@ -36,8 +36,8 @@ class Darwin(Posix):
         return False
 
     def sync(self, descriptor: int) -> None:
-        """fsync leaves bytes in the disk's own cache; file systems of the network lack the other
-        one."""
+        """Flush the disk's own cache too, which fsync does not; network file systems only have
+        fsync."""
         try:
             fcntl.fcntl(descriptor, _FULLFSYNC)
         except OSError as error:
@@ -58,7 +58,7 @@ class Darwin(Posix):
         return os.path.ismount(path)
 
     def start_of(self, pid: int) -> str:
-        """Boot and the second of the start, as ps and sysctl tell them."""
+        """Return boot and the second of the start, from ps and sysctl."""
         if not is_alive(pid):
             return ""
         boot = _output_of("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
@@ -70,7 +70,7 @@ class Darwin(Posix):
 
 
 def _output_of(*command: str) -> str:
-    """What a program of the system prints; empty where it fails, or is not there."""
+    """Return the output of a system program; empty if it fails or is missing."""
     environment = os.environ | {"LC_ALL": "C"}
     try:
         done = subprocess.run(command, capture_output=True, env=environment)

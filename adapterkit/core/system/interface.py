@@ -1,4 +1,4 @@
-"""What each operating system has to do."""
+"""The interface that each operating system implements."""
 
 import contextlib
 import errno
@@ -11,22 +11,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-# how a file is opened; all but "read", which is for inputs, follow no link
+# the modes of opening a file; only "read", which is for inputs, follows links
 Mode = Literal["read", "own", "create", "keep", "append", "touch"]
 FLAGS: dict[Mode, int] = {
     "read": os.O_RDONLY,
-    "own": os.O_RDONLY,  # what this package wrote, if it is still an ordinary file
+    "own": os.O_RDONLY,  # a file of this package's, if it is still an ordinary one
     "create": os.O_RDWR | os.O_CREAT | os.O_EXCL,
     "keep": os.O_RDWR,
     "append": os.O_RDWR | os.O_CREAT | os.O_APPEND,
     "touch": os.O_WRONLY | os.O_CREAT,
 }
-ALL, MINE = 0o666, 0o600  # the umask decides, as for any file; or nobody else
+ALL, MINE = 0o666, 0o600  # limited by the umask, as usual; or only for this user
 Handler = Callable[[int, FrameType | None], object]
 
 
 class LockHeldError(Exception):
-    """Another process holds a lock; `holder` is its record."""
+    """Another process has the lock; `holder` is its record."""
 
     def __init__(self, holder: str):
         super().__init__(holder)
@@ -34,11 +34,12 @@ class LockHeldError(Exception):
 
 
 class System(ABC):
-    """One operating system. Calls that it lacks raise OSError, with ENOSYS, or do nothing; see the
-    table above. Descriptors are binary, and processes that are started do not get them."""
+    """One operating system. Calls that it lacks raise OSError with ENOSYS, or do nothing; see the
+    table in `core/system/__init__.py`. Descriptors are binary, and child processes do not inherit
+    them."""
 
     ending: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)  # signals that end a job
-    signals: Sequence[signal.Signals] = ending  # all that this package has handlers for
+    signals: Sequence[signal.Signals] = ending  # every signal that this package handles
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -47,16 +48,16 @@ class System(ABC):
 
     @abstractmethod
     def open_unnamed(self, path: Path) -> int:
-        """A new file of which nothing is left when its descriptor is closed, however the process
-        ends."""
+        """Open a new file that disappears with its descriptor, however the process ends."""
 
     @abstractmethod
     def read_at(self, descriptor: int, buffer: memoryview, position: int) -> int:
-        """Read into the buffer; how many bytes, 0 at the end. Threads may share a descriptor."""
+        """Read into the buffer and return the number of bytes, 0 at the end. Threads may share a
+        descriptor."""
 
     @abstractmethod
     def write_at(self, descriptor: int, data: memoryview, position: int) -> int:
-        """Write; how many bytes. Threads may share a descriptor."""
+        """Write and return the number of bytes. Threads may share a descriptor."""
 
     def copy_range(
         self, source: int, target: int, count: int, start: int, position: int
@@ -65,15 +66,15 @@ class System(ABC):
         raise _missing()
 
     def allocate(self, descriptor: int, size: int) -> None:
-        """Give the file blocks for `size` bytes, never by writing them one by one."""
+        """Allocate blocks for `size` bytes of the file, never by writing them one by one."""
         raise _missing()
 
     def start_writeback(self, descriptor: int, position: int, length: int) -> None:
-        """Begin to write a range of the file to disk, without waiting for it."""
+        """Start writing a range of the file to disk, without waiting for it."""
         raise _missing()
 
     def drop_cache(self, descriptor: int) -> None:
-        """Let later reads of the file come from the disk."""
+        """Make later reads of the file come from the disk."""
         raise _missing()
 
     def sync(self, descriptor: int) -> None:
@@ -92,10 +93,10 @@ class System(ABC):
 
     @abstractmethod
     def rename_new(self, old: Path, new: Path) -> None:
-        """Rename; `FileExistsError` where there is something of the new name."""
+        """Rename; `FileExistsError` if the new name exists."""
 
     def exchange(self, one: Path, other: Path) -> None:
-        """Each gets the other's name, in one step."""
+        """Exchange two names in one step."""
         raise _missing()
 
     def replace_empty(self, old: Path, new: Path) -> None:
@@ -106,61 +107,61 @@ class System(ABC):
     room_for_paths = "paths that the system takes"
 
     def excess(self, path: Path) -> int:
-        """By how many letters, or bytes, a path is too long; below 1 it is not."""
+        """Return by how many characters, or bytes, a path is too long; at most 0 if it is not."""
         return len(os.fsencode(path)) - self.longest_path
 
     @abstractmethod
     def is_mount(self, path: Path) -> bool:
-        """Whether no rename can replace a folder: a mount point, bind mounts within one file system
-        included."""
+        """Return whether no rename can replace a folder because it is a mount point, bind mounts
+        within one file system included."""
 
     # --- processes --------------------------------------------------------------------------------
 
     @abstractmethod
     def hold(self, path: Path, record: str, may_run: Callable[[str], bool]) -> int:
-        """The descriptor of a lock that this process now holds, with a record of it;
-        `LockHeldError` while another one does. One that nobody has locked, and whose record is of
-        no process that `may_run`, is taken over."""
+        """Take a lock for this process, with a record of it, and return its descriptor;
+        `LockHeldError` if another process has it. An unlocked file whose record names no process
+        that `may_run` is taken over."""
 
     @abstractmethod
     def release(self, path: Path, descriptor: int) -> None:
-        """Give a lock back."""
+        """Release a lock."""
 
     @abstractmethod
     def start_of(self, pid: int) -> str:
-        """When a process began, so that another one of its number has another; "" of a dead one,
-        "?" where the system hides it."""
+        """Return when a process began, to distinguish it from a later one with its number; "" for a
+        dead one, "?" if the system hides it."""
 
     @abstractmethod
     def processors(self) -> int:
-        """How many this process may use."""
+        """Return the number of processors that this process may use."""
 
     @abstractmethod
     def memory(self) -> int:
-        """Bytes of the machine's memory."""
+        """Return the bytes of the machine's memory."""
 
     def may_have_gpus(self) -> bool:
-        """Whether there may be GPUs that torch counts as CUDA devices."""
+        """Return whether there may be GPUs that torch counts as CUDA devices."""
         return True
 
     def limit(self, size: int, seconds: int) -> None:
-        """This process gets at most so many bytes more, and so many seconds of a processor."""
-        return  # where it cannot be said
+        """Limit this process to that many more bytes, and that many seconds of a processor."""
+        return  # the default: nothing to limit
 
     def quote(self, word: str) -> str:
-        """A word of a command, as the system's shells take it."""
+        """Return a word of a command, quoted for the system's shells."""
         return shlex.quote(word)
 
     # --- signals ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
-        """No signal of `signals` comes to threads that are started in the block."""
+        """Block `signals` for threads that are started in the block."""
         yield
 
     @abstractmethod
     def call_soon(self, handler: Handler, seconds: float) -> None:
-        """Call a handler of signals in the main thread, after so long."""
+        """Call a handler of signals in the main thread, after that many seconds."""
 
 
 def _missing() -> OSError:

@@ -9,20 +9,20 @@ import signal
 import sys
 from pathlib import Path
 
-assert sys.platform != "win32"  # type checkers pass over the rest there
+assert sys.platform != "win32"  # there type checkers skip the rest
 assert sys.platform != "darwin"
 
-# below the asserts: where types are checked for Windows, that module has no names
+# below the asserts: when types are checked for Windows, that module has no names
 from adapterkit.core.system.posix import Posix, is_alive  # noqa: E402
 
-# of drivers of NVIDIA, on a board and under Windows too, and of AMD
+# of NVIDIA's drivers, also on a board and under Windows, and of AMD's
 _GPUS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
 _AT_FDCWD, _NOREPLACE, _EXCHANGE, _WRITE = -100, 1, 2, 2
 
 
 class Linux(Posix):
     def allocate(self, descriptor: int, size: int) -> None:
-        """Unlike posix_fallocate never by writing blocks one by one."""
+        """Allocate without writing blocks one by one, unlike posix_fallocate."""
         self.call("fallocate", descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
 
     def start_writeback(self, descriptor: int, position: int, length: int) -> None:

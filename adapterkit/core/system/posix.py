@@ -1,4 +1,4 @@
-"""What Linux and macOS share."""
+"""The calls that Linux and macOS share."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from adapterkit.core.system.interface import ALL, FLAGS, MINE, Handler, LockHeldError, Mode, System
 
-assert sys.platform != "win32"  # type checkers pass over the rest there
+assert sys.platform != "win32"  # there type checkers skip the rest
 
 ANY = {"read"}  # modes that follow links
 
@@ -24,7 +24,7 @@ class Posix(System):
         self.libc = ctypes.CDLL(None, use_errno=True)
 
     def call(self, name: str, *arguments: object) -> None:
-        """A call of the C library; OSError, ENOSYS where it has none of that name."""
+        """Call a function of the C library; OSError with ENOSYS if it does not exist."""
         function = getattr(self.libc, name, None)
         if function is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -61,8 +61,8 @@ class Posix(System):
         os.rename(old, new)
 
     def hold(self, path: Path, record: str, may_run: Callable[[str], bool]) -> int:
-        """The file appears with its content, by a hard link, so a crash cannot leave an empty
-        one."""
+        """Take a lock. The file appears with its content, by a hard link, so a crash cannot leave
+        an empty one."""
         own = path.with_name(f"{path.name}.{os.getpid()}")
         own.unlink(missing_ok=True)
         descriptor = self.open(own, "create")
@@ -83,7 +83,7 @@ class Posix(System):
         os.close(descriptor)
 
     def _link(self, file: Path, name: Path) -> bool:
-        """Give the file a name; False where there is a file of that name."""
+        """Give the file a name; return False if the name exists."""
         try:
             os.link(file, name)
         except FileExistsError:
@@ -128,7 +128,7 @@ class Posix(System):
 
 
 def _flock(descriptor: int) -> bool:
-    """False where another process has the file flocked; True also on a file system without
+    """Return False if another process has the file flocked; True also on a file system without
     flock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

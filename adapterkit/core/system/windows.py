@@ -1,7 +1,6 @@
-"""Windows: written from its documentation, and tried under its rules on Linux; not yet run there.
+"""Windows: written from its documentation, and tested under its rules on Linux; not yet run there.
 
-Whoever has a file open keeps it from being renamed, replaced and removed: files are closed before.
-"""
+An open file cannot be renamed, replaced or removed, so files are closed before."""
 
 import _thread
 import contextlib
@@ -20,17 +19,17 @@ from pathlib import Path
 
 from adapterkit.core.system.interface import ALL, FLAGS, MINE, Handler, LockHeldError, Mode, System
 
-assert sys.platform == "win32"  # type checkers pass over the rest elsewhere
+assert sys.platform == "win32"  # elsewhere type checkers skip the rest
 
 BINARY = os.O_BINARY | os.O_NOINHERIT
-LOCKED = 1 << 30  # the byte that is locked: locks are mandatory, and the record is read by others
+LOCKED = 1 << 30  # behind the record: locks are mandatory, and others read it
 HANDLE_EOF = 38
 QUERY_LIMITED, STILL_ACTIVE = 0x1000, 259
-PLAIN = re.compile(r"[\w:/\\.=+-][\w:/\\.=+@-]*")  # what neither cmd nor PowerShell changes
+PLAIN = re.compile(r"[\w:/\\.=+-][\w:/\\.=+@-]*")  # what no shell changes
 
 
 class Overlapped(ctypes.Structure):
-    """Where a call reads or writes, whatever the file's own position is."""
+    """The position of a read or write, independent of the file's own."""
 
     _fields_ = (
         ("internal", ctypes.c_void_p),
@@ -54,7 +53,7 @@ class MemoryStatus(ctypes.Structure):
 
 
 class Windows(System):
-    # Ctrl-Break; also what the C library makes of a window that is closed, and of logging off
+    # Ctrl-Break; the C library also raises it for a closed window and for logging off
     ending = signals = (*System.ending, signal.SIGBREAK)
 
     def __init__(self) -> None:
@@ -118,7 +117,7 @@ class Windows(System):
         return os.path.ismount(path)
 
     def hold(self, path: Path, record: str, may_run: Callable[[str], bool]) -> int:
-        """The lock goes with its process, so a record that was left says nothing."""
+        """Take a lock. It ends with its process, so a leftover record means nothing."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | BINARY, ALL)
         try:
             os.lseek(descriptor, LOCKED, os.SEEK_SET)
@@ -134,13 +133,13 @@ class Windows(System):
 
     def release(self, path: Path, descriptor: int) -> None:
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # the next one has it open
+        with contextlib.suppress(OSError):  # the next process has it open
             path.unlink(missing_ok=True)
 
     def start_of(self, pid: int) -> str:
         handle = self.kernel.OpenProcess(QUERY_LIMITED, False, pid)
         if not handle:
-            return "?" if ctypes.get_last_error() == 5 else ""  # access denied: it runs
+            return "?" if ctypes.get_last_error() == 5 else ""  # access denied, so it runs
         try:
             code, times = wintypes.DWORD(), [wintypes.FILETIME() for _ in range(4)]
             known = self.kernel.GetExitCodeProcess(wintypes.HANDLE(handle), ctypes.byref(code))
@@ -164,8 +163,8 @@ class Windows(System):
         return status.total
 
     def quote(self, word: str) -> str:
-        """For cmd and PowerShell, which have no quoting in common for quotes, nor one that keeps
-        variables and substitutions from being expanded: their signs become `_`."""
+        """Quote for cmd and PowerShell. They share no quoting for quotes, nor one that prevents the
+        expansion of variables and substitutions, so these characters become `_`."""
         if PLAIN.fullmatch(word):
             return word
         word = re.sub('[$`%"\u201c\u201d\u201e]', "_", word)
@@ -180,6 +179,6 @@ class Windows(System):
 
 
 def _address_of(data: memoryview) -> ctypes.Array:
-    """The bytes for a call of C; of read-only ones a copy."""
+    """Return the bytes for a C call; read-only ones are copied."""
     kind = ctypes.c_char * len(data)
     return kind.from_buffer_copy(data) if data.readonly else kind.from_buffer(data)

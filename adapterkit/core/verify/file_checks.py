@@ -17,19 +17,19 @@ from adapterkit.core.system import cores, system
 from adapterkit.doors import CONTAINERS
 
 ENDING = ".safetensors"
-BLOCK = 4 << 20  # bytes that each thread holds
+BLOCK = 4 << 20  # bytes per thread
 
 
 class _Stopped(Exception):
-    """The check was given up while a thread was at a file."""
+    """The check was cancelled while a thread was reading a file."""
 
 
 def check_files(
     out: Folder, receipt: dict, progress: Progress = lambda done: None, *, shared: bool = False
 ) -> Json:
-    """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and
-    no other weights, unless the folder is `shared` with what is not of this output. Several are
-    hashed at a time. Of what the Hub keeps as large files, the hash is the one that it lists."""
+    """Check every file of the receipt: present, of its size, with its hash and its keys. Other
+    weights are refused, unless the folder is `shared` with other outputs. Several files are hashed
+    at a time. For the Hub's large files, the hash is the one that the Hub lists."""
     files, sizes, stop = receipt["files"], out.files(), threading.Event()
 
     def going_on(done: int) -> None:
@@ -86,7 +86,7 @@ def _check_listed(out: Folder, name: str, receipt: dict, progress: Progress) -> 
 def check_file(
     out: Folder, name: str, sha: str | None, marks: dict | None, progress: Progress
 ) -> None:
-    """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of
+    """Hash a file once; the marks at the tensors' ends show the first damaged tensor. `marks`: for
     weights only."""
     problem: AdapterkitError | None = None
     ends: list[tuple[str, int]] = []
@@ -116,7 +116,7 @@ def check_file(
 
 
 def stored_tensors(folder: Folder, name: str) -> list[TensorSpec]:
-    """The tensors of a file that this package wrote, in any container."""
+    """Return the tensors of a file that this package wrote, in any container."""
     for ending, container in CONTAINERS.items():
         if name.endswith(ending):
             return load(container["tensors"])(folder, name)
@@ -124,7 +124,8 @@ def stored_tensors(folder: Folder, name: str) -> list[TensorSpec]:
 
 
 def _ends(out: Folder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:
-    """The keys of a weights file, which must be the receipt's, and where their tensors end."""
+    """Return the keys of a weights file, which must be the receipt's, and the ends of their
+    tensors."""
     tensors = stored_tensors(out, name)
     different = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
     if different:
@@ -139,7 +140,7 @@ def _ends(out: Folder, name: str, marks: dict, *, hashed: bool) -> list[tuple[st
 
 
 def _hash(out: Folder, name: str, ends: list[tuple[str, int]], progress: Progress) -> RunningHash:
-    """A file's hash and marks, read from the disk and not from the system's cache of it."""
+    """Return a file's hash and marks, read from the disk and not from the system's cache."""
     running, size, at = RunningHash(ends), out.files()[name], 0
     block = memoryview(bytearray(min(BLOCK, size)))
     try:

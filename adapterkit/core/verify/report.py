@@ -1,4 +1,4 @@
-"""verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
+"""`verify` checks an output against its receipt: every byte is hashed. With the inputs, sampled
 rows are recomputed in float64."""
 
 from functools import partial
@@ -25,7 +25,7 @@ from adapterkit.core.verify.verb import Verify
 
 
 def verify_output(verify: Verify) -> Json:
-    """What `verify` says of an output."""
+    """Return the counts that `verify` reports of an output."""
     adapters, progress, out = verify.adapters, verify.progress, open_source(verify.folder)
     receipt = read_receipt(out)
     base = kind_of(open_model(verify.base)) if verify.base else None
@@ -50,27 +50,28 @@ def verify_output(verify: Verify) -> Json:
     result = check_files(out, receipt, progress, shared=shared)
     if base is None:
         return result | {"rows": 0, "tensors": 0}
-    from adapterkit.core.verify.row_checks import check_rows  # with all that computes
+    from adapterkit.core.verify.row_checks import check_rows  # imports torch
 
     plan = _plan_again(receipt, verify, base, sources, file)
     return result | check_rows(out, plan, _hint(receipt, plan))
 
 
 def _hint(receipt: dict, plan: Plan) -> str:
-    """What to do where rows differ: the base may have held an adapter that the given one lacks."""
-    held, given = receipt.get("held"), plan.decisions.get("held", [])
-    held = held if isinstance(held, list) else []
-    names = [str(one.get("name")) for one in held if isinstance(one, dict) and one not in given]
+    """Return the hint for differing rows: the base may have contained an adapter that the given one
+    lacks."""
+    earlier, given = receipt.get("held"), plan.decisions.get("held", [])
+    earlier = earlier if isinstance(earlier, list) else []
+    names = [str(one.get("name")) for one in earlier if isinstance(one, dict) and one not in given]
     if not names and plan.warnings and plan.warnings[0] not in receipt["warnings"]:
         return f"{plan.warnings[0]}: give the base of the merge"
     if not names:
         return AGAIN
     return (
-        f"merged twice? The receipt says that the base held {listed(names)} already: give that base"
+        f"merged twice? By the receipt, the base already contained {listed(names)}: give that base"
     )
 
 
-# what the receipt of a merge has as well
+# further fields of a merge's receipt
 OF_MERGE = entries({
     "recipe": entries({
         "options": entries({"weights": list_of(FINITE)}),
@@ -82,7 +83,7 @@ OF_MERGE = entries({
 def _plan_again(
     receipt: dict, verify: Verify, base: Base, sources: list[tuple[Any, float]], file: str | None
 ) -> Plan:
-    """The plan that made the output, from the receipt's options and inputs that are the same."""
+    """Return the plan that made the output, from the receipt's options and the same inputs."""
     from adapterkit.core.inputs.weights_file import weights_in
     from adapterkit.core.merge.plan import importance_of, plan_merge
     from adapterkit.core.merge.verb import MergeOptions

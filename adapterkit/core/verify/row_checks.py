@@ -1,4 +1,4 @@
-"""Float64 checks of an output: sampled rows are computed again from the inputs and compared."""
+"""Check an output in float64: sampled rows are recomputed from the inputs and compared."""
 
 import math
 from bisect import bisect_right
@@ -37,20 +37,20 @@ from adapterkit.core.verify.file_checks import check_file, check_files, stored_t
 from adapterkit.core.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.kernels.quant.stochastic import Draws, Zeros
 
-FEW = 3  # wrong tensors that are told one by one
-THREADS = 4  # that recompute; each holds a whole weight where its format needs that
+FEW = 3  # wrong tensors that are listed one by one
+THREADS = 4  # that recompute; each may need memory for a whole weight
 Specs = dict[str, TensorSpec]  # by key
 CHUNK = 1 << 18  # elements that are float64 at a time
-# of a row's largest magnitude: what arithmetic in so many bytes may be wrong by
+# relative to a row's largest magnitude: the error of arithmetic in that many bytes
 SLACK = {4: 2.0**-20, 8: 2.0**-44}
-SLACK_OF_SUMS = 2.0**-16  # the same of a tensor's, where errors of all columns are summed
-# errors of that many values are compared, where several scales are as good, and may differ so
+SLACK_OF_SUMS = 2.0**-16  # relative to a tensor's, for sums of errors of all columns
+# if several scales are equally good: the values whose errors are compared, and the allowed ratio
 PIECE_OF_ROW, NEAR = 256, 1.1
 
 
 class RowCheck:
-    """What `merge --verify` looks at, and the sum of what it saw: the finished folder, or each file
-    before it leaves for the Hub."""
+    """The check of `merge --verify`, of the finished folder or of each file before it leaves for
+    the Hub, with the sum of its results."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -61,7 +61,7 @@ class RowCheck:
         self.result = check_files(out, read_receipt(out)) | check_rows(out, self.plan)
 
     def check_file(self, folder: Path, plan: Plan, result: ShardResult) -> None:
-        """Look at the one file of this plan."""
+        """Check the one file of this plan."""
         out = LocalFolder(folder)
         check_file(out, result.file, result.sha256, result.marks, lambda done: None)
         seen = {"files": 1, "bytes": result.size, **check_rows(out, plan)}
@@ -70,13 +70,13 @@ class RowCheck:
 
 
 def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> Json:
-    """Recompute rows of every changed tensor from the inputs in float64: how many rows and tensors
-    those are. `Damaged` with all that is wrong."""
+    """Recompute rows of every changed tensor from the inputs in float64, and return the number of
+    rows and tensors. `Damaged` lists every error."""
     checks = [(check, shard.file) for shard in plan.shards for check in _checks(shard)]
     files = dict.fromkeys(file for _, file in checks)
     own = {file: {s.key: s for s in stored_tensors(out, file)} for file in files}
     every = {key: spec for each in own.values() for key, spec in each.items()}
-    # some weights have parts in two files, and models of a pipeline tensors of one name
+    # a weight may have tensors in two files, and a pipeline's models tensors with one name
     specs = {file: every | each for file, each in own.items()}
     with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
         inputs, stored = (
@@ -122,7 +122,7 @@ def check_rows(out: Folder, plan: Plan, hint: str = AGAIN) -> Json:
 
 
 class Wrong(NamedTuple):
-    """The first wrong value of a tensor, and by how much the worst is wrong."""
+    """The first wrong value of a tensor, and the largest error."""
 
     text: str
     by: float = math.inf
@@ -131,7 +131,7 @@ class Wrong(NamedTuple):
 def _many(
     wrong: "list[tuple[_TensorCheck, Wrong]]", checked: int, where: str, hint: str
 ) -> Damaged:
-    """One error for many wrong tensors, with the worst of them."""
+    """Return one error for many wrong tensors, with the worst of them."""
     worst = sorted(wrong, key=lambda pair: -pair[1].by)[:FEW]
     texts = [f"{shown(check.step.key)} by {each.by:.3g} ({each.text})" for check, each in worst]
     problem = f"{len(wrong)} of {checked} tensors are not what the inputs give, the worst: "
@@ -142,14 +142,14 @@ def _many(
 
 
 class RowsChecked(NamedTuple):
-    """What came of one tensor: how many rows were recomputed, and the first value that is wrong."""
+    """The result for one tensor: the number of recomputed rows, and the first wrong value."""
 
     rows: int
     wrong: Wrong | None = None
 
 
 def _checks(shard: OutputFile) -> Iterator["_TensorCheck"]:
-    """A check of every tensor that a file does not copy."""
+    """Yield a check of every tensor that a file does not copy."""
     yield from (FloatCheck(step) for step in shard.steps if not step.copied)
     for task in shard.tasks:
         task = task.task if isinstance(task, SomeOutputs) else task
@@ -167,18 +167,19 @@ def _checks(shard: OutputFile) -> Iterator["_TensorCheck"]:
 
 @dataclass(frozen=True)
 class FloatCheck:
-    """A tensor of floats: its first row, the last, and one between."""
+    """A check of a tensor of floats: its first row, the last, and one between."""
 
     step: Step
     expected = "W + Σ weight·scale·b@a, rounded"
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: Specs) -> RowsChecked:
-        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: of its tensors."""
+        """Check the output; `inputs` are the plan's, in float64, `written` the output's, `specs`
+        its tensors."""
         step, origin = self.step, SampledRows(self.step, inputs)
         for row in origin.sample:
             exact = origin.edited(row, row + 1)
             stored = written.rows(specs[step.key], (origin.height, origin.width), row, row + 1)
-            # rounding never swaps two values, whatever it draws: the exact one, summed by a merge,
+            # rounding never swaps two values, whatever it draws: the exact sum of a merge
             # is between these
             slack, position = (
                 exact.abs().amax() * SLACK[arithmetic(step).itemsize],
@@ -196,8 +197,8 @@ class FloatCheck:
 
 @dataclass(frozen=True)
 class CodeCheck:
-    """A weight in a quantized format: the slices that hold its first row, the last, and one
-    between; all of it where scales depend on all of it."""
+    """A check of a weight in a quantized format: the slices with its first row, the last, and one
+    between; the whole weight if its scales depend on all of it."""
 
     step: Step
     packed: QuantizedWeight
@@ -222,7 +223,7 @@ class CodeCheck:
     def _wrong(
         self, origin: "SampledRows", after: dict[str, Tensor], first: int, last: int
     ) -> Wrong | None:
-        """What is wrong with these rows."""
+        """Return the first wrong value of these rows."""
         record, before = origin.narrow(origin.parts, first, last)
         exact = origin.exact(first, last)
         slack = exact.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step).itemsize]
@@ -246,8 +247,8 @@ class CodeCheck:
 
 @dataclass(frozen=True)
 class CompensatedCheck:
-    """A tensor rounded with compensation, all of it: what each element was when it was rounded
-    follows from the exact weight and from what is stored."""
+    """A check of a whole tensor rounded with compensation: each element's value before rounding
+    follows from the exact weight and the stored values."""
 
     step: Step
     packed: QuantizedWeight | None  # the format, if it is written in one
@@ -268,10 +269,10 @@ class CompensatedCheck:
         before = turn(before_rounding(inputs, compensation, turn(exact), turn(stored)))
         low = high = value = self._rounded(origin, exact, before, after).double()
         bad = (stored - value).abs() > slack
-        if bool(bad.any()):  # of values near a boundary, or with a scale near one
+        if bool(bad.any()):  # values near a boundary, or with a scale near one
             for by in (-slack, slack):
-                for beside in (before + by, before - by):
-                    other = self._rounded(origin, exact + by, beside, after).double()
+                for shifted in (before + by, before - by):
+                    other = self._rounded(origin, exact + by, shifted, after).double()
                     low, high = torch.minimum(low, other), torch.maximum(high, other)
             bad = ~((low - slack <= stored) & (stored <= high + slack))
         if self.packed is not None and self.packed.searches_scales:
@@ -292,8 +293,8 @@ class CompensatedCheck:
     def _rounded(
         self, origin: "SampledRows", exact: Tensor, before: Tensor, after: dict[str, Tensor]
     ) -> Tensor:
-        """`before` rounded to nearest, in a format with the scales of the exact weight; where
-        several may be as good, with those that are stored."""
+        """Return `before` rounded to nearest, in a format with the scales of the exact weight; with
+        the stored scales if several may be equally good."""
         if self.packed is None:
             return rounded(before, self.step)
         plain = after
@@ -304,7 +305,7 @@ class CompensatedCheck:
 
 @dataclass(frozen=True)
 class EncodedCheck:
-    """A tensor, all of it, that is stored otherwise than what it was made of."""
+    """A check of a whole tensor that is stored in another format than its source."""
 
     step: Step
     packed: QuantizedWeight
@@ -320,7 +321,7 @@ class EncodedCheck:
         return RowsChecked(origin.height, wrong)
 
     def _encoded(self, exact: Tensor) -> dict[str, Tensor]:
-        """What the exact values are stored as."""
+        """Return the encoding of the exact values."""
         value = _value(self.packed, exact)
         tensors = self.packed.encode(value)
         if self.step.draws is not None:
@@ -346,9 +347,9 @@ def _wrong(
     draws: Draws | None,
     first: int = 0,
 ) -> Wrong | None:
-    """Which values are not between those that the exact ones are encoded as, and those beside: an
-    encoder never swaps two values. Where scales are searched, others that are as near may be
-    stored: then values are between those that they are encoded as with these."""
+    """Return the first value outside the range of the exact one's encodings within `slack`, because
+    an encoder never swaps two values. If scales are searched, equally good ones may be stored: then
+    the encodings with these count."""
     stored, value = (_decoded(packed, parts, exact) for parts in (after, expected))
 
     def outside(values: list[Tensor]) -> Tensor:
@@ -368,7 +369,7 @@ def _wrong(
 def _with_scales(
     packed: QuantizedWeight, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None
 ) -> Tensor:
-    """What a weight is stored as with the scales that are there, decoded."""
+    """Return a weight as encoded with the stored scales, decoded."""
     if draws is None:
         return _nearest(packed, stored, weight).double()
     return _decoded(packed, packed.encode_rounded(stored, _value(packed, weight), draws), weight)
@@ -377,7 +378,7 @@ def _with_scales(
 def _nearest(
     packed: QuantizedWeight, stored: dict[str, Tensor], weight: Tensor
 ) -> Tensor:  # float32, as weight
-    """The nearest values to a weight with the scales that are stored."""
+    """Return the nearest values to a weight with the stored scales."""
     value, round_column = _value(packed, weight), packed.column_rounder(stored)
     turned = packed.transposed and value.dim() > 1
     value = value.transpose(-2, -1) if turned else value
@@ -399,9 +400,10 @@ def _as_near(
     expected: list[dict[str, Tensor]],
     draws: Draws | None,
 ) -> Tensor:  # bool
-    """Which values are in pieces of rows whose scales are as near to the exact ones as those of an
-    encoding are: of two scales with nearly the same error either may have been found. Scales are
-    searched by the errors of nearest codes; with draws they are chosen by the expected ones."""
+    """Return which values are in pieces of rows whose stored scales are as near to the exact
+    values as an encoding's: of two scales with nearly the same error, either may have been
+    found. Scales are searched by the errors of nearest codes; with draws they are chosen by the
+    expected errors."""
     each = math.gcd(packed.row_width, PIECE_OF_ROW)
     sums = lambda x: x.expand_as(exact).reshape(-1, each).sum(1, keepdim=True)
     near = torch.zeros(exact.numel() // each, 1, dtype=torch.bool)
@@ -414,7 +416,7 @@ def _as_near(
 def _squares(
     packed: QuantizedWeight, stored: dict[str, Tensor], exact: Tensor, sampled: bool
 ) -> Tensor:
-    """(value - exact)² with the scales that are stored; expected where codes are sampled."""
+    """Return (value - exact)² with the stored scales; the expected one if codes are sampled."""
     near = _with_scales(packed, stored, exact, None) - exact
     if not sampled:
         return near.square()
@@ -430,7 +432,7 @@ _TensorCheck = FloatCheck | CodeCheck | CompensatedCheck | EncodedCheck
 
 
 def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> Wrong:
-    """The first of the bad values; `row`: of the first row in the tensor."""
+    """Return the first of the bad values; `row` is the tensor's row where they begin."""
     at, column = divmod(int(bad.flatten().nonzero()[0]), bad.shape[1])
     by = float((stored.double() - expected.double()).abs()[bad].nan_to_num(math.inf).max())
     text = (
@@ -441,7 +443,7 @@ def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> Wron
 
 
 class SampledRows(StoredRows):
-    """The rows that a step starts from, in float64, and through its edits."""
+    """The rows that a step starts from, in float64, and the same rows after its edits."""
 
     def __init__(self, step: Step, inputs: LocalReader):
         super().__init__(step, inputs, CHUNK, torch.float64, keeps=True)
@@ -452,7 +454,7 @@ class SampledRows(StoredRows):
         return self.ranges[bisect_right(self.ranges, row, key=lambda each: each[0]) - 1]
 
     def pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Rows [first, last), some at a time, none of them in two ranges."""
+        """Split rows [first, last) into pieces, none of them across two ranges."""
         most = max(1, CHUNK // max(self.width, 1))
         while first < last:
             stop = min(first + most, self.range_of(first)[1], last)
@@ -460,7 +462,7 @@ class SampledRows(StoredRows):
             first = stop
 
     def exact(self, first: int, last: int) -> Tensor:
-        """Rows through the edits."""
+        """Return rows after the edits."""
         return torch.cat([self.edited(*piece) for piece in self.pieces(first, last)])
 
     def rows(self, first: int, last: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
-rows are recomputed in float64."""
+"""The verb `verify`: check an output against its receipt. Every byte is hashed; with the inputs,
+sampled rows are recomputed in float64."""
 
 from adapterkit.core.options import (
     PROGRESS,
@@ -20,15 +20,15 @@ from adapterkit.core.verb import Verb, function_of
 
 @record
 class Verify(Verb[Json]):
-    """Check the folder's files against its receipt; with `base` and `adapters`, rows of a merge
-    against its inputs too; `stats`: the file of a merge with compensated rounding. Of a folder on
-    the Hub the hashes of large files are those that the Hub lists; only to recompute rows are they
-    downloaded.
+    """Check the folder's files against its receipt; with `base` and `adapters`, also rows of a
+    merge against its inputs; `stats`: the file of a merge with compensated rounding.
+
+    For a folder on the Hub, the hashes of large files are those that the Hub lists; they are only
+    downloaded to recompute rows.
 
     Returns counts of what was checked; `rows` is 0 without the inputs. Raises `Damaged` naming each
-    file, and in it the first tensor, whose bytes are not what was written, and `Refused` where
-    there is no receipt or the inputs are not those of the receipt.
-    """
+    file with wrong bytes and its first damaged tensor, and `Refused` if there is no receipt or the
+    inputs are not those of the receipt."""
 
     tier = "core"
     runner = "core.verify.report:verify_output"
