@@ -161,7 +161,7 @@ def test_the_readme_says_how_to_install_and_test():
     assert "pip install ." in lines and "pip install .[test]" in lines and "pytest" in lines
 
 
-def test_the_first_page_says_which_options_every_command_that_writes_has():
+def test_the_first_page_lists_the_options_of_every_writing_command():
     said = re.search(
         r"Every command that writes an adapter\s+or a model has (.*?)\.",
         INDEX.read_text(),
@@ -301,7 +301,7 @@ def test_every_method_and_format_has_its_row():
             assert f"{target}`" in quantized, target
 
 
-def test_what_agents_read_is_that_of_the_helps():
+def test_llms_txt_and_the_skill_follow_the_helps():
     skill = script("skill")
     place = ROOT / "examples" / "integrations" / "skill" / "SKILL.md"
     written = {ROOT / "llms.txt": skill.llms(), place: skill.skill()}

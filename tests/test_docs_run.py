@@ -287,7 +287,7 @@ def documents(stage: Path, server: Forks, tmp_path_factory) -> dict[Path, list[t
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_what_a_document_says_to_type_runs(document: Path, documents):
+def test_commands_of_documents_run_with_the_shown_output(document: Path, documents):
     for task, (status, output, errors) in documents[document]:
         if task.output is not None:
             pattern = ".*".join(map(re.escape, task.output.split("...")))

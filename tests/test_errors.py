@@ -64,7 +64,7 @@ def test_other_places_kinds_and_words_are_other_entries():
     ) in text
 
 
-def test_what_each_was_expected_to_be_stays_with_it():
+def test_different_expectations_stay_with_their_problem():
     text = lines([misshaped(layer) for layer in range(9)])
     assert len(text) == 6 and text[1] == "- adapter: 9 of one kind, such as"
     assert text[3] == (

@@ -18,7 +18,7 @@ def stderr_of(*words) -> str:
     return result.stderr
 
 
-def test_of_a_merge(llama, lora, tmp_path):
+def test_a_merge_prints_counts_and_verification(llama, lora, tmp_path):
     text = stderr_of("merge", llama, lora, "--out", tmp_path / "out", "--verify")
     totals = json.loads((tmp_path / "out/adapterkit.json").read_text())["totals"]
     read, wrote = (bytes_text(totals[name]) for name in ("bytes_read", "bytes_written"))
@@ -30,7 +30,7 @@ def test_of_a_merge(llama, lora, tmp_path):
     assert text.endswith(f"next: adapterkit verify {tmp_path / 'other'}\n")
 
 
-def test_of_a_conversion(llama, lora, tmp_path):
+def test_a_conversion_prints_the_next_command(llama, lora, tmp_path):
     """The next command loads it in the program whose format it is."""
     text = stderr_of("convert", lora, "--to", "mlx", "--base", llama, "--out", tmp_path / "mlx")
     assert f"\nnext: mlx_lm.generate --model BASE --adapter-path {tmp_path / 'mlx'} " in text
@@ -46,7 +46,7 @@ def test_numbers_of_bytes():
     assert {count: bytes_text(count) for count in known} == known
 
 
-def test_of_refits(lora, other_lora, tmp_path):
+def test_resize_and_combine_print_the_kept_share(lora, other_lora, tmp_path):
     for words in (
         ["resize", lora, "--rank", 1],
         ["combine", lora, other_lora, "--method", "linear", "--rank", 2],
@@ -65,14 +65,14 @@ def test_of_refits(lora, other_lora, tmp_path):
         )
 
 
-def test_of_an_extraction(llama, lora, tmp_path):
+def test_an_extraction_prints_the_kept_share(llama, lora, tmp_path):
     oracle.merge(llama, lora, out=tmp_path / "tuned", dtype="fp32")
     assert "truncation kept " in stderr_of(
         "extract", llama, tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "out"
     )
 
 
-def test_of_a_quantization(llama, tmp_path):
+def test_a_quantization_prints_the_relative_error(llama, tmp_path):
     text = stderr_of("quantize", llama, "--to", "nf4", "--out", tmp_path / "out")
     assert (
         "relative error: median 0.0" in text

@@ -78,7 +78,7 @@ def test_a_job_that_needs_one_says_how_to_install_it(ended: Ended, line: str):
 
 
 @pytest.mark.parametrize("line", DONE)
-def test_other_jobs_run(ended: Ended, line: str):
+def test_jobs_that_need_no_optional_package_run(ended: Ended, line: str):
     assert ended[line][0] == 0, ended[line]
 
 

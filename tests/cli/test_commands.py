@@ -44,7 +44,7 @@ def test_a_pattern_that_no_shell_has_replaced(tmp_path, monkeypatch):
         open_source("none-*")
 
 
-def test_windows_gets_patterns_as_they_are(tmp_path):
+def test_windows_does_not_expand_patterns(tmp_path):
     """click would put names of files in the place of regular expressions there."""
     (tmp_path / ".hidden").touch()
     code = (
@@ -192,7 +192,7 @@ def test_weight_after_the_last_equals_sign(text, source, weight):
     assert weight_of(text) == (source, weight)
 
 
-def test_a_path_with_an_equals_sign_is_taken_whole(llama, lora, tmp_path):
+def test_a_path_with_an_equals_sign_is_not_split(llama, lora, tmp_path):
     """Such folders are common (`lr=1e-4`); only what does not exist is cut."""
     whole = oracle.edit_config(lora, tmp_path / "lr=0.5")
     assert weight_of(whole) == (str(whole), 1.0)

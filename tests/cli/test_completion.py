@@ -76,19 +76,19 @@ def test_commands_and_options(program: Path):
     ],
     ids=" ".join,
 )
-def test_paths(program: Path, words: list[str]):
+def test_the_shell_completes_paths(program: Path, words: list[str]):
     """The shell itself lists the files."""
     assert complete(program, *words) == ["file,./mo"]
 
 
-def test_methods(program: Path):
+def test_methods_are_completed(program: Path):
     names = (*registry.members("combinations"), *ALIASES)
     offered = complete(program, "combine", "a", "--method", "d")
     assert offered == [f"plain,{name}" for name in names if name.startswith("d")]
     assert complete(program, "init", "a", "--method", "p") == ["plain,pissa"]
 
 
-def test_formats(program: Path):
+def test_quantized_formats_are_completed(program: Path):
     assert complete(program, "quantize", "a", "--to", "n") == ["plain,nf4"]
     assert complete(program, "init", "a", "--quantize", "w4") == ["plain,w4a16"]
 
@@ -141,7 +141,7 @@ def test_another_shell_is_wrong_usage():
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_bash_completes(program: Path, base: Path):
+def test_the_printed_script_completes_in_bash(program: Path, base: Path):
     """As bash itself does: source the printed script, call its function, read `COMPREPLY`."""
     script = """
     source <(adapterkit completion bash)

@@ -19,7 +19,7 @@ def run(*words: object) -> click.testing.Result:
     return click.testing.CliRunner().invoke(main, ["convert", *map(str, words)])
 
 
-def test_the_list_tells_of_every_format():
+def test_the_list_names_every_format():
     document = json.loads(run("--list", "--json").stdout)
     assert set(document["formats"]) == set(formats())
     assert set(document["architectures"]) == set(architectures())
@@ -41,7 +41,7 @@ def test_the_format_of_a_file():
     assert "kohya" in run(KOHYA, "--detect").stdout
 
 
-def test_no_format(tmp_path: Path):
+def test_a_file_of_unknown_format_is_refused(tmp_path: Path):
     (tmp_path / "x.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
     runner = click.testing.CliRunner()
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def test_no_format(tmp_path: Path):
     ],
     ids=" ".join,
 )
-def test_wrong_usage(words: list[str]):
+def test_wrong_usage_exits_2_and_prints_the_usage(words: list[str]):
     result = run(*words)
     assert result.exit_code == 2 and "Usage" in result.stderr
 

@@ -25,7 +25,7 @@ def help_of(*words: str, columns: int = 80) -> str:
     return result.output
 
 
-def test_each_command_has_one_whole_line_in_one_section_at_80_columns():
+def test_each_command_has_one_complete_line_in_one_section_at_80_columns():
     sections = re.split(r"^([\w ]+):\n", help_of(), flags=re.MULTILINE)[1:]
     listed = {}
     for title, text in zip(sections[::2], sections[1::2], strict=True):
@@ -121,7 +121,7 @@ def test_help_lists_every_method_and_format():
 
 
 @pytest.mark.parametrize("command", sorted(c for c in COMMANDS if "--resume" in help_of(c)))
-def test_what_all_commands_have_is_behind_what_is_their_own(command: str):
+def test_common_options_follow_the_command_s_own(command: str):
     """Each option once, and the required ones with the command's own."""
     own, _, common = help_of(command, columns=100).partition("\nCommon options:\n")
     for parameter in main.commands[command].params:
@@ -131,7 +131,7 @@ def test_what_all_commands_have_is_behind_what_is_their_own(command: str):
             assert sum(count) == 1 and (count[0] or not parameter.required), parameter.opts
 
 
-def test_the_lists_of_the_help_end_in_whole_sentences():
+def test_the_lists_of_the_help_end_in_complete_sentences():
     for command in ("combine", "init", "quantize"):
         for rows in main.commands[command].lists().values():
             assert all(text.endswith((".", "inputs", "exact")) for _, text in rows)

@@ -111,7 +111,7 @@ TYPED = {
 
 
 @pytest.mark.parametrize("name", TYPED)
-def test_verbs_suggest(name, llama, lora, tmp_path):
+def test_a_mistyped_name_in_python_gets_a_suggestion(name, llama, lora, tmp_path):
     call, suggestion = TYPED[name]
     with pytest.raises(Refused) as error:
         call(llama, lora, tmp_path / "out")
@@ -119,6 +119,6 @@ def test_verbs_suggest(name, llama, lora, tmp_path):
     assert hint.startswith("did you mean ") and suggestion in hint
 
 
-def test_what_is_known_and_unusable_gets_no_suggestion(llama, tmp_path):
+def test_an_existing_but_unusable_module_gets_no_suggestion(llama, tmp_path):
     with pytest.raises(Refused, match="is a LlamaRMSNorm"):
         adapterkit.init(llama, method="pissa", rank=1, targets="norm", out=tmp_path / "out")

@@ -384,7 +384,7 @@ def test_resize_by_energy_ratio_and_size(mixed, tmp_path):
     )
 
 
-def test_resize_to_a_size_beside_values_of_another_width(tmp_path):
+def test_resize_to_a_size_with_values_of_another_width(tmp_path):
     """Values of wider dtypes come first in the file: ranks must not go to the wrong modules for
     it."""
     source = trained(tmp_path / "a", 1, modules_to_save=["norm"])
@@ -448,7 +448,7 @@ def test_a_cut_that_makes_no_sense_is_refused(options, mixed, tmp_path):
 # -- the commands ----------------------------------------------------------------------------------
 
 
-def test_the_commands(alike, tmp_path):
+def test_subtract_arrow_rebase_and_resize_commands_write_verified_adapters(alike, tmp_path):
     names = list(map(str, alike))
     for argv in [
         ["subtract", names[0], "--general", names[1], "--rank", "2", "--out", str(tmp_path / "s")],

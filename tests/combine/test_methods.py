@@ -56,7 +56,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
 @pytest.mark.parametrize("hard", HARD)
 @pytest.mark.parametrize("name", REFERENCES)
-def test_reference(name: str, hard: str) -> None:
+def test_every_method_equals_its_reference(name: str, hard: str) -> None:
     products = HARD[hard]
     for options in VARIANTS:
         refers(name, options, products, WEIGHTS[: len(products)])
@@ -76,7 +76,7 @@ def test_reference_on_something_larger(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_record(name: str) -> None:
+def test_every_method_has_a_frozen_record_with_its_source(name: str) -> None:
     kind = METHODS[name]
     assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
     assert (
@@ -88,7 +88,7 @@ def test_record(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_a_method_acts_on(name: str) -> None:
+def test_a_method_has_only_the_function_that_it_declares(name: str) -> None:
     """It is declared beside the name, and the method has the function for it, and that one
     alone."""
     kind = METHODS[name]
@@ -288,7 +288,7 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ON_ELEMENTS)
-def test_memory(name: str) -> None:
+def test_methods_on_elements_stay_within_their_memory(name: str) -> None:
     deltas = Dense([product(1024, 1024, 4, seed).dense() for seed in (1, 2)], height=16)
     with Live(1024 * 1024) as live:
         record(name, density=0.2, select=0.2).combine_elements(deltas, [1.0, 1.0], seeds)
@@ -299,7 +299,7 @@ def test_memory(name: str) -> None:
 
 @pytest.mark.parametrize("products", [HARD["pair"], HARD["repeated"]])
 @pytest.mark.parametrize("name", ["ties", "dare_ties", "della", "sce", "knots"])
-def test_conflict(name: str, products: list[Product]) -> None:
+def test_the_conflict_metric_equals_a_count_by_hand(name: str, products: list[Product]) -> None:
     """The metric agrees with a count by hand for ties at density 1, and is a share for the
     others."""
     weights = [1.0] * len(products)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 0.77, 1.0])
 @pytest.mark.parametrize("name", ["ties", "magnitude_prune", "dare_linear", "dare_ties"])
-def test_against_peft(name: str, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_equal_peft(name: str, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     if not density and "dare" in name:
         with pytest.raises(Refused):
             record(name, density=density)
@@ -61,7 +61,7 @@ def ours(method: str, parameters: dict) -> tuple[str, dict, list[float]]:
 
 
 @pytest.mark.parametrize("golden", GOLDEN["cases"], ids=lambda case: case["method"])
-def test_against_mergekit(golden: dict) -> None:
+def test_methods_equal_mergekit(golden: dict) -> None:
     name, options, weights = ours(golden["method"], golden["parameters"])
     deltas = [torch.tensor(d).double() for d in GOLDEN["deltas"]][: 2 if name == "slerp" else 3]
     products = [Product(d, torch.eye(d.shape[1], dtype=torch.float64)) for d in deltas]

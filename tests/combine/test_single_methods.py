@@ -33,7 +33,7 @@ BAD = {
     ("name", "option"),
     [(name, option) for name in METHODS for option in registry.options(METHODS[name])],
 )
-def test_bad_options(name: str, option: str) -> None:
+def test_invalid_settings_of_methods_are_refused(name: str, option: str) -> None:
     for value in BAD.get(option, []):
         with pytest.raises(Refused, match=registry.as_flag(option)):
             record(name, **{"density": 0.4, "prune": "ranks", option: value})
@@ -45,7 +45,7 @@ def test_an_unknown_majority(name: str) -> None:
         registry.create("combinations", name, {"density": 0.4, "majority": "most"})
 
 
-def test_della_says_which_epsilon_fits() -> None:
+def test_della_names_a_valid_epsilon() -> None:
     with pytest.raises(Refused, match="below 0.1"):
         record("della", density=0.9, epsilon=0.15)
     record("della", density=1.0, epsilon=0.15), record("della", density=0.75, epsilon=0.25)
@@ -112,7 +112,7 @@ def test_a_delta_with_itself(name: str) -> None:
     torch.testing.assert_close(result, one.dense(), rtol=1e-5, atol=1e-6)
 
 
-def test_nearly_parallel() -> None:
+def test_slerp_of_nearly_parallel_deltas_is_accurate() -> None:
     """Angles far below the square root of float64's noise do no harm."""
     one, other = product(12, 9, 3, 4), product(12, 9, 3, 5)
     for tiny in (1e-5, 1e-8, 1e-11):

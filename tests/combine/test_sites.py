@@ -344,7 +344,7 @@ def test_merge_reads_keys_inside_wrappers(build, config, tmp_path):
     check_merge(build, base, trained(build, tmp_path / "a", **config), tmp_path / "merged")
 
 
-def test_what_peft_cannot_load_is_refused(tmp_path):
+def test_results_that_peft_cannot_load_are_refused(tmp_path):
     outer = trained(conformer, tmp_path / "outer", target_parameters=["pos_bias_u"])
     inner = trained(conformer, tmp_path / "inner", target_parameters=["linear_q.weight"])
     module = trained(conformer, tmp_path / "module", target_modules=["linear_q"])
@@ -422,7 +422,7 @@ def test_layers_narrower_than_the_rank(init, rslora, tmp_path):
         adapterkit.merge(tmp_path / "base", [wrong], out=tmp_path / "no")
 
 
-def test_resizing_a_dora_without_its_base_says_what_is_approximated(tmp_path):
+def test_resizing_a_dora_without_its_base_notes_the_approximation(tmp_path):
     source = trained(oracle.net, tmp_path / "a", target_modules=["fit"], use_dora=True)
     notes = adapterkit.resize(source, out=tmp_path / "out", rank=2).data["notes"]
     assert any("magnitudes stay" in note and "--base" in note for note in notes)

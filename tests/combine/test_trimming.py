@@ -59,7 +59,7 @@ def awkward() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("size", [(elementwise.SAMPLE, elementwise.ROOM), (50, 100), (7, 1)])
 @pytest.mark.parametrize("kind", awkward())
-def test_exactly_so_many_stay(
+def test_trimming_keeps_exactly_density_times_size_elements(
     kind: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(elementwise, "SAMPLE", size[0])
@@ -74,7 +74,7 @@ def test_exactly_so_many_stay(
 
 @pytest.mark.parametrize("most", [elementwise.AT_ONCE, 0])
 @pytest.mark.parametrize("kind", awkward())
-def test_exactly_so_many_stay_on_a_gpu(
+def test_trimming_on_a_gpu_keeps_exactly_density_times_size_elements(
     kind: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Selected among all at once, or in passes where they are too many for that."""
@@ -133,7 +133,7 @@ def test_the_order_of_adapters_changes_no_sign() -> None:
         assert result.delta.item() < 0 and result.metrics["conflict"] == 1
 
 
-def test_deviation() -> None:
+def test_deviation_of_equal_deltas_is_zero_and_of_others_as_by_hand() -> None:
     x, y, z = (torch.randn(5, 700, generator=torch.Generator().manual_seed(i)) for i in range(3))
     out = torch.empty(5, 700)
     elementwise.deviation([x, x, x], out)
@@ -150,7 +150,7 @@ def test_trimming_counts_as_peft_does() -> None:
         assert int((block != 0).sum()) == int(density * 100)
 
 
-def test_ranks() -> None:
+def test_ranks_of_magnitudes_are_shares_from_0_to_1() -> None:
     assert ranks(torch.tensor([[3.0, -1, 2, 1, 0]])).tolist() == [[1, 0.25, 0.75, 0.5, 0]]
     assert ranks(torch.tensor([[3.0], [0]])).tolist() == [[0.5], [0.5]]
 

@@ -130,7 +130,7 @@ def test_all_readers_agree(files, level: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("level", LEVELS[1:])
-def test_weights_of_modules_go_the_whole_way_round(files, level: str, tmp_path: Path):
+def test_weights_of_modules_survive_the_round_trip(files, level: str, tmp_path: Path):
     """What `active` and `merged` say is what acts, wherever it is given again."""
     build, base, folders = files
     path = tmp_path / "weights.json"
@@ -176,7 +176,7 @@ def test_weights_of_modules_go_the_whole_way_round(files, level: str, tmp_path: 
         assert_near(value, alone[name], name)
 
 
-def test_weights_of_directions_are_refused_where_there_are_others(two, tmp_path: Path):
+def test_weights_of_directions_are_refused_for_other_directions(two, tmp_path: Path):
     base, (plain, dora) = two
     file = file_of([plain], tmp_path / "w.json", modules={NAME: (DIRECTIONS,)}, per="direction")
     handle = load(oracle.load(oracle.llama, base), plain, weights=file)
@@ -220,7 +220,7 @@ def file_of(folders: list[Path], path: Path, **more) -> Path:
     return path
 
 
-def test_what_is_refused(two, tmp_path: Path):
+def test_invalid_files_of_weights_are_refused_everywhere(two, tmp_path: Path):
     base, (plain, _) = two
     twin = oracle.edit_config(plain, tmp_path / "twin", r=4, lora_alpha=9)
     file = file_of([plain, twin], tmp_path / "w.json")
@@ -278,7 +278,7 @@ def test_directions_that_are_refused(two, tmp_path: Path):
     assert handle.active == {"a": 1.0}
 
 
-def test_what_is_active_moves_and_stays(two, tmp_path: Path):
+def test_active_directions_follow_moves_of_the_model(two, tmp_path: Path):
     """Stand-ins of directions follow the model, a change of factors, and what is switched off."""
     base, (plain, _) = two
     more = {"modules": {NAME: (DIRECTIONS,)}, "per": "direction"}
@@ -316,7 +316,7 @@ def test_modules_that_are_left_out_are_known(two, tmp_path: Path):
     assert not any(NAME in name for name in receipt.data["parameters"])
 
 
-def test_adapters_are_looked_for_beside_the_file_too(two, tmp_path: Path):
+def test_adapters_are_also_found_next_to_the_file(two, tmp_path: Path):
     """So that an output is made again wherever its inputs lie together."""
     base, (plain, _) = two
     place = tmp_path / "inputs"

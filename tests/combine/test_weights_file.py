@@ -37,14 +37,14 @@ def test_version_1_is_read_and_written_as_it_was(tmp_path: Path):
     assert (tmp_path / "again.json").read_bytes() == GOLDEN.read_bytes()
 
 
-def test_by_hand(tmp_path: Path):
+def test_a_file_written_by_hand_gives_its_weights(tmp_path: Path):
     weights = read_table(tmp_path, TABLE)
     assert weights == WeightsFile((NamedAdapter("a"), NamedAdapter("b")), (1.0, 0.5))
     assert weights.weights_of(1, "anywhere") == 0.5
     read_table(tmp_path, json.loads(text(weights)))
 
 
-def test_digests(tmp_path: Path):
+def test_digests_hash_weights_and_config_only(tmp_path: Path):
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         (tmp_path / name).write_text(name)
     its = digests(LocalFolder(tmp_path))
@@ -79,14 +79,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "problem"), BAD, ids=lambda value: str(value)[:30])
-def test_what_is_wrong(tmp_path: Path, change: dict, problem: str):
+def test_each_invalid_entry_is_refused_with_its_problem(tmp_path: Path, change: dict, problem: str):
     with pytest.raises(AdapterkitError) as caught:
         read_table(tmp_path, TABLE | change)
     assert problem in str(caught.value)
     assert str(tmp_path / "w.json") in str(caught.value)
 
 
-def test_all_that_is_wrong_is_said_at_once(tmp_path: Path):
+def test_all_invalid_entries_are_listed_together(tmp_path: Path):
     changes = [BAD[i] for i in (0, 3, 9, 12, 18)]
     table = TABLE | {name: value for change, _ in changes for name, value in change.items()}
     with pytest.raises(Refused) as caught:

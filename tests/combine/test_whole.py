@@ -87,7 +87,7 @@ def changed_by(adapter: Path, base: Path) -> dict[str, Tensor]:
     return actual
 
 
-def test_linear_of_doras_is_the_sum_of_what_peft_merges(sources, base, tmp_path):
+def test_linear_of_doras_equals_the_sum_of_peft_s_merges(sources, base, tmp_path):
     actual = combined(sources, tmp_path / "out", method="linear", rank=99, base=base)
     changes = [changed_by(source, base) for source in sources]
     expected = {
@@ -107,7 +107,7 @@ def test_linear_of_doras_is_the_sum_of_what_peft_merges(sources, base, tmp_path)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in (*DRAWS, *BY_FACTORS)])
-def test_every_method_gives_what_it_gives_on_plain_loras_of_the_same_deltas(
+def test_methods_on_doras_equal_methods_on_loras_of_the_same_deltas(
     method, sources, plain, base, tmp_path
 ):
     weights = (1.0, 0.6, 0.5) if method in ("slerp", "karcher", "regmean", "regspan") else WEIGHTS
@@ -130,7 +130,7 @@ def test_methods_that_need_factors_refuse_doras(method, sources, base, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "iso_c"])
-def test_a_plan_tells_ranks_that_do_not_depend_on_values(method, sources, tmp_path):
+def test_a_plan_knows_ranks_that_do_not_depend_on_values(method, sources, tmp_path):
     """Of an adapter beside itself a stacked sum has twice its rank, what is decomposed has not."""
     same, how = [sources[2]] * 2, {"method": method, **METHODS[method]}
     plan = adapterkit.combine(same, out=tmp_path / "out", dry_run=True, **how)
@@ -142,7 +142,7 @@ def test_a_plan_tells_ranks_that_do_not_depend_on_values(method, sources, tmp_pa
 
 
 @pytest.mark.parametrize("method", DRAWS)
-def test_methods_that_draw_do_so_from_the_seed(method, sources, base, tmp_path):
+def test_random_methods_depend_on_the_seed_alone(method, sources, base, tmp_path):
     first, again, other = (
         combined(
             sources, tmp_path / f"{i}", method=method, density=0.6, base=base, seed=seed, rank=99
@@ -162,7 +162,7 @@ def test_a_dora_needs_a_rank(how, sources, base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_stands_in_the_way_of_a_dora(sources, base, tmp_path):
+def test_doras_without_base_or_with_pissa_are_refused(sources, base, tmp_path):
     with pytest.raises(Refused, match="--base"):
         adapterkit.combine(sources, out=tmp_path / "out", method="svd")
     pissa = oracle.edit_config(sources[0], tmp_path / "pissa", init_lora_weights="pissa")
@@ -225,7 +225,7 @@ def value(folder: Path, key: str = "narrow.weight") -> Tensor:
     ],
     ids=str,
 )
-def test_trained_modules_are_averaged_where_shares_add_up_to_one(
+def test_trained_modules_are_averaged_if_shares_add_up_to_one(
     how, weights, shares, heads, tmp_path
 ):
     combined(heads, tmp_path / "out", weights, **how)
@@ -245,7 +245,7 @@ def test_trained_modules_are_averaged_where_shares_add_up_to_one(
     ],
     ids=str,
 )
-def test_else_they_are_refused_with_what_would_do(how, weights, heads, tmp_path):
+def test_trained_modules_without_shares_are_refused_with_a_fix(how, weights, heads, tmp_path):
     with pytest.raises(Refused, match="add up to 1") as caught:
         combined(heads, tmp_path / "out", weights, **how)
     assert (
@@ -255,7 +255,7 @@ def test_else_they_are_refused_with_what_would_do(how, weights, heads, tmp_path)
     )
 
 
-def test_token_rows_are_averaged_where_they_are_the_same_rows(tmp_path):
+def test_token_rows_are_averaged_if_they_are_the_same_rows(tmp_path):
     rows = {"h1": [1, 3], "h2": [1, 3], "h3": [1, 4]}
     result = [
         trained(

@@ -173,14 +173,14 @@ each = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("trained", KINDS, indirect=True)
-def test_merge(trained):
+def test_adapters_that_peft_wrote_merge_as_in_peft(trained):
     """The measure of the others: the merged model answers as PEFT's does."""
     actual = architectures.answers(trained.name, trained.model(trained.merged(trained.adapters[0])))
     assert_answers(actual, inference(trained.name, trained.base, trained.adapters[0]))
 
 
 @each
-def test_combine(trained, tmp_path):
+def test_adapters_that_peft_wrote_combine_linearly(trained, tmp_path):
     options: dict[str, Any] = {"base": trained.base} if trained.config.get("use_dora") else {}
     options |= {"rank": 1000} if options else {}
     sources = [f"{a}={w}" for a, w in zip(trained.adapters, (0.25, 0.75), strict=True)]
@@ -195,7 +195,7 @@ def test_combine(trained, tmp_path):
 
 
 @each
-def test_subtract(trained, tmp_path):
+def test_adapters_that_peft_wrote_are_subtracted(trained, tmp_path):
     """Of an adapter without trained values from one that may have them."""
     plain = {
         key: value
@@ -227,7 +227,7 @@ def test_subtract(trained, tmp_path):
     + [(kind, "keep") for kind in ("plain", "bias of b", "dora", "transposed", "experts")],
     indirect=["trained"],
 )
-def test_resize(alpha, trained, tmp_path):
+def test_adapters_that_peft_wrote_are_resized(alpha, trained, tmp_path):
     if alpha == "keep" and trained.config.get("lora_bias"):
         with pytest.raises(AdapterkitError, match="--alpha keep with lora_bias"):
             adapterkit.resize(trained.adapters[0], out=tmp_path / "out", rank=1000, alpha=alpha)
@@ -238,7 +238,7 @@ def test_resize(alpha, trained, tmp_path):
 
 
 @each
-def test_rebase(trained, tmp_path):
+def test_adapters_that_peft_wrote_are_rebased(trained, tmp_path):
     """Trained from PiSSA's start where PEFT has it, else from its own."""
     pissa = not {"use_dora", "target_parameters", "lora_bias"} & set(
         trained.config
@@ -286,7 +286,7 @@ MODELS = ["llama", "tied", "bert", "gpt2", "vit", "t5", "mixtral", "mamba", "whi
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_init(name, cached_folder, tmp_path):
+def test_models_after_init_answer_as_the_base(name, cached_folder, tmp_path):
     base = cached_folder(
         f"written-init-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32")
     )
@@ -296,7 +296,7 @@ def test_init(name, cached_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_loftq(name, cached_folder, tmp_path):
+def test_models_after_loftq_answer_as_their_merge(name, cached_folder, tmp_path):
     """The quantized base as it decodes, and the adapter on it."""
     base = cached_folder(
         f"written-init-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32")

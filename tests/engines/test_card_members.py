@@ -127,7 +127,7 @@ def assigned(x: Tensor, at: Any, value: Any) -> None:
     raise AssertionError("an edit writes by indices")
 
 
-def test_edits(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch):
+def test_edits_on_a_gpu_need_no_sorting_index(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch):
     """A block is neither waited for nor written by an index for each element, which a GPU sorts in
     deterministic mode."""
     monkeypatch.setattr(Tensor, "__setitem__", assigned)
@@ -152,7 +152,7 @@ def test_edits(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_methods(name: str):
+def test_methods_on_a_gpu_equal_the_cpu(name: str):
     torch.manual_seed(0)
     count = 2 if name == "slerp" else 4
     pairs = [(torch.randn(9, 3).double(), torch.randn(3, 14).double()) for _ in range(count)]
@@ -173,7 +173,7 @@ def test_methods(name: str):
 
 
 @pytest.mark.parametrize("name", members("inits"))
-def test_inits(name: str):
+def test_inits_on_a_gpu_equal_the_cpu(name: str):
     torch.manual_seed(0)
     method, x = members("inits")[name](), torch.randn(80, 30)
     given = {

@@ -112,7 +112,7 @@ LAPTOP = 7 << 30  # bytes of a card of 8 GB, beside a desktop
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_what_goes_to_a_gpu(name: str, plans: Callable[[str], Plan]):
+def test_plans_are_given_to_the_expected_gpus(name: str, plans: Callable[[str], Plan]):
     plan = plans(name)
     work = Work.of(plan)
     taken = {

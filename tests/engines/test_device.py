@@ -191,7 +191,7 @@ def test_a_card_that_computes_wrongly_is_refused(card: Card, monkeypatch: pytest
         device.pick_device("cuda")
 
 
-def test_memory_that_cannot_be_pinned_is_used_as_it_is(card: Card, folder: Path, tmp_path: Path):
+def test_memory_that_cannot_be_pinned_is_used_unpinned(card: Card, folder: Path, tmp_path: Path):
     merge(tmp_path / "pinned", device="cuda")
     assert card.pinned_buffers
     card.fails_to_pin, card.pinned_buffers = True, 0
@@ -236,7 +236,7 @@ CUBLAS = "CUDA error: CUBLAS_STATUS_{} when calling `cublasCreate(handle)`"
         ("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp", False),
     ],
 )
-def test_what_a_full_card_says_otherwise(
+def test_texts_of_a_full_gpu_are_one_error(
     text: str, is_certain: bool, card: Card, folder: Path, tmp_path: Path, monkeypatch
 ):
     """Texts of other faults, too, are of a full one where little is free."""

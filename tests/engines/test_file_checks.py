@@ -43,7 +43,7 @@ def test_two_files_are_read_at_the_same_time(output: tuple[LocalFolder, dict]):
     assert len(names) == 2
 
 
-def test_all_that_is_wrong_in_the_order_of_the_receipt(output: tuple[LocalFolder, dict]):
+def test_wrong_files_are_listed_in_the_order_of_the_receipt(output: tuple[LocalFolder, dict]):
     folder, receipt = output
     (folder.root / "large").write_bytes(b"1" * 5000)
     (folder.root / "small").unlink()

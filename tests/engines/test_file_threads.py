@@ -160,7 +160,7 @@ def test_the_next_file_gets_its_blocks_while_one_is_written(
     assert len(met) > len(plan.shards) and all(met)
 
 
-def test_results_leave_a_card_through_page_locked_rooms(folder: Path, tmp_path: Path, monkeypatch):
+def test_results_leave_a_gpu_through_pinned_buffers(folder: Path, tmp_path: Path, monkeypatch):
     """Nothing that is written waits for the card as pageable memory does; what is smaller than a
     row is a measure."""
     quantize(tmp_path / "here")

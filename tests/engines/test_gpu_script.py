@@ -27,7 +27,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, and the hour would begin")
-def test_without_a_card_it_says_so(tmp_path: Path):
+def test_without_a_gpu_the_script_reports_it(tmp_path: Path):
     done = call("--work", tmp_path / "work")
     assert done.returncode == 2 and "no CUDA device" in done.stderr
     assert not (tmp_path / "work").exists()
@@ -83,7 +83,7 @@ def test_a_step_whose_process_dies_is_named(
     assert figures["failed"] == "exit status 3"
 
 
-def test_a_case_that_fails_is_named_beside_the_others(
+def test_a_failed_case_is_listed_with_the_others(
     tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch
 ):
     gpu, checks = importlib.import_module("gpu"), importlib.import_module("gpu_checks")
@@ -102,14 +102,16 @@ def test_a_case_that_fails_is_named_beside_the_others(
     assert "misrounded_share/torch.bfloat16" in figures["failed"]
 
 
-def test_too_little_room_is_said(tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_memory_is_reported(
+    tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch
+):
     gpu = importlib.import_module("gpu")
     monkeypatch.setattr(gpu.shutil, "disk_usage", lambda path: SimpleNamespace(free=35 * 10**9))
     problem = gpu.missing(gpu.Settings("cpu", tmp_path / "none" / "yet", 16.0, False))
     assert "35.0 GB are free" in problem and "--size 10" in problem
 
 
-def test_figures_are_shown_beside_what_was_expected(scripts: None):
+def test_figures_are_shown_with_the_expected_ones(scripts: None):
     verdicts = importlib.import_module("gpu_expected").verdicts
     fast, slow = verdicts("facts", {"pinned/to_gpu": 52.0, "pinned/both": 40.0, "torch": "2.15"})
     assert fast.is_inside and str(fast) == "pinned/to_gpu: 52 GB/s, expected 45 to 60 GB/s"

@@ -110,7 +110,7 @@ def test_a_merge_takes_a_card_where_arithmetic_is_longer_than_the_disk(
     assert not Work.of(plan).gains(Machine(cores, None, disk))
 
 
-def test_tasks_take_a_card_with_room():
+def test_tasks_take_a_gpu_with_enough_memory():
     """For the largest, half as much again, and 1 GB."""
     light, plan = Worth("light", 1, 1 << 20), plan_of(OutputFile.computed("a", (HEAVY,)))
     least = least_memory(plan)
@@ -130,7 +130,7 @@ def test_workers_and_tasks_share_the_free_memory():
     assert fitting(plan, 16, 1 << 30)[1] <= 1 << 30
 
 
-def test_memory_that_a_merge_takes_beside_the_weights():
+def test_memory_of_a_merge_in_addition_to_the_weights():
     """Page-locked, of each worker: two rooms for what is read and two pieces of four chunks; on the
     GPU the chunks of as many workers, and the factors."""
     plan, chunk = merge_of(2, 16), 2 * CUDA_ELEMENTS

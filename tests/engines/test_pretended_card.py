@@ -66,7 +66,7 @@ def test_transfers_are_counted(card: Card):
         ("no such product", lambda x: x.int() @ x.int()),
     ],
 )
-def test_what_cuda_does_not_do_is_refused(
+def test_operations_that_cuda_lacks_are_refused(
     message: str, what: Callable[[Tensor], object], card: Card
 ):
     with pytest.raises(Mixed, match=message):
@@ -95,7 +95,7 @@ def test_tf32_is_seen(card: Card):
         torch.set_float32_matmul_precision(before)
 
 
-def test_what_a_product_is_added_to_is_not_shortened(card: Card):
+def test_the_sum_of_a_product_is_not_in_lower_precision(card: Card):
     x, before = torch.full((4, 4), 1 + 2.0**-20).to(GPU), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")

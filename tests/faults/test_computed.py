@@ -63,7 +63,7 @@ def test_killed_between_the_base_and_its_adapter(job_of, match: str):
 
 
 @pytest.mark.parametrize("harm", ["removed", "cut"])
-def test_what_waited_is_gone(job_of, harm: str):
+def test_a_lost_handoff_is_made_again_or_refused(job_of, harm: str):
     """Made again with its file, or refused; never factors of something else."""
     loftq, lofted = job_of(JOBS["loftq"])
     assert (

@@ -59,7 +59,7 @@ def test_a_disk_that_is_too_small(bench, mounted, size: str):
 
 
 @root
-def test_what_an_interrupted_run_holds_counts_as_free(bench, mounted):
+def test_space_of_an_interrupted_run_counts_as_free(bench, mounted):
     """The half-written shards of a killed run take the space that its resumed run needs."""
     disk = mounted(bench.root / "disk", "-t", "tmpfs", "-o", "size=1200k", "tmpfs")
     bench.out = disk / "out"
@@ -210,7 +210,9 @@ def disk(request, bench):
 @pytest.mark.parametrize("step", [211, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flag", [1, 2], ids=["log-flushed", "nothing-flushed"])
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
-def test_power_loss(bench, disk, whole, older, step: int, flag: int, options: tuple):
+def test_after_a_power_loss_no_complete_file_is_wrong(
+    bench, disk, whole, older, step: int, flag: int, options: tuple
+):
     """The file system stops at the N-th call. Log flushed: names survive, data that was not synced
     does not (files of the right size full of zeros). After the power is back nothing whole is
     missing, nothing that has its name is damaged, and it resumes."""

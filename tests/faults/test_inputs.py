@@ -92,7 +92,7 @@ def test_a_source_of_an_adapter_changed_between_runs(bench):
     assert all("source" not in name for entry in recipe["inputs"] for name in entry["files"])
 
 
-def test_a_tokenizer_beside_an_adapter_that_is_converted(tmp_path, bench):
+def test_the_tokenizer_next_to_a_converted_adapter(tmp_path, bench):
     """It is copied through two plans."""
     tokenizer = bench.adapter / "tokenizer_config.json"
     tokenizer.write_text("{}")
@@ -103,7 +103,7 @@ def test_a_tokenizer_beside_an_adapter_that_is_converted(tmp_path, bench):
     assert (0, f"source/0/{tokenizer.name}") not in identities((folder,), [(0, "other")])
 
 
-def test_a_pickle_tells_which_file_it_is(tmp_path, bench):
+def test_a_replaced_pickle_changes_the_recipe_but_not_the_public_one(tmp_path, bench):
     weights = bench.adapter / "adapter_model.safetensors"
     source = weights.with_name("adapter_model.bin")
     torch.save(load_file(weights), source)
@@ -255,7 +255,7 @@ TAILS = (b"", b"\0\0\0", b"\n", b"5\n", b"[]\n", b"{}\n", b'{"publish":"c"}\n', 
 
 
 @pytest.mark.parametrize("tail", TAILS, ids=range(len(TAILS)))
-def test_every_prefix_of_a_journal_is_its_whole_lines(journaled, tail: bytes):
+def test_every_prefix_of_a_journal_gives_its_complete_lines(journaled, tail: bytes):
     stage, lines = journaled
     text = b"".join(lines)
     ends = [0, *itertools.accumulate(map(len, lines))]

@@ -33,7 +33,9 @@ def test_a_second_process_is_refused(shared, whole):
 
 
 @pytest.mark.parametrize("more", [{}, {"dtype": "fp16"}, {"dry_run": True}], ids=str)
-def test_a_run_beside_one_at_work_names_that_and_no_interruption(more, llama, lora, tmp_path):
+def test_a_second_run_is_refused_for_the_running_one_and_not_for_an_interruption(
+    more, llama, lora, tmp_path
+):
     """The second begins while the first writes, and holds it up until it is refused."""
     out, refused = tmp_path / "out", list[str]()
 
@@ -50,7 +52,7 @@ def test_a_run_beside_one_at_work_names_that_and_no_interruption(more, llama, lo
     assert adapterkit.verify(out)["files"]
 
 
-def test_a_step_of_a_pipeline_beside_a_run_at_work_names_that(llama, lora, tmp_path):
+def test_a_step_of_a_pipeline_is_refused_for_a_running_one(llama, lora, tmp_path):
     file, out, rows = tmp_path / "steps.toml", tmp_path / "out", list[dict]()
     file.write_text(
         f'[[step]]\nverb = "merge"\ninputs = ["{llama}", "{lora}"]\n'
@@ -96,7 +98,7 @@ def test_many_processes_one_output(shared, whole):
 @pytest.mark.parametrize(
     "holder", ["", "garbage", "{host} {pid}", "{host} {me} 0:1", "{host} 999999999 boot:5"]
 )
-def test_stale_locks(shared, whole, holder: str):
+def test_a_stale_lock_is_taken_over(shared, whole, holder: str):
     """Torn, of another age, or of a process whose number lives on in another (containers begin at 1
     again)."""
     shared.clear()

@@ -37,7 +37,9 @@ def command_in(text: str) -> list[str]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
-def test_once(shared, whole, number: int, options: tuple):
+def test_one_signal_ends_a_job_soon_and_leaves_it_resumable(
+    shared, whole, number: int, options: tuple
+):
     shared.clear()
     if options:
         shared.merge(weight="0.5").succeeded()
@@ -56,7 +58,7 @@ def test_once(shared, whole, number: int, options: tuple):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_twice(shared, whole, number: int):
+def test_a_second_signal_ends_a_job_at_once(shared, whole, number: int):
     """The second one does not wait for threads that wait for the disk."""
     shared.clear()
     pid = started(shared, fault=SLOW | {"delay": 20}, workers=1)
@@ -121,7 +123,7 @@ def test_paths_that_a_shell_would_cut(shared, whole):
 
 
 @pytest.mark.parametrize("points", [8, pytest.param(150, marks=pytest.mark.slow)])
-def test_at_random_times(shared, whole, points: int):
+def test_signals_at_random_times_leave_jobs_resumable(shared, whole, points: int):
     """Whenever it comes, planning and publishing included: a message and a whole output or none."""
     generator = random.Random(points)
     stopped = 0

@@ -50,7 +50,7 @@ def zero(adapter, out):
 
 
 @pytest.mark.parametrize("per", ["adapter", "module"])
-def test_planted_weights(tmp_path, per):
+def test_a_fit_finds_the_weights_of_a_known_mixture(tmp_path, per):
     """Those of a teacher that is a known mixture, in float64."""
     make = lambda: llama(num_hidden_layers=1)
     make().save_pretrained(tmp_path / "base")
@@ -74,7 +74,7 @@ def test_planted_weights(tmp_path, per):
     assert float((c - planted).abs().max()) < 1e-3
 
 
-def test_what_is_written_is_what_is_said(tmp_path, base, adapters, data):
+def test_the_merged_model_has_the_printed_loss(tmp_path, base, adapters, data):
     """The merged model has the printed loss; the file has digests, and where it comes from."""
     out = tmp_path / "weights.json"
     document, weights = fitted(base, adapters, data, out, ridge=0.01, whole=True)
@@ -135,7 +135,9 @@ def test_a_layer_at_a_time_holds_its_factors_alone(tmp_path, adapters, large):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "t5"])
-def test_other_bases(tmp_path, base, adapters, data, kind):
+def test_a_quantized_base_and_an_encoder_decoder_can_be_fitted(
+    tmp_path, base, adapters, data, kind
+):
     """A quantized one; an encoder and a decoder, of pairs."""
     folder, names, files, options = tmp_path / "base", adapters[:2], data, {"dtype": "fp32"}
     if kind == "nf4":
@@ -210,7 +212,7 @@ def test_order_duplicates_and_zeros(tmp_path, base, adapters, data):
     {"balance": "tokens"}, {"balance": "worst"}, {"balance": "retention", "target": "teacher"},
     {"target": "teacher", "per": "direction"}, {"positive": True}, {"bounds": "0.3:0.4"},
 ], ids=str)  # fmt: skip
-def test_options(tmp_path, base, adapters, data, options):
+def test_balance_and_bounds_are_respected(tmp_path, base, adapters, data, options):
     document, weights = fitted(
         base,
         adapters[:2],
@@ -393,7 +395,7 @@ def _kill(left, _):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_the_command(tmp_path, base, adapters, data):
+def test_the_fit_command_plans_writes_and_prints(tmp_path, base, adapters, data):
     words = ["fit", base, *adapters[:2], "--data", f"{data[0]}=2", "--data", data[1]]
     planned = command(*words, "--out", tmp_path / "w.json", "--samples", "12", "--dry-run")
     assert planned.returncode == 0 and "weights per module" in planned.stdout, planned.stderr

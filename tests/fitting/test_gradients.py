@@ -54,7 +54,7 @@ def case(request, tmp_path):
 
 @pytest.mark.parametrize("directions", [False, True])
 @pytest.mark.parametrize("case", usual(CASES, {"llama", "experts", "t5", "vit"}), indirect=True)
-def test_gradients(case, tmp_path, large, directions):
+def test_gradients_of_weights_equal_finite_differences(case, tmp_path, large, directions):
     """Of each batch: finite differences; the same one layer at a time."""
     base, adapters, inputs = case
     found = []

@@ -73,7 +73,7 @@ def test_planted_weights_are_found(base, adapters, program, tmp_path):
     assert not (tmp_path / ".w.json.adapterkit").exists()
 
 
-def test_a_program_that_fails_and_a_search_that_goes_on(base, adapters, program, tmp_path):
+def test_a_failing_program_stops_a_search_that_can_be_resumed(base, adapters, program, tmp_path):
     whole = searched(
         base, adapters, program(calls="whole"), tmp_path / "whole.json", evaluations=15
     )
@@ -110,7 +110,7 @@ def test_a_program_that_fails_and_a_search_that_goes_on(base, adapters, program,
         ("raise SystemExit(2)", "exit status 2"),
     ],
 )
-def test_what_a_program_gives_instead_of_a_number(text, problem, base, adapters, tmp_path):
+def test_a_program_without_a_number_is_refused(text, problem, base, adapters, tmp_path):
     path, out = tmp_path / "score.py", tmp_path / "w.json"
     path.write_text(text)
     command = f"{shlex.quote(sys.executable)} -S {shlex.quote(str(path))} {{}}"
@@ -121,7 +121,7 @@ def test_what_a_program_gives_instead_of_a_number(text, problem, base, adapters,
         searched(base, adapters, "./no-such-program {}", tmp_path / "other.json")
 
 
-def test_what_is_refused(base, adapters, program, tmp_path):
+def test_invalid_scores_and_options_are_refused(base, adapters, program, tmp_path):
     out = tmp_path / "w.json"
     for options, text in (
         ({"score": "evaluate"}, "a command with {}"),
@@ -143,7 +143,7 @@ def test_what_is_refused(base, adapters, program, tmp_path):
     assert not (tmp_path / "calls").exists() and not out.exists()
 
 
-def test_the_command(base, adapters, program, tmp_path):
+def test_the_fit_command_with_a_score_writes_weights(base, adapters, program, tmp_path):
     out = tmp_path / "w.json"
     words = ["fit", str(base), *map(str, adapters), "--score", program(), "--evaluations", "3"]
     result = CliRunner().invoke(main, [*words, "--out", str(out)])

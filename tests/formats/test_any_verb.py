@@ -108,7 +108,7 @@ def test_a_merge_adds_the_file_s_deltas(files, tmp_path):
         assert torch.equal(merged[weight], (base[weight].double() + delta[own]).float())
 
 
-def test_the_base_tells_whose_names_they_are(tmp_path):
+def test_the_base_determines_the_family_of_names(tmp_path):
     """Lumina2 and Z-Image have a layer of that name and shape, under other names in diffusers."""
     path, base, merged = (tmp_path / name for name in ("in.safetensors", "base", "merged"))
     key = "lora_unet_layers_0_attention_out"
@@ -201,6 +201,6 @@ def test_a_file_is_finished_refused_and_resumed_like_a_folder(files, tmp_path):
     assert out.read_bytes() == first
 
 
-def test_an_alpha_beside_the_file_s_own_is_refused(files, tmp_path):
+def test_an_alpha_besides_the_file_s_own_is_refused(files, tmp_path):
     with pytest.raises(Refused, match="--alpha 8"):
         adapterkit.convert(files / "a.safetensors", to="peft", out=tmp_path / "out", alpha=8)

@@ -70,14 +70,14 @@ PARTS = ["mlp.0", "mlp.2", "linear1", "linear2"]
 @pytest.mark.parametrize("kohya", [True, False], ids=["kohya", "comfyui"])
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_part_of_two_blocks_tells_flux_from_flux2(model, part, kohya, tmp_path):
+def test_two_blocks_distinguish_flux_from_flux2(model, part, kohya, tmp_path):
     path = saved(blocks(model, [part], (0, 1), (0, 1)), tmp_path / "in.safetensors", kohya=kohya)
     assert chosen(path, "diffusers") == ("flux" if model == "flux" else "flux2")
 
 
 @pytest.mark.parametrize("part", ["qkv", "proj"])
 @pytest.mark.parametrize("model", MODELS)
-def test_attention_tells_it_by_the_width_and_the_number_of_blocks(model, part, tmp_path):
+def test_attention_is_detected_by_the_width_and_the_number_of_blocks(model, part, tmp_path):
     _, _, _, double, single = MODELS[model]
     count = 2 if model in ("klein-9b", "flux2-dev") else double
     path = saved(blocks(model, [part], range(count), range(single)), tmp_path / "in.safetensors",
@@ -94,7 +94,7 @@ def test_attention_tells_it_by_the_width_and_the_number_of_blocks(model, part, t
     ("modelspec.architecture", "Chroma1/lora", "chroma"),
     ("ss_base_model_version", "flux1", "flux"),
 ])  # fmt: skip
-def test_metadata_tells_where_shapes_do_not(key, value, architecture, tmp_path):
+def test_metadata_decides_if_shapes_do_not(key, value, architecture, tmp_path):
     shapes = blocks("flux", ["qkv", "proj"], (0, 1), ())
     path = saved(shapes, tmp_path / "in.safetensors", kohya=True, metadata={key: value})
     assert chosen(path, "ai-toolkit") == architecture
@@ -144,13 +144,15 @@ def test_rows_tell_z_image_from_lumina2(architecture, part, kohya, tmp_path):
     ("layers.0.attention.qkv", 3, 4608, "ideogram4"),
     ("layers.0.attention.qkv", 3, 3840, "z_image"),
 ])  # fmt: skip
-def test_the_width_tells_families_with_the_same_names(name, rows, width, architecture, tmp_path):
+def test_the_width_distinguishes_families_with_the_same_names(
+    name, rows, width, architecture, tmp_path
+):
     path = saved({name: (rows * width, width)}, tmp_path / "in.safetensors", kohya=True)
     assert chosen(path, "diffusers") == architecture
 
 
 @pytest.mark.parametrize(("inputs", "architecture"), [(1024, "cosmos"), (2048, "ltx")])
-def test_the_width_of_texts_tells_cosmos_from_ltx(inputs, architecture, tmp_path):
+def test_the_width_of_texts_distinguishes_cosmos_from_ltx(inputs, architecture, tmp_path):
     """In diffusers' names, which both have for attention."""
     layers = {"attn1.to_q": 2048, "attn2.to_k": inputs, "attn2.to_v": inputs}
     tensors = {}

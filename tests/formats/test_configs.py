@@ -37,7 +37,7 @@ def read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "hyperparameters.yaml", "config.yml"])
-def test_what_is_written_is_read(name, read):
+def test_written_configs_are_read_back(name, read):
     assert read(name, config_bytes(name, CONFIG)) == CONFIG
 
 
@@ -102,7 +102,7 @@ def test_all_offenders_at_once():
         fields({"a": 0, "b": "x"}, {"rank": ["a"], "alpha": ["b"]}, "x")
 
 
-def test_templates():
+def test_templates_are_filled_with_rank_and_scale():
     template = {
         "a": {"r": "{rank}", "s": "{scale}", "none": "{base}"},
         "b": ["{rank}", "x"],
@@ -138,7 +138,7 @@ original = "b"
 steps = { original = ["swap_halfs"] }""", "there are no steps swap_halfs", "swap_halves"),
     ("architectures/acme.toml", 'words = 1', "words = 1", "a table"),
 ], ids=range(6))  # fmt: skip
-def test_a_file_of_the_library_that_is_wrong_says_what_is_known(
+def test_an_invalid_format_file_is_refused_with_the_known_words(
     file, text, problem, expected, tmp_path, monkeypatch
 ):
     """With the four parts of an error, where a step is misspelt too."""

@@ -31,14 +31,14 @@ def test_every_format_and_sample_is_a_case_and_all_of_it_is_small():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_we_read_what_the_set_says(name: str):
+def test_every_file_of_the_set_is_read_as_described(name: str):
     tensors = CASES[name]["tensors"]
     assert tensors and all(one["sha256"] for one in tensors.values())
     assert make.expected(CASES[name]) == tensors
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_files_are_those_of_the_tools_but_for_the_values(name: str, tmp_path: Path):
+def test_the_files_equal_those_of_the_tools_except_their_values(name: str, tmp_path: Path):
     """Headers and settings byte for byte; the values as make.py makes them."""
     source = HERE / CASES[name]["source"]
     for path in [source] if source.is_file() else source.iterdir():
@@ -71,7 +71,7 @@ def test_deltas_against_dense_products():
     assert digests >= {one["sha256"] for one in KOHYA.values()} and len(digests) > 3
 
 
-def test_a_program_is_told_apart(tmp_path: Path):
+def test_a_wrong_program_fails_the_set(tmp_path: Path):
     """A reader that forgets the scale, one that drops a module, one that turns a matrix."""
     words = [sys.executable, str(HERE / "run.py"), "--only", "kohya/sdxl"]
     words += [sys.executable, str(HERE / "read.py")]

@@ -77,7 +77,7 @@ def saved(modules: dict[str, nn.Module], path: Path, prefix: str = "lora_unet_")
 @pytest.mark.parametrize(("kind", "outputs"), [
     (LoConModule, False), (LohaModule, False), (LohaModule, True),
 ])  # fmt: skip
-def test_norms_of_fused_modules_are_the_whole_s(kind, outputs, flux, tmp_path):
+def test_norms_of_fused_modules_are_those_of_the_fused_weight(kind, outputs, flux, tmp_path):
     """As plain factors of full rank of each part, on diffusers' model."""
     modules = {
         name: decomposed(kind, weight_of(flux, parts), outputs=outputs)

@@ -68,7 +68,7 @@ def test_words_change_and_tensors_do_not(sample, tmp_path):
 
 
 @pytest.mark.parametrize("fold", [False, True])
-def test_another_alpha_is_another_strength(fold, lora, tmp_path):
+def test_a_changed_alpha_changes_the_scale(fold, lora, tmp_path):
     config = json.loads((lora / "adapter_config.json").read_text())
     old, new = config["lora_alpha"], 3 * config["lora_alpha"]
     adapterkit.edit(lora, alpha=new, fold=fold, out=tmp_path / "out")
@@ -99,7 +99,7 @@ def test_the_alpha_of_a_file_with_an_alpha_for_each_module(tmp_path):
     assert tensors_of(tmp_path / "bare.safetensors") == tensors_of(adapterkit_file)
 
 
-def test_what_is_refused(lora, tmp_path):
+def test_edits_of_nothing_or_of_wrong_files_are_refused(lora, tmp_path):
     with pytest.raises(Refused, match="nothing to change"):
         adapterkit.edit(lora, out=tmp_path / "out")
     with pytest.raises(Refused, match="in one file"):

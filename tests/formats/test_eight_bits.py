@@ -126,7 +126,7 @@ def test_merged_models_answer_as_peft_does(layout: str, llama, lora, tmp_path: P
     assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_inspect_tells_of_them(lora, tmp_path: Path):
+def test_inspect_reports_eight_bit_factors(lora, tmp_path: Path):
     packed, plain = write(lora, tmp_path, LAYOUTS["E4M3"])
     one, other = adapterkit.inspect(packed), adapterkit.inspect(plain)
     assert [m["norm"] for m in one["modules"]] == [m["norm"] for m in other["modules"]]

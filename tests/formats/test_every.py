@@ -96,7 +96,7 @@ def test_every_format_has_a_golden_file_and_every_golden_file_a_format():
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=ids)
-def test_a_golden_file_is_recognized_and_read_whole(sample: Sample):
+def test_a_golden_file_is_recognized_and_read_completely(sample: Sample):
     """Every key is read by a module."""
     pickled = sample.options.get("allow_pickle", False)
     told, form = detect_format(sample.path, allow_pickle=pickled)["format"], formats()[sample.form]
@@ -263,7 +263,7 @@ KEYED = [
 
 
 @pytest.mark.parametrize("name", KEYED)
-def test_a_refusal_tells_every_key_without_a_role(name: str, tmp_path: Path):
+def test_a_refusal_lists_every_key_without_a_role(name: str, tmp_path: Path):
     form = formats()[name]
     sample = next(iter(samples(name)))
     path = weights(sample.path, form)
@@ -284,7 +284,7 @@ def test_a_refusal_tells_every_key_without_a_role(name: str, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_what_is_plain_needs_no_detection(tmp_path: Path) -> None:
+def test_a_plain_peft_folder_needs_no_detection(tmp_path: Path) -> None:
     """Any format's keys beside PEFT's config: a folder that is called plain is what detection
     finds too; and PEFT's own golden files mostly are."""
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')

@@ -241,7 +241,7 @@ def test_missing_experts_are_zeros() -> None:
     )
 
 
-def test_refused() -> None:
+def test_unsupported_experts_are_refused() -> None:
     """More than factors on an expert, and stacks that the base's file has as stacks."""
     folder = GOLDEN / "peft-per-expert" / "mixtral"
     stacks = stacks_at(folder / "base")
@@ -280,7 +280,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=case_of)
-def test_detected(folder: Path) -> None:
+def test_golden_experts_are_detected_as_their_format(folder: Path) -> None:
     assert detect(LocalFolder(folder)).format.name == folder.parent.name
 
 
@@ -304,7 +304,7 @@ def test_peft_multiplies_as_the_source(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=case_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_there_and_back(folder: Path, layout: str, tmp_path: Path) -> None:
+def test_experts_survive_the_round_trip(folder: Path, layout: str, tmp_path: Path) -> None:
     """Through every layout that the base has, and back: the same bytes, so no rank has grown."""
     if layout == "peft-per-expert" and not folder.name.startswith(SINGLE):
         with pytest.raises(Refused, match="one stack in the base's file"):
@@ -454,7 +454,7 @@ def test_one_stack_of_megatron_bridge(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, expected[key]) for key, tensor in written.items())
 
 
-def test_other_verbs_read_megatron_bridge_as_it_is_meant(tmp_path: Path) -> None:
+def test_other_verbs_read_megatron_bridge_correctly(tmp_path: Path) -> None:
     """Without a conversion: the same factors as with one."""
     source = GOLDEN / "megatron-bridge" / "stacked"
     convert(source, to="peft", out=tmp_path / "peft")

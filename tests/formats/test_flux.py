@@ -284,7 +284,7 @@ def test_flux2_as_diffusers_converts_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["kohya", "ai-toolkit", "peft"])
-def test_control_is_refused_where_it_cannot_be_held(to: str, tmp_path: Path) -> None:
+def test_control_is_refused_by_formats_that_cannot_store_it(to: str, tmp_path: Path) -> None:
     """Norms in place of the base's, and where no bias is held, biases."""
     with pytest.raises(Refused) as caught:
         adapterkit.convert(GOLDEN / "bfl/control.safetensors", to=to, out=tmp_path / "out")
@@ -320,7 +320,7 @@ def wide(tmp_path: Path) -> Path:
     return path
 
 
-def test_widened_layer_says_its_shape(wide: Path, tmp_path: Path) -> None:
+def test_a_widened_layer_reports_its_shape(wide: Path, tmp_path: Path) -> None:
     """In ComfyUI's files, whatever the dtype of the factors."""
     key = "diffusion_model.img_in.reshape_weight"
     ours = convert(wide, "comfyui", tmp_path / "ours.safetensors", dtype="bf16")

@@ -306,7 +306,7 @@ def test_part_of_zeros_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_hadamard_products(same: bool) -> None:
+def test_hadamard_products_are_fused_exactly(same: bool) -> None:
     memory = Memory()
     torch.manual_seed(2)
     right = [torch.randn(2, IN).double() for _ in range(2)]
@@ -325,7 +325,7 @@ def test_hadamard_products(same: bool) -> None:
     assert torch.allclose(case.delta(back), case.delta(parts), rtol=1e-13)
 
 
-def test_kronecker_products() -> None:
+def test_kronecker_products_are_split_at_blocks() -> None:
     """Rows of w1, where a part is whole blocks of w2's; of w2, where w1 has one row."""
     memory = Memory()
     w1, w2_a, w2_b = (
@@ -373,7 +373,7 @@ def test_value_with_a_missing_part_is_refused() -> None:
     assert caught.value.hint == "choose another format"
 
 
-def test_what_cannot_be_one_is_refused() -> None:
+def test_parts_that_cannot_be_fused_are_refused() -> None:
     memory = Memory()
     factors = {"a": torch.randn(1, IN).double(), "b": torch.randn(UNIT, 1).double()}
     lora = module(memory, "lora", "to_q", 1, 1, **factors)

@@ -48,7 +48,7 @@ def save_model(config: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_written_is_what_the_converter_writes(case: str, tmp_path: Path):
+def test_written_files_equal_the_converter_s(case: str, tmp_path: Path):
     home = GOLDEN / case
     adapterkit.convert(home / "adapter", to="gguf", base=home / "base", out=tmp_path / "a.gguf")
     ours, theirs = tensors(tmp_path / "a.gguf"), tensors(home / "f32.gguf")
@@ -61,7 +61,7 @@ def test_what_is_written_is_what_the_converter_writes(case: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_read_is_the_adapter(case: str, tmp_path: Path):
+def test_a_gguf_file_converts_back_to_the_adapter(case: str, tmp_path: Path):
     home, out = GOLDEN / case, tmp_path / "out"
     to = "peft-per-expert" if case in EXPERTS else "peft"
     adapterkit.convert(home / "f32.gguf", to=to, base=home / "base", out=out)
@@ -159,7 +159,7 @@ def test_an_alpha_of_0_stays_0(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_other_types(dtype: str, tmp_path: Path):
+def test_16_bit_files_equal_the_converter_s(dtype: str, tmp_path: Path):
     """The converter's files of 16 bits, tensor for tensor."""
     home, theirs = GOLDEN / "llama", {"fp16": "f16.gguf", "bf16": "bf16.gguf"}[dtype]
     out = tmp_path / "a.gguf"
@@ -327,7 +327,7 @@ def test_language_models_inside_others_there_and_back(kind: str, architecture: s
     assert off(logits(loaded(tmp_path / "merged", auto)), logits(model)) < 1e-5
 
 
-def test_inspect_tells_of_the_file(tmp_path: Path):
+def test_inspect_reports_a_gguf_adapter(tmp_path: Path):
     home = GOLDEN / "llama"
     with pytest.raises(Refused, match="number of heads"):
         adapterkit.inspect(home / "f32.gguf")
@@ -337,7 +337,7 @@ def test_inspect_tells_of_the_file(tmp_path: Path):
     assert not report["problems"]
 
 
-def test_the_base_is_told_by_its_id(tmp_path: Path):
+def test_the_base_is_named_by_its_id(tmp_path: Path):
     folder = write_adapter(
         tmp_path / "in", pair(V, 2, 16, 32), base_model_name_or_path="org/Some-Model"
     )
@@ -405,7 +405,7 @@ MAGNITUDE = {f"{V}.lora_magnitude_vector": torch.ones(16)}
     ({"model_type": "llama", "num_attention_heads": 5, "num_key_value_heads": 5},
      pair("model.layers.0.self_attn.q_proj", 2, 32, 32), {}, "multiple of"),
 ])  # fmt: skip
-def test_what_cannot_be_written_is_refused(
+def test_adapters_that_gguf_cannot_store_are_refused(
     settings: dict | None, parts: dict, more: dict, text: str, tmp_path: Path
 ):
     base = None if settings is None else base_with(tmp_path / "base", **settings)
@@ -422,7 +422,7 @@ def test_what_cannot_be_written_is_refused(
      .replace(b"blk.0.attn_v.weight.lora_b", b"blk.0.attn_w.weight.lora_b"), "attn_w"),
     (lambda d: d.replace(b"blk.1.ffn_up", b"blk.0.ffn_up"), "twice"),
 ])  # fmt: skip
-def test_what_cannot_be_read_is_refused(
+def test_damaged_gguf_adapters_are_refused(
     change: Callable[[bytes], bytes], text: str, tmp_path: Path
 ):
     home, path = GOLDEN / "llama", tmp_path / "a.gguf"

@@ -88,12 +88,12 @@ def test_the_package_reads_what_is_laid_out(tmp_path: Path):
     ("a", "F32", (), "dimensions"),
     ("a", "F32", (2, 0), "none of them 0"),
 ])  # fmt: skip
-def test_what_ggml_cannot_hold_is_refused(key: str, dtype: str, shape: tuple, text: str):
+def test_tensors_that_ggml_cannot_store_are_refused(key: str, dtype: str, shape: tuple, text: str):
     with pytest.raises(Refused, match=text):
         gguf_layout("a.gguf", [TensorPlan(key, dtype, shape)], {})
 
 
-def test_all_that_ggml_cannot_hold_is_told():
+def test_all_tensors_that_ggml_cannot_store_are_listed():
     with pytest.raises(MultipleErrors) as caught:
         gguf_layout("a.gguf", [TensorPlan("a", "F64", (1,)), TensorPlan("b", "F32", ())], {})
     assert len(caught.value.errors) == 2

@@ -124,7 +124,7 @@ def test_some_parts_of_a_layer_of_loralib_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_only_a_base_tells_from_a_convolution_is_noted(tmp_path):
+def test_modules_that_only_a_base_distinguishes_from_convolutions_are_noted(tmp_path):
     source = GOLDEN / "loralib/convolutions.pt"
     receipt = adapterkit.convert(
         source, to="peft", out=tmp_path / "out", alpha=6.0, allow_pickle=True
@@ -178,7 +178,7 @@ def test_a_model_of_another_family_is_refused(tmp_path):
         adapterkit.convert(tmp_path / "in", to="peft", out=tmp_path / "out", allow_pickle=True)
 
 
-def test_qwens_heads_stay_as_they_are(tmp_path):
+def test_qwens_heads_are_not_permuted(tmp_path):
     """torchtune rotates its halves, as transformers does; its converter to PEFT takes it for
     Llama."""
     shutil.copytree(GOLDEN / "torchtune/lora", tmp_path / "in")

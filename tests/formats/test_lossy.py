@@ -166,7 +166,7 @@ def test_a_refusal_hints_at_what_helps(source, to, hint, tmp_path):
     assert ("--rank" in str(caught.value)) == ("--rank" in hint)
 
 
-def test_dora_of_some_modules_becomes_plain_where_a_file_says_it_once(tmp_path):
+def test_dora_of_some_modules_becomes_plain_if_a_file_has_one_flag_for_all(tmp_path):
     trained, source = GOLDEN / "peft" / "llama_dora", tmp_path / "source"
     convert(trained, source, to="mlx")
     file = source / "adapters.safetensors"

@@ -178,7 +178,7 @@ def test_lycoris_loads_what_was_peft_s(case, base, tmp_path):
 @pytest.mark.parametrize("algo, options, name", [
     ("glora", {}, "GLoRA"), ("ia3", {}, "IA3"), ("tlora", {}, "T-LoRA"),
 ])  # fmt: skip
-def test_what_depends_on_more_than_the_base_is_refused_by_name(algo, options, name, tmp_path):
+def test_unsupported_algorithms_are_refused_by_name(algo, options, name, tmp_path):
     network = kohya_network(tiny_unet(), {"algo": algo, **options}, LINEAR)
     file = tmp_path / "in.safetensors"
     network.save_weights(str(file), torch.float32, {"ss_network_module": "lycoris.kohya"})
@@ -195,7 +195,7 @@ def test_what_depends_on_more_than_the_base_is_refused_by_name(algo, options, na
     ("loha", "kohya", "loha, in 4 modules"),
     ("full", "diffusers", "norm|full, in"),
 ])  # fmt: skip
-def test_what_a_format_lacks_is_refused_without_a_rank(name, to, message, tmp_path):
+def test_kinds_that_a_format_lacks_are_refused_without_a_rank(name, to, message, tmp_path):
     for dry_run in True, False:
         with pytest.raises(AdapterkitError, match=message) as caught:
             convert(FOLDER / f"{name}.safetensors", tmp_path / "out", to=to, dry_run=dry_run)
@@ -210,7 +210,7 @@ def test_norms_and_rotations_need_the_base(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_differences_become_factors_and_the_rest_is_left_out_if_asked(tmp_path):
+def test_differences_become_factors_and_the_rest_is_dropped_on_request(tmp_path):
     """Norms have no place in diffusers' files; biases have, beside factors."""
     source = FOLDER / "full.safetensors"
     with pytest.raises(AdapterkitError, match="full, in 2 modules: .*norm1"):
@@ -253,7 +253,7 @@ def test_an_alpha_of_0_is_refused(tmp_path):
         convert(source, tmp_path / "out", to="peft")
 
 
-def test_of_two_whole_matrices_alpha_means_nothing(tmp_path):
+def test_alpha_is_ignored_for_two_full_matrices(tmp_path):
     """LyCORIS ignores it there, and writes whatever it is."""
 
     def change(tensors):

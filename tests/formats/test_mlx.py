@@ -130,7 +130,7 @@ def mlx_adapter(base: Path, place: Path) -> Path:
     return place / "written"
 
 
-def test_what_a_tied_base_would_apply_twice_is_refused(tied, tmp_path):
+def test_adapters_that_a_tied_base_would_apply_twice_are_refused(tied, tmp_path):
     trained(tied, tmp_path / "peft", **TIED)
     with pytest.raises(Refused, match="one weight for embeddings and head"):
         adapterkit.convert(tmp_path / "peft", to="mlx", out=tmp_path / "mlx", base=tied)
@@ -139,7 +139,7 @@ def test_what_a_tied_base_would_apply_twice_is_refused(tied, tmp_path):
         adapterkit.convert(tmp_path / "head", to="mlx", out=tmp_path / "mlx", base=tied)
 
 
-def test_without_a_base_a_note_says_what_depends_on_it(plain, tmp_path):
+def test_without_a_base_a_note_lists_modules_that_depend_on_it(plain, tmp_path):
     model = trained(plain, tmp_path / "peft", **TIED)
     notes = adapterkit.convert(tmp_path / "peft", to="mlx", out=tmp_path / "mlx").data["notes"]
     assert any("in the head" in note and "--base" in note for note in notes)
@@ -150,7 +150,7 @@ def test_without_a_base_a_note_says_what_depends_on_it(plain, tmp_path):
     assert any("in the head" in note and "--base" in note for note in back.data["notes"])
 
 
-def test_a_scale_beside_an_alpha_may_be_the_older_one(tmp_path):
+def test_a_scale_with_an_alpha_may_be_the_older_one(tmp_path):
     """mlx-lm up to 0.14.0 multiplied the scale by alpha / rank."""
     shutil.copytree(GOLDEN / "mlx/lora", tmp_path / "mlx")
     config = json.loads((tmp_path / "mlx/adapter_config.json").read_text())

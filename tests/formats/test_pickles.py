@@ -71,7 +71,7 @@ def test_every_tensor_arrives(save, wrap, archive):
     assert left_out == []
 
 
-def test_tied_tensors_arrive_whole(save):
+def test_tied_tensors_arrive_complete(save):
     shared = torch.arange(8.0)
     tensors, _ = rewritten(save({"a": shared, "b": shared[2:4], "c": shared}))
     assert tensors["b"].tolist() == [2, 3]
@@ -233,7 +233,7 @@ def test_without_permission_a_pickle_stays_one(save):
     assert pickles_of(LocalFolder(path.parent)) == [path.name]
 
 
-def test_beside_a_safetensors_file_a_pickle_is_left_alone(save):
+def test_a_pickle_next_to_a_safetensors_file_is_ignored(save):
     path = save(STATE)
     (path.parent / "adapter_model.safetensors").write_bytes(b"x")
     assert isinstance(open_unconverted(path.parent, allow_pickle=True), LocalFolder)

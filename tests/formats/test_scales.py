@@ -113,7 +113,7 @@ def converted(key, expression, dtype):
     return ConvertedTensors(key, (ConvertedTensor(key, expression, dtype),))
 
 
-def test_a_part_that_vanishes_beside_large_ones_is_refused():
+def test_a_factor_that_vanishes_among_large_ones_is_refused():
     """The loss of the whole, 1e-9, does not show it."""
     reader = Values(q=torch.ones(4, 2).half(), v=torch.ones(4, 2).half())
     q, v = stored(reader.spec("q")), scaled(stored(reader.spec("v")), 1e-9)

@@ -200,7 +200,7 @@ def test_settings_that_vllm_refuses(name: str, tmp_path: Path) -> None:
     ({"init_lora_weights": "pissa"}, "init_lora_weights", "adapterkit rebase"),
     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication", "adapterkit merge"),
 ])  # fmt: skip
-def test_what_is_refused_and_the_way_out(
+def test_unsupported_settings_are_refused_with_the_command_that_helps(
     server: str, settings: dict[str, Any], words: str, hint: str, tmp_path: Path
 ) -> None:
     """PEFT's own files of it."""
@@ -351,7 +351,7 @@ def test_names_of_a_training_state(tmp_path: Path) -> None:
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
 
 
-def test_sglang_wants_what_it_fuses_whole(tmp_path: Path) -> None:
+def test_sglang_needs_all_modules_of_a_fused_layer(tmp_path: Path) -> None:
     """Without a base the shapes of the missing parts are not known."""
     with pytest.raises(Refused, match="k_proj"):
         convert(LLAMA, to="sglang", out=tmp_path / "out")

@@ -138,7 +138,7 @@ TEXT = "text_model_encoder_layers_0_self_attn_q_proj"
         ({"lora_unet_joint_blocks_0_x_block_attn_qkv": (24, 8)}, {}, ["sd3"]),
     ],
 )
-def test_the_architecture_is_told(modules, metadata, architectures, tmp_path):
+def test_the_architecture_is_detected(modules, metadata, architectures, tmp_path):
     """By names, else by sizes and metadata; several where the names are the same in all."""
     told = detect_format(kohya(tmp_path / "a.safetensors", modules, **metadata))
     assert (told["format"], told["architectures"]) == ("kohya", architectures)

@@ -56,7 +56,7 @@ def equal(a: dict, b: dict) -> bool:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_grouped_by_expert_is_read_as_it_is_everywhere(tmp_path, model):
+def test_factors_grouped_by_expert_are_read_alike_by_every_verb(tmp_path, model):
     """merge, convert, inspect and the runtime; PEFT's own model of what is converted; no stale
     marker."""
     adapter, base = source(model, tmp_path / "grouped", **GROUPED), GOLDEN / model / "base"

@@ -152,7 +152,7 @@ def test_fused_attention_of_z_image_is_split_at_the_rank_that_it_was_trained_wit
     assert_same_deltas(deltas(fused), deltas(split))
 
 
-def test_blocks_are_told_by_their_numbers_not_by_how_many_there_are(tmp_path):
+def test_blocks_are_recognized_by_their_numbers_not_by_their_count(tmp_path):
     """diffusers' reader of musubi-tuner's Wan files counts them, and fails on some blocks alone."""
     tensors = {
         key.replace("blocks_0_", "blocks_7_"): value

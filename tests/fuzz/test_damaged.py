@@ -15,7 +15,7 @@ def check(kind: str, seed: int, folder) -> list[damaged.Outcome]:
 
 
 @pytest.mark.parametrize("kind", SOME)
-def test_damaged_checkpoints(kind, tmp_path):
+def test_damaged_checkpoints_are_refused_or_unchanged(kind, tmp_path):
     outcomes = check(kind, 0, tmp_path)
     assert len(outcomes) == len(damaged.DAMAGES) and sum(o.found for o in outcomes)
 

@@ -156,14 +156,14 @@ def run(name: str, first: int, count: int, folder: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", formats())
-def test_a_few_mutants(name: str, tmp_path: Path):
+def test_a_few_mutated_files_convert_or_are_refused(name: str, tmp_path: Path):
     run(name, 0, USUAL, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", formats())
-def test_many_mutants(name: str, tmp_path: Path):
+def test_many_mutated_files_convert_or_are_refused(name: str, tmp_path: Path):
     converted, refused = run(name, 1000, MANY, tmp_path)
     assert converted > 20 and refused > 300, (converted, refused)
 

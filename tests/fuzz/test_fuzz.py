@@ -30,7 +30,7 @@ def check(kind: str, seed: int, folder) -> jobs.Outcome:
 
 
 @pytest.mark.parametrize(("kind", "seed"), usual(ROWS, lambda row: row[0] not in ELSEWHERE))
-def test_random_jobs(kind, seed, tmp_path):
+def test_random_jobs_equal_the_reference(kind, seed, tmp_path):
     outcome = check(kind, seed, tmp_path)
     assert outcome.unusable is None or outcome.untrainable, outcome.unusable
 

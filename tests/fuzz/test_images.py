@@ -12,6 +12,6 @@ ROWS = [(kind, seed) for seed, kind in enumerate(images.KINDS)]
 
 
 @pytest.mark.parametrize(("kind", "seed"), usual(ROWS, lambda row: row[0] in SOME))
-def test_random_jobs(kind, seed, tmp_path):
+def test_random_image_jobs_equal_the_reference(kind, seed, tmp_path):
     outcome = images.run(kind, seed, tmp_path)
     assert not outcome.wrong and not outcome.refusals, outcome

@@ -24,7 +24,7 @@ def check(kind: str, seed: int, folder) -> live.Outcome:
 
 
 @pytest.mark.parametrize("kind", SOME)
-def test_random_adapters(kind, tmp_path):
+def test_random_adapters_run_as_in_peft(kind, tmp_path):
     outcome = check(kind, 0, tmp_path)
     assert outcome.unusable is None or outcome.untrainable, outcome.unusable
     assert outcome.unusable or outcome.forward

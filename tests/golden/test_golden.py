@@ -78,7 +78,7 @@ def results(
         torch.set_num_threads(threads)
 
 
-def test_outputs_are_for_whom_the_umask_says_and_cards_name_what_is_there(results):
+def test_outputs_follow_the_umask_and_cards_name_existing_files(results):
     """Of all verbs that write: no file is for its owner alone, no card speaks of a file that is not
     beside it, and `base_model` is an id of the Hub or missing."""
     mask = os.umask(0)
@@ -116,12 +116,12 @@ def test_every_job_has_a_golden_record():
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_as_before(name: str, results: tuple[Path, dict[str, Any]]):
+def test_outputs_equal_the_golden_records(name: str, results: tuple[Path, dict[str, Any]]):
     lines = differences(name, results[1][name])
     assert not lines, "\n".join(lines)
 
 
-def test_what_is_noted_of_a_file_is_taken_for_it_again(results, noted):
+def test_a_recorded_result_is_accepted_for_its_file_alone(results, noted):
     """Else a resumed run would make it again, and a rank for ever."""
     for plan, result in noted:
         is_of_plan = accepts(plan, hashed=result.sha256 is not None)
@@ -133,7 +133,7 @@ def test_what_is_noted_of_a_file_is_taken_for_it_again(results, noted):
 @pytest.mark.parametrize(
     "name", [job.name for job in jobs.WRITING if not jobs.output_of(job).suffix]
 )
-def test_what_is_planned_is_written(
+def test_planned_files_equal_the_written_ones(
     name: str, results: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ):
     """Headers and small files as later plans see them before they are there. What depends on values
@@ -170,7 +170,7 @@ def test_every_verb_has_a_job():
     assert functions == writing | reading
 
 
-def test_what_is_broken_is_seen(results: tuple[Path, dict[str, Any]]):
+def test_every_planted_difference_is_found(results: tuple[Path, dict[str, Any]]):
     """A scale, an output byte, a key of a receipt, a number of a plan, a note, a status."""
     folder, all_records = results
     path = folder / "extract-rank" / "adapter_model.safetensors"

@@ -21,7 +21,7 @@ EVIL = [
 ]  # fmt: skip
 
 
-def test_every_action_is_pinned_by_its_commit_and_says_its_version():
+def test_every_action_is_pinned_by_its_commit_and_names_its_version():
     used = [found for file in FILES for found in USES.findall(file.read_text("utf-8"))]
     assert len(FILES) > 1 and len(used) > 2
     for name, comment in used:
@@ -81,7 +81,7 @@ def test_the_summary_of_hostile_adapters(action, tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in summary.read_text("utf-8")
 
 
-def test_what_the_runner_would_obey_is_printed_between_its_own_marks(action, monkeypatch, capfd):
+def test_workflow_commands_in_output_are_not_executed(action, monkeypatch, capfd):
     monkeypatch.setenv("RUN", "inspect '##[error]x'")
     assert action.main("run") != 0
     first, *_, last = capfd.readouterr().out.strip().splitlines()

@@ -230,7 +230,7 @@ STRANGERS = {
 @pytest.mark.parametrize(
     "key, value", [(k, v) for k, values in STRANGERS.items() for v in values], ids=str
 )
-def test_what_a_config_points_at_changes_no_byte(key, value):
+def test_references_in_a_config_change_no_byte(key, value):
     assert meaning(configured(**{key: value})) == meaning(plain())
 
 

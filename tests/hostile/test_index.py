@@ -185,7 +185,7 @@ def test_a_config_that_no_model_has_is_refused(config):
 
 
 @pytest.mark.parametrize("metadata", [[1], "x", 5, None])
-def test_index_metadata(metadata):
+def test_index_metadata_that_is_not_a_table_is_refused(metadata):
     folder = sharded()
     folder.content[INDEX] = json.dumps(index_of(folder) | {"metadata": metadata}).encode()
     assert "metadata" in refusal(folder)
@@ -218,7 +218,7 @@ def test_stale_shards_are_left_out(tmp_path):
     assert set(load_file(out / FIRST)) | set(load_file(out / SECOND)) == set(base_tensors())
 
 
-def test_a_single_file_beside_an_index_that_does_not_name_it_is_refused():
+def test_a_single_file_next_to_an_index_that_does_not_name_it_is_refused():
     """transformers loads model.safetensors, the index says otherwise: a merge of either would be
     wrong for someone."""
     folder = sharded()
@@ -265,7 +265,7 @@ def test_several_files_without_an_index_are_refused():
         "model.ckpt",
     ],
 )
-def test_pickles_are_refused_with_the_way_out(name, tmp_path):
+def test_pickles_are_refused_with_the_command_that_converts_them(name, tmp_path):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     message = refusal(LocalFolder(tmp_path))
     assert name in message
@@ -277,7 +277,7 @@ def test_an_adapter_in_place_of_the_base_is_refused():
     assert "this is an adapter" in refusal(plain().folder())
 
 
-def test_an_adapter_beside_the_model_is_not_part_of_it(tmp_path):
+def test_an_adapter_next_to_the_model_is_not_part_of_it(tmp_path):
     folder = sharded()
     folder.content |= plain().folder().content
     out = merged(folder, tmp_path)
@@ -410,7 +410,7 @@ def make_dangling(path: Path) -> None:
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("make", [make_fifo, make_device, make_loop, make_dangling, Path.mkdir])
 @pytest.mark.parametrize("name", ["model.safetensors", FIRST])
-def test_what_is_no_file_is_not_taken_for_one(make, name, tmp_path, frugal):
+def test_pipes_devices_and_loops_are_not_read_as_files(make, name, tmp_path, frugal):
     folder = (sharded() if name == FIRST else base()).write(tmp_path / "base")
     (folder / name).unlink()
     make(folder / name)

@@ -147,7 +147,7 @@ def test_markers_and_files_that_are_no_files(work: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"reason": "\\u001b[31m"}', *NO_JSON])
-def test_whatever_stands_in_it_spoils_a_job(work: Path, content: bytes):
+def test_a_failure_mark_with_any_content_fails_a_job(work: Path, content: bytes):
     file = planned()
     (ranks_folder() / "marks" / "FAILED").write_bytes(content)
     either(file, "the job failed")
@@ -253,7 +253,7 @@ def test_options_that_no_pipeline_has(work: Path, option: str):
     'options = { push = "evil/stolen" }', '[[step]]\nverb = "merge"\n'
     'inputs = ["base", "adapter"]\nout = "hf://evil/stolen"',
 ])  # fmt: skip
-def test_a_pipeline_sends_nothing_unless_the_user_says_so(work: Path, more: str, monkeypatch):
+def test_a_pipeline_sends_nothing_without_the_user_s_option(work: Path, more: str, monkeypatch):
     """The refusal comes before the first step; a dry run shows where it would go."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     Path("steps.toml").write_text(STEP + more)

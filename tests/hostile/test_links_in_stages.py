@@ -111,7 +111,7 @@ def move_away(folder: Path, home: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_for_the_only_file_of_an_output(home: Path, monkeypatch, kind: str):
+def test_a_link_in_place_of_an_output_file_is_not_followed(home: Path, monkeypatch, kind: str):
     def convert(out: str = "out.safetensors", **options: Any) -> None:
         adapterkit.convert(FLUX, to="kohya", architecture="flux", out=out, **options)
 
@@ -123,7 +123,7 @@ def test_what_stands_for_the_only_file_of_an_output(home: Path, monkeypatch, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_for_a_file_that_moves_into_a_folder(home: Path, monkeypatch, kind: str):
+def test_a_link_in_place_of_a_moved_file_is_not_followed(home: Path, monkeypatch, kind: str):
     base().write(Path("base"))
     plain().folder().write(Path("adapter"))
     adapterkit.merge("base", ["adapter"], out="alone")
@@ -280,7 +280,7 @@ ONES = torch.ones(3).double()
     save({"0": torch.zeros(3, dtype=torch.int8)}), save({"0": ONES, "1": ONES * 2}),
     save({"0": torch.zeros(4).double()}), "link", "pipe",
 ], ids=range(11))  # fmt: skip
-def test_what_stands_for_an_evaluation(home: Path, data: bytes | str):
+def test_a_forged_evaluation_is_computed_again(home: Path, data: bytes | str):
     evaluated()
     (path,) = FIT.glob("*.safetensors")
     if isinstance(data, bytes):

@@ -203,7 +203,7 @@ def test_block_weights_in_json_are_refused_or_read():
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "{", "\xff"], ids=lambda text: text[:20])
-def test_a_layer_of_comfyui_that_says_no_object_is_of_no_known_kind(text):
+def test_a_layer_of_comfyui_without_a_json_object_is_refused(text):
     said = torch.frombuffer(bytearray(text.encode("latin-1") or b" "), dtype=torch.uint8)
     weight: Any = SimpleNamespace(key="m.weight", kind="nvfp4")
     contradiction = comfy.Comfy.contradiction(weight, {"m.comfy_quant": said})

@@ -126,7 +126,7 @@ def test_ordinary_names_are_taken():
     check_names(["model-00001-of-00002.safetensors", "console.json", "a.b/com10", ".gitattributes"])
 
 
-def test_all_names_of_an_output_are_told_at_once(tmp_path: Path):
+def test_all_unportable_names_of_an_output_are_listed_together(tmp_path: Path):
     create_inputs(tmp_path)
     base = tmp_path / "base"
     for name in ("aux.json", "Config.json"):

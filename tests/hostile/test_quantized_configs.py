@@ -37,7 +37,7 @@ def quantized(message: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_a_base_whose_config_says_quantized_is_refused(name):
+def test_a_base_that_declares_quantization_is_refused(name):
     with pytest.raises(Refused) as caught:
         planned(plain(), on=base(**SAID[name]))
     quantized(str(caught.value))
@@ -46,7 +46,7 @@ def test_a_base_whose_config_says_quantized_is_refused(name):
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
-def test_a_base_with_scales_beside_its_weights_is_refused(name):
+def test_a_base_with_scales_next_to_its_weights_is_refused(name):
     ending, dtype = SIBLINGS[name]
     with pytest.raises(AdapterkitError) as caught:
         planned(
@@ -62,7 +62,7 @@ def test_a_base_with_scales_beside_its_weights_is_refused(name):
     assert name.split()[0] in str(caught.value)
 
 
-def test_mxfp4_is_told_by_a_pair():
+def test_mxfp4_is_detected_by_a_pair_of_tensors():
     blocks = {"model.experts_blocks": Stored("U8", (4,), b"\0" * 4)}
     planned(plain(), on=with_tensors(**blocks))  # a name of that ending alone says nothing
     with pytest.raises(Refused, match="MXFP4"):
@@ -81,12 +81,12 @@ def test_a_base_in_eight_bits_or_fewer_is_refused(dtype):
 
 
 @pytest.mark.parametrize("said", [None, False])
-def test_a_config_that_says_not_quantized_is_fine(said):
+def test_a_config_that_declares_no_quantization_is_accepted(said):
     planned(plain(), on=base(quantization_config=said))
 
 
 @pytest.mark.parametrize("dtype", ["I8", "U8", "I32", "U32", "BOOL", "C64"])
-def test_whole_numbers_are_no_weights(dtype):
+def test_integer_weights_are_refused(dtype):
     size = {"I8": 1, "U8": 1, "I32": 4, "U32": 4, "BOOL": 1, "C64": 8}[dtype]
     weight = Stored(dtype, (WIDTH, WIDTH), b"\0" * WIDTH * WIDTH * size)
     with pytest.raises(Refused, match=f"{LAYER}.weight is {dtype}"):

@@ -76,7 +76,7 @@ def test_an_honest_output_is_made_again(gift: Path):
     {"disk_limit": "1KB"}, {"hash": "none"}, {"out": "../mine"}, {"out": "hf://evil/stolen"},
     {"progress": "os.system"}, {"accept": "os.system"},
 ])  # fmt: skip
-def test_a_call_says_nothing_that_the_user_decides(gift: Path, more: dict):
+def test_a_call_with_options_of_the_user_is_refused(gift: Path, more: dict):
     forged(gift, lambda receipt: receipt["call"].update(more))
     text = refused(lambda: adapterkit.rerun(gift, out=gift.parent / "again"), "it holds")
     assert all(name in text for name in more)
@@ -152,7 +152,7 @@ def test_a_forged_receipt_verifies_nothing(gift: Path, change: Callable[[Any], o
         adapterkit.verify(gift, base=gift.parent / "base", adapters=[gift.parent / "adapter"])
 
 
-def test_the_user_names_inputs_anew(gift: Path, tmp_path: Path):
+def test_the_user_must_name_inputs_again(gift: Path, tmp_path: Path):
     (gift.parent / "models").mkdir()
     (gift.parent / "base").rename(gift.parent / "models" / "base")
     refused(lambda: adapterkit.rerun(gift), "there is no base")
@@ -226,7 +226,7 @@ def test_block_weights_of_a_receipt_read_no_file(gift: Path, monkeypatch):
     "../private/adapter", "{root}/private/adapter", "private/adapter", "./adapter", "a\0b",
     "\\\\evil.example\\share", "link",
 ])  # fmt: skip
-def test_a_file_of_weights_names_what_lies_next_to_it(gift: Path, name: str, tmp_path: Path):
+def test_a_file_of_weights_only_names_neighbors(gift: Path, name: str, tmp_path: Path):
     work = gift.parent
     (work / "link").symlink_to("../private/adapter")
     table = {"adapters": [name.replace("{root}", str(tmp_path))], "default": [0.5]}

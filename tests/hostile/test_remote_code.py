@@ -310,7 +310,7 @@ def test_another_file_of_a_tokenizer_is_not_read(tmp_path: Path, monkeypatch):
     assert load_tokenizer(LocalFolder(tmp_path / "base")).convert_tokens_to_ids("A")
 
 
-def test_of_what_is_closed_only_the_thread_that_builds_has_nothing(monkeypatch):
+def test_kernels_are_closed_only_for_the_building_thread(monkeypatch):
     loaded: list[str] = []
     monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
     monkeypatch.setattr(hub_kernels, "get_kernel_hub", lambda name, **_: loaded.append(name), False)

@@ -121,7 +121,7 @@ def test_receipts_that_others_wrote_into_a_stage(unpublished: Path):
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "missing"])
-def test_what_stands_in_a_stage_for_a_file(unpublished: Path, name: str, kind: str):
+def test_a_replaced_file_in_a_stage_is_not_published(unpublished: Path, name: str, kind: str):
     path, kept, whole = unpublished / name, Path("../kept"), expected()
     path.rename(kept)
     if kind == "link":
@@ -134,7 +134,7 @@ def test_what_stands_in_a_stage_for_a_file(unpublished: Path, name: str, kind: s
     assert contents(Path("out")) == whole
 
 
-def test_what_lies_in_a_stage_beside_is_not_published(unpublished: Path):
+def test_foreign_files_in_a_stage_are_not_published(unpublished: Path):
     whole = expected()
     (unpublished / "pytorch_model.bin").write_bytes(b"pickle")
     (unpublished / "link").symlink_to(Path("../secret").absolute())
@@ -147,7 +147,9 @@ def test_what_lies_in_a_stage_beside_is_not_published(unpublished: Path):
 @pytest.mark.parametrize("old", [
     "../../../secret", "../../secret", "deep/../../../secret",
 ])  # fmt: skip
-def test_what_a_journal_calls_an_older_file_is_in_the_folder(work: Path, monkeypatch, old: str):
+def test_older_files_named_by_a_journal_outside_the_folder_are_not_removed(
+    work: Path, monkeypatch, old: str
+):
     """Where the files move into a folder one by one, its older ones are removed."""
     monkeypatch.setattr(system, "is_mount", lambda path: path.name == "out")
     Path("out").mkdir()
@@ -185,7 +187,7 @@ def finished(whole: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "missing", "short", "long"])
 @pytest.mark.parametrize("number", [0, 1])
-def test_what_stands_for_a_part(parts: Path, kind: str, number: int):
+def test_a_replaced_range_of_a_file_is_not_published(parts: Path, kind: str, number: int):
     whole = expected()
     path = sorted((parts / "out").glob(f"{WEIGHTS}@*"))[number]
     kept = path.rename(Path("../kept"))

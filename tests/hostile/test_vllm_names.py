@@ -70,7 +70,7 @@ def refuses_nothing(server: Server, names) -> None:
         assert server.resolve(name) is None, name
 
 
-def test_what_is_no_name_is_nobody_s(server):
+def test_invalid_names_resolve_to_no_adapter(server):
     """Not an exception either: links out of the folder and in a circle, absolute paths, letters
     that no file has."""
     (server.root / "elsewhere").mkdir()
@@ -155,7 +155,7 @@ def test_those_used_longest_ago_make_way(bounded):
     assert {*server.cache.iterdir()} == {second, third}
 
 
-def test_what_was_returned_just_now_stays_and_the_next_is_refused(bounded):
+def test_a_just_returned_adapter_stays_cached_and_the_next_is_refused(bounded):
     server = bounded(1.5)
     first = Path(server.resolve("n0").lora_path)
     with pytest.raises(Refused, match="ADAPTERKIT_LORA_CACHE_SIZE") as caught:

@@ -32,7 +32,7 @@ def files(*changes: dict) -> dict:
     *((files({"lfs": LFS | {"sha256": sha}}), "sha256") for sha in ("../../x", "A" * 64, 7)),
     (files({"lfs": "x"}), ""),
 ])  # fmt: skip
-def test_a_listing(reading, value, problem: str):
+def test_a_malformed_listing_is_an_error(reading, value, problem: str):
     hub, client = reading
     listing = f"HubFolder(parse('{REPO}')).files()"
     hub.faults = during(answer(files()), path=f"/api/models/{REPO}")
@@ -69,7 +69,7 @@ def writing(tmp_path_factory):
     ("POST", "/preupload/", [None, [], {}, {"files": None}]),
     ("POST", "/commit/", [None, [], {}, {"commitOid": 7, "commitUrl": 7}]),
 ])  # fmt: skip
-def test_an_output(writing, method: str, path: str, values: list):
+def test_malformed_answers_to_an_upload_are_errors(writing, method: str, path: str, values: list):
     hub, client = writing
     for value in values:
         hub.faults = during(answer(value), method, path)
@@ -89,7 +89,9 @@ def test_an_output(writing, method: str, path: str, values: list):
         Fault(reset=True),
     ]),
 ])  # fmt: skip
-def test_what_the_hub_does_not_copy_is_sent(writing, method: str, path: str, values: list[Fault]):
+def test_files_that_the_hub_does_not_copy_are_uploaded(
+    writing, method: str, path: str, values: list[Fault]
+):
     hub, client = writing
     base = base_files()
     for fault in values:

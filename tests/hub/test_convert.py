@@ -69,7 +69,7 @@ def pipeline_file() -> bytes:
 
 
 @pytest.mark.parametrize("out", ["te.safetensors", "hf://me/te"])
-def test_of_one_component_no_more_is_read(hub, tmp_path, out: str):
+def test_only_the_chosen_component_is_downloaded(hub, tmp_path, out: str):
     data = pipeline_file()
     hub.commit("org/both", {NAME: data})
     words = ["--to", "diffusers", "--prefix-only", "text_encoder"]

@@ -43,7 +43,7 @@ from tests.support.hub_server import Fault
         ("HubFolder(HubId('bad--/id'))", "Refused", "not a name"),
     ],
 )
-def test_refusals(reading, code, kind, words):
+def test_hub_errors_are_refused_with_their_cause(reading, code, kind, words):
     _, client = reading
     error = client.refusal(code, kind)
     assert all(word in error.text for word in words.split()), error.text
@@ -80,7 +80,7 @@ def test_an_answer_that_is_no_hubs(reading, fault):
     assert "HF_ENDPOINT" in client.refusal(f"HubFolder(parse('{REPO}'))", "Failed").parts["hint"]
 
 
-def test_another_commit_than_asked_for(hub, client):
+def test_another_commit_than_requested_is_an_error(hub, client):
     first = hub.repos[REPO].refs["main"]
     hub.commit(REPO, {"config.json": b"{}"})
     body = json.dumps({"id": REPO, "sha": hub.repos[REPO].refs["main"], "siblings": []}).encode()
@@ -112,7 +112,7 @@ WRONG_RANGES = {
 
 
 @pytest.mark.parametrize("name", WRONG_RANGES)
-def test_wrong_ranges_are_asked_for_again_then_refused(reading, name):
+def test_wrong_ranges_are_requested_again_then_refused(reading, name):
     hub, client = reading
     client(f"folder = HubFolder(parse('{REPO}'))")
     hub.log.clear()
@@ -136,7 +136,7 @@ def test_wrong_ranges_are_asked_for_again_then_refused(reading, name):
 @pytest.mark.parametrize(
     "fault", [Fault(status=500), Fault(status=503), Fault(reset=True), Fault(cut=20)]
 )
-def test_listings_are_asked_for_again(reading, fault):
+def test_listings_are_requested_again(reading, fault):
     hub, client = reading
     hub.faults = during(fault, path="/api/models", times=2)
     assert client(f"HubFolder(parse('{REPO}')).files()['config.json']") == len(FILES["config.json"])

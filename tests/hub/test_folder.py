@@ -12,7 +12,7 @@ from tests.support.usual import usual
 # Reading
 
 
-def test_a_folder(reading):
+def test_a_hub_folder_lists_and_reads_its_files(reading):
     hub, client = reading
     client(f"folder = HubFolder(parse('{REPO}'))")
     commit = hub.repos[REPO].refs["main"]
@@ -94,7 +94,7 @@ def test_ranges_move_what_they_hold(reading):
     assert not hub.log
 
 
-def test_small_texts_come_whole_and_stay(hub, client):
+def test_small_texts_are_downloaded_completely_and_cached(hub, client):
     # as the Hub itself may do for plain git files
     hub.faults = during(Fault(ignore_range=True), path="config.json")
     client(f"folder = HubFolder(parse('{REPO}'))")
@@ -329,7 +329,7 @@ def test_offline_without_a_copy(hub, client, connect):
     assert "HF_HUB_OFFLINE" in error.text and offline("sockets") == []
 
 
-def test_no_network(client, connect):
+def test_without_a_network_cached_files_are_read(client, connect):
     client(f"HubFolder(parse('{REPO}')).path('config.json')")
     with Hub() as gone:
         pass

@@ -22,7 +22,7 @@ from tests.support.hub_client import ROOT
         ("Org-1/na.me_2", HubId("Org-1/na.me_2")),
     ],
 )
-def test_ids(source, expected):
+def test_valid_ids_are_parsed_and_printed_back(source, expected):
     assert parse(source) == expected
     assert parse(str(expected)) == expected
 
@@ -72,7 +72,7 @@ def test_ids(source, expected):
         *("hf://org/name", "https://huggingface.co/org/name", "o" * 97 + "/n"),
     ],
 )
-def test_what_is_no_id(source):
+def test_invalid_ids_are_not_parsed(source):
     assert parse(source) is None
 
 

@@ -133,7 +133,7 @@ FORGED: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("forgery", FORGED)
-def test_what_is_forged_is_done_again(bench: Bench, forgery: str):
+def test_forged_entries_of_a_journal_are_made_again(bench: Bench, forgery: str):
     journal = bench.journal
     FORGED[forgery](journal)
     bench.write(journal)

@@ -298,7 +298,7 @@ def test_verify_looks_at_each_file_before_it_goes(place):
     assert done["verified"]["files"] == 2 and done["verified"]["rows"] == 6
 
 
-def test_what_is_looked_at_whole_stays_until_then(place):
+def test_outputs_that_are_checked_as_a_whole_stay_local_until_then(place):
     hub, client, *_ = place
     client(JOBS["merge"].format(more="out='hf://org/tuned'") + ".data")
     job = "adapterkit.extract('org/base', 'org/tuned', rank=4, {more})"

@@ -81,7 +81,7 @@ def weights_moved(hub: Hub) -> int:
     return down + sum(hub.uploaded())
 
 
-def test_who_may_not_write_is_refused_before_weights_move(place):
+def test_a_token_without_write_permission_is_refused_before_weights_move(place):
     hub, client, out = place
     hub.accounts[ELSEWHERE] = Account(name="me", orgs=())
     try:
@@ -110,7 +110,7 @@ def test_a_place_that_is_none_is_refused(place, out):
     assert not hub.log
 
 
-def test_what_comes_of_a_private_repository_is_private(place):
+def test_the_output_of_a_private_repository_is_private(place):
     hub, client, out = place
     hub.repo("org/secret", private=True)
     hub.commit("org/secret", base_files())

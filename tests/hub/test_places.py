@@ -58,7 +58,7 @@ def test_an_output_never_goes_onto_an_input(place, where):
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_what_adapterkit_did_not_write_is_not_replaced(place, where):
+def test_files_that_adapterkit_did_not_write_are_not_replaced(place, where):
     hub, client, _ = place
     hub.commit("me/other", FOREIGN | {"config.json": b"{}", "README.md": b"by hand"})
     for more in ("", ", overwrite=True"):

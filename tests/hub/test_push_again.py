@@ -66,7 +66,7 @@ def test_other_inputs_are_not_sent_under_the_name_of_the_job(place):
     assert pushed(hub, root / "out")
 
 
-def test_who_may_not_push_is_refused_before_the_merge(place):
+def test_a_push_that_is_not_allowed_is_refused_before_the_merge(place):
     hub, client, root = place
     hub.commit(OUT, {"model.safetensors": b"\0old"})
     assert "already: model.safetensors" in client.refusal(merge()).text
@@ -126,7 +126,7 @@ def test_finish_replaces_an_older_output_only_with_overwrite(place):
     assert client(finish.format(", overwrite=True")) == [] and pushed(hub, root / "out")
 
 
-def test_what_others_put_into_a_finished_output_is_not_sent(place):
+def test_foreign_files_in_a_finished_output_are_not_sent(place):
     """A link to a private file, a file that no receipt lists; a link in place of a file of the
     receipt is refused."""
     hub, client, root = place
@@ -189,7 +189,7 @@ def secret(hub: Hub) -> None:
     hub.commit("org/secret", base_files())
 
 
-def test_what_comes_of_a_private_repository_is_pushed_to_a_private_one(place):
+def test_the_output_of_a_private_repository_is_pushed_to_a_private_one(place):
     hub, client, _ = place
     secret(hub)
     note = f"{OUT} is new, and private: org/secret is private"
@@ -205,7 +205,7 @@ def test_what_comes_of_a_private_repository_is_pushed_to_a_private_one(place):
     assert hub.repos["org/direct"].private
 
 
-def test_so_is_what_comes_of_an_output_on_this_machine(place):
+def test_outputs_of_local_outputs_of_a_private_repository_are_private_too(place):
     """Its receipt says what it was made of; two merges later as well."""
     hub, client, _ = place
     secret(hub)
@@ -218,7 +218,7 @@ def test_so_is_what_comes_of_an_output_on_this_machine(place):
     assert hub.repos[OUT].private and hub.repos["org/direct"].private
 
 
-def test_what_cannot_be_seen_any_more_is_taken_for_private(place):
+def test_a_repository_that_is_no_longer_visible_counts_as_private(place):
     hub, client, _ = place
     hub.commit("org/public", base_files())
     client("adapterkit.merge('org/public', ['adapter'], out='first').data['hash']")

@@ -156,7 +156,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_not_read_to_plan_is_checked_when_it_is_read(bench, case):
+def test_tensors_not_read_for_the_plan_are_checked_when_read(bench, case):
     hub, client, folder, tensors = bench
     form, key, value, problem = WRONG[case]
     assert key in tensors[form] and value.shape[1:] == tensors[form][key].shape[1:]

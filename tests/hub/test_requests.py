@@ -133,7 +133,7 @@ def test_no_request_for_each_quantized_weight(bench, form, tmp_path):
     assert count <= 2
 
 
-def test_what_was_not_read_is_checked_where_it_is_decoded(bench, tmp_path):
+def test_unread_indices_are_checked_when_decoded(bench, tmp_path):
     wrong = torch.full((64,), 9).int()
     name = quantized(bench, "gptq4", tmp_path, **{OF_QUERIES + "g_idx": wrong})
     _, client = bench

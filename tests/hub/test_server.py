@@ -74,7 +74,7 @@ def test_copies_that_are_refused(connect):
         assert sha256 in hub.store.blobs and sha256 not in hub.repos["me/copy"].objects
 
 
-def test_accounts(connect):
+def test_the_test_server_checks_permissions_of_accounts(connect):
     with Hub() as hub:
         writes = Account("me", "fineGrained", ("org",), ("repo.content.read", "repo.write"))
         hub.accounts = {TOKEN: writes, READER: Account("reader", "read", ())}

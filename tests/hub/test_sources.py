@@ -267,7 +267,7 @@ def test_one_file_of_a_repository(mixed):
     assert resized(mixed, "org/mixed:loras/of_kohya.safetensors", "kohya-hub") == of_kohya
 
 
-def test_where_one_file_comes_from(mixed):
+def test_the_receipt_records_the_source_of_one_file(mixed):
     hub, client, _ = mixed
     commit = hub.repos["org/mixed"].refs["main"]
     client(

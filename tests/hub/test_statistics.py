@@ -196,7 +196,7 @@ def test_a_place_that_is_no_file_is_refused(place, name):
     assert not hub.log
 
 
-def test_what_is_in_the_way_is_refused_before_weights_move(place):
+def test_existing_files_are_refused_before_weights_move(place):
     hub, client, out = place
     hub.commit(
         out, {FILE: save({}), f"{FILE}.d/x.safetensors/y": b"y", "model.safetensors": b"\0w"}

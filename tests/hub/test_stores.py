@@ -47,7 +47,7 @@ def test_the_bytes_are_those_of_a_local_merge(merged, tmp_path):
     assert {"config.json", "adapterkit.json", "README.md"} < set(found)
 
 
-def test_what_does_not_change_does_not_move(merged):
+def test_unchanged_files_are_not_uploaded(merged):
     size = len(base_files()[SHARDS[0]])
     if merged.xet is None:
         assert merged.uploaded() == [size]

@@ -46,7 +46,7 @@ def reference(weight: Tensor, covariance: Tensor, rank: int, method: str) -> Ten
 
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("build, ends", [(oracle.llama, LLAMA), (oracle.gpt2, GPT2)])
-def test_as_peft(method, build, ends):
+def test_corda_equals_peft(method, build, ends):
     """The part and the base that is left, from the same batches; PEFT divides the inputs of each
     batch by |max X|: here they are scaled alike."""
     model = build()
@@ -183,11 +183,11 @@ def test_a_rank_above_the_weights_is_filled_with_zeros():
     (torch.arange(576.0).view(24, 24), "not symmetric"),
     (-torch.eye(24), "not positive"),
 ])  # fmt: skip
-def test_what_is_no_covariance(covariance, problem):
+def test_invalid_covariances_are_refused(covariance, problem):
     with pytest.raises(ValueError, match=problem):
         part(weights()["square"], covariance, 4, "ipm")
 
 
-def test_unknown_method():
+def test_an_unknown_corda_method_is_refused():
     with pytest.raises(Refused, match="ipm or kpm"):
         Corda("imp")

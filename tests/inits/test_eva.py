@@ -116,7 +116,7 @@ def test_whitening_leaves_directions_without_variance_finite():
     ([[0.5, 0.3], [0.5, 0.3], [0.5, 0.3]], 4, [2, 1, 1]),  # equal: the first has the largest
     ([[0.5], []], 4, [1, 0]),  # fewer components than ranks
 ])  # fmt: skip
-def test_distribution(ratios, budget, ranks):
+def test_ranks_are_distributed_by_explained_variance(ratios, budget, ranks):
     assert distribute(ratios, budget) == ranks
 
 
@@ -144,7 +144,7 @@ def test_ratios_are_shares_of_all_variance():
     ({"whiten": "perhaps"}, "--whiten 'perhaps'"),
     ({"adjust_scaling_factors": 2}, "--adjust-scaling-factors 2"),
 ])  # fmt: skip
-def test_wrong_settings(settings, message):
+def test_invalid_eva_settings_are_refused(settings, message):
     with pytest.raises(Refused, match=message):
         Eva(**settings)
 

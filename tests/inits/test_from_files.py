@@ -193,7 +193,7 @@ def test_values_that_are_not_finite(method, start, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_covariance(start, tmp_path):
+def test_invalid_covariances_in_a_file_are_refused(start, tmp_path):
     def clear(tensors):
         for key, tensor in tensors.items():
             if key.endswith("covariance"):

@@ -258,7 +258,7 @@ def test_implicit_on_every_kind_of_layer(of_kind, tmp_path):
     initialized.assert_close({key: merged[key] for key in before}, before, 5e-7)
 
 
-def test_what_a_method_is_not_defined_on_is_refused(folder, stats, tmp_path):
+def test_layers_that_a_method_does_not_support_are_refused(folder, stats, tmp_path):
     base = folder / "convolutions"
     with oracle.quiet():
         KINDS["conv2d"].build().save_pretrained(base)

@@ -64,7 +64,7 @@ def graded(request):
 
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_as_peft(graded, direction, scale):
+def test_lora_ga_equals_peft(graded, direction, scale):
     """The factors but for the signs of the triplets, which are open, and the base that is left."""
     model, ends, samples, gradients = graded
     modules, transposed = linear_modules(model, ends), "c_fc" in ends
@@ -164,6 +164,6 @@ def test_gradients_with_few_triplets(gradient, direction):
     ({"scale": "big"}, "--scale 'big'(?s:.*)stable or weight_svd"),
     ({"stable_gamma": 0}, "--stable-gamma 0"),
 ])  # fmt: skip
-def test_wrong_settings(settings, message):
+def test_invalid_lora_ga_settings_are_refused(settings, message):
     with pytest.raises(Refused, match=message):
         LoraGa(**settings)

@@ -112,7 +112,7 @@ DRAWN = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "r
 
 
 @pytest.mark.parametrize("method", DRAWN)
-def test_what_is_drawn_has_the_distribution_of_peft(method, wide, tmp_path):
+def test_random_factors_have_the_distribution_of_peft(method, wide, tmp_path):
     """Spread, bounds and shape of each factor, on linear layers and, where PEFT draws so there, on
     embeddings."""
     rank = 16

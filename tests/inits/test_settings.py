@@ -23,7 +23,7 @@ def test_numbers_as_they_come_from_the_command_line():
     ("eva", {"tau": 0.9}, ["--set tau is unknown", "rho, whiten, adjust_scaling_factors"]),
     ("corda", {"method": "kpm"}, ["--set method is unknown", "corda_method"]),
 ])  # fmt: skip
-def test_wrong(method, settings, problems):
+def test_invalid_settings_of_inits_are_refused(method, settings, problems):
     with pytest.raises(Refused) as refusal:
         create("inits", method, settings)
     assert all(problem in str(refusal.value) for problem in problems)

@@ -135,7 +135,7 @@ RULES = [
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_of_several_rules_the_first_that_matches_counts_as_in_peft(rules, stored):
+def test_the_first_matching_rule_counts_as_in_peft(rules, stored):
     patterns: dict[str, int] = {}
     for pattern, rank in (rule.split("=") for rule in rules):
         patterns.setdefault(pattern, int(rank))

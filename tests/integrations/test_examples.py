@@ -83,7 +83,7 @@ def test_nodes_of_comfyui(nodes, tmp_path):
         nodes["Convert"].execute("one.safetensors", "comfyui", "../../made")
 
 
-def test_the_action(lora, llama, tmp_path, monkeypatch):
+def test_the_github_action_is_valid(lora, llama, tmp_path, monkeypatch):
     words = ["-m", "check_jsonschema", "--builtin-schema", "vendor.github-actions"]
     action = FOLDER / "github-action" / "action.yml"
     done = subprocess.run([sys.executable, *words, str(action)], capture_output=True, text=True)

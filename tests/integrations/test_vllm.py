@@ -37,11 +37,11 @@ def test_an_adapter_of_another_format_is_converted_once(resolve, lora, llama, tm
 
 
 @pytest.mark.parametrize("name", ["absent", "../secret", "/etc", ".", "", "org/adapter"])
-def test_what_is_not_served_is_nobody_s(resolve, name):
+def test_names_that_are_not_served_resolve_to_none(resolve, name):
     assert resolve(name) is None
 
 
-def test_what_the_server_would_not_take_is_refused(resolve, vllm, tmp_path):
+def test_an_adapter_above_the_server_s_rank_is_refused(resolve, vllm, tmp_path):
     vllm["adapterkit"].max_rank = 1
     with pytest.raises(Refused, match="--max-lora-rank") as caught:
         resolve("mine")

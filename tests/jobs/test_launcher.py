@@ -49,7 +49,9 @@ KUBERNETES = {"JOB_COMPLETION_INDEX": "4", "ADAPTERKIT_RANKS": "6"}
     ({"RANK": "0", "WORLD_SIZE": "1"} | STEP, (1, 3)),
     ({"WORLD_SIZE": "3", "MASTER_ADDR": "node1"} | STEP, (1, 3)),  # as scripts of torch export it
 ])  # fmt: skip
-def test_what_launchers_say(environment: dict[str, str], expected: tuple[int, int]):
+def test_worker_numbers_of_launchers_are_read(
+    environment: dict[str, str], expected: tuple[int, int]
+):
     assert worker_of("auto", environment) == expected
 
 
@@ -65,12 +67,12 @@ def test_what_launchers_say(environment: dict[str, str], expected: tuple[int, in
     (ARRAY | {"SLURM_ARRAY_TASK_COUNT": "3"}, "a job array of 3 elements from 3 to 9"),
     (ARRAY | {"SLURM_ARRAY_TASK_ID": "8"}, "a job array of 4 elements"),
 ])  # fmt: skip
-def test_what_is_incomplete_is_refused(environment: dict[str, str], problem: str):
+def test_an_incomplete_launcher_environment_is_refused(environment: dict[str, str], problem: str):
     with pytest.raises(Refused, match=problem):
         worker_of("auto", environment)
 
 
-def test_told():
+def test_a_given_worker_number_counts_before_the_launcher_s():
     assert worker_of("3/4", TORCHRUN) == (3, 4)
     for text in ("4/4", "1", "a/b", "-1/2", "1/2/3", "0/0", ""):
         with pytest.raises(Refused, match="--worker"):

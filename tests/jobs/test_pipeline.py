@@ -478,12 +478,12 @@ def test_files_that_are_refused(write, changes: dict[str, str | None], words: st
 
 
 @pytest.mark.parametrize("text", ["", "step = 3", "[[steps]]\nverb = 'merge'", "=", "step = []"])
-def test_no_pipeline(write, text: str):
+def test_files_without_steps_are_refused(write, text: str):
     with pytest.raises(Refused, match=r"steps\.toml"):
         run_pipeline(write(text))
 
 
-def test_all_that_is_wrong_with_a_file(write):
+def test_all_problems_of_a_file_are_listed(write):
     file = write('[[step]]\nverb = "merg"\n[[step]]\nverb = "init"\ninputs = ["a", "b"]\n')
     with pytest.raises(Refused) as caught:
         run_pipeline(file)
@@ -510,7 +510,7 @@ def test_receipts_name_no_path(write, tmp_path: Path):
         assert json.loads(text)["pipeline"]["file"] == "steps.toml"
 
 
-def test_the_command(write, tmp_path: Path):
+def test_the_run_command_plans_and_runs_a_pipeline(write, tmp_path: Path):
     file = str(write(STEPS))
     command = lambda *words: CliRunner().invoke(main, ["run", file, *words])
     planned = command("--dry-run")
@@ -527,7 +527,7 @@ def test_the_command(write, tmp_path: Path):
     assert usage.exit_code == 2 and "--worker does not apply to a pipeline" in usage.stderr
 
 
-def test_in_python(write):
+def test_run_in_python_accepts_a_pipeline(write):
     """`adapterkit.run` tells a pipeline by its name."""
     file = write(STEPS)
     report = adapterkit.run(file, dry_run=True)

@@ -189,7 +189,7 @@ def test_a_changed_input_is_the_end_for_all(merging):
     bench.check_done(whole)
 
 
-def test_what_is_given_up_stays_so(merging):
+def test_a_failed_job_stays_failed(merging):
     bench, _ = merging
     bench.plan().succeeded()
     (bench.stage / "marks" / "FAILED").write_bytes(line_of({"reason": "a file changed"}))

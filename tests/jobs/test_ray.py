@@ -279,7 +279,9 @@ def test_one_large_file(drive: Callable[..., Driver], large: Path, killed: str):
 
 
 @slow
-def test_an_interrupt(drive: Callable[..., Driver], large: Path):
+def test_an_interrupt_ends_the_driver_with_a_hint_to_resume(
+    drive: Callable[..., Driver], large: Path
+):
     driver = drive()
     driver.until(lambda: driver.done() and driver.worker())
     driver.process.send_signal(signal.SIGINT)

@@ -31,7 +31,7 @@ def run(text: str, out: Path, **options) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_as_mergekit(name: str, home: Path, tmp_path: Path) -> None:
+def test_recipes_equal_mergekit(name: str, home: Path, tmp_path: Path) -> None:
     """Of methods that draw at density 1: then the draws of both do not matter."""
     ours = run(recipe(name, home), tmp_path / "out")
     base = load_file(home / "base/model.safetensors")
@@ -45,7 +45,7 @@ def test_as_mergekit(name: str, home: Path, tmp_path: Path) -> None:
         )
 
 
-def test_what_is_drawn_follows_mergekits_law(home: Path, tmp_path: Path) -> None:
+def test_random_methods_have_mergekits_distribution(home: Path, tmp_path: Path) -> None:
     """dare keeps half of the elements, della more of the larger ones; what stays has one factor,
     which gives the delta its former L1 norm."""
     base = load_file(home / "base/model.safetensors")
@@ -132,7 +132,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refusals(case: str, home: Path, tmp_path: Path) -> None:
+def test_unsupported_recipes_are_refused(case: str, home: Path, tmp_path: Path) -> None:
     text, said = BAD[case]
     paths = {one: home / one for one in ("base", "a", "b", "c")} | {"full": f"{home}/./base"}
     with pytest.raises((AdapterkitError, MultipleErrors)) as error:
@@ -141,7 +141,7 @@ def test_refusals(case: str, home: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_options(home: Path, tmp_path: Path) -> None:
+def test_missing_and_wrong_options_are_refused(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe("gradients", home))
     with pytest.raises(Refused, match="no --out"):

@@ -95,7 +95,7 @@ def encodes(w: Tensor, kind: blockwise.Kind, blocksize: int) -> None:
     assert same(encode_4bit(w + 0, ours.absmax, kind, blocksize), packed)  # + 0: no -0
 
 
-def test_maps() -> None:
+def test_code_maps_equal_bitsandbytes() -> None:
     for kind in KINDS:
         assert same(quant_map(kind), F.get_4bit_type(kind, device="cpu"))
         assert torch.equal(quant_map(kind)[list(ORDER[kind])], quant_map(kind).sort().values)
@@ -104,7 +104,9 @@ def test_maps() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_million(kind: blockwise.Kind, dtype: torch.dtype) -> None:
+def test_a_million_values_are_encoded_as_bitsandbytes(
+    kind: blockwise.Kind, dtype: torch.dtype
+) -> None:
     encodes((normal(1 << 10, 1 << 10) * 0.02).to(dtype), kind, 64)
 
 
@@ -115,7 +117,9 @@ def test_a_million(kind: blockwise.Kind, dtype: torch.dtype) -> None:
     ids=str,
 )
 @pytest.mark.usefixtures("small_pieces")
-def test_what_hurts(kind: blockwise.Kind, blocksize: int, dtype: torch.dtype) -> None:
+def test_hard_values_and_odd_sizes_are_encoded_as_bitsandbytes(
+    kind: blockwise.Kind, blocksize: int, dtype: torch.dtype
+) -> None:
     w = hard(kind, blocksize, dtype)
     assert len(w) > 16 * blocksize
     encodes(w, kind, blocksize)
@@ -163,7 +167,9 @@ def test_decodes_as_bitsandbytes(kind: blockwise.Kind, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
 @pytest.mark.parametrize("size", [1, 2, 63, 64, 96, 1000, 8195])
 @pytest.mark.usefixtures("small_pieces")
-def test_law(kind: blockwise.Kind, blocksize: int, size: int) -> None:
+def test_every_element_gets_the_nearest_code(
+    kind: blockwise.Kind, blocksize: int, size: int
+) -> None:
     """Every element has the nearest code, and is that times its block's absmax, rounded once."""
     w = normal(size, seed=size) * 0.1
     packed, absmax = quantize_4bit(w, kind, blocksize)
@@ -221,7 +227,7 @@ def test_a_scale_of_zero_holds_zeros() -> None:
         assert set(encode_4bit(read.abs(), torch.zeros(1), kind).flatten().tolist()) == {code}
 
 
-def test_what_a_scale_cannot_hold_saturates() -> None:
+def test_values_beyond_a_scale_saturate() -> None:
     for value, scale in ((9.0, 1.0), (-9.0, -1.0), (3e38, 1e-38), (3e38, 0.0)):
         w = torch.tensor([value, -value] * 32)
         for kind, byte in (("nf4", 0xF0), ("fp4", 0x3B)):
@@ -230,7 +236,7 @@ def test_what_a_scale_cannot_hold_saturates() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 5000, 40_000, 300_000])
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
-def test_double_quantization(size: int, spread: float) -> None:
+def test_double_quantization_equals_bitsandbytes(size: int, spread: float) -> None:
     absmax = normal(size, seed=size).abs() * spread + 0.05
     offset = absmax.mean()
     torch.set_num_threads(4)
@@ -287,7 +293,7 @@ def test_double_quantization_in_another_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("small_pieces")
-def test_int8(dtype: torch.dtype) -> None:
+def test_int8_equals_bitsandbytes(dtype: torch.dtype) -> None:
     w = normal(64, 70)
     w[3], w[4], w[5] = 0, 0.5, -0.0
     w[6, :35], w[6, 35:] = 2.0, -2.0
@@ -318,7 +324,7 @@ def test_int8(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_refusals(bad: float) -> None:
+def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     w = normal(5, 64)
     w[3, 7] = bad
     for kind in KINDS:
@@ -343,7 +349,7 @@ def test_refusals(bad: float) -> None:
         quantize_int8(torch.full((1, 4), 65520.0))
 
 
-def test_wrong_sizes() -> None:
+def test_wrong_block_sizes_and_counts_of_scales_are_refused() -> None:
     with pytest.raises(ValueError, match="expected a block size of 32, .*, 4096, not 48"):
         quantize_4bit(normal(96), "nf4", 48)
     with pytest.raises(ValueError, match="expected 2 scales for 96 elements, not \\(3,\\)"):

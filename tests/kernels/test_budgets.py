@@ -98,7 +98,7 @@ def over_budget(record: QuantizedWeight, weight: Tensor, stored: dict[str, Tenso
 
 
 @pytest.mark.parametrize("form", few(FORMS))
-def test_formats(form: str, weight: Tensor, tmp_path: Path):
+def test_decoding_stays_within_the_claimed_memory(form: str, weight: Tensor, tmp_path: Path):
     record, stored = stored_in(form, weight, tmp_path)
     assert not over_budget(record, weight, stored)
 

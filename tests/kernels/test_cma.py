@@ -40,18 +40,18 @@ def search(function, n: int, evaluations: int, **more) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
-def test_sphere(n: int):
+def test_cma_finds_the_minimum_of_a_sphere(n: int):
     x, value = search(sphere, n, 200 * n)
     assert value < 1e-9 and torch.allclose(x, torch.full((n,), 0.3).double(), atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [2, 5])
-def test_a_turned_ellipsoid(n: int):
+def test_cma_finds_the_minimum_of_a_rotated_ellipsoid(n: int):
     assert search(ellipsoid, n, 800 * n)[1] < 1e-9
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_bent_valley(seed: int):
+def test_cma_finds_the_minimum_of_a_bent_valley(seed: int):
     x, value = search(rosenbrock, 5, 6000, seed=seed)
     assert value < 1e-9 and torch.allclose(x, torch.ones(5).double(), atol=1e-4)
 
@@ -66,7 +66,7 @@ def test_a_minimum_outside_the_bounds_is_found_on_them():
     assert torch.allclose(x, torch.full((3,), 2.0).double(), atol=1e-3)
 
 
-def test_what_is_told_again_leads_to_the_same_points():
+def test_repeated_results_give_the_same_points():
     one, two = (Cma(torch.zeros(4), 0.3, seed=5) for _ in range(2))
     for _ in range(5):
         points = one.ask()

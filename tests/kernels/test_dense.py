@@ -72,7 +72,7 @@ def test_small_squares_and_zeros_are_decomposed_on_the_host(
     assert calls == ([(name, (size, size))] if size == LARGE else [])
 
 
-def test_what_the_gpu_gives_up_on_is_decomposed_on_the_host(monkeypatch: pytest.MonkeyPatch):
+def test_matrices_that_fail_on_the_gpu_are_decomposed_on_the_host(monkeypatch: pytest.MonkeyPatch):
     x, own = draw(LARGE, LARGE), torch.linalg.eigh
 
     def fails(x: Tensor) -> Any:
@@ -99,7 +99,7 @@ THIN = {
 
 
 @pytest.mark.parametrize("kind", THIN)
-def test_thin_qr(kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_thin_qr_on_a_gpu_is_orthonormal_and_exact(kind: str, monkeypatch: pytest.MonkeyPatch):
     x = THIN[kind]
     with card_calls(monkeypatch) as calls:
         q, r = (part.cpu() for part in dense.qr(x.to(DEVICE)))
@@ -112,7 +112,7 @@ def test_thin_qr(kind: str, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("shape", [(400, 20), (20, 400), (30, 40), (600, LARGE), (LARGE, 600)])
-def test_svd(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+def test_svd_on_a_gpu_equals_the_cpu(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
     x = draw(*shape)
     with card_calls(monkeypatch) as calls:
         u, s, vh = (part.cpu() for part in dense.svd(x.to(DEVICE)))

@@ -81,7 +81,7 @@ def errors(name: str, blocks: Tensor, w: Tensor, weight: Tensor | float = 1.0) -
 
 
 @ALL
-def test_decode(name: str) -> None:
+def test_random_blocks_decode_as_in_ggml(name: str) -> None:
     kind = TYPES[name]
     assert (kind.kind, kind.values, kind.nbytes) == ggml.sizes(name)
     blocks = random_blocks(name)
@@ -215,7 +215,7 @@ def test_new_scales_only_where_they_lose_less(name: str, sampled: bool) -> None:
 
 
 @ALL
-def test_sampled_codes(name: str) -> None:
+def test_sampled_codes_have_the_weight_as_their_mean(name: str) -> None:
     """E[value] = w; the draws are those of elements, whatever rows are encoded with them."""
     old = ggml.quantize(name, gaussian(4, 512))
     parts = decode(name, old).view(4, -1, TYPES[name].sub)
@@ -233,7 +233,7 @@ def test_sampled_codes(name: str) -> None:
 
 
 @ALL
-def test_compensated_rounding(name: str) -> None:
+def test_compensated_rounding_keeps_the_given_scales(name: str) -> None:
     """What it gives is encoded with the scales that it was given with."""
     old = ggml.quantize(name, gaussian(8, 256))
     x = gaussian(300, 256, seed=2) @ gaussian(256, 256, seed=3)
@@ -264,7 +264,7 @@ def test_small_large_and_uniform_blocks(name: str) -> None:
 
 
 @ALL
-def test_what_is_refused(name: str) -> None:
+def test_invalid_values_and_sizes_are_refused(name: str) -> None:
     size = TYPES[name].values
     w, weights = gaussian(3, size), torch.ones(size)
     old = encode(name, w)

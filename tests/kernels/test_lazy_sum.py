@@ -110,7 +110,7 @@ def test_values_and_gradients_are_those_of_the_sum(name):
 @pytest.mark.parametrize("function", [
     F.grouped_mm, lambda x, w, offs: torch.ops.transformers.grouped_mm_fallback(x, w, offs),
 ])  # fmt: skip
-def test_grouped_products(function, dtype, factors, transposed):
+def test_grouped_products_of_odd_ranks_equal_dense_ones(function, dtype, factors, transposed):
     """Ranks 3 and 2 have to be padded: strides are multiples of 16 bytes."""
     total = low_rank_sum(3, dtype, factors)
     x = torch.randn(8, M if transposed else N).to(dtype).requires_grad_()
@@ -157,7 +157,7 @@ def test_eight_bit_weights_are_summed_within_their_range():
     assert value.float().abs().max() == torch.finfo(torch.float8_e4m3fn).max
 
 
-def test_autocast():
+def test_products_under_autocast_are_bfloat16():
     total = low_rank_sum(2, torch.float32, torch.float32)
     x = torch.randn(5, N)
     with torch.autocast("cpu", dtype=torch.bfloat16):

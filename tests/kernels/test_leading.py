@@ -64,7 +64,7 @@ def test_flat_spectra_take_inexact_products_and_decaying_ones_do_not(iterated: l
     assert iterated
 
 
-def test_where_the_iteration_does_not_end_another_method_takes_over(
+def test_another_method_takes_over_if_the_iteration_does_not_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(leading, "SMALL_SIDE", 0)
@@ -98,7 +98,7 @@ def test_the_result_repeats_and_the_input_is_left_alone(iterated: list[int]) -> 
         assert torch.allclose(one.s, other.s, rtol=1e-5)
 
 
-def test_what_is_no_matrix_or_rank_is_refused() -> None:
+def test_invalid_matrices_and_ranks_are_refused() -> None:
     for w in (torch.ones(3), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="matrix"):
             leading_triplets(w, 1)

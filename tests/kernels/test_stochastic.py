@@ -52,7 +52,7 @@ def test_the_mean_over_seeds_is_the_value_and_each_is_a_neighbor(source, dtype):
 
 
 @pytest.mark.parametrize(("source", "dtype"), FLOATS)
-def test_what_the_format_holds_stays_and_overflow_is_as_to_nearest(source, dtype):
+def test_representable_values_stay_and_overflow_rounds_to_nearest(source, dtype):
     largest = torch.finfo(dtype).max
     exact = numbers(source, dtype).to(dtype)
     exact = torch.cat([exact, torch.tensor([0.0, -0.0, largest, -largest]).to(dtype)])
@@ -221,7 +221,7 @@ def test_float32_weights_are_the_same_either_way(tmp_path):
     assert metrics["survived"] == 1
 
 
-def test_a_merge_that_loses_most_of_the_delta_says_so(tmp_path):
+def test_a_merge_that_loses_most_of_the_delta_warns(tmp_path):
     job(tmp_path, size=5e-5)
     for options, warned in [
         ({}, True),

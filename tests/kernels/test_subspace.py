@@ -130,7 +130,7 @@ def test_near_the_best(name: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-36, 1e-30, 1e-15, 1e15, 1e30, 1e36])
-def test_any_scale(scale: float) -> None:
+def test_the_svd_is_near_optimal_at_any_scale(scale: float) -> None:
     for name in ("noise of nf4", "decaying", "one row"):
         w = MATRICES[name]() * scale
         check(w, 8, near_optimal_svd(w, 8), excess=EXCESS if scale > 1e-40 else 0.02)

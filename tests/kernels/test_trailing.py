@@ -34,7 +34,7 @@ SHAPES = [(40, 40), (90, 40), (40, 90), (1, 5), (5, 1), (300, 280)]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_triplets(shape, spectrum):
+def test_trailing_triplets_are_accurate_and_orthonormal(shape, spectrum):
     """The values to 1e-9 of the largest and 1e-6 of themselves where float64 resolves them; the
     triplets are w's own, and orthonormal."""
     least = min(shape)
@@ -61,6 +61,6 @@ def test_inverts_where_that_resolves_the_values(spectrum, inverted):
     assert (truncated._inverted(triangle, 4) is not None) == inverted
 
 
-def test_refused():
+def test_rank_zero_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         trailing_svd(torch.ones(3, 3), 0)

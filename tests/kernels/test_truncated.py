@@ -127,7 +127,7 @@ def test_the_iteration_reaches_the_optimum(
 @pytest.mark.parametrize("count", usual([3, 40], {3}))
 @pytest.mark.parametrize("where", ["right", "wrong", "one side"])
 @pytest.mark.parametrize("name", ITERATED)
-def test_where_the_iteration_begins_is_no_matter(
+def test_the_start_of_the_iteration_does_not_matter(
     name: str, where: str, count: int, iterated: None
 ) -> None:
     """Also where the given directions have nothing of the triplets."""
@@ -253,7 +253,7 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
             decompose()
 
 
-def test_what_is_no_matrix_or_rank_is_refused() -> None:
+def test_invalid_matrices_and_ranks_are_refused() -> None:
     for w in (torch.ones(3), torch.ones(0, 3), torch.ones(2, 2, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="matrix"):
             truncated_svd(w, 1)
@@ -352,7 +352,7 @@ def test_blocks_widen_until_equal_values_are_all_found(iterated: None) -> None:
     check(w, svd_for_energy(w, 0.95, 600)[0], 43)  # 64 with only the 40 of the 42 that fit a block
 
 
-def test_energy_of_tiny_null_and_whole_matrices() -> None:
+def test_energy_of_tiny_null_and_full_matrices() -> None:
     for shape in ((1, 1), (1, 3), (3, 1), (300, 300)):
         actual, total = svd_for_energy(torch.zeros(shape), 0.9, 5)
         assert (len(actual.s), float(actual.s[0]), total) == (1, 0.0, 0.0)

@@ -169,7 +169,7 @@ BIASES = {
 
 
 @pytest.mark.parametrize(("name", "dtype"), oracle.in_dtypes(BIASES, "all"))
-def test_biases(name, dtype, cached_folder, tmp_path):
+def test_merged_biases_equal_peft(name, dtype, cached_folder, tmp_path):
     build, config = BIASES[name]
     base = cached_folder(
         f"biased-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)

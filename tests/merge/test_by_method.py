@@ -79,7 +79,9 @@ def expected(base: Path, adapters: list[Path], name: str, **given) -> dict[str, 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_method(name: str, dtype: str, llamas, tmp_path: Path) -> None:
+def test_merges_by_every_method_equal_combine_then_merge(
+    name: str, dtype: str, llamas, tmp_path: Path
+) -> None:
     base, adapters = llamas(dtype)
     options = options_of(name)
     given = {"density": 0.5, **options.get("settings", {})}
@@ -178,7 +180,7 @@ PLACES = {
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "karcher"])
 @pytest.mark.parametrize("place", PLACES)
-def test_places(place: str, method: str, tmp_path: Path) -> None:
+def test_merges_by_method_on_every_kind_of_layer(place: str, method: str, tmp_path: Path) -> None:
     build, targets = PLACES[place]
     base, adapters = tmp_path / "base", [tmp_path / "a0", tmp_path / "a1"]
     base.mkdir()
@@ -191,7 +193,7 @@ def test_places(place: str, method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", usual(experts.MODELS, {"mixtral"}))
-def test_experts(kind: str, tmp_path: Path) -> None:
+def test_merges_by_method_of_experts_equal_one_delta_each(kind: str, tmp_path: Path) -> None:
     """One delta of each, whether they are stored one by one or as a stack."""
     model, adapters = experts.tiny(kind), [tmp_path / "a0", tmp_path / "a1"]
     with oracle.quiet():
@@ -206,7 +208,7 @@ def test_experts(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", ["untie", "fold"])
-def test_tied_embeddings(tied: str, tmp_path: Path) -> None:
+def test_merges_by_method_of_tied_embeddings(tied: str, tmp_path: Path) -> None:
     base, adapters = tmp_path / "base", [tmp_path / "a0", tmp_path / "a1"]
     oracle.save_base(oracle.tied_llama(), base, "fp32")
     for i, folder in enumerate(adapters):
@@ -226,7 +228,7 @@ def expected_embedding(base: Path, adapters: list[Path]) -> dict[str, Exact]:
     return {"embed": Exact(value, value, 1)}
 
 
-def test_shards(llamas, tmp_path: Path) -> None:
+def test_merges_by_method_do_not_depend_on_shards(llamas, tmp_path: Path) -> None:
     base, adapters = llamas("bf16")
     load(oracle.llama, base).save_pretrained(tmp_path / "base", max_shard_size="60KB")
     for out, more in ({"one": {}, "same": {}, "other": {"max_shard_size": "40KB"}}).items():
@@ -246,7 +248,9 @@ def test_shards(llamas, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", usual([n for n, f in FORMS.items() if f.writable], FEW))
-def test_quantized(form: str, cached_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_merges_by_method_into_quantized_bases_are_verified(
+    form: str, cached_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     """In its own format, each weight encoded once: rows are recomputed by --verify."""
     base = cached_folder(f"formats-{form}", lambda out: quantized_llama.base(FORMS[form], out))
     adapters = []
@@ -266,7 +270,7 @@ def test_quantized(form: str, cached_folder: Callable[..., Path], tmp_path: Path
         torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-4, msg=key)
 
 
-def test_gguf(tmp_path: Path) -> None:
+def test_merges_by_method_into_gguf(tmp_path: Path) -> None:
     _, message, tensors = gguf_files.llama()
     base, adapters = tmp_path / "m.gguf", [tmp_path / "a0", tmp_path / "a1"]
     gguf_files.write(base, "llama", message, tensors)
@@ -280,7 +284,7 @@ def test_gguf(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", usual(one_file.FAMILIES, {"flux", "sd15"}))
-def test_one_file(family: str, tmp_path: Path) -> None:
+def test_merges_by_method_into_image_files(family: str, tmp_path: Path) -> None:
     """Of each tensor of the file the method takes the adapters' whole deltas."""
     base = one_file.write_family(family, tmp_path / "base.safetensors")
     factors = [one_file.factors_of(family, rank=rank) for rank in (2, 3)]
@@ -301,7 +305,7 @@ def test_one_file(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[key], (value + delta).float(), atol=1e-5, rtol=0, msg=key)
 
 
-def test_another_kind_beside_factors(tmp_path: Path) -> None:
+def test_another_kind_together_with_factors(tmp_path: Path) -> None:
     """A Kronecker product, which no factors of low rank hold, and a LoRA of the same tensor."""
     base = one_file.write_family("flux", tmp_path / "base.safetensors")
     name, own = "double_blocks.0.img_attn.qkv", torch.Generator().manual_seed(1)
@@ -347,7 +351,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refusals(case: str, llamas, tmp_path: Path) -> None:
+def test_invalid_merges_by_method_are_refused(case: str, llamas, tmp_path: Path) -> None:
     (base, adapters), (options, said) = llamas("bf16"), BAD[case]
     with pytest.raises((Refused, MultipleErrors)) as error:
         adapterkit.merge(base, adapters, out=tmp_path / "out", **options)
@@ -358,7 +362,9 @@ def test_refusals(case: str, llamas, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"), [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "biases of factors")]
 )
-def test_what_is_no_plain_delta(config: dict, said: str, llamas, tmp_path: Path) -> None:
+def test_adapters_without_a_plain_delta_are_refused(
+    config: dict, said: str, llamas, tmp_path: Path
+) -> None:
     base, adapters = llamas("bf16")
     model = load(oracle.llama, base)
     if "lora_bias" in config:

@@ -115,7 +115,9 @@ def test_magnitudes_are_used(made_case, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compat", [None, "peft"])
-def test_beside_another_adapter(compat, dtype, made_case, cached_folder, tmp_path):
+def test_a_dora_merges_together_with_another_adapter(
+    compat, dtype, made_case, cached_folder, tmp_path
+):
     """PEFT takes each DoRA's norm of the base and merges in order (peft.md 1.12); order matters, so
     by default it is refused."""
     build, base, adapter = made_case("llama", dtype)

@@ -39,7 +39,9 @@ def job(folder: Path, dtype: torch.dtype, **config) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_it_is_the_rounded_float64_value(dtype: torch.dtype, config: dict, tmp_path: Path) -> None:
+def test_merged_values_are_the_rounded_float64_ones(
+    dtype: torch.dtype, config: dict, tmp_path: Path
+) -> None:
     w, exact = job(tmp_path, dtype, **config)
     oracle.merge(
         tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", dtype="fp32", verify=True
@@ -76,7 +78,7 @@ def test_verify_sees_the_last_bit_of_a_float32(
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_real_layouts(name: str, cached_folder, tmp_path: Path) -> None:
+def test_bert_and_gpt2_in_float32_are_exact(name: str, cached_folder, tmp_path: Path) -> None:
     build = getattr(oracle, name)
     base = cached_folder(
         f"float32-{name}", lambda folder: oracle.save_base(build(), folder, "fp32")

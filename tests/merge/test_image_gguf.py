@@ -250,7 +250,7 @@ def test_difference_extraction_and_floats(tmp_path: Path):
         adapterkit.dequantize(base, out=tmp_path / "floats")
 
 
-def test_quantized_types(tmp_path: Path):
+def test_merges_into_quantized_image_gguf_keep_kernels(tmp_path: Path):
     """Kernels and layers outside of the blocks stay as they are."""
     base = write_images(tmp_path / "b.gguf", denoiser(file_of("sdxl")), "F16", in_rows=True)
     adapterkit.quantize(base, to="q4_k_m", out=tmp_path / "q.gguf")
@@ -303,7 +303,7 @@ def test_types_of_each_mix(mix: str, expected: tuple[str, ...]):
 # ---- refusals ----------------------------------------------------------------------------------
 
 
-def test_refusals(tmp_path: Path):
+def test_invalid_merges_into_image_gguf_are_refused(tmp_path: Path):
     tensors = denoiser(file_of("flux"))
     base = write_images(tmp_path / "base.gguf", tensors)
     adapter, _ = lora_of("flux", tmp_path, every=5)

@@ -62,7 +62,7 @@ def test_merge_onto_the_original(weight, base, trained, tmp_path):
     assert names == ["adapter", "initial"]
 
 
-def test_rebase_takes_the_factors_beside_it(base, trained, tmp_path):
+def test_rebase_uses_the_factors_next_to_the_adapter(base, trained, tmp_path):
     adapterkit.rebase(trained, out=tmp_path / "plain")
     adapterkit.merge(base, [tmp_path / "plain"], out=tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")

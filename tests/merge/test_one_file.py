@@ -128,7 +128,7 @@ def test_a_file_in_shards_with_a_config_of_its_publisher(home, tmp_path):
     assert_close(load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"), right)
 
 
-def test_what_the_file_holds_besides_stays(home, tmp_path):
+def test_other_tensors_and_metadata_of_the_file_stay(home, tmp_path):
     """Averages, the autoencoder, markers of v-prediction, metadata: the header byte for byte."""
     base = load_file(base_of("sdxl", home))
     rest = {
@@ -530,7 +530,7 @@ TOLD_BY = {
 
 
 @pytest.mark.parametrize("family", TOLD_BY)
-def test_names_are_those_that_comfyui_tells_models_by(family, home):
+def test_names_are_those_by_which_comfyui_detects_models(family, home):
     base = base_of(family, home)
     starts = re.compile(f"^({re.escape(DENOISER)}|net\\.)")
     keys = {starts.sub("", key) for key in load_file(base)}
@@ -542,7 +542,7 @@ def test_names_are_those_that_comfyui_tells_models_by(family, home):
     assert model.architecture in (FAMILIES[family].architecture, "sd2" if family == "sd15" else "")
 
 
-def test_inspect_tells_the_family_and_its_parts(home):
+def test_inspect_names_the_family_and_its_components(home):
     architecture = adapterkit.inspect(base_of("sdxl", home))["architecture"]
     parts = ["unet", "text_encoder", "text_encoder_2"]
     assert architecture == {"classes": parts, "model_type": "sdxl"}

@@ -82,7 +82,7 @@ def test_into_a_quantized_model(home, tmp_path):
     assert len(receipt.data["parameters"]) == 6
 
 
-def test_what_does_not_fit_is_refused(home, tmp_path):
+def test_unsupported_kinds_and_options_are_refused(home, tmp_path):
     with pytest.raises(adapterkit.Refused, match="modules_to_save"):
         adapterkit.merge(home / "base", {home / "saved": 0.5}, out=tmp_path / "out")
     oracle.save_base(oracle.llama(intermediate_size=40), tmp_path / "other", "fp32")

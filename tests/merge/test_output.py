@@ -61,7 +61,7 @@ def out_of(tmp_path, base, *adapters, **options):
     return tmp_path / "out"
 
 
-def test_everything_beside_the_weights_is_there(dressed, lora, tmp_path):
+def test_every_file_besides_the_weights_is_copied(dressed, lora, tmp_path):
     out = out_of(tmp_path, dressed, lora)
     for name in EXTRAS:
         assert (out / name).read_bytes() == (dressed / name).read_bytes(), name
@@ -69,7 +69,7 @@ def test_everything_beside_the_weights_is_there(dressed, lora, tmp_path):
     assert (out / "config.json").read_bytes() == (dressed / "config.json").read_bytes()
 
 
-def test_the_card_says_what_was_merged(dressed, lora, tmp_path):
+def test_the_card_lists_base_and_adapters(dressed, lora, tmp_path):
     card = (out_of(tmp_path, dressed, f"{lora}=0.25") / "README.md").read_text()
     front = card.split("---")[1]
     assert "base_model:" not in front and "base_model_relation: merge" in front  # no ids
@@ -78,7 +78,7 @@ def test_the_card_says_what_was_merged(dressed, lora, tmp_path):
     assert "0.25" in card and "<script>" not in card
 
 
-def test_it_loads_with_no_key_missing_or_left_over(llama, lora, tmp_path):
+def test_the_output_loads_with_no_key_missing_or_unexpected(llama, lora, tmp_path):
     oracle.load_checked(transformers.LlamaForCausalLM, out_of(tmp_path, llama, lora))
 
 
@@ -167,7 +167,7 @@ def test_sizes_that_are_none(text):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_casting(dtype, llama, lora, tmp_path):
+def test_dtype_casts_every_tensor_and_the_config(dtype, llama, lora, tmp_path):
     out = out_of(tmp_path, llama, lora, dtype=dtype, verify=True)
     tensors = stored(out)
     assert {t.dtype for t in tensors.values()} == {DTYPES[dtype]}
@@ -223,7 +223,7 @@ def test_an_overflow_is_an_error_that_names_the_tensor(dtype, where, lora, tmp_p
     out_of(tmp_path, tmp_path / "base", lora, dtype="fp32")
 
 
-def test_the_receipt(llama, lora, tmp_path):
+def test_the_receipt_has_hashes_and_metrics_of_the_output(llama, lora, tmp_path):
     out = out_of(tmp_path, llama, f"{lora}=0.5", exclude="o_proj")
     receipt = json.loads((out / "adapterkit.json").read_text())
     for name, metrics in receipt["files"].items():
@@ -364,7 +364,7 @@ def test_ranks_publish_no_merge_that_keeps_less(tmp_path):
     assert "--fail-below: rounding keeps 21" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_delta_in_rows_that_are_not_sampled_is_not_said_to_survive(tmp_path, monkeypatch):
+def test_a_delta_in_unsampled_rows_is_not_reported_as_kept(tmp_path, monkeypatch):
     base, adapter = deltas(tmp_path, torch.bfloat16, 1 / 8)
     factors = load_file(adapter / "adapter_model.safetensors")
     factors["base_model.model.x.lora_B.weight"][:64] = 0
@@ -404,7 +404,7 @@ def test_verify_recomputes_rows_from_the_inputs(llama, lora, other_lora, tmp_pat
         adapterkit.verify(out, base=llama)
 
 
-def test_verify_with_the_inputs_of_another_verb_says_so(llama, lora, other_lora, tmp_path):
+def test_verify_with_the_inputs_of_another_verb_is_refused(llama, lora, other_lora, tmp_path):
     adapterkit.combine([lora, other_lora], method="linear", out=tmp_path / "out")
     assert adapterkit.verify(tmp_path / "out")["rows"] == 0
     with pytest.raises(Refused, match="an output of combine"):
@@ -466,7 +466,7 @@ def test_verify_finds_arithmetic_that_is_wrong(llama, lora, tmp_path, monkeypatc
     assert len(str(caught.value).splitlines()) <= 4
 
 
-def test_verify_of_a_model_merged_twice_says_so(llama, lora, tmp_path):
+def test_verify_of_a_model_merged_twice_hints_at_it(llama, lora, tmp_path):
     oracle.merge(llama, lora, out=tmp_path / "once")
     oracle.merge(tmp_path / "once", lora, out=tmp_path / "twice")
     with pytest.raises(Damaged, match=r"(?s)14 of 14 tensors.*merged twice.*lora") as caught:
@@ -476,7 +476,7 @@ def test_verify_of_a_model_merged_twice_says_so(llama, lora, tmp_path):
 
 
 @pytest.mark.parametrize("choice", [None, "adapter", "base"])
-def test_the_tokenizer_beside_the_adapter_counts(choice, dressed, lora, tmp_path):
+def test_the_tokenizer_next_to_the_adapter_is_used(choice, dressed, lora, tmp_path):
     adapter = shutil.copytree(lora, tmp_path / "adapter")
     (adapter / "tokenizer.json").write_text('{"version": "2.0"}')
     (adapter / "training_args.bin").write_bytes(b"\x80")
@@ -527,7 +527,7 @@ def test_the_result_computes_what_the_adapter_computes(layers, llama, lora, tmp_
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_every_verb_that_writes_a_model_keeps_the_files_beside_it(sharded, llama, lora, tmp_path):
+def test_every_verb_that_writes_a_model_keeps_its_other_files(sharded, llama, lora, tmp_path):
     """Those in subfolders too; and none writes an index where there is one file that is not of
     it."""
     base = tmp_path / "base"

@@ -38,7 +38,7 @@ def smollm2_lora(smollm2, cached_folder):
     )
 
 
-def test_smollm2(smollm2, smollm2_lora, tmp_path):
+def test_merged_smollm2_is_the_rounded_float64_value(smollm2, smollm2_lora, tmp_path):
     """Every weight is the rounded float64 value; shards, keys and tie are the base's; the
     verification agrees."""
     oracle.merge(smollm2, smollm2_lora, out=tmp_path / "out", verify=True)
@@ -97,7 +97,7 @@ def test_smollm2_head_is_untied(smollm2, tmp_path):
     load_checked(CAUSAL, tmp_path / "out")
 
 
-def test_minilm(tmp_path):
+def test_merged_minilm_keeps_its_pooling(tmp_path):
     """A sentence encoder whose folder holds more than the model: its pooling and modules go
     along."""
     base = realmodel.minilm()

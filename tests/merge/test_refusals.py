@@ -43,7 +43,7 @@ def test_an_init_that_did_not(init, llama, lora, tmp_path):
     oracle.assert_same(stored(tmp_path / "out"), stored(tmp_path / "plain"))
 
 
-def test_mica(llama, tmp_path):
+def test_an_adapter_initialized_with_mica_merges(llama, tmp_path):
     """mica's base is unchanged: it merges."""
     oracle.train(
         load(oracle.llama, llama),
@@ -182,7 +182,7 @@ def test_all_offenders_are_listed(llama, lora, tmp_path):
     )
 
 
-def test_what_a_file_lacks_is_listed_with_what_does_not_fit(cached_folder, tmp_path):
+def test_missing_and_misfitting_keys_are_listed_together(cached_folder, tmp_path):
     """One look: a bias that the file lacks, a factor and a bias of the wrong shape, another file's
     foreign key, a missing base."""
     build = lambda: oracle.llama(attention_bias=True)
@@ -245,7 +245,7 @@ def test_half_a_pair(part, llama, lora, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_a_factor_of_a_layer_beside_those_of_an_embedding(part, llama, lora, tmp_path):
+def test_a_layer_s_factor_among_those_of_an_embedding_is_refused(part, llama, lora, tmp_path):
     odd = oracle.edit_config(lora, tmp_path / "odd")
     module = "base_model.model.model.embed_tokens."
     both = {f"{module}lora_embedding_{x}": torch.ones(2, 2) for x in "AB"}

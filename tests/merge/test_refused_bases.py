@@ -14,7 +14,7 @@ from tests.support.refusals import refused
 # -- modules ---------------------------------------------------------------------------------------
 
 
-def test_grouped_convolutions(tmp_path):
+def test_grouped_convolutions_are_refused(tmp_path):
     """PEFT cannot merge these either (peft.md 1.21)."""
     model = torch.nn.Sequential()
     model.conv, model.fit = torch.nn.Conv2d(8, 8, 3, groups=2), torch.nn.Linear(8, 8)
@@ -57,7 +57,7 @@ def test_lora_bias_on_a_module_without_bias(llama, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt", "consolidated.00.pth"])
-def test_pickled_bases(name, llama, lora, tmp_path):
+def test_pickled_bases_are_refused(name, llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     (base / "model.safetensors").rename(base / name)
     text = refused(base, lora, out=tmp_path / "out", match="the weights are pickles")
@@ -86,7 +86,7 @@ def test_a_base_that_lacks_a_weight_or_a_layer(llama, lora, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_without_a_head_or_a_norm_is_told(llama, lora, tmp_path):
+def test_a_base_without_a_head_or_a_norm_is_noted(llama, lora, tmp_path):
     """A model may lack a head on purpose; what is made of it lacks it too."""
     for lost in ("lm_head.weight", "model.norm.weight"):
         drop = lambda tensors, lost=lost: {k: v for k, v in tensors.items() if k != lost}
@@ -102,7 +102,7 @@ def test_a_sound_plain_base_is_not_built_for_that(llama, lora, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
-def test_bases_whose_config_says_quantized(method, llama, lora, tmp_path):
+def test_bases_that_declare_quantization_are_refused(method, llama, lora, tmp_path):
     base = oracle.edit_config(
         llama, tmp_path / "base", quantization_config={"quant_method": method}
     )
@@ -112,14 +112,14 @@ def test_bases_whose_config_says_quantized(method, llama, lora, tmp_path):
 @pytest.mark.parametrize(
     "suffix", ["weight.absmax", "weight_scale_inv", "qweight", "weight_packed"]
 )
-def test_bases_with_scales_beside_the_weights(suffix, llama, lora, tmp_path):
+def test_bases_with_scales_next_to_the_weights_are_refused(suffix, llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     extra = {f"model.layers.0.self_attn.q_proj.{suffix}": torch.ones(4)}
     save_file(stored(llama) | extra, base / "model.safetensors")
     refused(base, lora, out=tmp_path / "out", match="this base is quantized")
 
 
-def test_a_scale_beside_floats(llama, lora, tmp_path):
+def test_a_scale_next_to_float_weights_is_refused(llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     save_file(
         stored(llama) | {"model.layers.0.self_attn.q_proj.SCB": torch.ones(4)},
@@ -130,7 +130,7 @@ def test_a_scale_beside_floats(llama, lora, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_float8_bases(llama, lora, tmp_path):
+def test_float8_weights_without_scales_are_refused(llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     key = "model.layers.0.self_attn.q_proj.weight"
     tensors = stored(llama)
@@ -138,7 +138,7 @@ def test_float8_bases(llama, lora, tmp_path):
     refused(base, lora, out=tmp_path / "out", match="F8_E4M3")
 
 
-def test_integer_weights(llama, lora, tmp_path):
+def test_integer_weights_are_refused(llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     key = "model.layers.0.self_attn.q_proj.weight"
     tensors = stored(llama)
@@ -147,7 +147,7 @@ def test_integer_weights(llama, lora, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, "fp16"])
-def test_overflow(dtype, tmp_path):
+def test_a_merged_value_beyond_the_dtype_is_an_error(dtype, tmp_path):
     """A merged value beyond the dtype's range is an error that names the tensor, with and without
     --dtype."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"

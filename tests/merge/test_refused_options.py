@@ -28,12 +28,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name, llama, lora, tmp_path):
+def test_invalid_options_of_merge_are_refused_by_name(name, llama, lora, tmp_path):
     text = refused(llama, lora, out=tmp_path / "out", match=None, **OPTIONS[name])
     assert OPTIONS[name][name] in text and "--" + name.replace("_", "-") in text
 
 
-def test_no_adapter(llama, tmp_path):
+def test_a_merge_without_an_adapter_is_refused(llama, tmp_path):
     refused(llama, out=tmp_path / "out", match="no adapter")
 
 
@@ -141,7 +141,7 @@ def runs(llama, lora, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "how", [lambda text: text, lambda text: f"./{text}", lambda text: str(Path(text).absolute())]
 )
-def test_a_bad_file_s_message_says_whose_it_is_as_its_user_calls_it(how, runs, llama):
+def test_an_error_in_a_file_names_it_as_the_user_does(how, runs, llama):
     sources = [how(f"{name}/ckpt") for name in ["good", *runs]]
     for verb, options in (("merge", {}), ("combine", {"method": "linear"}), ("arrow", {})):
         arguments = [llama, sources] if verb == "merge" else [sources]

@@ -285,7 +285,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("what", WHOLE)
-def test_a_weight_other_than_one_and_its_way_out(what, cached_folder, tmp_path):
+def test_a_weight_other_than_one_is_refused_with_a_fix(what, cached_folder, tmp_path):
     """Values have no multiple; the message names the option that leaves them as they are, and it
     works."""
     config, pattern = WHOLE[what]

@@ -59,7 +59,7 @@ def test_the_config_counts_the_new_layers(pair, tmp_path):
     assert config["layer_types"] == [types[i] for i in ORDER]
 
 
-def test_it_loads_deeper_with_no_key_missing(pair, tmp_path):
+def test_the_deeper_model_loads_with_no_key_missing(pair, tmp_path):
     base, adapter = pair
     oracle.merge(base, adapter, out=tmp_path / "out")
     model = oracle.load_checked(transformers.LlamaForCausalLM, tmp_path / "out")
@@ -68,7 +68,7 @@ def test_it_loads_deeper_with_no_key_missing(pair, tmp_path):
         assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 
 
-def test_sharded(pair, tmp_path):
+def test_replicated_layers_of_a_sharded_base_are_merged(pair, tmp_path):
     base, adapter = pair
     oracle.save_base(three_layers(), tmp_path / "base", "bf16", max_shard_size="30KB")
     oracle.merge(tmp_path / "base", adapter, out=tmp_path / "out")

@@ -70,7 +70,7 @@ SCALES = {
 AS_USUAL = ("alpha-over-r", "alpha-1", "negative", "no-part-of-a-name")
 
 
-# `test_resolved` has all ways in which patterns match
+# `test_rank_and_scale_follow_the_config` has all ways in which patterns match
 MORE_PATTERNS = (
     "alpha-1", "float-alpha", "both-patterns", "first-wins-turned", "anchored", "full-name",
     "dot-is-any",
@@ -78,7 +78,7 @@ MORE_PATTERNS = (
 
 
 @pytest.mark.parametrize("name", usual(SCALES, lambda name: name not in MORE_PATTERNS))
-def test_scales(name, llama, cached_folder, tmp_path):
+def test_scales_of_patterns_and_rslora_equal_peft(name, llama, cached_folder, tmp_path):
     config = {"target_modules": LINEAR, "size": 0.05, **SCALES[name]}
     oracle.train(load(oracle.llama, llama), tmp_path / "adapter", **config)
     oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
@@ -166,12 +166,12 @@ def _adapter(config: dict):
 
 @pytest.mark.parametrize(("r", "alpha"), [(1, 1), (3, 7), (8, 16), (64, 16), (7, 0.3)])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_resolved(r, alpha, rslora):
+def test_rank_and_scale_follow_the_config(r, alpha, rslora):
     adapter = _adapter({"r": r, "lora_alpha": alpha, "use_rslora": rslora})
     assert adapter.rank_and_scale("q_proj") == (r, alpha / (math.sqrt(r) if rslora else r))
 
 
-def test_eva_ranks(llama, tmp_path):
+def test_ranks_of_eva_by_full_names_are_merged(llama, tmp_path):
     """EVA writes float alphas and a rank for each module, under full names."""
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     config = {

@@ -82,7 +82,7 @@ def test_compat_is_pefts_order(order, dtype, bases, tmp_path):
     )
 
 
-def test_order_is_of_no_account(bases, tmp_path):
+def test_the_order_of_adapters_does_not_matter(bases, tmp_path):
     """One sum, so the order moves nothing but the last bit of float32 (16 bits: nothing)."""
     base, adapters = bases("bf16")
     for i, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):
@@ -163,7 +163,7 @@ def test_as_add_weighted_adapter_cat(bases, tmp_path):
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_weights(weights, bases, tmp_path_factory):
+def test_merges_with_any_weights_equal_float64(weights, bases, tmp_path_factory):
     base, adapters = bases("bf16")
     adapters, out = adapters[: len(weights)], tmp_path_factory.mktemp("any") / "out"
     oracle.merge(base, *(f"{a}={w!r}" for a, w in zip(adapters, weights, strict=True)), out=out)

@@ -96,7 +96,7 @@ def test_fold_rounds_both_deltas_once(tied, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["embed_tokens", "lm_head"])
-def test_refuse(side, tied, tmp_path):
+def test_tied_weights_are_refused_with_tied_refuse(side, tied, tmp_path):
     _, base, adapter = tied(target_modules=[side])
     with pytest.raises(Refused, match=r"is tied to .*\n.*\n.*--tied untie"):
         oracle.merge(base, adapter, out=tmp_path / "out", tied="refuse")

@@ -67,7 +67,7 @@ def test_trained_token_rows(build, config, dtype, cached_folder, tmp_path):
 
 
 @pytest.mark.parametrize("size", [90, 64])
-def test_resized_vocabulary(size, llama, resized, tmp_path):
+def test_a_resized_vocabulary_merges_as_in_peft(size, llama, resized, tmp_path):
     adapter, theirs = resized(size=size)
     oracle.merge(llama, adapter, out=tmp_path / "out", compat="peft")
     model = load_checked(transformers.LlamaForCausalLM, tmp_path / "out")

@@ -108,7 +108,7 @@ def test_other_values_are_a_warning(where, llama, lora, made, tmp_path):
     assert caught.value.hint == f"{problem}: give the base of the merge"
 
 
-def test_what_is_stored_otherwise_is_a_note(llama, made, tmp_path):
+def test_a_base_in_another_dtype_is_noted(llama, made, tmp_path):
     """Its values are not compared: they are rounded otherwise."""
     halves = {key: value.half() for key, value in load_file(llama / MODEL).items()}
     half = changed(llama, tmp_path / "half", **halves)
@@ -120,7 +120,7 @@ def test_what_is_stored_otherwise_is_a_note(llama, made, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "2:" + "0" * 50, "1:x", "1" + ":0000000000000000" * 4])
-def test_a_text_that_is_no_fingerprint_says_nothing(text, llama, made, tmp_path):
+def test_an_invalid_fingerprint_is_ignored(text, llama, made, tmp_path):
     shutil.copytree(made, tmp_path / "a")
     save_file(load_file(made / WEIGHTS), tmp_path / "a" / WEIGHTS, {METADATA: text})
     assert notes(llama, tmp_path / "a") == ["a was trained on org/x; the base here is llama"]
@@ -144,7 +144,7 @@ def test_verbs_keep_what_all_of_their_inputs_say(llama, lora, made, tmp_path):
         assert of_adapter(out) is None
 
 
-def test_what_is_made_with_a_base_has_its_fingerprint(llama, lora, tmp_path):
+def test_adapters_made_with_a_base_have_its_fingerprint(llama, lora, tmp_path):
     """Of a base that is written beside the adapter what is known before: the headers."""
     merge(llama, [lora], out=tmp_path / "tuned")
     adapterkit.extract(llama, tmp_path / "tuned", rank=2, out=tmp_path / "extracted")

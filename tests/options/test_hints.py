@@ -76,7 +76,7 @@ def test_a_hint_keeps_the_alternatives_that_the_verb_has() -> None:
     assert own_hint("give --rank N", Merge) == "read its options\nadapterkit merge --help"
 
 
-def test_what_only_convert_can_do_is_hinted_as_its_command(llama, tmp_path) -> None:
+def test_a_fix_that_needs_convert_is_hinted_as_its_command(llama, tmp_path) -> None:
     """A LoHa in a layout that PEFT cannot hold beside a LoRA: `merge` has no --rank."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
@@ -95,7 +95,7 @@ def test_what_only_convert_can_do_is_hinted_as_its_command(llama, tmp_path) -> N
     ]
 
 
-def test_the_way_out_of_what_newcomers_do(llama, tmp_path, monkeypatch) -> None:
+def test_mistakes_of_newcomers_are_hinted_with_a_fix(llama, tmp_path, monkeypatch) -> None:
     """The hint is for the command that was given, and the path that is not there."""
     monkeypatch.chdir(tmp_path)
     adapterkit.quantize(llama, out="nf4", to="nf4")

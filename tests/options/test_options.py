@@ -107,7 +107,7 @@ def test_verbs_without_weights_refuse_them(verb, name, calls, tmp_path):
     getattr(adapterkit, verb)(**(given | {name: dict.fromkeys(sources, 1)}))
 
 
-def test_hash_is_what_is_asked_for(calls, tmp_path):
+def test_the_hash_option_decides_the_hashes(calls, tmp_path):
     base, one = calls["merge"][0]
     with pytest.raises(adapterkit.Refused, match="--hash 'SHA256'"):
         adapterkit.merge(base, one, out=tmp_path / "out", hash="SHA256")
@@ -129,7 +129,7 @@ def test_hash_is_what_is_asked_for(calls, tmp_path):
     ("combine", {"density": "0.5", "seed": np.uint8(3)}, {"density": 0.5, "seed": 3}),
     ("extract", {"include": re.compile("q_proj")}, {"include": "q_proj"}),
 ], ids=str)  # fmt: skip
-def test_plain_meanings(verb, options, same, calls, tmp_path):
+def test_spelled_values_equal_python_ones(verb, options, same, calls, tmp_path):
     function = getattr(adapterkit, verb)
     for name, given in (("one", options), ("two", same)):
         function(**(arguments(calls, verb, tmp_path / name) | given))
@@ -193,7 +193,7 @@ def test_dry_run_checks_too(calls, tmp_path):
             adapterkit.merge(base, one, out=tmp_path / "out", dry_run=True, **wrong)
 
 
-def test_whole_numbers_end_where_they_are_said_to():
+def test_integers_are_checked_at_their_bounds():
     """The last that is taken, and the first that is not."""
     for check, last, beyond in [
         (integer(), 2**31 - 1, 2**31), (integer(), 1, 0), (integer(0), 0, -1),

@@ -151,7 +151,7 @@ def test_statistics_that_lack_are_collected(here: Path):
     ["merge", "the base", "my lora", "--out", "o", "--plan", "the plan.json"],
     ["convert", "my lora", "--to", "peft", "--base", "the base", "--out", "for peft"],
 ])  # fmt: skip
-def test_what_comes_next_runs_as_it_is_printed(words: list[str], here: Path):
+def test_the_next_command_runs_as_printed(words: list[str], here: Path):
     done = run(*words, cwd=here)
     assert done.returncode == 0, done.stderr
     found = [line.partition(": ")[2] for line in done.stderr.splitlines() if VERB.search(line)]

@@ -50,7 +50,7 @@ def test_dropped_parameters_are_one_note(folder, tmp_path):
     assert notes[0].endswith("and 3 more") and len(plan.decisions["left_out"]) == 6
 
 
-def test_weights_of_zero_are_called_so(folder, tmp_path):
+def test_weights_of_zero_are_refused_or_noted(folder, tmp_path):
     base, adapters = folder / "base", [folder / "a", folder / "b"]
     with pytest.raises(Refused, match="nothing to merge: every weight is 0"):
         adapterkit.merge(base, adapters, weights=weights(folder, "zero.json"), out=tmp_path / "m")

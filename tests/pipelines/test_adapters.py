@@ -67,7 +67,7 @@ def test_an_adapter_of_one_model_goes_to_the_part_with_its_modules(base, part, m
     assert_added(found, {f"{part}.{module}": delta(module, module)})
 
 
-def test_an_adapter_goes_to_the_part_that_is_told(tmp_path):
+def test_an_adapter_goes_to_the_named_component(tmp_path):
     base = write_pipeline(tmp_path / "base", "transformer", "transformer_2")
     one, other = write_peft(tmp_path / "one", QUERY), write_peft(tmp_path / "other", QUERY, seed=9)
     file = write_lora(tmp_path / "file.safetensors", "transformer", seed=3)

@@ -154,7 +154,7 @@ def test_a_file_of_weights_names_the_part(saved, tmp_path):
         ({"weight_for": ["vae.*=0"]}, "matches none"),
     ],
 )
-def test_refused_settings(options, text, saved, tmp_path):
+def test_invalid_block_weights_are_refused(options, text, saved, tmp_path):
     base, file = given("sd15", saved, tmp_path)
     with pytest.raises(adapterkit.Refused, match=text):
         adapterkit.merge(base, [file], out=tmp_path / "out", **options)

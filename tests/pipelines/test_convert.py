@@ -115,7 +115,7 @@ def test_every_format_with_a_pipeline(name, saved, tmp_path):
         ("cosmos", "CosmosTransformer3DModel", "patch_embed.proj"),
     ],
 )
-def test_the_base_tells_the_family_of_names_that_several_have(family, cls, first, tmp_path):
+def test_the_base_determines_the_family_of_shared_names(family, cls, first, tmp_path):
     """Self-attention at the width of LTX and Cosmos."""
     width, part = 2048, tmp_path / "base" / "transformer"
     names = [f"transformer_blocks.0.attn1.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]

@@ -85,7 +85,7 @@ def refused(base, tuned, tmp_path, **options) -> str:
     return str(error.value)
 
 
-def test_what_cannot_be_extracted_is_refused(sides, tmp_path):
+def test_extract_of_equal_or_unsupported_pipelines_is_refused(sides, tmp_path):
     base, tuned = sides
     assert "no part differs" in refused(base, base, tmp_path, rank=2)
     assert "--max-size with pipelines" in refused(base, tuned, tmp_path, max_size="1MB")
@@ -94,7 +94,7 @@ def test_what_cannot_be_extracted_is_refused(sides, tmp_path):
     assert "no selected part" in refused(base, tuned, tmp_path, rank=2, include="vae.*")
 
 
-def test_what_diffusers_loads_is_what_was_merged(saved, tmp_path):
+def test_the_extracted_file_in_diffusers_equals_the_merge(saved, tmp_path):
     base = saved("sd15")
     file = lora_file(base, tmp_path / "lora.safetensors", ("unet", "text_encoder"))
     adapterkit.merge(base, file, out=tmp_path / "tuned")

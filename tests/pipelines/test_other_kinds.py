@@ -50,7 +50,7 @@ def keys_of(file: Path) -> dict[str, dict[str, torch.Tensor]]:
     return modules
 
 
-def test_loha(base, tmp_path):
+def test_a_loha_is_merged_into_a_pipeline(base, tmp_path):
     file = GOLDEN / "loha.safetensors"
     found = added(base, file, tmp_path)
     modules = keys_of(file)

@@ -47,7 +47,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_what_is_written(place):
+def test_a_merged_pipeline_has_all_files_and_only_touched_ones_differ(place):
     before, after = files_of(place / "base"), files_of(place / "out")
     assert after.keys() == {*before, "README.md", "adapterkit.json"}
     touched = {f"{part}/{file_of(part)}" for part in ("unet", "text_encoder")}
@@ -173,7 +173,7 @@ def test_a_second_merge_knows_the_first(place, tmp_path):
 
 
 @pytest.mark.parametrize("variants", [("", ".fp16"), (".fp16",)], ids=["both", "one"])
-def test_variants(variants, place, tmp_path):
+def test_the_unnamed_or_only_variant_is_merged(variants, place, tmp_path):
     """The one without a name, or the only one; others would be the unmerged model."""
     base = write_pipeline(tmp_path / "base", variants=variants)
     (base / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
@@ -187,7 +187,7 @@ def test_variants(variants, place, tmp_path):
     assert merged[f"{QUERY}.weight"].dtype == (torch.float16, torch.float32)[variants[0] == ""]
 
 
-def test_a_variant_that_is_asked_for(place, tmp_path):
+def test_a_chosen_variant_is_merged(place, tmp_path):
     base, lora = (
         write_pipeline(tmp_path / "base", variants=("", ".fp16")),
         place / "lora.safetensors",

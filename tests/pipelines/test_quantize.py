@@ -86,7 +86,7 @@ def test_skip_leaves_out_parts_and_modules(saved, tmp_path):
     assert receipt["left_out"] and all("attn2" in name for name in receipt["left_out"])
 
 
-def test_what_cannot_be_quantized_is_refused(saved, quantized, tmp_path):
+def test_unsupported_components_and_formats_are_refused(saved, quantized, tmp_path):
     base, out = saved("sd15"), tmp_path / "out"
     with pytest.raises(Refused, match="unet: .*w8a16 of UNet2DConditionModel"):
         adapterkit.quantize(base, to="w8a16", out=out)

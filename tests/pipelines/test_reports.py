@@ -26,7 +26,7 @@ def base(tmp_path):
     return write_pipeline(tmp_path / "base")
 
 
-def test_inspect_tells_of_each_part(base):
+def test_inspect_reports_each_component(base):
     result = adapterkit.inspect(base)
     assert result["kind"] == "pipeline" and result["readable"] and not result["problems"]
     assert result["parts"].keys() == {*PARTS}
@@ -42,7 +42,7 @@ def test_inspect_tells_of_each_part(base):
     assert "pipeline base" in table and "UNet2DConditionModel" in table
 
 
-def test_inspect_tells_what_is_wrong_with_each_part(base, tmp_path):
+def test_inspect_lists_problems_of_each_component(base, tmp_path):
     file = base / "vae" / file_of("vae")
     file.write_bytes(file.read_bytes()[:-4])
     shutil.rmtree(base / "text_encoder")
@@ -72,7 +72,7 @@ def test_diff_names_the_part(base, tmp_path):
     assert result["totals"]["identical"] == result["totals"]["compared"] - 2
 
 
-def test_diff_tells_of_parts_of_one_side_and_of_settings(base, tmp_path):
+def test_diff_reports_components_of_one_side_and_settings(base, tmp_path):
     other = write_pipeline(tmp_path / "other", "transformer")
     index = json.loads((other / "model_index.json").read_text()) | {"_diffusers_version": "9"}
     (other / "model_index.json").write_text(json.dumps(index))

@@ -38,7 +38,7 @@ CASES = [("sdxl", "comfyui"), ("flux", "diffusers"), ("sdxl", "kohya"), ("flux",
 
 
 @pytest.mark.parametrize(("name", "to"), usual(CASES, CASES[:2]))
-def test_combined(name, to, saved, tmp_path):
+def test_adapters_of_several_components_are_combined(name, to, saved, tmp_path):
     base, one, other = two(name, saved, tmp_path, to)
     out = tmp_path / "sum.safetensors"
     plan = adapterkit.combine({one: 0.7, other: -0.4}, method="linear", out=out, dry_run=True)
@@ -56,7 +56,7 @@ def test_combined(name, to, saved, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "to"), [("sdxl", "kohya"), ("flux", "diffusers")])
-def test_resized(name, to, saved, tmp_path):
+def test_adapters_of_several_components_are_resized(name, to, saved, tmp_path):
     """The rank that it has keeps all of it; a lower one is told of in the receipt."""
     base, one, _ = two(name, saved, tmp_path, to)
     adapterkit.resize(one, rank=9, out=tmp_path / "same.safetensors")
@@ -72,7 +72,7 @@ def test_resized(name, to, saved, tmp_path):
         assert {*source.metadata()} - {"lora_adapter_metadata"} <= {*file.metadata()}
 
 
-def test_subtracted(saved, tmp_path):
+def test_adapters_of_several_components_are_subtracted(saved, tmp_path):
     base, one, other = two("sdxl", saved, tmp_path)
     adapterkit.subtract([one], general=[other, other], out=tmp_path / "less.safetensors")
     ours = with_adapters(base, {tmp_path / "less.safetensors": 1.0})
@@ -93,7 +93,7 @@ def test_a_folder_in_the_layout(saved, tmp_path):
     assert (tmp_path / "small" / "adapter_config.json").is_file()
 
 
-def test_refused(saved, tmp_path):
+def test_unsupported_edits_of_several_components_are_refused(saved, tmp_path):
     _, one, other = two("sdxl", saved, tmp_path)
     adapterkit.convert(one, to="peft", prefix_only="unet", out=tmp_path / "peft")
     with pytest.raises(Refused, match="prefix-only"):

@@ -81,7 +81,7 @@ def test_an_overlay_has_bytes_copies_and_headers(source: LocalFolder):
     assert identities_of(folder, "in/adapter_config.json") == {}
 
 
-def test_what_is_behind_a_header_is_refused_and_noted(source: LocalFolder):
+def test_values_of_a_planned_folder_are_refused_and_recorded(source: LocalFolder):
     folder = overlay(source)
     with pytest.raises(Refused, match="there/later/weights.safetensors.*not written yet"):
         folder.read("weights.safetensors", 50, 60)

@@ -65,7 +65,7 @@ def test_options_of_a_merge_are_checked_once(monkeypatch: pytest.MonkeyPatch):
     assert seen == dict.fromkeys(("base", "adapters", "out", "dry_run", "dtype"), 1)
 
 
-def test_a_dry_run_makes_no_call_and_looks_at_no_place_where_nothing_is(
+def test_a_dry_run_to_a_new_output_makes_no_call_and_checks_no_stage(
     monkeypatch: pytest.MonkeyPatch,
 ):
     def refused(*_, **__):
@@ -92,7 +92,7 @@ def test_a_dry_run_makes_no_call_and_looks_at_no_place_where_nothing_is(
         merge(dry_run=True).run()
 
 
-def test_what_is_written_of_a_copied_plan_has_the_call_and_its_command():
+def test_outputs_of_a_copied_plan_have_the_call_and_its_command():
     plan = merge(dtype="fp16", progress=lambda done: None).plan()
     call = {"base": "base", "adapters": ["lora"], "dtype": "fp16"}
     for one in (plan, pickle.loads(pickle.dumps(plan))):
@@ -106,7 +106,7 @@ def test_what_is_written_of_a_copied_plan_has_the_call_and_its_command():
     assert written == len(card) == receipt.data["files"]["README.md"]["size"]
 
 
-def test_a_call_has_what_a_file_of_weights_of_blocks_held_when_it_was_planned():
+def test_a_call_has_the_contents_of_a_file_of_block_weights_at_planning():
     Path("rows.txt").write_text("MINE:1,0.5\n")
     verb = merge(lbw=["rows.txt:MINE"])
     with pytest.raises(Refused):  # the model has no blocks: the file was read

@@ -96,7 +96,7 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
 
 
 @pytest.mark.parametrize("form", ["int4-g_idx", "gptq4"])
-def test_what_says_what_others_mean_comes_in_ranges(form, tmp_path):
+def test_tensors_that_describe_others_are_read_in_ranges(form, tmp_path):
     quantized_llama.base(quantized_llama.FORMS[form], tmp_path / "base")
     far = Remote(tmp_path / "base")
     weights = quantized_weights(decoded_view(open_checkpoint(far)).tensors)

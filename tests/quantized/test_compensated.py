@@ -142,7 +142,7 @@ def gptq(weight: Tensor, c: Tensor, round_column: Callable[[Tensor, int], Tensor
 @pytest.mark.parametrize(
     "case", usual(NAMES, FEW | {"bnb-nf4", "bnb-int8", "gpt-oss"}), indirect=True
 )
-def test_it_is_gptq(case: Case) -> None:
+def test_compensated_rounding_equals_gptq(case: Case) -> None:
     expected = gptq(case.weight, case.c, case.record.column_rounder(case.plain))
     actual = case.rounded(case.c)
     # float32 sums: an element at a boundary takes the rest of its row with it
@@ -176,7 +176,7 @@ def test_without_correlations_it_is_rounding_to_nearest(case: Case) -> None:
             assert same(tensors, case.plain)
 
 
-def test_what_the_codes_hold_stays(case: Case) -> None:
+def test_representable_weights_stay(case: Case) -> None:
     assert torch.equal(case.rounded(case.c, case.nearest), case.nearest)
     again = case.record.encode_rounded(case.plain, case.nearest)
     assert torch.equal(case.record.decode(again), case.nearest)
@@ -190,7 +190,7 @@ def test_the_same_twice_and_without_a_look_at_other_rows(case: Case) -> None:
     assert (rows == value[:3]).all()
 
 
-def test_what_was_rounded_follows_from_the_result(case: Case) -> None:
+def test_values_before_rounding_follow_from_the_result(case: Case) -> None:
     factor, value = kernel.factorize(case.c), case.rounded(case.c)
     before = kernel.unrounded(case.weight.double(), value.double(), factor)
     rounder = case.record.column_rounder(case.plain)
@@ -258,7 +258,7 @@ def named(stats: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", usual(["plain", *NAMES], FEW | {"plain", "bnb-int8", "bnb-nf4"}))
-def test_a_merge_says_what_outputs_lost(
+def test_a_merge_reports_the_loss_of_outputs(
     folder, stats: Path, lora: Path, named: dict[str, Tensor], name: str, tmp_path: Path
 ) -> None:
     base, options = folder(name), {"rounding": "compensated", "stats": stats, "verify": True}
@@ -318,7 +318,7 @@ def test_slices_and_a_resharded_output_do_not_matter(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_decoded_weights_are_rounded_so_too(
+def test_decoded_weights_are_compensated_too(
     folder, stats: Path, lora: Path, dtype: str, tmp_path: Path
 ) -> None:
     receipt = adapterkit.merge(
@@ -344,7 +344,9 @@ def test_a_float32_result_is_not_rounded(folder, stats: Path, lora: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", [name for name in VERBS if "double" not in name])
-def test_quantize(folder, stats: Path, name: str, tmp_path: Path, named: dict[str, Tensor]) -> None:
+def test_quantize_with_compensation_lowers_the_output_error(
+    folder, stats: Path, name: str, tmp_path: Path, named: dict[str, Tensor]
+) -> None:
     options = {"rounding": "compensated", "stats": stats}
     receipt = adapterkit.quantize(folder("plain"), out=tmp_path / "out", **VERBS[name], **options)
     original, q = load_file(folder("plain") / FILE), decoded(tmp_path / "out")
@@ -363,7 +365,7 @@ def test_quantize(folder, stats: Path, name: str, tmp_path: Path, named: dict[st
         assert codes or torch.equal(bits(plain[key]), bits(packed[key])), key
 
 
-def test_what_survives_is_in_the_outputs(folder, stats: Path, tmp_path: Path) -> None:
+def test_a_small_delta_survives_in_the_outputs(folder, stats: Path, tmp_path: Path) -> None:
     """A delta far below a step of the format: nearest loses it and says so."""
     oracle.train(quantized_llama.llama(), tmp_path / "lora", size=0.006, target_modules=TOUCHED)
     options = {"rounding": "compensated", "stats": stats}

@@ -264,7 +264,7 @@ def test_a_model_of_text_and_images(llava: Path, to: str, tmp_path: Path) -> Non
     same_as_decoded(model, tmp_path / "out", tmp_path / "floats")
 
 
-def test_what_bitsandbytes_skips_has_the_head_of_a_model_of_text_and_images(
+def test_skipped_modules_include_the_head_of_a_vision_language_model(
     llava: Path, tmp_path: Path
 ) -> None:
     adapterkit.quantize(llava, to="nf4", skip="vision_tower", out=tmp_path / "out")
@@ -440,7 +440,7 @@ def test_widths_that_are_refused(base, how: dict, text: str, tmp_path: Path) -> 
     assert not (tmp_path / "no").exists()
 
 
-def test_the_command(base, tmp_path: Path) -> None:
+def test_the_loftq_command_into_compressed_tensors(base, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from adapterkit.cli import main

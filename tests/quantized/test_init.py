@@ -184,7 +184,7 @@ def test_an_adapter_of_a_quantized_base_goes_into_the_original(base, packed, tmp
     )
 
 
-def test_what_is_no_quantized_copy_of_the_original_is_refused(base, packed, tmp_path):
+def test_a_base_that_is_not_a_quantized_copy_of_the_original_is_refused(base, packed, tmp_path):
     oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
     into = lambda quantized, original: adapterkit.merge(
         quantized, [tmp_path / "adapter"], base16=original, out=tmp_path / "no"
@@ -229,7 +229,7 @@ def test_answers_need_a_quantized_base(base, tmp_path):
         adapterkit.loftq(base, rank=2, accept=lambda module, a, b: True, out=tmp_path / "failed")
 
 
-def test_the_commands(base, tmp_path):
+def test_quantize_dequantize_and_init_commands_run(base, tmp_path):
     for argv in [
         ["quantize", str(base), "--to", "nf4", "--double-quant", "--out", str(tmp_path / "nf4")],
         ["dequantize", str(tmp_path / "nf4"), "--dtype", "fp16", "--out", str(tmp_path / "fp16")],

@@ -208,7 +208,7 @@ def test_never_worse_than_plain_quantization(base, name: str, tmp_path: Path) ->
                 assert 0 <= metrics[key]["iterations"] <= iterations
 
 
-def test_of_all_rounds_the_best_is_kept() -> None:
+def test_loftq_keeps_the_best_round() -> None:
     """More rounds are never worse, though a round may be."""
     w = 0.02 * torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
     packed = Bnb4.for_encoding("nf4", PlainWeight("x.weight", tuple(w.shape), "F32"), {})
@@ -312,7 +312,7 @@ def test_the_best_for_a_base_that_stays(base, name: str, to: str, tmp_path: Path
         )
 
 
-def test_it_is_what_peft_puts_into_a_loaded_model(
+def test_loftq_equals_peft_on_a_loaded_model(
     base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(

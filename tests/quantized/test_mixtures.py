@@ -69,7 +69,7 @@ def test_the_loader_takes_for_fp8_what_is_fp8(skip, base, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["fp8", "nf4", "int8"])
-def test_the_plan_says_what_stays_and_why(to, base, tmp_path):
+def test_the_plan_notes_unquantized_modules_and_why(to, base, tmp_path):
     shapes = tensors(base)
     plan = adapterkit.quantize(base, out=tmp_path / "out", to=to, dry_run=True)
     (note,) = [note for note in plan.notes if "not quantized" in note]
@@ -81,7 +81,7 @@ def test_the_plan_says_what_stays_and_why(to, base, tmp_path):
     )
 
 
-def test_what_is_skipped_is_said_too(base, tmp_path):
+def test_skipped_modules_are_noted_too(base, tmp_path):
     shapes = tensors(base)
     plan = adapterkit.quantize(
         base, out=tmp_path / "out", to="nf4", skip="q_proj|experts", dry_run=True

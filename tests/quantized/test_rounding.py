@@ -111,7 +111,7 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().reshape(-1).view(torch.uint8)
 
 
-def test_what_the_codes_hold_stays_byte_for_byte(case):
+def test_representable_weights_stay_byte_for_byte(case):
     for seed in range(10):
         assert same(case.drawn(case.value, seed), case.stored)
 
@@ -312,7 +312,7 @@ def touched(key: str) -> bool:
     return "q_proj" in key or "down_proj" in key
 
 
-def test_a_merge_into_decoded_weights_says_what_survived(cached_folder, tmp_path, monkeypatch):
+def test_a_merge_into_decoded_weights_reports_the_kept_share(cached_folder, tmp_path, monkeypatch):
     from tests.support import oracle
 
     train = lambda folder: oracle.train(

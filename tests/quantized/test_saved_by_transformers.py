@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", ["nf4", "fp4", "nested", "int8"])
-def test_what_transformers_saves(form: str, dtype: str, tmp_path: Path) -> None:
+def test_checkpoints_saved_by_transformers_are_read(form: str, dtype: str, tmp_path: Path) -> None:
     sizes = {"vocab_size": 32, "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(
         **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False

@@ -167,7 +167,7 @@ def test_a_covariance_of_ones_is_no_change(base, tmp_path: Path) -> None:
     assert actual[0] == pytest.approx(actual[1], rel=2e-4)
 
 
-def test_the_kernel() -> None:
+def test_roots_and_projections_of_covariances_are_accurate() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 40, generator=generator, dtype=torch.float64) * torch.logspace(
         -2, 2, 40, dtype=torch.float64
@@ -218,7 +218,7 @@ BAD: dict[str, tuple[Callable[[Tensor], Tensor | None], type[AdapterkitError], s
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_is_no_covariance_is_refused(base, observed, what: str, tmp_path: Path) -> None:
+def test_invalid_covariances_are_refused(base, observed, what: str, tmp_path: Path) -> None:
     change, error, text = BAD[what]
     _, path = observed("llama")
     bad = changed(path, tmp_path / "bad.safetensors", **{QUERY: change(load_file(path)[QUERY])})
@@ -235,7 +235,7 @@ def test_modules_without_factors_need_none(base, observed, tmp_path: Path) -> No
     )
 
 
-def test_the_command(base, observed, tmp_path: Path) -> None:
+def test_the_loftq_command_with_statistics(base, observed, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from adapterkit.cli import main

@@ -360,7 +360,7 @@ def test_embeddings_and_heads(base, floats, name: str, kind: str, tmp_path: Path
     assert torch.equal(model.get_output_embeddings().weight, after["lm_head.weight"])
 
 
-def test_modules_trained_whole_and_biases(base, lora, tmp_path: Path) -> None:
+def test_fully_trained_modules_and_biases(base, lora, tmp_path: Path) -> None:
     adapter = lora(modules_to_save=["lm_head", "norm"])
     oracle.merge(base(), adapter, out=tmp_path / "llama")
     after, trained = stored(tmp_path / "llama"), load_file(adapter / "adapter_model.safetensors")
@@ -379,7 +379,7 @@ def test_modules_trained_whole_and_biases(base, lora, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantized_module_trained_whole_becomes_a_float_with_the_others(
+def test_a_fully_trained_quantized_module_becomes_float_with_the_others(
     base, lora, kind: str, tmp_path: Path
 ) -> None:
     adapter = lora(modules_to_save=["o_proj"])
@@ -392,7 +392,7 @@ def test_a_quantized_module_trained_whole_becomes_a_float_with_the_others(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantized_module_trained_whole_is_refused_in_the_format(
+def test_a_fully_trained_quantized_module_is_refused_in_the_format(
     base, lora, kind: str, tmp_path: Path
 ) -> None:
     with pytest.raises(Refused, match="o_proj"):
@@ -405,7 +405,7 @@ def test_a_quantized_module_trained_whole_is_refused_in_the_format(
 @pytest.mark.parametrize(
     "option", [{"dtype": "fp16"}, {"max_shard_size": "1MB"}, {"compat": "peft"}], ids=str
 )
-def test_what_needs_floats_is_refused(base, lora, option: dict, tmp_path: Path) -> None:
+def test_options_that_need_floats_are_refused(base, lora, option: dict, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="--dequantize"):
         oracle.merge(base(), lora(), out=tmp_path / "out", **option)
     assert not list(tmp_path.iterdir())

@@ -85,7 +85,7 @@ def test_every_changed_weight_is_recomputed(
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("name", few(NAMES))
-def test_slices(
+def test_weights_larger_than_a_slice_are_verified(
     model, name: str, rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights larger than what is recomputed at once, cut otherwise than they were written."""

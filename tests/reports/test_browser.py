@@ -69,7 +69,7 @@ def pages(cached_folder, lora, llama):
 
 @pytest.mark.parametrize("name", ["whole", "hostile", "moe", "several"])
 @pytest.mark.parametrize("width, scheme", [(360, "dark"), (1280, "light")])
-def test_a_page(name, width, scheme, browser, pages):
+def test_a_page_renders_in_both_schemes_without_requests(name, width, scheme, browser, pages):
     context = browser.new_context(
         viewport={"width": width, "height": 800}, color_scheme=scheme, java_script_enabled=True
     )
@@ -89,7 +89,7 @@ def test_a_page(name, width, scheme, browser, pages):
     context.close()
 
 
-def test_it_prints_on_few_sheets(browser, pages):
+def test_the_page_prints_on_few_sheets(browser, pages):
     page = browser.new_page()
     page.goto((pages / "whole.html").as_uri())
     printed = page.pdf(format="A4")

@@ -140,7 +140,7 @@ def test_a_module_that_the_base_does_not_have(edited, llama):
     assert not document["takes"] and "layers.7" in json.dumps(document["findings"])
 
 
-def test_towers_are_told(edited):
+def test_towers_are_reported(edited):
     def add(tensors):
         for key in [key for key in tensors if "layers.1.self_attn.q_proj" in key]:
             tensors[key.replace("model.layers", "visual.blocks")] = tensors[key].clone()
@@ -169,7 +169,7 @@ def test_another_id_of_the_base(edited, llama, monkeypatch):
     )
 
 
-def test_the_command(lora, llama):
+def test_the_check_command_names_modules_and_problems(lora, llama):
     words = ["check", str(lora), "--for", "vllm", "--base", str(llama)]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0 and "takes all 14 modules" in result.stdout
@@ -327,7 +327,7 @@ def test_diffusers_drops_the_encoders_that_its_pipeline_does_not_load(architectu
         assert told != (name in loads), name
 
 
-def test_an_encoder_that_diffusers_drops_is_told():
+def test_an_encoder_that_diffusers_drops_is_reported():
     sample = next(one for one in samples("kohya") if one.id == "kohya/flux.safetensors")
     document = adapterkit.check(sample.path, program="diffusers")
     rows = [row for row in document["findings"] if row["verdict"] == "drops"]

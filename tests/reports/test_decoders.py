@@ -37,7 +37,7 @@ def test_parameters_are_those_of_transformers(kind, settings):
     assert dict(_parameters(DECODERS[kind], bare)) == shapes  # its defaults, too
 
 
-def test_inspect_says_the_same_as_by_the_model(llama, tmp_path, monkeypatch):
+def test_inspect_equals_that_by_the_model(llama, tmp_path, monkeypatch):
     """Of a sound base, and of one without a norm, with other sizes, with settings left out."""
     asked = []
     changed = {

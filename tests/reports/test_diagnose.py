@@ -56,7 +56,7 @@ def test_how_much_of_an_adapter_is_in_it(weight, kind, merged, strong, llama):
     assert kinds(document) == ({kind} if kind else set())
 
 
-def test_two_adapters_are_told_apart(strong, llama, tmp_path):
+def test_two_adapters_are_distinguished(strong, llama, tmp_path):
     other = tmp_path / "other"
     oracle.train(
         oracle.load(oracle.llama, llama), other, seed=5, target_modules=["q_proj", "v_proj"]
@@ -72,7 +72,7 @@ def test_a_model_without_the_adapter(strong, llama):
     assert kinds(document) == {"not_merged"} and document["unexplained"] == 0
 
 
-def test_another_base(merged, strong, tmp_path):
+def test_a_merge_into_another_base_is_found(merged, strong, tmp_path):
     model = oracle.llama()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02)
@@ -121,14 +121,14 @@ def test_a_tokenizer_of_another_model(merged, llama, tmp_path):
     assert kinds(document) == {"tokenizer"} and len(document["findings"]) == 2
 
 
-def test_what_the_receipts_say(merged, strong, llama, tmp_path):
+def test_a_double_merge_is_found_in_the_receipts(merged, strong, llama, tmp_path):
     once = merged(1)
     adapterkit.merge(once, strong, out=tmp_path / "twice")
     document = adapterkit.diagnose(tmp_path / "twice", base=llama, adapters=[strong])
     assert kinds(document) == {"history", "merged_twice"}
 
 
-def test_the_command(merged, strong, llama):
+def test_the_diagnose_command_exits_1_for_a_merged_adapter(merged, strong, llama):
     model = str(merged(2))
     words = ["diagnose", model, "--base", str(llama), "--adapter", str(strong)]
     result = CliRunner().invoke(main, words)

@@ -71,7 +71,7 @@ def test_the_suggested_rank_is_that_of_a_full_decomposition(shape, exact, dtype,
         }
 
 
-def test_an_estimated_rank_is_never_too_small_and_says_when_it_is_above_128(pair):
+def test_an_estimated_rank_is_never_too_small_and_marked_above_128(pair):
     a = normal(700, 800)
     flat = normal(700, 100, seed=3) @ normal(100, 800, seed=4) + 0.3 * normal(700, 800, seed=5)
     rank = only(diff(*pair({"w": a}, {"w": a + flat}), rank_for_energy=0.8))["rank"]
@@ -116,7 +116,7 @@ def test_a_stack_of_experts_gets_one_rank_for_all(columns, pair):
     )
 
 
-def test_the_whole_change_is_that_of_all_that_differs(pair, llama, lora, tmp_path):
+def test_the_total_change_is_that_of_all_differing_tensors(pair, llama, lora, tmp_path):
     """Tensors within the tolerance and changed ones, equal ones left out."""
     a = {name: normal(20, 30, seed=i) for i, name in enumerate("xyz")}
     b = {"x": a["x"] + 0.01, "y": a["y"] * 3, "z": a["z"]}
@@ -201,7 +201,7 @@ def test_one_flipped_bit_is_found(dtype, pair):
         assert (row["relative_error"] is None) == (dtype not in DTYPES.values())
 
 
-def test_equal_values_in_other_bytes_are_told_from_identical_ones(pair):
+def test_equal_values_in_other_bytes_are_distinguished_from_identical_ones(pair):
     """-0 and 0, and NaNs of two kinds."""
     a = torch.tensor([0.0, math.nan, 2.0])
     b = torch.tensor([-0.0, 0.0, 2.0])
@@ -328,6 +328,6 @@ def test_rows_come_in_file_order(pair):
     ]
 
 
-def test_no_common_key_is_said(pair):
+def test_no_common_key_is_reported(pair):
     document = diff(*pair({"model.w": normal(3)}, {"w": normal(3)}))
     assert not document["same"] and "no key is in both" in document["notes"][0]

@@ -127,7 +127,7 @@ def test_stacks_of_experts(tmp_path):
     assert row["cosine"] == pytest.approx(float((x * y).sum() / (x.norm() * y.norm())), abs=1e-12)
 
 
-def test_what_only_one_adapter_has(lora, other_lora):
+def test_modules_of_one_adapter_alone_are_listed(lora, other_lora):
     document = diff(lora, other_lora)
     assert {row["name"] for row in document["changed"]} == {
         f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"

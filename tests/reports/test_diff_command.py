@@ -144,7 +144,7 @@ def test_an_adapter_and_a_model_are_refused_and_their_files_are_not(llama, lora,
     assert diff(llama, llama / "model.safetensors")["same"]
 
 
-def test_problems_of_both_sides_are_told(tmp_path):
+def test_problems_of_both_sides_are_listed(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.safetensors").write_bytes(b"no header")
     with pytest.raises(MultipleErrors) as caught:
@@ -183,7 +183,7 @@ def test_many_alike_lines_are_one_with_a_count():
     assert len(tables.diff_table(document | {"changed": rows[:20], "added": []})) == 1 + 20 + 3
 
 
-def test_compensated_rounding_tells_the_error_of_the_outputs():
+def test_compensated_rounding_reports_the_error_of_the_outputs():
     metric = {"survived": 0.07, "output_error": 0.01, "unweighted_output_error": 0.03}
     (line,) = outcomes({"parameters": {"a.weight": metric, "b.weight": metric}})
     assert "outputs: median 0.0100 over 2 weights, 0.0300" in line and "kept" not in line

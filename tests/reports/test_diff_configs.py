@@ -57,7 +57,7 @@ def test_a_setting_that_changes_the_arithmetic_is_a_difference_whatever_the_tole
     assert models(LLAMA | {"rms_norm_eps": 1}, LLAMA | {"rms_norm_eps": 1.0})["config"] == []
 
 
-def test_settings_that_change_no_arithmetic_are_told_or_left_out(models):
+def test_settings_that_change_no_arithmetic_are_listed_or_omitted(models):
     one = {
         "transformers_version": "4.40",
         "_name_or_path": "org/one",
@@ -82,7 +82,7 @@ def test_settings_that_change_no_arithmetic_are_told_or_left_out(models):
     )
 
 
-def test_what_a_config_leaves_out_is_the_models_default(models):
+def test_settings_missing_in_a_config_are_the_model_s_defaults(models):
     """Configs of several ages of transformers: added keys, other names for rope."""
     old = LLAMA | {"rope_theta": 500000.0}
     new = LLAMA | {
@@ -137,7 +137,7 @@ def test_settings_that_json_or_a_terminal_cannot_hold(models):
         assert text.isprintable()
 
 
-def test_a_side_without_a_config_is_told(models):
+def test_a_side_without_a_config_is_noted(models):
     document = models(LLAMA, None)
     assert (
         document["same"]

@@ -153,7 +153,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_against_peft(name, cached_folder, tmp_path):
+def test_norms_and_ranks_equal_peft_s_deltas(name, cached_folder, tmp_path):
     build, config = KINDS[name]
     base = cached_folder(
         f"inspect-{build.__name__}", lambda folder: oracle.save_base(build(), folder, "fp32")
@@ -233,7 +233,7 @@ def test_the_norm_of_a_part_of_a_stored_tensor(name, tmp_path, monkeypatch):
     assert squares == pytest.approx((picked**2).sum(), rel=1e-12)
 
 
-def test_effective_rank():
+def test_effective_ranks_equal_those_by_hand():
     assert factors.effective_rank(torch.ones(5, dtype=torch.float64)) == pytest.approx(5)
     assert factors.effective_rank(torch.tensor([3.0, 0.0])) == pytest.approx(1)
     assert factors.effective_rank(torch.tensor([2.0, 1.0])) == pytest.approx(
@@ -254,7 +254,7 @@ def test_layers_are_in_the_order_of_their_numbers(tmp_path):
     ]
 
 
-def test_what_is_saved_besides_factors(tmp_path):
+def test_inspect_lists_modules_saved_besides_factors(tmp_path):
     raw_files.everything_else().folder().write(tmp_path / "all")
     result = inspect(tmp_path / "all")
     assert result["modules_to_save"] == ["score"] and result["flags"]["bias"] == "all"

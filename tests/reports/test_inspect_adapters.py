@@ -93,7 +93,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_merge_refuses_is_a_problem(name, lora, tmp_path):
+def test_inspect_lists_what_a_merge_refuses(name, lora, tmp_path):
     """The rest is still told: norms too, unless the scale is not known."""
     config, words, scaled = REFUSED[name]
     oracle.edit_config(lora, tmp_path / "odd", **config)

@@ -21,7 +21,7 @@ from tests.support import oracle, raw_files
 from tests.support.inspections import DAMAGED, ROOT, edited, inspect, problems_of, refused, run
 
 
-def test_a_file(lora, llama, tmp_path):
+def test_inspect_of_one_file_counts_its_parameters(lora, llama, tmp_path):
     result = inspect(llama / "model.safetensors")
     assert (result["kind"], result["name"], problems_of(result)) == (
         "file",
@@ -36,7 +36,7 @@ def test_a_file(lora, llama, tmp_path):
     assert "not a safetensors file" in problems_of(inspect(tmp_path / "bad.safetensors"))[0]
 
 
-def test_what_is_nothing_is_refused(lora, llama, tmp_path):
+def test_missing_and_empty_inputs_are_refused(lora, llama, tmp_path):
     assert "no such path" in refused(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "neither a checkpoint nor an adapter" in refused(tmp_path / "empty")
@@ -69,7 +69,7 @@ def test_the_table_and_the_json_are_the_result(lora, llama, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cut", "html", "empty-file", "missing"])
-def test_what_cannot_be_read_is_status_1(name, sharded, lora, tmp_path):
+def test_a_damaged_checkpoint_exits_1(name, sharded, lora, tmp_path):
     """The problem is printed as any other."""
     DAMAGED[name][0](sharded)
     status, text = called(sharded)
@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_status_1(name, sharded, lora, tmp_path):
     assert called(tmp_path / "adapter")[0] == 1
 
 
-def test_what_a_trainer_leaves_is_no_problem(sharded, lora, tmp_path):
+def test_other_files_of_a_trainer_are_not_a_problem(sharded, lora, tmp_path):
     shutil.copytree(lora, tmp_path / "adapter")
     for folder in (sharded, tmp_path / "adapter"):
         for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -92,7 +92,7 @@ def test_what_a_trainer_leaves_is_no_problem(sharded, lora, tmp_path):
         assert problems_of(inspect(folder)) == []
 
 
-def test_an_adapter_of_a_pipeline_is_called_so(llama, lora, tmp_path):
+def test_an_adapter_of_a_pipeline_is_recognized(llama, lora, tmp_path):
     """In a format that PEFT's layout holds with names that no model has: what works is said."""
     golden = Path(__file__).parents[1] / "formats" / "golden"
     path = golden / "kohya" / "sdxl.safetensors"
@@ -158,7 +158,7 @@ def test_no_name_acts_on_a_terminal(tmp_path):
         assert all(c.isprintable() or c == "\n" for c in text)
 
 
-def test_the_picture(lora, llama, tmp_path):
+def test_the_plot_has_a_row_for_each_module(lora, llama, tmp_path):
     assert called(lora, "--base", llama, "--plot", tmp_path / "norms.html")[0] == 0
     modules = inspect(lora, base=llama)["modules"]
     maps = heatmaps_of({"lora": {"modules": modules}})

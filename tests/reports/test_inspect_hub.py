@@ -86,7 +86,7 @@ def test_an_adapter_on_the_hub_by_its_header_and_config(hub, tmp_path):
     assert "--download" in tables.inspect_table(result)
 
 
-def test_weights_on_the_hub_are_read_when_asked_for(hub, tmp_path):
+def test_weights_on_the_hub_are_read_on_request(hub, tmp_path):
     result = on_hub(hub, tmp_path, "org/adapter:v1", "--base", "org/base", "--download")
     for name, repo in (("adapter", "org/adapter"), ("base", "org/base")):
         (tmp_path / name).mkdir()
@@ -96,7 +96,7 @@ def test_weights_on_the_hub_are_read_when_asked_for(hub, tmp_path):
     assert all(m["relative"] > 0 for m in result["modules"])
 
 
-def test_factors_on_the_hub_are_not_asked_about_without_download(hub, tmp_path, lora):
+def test_factors_on_the_hub_are_not_requested_without_download(hub, tmp_path, lora):
     for words in (["org/adapter:v1", "--plot", tmp_path / "x.html"], [lora, "--base", "org/base"]):
         done = run(*words, **hub.environment(tmp_path / "home"))
         assert (
@@ -107,7 +107,7 @@ def test_factors_on_the_hub_are_not_asked_about_without_download(hub, tmp_path, 
     assert weights_ranges(hub) == []
 
 
-def test_headers_alone(lora, llama, tmp_path, monkeypatch):
+def test_inspect_of_headers_reads_no_factor(lora, llama, tmp_path, monkeypatch):
     """Of an adapter on this machine no factor is read, and torch is not needed; what headers tell
     is the same."""
     whole, read = inspect(lora), LocalFolder.read

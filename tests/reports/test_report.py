@@ -120,7 +120,7 @@ def test_statistics_weigh_the_cosines(tmp_path):
     assert pairs["output_cosines"] != pairs["cosines"]
 
 
-def test_advice_says_what_the_numbers_say(tmp_path):
+def test_the_advice_follows_from_the_numbers(tmp_path):
     one = adapter(tmp_path / "one")
     again = adapter(tmp_path / "again")
     minus = adapter(tmp_path / "minus")
@@ -141,7 +141,7 @@ def test_advice_says_what_the_numbers_say(tmp_path):
     assert "not finite" in advice(minus)["reason"] and advice(minus)["command"] == ""
 
 
-def test_several_adapters(tmp_path):
+def test_inspect_of_several_adapters_has_pairs_and_advice(tmp_path):
     """Each as alone, and the pairs and the advice of a report of them; as a table, too."""
     sources = [adapter(tmp_path / f"n{seed}", seed) for seed in (0, 1, 2)]
     result = adapterkit.inspect(sources)
@@ -180,7 +180,7 @@ def test_relative_norms_and_an_outcome(lora, llama, tmp_path):
     assert "Outcome" in page and outcome["fingerprint"] in page
 
 
-def test_the_page_says_the_numbers_of_the_document(tmp_path):
+def test_the_page_has_the_numbers_of_the_document(tmp_path):
     folders = [adapter(tmp_path / f"n{seed}", seed) for seed in (0, 1)]
     document = report(tmp_path, *folders)
     page = (tmp_path / "report.html").read_text("utf-8")
@@ -221,7 +221,7 @@ def test_many_experts_are_a_bitmap_of_bounded_size(layers, tmp_path):
     assert len(page) < 1_000_000
 
 
-def test_what_is_refused(tmp_path, llama):
+def test_invalid_outputs_and_adapters_are_refused(tmp_path, llama):
     one = adapter(tmp_path / "one")
     (tmp_path / "taken.html").write_text("mine")
     for out in (tmp_path / "taken.html", tmp_path / "x.txt", tmp_path / "no" / "x.html", tmp_path):
@@ -284,7 +284,7 @@ def test_every_figure_has_a_name_of_its_own(lora, llama, tmp_path):
     assert "<iframe sandbox title=" in adapterkit.inspect(lora)._repr_html_()
 
 
-def test_an_older_page_is_replaced_only_when_asked(tmp_path):
+def test_an_older_page_is_replaced_only_with_overwrite(tmp_path):
     one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two", 1)
     for verb, name in ((adapterkit.report, "out"), (adapterkit.inspect, "plot")):
         page = {name: tmp_path / f"{name}.html"}

@@ -227,7 +227,7 @@ def test_a_router_is_saved_as_it_was(dtype, experts, tmp_path):
 
 @pytest.mark.parametrize("compat", [None, "peft"])
 @pytest.mark.parametrize("general", [0, 2])
-def test_adding_and_removing_equal_building_anew(general, compat, experts, tmp_path):
+def test_adding_and_removing_equal_a_new_router(general, compat, experts, tmp_path):
     options = {"general": experts[4 : 4 + general], "top_k": 2, "compat": compat}
     options |= {"seed": 3} if compat else {}
     model = base()
@@ -262,7 +262,7 @@ def test_experts_of_other_ranks_and_modules_come_and_go(experts, tmp_path):
     same_router(tmp_path / "only", tmp_path / "one")
 
 
-def test_general_adapters_of_a_loaded_router_are_asked_for(experts, tmp_path):
+def test_a_loaded_router_requires_its_general_adapters(experts, tmp_path):
     adapterkit.arrow(experts[:2], general=experts[4:], out=tmp_path / "arrow")
     h = load_arrow(base(), tmp_path / "arrow")
     with pytest.raises(Refused, match=r"0 general adapters(.|\n)*2: e4, e5"):
@@ -310,7 +310,7 @@ def test_loaded_adapters_are_sources(experts, tmp_path):
         h.add_expert("arrow", name="itself", general=["english"])
 
 
-def test_a_new_adapter_is_trained_beside_a_router_and_added(experts):
+def test_a_new_adapter_is_trained_next_to_a_router_and_added(experts):
     model = base()
     h = create_arrow_model(model, experts[:3], top_k=2)
     h.attach(LoraConfig(rank=4, targets=ALL), name="new", seed=0)
@@ -347,7 +347,7 @@ def test_gradients_pass_as_through_pefts(experts):
     assert h.active == {"arrow": 1.0}
 
 
-def test_a_router_beside_an_adapter_is_their_sum(experts, tmp_path):
+def test_a_router_and_an_adapter_are_summed(experts, tmp_path):
     adapterkit.arrow(experts[:4], out=tmp_path / "arrow", top_k=2)
     expected = base()
     for module in routed_by_the_rule(expected, tmp_path / "arrow").modules():
@@ -416,7 +416,7 @@ def test_a_router_is_scaled_reported_deleted_and_detached(experts, tmp_path):
 # -- bases -----------------------------------------------------------------------------------------
 
 
-def test_gpt2(tmp_path):
+def test_arrow_on_gpt2_equals_peft(tmp_path):
     """Conv1D stores its weight transposed."""
     targets = ["c_attn", "c_proj", "c_fc"]
     sources = [
@@ -429,7 +429,7 @@ def test_gpt2(tmp_path):
     assert torch.allclose(logits(model), expected, atol=2e-5)
 
 
-def test_bf16_base(experts, tmp_path):
+def test_arrow_on_a_bf16_base_rounds_once_per_layer(experts, tmp_path):
     """Routing and factors in float32, one rounding at each layer."""
     adapterkit.arrow(experts[:4], out=tmp_path / "arrow", top_k=2)
     expected = logits(routed_by_the_rule(base().bfloat16(), tmp_path / "arrow"))

@@ -47,7 +47,7 @@ def state(model):
     )  # fmt: skip
 
 
-def test_of_a_llama():
+def test_statistics_of_a_llama_equal_those_by_hand():
     """As by hand, the model as before."""
     model = llama()
     before = state(model)
@@ -190,7 +190,7 @@ def test_the_hooks_go_when_the_run_fails():
     {"targets": ["nowhere"]},
     {"run_model": lambda: None},
 ])  # fmt: skip
-def test_misuse(options):
+def test_invalid_arguments_of_collect_are_refused(options):
     model = Shared()
     options = {"run_model": lambda: model(torch.ones(2, 4)), **options}
     with pytest.raises(AdapterkitError):

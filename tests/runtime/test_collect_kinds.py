@@ -51,7 +51,7 @@ def gradients_by_autograd(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients(name: str):
+def test_collected_gradients_equal_those_of_autograd(name: str):
     model = MODELS[name]()
     frozen, kept = list(model.parameters())[0:2]
     frozen.requires_grad_(False)
@@ -124,7 +124,7 @@ def test_the_mean_is_over_backward_passes():
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's
 @pytest.mark.parametrize("name", MODELS)
-def test_pefts_gradients(name: str):
+def test_gradients_with_compat_equal_peft(name: str):
     """Those that `preprocess_loraga` leaves on the modules, (in, out) of a Conv1D."""
     model, theirs = MODELS[name](), MODELS[name]()
     if name == "gpt2":
@@ -149,7 +149,7 @@ def test_pefts_gradients(name: str):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pefts_covariances(name: str):
+def test_covariances_with_compat_equal_peft(name: str):
     """Those that `preprocess_corda` decomposes: each call's inputs over their maximum."""
     model = MODELS[name]()
     targets = ["c_attn", "mlp.c_proj"] if name == "gpt2" else ["q_proj", "down_proj"]
@@ -242,7 +242,7 @@ def test_as_adapterkit_stats(tmp_path):
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4 * largest)
 
 
-def test_gradients_beside_adapters():
+def test_gradients_of_a_model_with_adapters():
     """Adapters act, and get no gradients meanwhile."""
     model = llama()
     adapters = attach(model, LoraConfig(2, 4, ["q_proj"], init=False), seed=0)
@@ -263,7 +263,7 @@ def test_gradients_beside_adapters():
     ({"what": "pca", "components": 0}, "components=0"),
     ({"what": "gradient", "targets": ["embed_tokens"]}, "embed_tokens: no linear layer"),
 ])  # fmt: skip
-def test_misuse(options: dict, message: str):
+def test_invalid_kinds_are_refused_before_the_model_runs(options: dict, message: str):
     model = llama()
     ran = []
     with pytest.raises(AdapterkitError, match=message):

@@ -181,7 +181,7 @@ def test_tokens_are_found_wherever_they_are():
 
 
 @pytest.mark.parametrize("length", [7, 8])
-def test_what_a_model_pads_by_itself_does_not_count(length: int):
+def test_padding_added_by_the_model_does_not_count(length: int):
     """Longformer pads to its window, and has the tokens first in its attention."""
     model = tiny.model("longformer").eval()
     ids = tokens(3, length)
@@ -214,7 +214,7 @@ def test_ids_that_a_model_appends_do_not_count():
     check(collect(model, lambda: [model(ids) for _ in range(2)]), expected)
 
 
-def test_what_is_written_into_a_copy_is_not_in_what_it_was_copied_from():
+def test_writes_into_a_copy_do_not_mark_the_original():
     model, ids = oracle.llama(), tokens(3, 7)
     plain = model.model.forward
 

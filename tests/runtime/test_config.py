@@ -113,7 +113,7 @@ def test_all_invalid_values_at_once():
     assert len(caught.value.errors) == 7
 
 
-def test_what_is_invalid_is_in_no_conflict():
+def test_an_invalid_setting_is_not_reported_as_a_conflict():
     with pytest.raises(Refused) as caught:
         LoraConfig(targets=["q"], layers=-1, layers_pattern="h")
     assert not isinstance(caught.value, MultipleErrors)

@@ -102,7 +102,7 @@ def in_peft(name: str, init: str, rank: int = 8, alpha: int = 6, **settings) -> 
 
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 @pytest.mark.parametrize("name", MODELS)
-def test_corda(name: str, method: str):
+def test_corda_equals_peft(name: str, method: str):
     build, targets = MODELS[name]
     theirs = layers_of(in_peft(name, "corda", corda_config=CordaConfig(corda_method=method)))
     model = build()
@@ -122,7 +122,7 @@ def test_corda(name: str, method: str):
     {}, {"direction": "A2rBr", "scale": "gd_scale"}, {"direction": "ArBr", "scale": "unit"},
 ])  # fmt: skip
 @pytest.mark.parametrize("name", MODELS)
-def test_lora_ga(name: str, settings: dict):
+def test_lora_ga_equals_peft(name: str, settings: dict):
     """Rows of a and columns of b but for their signs, which are free. PEFT takes the wrong side of
     a Conv1D for its `stable` scale."""
     build, targets = MODELS[name]
@@ -146,7 +146,7 @@ def test_lora_ga(name: str, settings: dict):
 
 @pytest.mark.parametrize("adjust", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_eva(name: str, adjust: bool):
+def test_eva_equals_peft(name: str, adjust: bool):
     """Ranks and scales, and the rows of a but for their signs; padding does not count."""
     build, targets = MODELS[name]
     eva_config = EvaConfig(rho=4.0, adjust_scaling_factors=adjust)
@@ -303,7 +303,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals(case: str):
+def test_invalid_statistics_are_refused_and_leave_the_model(case: str):
     settings, stats, message = REFUSALS[case]
     model = llama()
     before = logits(model)

@@ -345,7 +345,7 @@ def test_norms_are_those_of_the_weights_that_the_file_has(target, dropout, tmp_p
     torch.testing.assert_close(merged(tokens()).logits, outputs[0], rtol=1e-4, atol=1e-4)
 
 
-def test_what_another_adapter_adds_to_the_bias_is_rescaled(tmp_path):
+def test_a_bias_added_by_another_adapter_is_rescaled(tmp_path):
     """PEFT's merge leaves it as it is, and its forward does not."""
     by_peft("linear", tmp_path / "1", use_dora=False, lora_bias=True)
     by_peft("linear", tmp_path / "2")
@@ -462,7 +462,7 @@ def test_writes_that_no_version_counts_are_seen_after_training():
         assert torch.equal(net(x), y)
 
 
-def test_what_inference_mode_computed_serves_training():
+def test_values_computed_in_inference_mode_serve_training():
     """A frozen DoRA below a trained adapter: its factor is saved for the backward pass."""
     net, x = network("linear"), torch.randn(5, 24)
     adapters = attach(net, LoraConfig(4, targets=["2"], dora=True, init=False), seed=0)

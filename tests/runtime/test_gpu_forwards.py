@@ -56,7 +56,7 @@ def test_parts_of_a_language_model(name: str, base: tuple[int, int]):
     assert waits == base[0] and launches - base[1] <= most
 
 
-def test_convolutions():
+def test_forwards_of_convolutions_do_not_wait_for_the_gpu():
     make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2)).eval()
     x = torch.randn(2, 3, 8, 8)
     model = make()
@@ -65,7 +65,7 @@ def test_convolutions():
 
 
 @pytest.mark.parametrize("tokens, experts", [(1, 64), (1, 4), (64, 10)])
-def test_routed_experts(tokens: int, experts: int):
+def test_forwards_of_routed_experts_do_not_wait_for_the_gpu(tokens: int, experts: int):
     rows = [torch.randn(tokens, 16) for _ in range(2)]
     factors = torch.randn(experts * 5, 16), torch.randn(experts * 4, 16), torch.ones(experts)
     how = {"top_k": 3, "temperature": 1.0}

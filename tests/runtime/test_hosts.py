@@ -99,7 +99,7 @@ class Wrapper(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def test_what_is_wrapped_or_resized_elsewhere_goes_on(tmp_path):
+def test_wrapped_or_resized_modules_keep_their_adapters(tmp_path):
     model = llama()
     h = attach(model, LoraConfig(targets=[*QV, "lm_head"], init=False), seed=1)
     expected = text(model)
@@ -116,7 +116,7 @@ def test_what_is_wrapped_or_resized_elsewhere_goes_on(tmp_path):
     h.save(tmp_path / "elsewhere")
 
 
-def test_unfused_again():
+def test_adapters_work_after_diffusers_unfuses():
     model = unet()
     h = attach(model, LoraConfig(targets=["to_q"], init=False), seed=1)
     expected = image(model)

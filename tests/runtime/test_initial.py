@@ -84,7 +84,7 @@ def test_from_the_original_base_to_the_trained_model(started):
     torch.testing.assert_close(logits(theirs), trained, rtol=1e-4, atol=1e-5)
 
 
-def test_the_norm_is_of_the_whole_change(started):
+def test_the_norm_is_of_the_change_from_the_start(started):
     build, folder, _ = started
     adapters = load(build(), folder)
     parts = [part for _, part in adapters.state.adapters["default"].parts()]
@@ -92,7 +92,7 @@ def test_the_norm_is_of_the_whole_change(started):
     assert all(part.delta().abs().max() < 1e-6 for part in parts)
 
 
-def test_trained_elsewhere(started):
+def test_newer_factors_than_the_initial_ones_are_used(started):
     """The factors in the folder are newer than those beside them: the runtime, `merge` and `rebase`
     mean the same."""
     build, folder, tmp_path = started

@@ -99,7 +99,7 @@ def test_generated_tokens_are_adapted(adapters, theirs, prompts):
     assert torch.equal(ours, adapters.model.generate(prompts[:3], use_cache=False, **GREEDY))
 
 
-def test_beams(adapters, prompts):
+def test_beam_search_with_a_cache_equals_without(adapters, prompts):
     beams = GREEDY | {"num_beams": 3}
     cached = adapters.model.generate(prompts, **beams)
     assert torch.equal(cached, adapters.model.generate(prompts, use_cache=False, **beams))
@@ -165,7 +165,7 @@ def test_a_cache_that_is_cut_forgets(adapters, prompts):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(adapters, prompts, reentrant: bool):
+def test_gradients_with_checkpointing_are_equal(adapters, prompts, reentrant: bool):
     model = adapters.model.train()
 
     def gradients() -> list[torch.Tensor]:
@@ -185,7 +185,7 @@ def test_checkpointing(adapters, prompts, reentrant: bool):
         sum(losses).backward()
 
 
-def test_beside_a_plain_adapter(adapters, prompts):
+def test_an_invoked_adapter_with_a_plain_one(adapters, prompts):
     adapters.attach(LoraConfig(2, 4, ["v_proj"], init=False), name="plain", seed=2)
     adapters.activate("plain")
     plain = adapters.model(prompts).logits
@@ -250,7 +250,7 @@ def test_mixture_of_experts(prompts):
     assert torch.equal(ours[1, :6], base[1, :6]) and not torch.equal(ours[1, 6], base[1, 6])
 
 
-def test_read_back(adapters, prompts, tmp_path):
+def test_saved_adapters_load_with_equal_outputs(adapters, prompts, tmp_path):
     expected = adapters.model(prompts).logits
     adapters.save(tmp_path / "saved")
     again = load(llama(), tmp_path / "saved")
@@ -271,7 +271,7 @@ def test_read_back(adapters, prompts, tmp_path):
         ),
     ],
 )
-def test_refusals(adapters, prompts, misuse, message: str):
+def test_unsupported_calls_are_refused_and_change_nothing(adapters, prompts, misuse, message: str):
     expected = adapters.model(prompts).logits
     with pytest.raises(AdapterkitError, match=message):
         misuse(adapters, prompts)

@@ -34,7 +34,7 @@ def test_every_kind_has_a_case():
 
 
 @pytest.mark.parametrize("case", RIGHT_IN_PEFT.values(), ids=RIGHT_IN_PEFT)
-def test_equals_peft(case, tmp_path):
+def test_every_kind_of_layer_equals_peft(case, tmp_path):
     """Outputs, gradients, training, and files both ways; merged, and bit for bit back."""
     settings = {"r": 2, "lora_alpha": 3, "target_modules": TARGETS, **case.settings}
     with case.repaired():
@@ -98,7 +98,7 @@ def test_several_adapters_act_with_their_weights(case, dtype):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "conv"])
-def test_factors_beside_half_precision_round_once(kind):
+def test_float32_factors_on_half_precision_round_once(kind):
     """As in PEFT the factors are float32 and so is their product."""
     case = next(case for case in CASES.values() if case.kind == kind)
     net, adapters = adapted(case, torch.bfloat16)
@@ -191,7 +191,7 @@ def test_compiles_as_one_graph(case):
 
 
 @of_each_kind
-def test_autocast(case):
+def test_autocast_keeps_the_base_s_dtype(case):
     """The output has the dtype of the base's, and the factors' gradients are float32."""
     net, adapters = adapted(case)
     expected = net.call(net.layer, case.x)

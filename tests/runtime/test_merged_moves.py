@@ -93,7 +93,7 @@ def test_a_tie_stays_one():
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_what_acts_beside_the_merged_has_the_moved_bias(dora):
+def test_an_adapter_next_to_a_merged_one_uses_the_moved_bias(dora):
     """The same as where the other one acts unmerged, to what bfloat16 rounds."""
     results = []
     for merged in (False, True):

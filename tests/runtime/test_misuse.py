@@ -226,7 +226,7 @@ def test_a_model_of_another_type(saved):
         load(nn.Sequential(nn.Linear(4, 4)), saved / "whole")
 
 
-def test_what_acts_after_unmerge_is_what_acted_before(adapters):
+def test_unmerge_restores_the_active_adapters(adapters):
     """One of two active ones merged, the other beside it; refused calls in between."""
     adapters.activate({"sft": 0.5, "dpo": 2.0})
     before = state(adapters)

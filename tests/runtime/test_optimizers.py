@@ -234,7 +234,7 @@ def test_lorafa_of_one_of_two_adapters(folder):
     assert all(map(torch.equal, before, h.parameters("default")))
 
 
-def test_lorafa_takes_a_as_it_is_now(folder):
+def test_lorafa_uses_the_current_a(folder):
     """The product of a with itself is kept from step to step, and computed again for a new a."""
     h = load(model := llama(), folder, trainable=True)
     optimizer = LoraFA(h, lr=1e-2)
@@ -249,7 +249,7 @@ def test_lorafa_takes_a_as_it_is_now(folder):
     torch.testing.assert_close(actual, projected(part), rtol=1e-4, atol=1e-7)
 
 
-def test_loraplus_groups(folder):
+def test_loraplus_gives_b_its_own_learning_rate(folder):
     h = attach(llama(), LoraConfig(4, 8, TARGETS, lora_bias=True), seed=1)
     h.model.lm_head.requires_grad_(True)  # a part of the base that is trained too
     optimizer = loraplus(h, torch.optim.SGD, lr=0.5, ratio=8, weight_decay=0.25)
@@ -291,7 +291,7 @@ def stretched(value):
 
 @pytest.mark.parametrize("reg", [1e-2, 1e-6, 1e-30, 0.0])
 @pytest.mark.parametrize("case", ["random", "stretched", "zeros", "one row"])
-def test_damped_inverses(case, reg):
+def test_damped_inverses_are_accurate_and_finite(case, reg):
     """The inverse in float64, or no more than float32 tells: never what is not finite."""
     torch.manual_seed(0)
     factors = torch.randn(5, 8, 40)
@@ -363,7 +363,7 @@ MISUSE = {
 
 
 @pytest.mark.parametrize("case", MISUSE)
-def test_misuse(case, folder):
+def test_optimizers_of_wrong_models_are_refused(case, folder):
     h = load(llama(), folder, trainable=True)
     if case == "nothing trained":
         h.activate(None)

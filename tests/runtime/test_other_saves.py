@@ -59,7 +59,7 @@ def test_a_plain_trainer_that_does_not_save_warns(tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_what_is_saved_is_for_whom_the_umask_says(mask, tmp_path):
+def test_saved_files_follow_the_umask(mask, tmp_path):
     """safetensors 0.8 writes 0600 whatever the umask says."""
     h = attach(llama(), CONFIG, seed=1)
     before = os.umask(mask)
@@ -144,7 +144,7 @@ def test_a_trainer_of_a_plain_module(tmp_path):
         plain(h.model, tmp_path).save_model()
 
 
-def test_save_pretrained(tmp_path):
+def test_save_pretrained_saves_the_base_alone(tmp_path):
     """The base alone is saved where it is asked for alone; both where they are merged."""
     model = llama()
     model.save_pretrained(tmp_path / "before")
@@ -180,7 +180,7 @@ def test_a_state_dict_is_the_bases(tmp_path):
     h.detach()
 
 
-def test_diffusers(tmp_path):
+def test_save_pretrained_of_diffusers_saves_the_base(tmp_path):
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)

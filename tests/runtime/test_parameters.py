@@ -145,7 +145,7 @@ def refused(match, action, model):
     assert before == after
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_adapters_of_another_number_of_experts_are_refused(tmp_path):
     handle = attach(tiny("mixtral"), LoraConfig(3, 5, [], parameters=EXPERTS))
     handle.save(tmp_path)
     config = {**MODELS["mixtral"], "num_local_experts": 8}

@@ -98,7 +98,7 @@ def test_nothing_of_the_experts_size_is_made(kind, implementation):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradient_checkpointing(implementation, use_reentrant):
+def test_gradient_checkpointing_keeps_the_gradients(implementation, use_reentrant):
     base = tiny("mixtral", implementation).train()
     handle = attach(base, LoraConfig(3, 5, [], parameters=EXPERTS))
     randomize(handle.parameters())
@@ -215,7 +215,7 @@ def test_report_and_rescale():
     ("qwen3_moe", "grouped_mm"), ("deepseek_v3", "eager"), ("gpt_oss", "eager"),
 ])  # fmt: skip
 @torch.no_grad()
-def test_mixed_rows(kind, implementation, parameters):
+def test_mixed_rows_of_experts_equal_each_adapter_alone(kind, implementation, parameters):
     """Experts run on the tokens of one adapter at a time; PEFT has no mixed batches here."""
     base = tiny(kind, implementation)
     if kind == "gpt_oss":
@@ -310,7 +310,7 @@ def test_optimizers_take_each_expert_as_a_layer(optimizer):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_combine(kind):
+def test_a_combination_of_experts_equals_their_weighted_sum(kind):
     base = tiny(kind)
     handle = two_adapters(base)
     table = {"first": 0.7, "second": 0.3}
@@ -349,7 +349,7 @@ def test_swap_within_padded_ranks(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_no_tokens(kind):
+def test_experts_run_without_tokens(kind):
     base = tiny(kind)
     attach(base, LoraConfig(2, 7, [], parameters=EXPERTS))
     nothing = torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)

@@ -156,7 +156,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_as_peft(case, tmp_path):
+def test_layers_that_their_parents_read_equal_peft(case, tmp_path):
     """Outputs, gradients, training, files and merging."""
     make, settings = CASES[case]
     _, adapters = compare(seeded(make), run, tmp_path, steps=1, **settings)
@@ -172,7 +172,7 @@ def test_rows_of_a_tied_head_that_is_not_called():
 
 
 @pytest.mark.parametrize("settings", [{"bias": "all"}, {"modules_to_save": ["conv1d"]}])
-def test_while_generating(settings, tmp_path):
+def test_generation_with_directly_read_weights_equals_peft(settings, tmp_path):
     """Mamba's cached step reads the convolution another way."""
     theirs = in_peft(seeded(mamba)(), target_modules=["in_proj"], **settings).eval()
     theirs.save_pretrained(tmp_path)
@@ -271,7 +271,7 @@ NAMED = {
 }
 
 
-def test_what_only_a_run_shows():
+def test_modules_without_gradients_are_warned_of_in_a_run():
     """A warning names the modules, once each; with `strict` it is an error."""
     adapters = attach(model := Hidden(), LoraConfig(2, 4, ["q", "k", "v"]))
     optimizer = torch.optim.SGD(adapters.parameters(), 0.1)

@@ -143,7 +143,7 @@ def moved(model: nn.Module, device: str = "mps") -> nn.Module:
 
 
 @pytest.mark.parametrize("name", COMPUTED)
-def test_what_has_no_float64_starts_on_the_host(name: str, stats: dict[str, Tensor]):
+def test_devices_without_float64_initialize_on_the_host(name: str, stats: dict[str, Tensor]):
     expected = dict(attached(name, stats).named_parameters())
     with installed(Card(kind="mps")), torch.no_grad():
         needs = set(members("inits")[name].needs) - {"weight"}

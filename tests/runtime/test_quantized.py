@@ -132,7 +132,7 @@ def test_computes_as_peft_in_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_a_dora_beside_a_merged_adapter_has_the_norms_of_the_base(dora, tmp_path):
+def test_a_dora_next_to_a_merged_adapter_has_the_norms_of_the_base(dora, tmp_path):
     """Merged or not, an adapter beside it gives the same, but for the second quantization."""
     net = network("int8")
     by_peft(network("int8"), tmp_path / "first")

@@ -79,7 +79,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_pefts(case, tmp_path):
+def test_replicated_layers_equal_peft(case, tmp_path):
     make, settings = CASES[case]
     run = (lambda model: model(input_ids=IDS).logits) if case == "bert" else logits
     base = make()

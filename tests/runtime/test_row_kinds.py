@@ -70,12 +70,12 @@ def test_parts_of_a_language_model(first, second):
     check(llama(), first, second, **IDS)
 
 
-def test_tied_heads():
+def test_rows_with_a_tied_head():
     first = LoraConfig(4, 8, ["q_proj"], trainable_tokens=[*range(0, 60, 3)])
     check(llama(tie_word_embeddings=True), first, PLAIN, **IDS)
 
 
-def test_biases():
+def test_rows_with_trained_biases():
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**TINY))
     first = LoraConfig(4, 8, ["query"], bias="all")
     check(model, first, LoraConfig(2, 8, ["value"], bias="lora_only"), **IDS)
@@ -108,7 +108,7 @@ class Convolutions(nn.Module):
 
 
 @pytest.mark.parametrize("dora", [True, False])
-def test_convolutions(dora):
+def test_rows_with_convolutions(dora):
     second = LoraConfig(2, 8, ["first"])
     x = torch.randn(4, 3, 8, 8)
     check(Convolutions(), LoraConfig(4, 8, ["first", "last"], dora=dora), second, x=x)
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("length", [5, 4])  # 4: as many tokens as rows
 @pytest.mark.parametrize("heads_mask", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_attention(batch_first, heads_mask, length):
+def test_rows_with_torch_attention_and_masks(batch_first, heads_mask, length):
     """Tokens or rows first; masks of padding, of all rows, of each head."""
     padding = torch.zeros(4, length)
     padding[1:3, -1] = -1e9
@@ -162,7 +162,7 @@ class Encoder(nn.Module):
 
 @pytest.mark.parametrize("length", [5, 4])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_torchs_encoder(batch_first, length):
+def test_rows_with_torchs_encoder(batch_first, length):
     """Its fused path, which reads the weights of its parts, is not taken."""
     second = LoraConfig(2, 8, ["linear2"])
     for targets in (["self_attn", "linear1"], ["linear1"]):

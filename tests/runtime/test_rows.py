@@ -179,7 +179,7 @@ def test_generate_repeats_the_names(name, options):
 @pytest.mark.parametrize("count", usual([2, 3, 16], {3}))
 @pytest.mark.parametrize("dense, size", [(True, 0), (False, 1), (False, 3), (False, 4)])
 @pytest.mark.parametrize("order", ["filled", "in order"])
-def test_both_kernels(count, tokens, dense, size, order, monkeypatch):
+def test_both_kernels_equal_each_adapter_alone(count, tokens, dense, size, order, monkeypatch):
     """The grouped one with groups that fit, are filled up, or are one row each."""
     monkeypatch.setattr(mixed, "dense_is_better", lambda *sizes: dense)
     monkeypatch.setattr(mixed, "group_size", lambda *sizes: size)
@@ -315,7 +315,7 @@ def test_a_half_precision_base_is_rounded_once(dtype):
     torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
-def test_autocast(llama):
+def test_rows_under_autocast_equal_each_adapter_alone(llama):
     values = inputs("ids")
     with torch.autocast("cpu", torch.bfloat16):
         with llama.rows(NAMES):
@@ -424,7 +424,7 @@ def test_names_that_do_not_fit_the_batch(llama):
         assert llama.model(ids[:2]).logits.shape[0] == 2  # the next call is right again
 
 
-def test_unknown_names(llama):
+def test_rows_of_unknown_names_are_refused_with_a_suggestion(llama):
     with refused("no adapter frr, es", "did you mean 'fr'"), llama.rows(["frr", "fr", "es"]):
         pass
 
@@ -435,7 +435,7 @@ def test_names_that_are_no_list(llama, names):
         pass
 
 
-def test_training(llama):
+def test_rows_in_training_mode_are_refused(llama):
     values = inputs("ids")
     with torch.enable_grad():
         llama.activate(None)
@@ -453,7 +453,7 @@ def test_training(llama):
                 llama.model(**values)
 
 
-def test_merged(llama):
+def test_rows_with_a_merged_adapter_are_refused(llama):
     llama.merge("de")
     with refused("de is merged", "unmerge first"), llama.rows(NAMES):
         pass

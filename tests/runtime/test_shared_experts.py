@@ -68,7 +68,7 @@ def test_peft_reads_them_as_parameters(config, base, tmp_path):
     torch.testing.assert_close(run(merged, merged), y, rtol=1e-2, atol=1e-2)
 
 
-def test_what_no_parameter_has(base, tmp_path):
+def test_layers_without_a_parameter_are_left_out_or_refused(base, tmp_path):
     """all-linear leaves such layers out and says so; named they are refused."""
     model = base.load(torch.float32)
     with pytest.warns(UserWarning, match="no factors for .*stacks of experts"):

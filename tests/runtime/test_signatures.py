@@ -81,22 +81,22 @@ def check(function: Callable, positional: list[str], keywords: dict[str, object]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions(name: str):
+def test_functions_have_the_documented_signatures(name: str):
     check(getattr(runtime, name), *FUNCTIONS[name])
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods(name: str):
+def test_methods_have_the_documented_signatures(name: str):
     positional, keywords = METHODS[name]
     check(getattr(Adapters, name), ["self", *positional], keywords)
 
 
 @pytest.mark.parametrize("name", ["names", "active", "merged"])
-def test_properties(name: str):
+def test_names_active_and_merged_are_properties(name: str):
     assert isinstance(getattr(Adapters, name), property)
 
 
-def test_config():
+def test_the_config_has_the_documented_defaults():
     parameters = inspect.signature(LoraConfig).parameters
     config = LoraConfig()
     assert {name: getattr(config, name) for name in SETTINGS} == SETTINGS

@@ -90,7 +90,7 @@ def test_trained_by_peft_and_not_converted(name: str, tmp_path):
     torch.testing.assert_close(ours, theirs(input_ids=tokens()).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_seed():
+def test_the_seed_determines_the_factors():
     one, other, third = (
         attach(llama(), LoraConfig(4, 8, TARGETS), seed=seed) for seed in (1, 1, 2)
     )
@@ -124,7 +124,7 @@ def test_same_records_as_offline(tmp_path):
         ({"init": "pissa", "invocation_tokens": [1]}, "activated LoRA"),
     ],
 )
-def test_refusals(settings: dict, message: str, expected):
+def test_invalid_inits_are_refused_and_leave_the_model(settings: dict, message: str, expected):
     model = llama()
     with pytest.raises(AdapterkitError, match=message):
         attach(model, LoraConfig(**{"targets": TARGETS} | settings))

@@ -65,7 +65,7 @@ def test_activate_loads_and_the_least_recently_used_goes(adapters, folder):
     assert set(adapters.names) == {"resident", "fr", "it"}
 
 
-def test_rows_load(adapters, folder):
+def test_rows_load_their_adapters_on_demand(adapters, folder):
     adapters.activate("fr")
     adapters.activate(None)
     with adapters.rows(["de", "it"]):
@@ -75,7 +75,7 @@ def test_rows_load(adapters, folder):
         torch.testing.assert_close(y[i], logits(folder, name)[i])
 
 
-def test_what_is_active_stays_beside_rows(adapters, folder):
+def test_active_adapters_stay_loaded_during_rows(adapters, folder):
     adapters.activate("fr")
     for name in ("de", "it"):
         with adapters.rows([name, None]):
@@ -119,7 +119,7 @@ def test_changed_and_trainable_ones_stay(adapters):
     assert adapters.active == {"it": 1.0}
 
 
-def test_unknown_names(adapters):
+def test_names_outside_the_store_are_refused(adapters):
     for name in ("frr", "../store/fr", "", "/etc", "fr/", "org", "org/../fr"):
         with pytest.raises(AdapterkitError, match=f"no adapter {re.escape(name)}"):
             adapters.activate(name)
@@ -138,11 +138,11 @@ def test_another_models_adapter_changes_nothing(adapters, folder, tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, True, None])
-def test_max_loaded(adapters, folder, count):
+def test_invalid_max_loaded_is_refused(adapters, folder, count):
     with pytest.raises(AdapterkitError, match="max_loaded"):
         adapters.store(folder, max_loaded=count)
 
 
-def test_no_folder(adapters, folder):
+def test_a_store_without_a_folder_is_refused(adapters, folder):
     with pytest.raises(AdapterkitError, match="no folder"):
         adapters.store(folder / "nothing", max_loaded=2)

@@ -275,7 +275,7 @@ def test_a_base_that_arrives_later(how, arrival, reference):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_to_empty_is_told_from_moves_though_memory_is_reused():
+def test_to_empty_is_distinguished_from_moves_although_memory_is_reused():
     """New memory holds what was freed before: here the probes of earlier moves."""
     h = attach(
         model := nn.Sequential(nn.Linear(4, 4, bias=False)), LoraConfig(2, 4, ["0"], init=False)

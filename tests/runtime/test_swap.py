@@ -143,7 +143,7 @@ def test_parameters_are_the_same_objects_and_train(first, second):
     assert ranks == {0, 2, 8}  # zeros behind a rank have no gradient
 
 
-def test_what_training_puts_into_the_padding_is_saved(tmp_path, first):
+def test_trained_values_in_the_padding_are_saved(tmp_path, first):
     adapters = load(llama(), first, pad_rank=6, trainable=True)
     for parameter in adapters.parameters():
         parameter.add_(0.01)
@@ -193,7 +193,7 @@ def test_ranks_above_pad_rank(first, second):
 
 
 @pytest.mark.parametrize("options", [{"dora": True}, {"lora_bias": True}], ids=str)
-def test_other_kinds(tmp_path, first, options):
+def test_a_swap_to_another_kind_is_refused(tmp_path, first, options):
     other = write(tmp_path / "other", LoraConfig(4, 8, ["q_proj"], **options), 3)
     refuses(load(llama(), first), other, "LinearPart with", "q_proj")
     refuses(
@@ -225,7 +225,7 @@ def test_pad_rank_below_the_ranks(first):
         load(llama(), first, pad_rank=3)
 
 
-def test_room_for_rank_one(tmp_path):
+def test_padding_for_rank_one(tmp_path):
     one = write(tmp_path / "one", LoraConfig(1, 2, ["q_proj"]), 3)
     adapters = load(llama(), one, pad_rank=1)
     torch.testing.assert_close(adapters.model(tokens()).logits, logits(one), **CLOSE)

@@ -109,7 +109,7 @@ def names(config: LoraConfig, model: nn.Module | None = None) -> list[str]:
     return [target.name for target in LiveResolver(model or Model(), config).resolve()]
 
 
-def test_ends_whole_names_and_regular_expressions():
+def test_name_suffixes_full_names_and_regular_expressions():
     assert names(LoraConfig(targets=["q"])) == ["layers.0.q", "layers.1.q"]
     assert names(LoraConfig(targets=["0.q", "head"])) == ["layers.0.q", "head"]
     assert names(LoraConfig(targets=r".*\.q|head")) == ["layers.0.q", "layers.1.q", "head"]
@@ -142,7 +142,7 @@ def test_layers_of_usual_targets():
     assert names(LoraConfig(layers=1), model) == paths[1:]
 
 
-def test_what_is_excluded():
+def test_excluded_modules_are_not_targets():
     assert names(LoraConfig(targets=["q"], exclude=["0.q"])) == ["layers.1.q"]
     assert names(LoraConfig(targets=["q"], exclude=r".*\.1\.q")) == ["layers.0.q"]
     config = LoraConfig(targets=["q", "head", "lm_head"], modules_to_save=["lm_head", "layers.0"])
@@ -271,7 +271,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("config, texts", REFUSALS, ids=lambda x: "" if isinstance(x, list) else x)
-def test_what_is_refused_before_anything_changes(config, texts):
+def test_invalid_targets_are_refused_before_anything_changes(config, texts):
     model = Model()
     before = copy.deepcopy(model.state_dict()), str(model)
     with pytest.raises(Refused) as caught:

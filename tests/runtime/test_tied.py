@@ -97,7 +97,7 @@ def test_merged_once_on_each_side(folder):
     torch.testing.assert_close(model(x).logits, y)
 
 
-def test_other_values_of_a_head_are_read_as_they_are(folder, tmp_path):
+def test_differing_values_of_a_head_are_kept(folder, tmp_path):
     """PEFT trains them apart on bases in half precision, and saves both."""
     from safetensors.torch import save_file
 
@@ -131,7 +131,7 @@ def test_magnitudes_of_a_tied_head_act(tmp_path):
 
 
 @torch.no_grad()
-def test_it_runs_without_gradients_and_swaps(folder, tmp_path):
+def test_tied_adapters_run_without_gradients_and_swap(folder, tmp_path):
     model, x = live.llama(tie_word_embeddings=True), live.tokens()
     with oracle.quiet():
         theirs = live.peft_of(folder, live.llama(tie_word_embeddings=True))
@@ -164,7 +164,7 @@ def test_copies_of_a_model_share_their_own_factors():
     assert not torch.equal(other(x).logits, model(x).logits)
 
 
-def test_refusals():
+def test_unsupported_ties_are_refused():
     with pytest.raises(Refused, match="dora with tie on lm_head"):
         attach(
             live.llama(tie_word_embeddings=True),

@@ -126,7 +126,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_pefts(case, tmp_path):
+def test_trainable_tokens_equal_peft(case, tmp_path):
     model, settings = CASES[case]
     _, adapters = compare(MODELS[model], logits, tmp_path, r=4, **settings)
     check_merging(adapters, logits)

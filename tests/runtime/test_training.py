@@ -264,7 +264,7 @@ def test_the_base_stays_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantized_base(kind, tmp_path):
+def test_a_quantized_base_trains_and_resumes_exactly(kind, tmp_path):
     """The stock Trainer refuses it; checkpoints hold the adapter, resuming is exact."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
@@ -299,7 +299,7 @@ def t5():
     return T5ForConditionalGeneration(config)
 
 
-def test_seq2seq_trainer(tmp_path):
+def test_the_seq2seq_trainer_resumes_exactly(tmp_path):
     """With generation in the evaluation."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -333,7 +333,7 @@ class Plain(nn.Module):
         return {"loss": nn.functional.mse_loss(y, labels), "logits": y}
 
 
-def test_plain_module(tmp_path):
+def test_a_plain_module_with_batchnorm_resumes_exactly(tmp_path):
     """Means and variances of a trained BatchNorm are resumed too."""
     generator = torch.Generator().manual_seed(0)
     data = [
@@ -353,7 +353,7 @@ def test_plain_module(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["inactive", "frozen", "other model", "no model", "name"])
-def test_misuse(case, tmp_path):
+def test_trainer_arguments_that_do_not_fit_are_refused(case, tmp_path):
     from transformers import Trainer
 
     h = new()

@@ -184,7 +184,7 @@ def trained_files(folder):
     ],
     ids=str,
 )
-def test_what_trl_would_pass_over_is_refused(config, settings, word, tmp_path, tokenizer):
+def test_adapters_that_trl_would_ignore_are_refused(config, settings, word, tmp_path, tokenizer):
     """SFT and DPO multiply by the head's weight themselves."""
     from trl.trainer import dpo_trainer
 

@@ -116,7 +116,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_pefts(case, tmp_path):
+def test_trained_values_equal_peft(case, tmp_path):
     model, settings = CASES[case]
     _, adapters = compare(MODELS[model], logits, tmp_path, r=4, **settings)
     check_merging(adapters, logits)
@@ -389,7 +389,7 @@ def test_copies_are_trained_through_checkpointing():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_it_compiles():
+def test_trained_values_compile():
     model = MODELS["llama"]().eval()
     settings = {"modules_to_save": ["lm_head"], "bias": "all", "trainable_tokens": [1, 2]}
     h = attach(model, LoraConfig(targets=QV, **settings), seed=1)

@@ -9,7 +9,7 @@ from adapterkit.core.errors import Refused
 TARGETS = "q_proj,down_proj"
 
 
-def test_as_many_as_are_asked_for(base, texts, tmp_path):
+def test_the_requested_number_of_components_is_collected(base, texts, tmp_path):
     files = {}
     for count in (5, 40, 256):  # the widths are 32 and 48
         out = tmp_path / f"{count}.safetensors"

@@ -286,7 +286,7 @@ SHARED: dict[str, str] = {
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_metadata_that_lie(name: str, stats, base, tmp_path) -> None:
+def test_contradictory_metadata_is_refused(name: str, stats, base, tmp_path) -> None:
     tensors = load_file(stats)
     del tensors[f"{K_PROJ}.covariance"]
     save_file(tensors, tmp_path / "s.safetensors", {METADATA: SHARED[name]})

@@ -35,7 +35,9 @@ def base(tmp_path):
 
 # 3 batches through 1 embedding, 4 layers and 1 head, then back
 @pytest.mark.parametrize("step", usual([1, 3, 7, 15, 17, 18, 20, 26, 29], {1, 7, 18, 29}))
-def test_resumed(tmp_path, large, base, step, monkeypatch):
+def test_an_interrupted_collection_resumes_to_the_same_bits(
+    tmp_path, large, base, step, monkeypatch
+):
     """Wherever it stopped, the results are those of a run without a stop."""
     expected = collected(base, texts(), tmp_path, what=WHAT, memory=0)
     work = tmp_path / "work"

@@ -69,7 +69,7 @@ def test_a_quantized_base_is_what_it_decodes_to(tmp_path, large, to):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits(tmp_path, large, dtype):
+def test_statistics_of_16_bit_models_equal_the_reference(tmp_path, large, dtype):
     """The model computes in its own dtype, as transformers loads it; sums and files are float32."""
     base = checkpoint(llama(dtype=dtype), tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
@@ -142,7 +142,7 @@ def test_batches_without_padding_are_followed_once(tmp_path, large, monkeypatch,
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_a_model_pads_by_itself_counts_in_no_batch(tmp_path, large, whole):
+def test_padding_added_by_the_model_counts_in_no_batch(tmp_path, large, whole):
     """Longformer pads to its window, and has the tokens first in its attention."""
     model = tiny.model("longformer").eval()
     base = checkpoint(model, tmp_path / "base")
@@ -172,7 +172,7 @@ def test_cordas_own_covariance(tmp_path, large):
         torch.testing.assert_close(stats[f"{name}.covariance"], expected)
 
 
-def test_a_model_without_layers_runs_whole(tmp_path, large, monkeypatch):
+def test_a_model_without_layers_runs_as_one(tmp_path, large, monkeypatch):
     """With a note, and the same statistics."""
     base = checkpoint(llama(), tmp_path / "base")
     expected = collected(base, texts(), tmp_path, whole=True)

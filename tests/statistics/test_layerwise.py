@@ -107,7 +107,7 @@ ALIKE = ("gemma2", "qwen2_moe", "bert", "swin", "bart")
 
 
 @pytest.mark.parametrize("name", usual(MODELS, lambda name: name not in ALIKE))
-def test_as_the_whole_model(tmp_path, large, name):
+def test_layer_by_layer_equals_the_full_model(tmp_path, large, name):
     """Covariances, means, gradients; gradients of `whole` are autograd's (test_whole)."""
     make, data, has_loss = MODELS[name]
     base = checkpoint(make(), tmp_path / "base")
@@ -124,7 +124,7 @@ def test_as_the_whole_model(tmp_path, large, name):
         torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-7, msg=key)
 
 
-def test_gradients_of_small_layers_beside_the_lists(tmp_path):
+def test_gradients_of_small_layers_outside_the_lists(tmp_path):
     """They stay in memory, and are no part of a unit's."""
     base, data = checkpoint(MODELS["albert"][0](), tmp_path / "base"), texts()
     what = ("mean", "gradient")

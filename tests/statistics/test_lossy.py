@@ -174,7 +174,7 @@ def outputs_lost(delta: Tensor, fit: Tensor, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_resize(adapter, stats, rank, tmp_path) -> None:
+def test_resize_with_statistics_lowers_the_output_error(adapter, stats, rank, tmp_path) -> None:
     """The error of the outputs on the inputs that the statistics are of; plain elsewhere."""
     path, xs = stats
     receipt = adapterkit.resize(adapter, rank=rank, stats=path, out=tmp_path / "out")
@@ -303,7 +303,7 @@ def test_memory_of_other_types(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_extract(name, cached_folder, tmp_path) -> None:
+def test_extract_with_statistics_lowers_the_output_error(name, cached_folder, tmp_path) -> None:
     """Also of weights that are stored (in, out); what did not change has no factors."""
     base = cached_folder(
         f"lossy-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32")
@@ -346,7 +346,7 @@ def test_extract(name, cached_folder, tmp_path) -> None:
         assert output_error < plain_output
 
 
-def test_extract_of_experts_is_plain_and_says_so(cached_folder, tmp_path) -> None:
+def test_extract_of_experts_ignores_statistics_and_notes_it(cached_folder, tmp_path) -> None:
     build = lambda: mixture("mixtral")
     base = cached_folder("lossy-mixtral", lambda f: oracle.save_base(build(), f, "fp32"))
     after = tuned(base, build, tmp_path / "tuned", moved)
@@ -374,7 +374,7 @@ def two(tmp_path_factory) -> list[Path]:
 
 @pytest.mark.parametrize("files", [1, 2])
 @pytest.mark.parametrize("method", ["linear", "ties", "knots"])
-def test_combine(method, files, two, tmp_path) -> None:
+def test_combine_with_statistics_lowers_the_output_error(method, files, two, tmp_path) -> None:
     """The refit of whatever the method gives; several files: the mean of their covariances."""
     paths = [statistics(tmp_path / f"{i}.safetensors", seed=i)[0] for i in range(files)]
     options = {} if method == "linear" else {"density": 0.6}
@@ -429,7 +429,7 @@ def test_three_files_for_two_adapters_are_refused(two, stats, tmp_path) -> None:
         adapterkit.combine(two, method="linear", rank=2, stats=[stats[0]] * 3, out=tmp_path / "out")
 
 
-def test_all_that_is_missing_or_of_another_width_is_refused(adapter, stats, tmp_path) -> None:
+def test_missing_and_misfitting_statistics_are_listed_together(adapter, stats, tmp_path) -> None:
     tensors = load_file(stats[0])
     first, second = (f"{name}.covariance" for name in LINEAR)
     tensors[second] = tensors[second][:-1, :-1].contiguous()

@@ -48,7 +48,7 @@ class Gauge:
 
 
 @pytest.mark.parametrize("what", [("covariance",), ("covariance", "gradient")])
-def test_it_does_not_grow_with_the_model(tmp_path, large, monkeypatch, what):
+def test_memory_does_not_grow_with_the_model(tmp_path, large, monkeypatch, what):
     """Three depths: the largest part, and nothing of the batches that wait."""
     peaks = []
     for depth in (2, 5, 9):
@@ -74,7 +74,7 @@ def test_memory_is_what_may_wait(tmp_path, large, monkeypatch, memory):
     assert (gauge.waiting > 0) == (memory > 0)
 
 
-def test_rooms_are_given_back(tmp_path, large, monkeypatch):
+def test_memory_of_layers_is_freed(tmp_path, large, monkeypatch):
     """Of a file as long as it has to be: places are used again; nothing is taken in the end."""
     rooms = []
     init = ActivationStore.__init__

@@ -185,7 +185,7 @@ def test_the_refit_of_a_layer_is_what_the_next_one_sees(case, tmp_path):
     assert not torch.allclose(low[last], exact[last], rtol=1e-3)
 
 
-def test_an_interrupted_one_goes_on_to_the_same_bits(case, tmp_path, large, monkeypatch):
+def test_an_interrupted_job_resumes_to_the_same_bits(case, tmp_path, large, monkeypatch):
     whole = combined(case, tmp_path / "whole")
     kept, count = recollect._Recollector._combine, iter(range(100))
 
@@ -208,7 +208,7 @@ def test_an_interrupted_one_goes_on_to_the_same_bits(case, tmp_path, large, monk
     assert len(rehearsed) < 2 * layers, "a finished layer is not rehearsed again"
 
 
-def test_what_is_refused(case, tmp_path):
+def test_invalid_data_and_methods_are_refused(case, tmp_path):
     _, base, adapters, data = case
     refused = {
         "one for each adapter": {"data": data[:1]},

@@ -94,7 +94,7 @@ def test_no_other_delta_is_nearer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_laws(name: str) -> None:
+def test_regmean_obeys_its_laws(name: str) -> None:
     """Equal covariances: the weighted mean, whatever they are. One adapter, also by its weight:
     itself. All weights doubled: the same."""
     products, xs = case(name)
@@ -116,7 +116,7 @@ def test_laws(name: str) -> None:
     )
 
 
-def test_where_inputs_do_not_vary_it_is_the_mean() -> None:
+def test_regmean_of_constant_inputs_is_the_mean() -> None:
     """Inputs that are 0 with both adapters; another one is with one of them alone."""
     products, xs = case("square")
     products, xs = products[:2], [x.clone() for x in xs[:2]]
@@ -210,7 +210,7 @@ def test_alpha_by_set(sources, files, tmp_path) -> None:
         )
 
 
-def test_values_trained_whole_are_averaged(files, tmp_path) -> None:
+def test_fully_trained_values_are_averaged(files, tmp_path) -> None:
     paths, _ = files
     heads = [
         trained(tmp_path / f"h{i}", i, target_modules=["fit"], modules_to_save=["tall"])
@@ -239,7 +239,7 @@ def test_on_a_live_model(sources, files, tmp_path) -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_refused(sources, files, tmp_path) -> None:
+def test_misfitting_statistics_are_refused(sources, files, tmp_path) -> None:
     paths, _ = files
     refused = [
         ({"stats": ()}, "0 --stats files for 2 adapters"),
@@ -272,7 +272,7 @@ def test_all_missing_statistics_are_named(sources, files, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("bad", ["zeros", "nan", "skew", "negative"])
-def test_what_is_no_covariance_fails(bad, sources, files, tmp_path) -> None:
+def test_invalid_covariances_are_refused(bad, sources, files, tmp_path) -> None:
     paths, _ = files
     tensors = load_file(paths[1])
     c = tensors["fit.covariance"]
@@ -294,7 +294,7 @@ def test_what_is_no_covariance_fails(bad, sources, files, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_receipt_says_what_was_combined(sources, files, tmp_path) -> None:
+def test_the_receipt_lists_statistics_and_adapters(sources, files, tmp_path) -> None:
     paths, _ = files
     adapterkit.combine(sources, method="regmean", stats=paths, out=tmp_path / "out")
     receipt = json.loads((tmp_path / "out" / "adapterkit.json").read_text())

@@ -139,7 +139,7 @@ GROUPS = {"module": lambda name: name, "layer": lambda name: name[:14], "adapter
 
 
 @pytest.mark.parametrize("per", GROUPS)
-def test_files(job, per: str, tmp_path: Path) -> None:
+def test_regspan_of_files_equals_the_reference(job, per: str, tmp_path: Path) -> None:
     sources, stats, found = job
     weights, group = [0.5, 2.0], GROUPS[per]
     receipt = adapterkit.combine(
@@ -172,7 +172,7 @@ def test_files(job, per: str, tmp_path: Path) -> None:
     )
 
 
-def test_refusals(job, tmp_path: Path) -> None:
+def test_invalid_statistics_for_regspan_are_refused(job, tmp_path: Path) -> None:
     sources, stats, _ = job
     how = {"method": "regspan", "stats": stats, "out": tmp_path / "out"}
     for settings, text in (({"per": "block"}, "per = 'block'"), ({"ridge": -1}, "ridge -1")):

@@ -62,7 +62,7 @@ def test_a_line_of_jsonl_is_a_sample(tmp_path: Path) -> None:
     assert texts_of(path) == ["one\n\ntwo", "three"]
 
 
-def test_tables(tmp_path: Path) -> None:
+def test_samples_of_tables_are_read(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -151,7 +151,7 @@ def test_a_prompt_of_messages(tokenizer, tmp_path: Path) -> None:
     assert samples_of(tokenizer, path) == [Sample(ids("AwhoBme"), (IGNORED,) * 5 + ids("me"))]
 
 
-def test_ids_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_given_token_ids_are_not_changed(tmp_path: Path) -> None:
     """Without a tokenizer too."""
     rows = [
         {"input_ids": [5, 6, 7]},
@@ -192,7 +192,7 @@ def test_samples_of_which_nothing_counts_are_left_out(tokenizer, tmp_path: Path)
         tokenize(records[:1], tokenizer, 5, len(WORDS))
 
 
-def test_what_a_tokenizer_adds_by_itself_stays(tmp_path: Path) -> None:
+def test_tokens_added_by_the_tokenizer_stay(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     fast = load_tokenizer(LocalFolder(save_tokenizer(tmp_path)))
@@ -254,7 +254,7 @@ def test_the_padding(own, config, expected, tmp_path: Path) -> None:
     assert tokenize(records, fast, 9, len(WORDS), pad=config).pad == expected
 
 
-def test_the_digest_tells_samples_apart() -> None:
+def test_the_digest_distinguishes_samples() -> None:
     one, other = Sample((1, 2), (1, 2)), Sample((1, 2), (IGNORED, 2))
     digests = {Samples(each, 0, []).digest for each in ([one], [other], [one, other])}
     assert len(digests) == 3 and Samples([one], 5, ["note"]).digest in digests
@@ -331,7 +331,7 @@ def test_damaged_tables(tmp_path: Path) -> None:
         draw_records([tmp_path / "g"], 1, 0)
 
 
-def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch) -> None:
+def test_a_line_without_an_end_is_not_read_completely(tmp_path: Path, monkeypatch) -> None:
     from adapterkit.verbs.stats.data import records
 
     monkeypatch.setattr(records, "LONGEST", 10)

@@ -60,7 +60,9 @@ def test_an_output_is_there_once_its_mark_is_passed(card: Card):
     assert shuttle.BatchOffloader(torch.device("cpu")).to_host(one) is one
 
 
-def test_what_crosses_the_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_weights_and_states_cross_the_bus_as_often_as_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A unit's weights once, of each pass its state both ways and its tables once; what stays on
     the host is read there. Within a block a unit begins a pass before the last one goes on."""
     monkeypatch.chdir(tmp_path)

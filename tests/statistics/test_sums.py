@@ -22,7 +22,7 @@ def reference(x, mask=None):
 
 
 @pytest.mark.parametrize("width", [1, 5, 300, 700])
-def test_panels_make_the_whole_covariance(width):
+def test_panels_make_the_full_covariance(width):
     """Widths of one panel, and of several of which the last is short; blocks in between."""
     x = draws(40, 7, width) + 1
     sums = Sums(ALL, components=3)
@@ -76,7 +76,7 @@ def test_nothing_counts():
     assert not dict(sums.statistics())
 
 
-def test_an_input_that_changes_in_place_is_another():
+def test_an_input_changed_in_place_counts_as_another():
     sums, x = Sums(("mean",)), draws(2, 4)
     first = x.clone()
     sums.add("a", x)
@@ -111,7 +111,7 @@ def test_calls_are_normalized_as_corda_does():
     torch.testing.assert_close(dict(sums.statistics())["a.covariance"], expected)
 
 
-def test_not_finite():
+def test_inputs_that_are_not_finite_are_refused():
     sums = Sums(("mean",))
     sums.add("a", torch.full((2, 4), torch.inf))
     with pytest.raises(Failed, match="finite"):
@@ -145,7 +145,7 @@ def sums_of(batches, before=None, device=None):
     [("cuda", 80 << 30, False), ("cuda", SMALL, True), ("mps", 80 << 30, True)],
 )
 @pytest.mark.parametrize("goes_on", [False, True])
-def test_sums_are_where_the_inputs_are_and_there_is_room_for_them(kind, memory, on_host, goes_on):
+def test_sums_are_on_the_device_of_the_inputs_if_memory_allows(kind, memory, on_host, goes_on):
     """With the same bits; those that come back from files of the work folder too."""
     first, *more = draws(3, BLOCK + 5, 100)
 
@@ -167,7 +167,7 @@ def test_sums_are_where_the_inputs_are_and_there_is_room_for_them(kind, memory, 
     assert found == expected and not card.races
 
 
-def test_what_a_card_without_room_holds():
+def test_a_full_gpu_gets_a_third_of_the_sums():
     """Sums in the inputs' dtype: a third of all."""
     card = Card(SMALL)
     with installed(card):

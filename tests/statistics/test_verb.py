@@ -115,7 +115,7 @@ def test_all_tokens_of_texts_count_and_no_padding(name, options, base, texts, tm
 @pytest.mark.parametrize("name, module", [
     ("llama", "model.layers.1.mlp.down_proj"), ("bert", "encoder.layer.1.output.dense"),
 ])  # fmt: skip
-def test_of_pairs_the_completion_s_tokens_count(name, module, base, pairs, tmp_path) -> None:
+def test_only_the_tokens_of_completions_count(name, module, base, pairs, tmp_path) -> None:
     out = tmp_path / "s.safetensors"
     receipt = adapterkit.stats(base(name), data=pairs, out=out)
     runs = []
@@ -206,7 +206,7 @@ def test_the_gradient_is_that_of_the_loss_on_completions(base, pairs, tmp_path) 
 # -- the job ---------------------------------------------------------------------------------------
 
 
-def test_the_file_says_what_the_job_was(base, texts, tmp_path) -> None:
+def test_the_file_records_the_job(base, texts, tmp_path) -> None:
     out = tmp_path / "s.safetensors"
     receipt = adapterkit.stats(base(), data=[texts], out=out, samples=4, length=5, seed=3)
     about = metadata(out)
@@ -237,7 +237,7 @@ def test_the_same_job_gives_the_same_bytes(base, texts, tmp_path) -> None:
     assert (tmp_path / "c.safetensors").read_bytes() != one
 
 
-def test_a_dry_run_says_how_large_it_is_and_writes_nothing(base, texts, tmp_path) -> None:
+def test_a_dry_run_prints_sizes_and_writes_nothing(base, texts, tmp_path) -> None:
     before = sorted(tmp_path.iterdir())
     out = tmp_path / "s.safetensors"
     plan = adapterkit.stats(base(), data=texts, out=out, dry_run=True)
@@ -256,7 +256,7 @@ def test_a_dry_run_says_how_large_it_is_and_writes_nothing(base, texts, tmp_path
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_the_command(as_json, base, texts, tmp_path) -> None:
+def test_the_stats_command_writes_the_file(as_json, base, texts, tmp_path) -> None:
     out = tmp_path / "s.safetensors"
     words = ["stats", str(base()), "--data", str(texts), "--out", str(out), "--what", "mean"]
     run = lambda *more: click.testing.CliRunner().invoke(main, [*words, *more])
@@ -321,7 +321,7 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("layers", usual([1, 2, 3], {2}))
-def test_an_interrupted_run_goes_on(layers, base, pairs, tmp_path) -> None:
+def test_an_interrupted_run_is_resumed(layers, base, pairs, tmp_path) -> None:
     out, job = tmp_path / "s.safetensors", {"what": "covariance,gradient", "batch": 2}
     adapterkit.stats(base(), data=pairs, out=tmp_path / "whole.safetensors", **job)
     run = lambda **more: adapterkit.stats(base(), data=pairs, out=out, **(job | more))
@@ -349,7 +349,7 @@ def test_begin_again_after_an_interruption(base, texts, tmp_path) -> None:
     assert metadata(out)["samples"] == 2 and left(tmp_path) == BOTH
 
 
-def test_older_statistics_are_replaced_only_when_asked_and_nothing_else_is(base, texts, tmp_path):
+def test_only_older_statistics_are_replaced_and_only_with_overwrite(base, texts, tmp_path):
     out = tmp_path / "s.safetensors"
     adapterkit.stats(base(), data=texts, out=out)
     before = out.read_bytes()
@@ -447,7 +447,7 @@ def test_a_disk_that_is_full_at_the_end(where, base, pairs, tmp_path, monkeypatc
     assert left(tmp_path) == [*BOTH, *WHOLE]
 
 
-def test_what_is_done_takes_no_space_again(base, pairs, tmp_path, monkeypatch) -> None:
+def test_finished_sums_need_no_space_again(base, pairs, tmp_path, monkeypatch) -> None:
     out, job = tmp_path / "s.safetensors", {"data": pairs, "batch": 2, "seed": 1}
     with pytest.raises(Interrupted):
         adapterkit.stats(base(), out=out, progress=stop_after(4), **job)

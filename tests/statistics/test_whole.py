@@ -66,7 +66,7 @@ def reference(model, data):
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("masked", [True, False])
-def test_as_by_hand(tmp_path, build, masked):
+def test_collected_statistics_equal_those_by_hand(tmp_path, build, masked):
     model, data = build(), batches(masked)
     expected = reference(model, data)
     what = ("covariance", "mean", "gradient")
@@ -88,7 +88,7 @@ def test_as_by_hand(tmp_path, build, masked):
     {"what": ("gradient",), "batches": [{"input_ids": tokens()}]},
     {"batches": []},
 ])  # fmt: skip
-def test_misuse(tmp_path, options):
+def test_invalid_arguments_are_refused(tmp_path, options):
     base = checkpoint(llama(), tmp_path / "base")
     with pytest.raises(AdapterkitError):
         collected(base, options.pop("batches", batches()), tmp_path, **options)

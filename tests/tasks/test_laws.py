@@ -158,7 +158,7 @@ def test_outputs_are_within_their_bounds(own_cases: list):
                 assert all(n <= most for n, most in zip(tensor.shape, bound.shape, strict=True))
 
 
-def test_reads_only_what_it_says(own_cases: list):
+def test_a_task_reads_only_its_declared_tensors(own_cases: list):
     for plan, task, handoffs in own_cases:
         assert set(task.shared_reads) <= set(task.reads)
         compute(plan, task, handoffs)
@@ -187,7 +187,7 @@ def test_computes_the_same_twice_and_after_pickle(own_cases: list):
             assert other.metrics == first.metrics
 
 
-def test_takes_no_more_memory_than_it_claims(own_cases: list):
+def test_a_task_takes_no_more_memory_than_it_claims(own_cases: list):
     """The peak of what torch allocates and the peak of Python's own, which are bytes that are
     read."""
     for plan, task, handoffs in own_cases:
@@ -204,7 +204,7 @@ def test_takes_no_more_memory_than_it_claims(own_cases: list):
         assert peak(profile) + python <= task.memory + SLACK, f"{plan.verb}: {task.name}"
 
 
-def test_takes_no_more_of_a_gpu_than_it_claims(own_cases: list):
+def test_a_task_takes_no_more_gpu_memory_than_it_claims(own_cases: list):
     """Of its memory, by the pools of a pretended one, where small tasks have no slack; and of the
     host's time: launches and waits."""
     for plan, task, handoffs in own_cases:

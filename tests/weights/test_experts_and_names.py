@@ -112,7 +112,7 @@ def test_experts_as_parameters(kind, tmp_path):
 
 
 @pytest.mark.parametrize("parameter", EXPERTS)
-def test_one_parameter_of_two_is_told_by_the_config_and_the_shapes(parameter, tmp_path):
+def test_one_of_two_parameters_is_determined_by_config_and_shapes(parameter, tmp_path):
     check_against_peft(
         tiny.model("mixtral"), tmp_path, target_modules=[], target_parameters=[parameter]
     )
@@ -195,7 +195,7 @@ def hand_made(tmp_path, old_layout, version, shape=(4, 16, 24), rank=2):
 
 @pytest.mark.parametrize("old_layout", [True, False])
 @pytest.mark.parametrize("version", ["0.18.1", "0.19.0", None])
-def test_both_layouts_are_told_apart_by_shape(old_layout, version, tmp_path):
+def test_both_layouts_are_distinguished_by_shape(old_layout, version, tmp_path):
     base, adapter, expected = hand_made(tmp_path, old_layout, version)
     adapterkit.merge(base, [adapter], out=tmp_path / "out")
     actual = load_file(tmp_path / "out" / "model.safetensors")["block.experts.up"]
@@ -307,7 +307,7 @@ def test_an_adapter_of_another_model_is_refused_though_suffixes_match(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_stack_of_experts_is_ever_whole_in_memory(tmp_path):
+def test_a_stack_of_experts_is_never_completely_in_memory(tmp_path):
     """Experts stored one by one are merged one by one: each step reads one stored tensor."""
     tiny.model("mixtral").save_pretrained(tmp_path / "base")
     train(transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter",
@@ -371,7 +371,7 @@ def quantized_experts(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_stacks_are_bounded_but_for_the_last_ones():
+def test_stacks_are_bounded_except_the_last_ones():
     stacks, result = reader.SharedStacks(), Counter()
     specs = [TensorSpec(str(i), "F32", (1,), "", 0, STACKS) for i in range(5)]
 

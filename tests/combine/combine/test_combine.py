@@ -159,7 +159,7 @@ def test_weights_one_and_zero_give_the_first_adapter(method, mixed, tmp_path):
             assert float((delta - expected).norm()) <= 2e-6 * float(expected.norm()) + 1e-7, name
 
 
-def test_slerp_says_t_once(mixed, tmp_path):
+def test_slerp_notes_t_once(mixed, tmp_path):
     combined(mixed[:2], tmp_path / "t", (1.0, 1.0), method="slerp", settings={"t": 0.3})
     combined(mixed[:2], tmp_path / "w", (0.7, 0.3), method="slerp")
     assert_close(deltas(tmp_path / "t"), deltas(tmp_path / "w"))
@@ -265,7 +265,7 @@ def test_dare_keeps_the_mean(three, tmp_path):
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def test_all_that_is_not_linear_is_refused_at_once(tmp_path):
+def test_nonlinear_adapters_are_refused_together(tmp_path):
     dora = trained(tmp_path / "dora", 1, target_modules=["fit"], use_dora=True)
     pissa = oracle.edit_config(
         trained(tmp_path / "p", 2, target_modules=["fit"]),

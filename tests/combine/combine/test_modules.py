@@ -37,7 +37,7 @@ def test_a_rule_that_matches_nothing_is_refused(mixed, tmp_path):
             combined(mixed, tmp_path / "out", method="linear", weight_for=[rule])
 
 
-def test_of_two_rules_that_match_the_first_counts(mixed, tmp_path):
+def test_the_first_matching_rule_counts(mixed, tmp_path):
     combined(mixed, tmp_path / "out", method="linear", weight_for=["fit=2", "1:fit=0.5"])
     doubled = sum(2 * deltas(source)["fit"] for source in mixed)
     expected = weighted(mixed, WEIGHTS) | {"fit": doubled}
@@ -84,7 +84,7 @@ def test_every_module_has_a_bias_where_one_has(tmp_path, verb):
         peft.PeftModel.from_pretrained(net(), tmp_path / "out")
 
 
-def test_biases_beside_an_embedding_are_refused(tmp_path):
+def test_biases_next_to_an_embedding_are_refused(tmp_path):
     biased = trained(tmp_path / "biased", 1, target_modules=["fit"], lora_bias=True)
     embedding = trained(tmp_path / "embedding", 2, target_modules=["embed"])
     with pytest.raises(Refused, match="embed beside biases"):
@@ -221,7 +221,7 @@ OTHER_TOKENS = [
 
 @pytest.mark.parametrize("verb", ["combine", "subtract"])
 @pytest.mark.parametrize("changes", [*SAME_TOKENS, *OTHER_TOKENS], ids=str)
-def test_tokenizers_beside_the_adapters(changes, verb, tmp_path):
+def test_tokenizers_next_to_the_adapters(changes, verb, tmp_path):
     """Settings that make no other tokens do not count; for others there is a way out."""
     sources = [trained(tmp_path / f"a{i}", i, target_modules=["fit"]) for i in range(2)]
     for source, files in zip(sources, (tokenizer_files(), tokenizer_files(**changes)), strict=True):

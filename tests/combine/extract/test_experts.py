@@ -111,7 +111,7 @@ def test_square_experts_are_read_back_as_they_were_written(experts, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_size_is_kept_with_stacks_and_what_is_saved_whole(dtype, experts, tmp_path):
+def test_max_size_holds_with_stacks_and_fully_saved_modules(dtype, experts, tmp_path):
     """The wider of factors and saved values comes first in the file, and each gets the rank that is
     its own."""
     base, after, build = experts(
@@ -127,7 +127,7 @@ def test_a_size_is_kept_with_stacks_and_what_is_saved_whole(dtype, experts, tmp_
     oracle.peft_model(oracle.load(build, base), tmp_path / "out")
 
 
-def test_no_stack_is_whole_in_memory(experts, tmp_path, monkeypatch):
+def test_stacks_are_never_completely_in_memory(experts, tmp_path, monkeypatch):
     """Experts are read one at a time, stored together or one by one."""
     from adapterkit.core.engine.reader import LocalReader
 

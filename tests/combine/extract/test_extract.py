@@ -28,7 +28,7 @@ from tests.support.usual import usual
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_what_was_extracted_leads_back_to_the_fine_tune(name, saved, tmp_path):
+def test_base_plus_extracted_adapter_equals_the_fine_tune(name, saved, tmp_path):
     base = saved(name)
     after = tuned(
         base, BUILDS[name], tmp_path / "tuned", low_rank(3, linear), max_shard_size="40KB"
@@ -47,7 +47,7 @@ def test_what_was_extracted_leads_back_to_the_fine_tune(name, saved, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_smaller_rank_is_the_best_approximation_and_says_its_error(dtype, saved, tmp_path):
+def test_a_smaller_rank_is_the_best_approximation_and_reports_its_error(dtype, saved, tmp_path):
     base = saved("llama", dtype)
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(20))
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=4)
@@ -179,7 +179,7 @@ def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
     assert (tmp_path / "whole" / MODEL).read_bytes() == (tmp_path / "blocks" / MODEL).read_bytes()
 
 
-def test_what_cannot_be_extracted_is_refused(saved, tmp_path):
+def test_extract_refuses_unsupported_pairs(saved, tmp_path):
     base = saved("llama")
     with pytest.raises(Refused, match="nothing to extract"):
         adapterkit.extract(base, base, out=tmp_path / "out", rank=2, include="nowhere")
@@ -190,7 +190,7 @@ def test_what_cannot_be_extracted_is_refused(saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command(saved, tmp_path):
+def test_the_extract_command_writes_a_verified_adapter(saved, tmp_path):
     base = saved("llama")
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(3))
     argv = [
@@ -270,7 +270,7 @@ def test_other_widths_are_refused_all_together(cached_folder, tmp_path):
     adapterkit.extract(*bases, out=tmp_path / "out", rank=2, exclude="mlp")
 
 
-def test_a_grown_vocabulary_is_saved_whole(saved, tmp_path):
+def test_a_grown_vocabulary_is_fully_saved(saved, tmp_path):
     base = saved("llama")
     model = oracle.load(oracle.llama, base)
     with oracle.quiet():
@@ -327,7 +327,7 @@ def test_two_equal_models_have_no_difference(saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_its_own_reader_refuses_is_not_published(saved, tmp_path, monkeypatch):
+def test_an_adapter_that_cannot_be_read_back_is_not_published(saved, tmp_path, monkeypatch):
     """As if the config did not speak of what was saved whole."""
     base = saved("vit")
     after = tuned(base, oracle.vit, tmp_path / "tuned", everything)

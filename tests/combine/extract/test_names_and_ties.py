@@ -88,7 +88,7 @@ def test_names_that_others_end_with(cached_folder, tmp_path):
     check_both_ways(base, tmp_path / "out", after, build, tmp_path)
 
 
-def test_what_can_be_copied_of_a_model_that_nobody_knows(tmp_path):
+def test_modules_of_an_unknown_model_are_copied_if_complete(tmp_path):
     """A module of which all that the file has is saved."""
     keys = ("norm.weight", "norm.bias", "last.norm.weight", "one.weight")
     save_file({key: torch.zeros(2) for key in keys}, tmp_path / "model.safetensors")

@@ -190,7 +190,7 @@ def test_the_series_of_old_peft_is_refused(base, tmp_path):
     refused(SIMPLE["oft"], base, adapter, tmp_path, "use_cayley_neumann, and peft_version 0.17.1")
 
 
-def test_a_whole_w2_on_a_conv1d_is_refused(base, tmp_path):
+def test_a_full_w2_on_a_conv1d_is_refused(base, tmp_path):
     """PEFT's product there is a permuted one: no Kronecker product."""
     case = Case("lokr", ["line"], {"r": 50})
     refused(case, base, trained(case, base, tmp_path / "adapter"), tmp_path, "line: PEFT's product")

@@ -87,7 +87,7 @@ def test_at_a_smaller_rank_it_is_the_best_approximation(case, rank, base, oracle
     [c for c in CASES if c.targets[:2] in (LINEAR[:2], ["fit", "wide"], ["fit", "deep.1"])],
     ids=str,
 )
-def test_other_cuts(case, base, oracle_of, tmp_path):
+def test_energy_and_threshold_cut_at_the_expected_rank(case, base, oracle_of, tmp_path):
     adapter, want = oracle_of(case)
     spectra = {
         name: torch.linalg.svdvals(flat(name, delta)) for name, delta in want.items() if delta.any()
@@ -191,7 +191,7 @@ def test_weights_stored_in_out_are_seen_as_such(what, tmp_path):
         ]
 
 
-def test_a_large_whole_factor_is_not_decomposed_in_full(base, tmp_path, monkeypatch):
+def test_a_large_full_factor_is_not_fully_decomposed(base, tmp_path, monkeypatch):
     """The product's leading triplets need only the leading ones of each factor."""
     monkeypatch.setattr(lokr, "SMALL", 0)
     case = Case("lokr", LINEAR, {"r": 50, "alpha": 4})
@@ -257,7 +257,7 @@ def test_the_command_plans_and_writes(base, tmp_path):
     assert size <= plan["totals"]["bytes_written"]
 
 
-def test_a_base_that_is_not_needed_is_said_to_be_so(base, tmp_path):
+def test_an_unneeded_base_is_noted(base, tmp_path):
     case = Case("dora", ["fit"], {"use_dora": False}, base=True)
     model = peft.get_peft_model(net(base), peft.LoraConfig(target_modules=["fit"]))
     model.save_pretrained(tmp_path / "adapter")

@@ -179,7 +179,7 @@ MERGED = (
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_lies_are_refused(packed, lora: Path, lie: str, tmp_path: Path) -> None:
+def test_contradictory_metadata_is_refused(packed, lora: Path, lie: str, tmp_path: Path) -> None:
     jobs: list[Callable] = [adapterkit.dequantize]
     if lie in MERGED:
         jobs.append(lambda base, **how: adapterkit.merge(base, [lora], **how))
@@ -193,7 +193,7 @@ def test_lies_are_refused(packed, lora: Path, lie: str, tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_all_lies_at_once(packed, lora: Path, tmp_path: Path) -> None:
+def test_all_contradictions_are_listed_together(packed, lora: Path, tmp_path: Path) -> None:
     source = shutil.copytree(packed("llama-bf16", "nf4-double"), tmp_path / "base")
     layer = "model.layers.1.mlp."
     change(

@@ -80,7 +80,7 @@ def test_codes_stored_as_other_numbers_are_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", ["llama-bf16", "llama-fp32"])
-def test_what_was_saved_after_a_forward_pass(
+def test_weights_saved_after_a_forward_pass_decode_or_are_refused(
     base, packed, lora: Path, name: str, tmp_path: Path
 ) -> None:
     """On CPUs that multiply bfloat16 bitsandbytes leaves the scales in a transposed matrix of it,

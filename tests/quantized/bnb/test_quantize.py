@@ -52,7 +52,7 @@ def test_the_files_are_those_of_transformers(
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("model", ["flint", "inkling2_text", "deepseek_v3", "llava"])
-def test_types_whose_names_in_the_file_are_others(model: str, kind: str, tmp_path: Path) -> None:
+def test_types_with_other_names_in_the_file(model: str, kind: str, tmp_path: Path) -> None:
     """What is quantized is as transformers quantizes it, the rest has the same values, and all of
     it loads. A linear layer that is stored under another name than its `weight` stays a float where
     the loader would not find its scale (nor finds its own)."""
@@ -76,7 +76,7 @@ def test_types_whose_names_in_the_file_are_others(model: str, kind: str, tmp_pat
     [("llama-bf16", kind) for kind in KINDS]
     + [("tied", "int8"), ("gpt2-wide", "nf4"), ("gpt2-fp32", "int8"), ("t5-wide", "nf4-double")],
 )
-def test_it_loads_and_generates(packed, name: str, kind: str) -> None:
+def test_the_output_loads_and_generates_in_transformers(packed, name: str, kind: str) -> None:
     model = loaded(packed(name, kind))
     cls = bnb.nn.Linear8bitLt if kind == "int8" else bnb.nn.Linear4bit
     assert any(type(module) is cls for module in model.modules())
@@ -207,7 +207,9 @@ def test_the_guess_of_a_states_size_may_be_wrong_either_way(
     ],
     ids=str,
 )
-def test_what_quantize_refuses(base, how: dict, text: str, tmp_path: Path) -> None:
+def test_invalid_options_of_quantize_are_refused(
+    base, how: dict, text: str, tmp_path: Path
+) -> None:
     with pytest.raises(Refused, match=text):
         quantized(base("llama-bf16"), tmp_path / "out", **how)
     assert not list(tmp_path.iterdir())

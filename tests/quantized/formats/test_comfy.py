@@ -107,7 +107,9 @@ def test_values_of_its_own_files_come_back_to_nearest(home: Path) -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged(kind: str, rounding: str, home: Path, tmp_path: Path) -> None:
+def test_merges_keep_the_file_s_format_and_precision(
+    kind: str, rounding: str, home: Path, tmp_path: Path
+) -> None:
     """W + b @ a within what the format loses, in the format of the file, which stays the same
     otherwise."""
     base = write(kind, home / f"{kind}.safetensors")
@@ -163,7 +165,9 @@ def test_the_order_of_the_file_stays(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("said", ["old", "header", "header without prefix"])
-def test_merged_however_it_is_said(said: str, home: Path, tmp_path: Path) -> None:
+def test_merges_do_not_depend_on_how_the_file_names_its_format(
+    said: str, home: Path, tmp_path: Path
+) -> None:
     """The same values as of a file that says it beside each layer."""
     adapter, deltas = lora(home / "said-lora.safetensors")
     files = {}
@@ -198,7 +202,7 @@ def test_compared_as_it_decodes(home: Path, tmp_path: Path) -> None:
     assert not report["totals"]["added"] and 0.05 < report["change"]["relative"] < LOST["nvfp4"]
 
 
-def test_compensated(home: Path, tmp_path: Path) -> None:
+def test_compensated_merges_have_nearer_outputs(home: Path, tmp_path: Path) -> None:
     """With covariances by the names of the model's modules or of the file's: outputs are nearer."""
     base = write("nvfp4", tmp_path / "base.safetensors")
     adapter, deltas = lora(home / "compensated-lora.safetensors")
@@ -239,7 +243,7 @@ def plain_file(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("to", written_formats("image_targets"))
-def test_quantized(to: str, home: Path, tmp_path: Path) -> None:
+def test_quantized_files_have_what_comfyui_reads(to: str, home: Path, tmp_path: Path) -> None:
     """What ComfyUI's loader asks for: `comfy_quant` beside each layer, and the tensors of its
     format; values as near as the published formulas give them; a base of merges again."""
     kind = to.removeprefix("comfy-").replace("int8", "int8-rows")
@@ -267,7 +271,7 @@ def test_quantized(to: str, home: Path, tmp_path: Path) -> None:
         assert float((merged[key] - ours[key] - delta).norm() / ours[key].norm()) < LOST[kind]
 
 
-def test_what_is_not_quantized(tmp_path: Path) -> None:
+def test_skipped_layers_and_odd_sizes_are_not_quantized(tmp_path: Path) -> None:
     """Layers that --skip matches, and those whose sizes the format would pad."""
     tensors = plain_wan() | {f"{PREFIX}blocks.0.ffn.0.weight": torch.randn(90, 64).bfloat16()}
     tensors[f"{PREFIX}blocks.0.ffn.0.bias"] = torch.zeros(90).bfloat16()
@@ -335,7 +339,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str, home: Path, tmp_path: Path) -> None:
+def test_damaged_quantized_files_are_refused(name: str, home: Path, tmp_path: Path) -> None:
     kind, change, says = REFUSED[name]
     base = _change(write(kind, tmp_path / "base.safetensors"), change)
     adapter, _ = lora(home / "refused-lora.safetensors")

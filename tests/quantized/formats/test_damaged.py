@@ -251,7 +251,9 @@ LIES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_lies_are_refused(base: Callable[[str], Path], lie: str, tmp_path: Path) -> None:
+def test_contradictory_metadata_is_refused(
+    base: Callable[[str], Path], lie: str, tmp_path: Path
+) -> None:
     name, tensors, settings, text = LIES[lie]
     shutil.copytree(base(name), tmp_path / "base")
     change(tmp_path / "base", tensors, settings)
@@ -272,7 +274,9 @@ def test_unknown_methods_are_named(
         adapterkit.dequantize(tmp_path / "base", out=tmp_path / "out")
 
 
-def test_all_lies_at_once(base: Callable[[str], Path], tmp_path: Path) -> None:
+def test_all_contradictions_are_listed_together(
+    base: Callable[[str], Path], tmp_path: Path
+) -> None:
     shutil.copytree(base("int4"), tmp_path / "base")
     k = "model.layers.1.self_attn.k_proj."
     change(

@@ -41,7 +41,9 @@ transformers.utils.logging.set_verbosity_error()
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_decoded(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+def test_dequantized_checkpoints_have_the_plain_model_s_keys_and_values(
+    base: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
     """As planned: keys and shapes of the plain model, one rounding to its dtype, nothing left that
     says quantized."""
     folder, plain = base(name), dict(quantized_llama.llama().state_dict())
@@ -61,7 +63,9 @@ def test_decoded(base: Callable[[str], Path], name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", WRITABLE)
-def test_what_comes_back(base: Callable[[str], Path], name: str) -> None:
+def test_reencoded_weights_equal_their_own_encoder_s(
+    base: Callable[[str], Path], name: str
+) -> None:
     """Of a weight that its own encoder made, every byte; of transformers' fp8, which forms
     1 / (448 / x), all but the scale's last bits."""
     tensors = stored(base(name))
@@ -130,7 +134,9 @@ def test_merged_by_slices_of_rows(
 
 
 @pytest.mark.parametrize("name", WRITABLE)
-def test_merge(base: Callable[[str], Path], lora: Path, name: str, tmp_path: Path) -> None:
+def test_merges_into_every_writable_format_are_near_exact(
+    base: Callable[[str], Path], lora: Path, name: str, tmp_path: Path
+) -> None:
     folder, form = base(name), FORMS[name]
     adapterkit.dequantize(folder, out=tmp_path / "plain", dtype="fp32")
     before = stored(tmp_path / "plain")
@@ -184,7 +190,7 @@ def test_nothing_added_is_nothing_changed(
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if not FORMS[name].writable])
-def test_read_only(
+def test_merges_into_read_only_formats_are_refused_without_dequantize(
     base: Callable[[str], Path], lora: Path, cached_folder, name: str, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterkitError, match="cannot be written again") as caught:
@@ -203,7 +209,7 @@ def test_read_only(
 # configs with several groups, tensors beside the weight, several files
 
 
-def test_mixed_precision(tmp_path: Path) -> None:
+def test_each_module_has_the_precision_of_its_group(tmp_path: Path) -> None:
     """Each module by the group that names it: by its name, a pattern, its class."""
     groups = {
         "a": {"targets": ["Linear"], "weights": INT, "format": "pack-quantized"},
@@ -259,7 +265,9 @@ def test_mixed_precision(tmp_path: Path) -> None:
         packed_of(tmp_path)
 
 
-def test_what_lies_beside(base: Callable[[str], Path], lora: Path, tmp_path: Path) -> None:
+def test_scales_of_inputs_and_cache_stay_with_the_format(
+    base: Callable[[str], Path], lora: Path, tmp_path: Path
+) -> None:
     """Scales of inputs and of the cache are kept with the format, and go with it."""
     shutil.copytree(base("fp8-channel"), tmp_path / "base")
     cache = {f"model.layers.{i}.self_attn.{x}_scale": torch.ones(1) for i in (0, 1) for x in "kv"}

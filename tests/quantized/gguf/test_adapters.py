@@ -74,7 +74,7 @@ def test_factors_of_each_expert(arch: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_token_rows(tied: bool, tmp_path: Path):
+def test_trained_token_rows_are_merged_into_gguf(tied: bool, tmp_path: Path):
     model, path = file_of("llama", tmp_path, tie_word_embeddings=tied)
     config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 7])
     with oracle.quiet():

@@ -352,7 +352,7 @@ def test_tensors_in_one(arch: str, tmp_path: Path):
         assert np.array_equal(value, before[name]) == ("qkv.w" not in name and "exps" not in name)
 
 
-def test_experts_in_one_beside_linear_attention(tmp_path: Path):
+def test_fused_experts_next_to_linear_attention(tmp_path: Path):
     """What a hybrid has in attn_qkv is one module, and stays."""
     model, message, tensors = qwen35(experts=True)
     train(model.float(), tmp_path / "a", ["q_proj", "shared_expert.up_proj"], STACKS)
@@ -434,7 +434,7 @@ def test_an_adapter_of_a_model_that_sees(word: str, tmp_path: Path):
     assert plain == seeing
 
 
-def test_what_needs_a_config_is_refused(tmp_path: Path):
+def test_families_that_need_a_config_are_refused(tmp_path: Path):
     model = model_of("cohere2")
     tensors = tensors_of("cohere2", model)
     path = write(tmp_path / "m.gguf", "cohere2", metadata_of(model), tensors, tokens=None)

@@ -109,7 +109,7 @@ def test_other_kinds_of_adapters(arch: str, config: dict, tmp_path: Path):
     assert torch.allclose(logits(tmp_path / "merged.gguf"), expected, atol=2e-6)
 
 
-def test_values_that_were_trained_whole(tmp_path: Path):
+def test_fully_trained_modules_are_merged(tmp_path: Path):
     model, message, tensors = MODELS["gemma3"]()
     path = write(tmp_path / "m.gguf", "gemma3", message, tensors)
     whole = ["input_layernorm", "q_norm", "up_proj"]
@@ -408,7 +408,7 @@ def test_touched_tensors_in_another_type(tmp_path: Path):
     assert logits(out).isfinite().all()
 
 
-def test_codebooks_are_refused_with_a_way_out(tmp_path: Path):
+def test_codebook_types_are_refused_with_a_fix(tmp_path: Path):
     model, message, tensors = llama(**WIDE)
     name = "blk.0.ffn_down.weight"
     shape = tensors[name].shape
@@ -459,7 +459,7 @@ def test_an_importance_matrix_weighs_the_search(form: str, tmp_path: Path):
         adapterkit.merge(path, adapter, out=tmp_path / "x.gguf", imatrix=file)
 
 
-def test_a_modelfile_lies_beside_the_file(tiny: Path, tmp_path: Path):
+def test_a_modelfile_is_written_next_to_the_file(tiny: Path, tmp_path: Path):
     train(llama()[0], tmp_path / "a")
     out = tmp_path / "out"
     out.mkdir()

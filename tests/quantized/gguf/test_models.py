@@ -145,7 +145,7 @@ def test_a_folder_of_one_file_is_that_file(tiny: Path, tmp_path: Path):
         adapterkit.dequantize(tmp_path / "two", out=tmp_path / "no")
 
 
-def test_an_interrupted_job_goes_on(tiny: Path, tmp_path: Path):
+def test_an_interrupted_job_is_resumed(tiny: Path, tmp_path: Path):
     observed = 0
 
     def stop(done: int) -> None:
@@ -224,7 +224,7 @@ def real_file() -> Path | None:
 
 
 @pytest.mark.slow
-def test_smollm2(tmp_path: Path):
+def test_the_real_smollm2_file_is_read_and_written(tmp_path: Path):
     path = real_file()
     if path is None:
         pytest.skip(

@@ -240,7 +240,7 @@ def test_architectures_that_transformers_does_not_read(tmp_path: Path):
     assert [entry.type for entry in header(tmp_path / "out.gguf").tensors] == ["Q8_0"]
 
 
-def test_refusals(tiny: Path, tmp_path: Path):
+def test_invalid_options_of_quantize_to_gguf_are_refused(tiny: Path, tmp_path: Path):
     base, out = tmp_path / "base", tmp_path / "out.gguf"
     oracle.save_base(llama()[0], base)
     for source, how, problem in [

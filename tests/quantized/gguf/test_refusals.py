@@ -54,7 +54,7 @@ def test_models_that_transformers_does_not_know(tmp_path: Path):
         )
 
 
-def test_a_tokenizer_that_cannot_be_made_is_told(tmp_path: Path):
+def test_a_tokenizer_that_cannot_be_made_is_noted(tmp_path: Path):
     _, message, tensors = llama()
     receipt: Any = adapterkit.dequantize(
         write(tmp_path / "m.gguf", "llama", message, tensors, tokens=None), out=tmp_path / "out"

@@ -58,7 +58,7 @@ def test_by_ranks_and_plan_files(base: str, expected: str, job: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("base, expected", [("m.gguf", "out.gguf"), (FIRST, "out")])
-def test_a_run_that_was_stopped_goes_on(base: str, expected: str, job: Path, tmp_path: Path):
+def test_a_stopped_run_is_resumed(base: str, expected: str, job: Path, tmp_path: Path):
     for when in (0, 3, 9):
         calls = iter(range(1000))
 
@@ -75,7 +75,7 @@ def test_a_run_that_was_stopped_goes_on(base: str, expected: str, job: Path, tmp
         assert weights(out) == weights(job / expected)
 
 
-def test_inspect_tells_of_a_model(job: Path, tmp_path: Path):
+def test_inspect_reports_a_gguf_model(job: Path, tmp_path: Path):
     _, message, tensors = llama()
     name = "blk.0.ffn_down.weight"
     shape = tensors[name].shape
