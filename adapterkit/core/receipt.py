@@ -15,7 +15,7 @@ from adapterkit.core.checkpoint.hub_ids import repositories
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.core.output.journal import ShardResult
-from adapterkit.core.output.stage import RECEIPT, receipt_beside
+from adapterkit.core.output.stage import RECEIPT, receipt_name_of
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import (
     COUNT,
@@ -232,7 +232,7 @@ def find_receipt(folder: Folder) -> tuple[Folder, str] | None:
     single = getattr(folder, "single", None)
     if single is None:
         return None
-    around, name = cast(SingleFile, folder).containing_folder(), receipt_beside(single)
+    around, name = cast(SingleFile, folder).containing_folder(), receipt_name_of(single)
     return (around, name) if name in around.files() else None
 
 

@@ -203,8 +203,8 @@ def fields_of(verb: type[Verb]) -> list[dataclasses.Field]:
     """Return the sources and options of a verb in the order of the help: its own, then those of the
     run."""
     fields = dataclasses.fields(verb)
-    of_running = RUNNING - {"out"}
-    return sorted(fields, key=lambda f: (f.kw_only, f.name != "out", f.name in of_running))
+    run_fields = RUNNING - {"out"}
+    return sorted(fields, key=lambda f: (f.kw_only, f.name != "out", f.name in run_fields))
 
 
 def signature_of(verb: type[Verb]) -> inspect.Signature:

@@ -14,7 +14,7 @@ from adapterkit.core.checkpoint.hub_ids import HubId, parse, repositories
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.options import checked
-from adapterkit.core.output.stage import RECEIPT, receipt_beside
+from adapterkit.core.output.stage import RECEIPT, receipt_name_of
 from adapterkit.core.records import Check, Json, invalid_value
 
 
@@ -68,7 +68,7 @@ def push(
     target = HubId(checked("push", Check("a repository", repository), repo))
     folder, receipt_name = Path(output), RECEIPT
     if folder.is_file():
-        folder, receipt_name = folder.parent, receipt_beside(folder.name)
+        folder, receipt_name = folder.parent, receipt_name_of(folder.name)
     sizes, local = _finished_files(Path(output), receipt_name), LocalFolder(folder)
     receipt = read_json(local, receipt_name) if receipt_name in sizes else {}
     if of_receipt and isinstance(listed := receipt.get("files"), dict):

@@ -68,7 +68,7 @@ def _of_each_kind(base: Checkpoint) -> list[TensorSpec]:
     kinds: dict[str, list[TensorSpec]] = {}
     for key in sorted(base.tensors):
         kinds.setdefault(re.sub(r"\d+", "0", key), []).append(base.tensors[key])
-    return [its[len(its) // 2] for its in list(kinds.values())[:KINDS]]
+    return [specs[len(specs) // 2] for specs in list(kinds.values())[:KINDS]]
 
 
 def _sample(base: Checkpoint, one: TensorSpec) -> bytes:

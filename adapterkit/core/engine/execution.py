@@ -16,7 +16,7 @@ from adapterkit.core.errors import Refused, shown
 from adapterkit.core.execute import FolderCheck, Push, check_place, output_names, run
 from adapterkit.core.options import parse_size
 from adapterkit.core.output.folder_output import FolderOutput
-from adapterkit.core.output.stage import RECEIPT, Stage, check_name, receipt_beside
+from adapterkit.core.output.stage import RECEIPT, Stage, check_name, receipt_name_of
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt, fingerprint_of
 from adapterkit.core.registry import load
@@ -97,7 +97,7 @@ def check_push_of(plan: Plan, how: RunOptions, repository: str | None) -> None:
     """Refuse an output that could not be pushed there."""
     if repository is None:  # the recipe of a large plan is slow
         return
-    receipt = receipt_beside(Path(how.out).name) if plan.is_file else RECEIPT
+    receipt = receipt_name_of(Path(how.out).name) if plan.is_file else RECEIPT
     names, job = output_names(plan, receipt), fingerprint_of(plan.recipe())
     load(HUB["check push"])(
         repository, names, plan.folders, receipt, overwrite=how.overwrite, job=job

@@ -57,8 +57,8 @@ def planned_contents(plan: "Plan") -> dict[str, Content] | None:
         contents[shard.file] = Unmade(shard.layout.header, shard.layout.size)
     for name, content in plan.written_files().items():
         if isinstance(content, FromMetrics):
-            own = (its for file, its in metrics.items() if file.startswith(content.folder))
-            contents[name] = content.content({k: v for its in own for k, v in its.items()}, 0)
+            own = (table for file, table in metrics.items() if file.startswith(content.folder))
+            contents[name] = content.content({k: v for table in own for k, v in table.items()}, 0)
         elif isinstance(content, CopyFile):
             contents[name] = Copied(plan.folders[content.folder], content.name)
         else:
@@ -98,10 +98,10 @@ class Conversion:
     def identities(self, name: str) -> dict[str, Identity]:
         from adapterkit.core.plan import CopyFile
 
-        found, its = dict(self.plan.identities), self.plan.files.get(name)
-        if isinstance(its, CopyFile):
-            copied = identities_of(self.plan.folders[its.folder], its.name)
-            found |= {(its.folder, file): one for file, one in copied.items()}
+        found, content = dict(self.plan.identities), self.plan.files.get(name)
+        if isinstance(content, CopyFile):
+            copied = identities_of(self.plan.folders[content.folder], content.name)
+            found |= {(content.folder, file): one for file, one in copied.items()}
         return {f"source/{number}/{file}": one for (number, file), one in found.items()}
 
 

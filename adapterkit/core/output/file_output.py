@@ -14,8 +14,8 @@ from adapterkit.core.output.stage import (
     StagedOutput,
     control_of,
     parse_receipt,
-    receipt_beside,
     receipt_bytes,
+    receipt_name_of,
 )
 from adapterkit.core.system import system
 
@@ -28,7 +28,7 @@ class FileOutput(StagedOutput):
     def __init__(self, out: Path, next_to: Iterable[str] = ()):
         self.out, self.final = out, out.parent
         self.control = out.resolve().parent / control_of(out)
-        self.receipt_path = out.with_name(receipt_beside(out.name))
+        self.receipt_path = out.with_name(receipt_name_of(out.name))
         self.next_to = {name: out.with_name(name) for name in next_to}
 
     def exists(self) -> bool:
@@ -66,7 +66,7 @@ class FileOutput(StagedOutput):
 
     def _owner(self, name: str) -> str:
         """Return the other output of the folder whose receipt names a file; "" if none."""
-        ends = receipt_beside("")
+        ends = receipt_name_of("")
         receipts = sorted(path for path in self.final.glob(f"*{ends}") if path != self.receipt_path)
         owns = lambda one: name in parse_receipt(receipt_bytes(one)).get("files", {})
         return next((one.name.removesuffix(ends) for one in filter(owns, receipts)), "")

@@ -21,7 +21,7 @@ def state_of(stage: Stage, fingerprint: str, *, resume: bool, overwrite: bool) -
     entries = stage.journal()
     head, noted = entries[0] if entries else None, _publish_of(entries)
     if resume and head is not None:
-        output.go_on(head)
+        output.resume_from(head)
     there = output.receipt()
     published = parse_receipt(there).get("fingerprint")
     is_its = _is_receipt(there, noted) or (head is None and published == fingerprint)

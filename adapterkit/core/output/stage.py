@@ -39,7 +39,7 @@ HANDOFF = ".handoff"  # suffix of the file with tensors for later files
 NAME_MAX = 255  # bytes
 
 
-def receipt_beside(name: str) -> str:
+def receipt_name_of(name: str) -> str:
     """Return the name of the receipt of a file."""
     return name + SUFFIX
 
@@ -55,13 +55,15 @@ def check_name(out: Path, files: Iterable[str]) -> None:
     path, control = out.resolve(), control_of(out)
     longest = max(len(os.fsencode(name)) for name in (*path.parts, control))
     stage = path.parent / control / "out"
-    excess, name = max((system.excess(stage / unfinished_name(name)), name) for name in files)
+    excess, name = max(
+        (system.path_overflow(stage / unfinished_name(name)), name) for name in files
+    )
     if longest > NAME_MAX:
         problem = f"the name is too long: {len(os.fsencode(path.name))} bytes"
         expected = f"names of at most {NAME_MAX - len(control_of(Path('/')))} bytes"
     elif excess > 0:
         problem = f"the path of {shown(name)} there would be too long by {excess}"
-        expected = system.room_for_paths
+        expected = system.path_limit
     else:
         return
     hint = "choose a shorter --out"
@@ -153,7 +155,7 @@ class StagedOutput(ABC):
         """Return the journal's first entry, besides the job."""
         return {}
 
-    def go_on(self, head: Json) -> None:
+    def resume_from(self, head: Json) -> None:
         """Record that an interrupted run, whose journal has this first entry, is resumed."""
         return  # the default: nothing to record
 

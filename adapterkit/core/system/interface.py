@@ -104,9 +104,9 @@ class System(ABC):
         os.rename(old, new)
 
     longest_path = 4095  # bytes
-    room_for_paths = "paths that the system takes"
+    path_limit = "paths that the system takes"
 
-    def excess(self, path: Path) -> int:
+    def path_overflow(self, path: Path) -> int:
         """Return by how many characters, or bytes, a path is too long; at most 0 if it is not."""
         return len(os.fsencode(path)) - self.longest_path
 

@@ -106,9 +106,9 @@ class Windows(System):
             os.rmdir(new)
         os.rename(old, new)
 
-    room_for_paths = "paths of at most 259 letters, or long paths enabled in Windows"
+    path_limit = "paths of at most 259 letters, or long paths enabled in Windows"
 
-    def excess(self, path: Path) -> int:
+    def path_overflow(self, path: Path) -> int:
         # the switch in the registry, and Python's manifest, which allows it
         most = 32_766 if self.native.RtlAreLongPathsEnabled() else 259
         return len(str(path).encode("utf-16-le")) // 2 - most

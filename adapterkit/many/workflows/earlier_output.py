@@ -15,7 +15,7 @@ from adapterkit.core.engine.execution import stage_of
 from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.core.inputs.input_identity import identities
 from adapterkit.core.output.resume import check_same_job, lacking
-from adapterkit.core.output.stage import RECEIPT, Stage, receipt_beside
+from adapterkit.core.output.stage import RECEIPT, Stage, receipt_name_of
 from adapterkit.core.plan import CopyFile, Plan
 from adapterkit.core.receipt import RECEIPT_CHECK, fingerprint_of, read_receipt
 from adapterkit.core.records import Json
@@ -70,7 +70,7 @@ def older_output(place: Location) -> Older | None:
         return _with_receipt(path, path / RECEIPT)
     if not path.is_file():
         return None
-    next_to = path.with_name(receipt_beside(path.name))
+    next_to = path.with_name(receipt_name_of(path.name))
     return _with_receipt(path, next_to) if next_to.is_file() else None
 
 
@@ -95,7 +95,7 @@ def _on_hub(place: Location) -> Older | None:
         return None
     next_to, name = folder, RECEIPT
     if folder.single:
-        next_to, name = HubFolder(_hub_id(place).parent), receipt_beside(folder.single)
+        next_to, name = HubFolder(_hub_id(place).parent), receipt_name_of(folder.single)
     if name not in next_to.files():
         return None
     receipt = read_json(next_to, name)

@@ -79,7 +79,7 @@ class HubOutput(StagedOutput):
         new = {"upon": self.destination.parent} if self.destination.is_new else {}
         return {"pins": current_pins()} | new
 
-    def go_on(self, head: Json) -> None:
+    def resume_from(self, head: Json) -> None:
         if head.get("upon") == self.destination.parent:
             self.destination.is_new = True  # as it was when this job made it
 

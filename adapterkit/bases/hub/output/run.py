@@ -17,7 +17,7 @@ from adapterkit.core.checkpoint.hub_ids import HubId, place_on_hub
 from adapterkit.core.errors import Refused
 from adapterkit.core.execute import FolderCheck, check_place, output_names, run
 from adapterkit.core.options import StrPath, parse_size
-from adapterkit.core.output.stage import RECEIPT, Stage, check_name, receipt_beside
+from adapterkit.core.output.stage import RECEIPT, Stage, check_name, receipt_name_of
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt, earlier_repositories
 from adapterkit.core.shared_options import RunOptions
@@ -109,7 +109,7 @@ def open_destination(hub_id: HubId, plan: Plan) -> Destination:
     not write there, and for the place of an input."""
     folder, receipt = hub_id, RECEIPT
     if plan.is_file:
-        folder, receipt = hub_id.parent, receipt_beside(hub_id.subfolder.rpartition("/")[2])
+        folder, receipt = hub_id.parent, receipt_name_of(hub_id.subfolder.rpartition("/")[2])
     sources = {folder.origin["repo"] for folder in plan.folders if "repo" in folder.origin}
     sources |= {*earlier_repositories(plan.folders)}
     destination = Destination(folder, sorted(sources), plan.folders, receipt)
