@@ -1,5 +1,5 @@
-"""The method of a combination or a merge, and on each module what method it is and what weights the
-adapters have: those of --weight-for or of a file, times what --lbw says of the module's block."""
+"""The method of a combination or a merge, and for each module its method and the adapters' weights:
+those of --weight-for or of a file, times the --lbw factor of the module's block."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -28,13 +28,13 @@ WeightOf = Callable[[int, str], float]  # by the adapter's number, from 1, and t
 
 
 def method_of(name: str, given: MethodOptions) -> Method:
-    """The method's record; `Refused` for options that it does not have, or lacks."""
+    """The method's record; `Refused` for unknown or missing options."""
     settings = {"density": given.density, "majority": given.majority} | (given.settings or {})
     return cast(Method, create("combinations", name, settings))
 
 
 def added_by(options: "MergeOptions") -> str:
-    """What a merge adds to weights, in words."""
+    """The formula of the values that a merge adds to weights."""
     if options.method in (None, "linear"):
         return SUM
     return f"{options.method}({SUM[2:]}, ...)), {method_of(options.method, options).source}"
@@ -43,8 +43,8 @@ def added_by(options: "MergeOptions") -> str:
 def resolved_weights(
     method: Method, given: Sequence[float], weight_for: Iterable[str], file: WeightsFile | None
 ) -> list[float]:
-    """The adapters' weights as the method has them; `Refused` where --weight-for or --weights means
-    others."""
+    """The adapters' weights, resolved by the method; `Refused` if the method's own weights and
+    --weight-for or --weights conflict."""
     equal = [1.0] * len(given)
     other = "--weights" if file else "--weight-for" * bool(tuple(weight_for))
     if other and (method.resolve_weights(equal) != equal or method.over != "module"):
@@ -59,7 +59,7 @@ def resolved_weights(
 
 
 class ModuleMethods:
-    """A method, with the densities of --density-for on the modules that these match."""
+    """A method, with the --density-for densities of the modules that match."""
 
     def __init__(self, method: Method, count: int, texts: Iterable[str]):
         texts, self.method = tuple(texts), method
@@ -77,7 +77,7 @@ class ModuleMethods:
         self.is_one = not texts
 
     def of(self, module: str, numbers: Sequence[int]) -> Method:
-        """The method on a module that adapters of these numbers, from 0, have."""
+        """The method on a module for adapters of these numbers, from 0."""
         if self.is_one:
             return self.method
         densities = tuple(self.densities.of(number, module) for number in numbers)
@@ -99,8 +99,8 @@ class ModuleMethods:
 
 
 class ModuleWeights:
-    """The weights of adapters, numbered from 1, on modules of a base, those of a pipeline with the
-    part's name in front."""
+    """The weights of adapters, numbered from 1, on modules of a base; names of a pipeline's modules
+    begin with their component."""
 
     def __init__(
         self,
@@ -137,8 +137,8 @@ class ModuleWeights:
         return weight * factor
 
     def of_part(self, part: str, numbers: Sequence[int]) -> WeightOf:
-        """The weights in a part of a pipeline, of the adapters of these numbers, which are counted
-        from 1 there."""
+        """The weights in a component of a pipeline, for the adapters of these numbers, counted from
+        1 there."""
         return lambda number, module: self.of(numbers[number - 1], f"{part}.{module}")
 
     def problems(self) -> list[AdapterkitError]:
@@ -146,7 +146,7 @@ class ModuleWeights:
         return self.rules.problems()
 
     def notes(self) -> list[str]:
-        """What block weights leave as it is."""
+        """A note on the modules outside of all blocks."""
         if not self.outside:
             return []
         names = listed(sorted(self.outside))

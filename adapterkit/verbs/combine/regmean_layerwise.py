@@ -1,4 +1,5 @@
-"""combine --data: regmean by what the combined model's layers see, layer after layer."""
+"""combine --data: regmean with the inputs that the combined model's layers see, layer after
+layer."""
 
 from __future__ import annotations
 
@@ -51,8 +52,8 @@ HINT = "collect with adapterkit stats, and give --stats"
 
 @dataclass(frozen=True)
 class RecollectedFactors(CombinedFactors):
-    """Combined factors whose covariances are collected while the model runs; `made`: what they gave
-    then."""
+    """Combined factors whose covariances are collected while the model runs; `made`: their
+    results."""
 
     sums: tuple[Sum, ...] = field(default=(), compare=False, repr=False)
     made: TaskResult | None = field(default=None, compare=False, repr=False)
@@ -83,7 +84,8 @@ class RecollectedFactors(CombinedFactors):
 
 @dataclass(frozen=True)
 class Recollection(ByOneProcess, ModelRun):
-    """What is collected: see `plan.Collecting`. A layer needs all samples before the next one."""
+    """The collection of `combine --data`: see `plan.Collecting`. A layer needs all samples before
+    the next one."""
 
     batches: list[tuple[int, Batch]]  # the adapter's number, and a batch of its samples
     samples: list[Samples]
@@ -95,7 +97,7 @@ class Recollection(ByOneProcess, ModelRun):
 
     @property
     def effort(self) -> Effort:
-        """Each layer twice, and the sums."""
+        """The effort for two passes through each layer, and the sums."""
         tokens = sum(one.tokens for one in self.samples)
         squares = sum(width**2 for width in self.widths)
         return Effort(flops=tokens * (4 * self.parameters + 9 / 8 * squares))
@@ -111,7 +113,7 @@ class Recollection(ByOneProcess, ModelRun):
         device: torch.device,
         progress: Progress,
     ) -> OutputFile:
-        """The file, its factors made while the model runs."""
+        """The file, with factors that are made while the model runs."""
         work = work_folder(stage)
         tasks = {task.name: task for task in file.tasks if isinstance(task, RecollectedFactors)}
         with Sources(plan.folders, plan.identities) as sources:
@@ -147,7 +149,7 @@ def job_of(
     batches: Sequence[tuple[int, Batch]],
     names: list[str],
 ) -> CollectionPlan:
-    """The job of these modules; `Refused` with those that are no linear layers in a list of
+    """The collection for these modules; `Refused` with those that are no linear layers in a list of
     layers."""
     job = CollectionPlan(stored, options, [batch for _, batch in batches])
     job.runs, job.targets = list(batches), names
@@ -166,7 +168,7 @@ def job_of(
 
 
 class _Recollector(PassReader):
-    """Goes through each layer with each adapter's own factors, combines it, and goes on with the
+    """Run each layer with each adapter's own factors, combine them, and continue with the
     result."""
 
     watch: SumsWatch  # of the model, from when it runs
@@ -192,7 +194,7 @@ class _Recollector(PassReader):
 
     @contextmanager
     def adding(self) -> Iterator[None]:
-        """The layers' outputs have the active factors' meanwhile."""
+        """Add the active factors to the layers' outputs, inside the context."""
 
         def hook(name: str, module: Any, args: tuple, output: Tensor) -> Tensor | None:
             if name not in self.active:
@@ -243,7 +245,7 @@ class _Recollector(PassReader):
             self._combine(task)
 
     def _own(self, tasks: Sequence[RecollectedFactors], number: int) -> dict[str, Pair]:
-        """What an adapter adds in these modules, in float32."""
+        """An adapter's factors in these modules, in float32."""
         pairs = {}
         for task in tasks:
             for part in task.parts:
@@ -276,7 +278,7 @@ class _Recollector(PassReader):
 
 
 def plan_recollected(options: Combine) -> Plan:
-    """Everything a combination with `data` will do, or `Refused` with all that cannot be done."""
+    """The plan of a combination with `data`; `Refused` with all problems."""
     data = list(options.data)
     errors = Problems(where="options", code="AK901")
     if options.method != "regmean":
@@ -337,7 +339,7 @@ def plan_recollected(options: Combine) -> Plan:
 
 
 def _can_run(task: object) -> bool:
-    """Whether a task makes factors of a linear layer of the adapters' factors alone."""
+    """True if a task makes factors of a linear layer from the adapters' factors alone."""
     if not isinstance(task, CombinedFactors):
         return False
     return task.place.is_linear and not any(part.dora for part in task.parts)

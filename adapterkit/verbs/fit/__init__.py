@@ -1,2 +1,2 @@
-"""Weights of adapters chosen by data: the model runs with all of them, and their weights get
+"""Weights of adapters chosen by data: the model runs with all adapters, and only their weights get
 gradients."""

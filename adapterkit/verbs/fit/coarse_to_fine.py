@@ -1,5 +1,4 @@
-"""From one weight for each adapter to one for each direction, as far as samples that are held out
-say that it helps."""
+"""Refine weights from one per adapter to one per direction, as long as held-out samples improve."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,8 +26,8 @@ RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 @dataclass
 class CoarseToFineFit:
-    """The steps of a fit; `rows`: losses held out (samples,) of all that is compared, by name;
-    `levels`: the coefficients of the start and of each step, kept or not."""
+    """The steps of a fit. `rows`: losses on held-out samples (samples,) of everything compared, by
+    name; `levels`: the coefficients of the start and of each step, kept or not."""
 
     fit: FitCollection
     runs: Runs
@@ -53,20 +52,20 @@ class CoarseToFineFit:
         return losses, rows
 
     def of_adapters(self, weights: Sequence[float]) -> Tensor:
-        """Coefficients (all,) of one weight for each adapter."""
+        """Coefficients (all,) for one weight per adapter."""
         return torch.tensor([weights[o] for o, *_ in self.runs.weighted_model.owners]).double()
 
     def of_one(self, number: int) -> Tensor:
-        """Coefficients (all,) of one adapter alone."""
+        """Coefficients (all,) for one adapter alone."""
         return self.of_adapters([float(n == number) for n in range(len(self.fit.adapters))])
 
     def kept(self, per: str) -> str:
-        """The last level up to that one whose step is kept; "start" for none."""
+        """The last level up to this one whose step is kept; "start" for none."""
         steps = self.steps[: LEVELS.index(per) + 1]
         return next((step["per"] for step in reversed(steps) if step["kept"]), "start")
 
     def climb(self) -> None:
-        """Take the steps, each from the last one that is kept."""
+        """Take the steps, each from the last one that was kept."""
         fit, start = self.fit, self._start()
         count = len(fit.adapters)
         if isinstance(self.runs.target, TeacherObjective):
@@ -86,7 +85,7 @@ class CoarseToFineFit:
             self.levels[per] = self._step(per, self.levels[kept], self.rows[kept])
 
     def _start(self) -> Tensor:
-        """The coefficients to begin with, within the bounds; of adapters that do nothing 0."""
+        """The initial coefficients, within the bounds; 0 for adapters without effect."""
         zeros = self.runs.weighted_model.zeros()
         weights = [0.0 if n in zeros else w for n, w in enumerate(self.fit.start)]
         c = self.of_adapters(weights)
@@ -117,7 +116,7 @@ class CoarseToFineFit:
         return self._balance(self.fit.held)
 
     def _balance(self, part: SampleSplit) -> Balance:
-        """How a part's losses become one number."""
+        """The function that combines a split's losses into one number."""
         fit, kind = self.fit, self.fit.options.balance
         tokens = part.files.bincount(part.tokens).double()
         shares = tokens / tokens.sum() if kind == "tokens" else fit.shares
@@ -139,13 +138,13 @@ class CoarseToFineFit:
         return replace(balance, own=own, base=base)
 
     def _expand(self) -> None:
-        """Coefficients of members become those of their directions."""
+        """Expand the members' coefficients to their directions."""
         self.runs.number(True)
         self.seen.clear()
         self.levels = {per: self.runs.weighted_model.expanded(c) for per, c in self.levels.items()}
 
     def _step(self, per: str, before: Tensor, losses: Tensor) -> Tensor:
-        """The coefficients of a level, of the ridge that does best on what is held out."""
+        """The coefficients of a level, with the ridge that does best on held-out samples."""
         fit, train, held = self.fit, self.train, self.held
         found: list[tuple[float, float, Tensor, Tensor]] = []
         ridges = RIDGES if fit.options.ridge == "auto" else (float(fit.options.ridge),)
@@ -197,10 +196,10 @@ class CoarseToFineFit:
 
 def closed_form(fit: FitCollection, runs: Runs, start: Tensor) -> Tensor:
     """c (coefficients,) of least Σᵢ wᵢ E‖Σⱼ cⱼ Δⱼ xᵢ - Δᵢ xᵢ‖² for each adapter, layer or module,
-    xᵢ what a module sees of the i-th file with its adapter.
+    xᵢ the inputs of a module on the i-th file with its adapter.
 
-    Of the inputs E[u uᵀ], u = a·x, is enough. Modules that see no vectors are taken to see all
-    directions alike; of stacks of experts c is the start's."""
+    E[u uᵀ] of the inputs is enough, u = a·x. Modules that see no vectors are assumed to see all
+    directions alike; stacks of experts keep the start's c."""
     weighted_model, count = runs.weighted_model, len(fit.adapters)
     owners = torch.tensor([owner[0] for owner in weighted_model.owners])
     seen: list[ActivationGram] = []
@@ -227,7 +226,7 @@ def closed_form(fit: FitCollection, runs: Runs, start: Tensor) -> Tensor:
 def _equations(
     place: WeightedModule, count: int, seen: Sequence[ActivationGram]
 ) -> tuple[list[Product | None], Callable[[int], Tensor]]:
-    """The deltas of a module, None of an adapter that lacks it, by their rows of u; E[u uᵀ]."""
+    """The deltas of a module, None for an adapter that lacks it, by their rows of u; E[u uᵀ]."""
     part = place.part
     assert part is not None
     a, b = part.a.flatten(1).double().cpu(), part.b.flatten(1).double().cpu()
@@ -245,7 +244,7 @@ def _equations(
 
 
 def _alone(batches: Sequence[FitBatch]) -> Iterator[FitBatch]:
-    """Each sample by itself, without padding."""
+    """Yield each sample alone, without padding."""
     for batch in batches:
         mask = batch.inputs.get("attention_mask")
         for row, number in enumerate(batch.samples):

@@ -1,5 +1,5 @@
-"""A file of weights as the output of a plan: its text is made while the model, or a program, runs,
-and what that gives is kept until it is done, so that a fit that was interrupted goes on."""
+"""Plan a file of weights as an output. Its text is made while the model, or a program, runs;
+results are kept until it is finished, so that an interrupted fit resumes."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -32,14 +32,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class FittedWeights(Task):
-    """The text of a file of weights, made while the model runs; `size`: a guess of its bytes."""
+    """The text of a file of weights, made while the model runs; `size`: an estimate of its
+    bytes."""
 
     size: int
     made: TaskResult | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def result(cls, weights: WeightsFile, document: Json) -> TaskResult:
-        """The file's text, and what is said of the weights."""
+        """The file's text, and the document on the weights as its metric."""
         data = bytearray(text(weights).encode())
         return TaskResult({TASK: torch.frombuffer(data, dtype=torch.uint8)}, {"fit": document})
 
@@ -57,12 +58,12 @@ class FittedWeights(Task):
 
 
 def _laid_out(file: str, tensors: Sequence[TensorPlan], metadata: Mapping[str, Any]) -> ShardLayout:
-    """A text: a file without a header."""
+    """The layout of a text file, which has no header."""
     return ShardLayout(file, b"", tuple(tensors), (0,))
 
 
 class WeightsCollection(ByOneProcess, ABC):
-    """What a file of weights is made of; `about`: what a dry run says of it, too."""
+    """The collection behind a file of weights; `about`: its entries in a dry run's document."""
 
     reads = ()  # none as they come from the Hub
     work = device_memory = 0
@@ -102,7 +103,8 @@ class WeightsCollection(ByOneProcess, ABC):
         size: int,
         notes: Iterable[str] = (),
     ) -> Plan:
-        """The plan of the file of weights of a base and adapters, of about so many bytes."""
+        """The plan of a file of weights for a base and adapters; `size`: an estimate of its
+        bytes."""
         tasks, name = [FittedWeights(TASK, size)], Path(options.out).name
         file = OutputFile.computed(name, tasks, {}, lay_out=_laid_out)
         plan = plan_of(
@@ -120,23 +122,24 @@ class WeightsCollection(ByOneProcess, ABC):
 
 
 def _notes_in(metrics: dict[str, dict]) -> list[str]:
-    """What was noted while the file was made."""
+    """Notes taken while the file was made."""
     return metrics[TASK]["fit"]["notes"]
 
 
 @dataclass
 class Evaluations:
-    """The work folder of a fit: what each point that was evaluated gave, by the point's bits.
+    """The work folder of a fit: the result of each evaluated point, by the point's bits.
 
-    A fit is a function of what the evaluations give, so that one that is run again comes to the
-    same points and finds them here."""
+    A fit is a deterministic function of its evaluations, so a repeated run reaches the same points
+    and finds them here."""
 
     folder: Path
 
     def of(
         self, what: str, c: Tensor, compute: Callable[[], list[Tensor]], shapes: list[Shape]
     ) -> list[Tensor]:
-        """What `compute` gives at a point, in float64 and of these shapes: made now, or before."""
+        """The results of `compute` at a point, in float64 and of these shapes, computed now or
+        read."""
         from safetensors.torch import save
 
         digest = hashlib.sha256(what.encode() + c.double().numpy().tobytes()).hexdigest()
@@ -151,7 +154,7 @@ class Evaluations:
 
 
 def _values(path: Path) -> list[Tensor]:
-    """The finite numbers of a file that was written here; none of any other."""
+    """The finite numbers of a file of this class; empty for any other file."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

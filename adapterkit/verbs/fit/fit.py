@@ -1,4 +1,4 @@
-"""fit: the steps, the file of weights and what is said of them."""
+"""fit: run the steps, write the file of weights, and describe them."""
 
 import time
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ DIGITS = 6  # of a weight
 
 
 def fit_weights(options: WeightFit) -> Json:
-    """Fit weights and write them; what is said of them."""
+    """Fit weights and write them; return the fit's document."""
     how = RunOptions(**{name: getattr(options, name) for name in OF_RUNNING})
     plan = as_it_runs((plan_fit if options.score is None else plan_search)(options), how)
     plan = replace(plan, call=None)  # no verb of those that `rerun` calls
@@ -46,7 +46,7 @@ def fit_weights(options: WeightFit) -> Json:
 
 
 def _document(plan: Plan, done: Receipt | Plan, out: str) -> Json:
-    """The plan's numbers, and of what is made the losses and weights."""
+    """The plan's numbers, and after a run the losses and weights."""
     (file,), document = plan.shards, {"fit": VERSION, "out": out}
     assert isinstance(file.collection, WeightsCollection)
     document |= file.collection.about | {"totals": file.collection.totals(plan.budget)}
@@ -59,7 +59,7 @@ def _document(plan: Plan, done: Receipt | Plan, out: str) -> Json:
 def fitted(
     fit: FitCollection, plan: Plan, work: Path, device: torch.device, progress: Progress
 ) -> TaskResult:
-    """The file of weights that a fit gives."""
+    """The file of weights from a fit."""
     began = time.monotonic()
     with climbed(fit, plan, work, device, lambda: progress(1)) as search:
         document = outcome(search, fit.options.per)
@@ -72,7 +72,7 @@ def fitted(
 def climbed(
     fit: FitCollection, plan: Plan, work: Path, device: torch.device, step: Step
 ) -> Iterator[CoarseToFineFit]:
-    """The steps of a fit, taken, with the evaluations in that folder."""
+    """Yield the fit after all its steps, with the evaluations in that folder."""
     make = TeacherObjective if fit.options.target == "teacher" else Objective
     with Sources(plan.folders, plan.identities) as sources:
         stored = StoredModel(fit.base, sources, device, dtype=dtype_of(fit.options, device))
@@ -91,7 +91,7 @@ def climbed(
 
 
 def combine_fitted(options: Combine) -> Receipt | Plan:
-    """Fit the weights of a combination beside its output, and combine with them."""
+    """Fit the weights of a combination, write them next to its output, and combine with them."""
     out, same = Path(options.out), ("device", "memory", "resume", "overwrite", "progress")
     weights = out.with_name(f"{out.name}.weights.json")
     assert options.base is not None
@@ -103,8 +103,8 @@ def combine_fitted(options: Combine) -> Receipt | Plan:
 
 
 def outcome(search: CoarseToFineFit, per: str) -> Json:
-    """The table of losses, the steps up to a level, the spread of the weights of the last one that
-    is kept, what is written and why."""
+    """The table of losses, the steps up to a level, the spread of the weights of the last level
+    kept, and the level that is written, with the reason."""
     fit, held, kept = search.fit, search.held, search.kept(per)
     c, steps = search.levels[kept], search.steps[: LEVELS.index(per) + 1]
     rows = [
@@ -136,7 +136,7 @@ def outcome(search: CoarseToFineFit, per: str) -> Json:
 
 
 def _alone(search: CoarseToFineFit, kept: str) -> list[str]:
-    """A note where the base, or one adapter, is as good on what is held out."""
+    """A note if the base, or one adapter, is as good on held-out samples."""
     held, rows = search.held, search.rows
     names = ["base", *search.fit.labels]
     name = min(names, key=lambda one: held.value(rows[one]))
@@ -150,7 +150,7 @@ def _alone(search: CoarseToFineFit, kept: str) -> list[str]:
 
 
 def weights_file(search: CoarseToFineFit, document: Json) -> WeightsFile:
-    """The file of what `outcome` says is written, of rounded weights."""
+    """The file of the level that `outcome` names, with rounded weights."""
     fit, kept = search.fit, document["written"]["per"]
     c, weighted_model, count = search.levels[kept], search.runs.weighted_model, len(fit.adapters)
     numbers = [float(f"{value:.{DIGITS}g}") for value in c.tolist()]

@@ -1,5 +1,5 @@
-"""What adapters are weighed by: the loss of the tokens that count, or how far the predictions are
-from those of each file's own adapter."""
+"""Objectives of a fit: the loss of the tokens that count, or the distance of the predictions from
+those of each file's own adapter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,8 +23,8 @@ LARGEST = 65504.0  # of float16
 
 
 class WithoutLoss(TorchFunctionMode):
-    """A model that makes its decoder's inputs of labels computes no loss: a head may have made
-    predictions of more rows than they have."""
+    """Replace cross entropy by zero in a model that makes its decoder's inputs of labels: it needs
+    no loss, and the head may predict more rows than there are labels."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0].new_zeros(()) if func is F.cross_entropy else func(*args, **(kwargs or {}))
@@ -34,14 +34,14 @@ class WithoutLoss(TorchFunctionMode):
 class Objective:
     """The model's own loss of each sample, the mean over its tokens that count, in nats.
 
-    Labels are those of the batch: of a causal model the next tokens, else of the same place; of
-    whole inputs, such as images, one for each."""
+    Labels are those of the batch: the next tokens for a causal model, else tokens at the same
+    position; one for each whole input, such as an image."""
 
     model: Any
 
     @property
     def has_decoder(self) -> bool:
-        """Its inputs are made of the labels."""
+        """True if the model makes its decoder's inputs of the labels."""
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
     @property
@@ -69,22 +69,22 @@ class Objective:
         return losses.view_as(labels).sum(1) / (labels != IGNORED).sum(1)
 
     def targets(self, labels: Tensor) -> Tensor:
-        """Of each place (rows, tokens) what is predicted there; of a causal model's last nothing.
-        Labels are moved, as a slice of the logits would be a copy of them."""
+        """The token to predict at each position (rows, tokens); a causal model's last position has
+        none. Labels are shifted, because a slice of the logits would copy them."""
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.is_causal else labels
 
     @contextmanager
     def watching(self, weighted_model: "WeightedModel") -> Iterator[None]:
-        """What it needs of the model's calls is seen meanwhile."""
+        """Observe the model's calls as far as the objective needs it."""
         yield
 
 
 @dataclass
 class TeacherObjective(Objective):
-    """KL(p ‖ q) of each sample, the mean over the places whose label counts, and STATES·‖h - t‖² /
-    ‖t‖² of the last hidden states; p and t are those of a teacher, of which the states alone are
-    kept, in 16 bits: the head makes its predictions of them again, with the teacher's adapters,
-    beside the others'. Of a model that names no head, a classifier, the predictions are kept."""
+    """KL(p ‖ q) of each sample, the mean over the positions whose label counts, and STATES·‖h - t‖²
+    / ‖t‖² of the last hidden states. p and t are a teacher's. Only its states are kept, in 16 bits:
+    the head predicts from them again, with the teacher's adapters, in the same call. For a model
+    without a named head, a classifier, the predictions are kept."""
 
     weighted_model: "WeightedModel" = field(init=False)
 
@@ -112,8 +112,8 @@ class TeacherObjective(Objective):
             hook.remove()
 
     def look(self, batch: "FitBatch") -> Tensor:
-        """Keep the states of a batch, with the teacher acting, and its coefficients, of members;
-        (rows,) zeros."""
+        """Keep the states of a batch, with only the teacher active, and its coefficients of
+        members; return (rows,) zeros."""
         logits = self.logits(batch)
         states = self.seen.pop(Coroutine.current(), logits).detach()
         short = torch.float16 if float(states.abs().max()) < LARGEST else torch.bfloat16

@@ -1,5 +1,5 @@
-"""What a fit will do, complete before the model runs: samples and their parts, adapters, numbers of
-weights; every refusal is here."""
+"""Plan a fit completely before the model runs: samples and their splits, adapters, numbers of
+weights, and every refusal."""
 
 import json
 import math
@@ -45,7 +45,7 @@ NUMBER, TEXT = 32, 1 << 16  # bytes of a weight in the file, and of the rest: gu
 
 @dataclass(frozen=True)
 class SampleSplit:
-    """Samples of one part, in the order in which they run."""
+    """Samples of one split, in the order in which they run."""
 
     name: str
     batches: list[FitBatch]
@@ -58,7 +58,7 @@ class SampleSplit:
     def of(
         cls, name: str, parts: Sequence[tuple[Samples, list[Sample]]], shift: int, first: int
     ) -> "SampleSplit":
-        """Of files; the samples are numbered from `first`."""
+        """The split of these samples of each file, numbered from `first`."""
         order = lambda s: (-len(s.tokens), -len(s.labels))
         every = [
             (n, sample) for n, (_, its) in enumerate(parts) for sample in sorted(its, key=order)
@@ -81,7 +81,7 @@ class SampleSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class FitCollection(WeightsCollection):
-    """A model, the adapters on it, and samples for the fit and to be held out."""
+    """A model, its adapters, and samples for training and holding out."""
 
     base: Checkpoint
     options: WeightFit
@@ -100,7 +100,7 @@ class FitCollection(WeightsCollection):
 
     @property
     def labels(self) -> list[str]:
-        """The adapters' names, those that several have with their numbers."""
+        """The adapters' names, with numbers if several have the same name."""
         names = [one.name for one in self.adapters]
         is_shared = lambda name: names.count(name) > 1
         return [f"{n} ({i})" if is_shared(n) else n for i, n in enumerate(names, 1)]
@@ -120,7 +120,7 @@ class FitCollection(WeightsCollection):
 
 
 def plan_fit(options: WeightFit) -> Plan:
-    """Everything a fit will do; `Refused` with all that is wrong."""
+    """The plan of a fit; `Refused` with all problems."""
     errors, folder = Problems(), open_model(options.base)
     base = open_checkpoint(folder)
     folders, names, given = adapters_of(options, folder, errors)
@@ -187,7 +187,7 @@ def dtype_of(options: WeightFit, device: torch.device) -> torch.dtype | None:
 def adapters_of(
     options: WeightFit, base: Folder, errors: Problems
 ) -> tuple[list[Folder], list[str], list[float]]:
-    """The adapters' folders, names, and the weights to begin with."""
+    """The adapters' folders, names, and initial weights."""
     folders, names, weights = [], [], []
     for source, weight in weighted(options.adapters):
         with errors.collected():
@@ -220,7 +220,7 @@ def adapters_of(
 
 
 def _drawn(options: WeightFit, errors: Problems) -> tuple[list, list[float], list[str]]:
-    """Records of each file, as many as its share says; the shares, and the files' names."""
+    """Records of each file, as many as its share requires; the shares, and the files' names."""
     pairs = []
     for path in files(options.data):
         with errors.collected():
@@ -245,7 +245,7 @@ def _drawn(options: WeightFit, errors: Problems) -> tuple[list, list[float], lis
 
 
 def _problems(one: StoredAdapter, base: str, name: str) -> list[AdapterkitError]:
-    """Why an adapter's change is not its weight times one delta on this base."""
+    """Reasons why an adapter's change is not its weight times one delta on this base."""
     adapter, errors = (
         one.adapter,
         Problems(delta_problems(one.adapter), where=one.adapter.label, code="AK904"),
@@ -278,7 +278,7 @@ def _problems(one: StoredAdapter, base: str, name: str) -> list[AdapterkitError]
 def _split(
     samples: Samples, path: Path, shift: int, options: WeightFit, errors: Problems
 ) -> tuple[list[Sample], list[Sample]]:
-    """The samples of one file that are fitted to, and those that are held out."""
+    """The training samples and the held-out samples of one file."""
     own = [s for s in samples.samples if any(x != IGNORED for x in s.labels[shift:])]
     if len(own) < 2:
         errors.add(
@@ -300,7 +300,7 @@ def _check_split(
     adapters: int,
     errors: Problems,
 ) -> None:
-    """Errors of samples that are the same, and where files and adapters have to go together."""
+    """Add errors for duplicate samples, and for files and adapters that do not correspond."""
     train = {(s.tokens, s.labels): s.where for own, _ in split for s in own}
     for held in (s for _, own in split for s in own):
         if (held.tokens, held.labels) in train:

@@ -1,4 +1,4 @@
-"""The model with its adapters on samples: losses, and their gradients by the coefficients."""
+"""Run the model with its adapters on samples: losses, and their gradients by the coefficients."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -21,7 +21,7 @@ Step = Callable[[], None]
 @dataclass(frozen=True)
 class FitBatch:
     """Samples of one file that run together: arguments of the model's forward, (rows, ...) each;
-    `weights` (rows,): of their losses in that of the file; `samples`: their numbers."""
+    `weights` (rows,): of their losses in the file's loss; `samples`: their numbers."""
 
     inputs: Mapping[str, Tensor]
     weights: Tensor
@@ -38,8 +38,8 @@ Compute = Callable[[FitBatch], Tensor]
 
 @dataclass
 class Runs:
-    """Runs a stored model with a mixture, whole or one layer at a time. `step`: is called for each
-    batch, of a layer's or of the model's."""
+    """Run a stored model with weighted adapters, whole or one layer at a time. `step` is called for
+    each batch, of a layer or of the model."""
 
     stored: StoredModel
     weighted_model: WeightedModel
@@ -52,7 +52,7 @@ class Runs:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """The adapters are attached; of a whole model all is in memory."""
+        """Attach the adapters; a whole model is loaded into memory."""
         names = self.stored.parameters() if self.whole else self.units.outside
         device = self.stored.device if self.whole else torch.device("cpu")
         with ExitStack() as stack:
@@ -68,21 +68,21 @@ class Runs:
             yield
 
     def _places(self, unit: OffloadedLayer | None) -> list[WeightedModule]:
-        """Places in a unit; of None those that are always in memory."""
+        """Adapted modules in a unit; for None, those that are always in memory."""
         if unit is not None:
             return [one for one in self.weighted_model.places if is_within(one.path, [unit.name])]
         outside = lambda one: self.whole or self.units.unit_of(one.path) is None
         return list(filter(outside, self.weighted_model.places))
 
     def number(self, directions: bool) -> None:
-        """Give the mixture other coefficients."""
+        """Number the coefficients again: by adapter and module, or by direction."""
         self.weighted_model.number(directions)
         device = self.stored.device if self.whole else torch.device("cpu")
         self.weighted_model.load(self._places(None), device, self.stored.dtype)
 
     @contextmanager
     def loaded(self, place: WeightedModule) -> Iterator[None]:
-        """The factors of a module are in memory."""
+        """Load the factors of a module for the duration of the context."""
         if place in self._places(None):
             yield
             return
@@ -93,12 +93,12 @@ class Runs:
             self.weighted_model.free([place])
 
     def losses(self, c: Tensor, batches: Sequence[FitBatch]) -> Tensor:
-        """(samples,) in float64, in nats per token that counts, those of the batches in their
-        order; `c`: (coefficients,)."""
+        """(samples,) in float64, in nats per token that counts, in the order of the batches; `c`:
+        (coefficients,)."""
         return self.run(c, batches, self.target.losses)[0]
 
     def gradients(self, c: Tensor, batches: Sequence[FitBatch]) -> tuple[Tensor, Tensor]:
-        """`losses`, and of each file's loss the gradient (files, coefficients)."""
+        """`losses`, and the gradient (files, coefficients) of each file's loss."""
         losses, own = self.run(c, batches, self.target.losses, gradients=True)
         files = torch.tensor([batch.file for batch in batches])
         rows = own.new_zeros(int(files.max()) + 1, len(c))
@@ -107,8 +107,8 @@ class Runs:
     def run(
         self, c: Tensor, batches: Sequence[FitBatch], compute: Compute, gradients: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """What `compute` gives of the samples, and of each batch the gradient of its weighted sum,
-        or c."""
+        """The results of `compute` for the samples, and for each batch the gradient of its weighted
+        sum, or c."""
         one = Evaluation(c, batches, compute, gradients, self.stored.dtype)
         (self._run_whole if self.whole else self._run_layerwise)(one)
         return torch.cat(one.results).double(), torch.stack(one.sums).detach().double()
@@ -140,8 +140,8 @@ class Runs:
 
 
 class Evaluation:
-    """Batches at a point, each with coefficients of its own that get a gradient: `acting`;
-    `results`, `sums`: what comes of each batch, losses (rows,) and gradients (coefficients,)."""
+    """Batches at a point, each with its own coefficients that get a gradient: `acting`; `results`,
+    `sums`: losses (rows,) and gradients (coefficients,) of each batch."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Evaluation:
         self.sums = [torch.zeros_like(leaf) if gradients else leaf for leaf in leaves]
 
     def record_losses(self, number: int, batch: FitBatch) -> Tensor | None:
-        """Keep a batch's losses; what is to be differentiated, if anything is."""
+        """Keep a batch's losses; return the sum to differentiate, if any."""
         with torch.set_grad_enabled(self.gradients):
             values = self.compute(batch)
             self.results[number] = values.detach().to("cpu", copy=True)
@@ -167,8 +167,7 @@ class Evaluation:
 
 
 class CoefficientsReader(PassReader):
-    """Reads off the gradients of each pass's coefficients; factors are in memory with their
-    unit."""
+    """Collect the gradients of each pass's coefficients; factors are in memory with their unit."""
 
     def __init__(self, runs: Runs, evaluation: Evaluation):
         self.runs, self.evaluation, self.gradients = runs, evaluation, evaluation.gradients

@@ -1,4 +1,4 @@
-"""fit --score: one weight for each adapter by any number that a program prints of a candidate."""
+"""fit --score: one weight per adapter, chosen by a number that a program prints for a candidate."""
 
 import hashlib
 import re
@@ -42,13 +42,13 @@ TAIL = 400  # characters of what a program that failed printed last
 
 
 def _digest(options: WeightFit) -> str:
-    """What files say of the command, which may hold secrets."""
+    """A hash of the command, which may contain secrets, for the files."""
     return hashlib.sha256(str(options.score).encode()).hexdigest()
 
 
 @dataclass
 class Search:
-    """Weights by CMA-ES, each candidate scored once: `scores` are those so far, in order."""
+    """Weights by CMA-ES, each candidate scored once: `scores` holds the scores so far, in order."""
 
     score: Callable[[Sequence[float]], float]  # the larger the better
     evaluated: Evaluations
@@ -61,7 +61,7 @@ class Search:
         return max(self.scores, key=lambda one: one[1])
 
     def run(self, start: Sequence[float], low: float, high: float, seed: int) -> None:
-        """The start, then generations until the evaluations are used up."""
+        """Score the start, then generations until the evaluations are used up."""
         self._of(torch.tensor(start).double().clamp(low, high))
         cma = Cma(torch.tensor(start), STEP, low, high, seed)
         while self.evaluations > len(self.scores):
@@ -80,8 +80,8 @@ class Search:
 
 @dataclass(frozen=True)
 class ScoreCollection(WeightsCollection):
-    """A search of weights by a program, which is given the adapters' sum with some weights, exact,
-    in a folder."""
+    """A search of weights by a program, which gets a folder with the exact weighted sum of the
+    adapters."""
 
     options: WeightFit
     adapters: list[NamedAdapter]
@@ -99,7 +99,7 @@ class ScoreCollection(WeightsCollection):
         return {"evaluations": self.options.evaluations, "weights_per_adapter": adapters}
 
     def made(self, plan: Plan, work: Path, device: torch.device, progress: Progress) -> TaskResult:
-        """The best weights; where the program fails the error says which were the best so far."""
+        """The best weights; if the program fails, the error names the best so far."""
         options = self.options
         with tempfile.TemporaryDirectory(prefix="adapterkit-") as folder:
             score = partial(self.score, Path(folder) / "candidate", progress)
@@ -130,7 +130,7 @@ class ScoreCollection(WeightsCollection):
         )
 
     def score(self, out: Path, progress: Progress, weights: Sequence[float]) -> float:
-        """The last number that the program prints; `Failed` where it fails, or prints none."""
+        """The last number that the program prints; `Failed` if it fails, or prints none."""
         self.combination(weights, out).run()
         words = [word.replace(PLACE, str(out)) for word in self.words]
         try:
@@ -149,7 +149,7 @@ class ScoreCollection(WeightsCollection):
 
 
 def plan_search(options: WeightFit) -> Plan:
-    """Everything a search will do, or `Refused`."""
+    """The plan of a search, or `Refused`."""
     errors, folder = Problems(), open_model(options.base)
     folders, names, start = adapters_of(options, folder, errors)
     command = _command(options, len(folders), errors)
@@ -166,7 +166,7 @@ def plan_search(options: WeightFit) -> Plan:
 
 
 def _command(options: WeightFit, count: int, errors: Problems) -> list[str]:
-    """The program's words; what is wrong with them, or the adapters, joins the errors."""
+    """The program's words; problems with them, or with the adapters, join the errors."""
     words: list[str] = []
     with suppress(ValueError):  # a quotation without end
         words = shlex.split(str(options.score))
@@ -185,8 +185,7 @@ def _command(options: WeightFit, count: int, errors: Problems) -> list[str]:
 
 
 def _number(word: str) -> float | None:
-    """The finite number that a word is, also behind a name (`acc=0.7`, `acc:0.7`) or before a
-    comma."""
+    """The finite number in a word, also after a name (`acc=0.7`, `acc:0.7`) or before a comma."""
     return finite(re.split(r"[=:]", word)[-1].strip(",;()[]{}\"'"))
 
 

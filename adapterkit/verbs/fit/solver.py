@@ -1,5 +1,5 @@
-"""Coefficients that minimize a balanced loss, in groups that move together; how sure a difference
-of two losses is."""
+"""Coefficients that minimize a balanced loss, in groups that move together, and the standard error
+of a difference of two losses."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ ARMIJO = 1e-4
 
 @dataclass(frozen=True)
 class Balance:
-    """How the losses of files (files,) become one: see `balance` of fit. `files` (samples,):
-    numbers of the samples' files; `weights` (samples,): their shares of these; `shares` (files,),
-    1 together: of the files in what is a mean over them; `own` and `base`: of each file the loss of
-    its adapter and of the base, for `retention`."""
+    """The function that combines the losses of files (files,) into one: see `balance` of fit.
+    `files` (samples,): numbers of the samples' files; `weights` (samples,): their shares of these;
+    `shares` (files,), which sum to 1: of the files in a mean over them; `own` and `base`: for each
+    file the loss of its adapter and of the base, for `retention`."""
 
     is_worst: bool
     files: Tensor
@@ -33,7 +33,7 @@ class Balance:
     base: Tensor | float = 1.0
 
     def by_file(self, losses: Tensor) -> Tensor:
-        """Of losses (samples,) those of the files, in nats per token."""
+        """The losses of the files, in nats per token, from losses (samples,)."""
         return losses.new_zeros(len(self.shares)).index_add(0, self.files, self.weights * losses)
 
     def of_files(self, by_file: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Balance:
         return self.shares @ ((by_file - self.own) / (self.base - self.own))
 
     def value(self, losses: Tensor) -> float:
-        """What is minimized, of losses (samples,)."""
+        """The objective's value for losses (samples,)."""
         return float(self.of_files(self.by_file(losses)))
 
     def slopes(self, losses: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Balance:
 
     def error(self, before: Tensor, after: Tensor) -> float:
         """The standard error of value(before) - value(after), of paired samples: within files, or
-        over all samples where a file has one alone."""
+        over all samples if a file has only one."""
         weights = self.slopes(before)[self.files] * self.weights
         has_pairs = int(self.files.bincount().min()) > 1
         groups = self.files if has_pairs else torch.zeros_like(self.files)
@@ -65,7 +65,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class Point:
-    """A place that was evaluated: c (coefficients,), the balanced loss in nats, its gradient
+    """An evaluated point: c (coefficients,), the balanced loss in nats, its gradient
     (coefficients,) and those of the files' losses (files, coefficients)."""
 
     c: Tensor
@@ -75,14 +75,14 @@ class Point:
 
     @classmethod
     def of(cls, c: Tensor, balance: Balance, losses: Tensor, by_file: Tensor) -> "Point":
-        """Of losses (samples,) of the balance's part and the files' gradients."""
+        """The point with losses (samples,) of the balance's split and the files' gradients."""
         return cls(c, balance.value(losses), balance.slopes(losses) @ by_file, by_file)
 
 
 @dataclass(frozen=True)
 class Level:
     """c = bounded(before + δ[groups]), groups (coefficients,); λ/2 Σ k δ² is added to the loss, k
-    the share of an adapter's coefficients that a group has. Searched is x = √k δ (groups,)."""
+    the share of an adapter's coefficients that a group has. The variable is x = √k δ (groups,)."""
 
     before: Tensor
     groups: Tensor
@@ -95,7 +95,7 @@ class Level:
         return (self.before + (x / self.shares.sqrt())[self.groups]).clamp(self.low, self.high)
 
     def x(self, change: Tensor) -> Tensor:
-        """Of a change of c, the mean over each group."""
+        """x for a change of c: the mean over each group, scaled."""
         return self._sums(change) / self.groups.bincount() * self.shares.sqrt()
 
     def is_of(self, x: Tensor, point: Point) -> bool:
@@ -105,7 +105,7 @@ class Level:
         return point.value + self.ridge * float(x @ x) / 2
 
     def slope(self, x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
-        """d value / d x, and which x are free: not those at a bound that would go beyond it."""
+        """d value / d x, and which x are free: those not at a bound that the step would cross."""
         low, high = point.c <= self.low, point.c >= self.high
         counts = self.groups.bincount()
         at_low, at_high = (self._sums(at.double()) == counts for at in (low, high))
@@ -114,9 +114,9 @@ class Level:
         return slope, ~(at_low & (slope > 0) | at_high & (slope < 0))
 
     def direction(self, slope: Tensor, free: Tensor, seen: Sequence[Point]) -> Tensor:
-        """-H·slope of L-BFGS (Nocedal 1980) of what is free, H the inverse curvature: of points
-        that follow each other, whatever their level, and before any by the size of each group's
-        gradients, 1 / (1 + mean of squares by file and point, relative to that of all groups)."""
+        """-H·slope of L-BFGS (Nocedal 1980) for the free variables, H the inverse curvature. It
+        comes from consecutive points of any level; before any, from the size of each group's
+        gradients: 1 / (1 + mean of squares by file and point, relative to that of all groups)."""
         pairs = []
         for p, q in pairwise(seen):
             s = self.x(q.c - p.c)
@@ -139,7 +139,7 @@ class Level:
         return d * free
 
     def _by_x(self, gradient: Tensor) -> Tensor:
-        """Of gradients by c (..., coefficients)."""
+        """Gradients by x, from gradients by c (..., coefficients)."""
         return self._sums(gradient) / self.shares.sqrt()
 
     def _sums(self, values: Tensor) -> Tensor:
@@ -156,13 +156,13 @@ def minimize(
     share: float = SHARE,
     steps: int = STEPS,
 ) -> Point:
-    """The least of a level's loss by L-BFGS with Armijo searches, from the best of `seen`, which
-    gets the points that `evaluate` gives: one history for all levels and ridges.
+    """The least of a level's loss by L-BFGS with Armijo searches, from the best of `seen`, to which
+    the points of `evaluate` are added: one history for all levels and ridges.
 
     On SmolLM2-135M with three adapters and 9 samples, gradients up to the end of one number for
-    each adapter, layer and module: 4, 8, 13, to 3.081 nats; of `torch.optim.LBFGS`, from each
-    level's start, 6, 16, 28, to 3.124. Damped steps of the empirical Fisher of samples took more
-    still."""
+    each adapter, layer and module: 4, 8, 13, to 3.081 nats; with `torch.optim.LBFGS`, from each
+    level's start, 6, 16, 28, to 3.124. Damped steps of the empirical Fisher of samples needed more.
+    """
 
     def look(x: Tensor) -> tuple[float, Tensor, Point]:
         point = evaluate(level.c(x))

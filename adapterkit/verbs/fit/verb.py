@@ -1,4 +1,4 @@
-"""fit: the weights with which adapters are added, chosen by data."""
+"""fit: choose the weights of adapters by data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -209,7 +209,7 @@ class WeightFit(Verb[Json]):
         return (max(low, 0.0) if self.positive else low), high
 
     def recipe(self) -> Json:
-        """The options of what is computed."""
+        """The options that determine the result."""
         names = "target per start samples length hold seed ridge balance whole dtype device".split()
         given = {name: getattr(self, name) for name in names}
         return given | {"bounds": list(self.limits)}

@@ -1,4 +1,4 @@
-"""All adapters on one model together, each with a coefficient at each module."""
+"""Apply all adapters to one model, each with a coefficient at each module."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,16 +31,16 @@ ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
 @dataclass
 class Acting:
-    """The coefficients (all,) of a pass; `beside`: those of a teacher, whose states the head gets
-    below the pass's own."""
+    """The coefficients (all,) of a pass; `beside`: those of a teacher, whose states are appended to
+    the pass's own rows in the head."""
 
     own: Tensor
     beside: Tensor | None = None
 
 
 class WeightedFactors(FactorsPart):
-    """y + b·(g ⊙ a·x): factors of all adapters of a module, those of one below those of another; g:
-    the coefficients of a's rows, of those that act in the mixture."""
+    """y + b·(g ⊙ a·x): the stacked factors of all adapters of a module; g: the coefficients of a's
+    rows for the current pass."""
 
     weighted_model: "WeightedModel"
     columns: Tensor  # of the coefficients, for each of a's rows: (R,), or (experts, R)
@@ -83,14 +83,14 @@ class ActivationGram:
 
 @cache
 def weighted_kind(kind: type[FactorsPart]) -> type[WeightedFactors]:
-    """The kind of layer with coefficients."""
+    """The class of these layers with coefficients."""
     return type(f"Weighted{kind.__name__}", (WeightedFactors, kind), {})
 
 
 @dataclass
 class WeightedModule:
     """A module or a parameter, the factors that adapters (by their numbers) have there, and its
-    first coefficient: each of them has one, or one for each singular triplet."""
+    first coefficient. Each adapter has one, or one for each singular triplet."""
 
     path: str
     leaf: str | None
@@ -101,7 +101,7 @@ class WeightedModule:
 
     @property
     def name(self) -> str:
-        """As files of weights have it."""
+        """The name in files of weights."""
         return self.path if self.leaf is None else f"{self.path}.{self.leaf}"
 
     def counts(self, directions: bool) -> list[int]:
@@ -110,8 +110,8 @@ class WeightedModule:
 
 
 class WeightedModel:
-    """Adapters joined with a model whose parameters come later; `directions`: each singular triplet
-    has a coefficient."""
+    """Adapters joined with a model whose parameters are loaded later; `directions`: each singular
+    triplet has a coefficient."""
 
     acting: Acting
     seen: ActivationGram | None = None  # what modules see is added to it, where there is one
@@ -141,12 +141,13 @@ class WeightedModel:
 
     @cached_property
     def head(self) -> Any:
-        """What makes predictions of the last hidden states; None where the model names none."""
+        """The module that predicts from the last hidden states; None if the model names none."""
         model: Any = self.model
         return model.get_output_embeddings()
 
     def _kind(self, factors: Factors) -> type[FactorsPart]:
-        """Of a parameter; the head's weight acts on rows, some of which may be a teacher's."""
+        """The class for a parameter; the head's weight acts on rows, because some may be a
+        teacher's."""
         host = self.state.modules[factors.module]
         is_head = host is self.head and isinstance(host, nn.Linear)
         return LinearPart if is_head and factors.leaf == "weight" else ParameterPart
@@ -161,13 +162,13 @@ class WeightedModel:
         vars(self).pop("owners", None)
 
     def expanded(self, c: Tensor) -> Tensor:
-        """Coefficients of members as those of what has one now."""
+        """Coefficients of members, repeated for each of their coefficients."""
         counts = [n for place in self.places for n in place.counts(self.directions)]
         return c.repeat_interleave(torch.tensor(counts, device=c.device))
 
     @cached_property
     def owners(self) -> list[tuple[int, str, str]]:
-        """Of each coefficient its adapter, layer (or the module outside of layers) and module."""
+        """The adapter, layer (or the module outside of layers) and module of each coefficient."""
         return [
             (number, place_of(place.name)[0] or place.name, place.name)
             for place in self.places
@@ -176,14 +177,14 @@ class WeightedModel:
         ]
 
     def count(self, level: str) -> int:
-        """How many coefficients a level has."""
+        """The number of coefficients of a level."""
         if level == "direction":
             return sum(sum(place.counts(True)) for place in self.places)
         return len({owner[: ENDS[level]] for owner in self.owners})
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The adapters act, with values once they are loaded."""
+        """Attach the adapters; they act once their values are loaded."""
         for place in self.places:
             host = self.state.modules[place.path]
             more: dict[str, Any] = {}
@@ -209,7 +210,7 @@ class WeightedModel:
     def load(
         self, places: Sequence[WeightedModule], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Read factors; at least float32."""
+        """Read factors, at least in float32."""
         with Sources(self.folders, {}) as sources:
             reader = LocalReader(sources, device, dtype=None)
             for place in places:
@@ -259,7 +260,7 @@ class WeightedModel:
 
 
 def _triplets(a: Tensor, b: Tensor, is_stack: bool = False) -> tuple[Tensor, Tensor]:
-    """a and b of as many rows and columns as b·a has singular values, each a triplet."""
+    """a and b with one row and column for each singular value of b·a."""
     if is_stack:
         pairs = [_triplets(*each) for each in zip(a, b, strict=True)]
         return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])

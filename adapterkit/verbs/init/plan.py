@@ -1,5 +1,5 @@
-"""init: an adapter that starts by any method, and for some the base that is left without the part
-that the adapter takes."""
+"""init: create an adapter by any method, and for some methods the residual base without the
+adapter's component."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ SUMMARY = "without the part that {} took into the adapter beside it"
 
 
 def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str) -> Adapter:
-    """The adapter of these targets while its factors are being made."""
+    """The adapter of these targets, whose factors are still to be made."""
     loras = []
     for target in targets:
         shapes = target.place.shapes(target.rank)
@@ -70,7 +70,7 @@ def plan_residual(
 ) -> tuple[tuple[OutputFile, ...], Files]:
     """The files of W - scale·b@a in the base's own dtypes and formats: shards, and the others.
 
-    `Refused` where the factors cannot be taken out of a stored weight."""
+    `Refused` if the factors cannot be subtracted from a stored weight."""
     state = MergeState(base, [adapter], [-1.0], MergeOptions())
     steps = changed_steps(state)
     notes += state.notes
@@ -88,7 +88,7 @@ def plan_residual(
 def plan_quantized_residual(
     base: Checkpoint, quantization: QuantizationPlan, targets: Sequence[InitialTarget], method: str
 ) -> tuple[tuple[OutputFile, ...], Files]:
-    """The same, quantized; weights without factors are quantized plainly."""
+    """The same files, quantized; weights without factors are quantized directly."""
     others = [target for target in targets if target.name not in quantization.linear]
     if others:
         raise Refused(
@@ -118,7 +118,7 @@ ADAPTER = "adapter"  # folder in the output
 
 
 def plan_init(options: Init) -> Plan:
-    """Everything an initialization will do, or `Refused`."""
+    """The plan of an initialization, or `Refused`."""
     folder = open_model(options.base)
     stats = if_given(open_statistics, options.stats)
     method = created_init(options.method, dict(options.settings or {}))
@@ -204,7 +204,7 @@ def _residual(
     notes: list[str],
     decisions: Json,
 ) -> tuple[tuple[OutputFile, ...], Files]:
-    """The files of the base that is left."""
+    """The files of the residual base."""
     if options.quantize:
         quantization = plan_quantization(
             base, {"to": options.quantize, **vars(options.only(BlockOptions))}
@@ -249,7 +249,7 @@ def _adapter(
 
 
 def _check(options: Init, method: Initialization, has_stats: bool) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that conflict."""
     errors = Problems(where="options", code="AK102")
     needs = [kind for kind in method.needs if kind != "weight"]
     if needs and not has_stats:

@@ -1,5 +1,5 @@
-"""rebase: an adapter whose initialization changed the base becomes plain LoRA on the original base:
-Δ' = s·b@a - s₀·b₀@a₀."""
+"""rebase: turn an adapter whose initialization changed the base into standard LoRA on the original
+base: Δ' = s·b@a - s₀·b₀@a₀."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ QUANTIZED = ("loftq",)
 
 
 def plan_rebase(options: Rebase) -> Plan:
-    """Everything a rebase will do, or `Refused` with all that cannot be done."""
+    """The plan of a rebase; `Refused` with all problems."""
     base = if_given(open_model, options.base)
     source = open_adapter(options.adapter)
     trained, before = read_all([source, _initial(source, options)])
@@ -74,7 +74,7 @@ def plan_rebase(options: Rebase) -> Plan:
 
 
 def _initial(source: Folder, options: Rebase) -> Folder:
-    """The adapter as it was before training; `Refused` where there is none."""
+    """The adapter before training; `Refused` if there is none."""
     initial = if_given(open_adapter, options.initial) or initial_of(source)
     if initial is None:
         raise Refused(
@@ -88,8 +88,8 @@ def _initial(source: Folder, options: Rebase) -> Folder:
 
 
 def _check_ties(trained: Adapter, base: Folder | None, errors: Problems, notes: list[str]) -> None:
-    """An init on one side of a tied weight has changed the other side too, which no factors here
-    make up for."""
+    """Refuse an init on one side of a tied weight: it has changed the other side too, which factors
+    here cannot undo."""
     modules = [lora.module for lora in trained.loras if EMBEDDINGS.search(f"{lora.module}.weight")]
     if trained.changed_base() is None or not modules or trained.config.get("ensure_weight_tying"):
         return
@@ -116,8 +116,8 @@ def _check_ties(trained: Adapter, base: Folder | None, errors: Problems, notes: 
 
 
 def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
-    """The adapter without its copies of the weights that the init changed: PEFT would put them in
-    place of the base's."""
+    """The adapter without its copies of the weights that the init changed: PEFT would replace the
+    base's weights with them."""
     modules = {lora.module for lora in trained.loras}
     changed = {name for name in trained.copies if name.rpartition(".")[0] in modules}
     if changed:

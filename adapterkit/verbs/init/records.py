@@ -1,5 +1,5 @@
-"""init: an adapter that starts by any method, and for some the base that is left without the part
-that the adapter takes. rebase: such an adapter, trained, as plain LoRA on the original base."""
+"""init: create an adapter by any method, and for some methods the residual base. rebase: turn such
+an adapter, trained, into standard LoRA on the original base."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,5 +1,5 @@
-"""The modules and stacks of experts on which a new adapter starts: which, with which rank and
-scale, and where their factors and weights are stored."""
+"""Find the modules and stacks of experts on which a new adapter starts, with ranks, scales, and the
+storage of factors and weights."""
 
 import math
 import re
@@ -36,7 +36,7 @@ class InitialTarget(Target):
 
     @property
     def factors_kind(self) -> str:
-        """What its factors are to PEFT."""
+        """PEFT's kind of its factors."""
         return "embedding" if self.kind == "embedding" else "module"
 
     @property
@@ -49,7 +49,7 @@ def find_targets(base: Checkpoint, options: Init, notes: list[str]) -> list[Init
     """The targets in the model's order; `Refused` with all names that match none, and all modules
     whose weights cannot be read.
 
-    `base` as it decodes. Without `targets`, PEFT's for the model's type."""
+    `base`: the decoded view. Without `targets`, PEFT's defaults for the model's type."""
     names = known_model(base, notes)
     resolver = _resolver(names, options, notes)
     order = {name: number for number, name in enumerate(resolver.modules)}
@@ -63,7 +63,7 @@ def find_targets(base: Checkpoint, options: Init, notes: list[str]) -> list[Init
 
 
 def _resolver(names: Names, options: Init, notes: list[str]) -> StoredResolver:
-    """What finds the targets; `Refused` for texts that are none of these options'."""
+    """The resolver of the targets; `Refused` for invalid texts of these options."""
     assert names.model is not None
     ranks = read_rules("--rank-for", options.rank_for, COUNT, "REGEX=N")
     alphas = read_rules("--alpha-for", options.alpha_for, ABOVE_0, "REGEX=A")
@@ -84,7 +84,7 @@ def _resolver(names: Names, options: Init, notes: list[str]) -> StoredResolver:
 
 
 def _numbers(text: str) -> list[int]:
-    """The layers `0-11,20`."""
+    """The layer numbers in a text such as `0-11,20`."""
     numbers: set[int] = set()
     for part in text.replace(" ", "").split(","):
         first, _, last = part.partition("-")
@@ -119,8 +119,8 @@ def _target(names: Names, target: Target) -> InitialTarget:
 
 
 def _nested(names: Names, targets: list[InitialTarget]) -> list[InitialTarget]:
-    """The targets with keys for a file in which PEFT wraps modules for their parameters: once for
-    each, the last one of the module's code outermost."""
+    """The targets with keys for a file in which PEFT wraps modules once for each of their
+    parameters; the last one in the module's code is outermost."""
     stacks = Counter(target.path for target in targets if target.kind == "experts")
     if not stacks:
         return targets

@@ -1,4 +1,4 @@
-"""The initial factors of a new adapter, the ranks that EVA gives them, the base that is left."""
+"""Compute the initial factors of a new adapter, EVA's ranks, and the residual base."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from adapterkit.verbs.init.methods.protocol import (
 
 @dataclass(frozen=True)
 class InitialFactors(RankedFactors):
-    """One module's factors by an init, in the dtype of the file; as they are rounded they are
-    handed on to the files that need them: the base that is left, or a copy."""
+    """One module's factors by an init, in the dtype of the file. The rounded factors are handed on
+    to the files that need them: the residual base, or a copy."""
 
     method: Initialization
     alpha: float
@@ -126,8 +126,8 @@ class InitialFactors(RankedFactors):
         statistics: dict[str, Tensor],
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """Those of a method that needs something; `Unrecoverable` for statistics that it cannot
-        use."""
+        """The factors by a method that needs the weight or statistics; `Unrecoverable` for
+        statistics that it cannot use."""
         if matrix is None:
             matrix = torch.empty(self.place.out, math.prod(self.place.a_tail), device="meta")
         start = lambda: method.start(matrix, self.max_rank, self.scale, statistics, generator)
@@ -145,8 +145,7 @@ class InitialFactors(RankedFactors):
 
 @dataclass(frozen=True)
 class ResidualWeight(Task):
-    """W - scale·b@a, quantized, or in the dtype of W where it is not to be; a and b were handed
-    on by the task of their module."""
+    """W - scale·b@a, quantized or in the dtype of W; the module's own task hands a and b on."""
 
     source: TensorSpec = field(metadata=READ)
     packed: QuantizedWeight | None
@@ -196,11 +195,10 @@ DROPPED = "dropped"  # metric of a module that gets no rank
 def with_candidates(
     method: RedistributingInit, tasks: Sequence[InitialFactors]
 ) -> list[InitialFactors]:
-    """The tasks with as many components as can take part in the redistribution; those that share
-    statistics have the same.
+    """The tasks with as many components as the redistribution can use; those that share statistics
+    have the same number.
 
-    `Refused` or `Damaged` with all modules of which there are not enough components.
-    """
+    `Refused` or `Damaged` with all modules that have too few components."""
     statistics = [dict(task.statistics) for task in tasks]
     most = method.candidates(
         (specs["components"].key, task.rank, task.place.a_tail[0])
@@ -228,7 +226,7 @@ def with_candidates(
 def redistribute(
     method: RedistributingInit, tasks: Sequence[Task], metrics: list[Metrics]
 ) -> list[Change]:
-    """Give each module its rank once the ratios of all are known."""
+    """Give each module its rank once the ratios of all modules are known."""
     factors = [cast(InitialFactors, task) for task in tasks]
     budget = sum(task.rank for task in factors)
     ranks = distribute([metric["ratios"] for metric in metrics], budget)
@@ -253,7 +251,7 @@ def _cut(
 
 
 def warn_of_dropped(metrics: dict[str, dict]) -> list[str]:
-    """What the receipt says of modules without a rank."""
+    """Warnings about modules without a rank."""
     dropped = [name for name, metric in metrics.items() if metric.get(DROPPED)]
     if not dropped:
         return []

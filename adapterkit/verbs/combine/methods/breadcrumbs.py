@@ -11,10 +11,9 @@ class Breadcrumbs(PrunedSum):
     """Δ' = Σᵢ wᵢ βᵢ, βᵢ = Δᵢ without its outliers, the int(gamma·n) largest magnitudes, and without
     all but the int(density·n) largest of the others.
 
-    Where density + gamma exceeds 1, fewer outliers are dropped and the density is kept; at density
-    1 none are (both as mergekit). The paper drops by layer, as here. Of equal magnitudes the first
-    in row-major order count as larger.
-    """
+    If density + gamma exceeds 1, fewer outliers are dropped and the density is kept; at density 1
+    none are (both as mergekit). The paper drops by layer, as here. Among equal magnitudes, the
+    first in row-major order count as larger."""
 
     density: float
     gamma: float = 0.01

@@ -1,4 +1,4 @@
-"""What the methods share: checks of options, ways to prune the blocks of a delta, and two ways to
+"""Shared code of the methods: checks of options, pruning of a delta's blocks, and two ways to
 combine pruned deltas."""
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Prune = Callable[[Tensor], None]
 
 
 class WeightedSum(OnFactors):
-    """Δ' = Σ shareᵢ Δᵢ: the factors side by side. The one kind of method on factors that is also
-    defined for what has no factors: values that were trained whole."""
+    """Δ' = Σ shareᵢ Δᵢ: stacked factors. The only methods on factors that also apply to fully
+    trained values, which have no factors."""
 
     stacks = True
 
     @abstractmethod
     def shares(self, weights: Sequence[float]) -> list[float]:
-        """What each delta is multiplied by."""
+        """The factor of each delta."""
 
     def combine_factors(
         self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
@@ -46,8 +46,8 @@ class WeightedSum(OnFactors):
 
 
 class InCores(OnFactors):
-    """Δ' = U · inner(Uᵀ Δ₁ Vᵀ, Uᵀ Δ₂ Vᵀ, ...; w) · V: a method on elements, in the coordinates of
-    bases that the deltas share, in float64."""
+    """Δ' = U · inner(Uᵀ Δ₁ Vᵀ, Uᵀ Δ₂ Vᵀ, ...; w) · V: a method on elements, applied in shared bases
+    of the deltas, in float64."""
 
     density: float
     majority: Majority
@@ -58,7 +58,8 @@ class InCores(OnFactors):
 
     @abstractmethod
     def bases(self, products: Sequence[Product]) -> tuple[Tensor, Tensor | None]:
-        """U (out, R) and V (R', in), orthonormal; None for V: the inputs as they are."""
+        """U (out, R) and V (R', in), orthonormal; V is None if the inputs keep their
+        coordinates."""
 
     def _inner(self) -> OnElements:
         """The method inside; `Refused` for one without a density."""
@@ -96,7 +97,7 @@ class PrunedSum(OnElements):
 
     @abstractmethod
     def pruning(self, deltas: Deltas, which: int, seeds: Seeds) -> Prune:
-        """What prunes the blocks of a delta."""
+        """The function that prunes the blocks of a delta in place."""
 
     def prunings(self, deltas: Deltas, seeds: Seeds) -> list[Prune]:
         return [self.pruning(deltas, which, seeds) for which in range(deltas.count)]
@@ -126,8 +127,8 @@ def cores_of(products: Sequence[Product], u: Tensor, v: Tensor | None) -> list[T
 def basis(
     x: Tensor,  # (n, k)
 ) -> Tensor:  # (n, R)
-    """The left singular vectors of x above float64's noise, as `with_signs`; of zeros one column of
-    zeros."""
+    """The left singular vectors of x above float64's noise, as `with_signs`; one column of zeros if
+    x is zero."""
     u, s, _ = dense.svd(x)
     return with_signs(u[:, s > NOISE * x.norm()] if bool(x.any()) else torch.zeros_like(u[:, :1]))
 
@@ -135,14 +136,14 @@ def basis(
 def with_signs(
     u: Tensor,  # (n, R)
 ) -> Tensor:  # (n, R)
-    """Columns whose largest elements are positive: the choice matters where signs are elected and a
-    sum is 0."""
+    """The columns, each with its largest element positive: the choice matters where signs are
+    elected and a sum is 0."""
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))
     return u * torch.where(largest < 0, -1.0, 1.0)
 
 
 def svd_of_sum(products: Sequence[Product], weights: Sequence[float]) -> Svd:
-    """The triplets of Σ wᵢ Δᵢ above noise; of a sum of 0 one of zeros."""
+    """The triplets of Σ wᵢ Δᵢ above noise; one triplet of zeros for a sum of 0."""
     check_count(weights, len(products))
     whole = svd(stack_products(products, weights))
     clean = without_noise(whole, sizes(products, weights).sum())
@@ -150,7 +151,7 @@ def svd_of_sum(products: Sequence[Product], weights: Sequence[float]) -> Svd:
 
 
 def without_noise(svd: Svd, size: float | Tensor) -> Svd:
-    """The triplets above float64's noise in a matrix of that norm; perhaps none."""
+    """The triplets above float64's noise in a matrix of that norm, possibly none."""
     return svd.top(int(torch.count_nonzero(svd.s > NOISE * size)))
 
 
@@ -172,7 +173,7 @@ def nearest_orthogonal(
 
 
 def check_share(option: str, value: float, above_zero: bool = False) -> None:
-    """Raises `Refused` for an option outside [0, 1], or of 0 with `above_zero`."""
+    """Raise `Refused` for an option outside [0, 1], or for 0 with `above_zero`."""
     if not 0 <= value <= 1 or (above_zero and value == 0):
         bounds = "above 0, at most 1" if above_zero else "from 0 to 1"
         raise Refused(
@@ -185,13 +186,13 @@ def check_share(option: str, value: float, above_zero: bool = False) -> None:
 
 
 def check_count(weights: Sequence[float], deltas: int) -> None:
-    """Raises ValueError for another number of weights than of deltas: a mistake of the planner."""
+    """Raise ValueError if there are not as many weights as deltas: a mistake of the planner."""
     if len(weights) != deltas:
         raise ValueError(f"{len(weights)} weights for {deltas} deltas")
 
 
 def threshold(deltas: Deltas, which: int, keep: int) -> elementwise.Threshold:
-    """The threshold above which the `keep` largest magnitudes of a delta lie."""
+    """The threshold above which a delta has its `keep` largest magnitudes."""
 
     def read(part: int = 1) -> Iterator[Tensor]:
         return (
@@ -204,7 +205,7 @@ def threshold(deltas: Deltas, which: int, keep: int) -> elementwise.Threshold:
 
 
 def trim(deltas: Deltas, which: int, density: float) -> elementwise.Trim:
-    """Keeps the int(density · n) largest magnitudes of a delta, of equal ones the first."""
+    """Keep the int(density · n) largest magnitudes of a delta; among equal ones, the first."""
     return elementwise.Trim(threshold(deltas, which, int(density * math.prod(deltas.shape))))
 
 
@@ -220,8 +221,8 @@ def add_pruned(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]
 
 
 def without_outliers(deltas: Deltas, which: int, density: float, gamma: float) -> Prune:
-    """Drops the int(gamma · n) largest magnitudes of a delta, fewer where that would leave less
-    than the density, and of the others all but the int(density · n) largest."""
+    """Drop the int(gamma · n) largest magnitudes of a delta, fewer if less than the density would
+    remain; keep the int(density · n) largest of the others."""
     size = math.prod(deltas.shape)
     keep = int(density * size)
     top = min(int(gamma * size), size - keep)
@@ -246,8 +247,8 @@ def elect_pruned(
     *,
     divided: bool = True,
 ) -> DenseDelta:
-    """The weighted mean of the pruned deltas over those whose sign is the majority's, element by
-    element; `shares` of each in the mean, their sum where it is not `divided`."""
+    """The weighted mean of the pruned deltas over those with the majority's sign, element by
+    element. `shares`: the share of each in the mean; their sum, not the mean, unless `divided`."""
     check_count(weights, deltas.count)
     mean, overlaps, conflicts = (
         torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device),
@@ -264,7 +265,7 @@ def elect_pruned(
 
 
 def conflict_metric(overlaps: int, conflicts: int) -> Metrics:
-    """Of the positions with two or more nonzero values the share whose signs differ."""
+    """The share of positions whose signs differ, among those with two or more nonzero values."""
     return {"conflict": conflicts / overlaps if overlaps else 0.0}
 
 

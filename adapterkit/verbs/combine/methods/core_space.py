@@ -12,15 +12,14 @@ from adapterkit.verbs.combine.methods.common import InCores, Majority, basis
 
 @dataclass(frozen=True)
 class CoreSpace(InCores):
-    """Δ' = U · inner(Uᵀ Δ₁ Vᵀ, Uᵀ Δ₂ Vᵀ, ...; w) · V, U the left singular vectors of
-    [s₁b₁ s₂b₂ ...], V the right ones of [a₁; a₂; ...]: rank at most Σ rᵢ.
+    """Δ' = U · inner(Uᵀ Δ₁ Vᵀ, Uᵀ Δ₂ Vᵀ, ...; w) · V, U the left singular vectors of [s₁b₁ s₂b₂
+    ...], V the right ones of [a₁; a₂; ...]: rank at most Σ rᵢ.
 
-    No delta loses anything in its core (Σ rᵢ)². The bases, and so the signs that are elected,
-    depend on the factors, not on the deltas alone, as in the paper, whose b has no scale: the same
-    where all scales are equal. `inner`: any method on elements that has a density; its other
-    options have their defaults. Each vector has its largest element positive. The authors' ties
-    gives a sum of 0 the sign of the majority of all elements, here it is +.
-    """
+    The core (Σ rᵢ)² represents every delta exactly. The bases, and therefore the elected signs,
+    depend on the factors and not only on the deltas, as in the paper. Its b has no scale, so the
+    results agree if all scales are equal. `inner`: any method on elements that has a density; its
+    other options keep their defaults. Each vector has its largest element positive. For a sum of 0,
+    the authors' ties takes the sign of the majority of all elements; here it is +."""
 
     density: float
     majority: Majority = "total"

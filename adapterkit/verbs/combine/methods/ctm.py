@@ -24,16 +24,15 @@ RISE = 1e-7  # of the energy, by a round, below which the bases are taken for co
 @dataclass(frozen=True)
 class Ctm(InCores):
     """Δ' = U · inner(Uᵀ Δ₁ Vᵀ, Uᵀ Δ₂ Vᵀ, ...; w) · V, U (out, r) and Vᵀ (in, r) orthonormal with
-    the largest Σᵢ ‖Uᵀ Tᵢ Vᵀ‖², Tᵢ = Δᵢ (beta + (1 - beta) n̄ / ‖Δᵢ‖), n̄ the mean of the ‖Δᵢ‖:
-    rank r, whatever the method inside does.
+    the largest Σᵢ ‖Uᵀ Tᵢ Vᵀ‖², Tᵢ = Δᵢ (beta + (1 - beta) n̄ / ‖Δᵢ‖), n̄ the mean of the ‖Δᵢ‖: rank
+    r, whatever the method inside does.
 
-    `dimensions`: r, the largest rank of the deltas by default. beta 1: large deltas have the most
-    say in the bases; 0: all the same (the authors' command for image models has 0.25). The bases
-    are Tucker's of the stacked Tᵢ, by alternating from each side's own singular vectors (HOOI from
-    HOSVD) inside the core of the factors, until a round adds less than 1e-7 of the energy (the
-    authors: until the relative error falls by less than 1e-6), or 1000 rounds. The weights count in
-    the method inside, not in the bases. `inner`: as in core_space.
-    """
+    `dimensions`: r, by default the largest rank of the deltas. beta 1: large deltas dominate the
+    bases; 0: all count equally (the authors' command for image models has 0.25). The bases are
+    Tucker's of the stacked Tᵢ, found by alternating from each side's own singular vectors (HOOI
+    from HOSVD) inside the core of the factors. It stops when a round adds less than 1e-7 of the
+    energy (the authors: when the relative error falls by less than 1e-6), or after 1000 rounds. The
+    weights count in the method inside, not in the bases. `inner`: as in core_space."""
 
     density: float
     majority: Majority = "total"
@@ -77,8 +76,8 @@ def _tucker(
     x: Tensor,  # (k, n, m)
     rank: int,
 ) -> tuple[Tensor, Tensor]:  # (n, r), (m, r), orthonormal columns
-    """The bases of both sides with the most of Σᵢ ‖Uᵀ Xᵢ V‖²; fewer columns where there are not as
-    many directions."""
+    """The bases of both sides with the largest Σᵢ ‖Uᵀ Xᵢ V‖²; fewer columns if there are fewer
+    directions."""
     left, right = _leading(x, rank), _leading(x.mT, rank)
     energy = 0.0
     for _ in range(ROUNDS):

@@ -9,12 +9,11 @@ from adapterkit.verbs.combine.methods.random_masks import random_drop
 
 @dataclass(frozen=True)
 class DareLinear(PrunedSum):
-    """Δ' = Σᵢ wᵢ mᵢ Δᵢ / density, mᵢ = 1 with probability density, else 0, for each element apart:
-    Σᵢ wᵢ Δᵢ in expectation.
+    """Δ' = Σᵢ wᵢ mᵢ Δᵢ / density, mᵢ = 1 with probability density, else 0, independently for each
+    element: Σᵢ wᵢ Δᵢ in expectation.
 
-    As PEFT, but for the random numbers. (mergekit rescales each delta to its former L1 norm
-    instead, which preserves that norm and not the expectation.) At density 1 nothing is drawn.
-    """
+    As PEFT, with other random numbers. (mergekit rescales each delta to its former L1 norm instead,
+    which preserves that norm and not the expectation.) At density 1 nothing is drawn."""
 
     density: float
     name = "dare_linear"

@@ -13,9 +13,8 @@ from adapterkit.verbs.combine.methods.random_masks import random_drop
 class DareTies(PrunedElection):
     """Δ' = Σᵢ kᵢ wᵢ δᵢ / max(Σᵢ kᵢ, 1), δᵢ = mᵢ Δᵢ / density as in dare_linear, kᵢ as in ties.
 
-    As PEFT, but for the random numbers. (mergekit's dare_ties rescales by L1 norms and does not
-    divide by the number kept.)
-    """
+    As PEFT, with other random numbers. (mergekit's dare_ties rescales by L1 norms and does not
+    divide by the number kept.)"""
 
     density: float
     majority: Majority = "total"

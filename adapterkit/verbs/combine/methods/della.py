@@ -12,14 +12,13 @@ from adapterkit.verbs.combine.methods.random_masks import chances, check_chances
 
 @dataclass(frozen=True)
 class Della(PrunedElection):
-    """Δ' = Σᵢ kᵢ wᵢ δᵢ / max(Σᵢ kᵢ, 1), δᵢ = mᵢ Δᵢ / pᵢ, mᵢ = 1 with probability
-    pᵢ = density + epsilon·(2·rank - 1), kᵢ as in ties.
+    """Δ' = Σᵢ kᵢ wᵢ δᵢ / max(Σᵢ kᵢ, 1), δᵢ = mᵢ Δᵢ / pᵢ, mᵢ = 1 with probability pᵢ = density +
+    epsilon·(2·rank - 1), kᵢ as in ties.
 
     rank goes from 0, the smallest magnitude of the row, to 1. epsilon is half the spread of pᵢ as
-    in mergekit (the paper's ε is all of it). Each element is divided by its own pᵢ as in the paper,
-    so that the expectation is Δᵢ; mergekit rescales the whole delta to its former L1 norm. The
-    paper's λ multiplies every weight: give it in them. density 1 drops nothing.
-    """
+    in mergekit (the paper's ε is the whole spread). Each element is divided by its own pᵢ as in the
+    paper, so that the expectation is Δᵢ; mergekit rescales the whole delta to its former L1 norm.
+    The paper's λ multiplies every weight: include it in the weights. density 1 drops nothing."""
 
     density: float
     epsilon: float = 0.15
@@ -39,5 +38,5 @@ class Della(PrunedElection):
         return random_drop(seeds, which, density)
 
     def probabilities(self, block: Tensor) -> Tensor:
-        """The probability of each element to stay."""
+        """The probability to keep each element."""
         return chances(block, self.density, self.epsilon)

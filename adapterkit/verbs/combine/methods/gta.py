@@ -27,13 +27,12 @@ class Gta(PrunedSum):
     """Δ' = factor · Σᵢ kᵢ wᵢ δᵢ, with divide "weights" / Σᵢ kᵢ wᵢ, δᵢ = Δᵢ pruned, kᵢ = 1, with
     consensus "sum" [sign(wᵢ δᵢ) = sign of Σⱼ wⱼ δⱼ].
 
-    As mergekit's ties, dare_ties, breadcrumbs_ties and the like, whose weights take part in the
-    election and whose divisor is a sum of weights. prune: none, magnitude (as ties), outliers (as
-    breadcrumbs), random (as dare), ranks (as della); what stays keeps its value, with rescale "l1"
-    all of it gets the former L1 norm of the delta. density: the share that stays; densities: of
-    each delta its own. 0 counts as +; a divisor of 0 is none. The random numbers are not
-    mergekit's.
-    """
+    Equals mergekit's ties, dare_ties, breadcrumbs_ties and similar methods, whose weights count in
+    the election and whose divisor is a sum of weights. prune: none, magnitude (as ties), outliers
+    (as breadcrumbs), random (as dare), ranks (as della). Kept elements keep their value; with
+    rescale "l1" they are scaled to the former L1 norm of the delta. density: the share that is
+    kept; densities: one for each delta. 0 counts as +; a divisor of 0 divides nothing. The random
+    numbers are not mergekit's."""
 
     prune: Literal["none", "magnitude", "outliers", "random", "ranks"] = "magnitude"
     density: float = 1.0

@@ -1,4 +1,5 @@
-"""iso_cts: the sum's strongest directions and each delta's own beside them, all equally strong."""
+"""iso_cts: the sum's strongest directions and further directions of each delta, all equally
+strong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -22,9 +22,8 @@ class Karcher(OnFactors):
     in float32, or until 1e-5.)
 
     Deltas of 0 have no direction and count in the mean length only. Raises `Refused` for negative
-    weights, and for deltas in opposite directions (1 + cos < 1e-12), or balanced around 0, which
-    have no mean.
-    """
+    weights, and for deltas without a mean: opposite ones (1 + cos < 1e-12), or ones balanced around
+    0."""
 
     name = "karcher"
     source = "Karcher 1977, doi:10.1002/cpa.3160300502"
@@ -72,8 +71,8 @@ def _mean(
     cosines: Tensor,  # (k, k) of the unit deltas
     shares: Tensor,  # (k,)
 ) -> tuple[Tensor, int]:
-    """The coefficients (k,) of the mean on the unit sphere, and the number of steps; `Refused`
-    where there is no mean."""
+    """The coefficients (k,) of the mean on the unit sphere, and the number of steps; `Refused` if
+    there is no mean."""
     point = shares / _length(shares, cosines, at_least=1e-6)
     for step in range(ROUNDS):
         dots = (cosines @ point).clamp(-1, 1)

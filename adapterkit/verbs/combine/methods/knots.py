@@ -1,4 +1,4 @@
-"""knots: ties in the coordinates that the left singular vectors of all deltas together give."""
+"""knots: ties in the coordinates of the left singular vectors of all deltas together."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from adapterkit.verbs.combine.methods.common import InCores, Majority, basis
 
 @dataclass(frozen=True)
 class Knots(InCores):
-    """Δ' = U · ties(S V₁, S V₂, ...; w), U S [V₁ V₂ ...] the singular value decomposition of
-    [Δ₁ Δ₂ ...]: rank at most Σ rᵢ. `inner`: another method on elements than ties.
+    """Δ' = U · ties(S V₁, S V₂, ...; w), U S [V₁ V₂ ...] the singular value decomposition of [Δ₁ Δ₂
+    ...]: rank at most Σ rᵢ. `inner`: another method on elements than ties.
 
-    As in the authors' code ties gets the singular values (S Vᵢ = Uᵀ Δᵢ); in the paper's text it
+    As in the authors' code, ties gets the singular values (S Vᵢ = Uᵀ Δᵢ); in the paper's text it
     gets Vᵢ. Signs are elected and entries counted as in ties here, by module (the authors: over the
     whole model). Singular values below 1e-12 of all deltas' norms are noise and skipped (theirs:
-    below 1e-5, whatever the norm). Each column of U has its largest element positive, as the choice
-    matters where a sum is 0.
-    """
+    below 1e-5, whatever the norm). Each column of U has its largest element positive, because the
+    choice matters where a sum is 0."""
 
     density: float
     majority: Majority = "total"

@@ -10,12 +10,12 @@ from adapterkit.verbs.combine.methods.common import WeightedSum
 
 @dataclass(frozen=True)
 class Linear(WeightedSum):
-    """Δ' = Σᵢ wᵢ Δᵢ: the factors side by side, rank Σ rᵢ.
+    """Δ' = Σᵢ wᵢ Δᵢ: stacked factors, rank Σ rᵢ.
 
-    PEFT's `cat`; its `linear` has cross terms: that is --space factors. `strength="strongest"`:
-    Δ' = min(1, maxᵢ ‖wᵢ Δᵢ‖ / ‖Σⱼ wⱼ Δⱼ‖) Σᵢ wᵢ Δᵢ, norms over all modules, so that the sum is no
-    larger than the largest of what is added; deltas that cancel each other are not made larger.
-    """
+    PEFT's `cat`. PEFT's `linear` has cross terms: use --space factors for it.
+    `strength="strongest"`: Δ' = min(1, maxᵢ ‖wᵢ Δᵢ‖ / ‖Σⱼ wⱼ Δⱼ‖) Σᵢ wᵢ Δᵢ, norms over all modules,
+    so that the sum is no larger than its largest term; deltas that cancel each other are not made
+    larger."""
 
     strength: str | None = None
     name = "linear"

@@ -10,8 +10,7 @@ from adapterkit.verbs.combine.methods.protocol import Deltas, Seeds
 class MagnitudePrune(PrunedSum):
     """Δ' = Σᵢ wᵢ τᵢ, τᵢ the int(density·n) largest magnitudes of Δᵢ.
 
-    As PEFT. Of equal magnitudes at the threshold the first in row-major order stay.
-    """
+    As PEFT. Among equal magnitudes at the threshold, the first in row-major order are kept."""
 
     density: float
     name = "magnitude_prune"

@@ -9,7 +9,7 @@ from adapterkit.verbs.combine.methods.common import WeightedSum
 
 @dataclass(frozen=True)
 class Mean(WeightedSum):
-    """Δ' = Σᵢ wᵢ Δᵢ / Σᵢ wᵢ: the factors side by side, rank Σ rᵢ."""
+    """Δ' = Σᵢ wᵢ Δᵢ / Σᵢ wᵢ: stacked factors, rank Σ rᵢ."""
 
     name = "mean"
     tier = "core"

@@ -1,4 +1,4 @@
-"""pico: the sum, directions of the outputs that the deltas share damped before."""
+"""pico: the sum, after damping the output directions that the deltas share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,13 @@ from adapterkit.verbs.combine.methods.protocol import Metrics, OnFactors, Seeds
 
 @dataclass(frozen=True)
 class Pico(OnFactors):
-    """Δ' = n̄ Σ̃ / ‖Σ̃‖, Σ̃ = U diag(α) Uᵀ Σᵢ wᵢ Δᵢ, αⱼ = 1 / (1 + (k - 1) σⱼ² / Σₗ σₗ²), U and σ the
-    left singular vectors and the singular values of [s₁b₁ s₂b₂ ...], n̄ the mean of the ‖wᵢ Δᵢ‖, k
-    deltas. Rank Σ rᵢ.
+    """Δ' = n̄ Σ̃ / ‖Σ̃‖, Σ̃ = U diag(α) Uᵀ Σᵢ wᵢ Δᵢ, αⱼ = 1 / (1 + (k - 1) σⱼ² / Σₗ σₗ²), U and σ
+    the left singular vectors and the singular values of [s₁b₁ s₂b₂ ...], n̄ the mean of the ‖wᵢ
+    Δᵢ‖, k deltas. Rank Σ rᵢ.
 
-    The damping depends on the factors, not on the deltas alone, as in the paper, whose b has no
-    scale. It has no weights: here they belong to the deltas, and not to b. It precedes any method
-    there, here the sum.
-    """
+    The damping depends on the factors and not only on the deltas, as in the paper, whose b has no
+    scale. The paper has no weights; here they multiply the deltas, and not b. There, damping
+    precedes any method; here, the sum."""
 
     name = "pico"
     tier = "experimental"

@@ -1,9 +1,9 @@
-"""What a combination method is: a frozen record that acts on factors, and never needs a dense
-delta, on factors and the covariances of the layers' inputs, or on elements, by blocks of rows.
+"""Protocols of the combination methods. A method is a frozen record that acts on factors (without a
+dense delta), on factors and the covariances of the layers' inputs, or on elements by blocks of
+rows.
 
-Deltas are scale · b @ a, the scale included; weights are the user's, apart. A delta of weight 0
-takes no part: the planner skips it.
-"""
+Deltas are scale · b @ a, the scale included; the user's weights are separate. The planner skips
+deltas of weight 0."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ Seeds = Callable[[int], Draws]  # of delta `which` of a module, whatever else is
 
 
 class Deltas:
-    """Deltas of one module, or their cores; rows of a product are multiplied out in float32
-    whenever they are asked for, which is cheaper than keeping them. `wide`: in float64, then
-    rounded, so that every kind of device has the same values, and a method that compares them
-    decides the same."""
+    """Deltas of one module, or their cores. Rows of a product are multiplied out in float32 on each
+    access, which is cheaper than keeping them. `wide`: in float64, then rounded, so that
+    comparisons of values have the same outcome on every kind of device."""
 
     def __init__(self, deltas: Sequence[Product | Tensor], *, wide: bool = False):
         dtype = torch.float64 if wide else torch.float32
@@ -72,32 +71,32 @@ class _Weighted(Protocol):
     by_factors: ClassVar[bool] = False  # whether other factors of the same deltas matter
 
     def check_weights(self, weights: Sequence[float]) -> None:
-        """Raises `Refused` for weights that the method is not defined for."""
+        """Raise `Refused` for weights for which the method is not defined."""
         return
 
     def resolve_weights(self, weights: Sequence[float]) -> list[float]:
-        """The weights, also where an option of the method replaces them."""
+        """The weights, or those that an option of the method sets instead."""
         return list(weights)
 
     @property
     def over(self) -> Over:
-        """What has one set of weights by its outputs; that of a layer or an adapter is found with
-        `ridge` before anything is combined."""
+        """The scope of one set of weights that is found by outputs; for a layer or an adapter it is
+        found with `ridge` before anything is combined."""
         return "module"
 
     @property
     def scales(self) -> bool:
-        """Whether `scale` is asked for, before anything is combined."""
+        """True if the method needs `scale`, which is called before anything is combined."""
         return False
 
     def scale(self, gram: Tensor) -> float:
-        """By what all weights are multiplied, from the inner products ⟨wᵢ Δᵢ, wⱼ Δⱼ⟩ (k, k) over
-        all modules."""
+        """The common factor of all weights, from the inner products ⟨wᵢ Δᵢ, wⱼ Δⱼ⟩ (k, k) over all
+        modules."""
         return 1.0
 
 
 class OnFactors(_Weighted, Protocol):
-    """A method on factors, float64, exact but for rounding."""
+    """A method on factors, float64, exact up to rounding."""
 
     acts_on: ClassVar[Literal["factors"]]
     # whether the factors of all stand side by side: the rank is the sum, whatever the values
@@ -107,11 +106,11 @@ class OnFactors(_Weighted, Protocol):
     def combine_factors(
         self, products: Sequence[Product], weights: Sequence[float], seeds: Seeds
     ) -> tuple[Product, Metrics]:
-        """One product of all."""
+        """The product that combines all, and metrics."""
 
 
 class OnCovariances(_Weighted, Protocol):
-    """A method on factors and on the covariances of what the layer saw with each adapter,
+    """A method on factors and on the covariances of the layer's inputs with each adapter,
     float64."""
 
     acts_on: ClassVar[Literal["covariances"]]
@@ -120,12 +119,13 @@ class OnCovariances(_Weighted, Protocol):
     def combine_covariances(
         self, products: Sequence[Product], weights: Sequence[float], covariances: Covariances
     ) -> tuple[Product, Tensor, Metrics]:
-        """One product of all, and the root (in, in) float32 of the norm in which its refit is the
-        best; see `kernels/lowrank/weighted.py`. Raises ValueError for what are no covariances."""
+        """The product that combines all, and the root (in, in) float32 of the norm in which its
+        refit is the best; see `kernels/lowrank/weighted.py`. Raises ValueError for matrices that
+        are no covariances."""
 
 
 class OnElements(_Weighted, Protocol):
-    """A method on the elements of dense deltas: in float32, of cores in float64."""
+    """A method on the elements of dense deltas in float32, or of cores in float64."""
 
     acts_on: ClassVar[Literal["elements"]]
 
@@ -133,7 +133,7 @@ class OnElements(_Weighted, Protocol):
     def combine_elements(
         self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
     ) -> DenseDelta:
-        """One dense delta of all."""
+        """The dense delta that combines all, and metrics."""
 
 
 Method = OnFactors | OnCovariances | OnElements

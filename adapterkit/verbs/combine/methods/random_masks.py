@@ -1,5 +1,5 @@
-"""Random masks of deltas: elements are dropped with one probability (DARE), or by their rank in a
-row (DELLA)."""
+"""Random masks of deltas: drop elements with one probability (DARE), or by their rank in a row
+(DELLA)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from adapterkit.verbs.combine.methods.protocol import Seeds
 def random_drop(
     seeds: Seeds, which: int, density: float | Callable[[Tensor], Tensor], *, divided: bool = True
 ) -> Prune:
-    """Keeps each element with probability `density`, of all or of those of a block, divided by it
-    (DARE, arXiv:2311.03099) unless that is left out; at 1 all of them, and nothing is drawn."""
+    """Keep each element with probability `density`, one for all or by element, and divide it by
+    that (DARE, arXiv:2311.03099) if `divided`; at 1 nothing is drawn."""
     if density == 1:
         return lambda block: None
     draws = seeds(which)
@@ -31,13 +31,13 @@ def random_drop(
 
 
 def chances(block: Tensor, density: float, epsilon: float) -> Tensor:
-    """By element of some rows density + epsilon·(2·rank - 1), rank from 0, the smallest magnitude
-    of the row, to 1 (arXiv:2406.11617)."""
+    """density + epsilon·(2·rank - 1) for each element, rank from 0, the smallest magnitude of its
+    row, to 1 (arXiv:2406.11617)."""
     return elementwise.ranks(block).mul_(2 * epsilon).add_(density - epsilon)
 
 
 def check_chances(density: float, epsilon: float) -> None:
-    """Raises `Refused` where `chances` are none above 0 and at most 1; density 1 has none."""
+    """Raise `Refused` unless all `chances` are above 0 and at most 1; density 1 has none."""
     if density < 1 and not epsilon < density <= 1 - epsilon:
         low, high = density - epsilon, density + epsilon
         raise Refused(

@@ -19,11 +19,11 @@ class RegMean(OnCovariances):
     least Σᵢ wᵢ E‖(Δ' - Δᵢ) xᵢ‖², Cᵢ = E[xᵢ xᵢᵀ]. Rank Σ rᵢ.
 
     From the factors: b = [b₁ b₂ ...], a = [w₁ a₁ C̃₁; w₂ a₂ C̃₂; ...] (Σᵢ wᵢ C̃ᵢ)⁻¹. Equal
-    covariances give `mean`. Each C̃ᵢ gets d times the mean of all diagonals on its own, d as in
-    `kernels/lowrank/weighted.py`: where the inputs do not vary, the result is the weighted mean.
-    The refit is in the norm of Σᵢ wᵢ C̃ᵢ, so that it has the least sum of its rank. The paper has no
-    weights, takes sums for means and whole weights for deltas, which is the same on one base.
-    """
+    covariances give `mean`. d times the mean of all diagonals is added to each C̃ᵢ, d as in
+    `kernels/lowrank/weighted.py`: if the inputs do not vary, the result is the weighted mean. The
+    refit minimizes the error in the norm of Σᵢ wᵢ C̃ᵢ, so that it has the least sum of its rank.
+    The paper has no weights, sums instead of means, and whole weights instead of deltas, which is
+    equivalent on one base."""
 
     alpha: float = 0.9
     name = "regmean"

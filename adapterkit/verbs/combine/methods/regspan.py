@@ -1,5 +1,5 @@
-"""regspan: the sum of the deltas whose outputs are nearest to those of each adapter on its
-inputs."""
+"""regspan: the linear combination of the deltas whose outputs are nearest to those of each adapter
+on its inputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from adapterkit.verbs.combine.methods.regmean import RegMean
 
 @dataclass(frozen=True)
 class RegSpan(OnCovariances):
-    """Δ' = Σⱼ cⱼ Δⱼ of least Σᵢ wᵢ E‖(Δ' - Δᵢ) xᵢ‖²: (G + ridge · diag G) c = h,
-    Gⱼₗ = Σᵢ wᵢ tr(Δⱼ Cᵢ Δₗᵀ), hⱼ = Σᵢ wᵢ tr(Δⱼ Cᵢ Δᵢᵀ). Rank Σ rᵢ.
+    """Δ' = Σⱼ cⱼ Δⱼ of least Σᵢ wᵢ E‖(Δ' - Δᵢ) xᵢ‖²: (G + ridge · diag G) c = h, Gⱼₗ = Σᵢ wᵢ tr(Δⱼ
+    Cᵢ Δₗᵀ), hⱼ = Σᵢ wᵢ tr(Δⱼ Cᵢ Δᵢᵀ). Rank Σ rᵢ.
 
-    `regmean` without new directions: one number for each adapter, in each module, or summed over
-    the modules of a layer or of the adapter (`per`). A delta that does nothing on these inputs gets
-    0, equal ones share; `ridge` makes weights smaller where deltas resemble each other. The refit
-    is in the norm of Σᵢ wᵢ Cᵢ.
-    """
+    `regmean` without new directions: one number for each adapter, by module, or summed over the
+    modules of a layer or of the adapter (`per`). A delta that has no effect on these inputs gets 0,
+    equal ones share; `ridge` makes weights smaller if deltas resemble each other. The refit is in
+    the norm of Σᵢ wᵢ Cᵢ."""
 
     per: Over = "module"
     ridge: float = 0.0

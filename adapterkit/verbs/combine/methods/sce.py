@@ -1,4 +1,5 @@
-"""sce: select where the deltas differ, weigh them by their squares, drop the minority's signs."""
+"""sce: select the elements in which the deltas differ, weigh by squares, drop the minority's
+signs."""
 
 from __future__ import annotations
 
@@ -15,17 +16,16 @@ from adapterkit.verbs.combine.methods.protocol import Deltas, DenseDelta, OnElem
 
 @dataclass(frozen=True)
 class Sce(OnElements):
-    """Δ' = Σᵢ kᵢ ηᵢ wᵢ σᵢ / Σᵢ kᵢ ηᵢ, σᵢ = Δᵢ where selected, else 0, ηᵢ = ‖σᵢ‖² / Σⱼ ‖σⱼ‖²,
-    kᵢ = [sign(σᵢ) = sign of Σⱼ σⱼ].
+    """Δ' = Σᵢ kᵢ ηᵢ wᵢ σᵢ / Σᵢ kᵢ ηᵢ, σᵢ = Δᵢ where selected, else 0, ηᵢ = ‖σᵢ‖² / Σⱼ ‖σⱼ‖², kᵢ =
+    [sign(σᵢ) = sign of Σⱼ σⱼ].
 
-    Of the m elements whose variance over the deltas is not 0, the int(select·m) with the largest
-    are selected. 0 counts as +.
+    Selected are the int(select·m) elements with the largest variance over the deltas, m the number
+    of elements whose variance is not 0. 0 counts as +.
 
-    The paper has no weights; here they multiply the terms and take no part in ηᵢ or the election,
-    so 1 each is the paper's. Where the mean squares of all σᵢ add up to less than floor, all ηᵢ
-    are equal (mergekit: 1e-6, above those of most adapters). Deltas that are equal everywhere
-    have no variance to select by: all elements are kept (mergekit: none).
-    """
+    The paper has no weights; here they multiply the terms and do not count in ηᵢ or the election,
+    so 1 each is the paper's. If the mean squares of all σᵢ add up to less than floor, all ηᵢ are
+    equal (mergekit: 1e-6, above those of most adapters). If the deltas are equal everywhere, there
+    is no variance, and all elements are kept (mergekit: none)."""
 
     select: float = 1.0
     floor: float = 0.0
@@ -56,7 +56,8 @@ class Sce(OnElements):
         return DenseDelta(spread, conflict_metric(overlaps, conflicts))
 
     def _threshold(self, deltas: Deltas, spread: Tensor) -> elementwise.Threshold:
-        """That of the selected deviations; below all of them at select 1, or where all are 0."""
+        """The threshold of the selected deviations; below all of them at select 1, or if all are
+        0."""
         nonzero = int(torch.count_nonzero(spread))
         if self.select == 1 or not nonzero:
             return elementwise.Threshold(-1.0)
@@ -70,7 +71,7 @@ class Sce(OnElements):
 
 def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
     """The standard deviation over the deltas, element by element: it has the order of the variance,
-    but is far from underflow."""
+    without its underflow."""
     spread = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
     for first, last in deltas.blocks():
         blocks = [deltas.rows(i, first, last) for i in range(deltas.count)]
@@ -84,8 +85,8 @@ def _selected(deltas: Deltas, selected: Tensor, first: int, last: int) -> list[T
 
 
 def _shares(deltas: Deltas, selected: Tensor, floor: float) -> list[float]:
-    """ηᵢ, summed exactly over the columns: no number of threads changes it; equal ones where the
-    mean squares add up to less than `floor`."""
+    """ηᵢ, summed exactly over the columns, so that the number of threads changes nothing; equal
+    ones if the mean squares add up to less than `floor`."""
     columns = [
         torch.zeros(deltas.shape[1], dtype=torch.float64, device=selected.device)
         for _ in range(deltas.count)

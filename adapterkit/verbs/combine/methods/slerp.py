@@ -14,15 +14,14 @@ from adapterkit.verbs.combine.methods.protocol import Metrics, OnFactors, Seeds
 class Slerp(OnFactors):
     """Δ' = (|w₁|+|w₂|) · (sin((1-t)θ)/sin θ · Δ₁ + sin(tθ)/sin θ · Δ₂), t = |w₂| / (|w₁|+|w₂|).
 
-    Its rank is r₁ + r₂. The weights give the position on the arc, their sum the length; a negative
-    one negates its delta. The option t is the same as weights (1-t, t), and replaces weights. θ is
-    the angle between the deltas as vectors; they are not normalized, as in mergekit.
+    Its rank is r₁ + r₂. The weights' ratio sets the position on the arc, their sum the length; a
+    negative weight negates its delta. The option t equals weights (1-t, t), and replaces weights. θ
+    is the angle between the deltas as vectors; they are not normalized, as in mergekit.
 
-    Parallel ones, and a delta of 0, which has no direction (what only one of the adapters has),
-    give the straight line w₁Δ₁ + w₂Δ₂ (mergekit: also where |cos θ| > 0.9995, and θ = 90° for a
-    delta of 0). Raises `Refused` for opposite ones (1 + cos θ < 1e-12), which have no arc between
-    them, and for more than two deltas.
-    """
+    For parallel deltas, and for a delta of 0, which has no direction (a module that only one
+    adapter has), the result is the straight line w₁Δ₁ + w₂Δ₂ (mergekit: also where |cos θ| >
+    0.9995, and θ = 90° for a delta of 0). Raises `Refused` for opposite ones (1 + cos θ < 1e-12),
+    which have no arc between them, and for more than two deltas."""
 
     t: float | None = None
     name = "slerp"
@@ -46,7 +45,7 @@ class Slerp(OnFactors):
             )
 
     def resolve_weights(self, weights: Sequence[float]) -> list[float]:
-        """(1-t, t) where t is set, else the adapters' weights."""
+        """(1-t, t) if t is set, else the adapters' weights."""
         if self.t is None or len(weights) < 2:
             return list(weights)
         self.check_weights(weights)

@@ -1,4 +1,4 @@
-"""subspace_boost: the sum, its weak directions raised to the strength of a stronger one."""
+"""subspace_boost: the sum, with its weak directions raised to the strength of a stronger one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,9 @@ class SubspaceBoost(OnFactors):
     """Δ' = U diag(max(S, Sₖ)) Vᵀ, U S Vᵀ the singular value decomposition of Σᵢ wᵢ Δᵢ, k the first
     with S₁ + ... + Sₖ ≥ beta (S₁ + S₂ + ...).
 
-    At 1 it is the sum, near 0 all directions are as strong as the first. The R singular values of
-    the sum count, as in iso_c. The paper has beta 0 to 0.02, of full matrices, which in a sum of
-    LoRAs is always the first value: so there is no default.
-    """
+    beta 1 gives the sum; near 0 all directions are as strong as the first. The R singular values of
+    the sum count, as in iso_c. The paper has beta 0 to 0.02, of full matrices. For a sum of LoRAs
+    that always selects the first value, so there is no default."""
 
     beta: float
     name = "subspace_boost"

@@ -1,4 +1,4 @@
-"""svc: the sum, where several deltas push one direction weakened to the size that each gives it."""
+"""svc: the sum, with the directions that several deltas share weakened to the size each gives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +13,14 @@ TINY = 1e-20  # of the singular value's square: a delta without a part in the di
 
 @dataclass(frozen=True)
 class Svc(OnFactors):
-    """Δ' = U diag(γ S) Vᵀ, U S Vᵀ the singular value decomposition of Σᵢ wᵢ Δᵢ,
-    γᵣ = k / Σᵢ max(alpha, sᵢᵣ), sᵢᵣ = ⟨uᵣᵀ Σⱼ wⱼΔⱼ, uᵣᵀ wᵢΔᵢ⟩ / ‖uᵣᵀ wᵢΔᵢ‖², k deltas.
+    """Δ' = U diag(γ S) Vᵀ, U S Vᵀ the singular value decomposition of Σᵢ wᵢ Δᵢ, γᵣ = k / Σᵢ
+    max(alpha, sᵢᵣ), sᵢᵣ = ⟨uᵣᵀ Σⱼ wⱼΔⱼ, uᵣᵀ wᵢΔᵢ⟩ / ‖uᵣᵀ wᵢΔᵢ‖², k deltas.
 
-    sᵢᵣ is by how much the sum is larger than delta i in the direction uᵣ of the outputs, along what
-    it does there: above 1 the others push it too. alpha is 1/k by default, as in the paper's
-    experiments: a direction that one delta alone has grows by up to k²/(2k-1); at 1 none grows. A
-    delta without a part in a direction has sᵢᵣ = 0. The paper has no weights: here they belong to
-    the deltas. Equal deltas of equal weights give one of them.
-    """
+    sᵢᵣ is the ratio of the sum to delta i in the output direction uᵣ, along the delta's own row
+    there; above 1 the other deltas push it too. alpha is 1/k by default, as in the paper's
+    experiments: a direction of one delta alone grows by up to k²/(2k-1); at alpha 1 none grows. A
+    delta without this direction has sᵢᵣ = 0. The paper has no weights; here they multiply the
+    deltas. Equal deltas of equal weights give one of them."""
 
     alpha: float | None = None
     name = "svc"

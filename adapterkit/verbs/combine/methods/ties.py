@@ -16,14 +16,13 @@ from adapterkit.verbs.combine.methods.protocol import Deltas, Seeds
 
 @dataclass(frozen=True)
 class Ties(PrunedElection):
-    """Δ' = Σᵢ kᵢ wᵢ τᵢ / max(Σᵢ kᵢ, 1), τᵢ the int(density·n) largest magnitudes of Δᵢ,
-    kᵢ = [sign(τᵢ) = sign of Σⱼ τⱼ].
+    """Δ' = Σᵢ kᵢ wᵢ τᵢ / max(Σᵢ kᵢ, 1), τᵢ the int(density·n) largest magnitudes of Δᵢ, kᵢ =
+    [sign(τᵢ) = sign of Σⱼ τⱼ].
 
     PEFT's rule: signs are elected without the weights (frequency: by Σⱼ sign(τⱼ)), 0 counts as +,
-    and the divisor is a number, not a sum of weights (mergekit's is, and weights take part in its
-    election: the two agree where all weights are 1). Of equal magnitudes at the threshold the first
-    in row-major order stay, where both leave that open.
-    """
+    and the divisor is a number, not a sum of weights. (mergekit's divisor is, and weights count in
+    its election: the two agree if all weights are 1.) Among equal magnitudes at the threshold, the
+    first in row-major order are kept; both leave that open."""
 
     density: float
     majority: Majority = "total"

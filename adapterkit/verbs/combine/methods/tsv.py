@@ -20,10 +20,9 @@ class Tsv(OnFactors):
     [V₁ V₂ ...], Δᵢ ≈ Uᵢ Sᵢ Vᵢᵀ.
 
     Each delta keeps int(share · min(out, in)) of its triplets (at least one), share 1/k by default,
-    as in the paper: all those of an adapter whose rank is no higher than that. Triplets with a
-    singular value of 0 are arbitrary and skipped. Procrustes: X = P Σ Qᵀ becomes P Qᵀ over the Σ
-    above 1e-8 (of unit vectors), so that equal deltas with weights 1 give that delta.
-    """
+    as in the paper: all triplets of an adapter whose rank is no higher. Triplets with a singular
+    value of 0 are arbitrary and skipped. Procrustes: X = P Σ Qᵀ becomes P Qᵀ over the Σ above 1e-8
+    (of unit vectors), so that equal deltas with weights 1 give that delta."""
 
     share: float | None = None
     name = "tsv"

@@ -1,4 +1,4 @@
-"""arrow: experts stacked once, with the prototypes that route tokens to them (Arrow,
+"""arrow: stack experts once, with the prototypes that route tokens to them (Arrow,
 arXiv:2405.11157), as files."""
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ TINY = 1e-8  # what PEFT adds to a norm that it divides by
 
 
 def plan_arrow(options: Arrow) -> Plan:
-    """Everything arrow will do, or `Refused` with all that cannot be done."""
+    """The plan of an arrow; `Refused` with all problems."""
     expert_folders, generals = open_all(options.adapters, options.general)
     _check(options, len(expert_folders))
     read = read_all([*expert_folders, *generals])
@@ -105,7 +105,7 @@ def _check(options: Arrow, count: int) -> None:
 
 
 def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
-    """What a router over linear layers cannot hold."""
+    """Refusals of values that a router over linear layers cannot represent."""
     others = [
         lora.module
         for lora in adapter.loras
@@ -137,7 +137,7 @@ class StackedExperts(Task):
 
     @property
     def rank(self) -> int:
-        """Of the expert of the largest rank, the general adapters' factors beside its own."""
+        """The largest rank of an expert, including the factors of the general adapters."""
         added = 0 if self.compat else sum(factors.rank for factors in self.general)
         return max(factors.rank for _, factors in self.parts) + added
 
@@ -156,7 +156,7 @@ class StackedExperts(Task):
 
     @property
     def _is_partial(self) -> bool:
-        """Whether some experts lack the module."""
+        """True if some experts lack the module."""
         return len(self.parts) < self.experts
 
     @property
@@ -221,11 +221,10 @@ class StackedExperts(Task):
 
 
 def prototype(product: Product) -> tuple[Tensor, float]:
-    """The top right singular vector of a product, signed, and how much the first singular value
-    stands out: (σ₁ - σ₂) / σ₁.
+    """The top right singular vector of a product, signed, and the gap between its first two
+    singular values: (σ₁ - σ₂) / σ₁.
 
-    Zero, with gap 0, where the product is zero: an untrained expert attracts no token.
-    """
+    Zero, with gap 0, if the product is zero: an untrained expert attracts no token."""
     svd = algebra.svd(product)
     if not svd.s[0] > 0:
         return torch.zeros_like(svd.vh[0]), 0.0

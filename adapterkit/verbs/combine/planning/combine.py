@@ -1,6 +1,5 @@
-"""combine: several adapters into one. How the deltas are put together (method), on what it acts
-(space: the deltas, or PEFT's factors) and how the result becomes factors again (refit: exact, a
-rank, a share of the energy) are three choices."""
+"""combine: merge several adapters into one. Three choices: the method; its space (deltas, or PEFT's
+factors); the refit of the result (exact, a rank, a share of the energy)."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def plan_combine(options: Combine) -> Plan:
-    """Everything a combination will do, or `Refused` with all that cannot be done."""
+    """The plan of a combination; `Refused` with all problems."""
     sources, file = open_with_weights(options.adapters, options.weights, open_unconverted)
     inputs = together([folder for folder, _ in sources], options.out)
     base = if_given(open_model, options.base)
@@ -138,7 +137,7 @@ def _plan(
 
 
 def _check_scaled(adapters: list[Adapter], options: Combine, errors: Problems) -> None:
-    """Refuse a strength of what is no sum of b @ a."""
+    """Refuse a strength for deltas that are no sum of b @ a."""
     doras = [adapter.name for adapter in adapters if adapter.config.get("use_dora")]
     problem = f"DoRA ({', '.join(doras)})" if doras else ""
     problem = "--space factors" if options.space == "factors" else problem
@@ -153,7 +152,7 @@ def _check_scaled(adapters: list[Adapter], options: Combine, errors: Problems) -
 
 
 def _check_groups(method: Method, doras: Collection[int], errors: Problems) -> None:
-    """Refuse weights of several modules of what is no b @ a."""
+    """Refuse weights over several modules for deltas that are no b @ a."""
     if doras:
         errors.add(
             f"{method.name} over the modules of a {method.over}, with a DoRA",
@@ -167,7 +166,7 @@ def _check_groups(method: Method, doras: Collection[int], errors: Problems) -> N
 def _gram(
     joined: dict[str, JoinedSite], weights: AdapterWeights, folders: Sequence[Folder]
 ) -> Tensor:
-    """⟨wᵢ Δᵢ, wⱼ Δⱼ⟩ over all modules, from the factors, which are read for it."""
+    """⟨wᵢ Δᵢ, wⱼ Δⱼ⟩ over all modules, from the factors, which are read here."""
     reader, total = PlanReader(folders), torch.zeros(len(folders), len(folders)).double()
     for name, site in joined.items():
         numbers = list(site.members)
@@ -184,8 +183,8 @@ def _gram(
 def _base(
     base: Folder | None, adapters: list[Adapter], notes: list[str], errors: Problems, *, runs: bool
 ) -> tuple[Checkpoint | None, "dict[int, BaseWeights]"]:
-    """The base, where it runs or the adapters need it, and its weights for each DoRA by its
-    number. Adapters whose deltas cannot be summed join the errors."""
+    """The base, if the model runs or the adapters need it, and its weights for each DoRA by the
+    adapter's number. Adapters whose deltas cannot be summed join the errors."""
     doras = [adapter for adapter in adapters if adapter.config.get("use_dora")]
     if base is None or not (doras or runs):
         hint = "give --base BASE, the model it was trained on, and --rank R"
@@ -230,12 +229,11 @@ def _parts(
     method: Method,
     space: str,
 ) -> tuple[Operand, ...]:
-    """What the adapters have of a module; `Refused` for weights that the method does not take.
+    """The adapters' operands on a module; `Refused` for weights that the method does not take.
 
-    Of adapters of weight 0 nothing, if there are others: weights (1, 0) give what the method makes
-    of the first one alone. Not in factor space, where all is as PEFT does it: there the signs of
-    such an adapter have their say.
-    """
+    Adapters of weight 0 are skipped unless all weights are 0, so weights (1, 0) give the method's
+    result for the first one alone. Factor space keeps them, as PEFT does, because their signs count
+    there."""
     parts = []
     for number, factors in site.members.items():
         dora = decomposed[number].dora(factors) if number in decomposed else None
@@ -274,8 +272,8 @@ def _check_fit(
     how: tuple[Method, Refit],
     errors: Problems,
 ) -> None:
-    """Refuse a DoRA whose delta is not refitted, or has to have factors, and factors of several
-    ranks that cannot be added one by one."""
+    """Refuse a DoRA whose delta is not refitted or needs factors, and factors of several ranks that
+    cannot be added one by one."""
     method, refit = how
     by_factors = options.space == "factors"
     if any(part.factors.directions and (part.dora or by_factors) for part in parts):
@@ -316,8 +314,7 @@ def _check_fit(
 def _biases(
     joined: dict[str, JoinedSite], weights: AdapterWeights, options: Combine, errors: Problems
 ) -> list[common.SummedTensor]:
-    """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of
-    them."""
+    """The biases that LoRAs add. They follow the weights, so only `linear` defines their sum."""
     tasks = adapter_output.sum_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
     if tasks and (
         ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"

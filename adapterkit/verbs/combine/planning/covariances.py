@@ -29,9 +29,9 @@ def with_group_weights(
     shares: Sequence[float],
     notes: list[str],
 ) -> tuple[list[CombinedFactors], dict[str, list[float]]]:
-    """The tasks of a method whose weights are those of whole layers or adapters: linear with these,
-    which come from all of a group's deltas and covariances, read here; and the weights by group.
-    What has no covariances gets its group's weights too, if there are any."""
+    """Resolve a method whose weights are those of whole layers or adapters. Return linear tasks
+    with weights from all of a group's deltas and covariances, read here, and the weights by group.
+    Tasks without covariances get the weights of their group, if it has any."""
     method = next(task.method for task in tasks if task.covariances)
     reader, count = PlanReader([one.folder for one in inputs]), len(shares)
     group_of = lambda task: _layer_of(task.name) if method.over == "layer" else ALL
@@ -64,14 +64,14 @@ def with_group_weights(
 
 
 def _layer_of(module: str) -> str:
-    """The layer that a module is in: its name up to the first number, all of it without one."""
+    """The layer of a module: its name up to the first number, or the whole name without one."""
     parts = module.split(".")
     at = next((n for n, part in enumerate(parts) if part.isdecimal()), len(parts))
     return ".".join(parts[: at + 1])
 
 
 def check_statistics(method: Method, refit: Refit, space: str, adapters: int, files: int) -> None:
-    """`Refused` for a combination that lacks statistics, or does nothing with them."""
+    """`Refused` for a combination that lacks statistics, or does not use them."""
     if method.acts_on == "covariances":
         if files != adapters:
             raise Refused(
@@ -103,7 +103,7 @@ def check_statistics(method: Method, refit: Refit, space: str, adapters: int, fi
 
 
 def without_inputs(method: Method) -> Method:
-    """What takes a method's place where the covariances of inputs are not defined."""
+    """The method for modules without covariances of inputs."""
     return Mean() if method.acts_on == "covariances" else method
 
 
@@ -114,8 +114,8 @@ def with_statistics(
     notes: list[str],
     errors: Problems,
 ) -> list[CombinedFactors]:
-    """The tasks, those of linear layers with the inputs' covariances; see `input_widths`.
-    What is missing joins the errors."""
+    """The tasks, with the inputs' covariances for linear layers; see `input_widths`. Missing ones
+    join the errors."""
     replaced = without_inputs(tasks[0].method)
     otherwise = BY_WEIGHTS if replaced is tasks[0].method else f"combined by {replaced.name}"
     if tasks[0].method.over != "module":

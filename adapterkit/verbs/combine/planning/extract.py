@@ -1,4 +1,4 @@
-"""The difference of two checkpoints: which parameters get factors, which are saved whole."""
+"""Plan the difference of two checkpoints: which parameters get factors, which are saved in full."""
 
 import re
 from collections import Counter
@@ -47,12 +47,12 @@ from adapterkit.verbs.shared.options import TruncationOptions
 
 @dataclass(frozen=True)
 class ExtractedAdapter(Output):
-    """An adapter some of whose targets are parameters: stacks of experts, routers."""
+    """An adapter with targets that are parameters: stacks of experts, routers."""
 
     all_modules: frozenset[str] = frozenset()  # of the model
 
     def config(self, metrics: dict[str, dict], grown: int = 0) -> bytes:
-        """adapter_config.json for the ranks in the metrics; `Unrecoverable` where the adapter is
+        """adapter_config.json for the ranks in the metrics; `Unrecoverable` if the adapter is
         empty."""
         ranks = {
             target: metrics[name]["rank"]
@@ -79,8 +79,8 @@ class ExtractedAdapter(Output):
         return as_json(config | rank_settings(by_pattern))
 
     def target_modules(self, modules: Collection[str]) -> list[str] | str:
-        """target_modules that match these modules alone: a name in a list matches every module
-        whose path ends with it."""
+        """target_modules that match only these modules: a name in a list matches every module whose
+        path ends with it."""
         is_meant = TargetMatcher(sorted(modules), "target_modules")
         if any(map(is_meant, self.all_modules.difference(modules))):
             return "|".join(re.escape(module) for module in sorted(modules))
@@ -89,8 +89,8 @@ class ExtractedAdapter(Output):
 
 @dataclass
 class Extraction:
-    """Every parameter of a fine-tune, the second side, sorted: with factors, saved whole,
-    unchanged, or not selected. Those without factors are read, to compare them."""
+    """Every parameter of a fine-tune, the second side, sorted: with factors, saved in full,
+    unchanged, or not selected. Those without factors are read and compared."""
 
     sides: tuple[Checkpoint, Checkpoint]
     options: Extract
@@ -133,7 +133,7 @@ class Extraction:
         }
 
     def sort(self) -> None:
-        """Sort all parameters; what does not fit joins the errors."""
+        """Sort all parameters; problems join the errors."""
         names = self.names
         without_factors: dict[str, list[str]] = {}  # by module
         clashes: list[str] = []
@@ -174,7 +174,7 @@ class Extraction:
         self._set_keys()
 
     def _check_sides(self, clashes: list[str]) -> None:
-        """Refuse parameters of the base alone, and these clashes of shapes."""
+        """Refuse parameters that only the base has, and these clashes of shapes."""
         names = self.names
         lone = [
             name
@@ -205,7 +205,7 @@ class Extraction:
             self.values[number] = replace(value, name=key, key=key)
 
     def _is_resized(self, old: Parameter, new: Parameter) -> bool:
-        """Whether two shapes differ by the vocabulary alone."""
+        """True if two shapes differ only by the vocabulary."""
         rank = len(new.shape)
         if rank not in (1, 2) or len(old.shape) != rank or old.shape[1:] != new.shape[1:]:
             return False
@@ -255,7 +255,7 @@ class Extraction:
         )
 
     def _sort_module(self, module: str, names: list[str]) -> None:
-        """Sort a module's parameters without factors: saved whole where one of them differs."""
+        """Sort a module's parameters without factors: saved in full if one of them differs."""
         changed = [name for name in names if self._differs(name)]
         if not changed:
             self.unchanged += names
@@ -283,8 +283,8 @@ class Extraction:
             self._save(name)
 
     def _can_be_copied(self, module: str, names: list[str]) -> bool:
-        """Whether a trained copy can take a module's place, with these parameters: none is tied,
-        and no module around it has factors."""
+        """True if a trained copy can replace a module with these parameters: none is tied, and no
+        enclosing module has factors."""
         old, new = self.names
         if any(_tied(old.parameter(name), new.parameter(name)) for name in names):
             return False
@@ -308,7 +308,7 @@ class Extraction:
         self.values.append(WholeParameter(name, name, value, name, only_beside_factors))
 
     def _differs(self, name: str) -> bool:
-        """Whether a parameter's two values differ by more than one side's rounding."""
+        """True if a parameter's two values differ by more than one side's rounding."""
         old, new = (names.parameter(name) for names in self.names)
         if old is None or new is None:
             return True
@@ -329,8 +329,8 @@ def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:
 
 
 def plan_extract(options: Extract) -> Plan:
-    """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets
-    no factors, to see if it differs."""
+    """The plan of an extraction; `Refused` with all problems. Reads and compares parameters without
+    factors."""
     base, tuned = kind_of(open_model(options.base)), kind_of(open_model(options.tuned))
     if type(base) is type(tuned) and (own := base.own("extract")):
         return own(base, tuned, options)
@@ -340,7 +340,7 @@ def plan_extract(options: Extract) -> Plan:
 def plan_model_extraction(
     base: Checkpoint, tuned: Checkpoint, options: Extract, part: str = ""
 ) -> Plan:
-    """The extraction between two models, or these parts of two pipelines."""
+    """The extraction between two models, or between this component of two pipelines."""
     stats, sides = if_given(open_statistics, options.stats), (base, tuned)
     for side in sides:
         check_not_quantized(side)

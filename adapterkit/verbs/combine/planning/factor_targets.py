@@ -1,5 +1,5 @@
-"""Which parameters of a stored model PEFT can give factors, or a trained copy in their module's
-place."""
+"""Decide which parameters of a stored model PEFT can give factors, and which modules it can
+copy."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ EXPERTS = re.compile("expert", re.IGNORECASE)
 
 
 class FactorTargets:
-    """Answers by the classes of a model's modules, or by names where transformers does not know
-    the model."""
+    """Targets by the classes of a model's modules, or by names if transformers does not know the
+    model."""
 
     def __init__(self, names: Names):
         self.names = names
@@ -42,14 +42,14 @@ class FactorTargets:
 
     @property
     def auto_mapping(self) -> dict[str, str] | None:
-        """The model's class, as PEFT's config has it; None where it is not known."""
+        """The model's class, as PEFT's config has it; None if unknown."""
         if self.model is None:
             return None
         cls = type(self.model)
         return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
     def of(self, name: str, parameter: Parameter) -> str | None:
-        """The target of factors on a parameter: its module, itself, or none."""
+        """The target of factors on a parameter: its module, the parameter itself, or None."""
         module, _, leaf = name.rpartition(".")
         axes, classes = len(parameter.shape), self._class_names(module)
         if axes < 2 or 0 in parameter.shape:
@@ -76,16 +76,16 @@ class FactorTargets:
         return name if axes == 2 and 1 not in parameter.shape else None
 
     def _is_looked_up(self, name: str) -> bool:
-        """Whether a name is that of an embedding or a head; of an image model's that of neither of
-        what its family's rules name, as these are layers."""
+        """True for the name of an embedding or a head. In image models, names that the family's
+        rules list are layers."""
         is_layer = self.names.base.names_layer(name.rpartition(".")[0])
         return not is_layer and EMBEDDINGS.search(name) is not None
 
     def _is_wrappable(self, module: str, name: str) -> bool:
-        """Whether PEFT can wrap a module for one of its parameters.
+        """True if PEFT can wrap a module for one of its parameters.
 
-        The wrapper is called with the first argument by position and has none of the module's
-        attributes: the worse, the more there is in the module."""
+        The wrapper passes the first argument by position and has none of the module's attributes,
+        so a module with much inside is likely to break."""
         submodule = self.model.get_submodule(module)
         own = dict(submodule.named_parameters(recurse=False))
         size = sum(parameter.numel() for parameter in own.values())
@@ -94,14 +94,14 @@ class FactorTargets:
         return name.rpartition(".")[2] in own and not is_suffix and size_inside <= size
 
     def is_embedding_or_head(self, name: str) -> bool:
-        """Whether a parameter is of the input embedding or of the output layer."""
+        """True for a parameter of the input embedding or of the output layer."""
         if self.model is None:
             return bool(EMBEDDINGS.search(name))
         module = self.model.get_submodule(name.rpartition(".")[0])
         return any(module is end for end in embeddings_of(self.model))
 
     def can_be_copied(self, module: str, names: list[str]) -> bool:
-        """Whether PEFT can put a trained copy in a module's place and find it again: these are all
+        """True if PEFT can replace a module with a trained copy and find it again: these are all
         its parameters, and no other module's name ends with its name."""
         if not module or PARAMETRIZED in self._class_names(module):
             return False
@@ -114,11 +114,11 @@ class FactorTargets:
         return {f"{module}.{key}" for key in state} == set(names)
 
     def _class_names(self, module: str) -> list[str]:
-        """A module's class and its bases; none where the model was not built."""
+        """A module's class and its bases; none if the model was not built."""
         return [cls.__name__ for cls in self.names.classes(module)]
 
 
 def _is_suffix_of_any(suffix: str, reversed_names: list[str]) -> bool:
-    """Whether another name ends with this one; `reversed_names`: all, reversed, sorted."""
+    """True if another name ends with this one; `reversed_names`: all names, reversed, sorted."""
     at = bisect_right(reversed_names, suffix[::-1])
     return at < len(reversed_names) and reversed_names[at].startswith(suffix[::-1])

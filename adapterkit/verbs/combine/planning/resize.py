@@ -1,5 +1,5 @@
-"""resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best
-approximation of each delta, by its singular values."""
+"""resize: change an adapter's rank, and convert other types to standard LoRA. The result is the
+best approximation of each delta, by its singular values."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def plan_resize(options: Resize) -> Plan:
-    """Everything a resize will do, or `Refused` with all that cannot be done."""
+    """The plan of a resize; `Refused` with all problems."""
     inputs = together([open_unconverted(options.adapter)], options.out)
     (source,) = inputs.folders
     base = if_given(open_model, options.base)
@@ -63,8 +63,8 @@ def plan_resize(options: Resize) -> Plan:
 
 @dataclass
 class _ResizePlanner:
-    """A resize while it is planned: what gets factors, and the adapter as the output's config sees
-    it."""
+    """A resize in planning: the tasks of factors, and the adapter that determines the output's
+    config."""
 
     options: Resize
     base: Checkpoint | None
@@ -81,7 +81,7 @@ class _ResizePlanner:
         self.dtype = dtypes.parse(self.options.dtype)
 
     def resize(self, adapter: Adapter) -> None:
-        """A LoRA from its factors; a DoRA whose base is given from its weights."""
+        """Add a LoRA by its factors, or a DoRA whose base is given by its weights."""
         self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
         if self.options.alpha == "keep":
             self.alpha = adapter.config["lora_alpha"]
@@ -118,7 +118,7 @@ class _ResizePlanner:
         self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
 
     def convert(self, kind: "type[Kind]", source: Folder) -> None:
-        """An adapter of another type, as a LoRA."""
+        """Add an adapter of another type, as a LoRA."""
         if self.options.alpha == "keep":
             raise Refused(
                 f"--alpha keep with an adapter of type {kind.name}",
@@ -146,7 +146,7 @@ class _ResizePlanner:
         self.ranked.append(ConvertedFactors(name, place, self.dtype, delta, **how))
 
     def plan(self, stats: Checkpoint | None) -> Plan:
-        """`Refused` where some statistics are missing."""
+        """The plan; `Refused` if statistics are missing."""
         adapter, options = self.adapter, self.options
         assert adapter is not None
         ranked, finalize, targets = self.ranked, None, self.targets["modules"]

@@ -1,5 +1,5 @@
-"""subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54):
-Δ' = Δ - mean of the general Δ."""
+"""subtract: remove the knowledge of general adapters from task adapters (GenKnowSub, ACL 2025 short
+54): Δ' = Δ - mean of the general Δ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ from adapterkit.verbs.shared.joined_values import delta_problems, read_all
 
 
 def plan_subtract(options: Subtract) -> Plan:
-    """Everything a subtraction will do, or `Refused` with all that cannot be done."""
+    """The plan of a subtraction; `Refused` with all problems."""
     task_sources, generals = open_all(options.adapters, options.general, opener=open_unconverted)
     base = if_given(open_model, options.base)
     if not task_sources or not generals:
@@ -110,7 +110,7 @@ def _pattern(generals: Sequence[Adapter]) -> str:
 
 
 def _without(general: Adapter, exclude: str | None) -> Adapter:
-    """The adapter without what is not to be subtracted."""
+    """The adapter without the modules that `exclude` matches."""
     if exclude is None:
         return general
     excluded = matcher(exclude, "--exclude")
@@ -186,7 +186,7 @@ def _output(
 def _check_ranks(
     name: str, members: Mapping, adapters: Sequence[Adapter], errors: Problems
 ) -> None:
-    """Factors can be averaged only where all have the module, at one rank."""
+    """Refuse to average factors unless all adapters have the module, at one rank."""
     ranks = {number: factors.rank for number, factors in members.items()}
     if len(ranks) < len(adapters) or len(set(ranks.values())) > 1:
         of_all = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in adapters)

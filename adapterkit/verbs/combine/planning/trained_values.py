@@ -1,4 +1,4 @@
-"""Values that adapters trained whole, joined into one adapter: copied, or averaged."""
+"""Join the fully trained values of adapters: copy or average them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +21,8 @@ from adapterkit.verbs.shared.joined_values import AdapterWeights
 def trained_values(
     adapters: Sequence[Adapter], levels: Mapping[str, int], *, copies: bool = True
 ) -> dict[str, dict[int, TensorSpec]]:
-    """The trained values that are no factors, by key and adapter number; keys are those in a file
-    whose modules are wrapped `levels` times. Without `copies` no copies of the base's weights."""
+    """The trained values that are not factors, by key and adapter number; keys are those in a file
+    whose modules are wrapped `levels` times. Without `copies`, no copies of the base's weights."""
     values: dict[str, dict[int, TensorSpec]] = {}
     for adapter in adapters:
         specs = [
@@ -40,8 +40,8 @@ def value_tasks(
     levels: Mapping[str, int],
     errors: Problems,
 ) -> list[Task]:
-    """Tasks for values that were trained whole: copied from the one adapter of weight 1 that has
-    them or from several whose values are equal, else averaged. Others join the errors."""
+    """Tasks for fully trained values: copied from the one adapter of weight 1 that has them or from
+    several whose values are equal, else averaged. Others join the errors."""
     if any(adapter.tokens for adapter in adapters):
         _check_rows(adapters, levels, errors)
     tasks: list[Task] = []
@@ -80,7 +80,8 @@ def value_tasks(
 
 
 def _shares(method: Method, weights: list[float]) -> list[float]:
-    """The factors of a sum of values by the method; none where it is no weighted sum of several."""
+    """The coefficients of the method's sum of values; empty if it is not a weighted sum of
+    several."""
     if isinstance(method, WeightedSum):
         return list(method.shares(weights))
     return weights if len(weights) == 1 else []
@@ -89,8 +90,8 @@ def _shares(method: Method, weights: list[float]) -> list[float]:
 def _copy_of_base(
     adapters: Sequence[Adapter], key: str, specs: dict[int, TensorSpec], errors: Problems
 ) -> Task:
-    """A task for the copy of the base's weight that these adapters have, in the widest dtype. No
-    weight scales it; copies of two bases join the errors."""
+    """A task that copies these adapters' value of the base's weight, in the widest dtype. No weight
+    scales it; copies of two bases join the errors."""
     widest = max(specs, key=lambda number: dtypes.BITS[specs[number].dtype])
     first = (adapters[widest].folder, specs[widest])
     for number, spec in specs.items():
@@ -112,7 +113,8 @@ def _copy_of_base(
 def check_wrappers(
     adapters: Sequence[Adapter], sites: Iterable[JoinedSite], errors: Problems
 ) -> None:
-    """PEFT refuses modules_to_save right inside a module whose parameters are targets."""
+    """Refuse modules_to_save directly inside a module whose parameters are targets, as PEFT
+    does."""
     homes = {site.module for site in sites if site.parameter}
     saved = {
         name.rpartition(".")[0]: adapter.name
@@ -136,8 +138,7 @@ def check_wrappers(
 
 
 def _check_rows(adapters: Sequence[Adapter], levels: Mapping[str, int], errors: Problems) -> None:
-    """Trained token rows can be joined only where they are the same rows, and of an embedding
-    without factors."""
+    """Refuse trained token rows unless all are the same rows, of an embedding without factors."""
     both = {
         tokens.module: a.name for a in adapters for tokens in a.tokens if levels.get(tokens.module)
     }

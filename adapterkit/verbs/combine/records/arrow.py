@@ -1,4 +1,4 @@
-"""arrow: experts stacked once, with the prototypes that route tokens to them (Arrow,
+"""arrow: stack experts once, with the prototypes that route tokens to them (Arrow,
 arXiv:2405.11157), as files."""
 
 from adapterkit.core.options import (

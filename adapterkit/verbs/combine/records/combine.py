@@ -1,6 +1,5 @@
-"""combine: several adapters into one. How the deltas are put together (method), on what it acts
-(space: the deltas, or PEFT's factors) and how the result becomes factors again (refit: exact, a
-rank, a share of the energy) are three choices."""
+"""combine: merge several adapters into one. Three choices: the method; its space (deltas, or PEFT's
+factors); the refit of the result (exact, a rank, a share of the energy)."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints'
+"""extract: the adapter between a base and a fine-tune of it, from the two checkpoints'
 difference."""
 
 from collections.abc import Callable
@@ -76,7 +76,7 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
     dtype: str = factor_dtype_option()
 
     def check(self, plan: "Plan") -> Callable[[Path], object]:
-        """Reads the extracted adapter back, and plans its merge into the base."""
+        """Read the extracted adapter back, and plan its merge into the base."""
         return partial(load("verbs.combine.planning.extract:plan_merge_back"), plan)
 
 

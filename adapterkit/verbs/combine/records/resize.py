@@ -1,5 +1,5 @@
-"""resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best
-approximation of each delta, by its singular values."""
+"""resize: change an adapter's rank, and convert other types to standard LoRA. The result is the
+best approximation of each delta, by its singular values."""
 
 from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
 from adapterkit.core.shared_options import base_option

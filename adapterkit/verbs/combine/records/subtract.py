@@ -1,5 +1,5 @@
-"""subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54):
-Δ' = Δ - mean of the general Δ."""
+"""subtract: remove the knowledge of general adapters from task adapters (GenKnowSub, ACL 2025 short
+54): Δ' = Δ - mean of the general Δ."""
 
 from adapterkit.core.options import (
     REGEX,

@@ -39,12 +39,11 @@ Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
 @dataclass(frozen=True)
 class Refit:
-    """How a result becomes factors: a rank, a share of the energy, the inputs' largest rank, or as
-    it is (exact).
+    """How a result becomes factors: a rank, a share of the energy, the inputs' largest rank, or
+    unchanged (exact).
 
     `clamp`: b = U s and a = Vᵀ are clamped to this quantile of their elements and their negatives
-    (PEFT's svd_clamp).
-    """
+    (PEFT's svd_clamp)."""
 
     rank: int | None = None
     energy: float | None = None
@@ -58,7 +57,7 @@ class Refit:
 
 @dataclass(frozen=True)
 class Operand:
-    """One adapter's share in a module."""
+    """One adapter's factors and weight on a module."""
 
     number: int
     factors: Factors
@@ -81,8 +80,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class CombinedFactors(FactorsTask):
-    """The factors of one module that a method makes of all adapters' deltas, or of their factors
-    (space "factors")."""
+    """The factors of one module that a method computes from all adapters' deltas, or from their
+    factors (space "factors")."""
 
     parts: tuple[Operand, ...] = field(metadata=READ)
     method: Method
@@ -95,7 +94,7 @@ class CombinedFactors(FactorsTask):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the result is dense: the method needs the deltas multiplied out, or one of them
+        """True if the result is dense: the method needs the deltas multiplied out, or one of them
         is no product."""
         return self.method.acts_on == "elements" or any(part.dora for part in self.parts)
 
@@ -144,8 +143,8 @@ class CombinedFactors(FactorsTask):
 
     @property
     def gpu_memory(self) -> int:
-        """Also blocks of all deltas, twice while signs are elected, and all elements of one of
-        which the largest are selected."""
+        """Also counts blocks of all deltas, twice while signs are elected, and all elements of one
+        delta whose largest are selected."""
         if not self.is_dense:
             return super().gpu_memory
         size, each = math.prod(self.shape), 8 * len(self.parts) + PIECE_BYTES
@@ -183,11 +182,11 @@ class CombinedFactors(FactorsTask):
             )
 
     def covariance(self, inputs: Reader, which: int) -> Tensor:
-        """E[x xᵀ] (in, in) float32 of the inputs that a part saw."""
+        """E[x xᵀ] (in, in) float32 of the inputs of an operand."""
         return read_covariance(inputs, self.covariances[which])
 
     def covariance_errors(self) -> AbstractContextManager[None]:
-        """A ValueError inside is one of them."""
+        """Report a ValueError inside as the error of a covariance."""
         return covariance_errors(*self.covariances)
 
     def _refit(
@@ -197,8 +196,8 @@ class CombinedFactors(FactorsTask):
         spans: list[Svd | None],
         root: Tensor | None,
     ) -> TaskResult:
-        """`spans`: for each result directions near which those of its singular vectors are;
-        `root`: of the norm of the refit."""
+        """Refit the results. `spans`: for each result, a basis near its singular vectors; `root`:
+        of the norm of the refit."""
         products = [result for result in results if isinstance(result, Product)]
         if self.refit.exact and products and products[0].rank <= min(self.shape):
             pairs = [algebra.balance(product) for product in products]
@@ -235,8 +234,8 @@ class CombinedFactors(FactorsTask):
         return a.clamp(-limit, limit), b.clamp(-limit, limit)
 
     def _on_factors(self, inputs: Reader) -> TaskResult:
-        """PEFT's way: the method acts on the a's with sign(c)√|c| and on the b's with √|c|,
-        c = weight · scale, whatever that does to their products."""
+        """PEFT's rule: the method acts on the a's with sign(c)√|c| and on the b's with √|c|, c =
+        weight · scale; the products have cross terms."""
         pairs = [part.factors.stored(inputs) for part in self.parts]
         roots = [
             (math.copysign(abs(c) ** 0.5, c), abs(c) ** 0.5)
@@ -257,7 +256,7 @@ class CombinedFactors(FactorsTask):
     def _result(
         self, pairs: list[tuple[Tensor, Tensor]], metrics: list[dict], fit: dict[str, float]
     ) -> TaskResult:
-        """`fit`: metrics of what the factors lose of the delta."""
+        """The factors of the pairs; `fit`: metrics of the fit's error."""
         merged: Metrics = {"rank": len(pairs[0][0]), **fit}
         # of a stack of experts: the mean over them
         merged |= {key: _mean([metric[key] for metric in metrics]) for key in metrics[0]}
@@ -272,8 +271,8 @@ def combined_delta(
     *,
     wide: bool = False,
 ) -> tuple[Delta, Metrics]:
-    """What a method of no covariances makes of deltas, as a product where it keeps them so, else
-    dense, and its metrics; `wide`: as `Deltas` has it."""
+    """The delta by a method without covariances, a product if the method keeps one, else dense, and
+    its metrics; `wide`: as in `Deltas`."""
     if method.acts_on == "elements":
         return method.combine_elements(Deltas(deltas, wide=wide), weights, seeds)
     assert method.acts_on == "factors"
@@ -291,7 +290,7 @@ def module_seeds(seed: int, name: str) -> Seeds:
 
 
 def quantile(values: Tensor, share: float) -> float:
-    """The quantile with linear interpolation, of any number of values (torch.quantile stops at 16
+    """The quantile with linear interpolation, for any number of values (torch.quantile stops at 16
     million)."""
     at = share * (len(values) - 1)
     low = math.floor(at)
@@ -301,8 +300,8 @@ def quantile(values: Tensor, share: float) -> float:
 
 
 def _span(deltas: Sequence[Delta]) -> Svd | None:
-    """The directions of all factors, near which are those of whatever combines their products; None
-    where one is dense."""
+    """The directions of all factors, which nearly span every combination of their products; None if
+    one delta is dense."""
     products = [delta for delta in deltas if isinstance(delta, Product)]
     if len(products) < len(deltas):
         return None

@@ -1,4 +1,4 @@
-"""What a method makes of several adapters, added to one stored tensor."""
+"""Add a method's combination of several adapters to one stored tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WeightedDelta:
-    """One adapter's delta of a parameter: its factors, which add up, or one of another kind."""
+    """One adapter's delta of a parameter: its factors, which add up, or a delta of another kind."""
 
     weight: float
     factors: tuple[PlacedFactors, ...] = ()
@@ -37,7 +37,7 @@ class WeightedDelta:
         return (*own, *(self.other.reads if self.other else ()))
 
     def deltas(self, inputs: Reader) -> list[Delta]:
-        """Of each block: factors in float64, or dense in float32."""
+        """The delta of each block: factors in float64, or dense in float32."""
         if self.other is not None:
             value = self.other.value(inputs.view(None))
             return [value if isinstance(value, Product) else value.float()]
@@ -50,8 +50,8 @@ class WeightedDelta:
 
 @dataclass(frozen=True, slots=True)
 class AddCombined(RowEdit):
-    """w += method(w₁Δ₁, w₂Δ₂, ...): as factors in float64 where the method keeps them so, else
-    dense in float32."""
+    """w += method(w₁Δ₁, w₂Δ₂, ...): as factors in float64 if the method keeps them, else dense in
+    float32."""
 
     name: str  # of the module, for random numbers
     parts: tuple[WeightedDelta, ...]
@@ -92,7 +92,7 @@ class AddCombined(RowEdit):
 
     @property
     def gpu_memory(self) -> int:
-        """As `CombinedFactors` has it: blocks of all deltas, and elements that are selected."""
+        """As in `CombinedFactors`: blocks of all deltas, and elements that are selected."""
         size, each = math.prod(self.shape) * self.is_dense, 8 * len(self.parts) + PIECE_BYTES
         return each * min(GPU, size) + 16 * min(elementwise.AT_ONCE, size)
 
@@ -118,7 +118,7 @@ class AddCombined(RowEdit):
         return Loaded(apply, math.hypot(*(_norm(delta) for *_, delta in added)))
 
     def _placed(self, delta: Delta, block: Block, dtype: torch.dtype | None) -> Delta:
-        """The delta as it lies on the grid: factors in the dtype of the arithmetic."""
+        """The delta in the layout of the grid; factors have the dtype of the arithmetic."""
         rows, columns = block.rows, block.columns
         if not isinstance(delta, Product):
             dense = delta.T if self.flip else delta

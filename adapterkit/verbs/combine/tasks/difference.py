@@ -1,5 +1,5 @@
-"""The factors of the difference of two parameters, or the new parameter whole, and what all of them
-once computed say of ranks and keys."""
+"""Compute the factors of the difference of two parameters, or the new parameter in full; then set
+ranks and keys."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ BLOCK = 1 << 20  # elements converted to float32 at a time on a CPU
 
 @dataclass(frozen=True)
 class DifferenceFactors(FittedFactors):
-    """Factors of one weight's difference between both sides; of a stack of experts, of each matrix
-    of it."""
+    """Factors of one weight's difference between both sides; for a stack of experts, of each
+    matrix."""
 
     module: str
     old: StoredParameter = field(metadata=READ)
@@ -39,7 +39,7 @@ class DifferenceFactors(FittedFactors):
     target: str  # what PEFT's config calls it
 
     def with_keys(self, wrappers: Mapping[str, int], depth: int) -> DifferenceFactors:
-        """The same with keys as deep as they can become, `depth` among those of its module."""
+        """A copy with keys as deep as they can become, `depth` among those of its module."""
         a_key, b_key = factor_keys(self.module, wrappers, depth)
         return replace(self, place=replace(self.place, a_key=a_key, b_key=b_key))
 
@@ -60,8 +60,8 @@ class DifferenceFactors(FittedFactors):
 
     @property
     def memory(self) -> int:
-        """The difference of one matrix, the vectors of its decomposition or a product of its short
-        side, and the factors; with statistics also what it does to the inputs, and its root."""
+        """Bytes of one matrix' difference, the vectors of its decomposition or a product of its
+        short side, and the factors; with statistics also its outputs and the root."""
         size, short_side = math.prod(self._shape), min(self._shape)
         factors = sum(4 * math.prod(stored.shape) for stored in self.max_outputs)
         plain = 8 * size + 32 * min(short_side**2, size) + 2 * factors + 32 * BLOCK
@@ -89,7 +89,7 @@ class DifferenceFactors(FittedFactors):
         )
 
     def _matrices(self) -> Iterator[tuple[StoredParameter, StoredParameter]]:
-        """Both sides of each matrix."""
+        """Yield both sides of each matrix."""
         if self.place.experts is None:
             yield self.old, self.new
         for i in range(self.place.experts or 0):
@@ -103,8 +103,7 @@ class DifferenceFactors(FittedFactors):
 
 @dataclass(frozen=True)
 class WholeParameter(Task):
-    """One parameter's value, put together where it is stored in parts or as a part of something
-    else."""
+    """One parameter's value, assembled if it is stored in parts or inside another tensor."""
 
     parameter: str
     value: StoredParameter = field(metadata=READ)
@@ -128,8 +127,8 @@ class WholeParameter(Task):
 
 
 def _difference(old: StoredParameter, new: StoredParameter, inputs: Reader) -> Tensor | None:
-    """new - old in float32, a block of rows at a time; None where both store the same, or one is
-    the other's rounding."""
+    """new - old in float32, a block of rows at a time; None if both store the same, or one is the
+    other's rounding."""
     each = piece(inputs.device, BLOCK)
     blocks = new.row_ranges(each)
     blocks = blocks if len(old.row_ranges(each)) == len(blocks) else [(0, new.shape[0])]
@@ -150,7 +149,7 @@ Pieces = list[tuple[int, StoredParameter, StoredParameter]]
 
 
 def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Reader) -> bool:
-    """Whether both sides store the same, compared before anything is converted."""
+    """True if both sides store the same bytes, compared before any conversion."""
     if not old.same_storage(new):
         return False
     pairs = (
@@ -164,7 +163,7 @@ def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inpu
 def _is_rounding(
     old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Reader
 ) -> bool:
-    """Whether all of one side is the other's rounding."""
+    """True if one side is the rounding of the other."""
     if old.dtypes == new.dtypes or len(old.dtypes) > 1 or len(new.dtypes) > 1:
         return False
     (first,), (second,) = (
@@ -185,9 +184,8 @@ def finalize_extraction(
 ) -> Finalize | None:
     """Give each module its share of the size, and keys that depend on which modules have factors.
 
-    PEFT wraps a module with factors, and calls what it wraps `base_layer`; it wraps a module's
-    parameters in their order, so that the last one's wrapper is the outermost.
-    """
+    PEFT wraps a module with factors, and names the inner module `base_layer`; it wraps a module's
+    parameters in their order, so that the last one's wrapper is the outermost."""
     by_size = finalize_by_size(truncation, tasks, made_for) if truncation.max_size else None
     targets = Counter(task.module for task in tasks if isinstance(task, DifferenceFactors))
     if all(_has_fixed_keys(task, targets) for task in tasks):
@@ -221,7 +219,7 @@ def _finalize_keys(
 
 
 def _has_fixed_keys(task: Task, targets: Mapping[str, int]) -> bool:
-    """Whether a task's keys do not depend on which of the modules `targets` have factors."""
+    """True if a task's keys do not depend on which of the modules `targets` have factors."""
     if isinstance(task, DifferenceFactors):
         around = prefixes(task.module)[:-1]
         return targets[task.module] == 1 and not any(path in targets for path in around)

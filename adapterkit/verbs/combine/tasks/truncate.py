@@ -1,4 +1,4 @@
-"""Factors of the best approximation of each module's delta, and the ranks at which they are
+"""Factors of the best approximation of each module's delta, and the ranks to which they are
 truncated."""
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ SHARES = 8  # times the rank that all modules could have alike
 
 
 def rank_for(truncation: TruncationOptions, s: Tensor, total: float) -> int:
-    """The rank for these singular values, falling, of which Σ s² over all is `total`.
+    """The rank for these falling singular values; `total`: Σ s² over all.
 
-    With `max_size` that of all values above the noise: `finalize_by_size` decides then.
-    """
+    With `max_size`, the rank of all values above the noise: `finalize_by_size` decides later."""
     if truncation.rank is not None:
         return min(truncation.rank, len(s))
     if truncation.energy is not None:
@@ -53,8 +52,8 @@ def rank_for(truncation: TruncationOptions, s: Tensor, total: float) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedFactors(FactorsTask):
-    """Factors of the best approximation of one module's delta of the rank that `truncation` says,
-    in the norm of the module's outputs where the covariance of the inputs is known."""
+    """Factors of the best approximation of one module's delta at the rank of `truncation`, in the
+    norm of the module's outputs if the covariance of the inputs is known."""
 
     truncation: TruncationOptions
     alpha: float | None = None  # the config's lora_alpha, compensated in b; None: the scale is 1
@@ -74,8 +73,8 @@ class FittedFactors(FactorsTask):
     def fit(
         self, decompositions: Sequence[weighted.Decomposition], more: Mapping[str, float]
     ) -> TaskResult:
-        """The factors for the decomposition of the delta, of several experts at the largest of
-        their ranks, what they lose, and `more` metrics."""
+        """The factors for the delta's decomposition (several experts: at the largest of their
+        ranks), their errors, and `more` metrics."""
         rank = max(rank_for(self.truncation, one.svd.s, one.total) for one in decompositions)
         tensors = self.place.stored([one.factors(rank) for one in decompositions])
         if self.alpha is not None:
@@ -92,7 +91,8 @@ Squares = dict[str, tuple[list[float], float]]
 
 
 def energies_of(decompositions: Sequence[weighted.Decomposition], rank: int) -> Squares:
-    """The energies of all together, up to that rank; first those of the norm of the fit."""
+    """The energies of all decompositions together, up to that rank; first those in the norm of the
+    fit."""
     tables = [one.energies for one in decompositions]
     return {name: _sum([table[name] for table in tables], rank) for name in tables[0]}
 
@@ -104,9 +104,9 @@ def _sum(energies: Sequence[weighted.Energies], rank: int) -> tuple[list[float],
 
 
 def fit_metrics(energies: Squares, rank: int) -> dict[str, float]:
-    """The delta's norm, the share of the energy that the factors of that rank have, and relative
-    errors: ‖Δ - b·a‖ / ‖Δ‖, with statistics also ‖(Δ - b·a) C^½‖ / ‖Δ C^½‖ (`output_error`, whose
-    energy it is then) and both of the factors that are the best without them."""
+    """The delta's norm, the share of the energy that factors of that rank keep, and relative
+    errors: ‖Δ - b·a‖ / ‖Δ‖, with statistics also ‖(Δ - b·a) C^½‖ / ‖Δ C^½‖ (`output_error`, then
+    also the norm of the energy) and both errors of the best factors without statistics."""
     shares = {
         name: min(math.fsum(parts[:rank]) / total, 1.0) if total else 1.0
         for name, (parts, total) in energies.items()
@@ -118,7 +118,7 @@ def fit_metrics(energies: Squares, rank: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TruncatedFactors(FittedFactors):
-    """Of a delta that is stored as factors."""
+    """Fitted factors of a delta that is stored as factors."""
 
     factors: Factors = field(metadata=READ)
 
@@ -145,7 +145,7 @@ class TruncatedFactors(FittedFactors):
 
 @dataclass(frozen=True)
 class ConvertedFactors(FittedFactors):
-    """Of the delta of another type of adapter."""
+    """Fitted factors of a delta of another type of adapter."""
 
     delta: Delta = field(metadata=READ)
 
@@ -176,11 +176,10 @@ class ConvertedFactors(FittedFactors):
 def in_output_norms(
     tasks: list[F], stats: Checkpoint, parameters: Collection[str], notes: list[str]
 ) -> list[F]:
-    """The tasks, those of linear layers with the covariance of their inputs.
+    """The tasks, with the covariance of their inputs for linear layers.
 
-    `parameters`: names of factors of single parameters. What is no linear layer joins the notes.
-    `Refused` with all covariances that are missing or of another shape.
-    """
+    `parameters`: names of factors of single parameters. Layers that are not linear join the notes.
+    `Refused` with all covariances that are missing or of another shape."""
     selected = select_covariances(stats, input_widths(tasks, parameters, notes, BY_WEIGHTS))
     return [replace(task, covariance=selected.get(task.name)) for task in tasks]
 
@@ -188,7 +187,7 @@ def in_output_norms(
 def input_widths(
     tasks: Sequence[FactorsTask], parameters: Collection[str], notes: list[str], otherwise: str
 ) -> dict[str, int]:
-    """The widths of the inputs of linear layers; a note says what happens to others."""
+    """The widths of the inputs of linear layers; a note says how others are fitted."""
     widths = {
         task.name: task.place.a_tail[0]
         for task in tasks
@@ -212,8 +211,8 @@ def input_widths(
 
 
 def within_shares(tasks: list[F], truncation: TruncationOptions) -> list[F]:
-    """The tasks of dense deltas, with --max-size with no rank above SHARES times the one that all
-    modules could have alike: that bounds the work."""
+    """The tasks of dense deltas. With --max-size, none has a rank above SHARES times the even rank,
+    which bounds the work."""
     if not truncation.max_size:
         return tasks
     even_rank = max(1, truncation.size // max(sum(map(_rank_nbytes, tasks)), 1))
@@ -227,10 +226,10 @@ def finalize_by_size(
     truncation: TruncationOptions, tasks: Sequence[Task], made_for: str | None = None
 ) -> Finalize:
     """Give each module its rank once all singular values are known: the largest of all modules
-    count while the file has room. `made_for`: the base's fingerprint, in its header.
+    count as long as the file stays within its size. `made_for`: the base's fingerprint, in its
+    header.
 
-    Raises `Refused` where not even rank 1 for each fits.
-    """
+    Raises `Refused` if not even rank 1 for each fits."""
     most = [stored for task in tasks for stored in task.max_outputs]
     header = len(laid_out("", most, metadata_with(made_for), ordered=True).header)
     costs = [_rank_nbytes(task) for task in tasks]
@@ -282,7 +281,7 @@ def _spend(
 
 
 def _rank_nbytes(task: Task) -> int:
-    """Bytes of one rank of a task's factors; 0 for what has no rank."""
+    """Bytes of one rank of a task's factors; 0 for a task without rank."""
     if not isinstance(task, FittedFactors):
         return 0
     a, b = task.place.shapes(1)
@@ -290,7 +289,7 @@ def _rank_nbytes(task: Task) -> int:
 
 
 def _truncate(task: FittedFactors, rank: int, result: TaskResult) -> TaskResult:
-    """The first `rank` of the rank-one parts, which come in the order of their singular values."""
+    """The first `rank` rank-one terms, which come in the order of their singular values."""
     metrics = dict(result.metrics)
     before, energies = metrics["rank"], metrics.pop("energies")
     place = task.place

@@ -1,4 +1,4 @@
-"""Ways to start an adapter: a method is a file with a frozen record, see `protocol.py`."""
+"""Initializations of an adapter: a method is a file with a frozen record, see `protocol.py`."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 
 def created_init(name: str, settings: dict[str, object]) -> "Initialization":
-    """The init of that name with these options; `Refused` for what it does not take."""
+    """The init of that name with these options; `Refused` for options that it does not have."""
     return cast("Initialization", create("inits", name, settings))

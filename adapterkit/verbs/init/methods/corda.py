@@ -1,4 +1,4 @@
-"""corda: the part of the weight that matters most, or least, to a layer's inputs."""
+"""corda: the component of the weight that matters most, or least, to a layer's inputs."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ DAMPING = 0.01  # of the mean of C's diagonal
 @dataclass(frozen=True)
 class Corda(ComputedInit):
     """scale·b@a = U_r U_rᵀ W, U_r the leading left singular vectors of W C' (`ipm`, instruction
-    previewed) or the trailing ones (`kpm`, knowledge preserved), C' = C + 0.01·mean(diag C)·1,
-    C = E[x xᵀ]; the base becomes W - scale·b@a.
+    previewed) or the trailing ones (`kpm`, knowledge preserved), C' = C + 0.01·mean(diag C)·1, C =
+    E[x xᵀ]; the base becomes W - scale·b@a.
 
-    That is PEFT's U_r S_r V_rᵀ C'⁻¹, as W C' C'⁻¹ = W: no inverse is needed, nor the larger damping
-    that PEFT takes where its float32 inverse fails. The norms of each column of b and row of a are
-    equal; PEFT's depend on the scale of C. A rank above min(out, in) is filled with zeros.
-    """
+    This equals PEFT's U_r S_r V_rᵀ C'⁻¹, because W C' C'⁻¹ = W. It needs no inverse, and not the
+    larger damping that PEFT uses if its float32 inverse fails. The norms of each column of b and
+    row of a are equal; PEFT's depend on the scale of C. A rank above min(out, in) is filled with
+    zeros."""
 
     corda_method: str = "ipm"
 
@@ -39,8 +39,7 @@ class Corda(ComputedInit):
     ) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) and covariance (in, in) float32.
 
-        Raises ValueError for what is no covariance, as `weighted.normalized`.
-        """
+        Raises ValueError for a matrix that is no covariance, as `weighted.normalized`."""
         damped = weighted.normalized(covariance)
         damped.diagonal().add_(DAMPING)
         wide = weight.double()

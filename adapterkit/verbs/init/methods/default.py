@@ -1,4 +1,4 @@
-"""default: a uniform as torch starts a linear layer, b zero."""
+"""default: a uniform as in torch's linear layers, b zero."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Default(DrawnInit):
     def draw(
         self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """a and b in float32; in counts the kernel's elements too."""
+        """a and b in float32; `in` includes the kernel's elements."""
         bound = 1 / math.sqrt(math.prod(a_shape[1:]))
         a = torch.empty(a_shape).uniform_(-bound, bound, generator=generator)
         return a, torch.zeros(b_shape)

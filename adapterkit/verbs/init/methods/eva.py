@@ -1,4 +1,5 @@
-"""eva: a is the principal directions of the inputs, b zero; ranks go where they explain most."""
+"""eva: a has the principal directions of the inputs, b is zero; ranks go to the modules that they
+explain best."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,15 @@ NOISE = 1e-12  # of the largest variance
 class Eva(RedistributingInit):
     """a = the principal directions of the centered inputs, b = 0: the delta is zero.
 
-    Ranks are redistributed over the model: of the first round(rank·rho) components of every module,
-    those count that explain the largest shares of their layer's variance, as many as all ranks
-    together; of equal ones those of the first module, so that of modules with the same inputs the
-    first has the largest rank. `adjust_scaling_factors`: alpha grows with the rank. `whiten`: each
-    row of a is divided by the square root of its standard deviation σ.
+    Ranks are redistributed over the model. The first round(rank·rho) components of every module are
+    candidates; those that explain the largest shares of their layer's variance are kept, as many as
+    all ranks together. Among equal ones the first module's count, so that of modules with the same
+    inputs the first has the largest rank. `adjust_scaling_factors`: alpha grows with the rank.
+    `whiten`: each row of a is divided by the square root of its standard deviation σ.
 
     Unlike PEFT, whose components are of an incremental, randomized decomposition (`tau` stops it),
     these are exact. Its `whiten` divides by √(σ √tokens), which depends on how often it went
-    through the data, and once for each of the modules with the same inputs.
-    """
+    through the data, and once for each of the modules with the same inputs."""
 
     rho: float = 2.0
     whiten: bool = False
@@ -68,8 +68,8 @@ class Eva(RedistributingInit):
         variances: Tensor,
         variance: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """a (rank, in) and b (out, rank), zeros where there are fewer components; weight (out, in),
-        of which only the shape matters, components (k, in), variances (k,) and their total (1,)
+        """a (rank, in) and b (out, rank), zeros if there are fewer components; weight (out, in), of
+        which only the shape matters, components (k, in), variances (k,) and their total (1,)
         float32."""
         a = components[:rank]
         if self.whiten and variances[:1].any():
@@ -86,11 +86,10 @@ class Eva(RedistributingInit):
 
 
 def distribute(ratios: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Ranks of modules from the ratios that their components explain, falling: how many of each are
-    among the `budget` largest of all; fewer in total where there are not as many.
+    """Ranks of modules from the falling ratios that their components explain: how many of each are
+    among the `budget` largest of all; fewer in total if there are not as many.
 
-    Raises `Unrecoverable` where there are none.
-    """
+    Raises `Unrecoverable` if there are none."""
     pool = [(ratio, module) for module, its in enumerate(ratios) for ratio in its]
     pool.sort(key=lambda pair: -pair[0])
     if not pool:

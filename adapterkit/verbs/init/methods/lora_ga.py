@@ -1,4 +1,4 @@
-"""lora_ga: the first step of the factors goes where that of full fine-tuning would."""
+"""lora_ga: the first step of the factors approximates that of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ class LoraGa(ComputedInit):
     `gd_scale` (a and b over the adapter's scale), `unit` (none).
 
     As PEFT, which unlike the paper's code keeps S in b and leaves a as it is. Unlike PEFT: the
-    decomposition is exact; `out` is the layer's also where the weight is stored as (in, out);
-    `random` with `weight_svd` goes by b's largest value, not by whichever was drawn first, beside
-    which the others may be large. Each row of Vᵀ has its largest element positive. Where the
-    gradient has fewer than 2r triplets, zeros take their places.
-    """
+    decomposition is exact; `out` is the layer's also if the weight is stored as (in, out); `random`
+    with `weight_svd` uses b's largest value, not the first one drawn, relative to which others may
+    be large. Each row of Vᵀ has its largest element positive. If the gradient has fewer than 2r
+    triplets, zeros replace them."""
 
     direction: str = "ArB2r"
     scale: str = "stable"
@@ -49,7 +48,7 @@ class LoraGa(ComputedInit):
 
     @property
     def draws(self) -> bool:
-        """Whether the factors need random numbers."""
+        """True if the factors need random numbers."""
         return self.direction == "random"
 
     def factors(
@@ -75,7 +74,7 @@ class LoraGa(ComputedInit):
         return a.contiguous(), b.contiguous()
 
     def _indices(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Which triplets a and b have."""
+        """The indices of the triplets for a and for b."""
         order = torch.arange(2 * rank)
         if self.direction == "random":
             assert generator is not None
@@ -88,7 +87,7 @@ class LoraGa(ComputedInit):
 
 
 def _leading(gradient: Tensor, count: int) -> Svd:
-    """`count` triplets, zeros where there are not as many, with the signs fixed."""
+    """`count` triplets with fixed signs, zeros if there are fewer."""
     u, s, vh = truncated.truncated_svd(gradient, count)
     signs = torch.stack([(fix_sign(row) * row).sum().sign() for row in vh])
     missing = count - len(s)

@@ -1,4 +1,4 @@
-"""milora: the factors are the minor part of the weight, the base keeps the rest."""
+"""milora: the factors take the minor component of the weight, the base keeps the rest."""
 
 from dataclasses import dataclass
 

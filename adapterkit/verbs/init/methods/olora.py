@@ -1,4 +1,4 @@
-"""olora: the factors are of the weight's QR decomposition, the base keeps the rest."""
+"""olora: the factors come from the weight's QR decomposition, the base keeps the rest."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,8 @@ from adapterkit.verbs.init.methods.protocol import ComputedInit
 class Olora(ComputedInit):
     """b = Q_r, a = R_r of W = QR; the base becomes W - scale·b@a.
 
-    Only the first r columns of Q are made: they depend on the first r columns of W alone. A rank
-    above min(out, in) is filled with zeros.
-    """
+    Only the first r columns of Q are computed: they depend only on the first r columns of W. A rank
+    above min(out, in) is filled with zeros."""
 
     name = "olora"
     source = "arXiv:2406.01775"

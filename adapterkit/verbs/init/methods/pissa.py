@@ -1,4 +1,4 @@
-"""pissa: the factors are the principal part of the weight, the base keeps the rest."""
+"""pissa: the factors take the principal component of the weight, the base keeps the rest."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,12 @@ from adapterkit.verbs.init.methods.protocol import ComputedInit
 
 @dataclass(frozen=True)
 class Pissa(ComputedInit):
-    """scale·b@a = U_r S_r V_rᵀ, the leading triplets of W, split evenly; the base becomes
-    W - scale·b@a.
+    """scale·b@a = U_r S_r V_rᵀ, the leading triplets of W, split evenly; the base becomes W -
+    scale·b@a.
 
     Singular values to 1e-5 of the largest one, by block Krylov where that is faster; PEFT
-    decomposes in full. `niter`: a randomized method of so many rounds, from a seed of its own; as
-    fast and less exact, for comparisons with PEFT's `pissa_niter_4`.
-    """
+    decomposes in full. `niter`: a randomized method of so many rounds, from its own seed. It is as
+    fast and less exact, for comparisons with PEFT's `pissa_niter_4`."""
 
     niter: int | None = None
 

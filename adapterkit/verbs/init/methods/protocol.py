@@ -1,6 +1,6 @@
-"""What an init is: a frozen record whose fields are its options, drawn from random numbers alone,
-or computed from the weight and statistics of a layer. Shapes are those of the file: a (r, in),
-b (out, r)."""
+"""Protocols of inits: frozen records whose fields are their options. The factors are drawn from
+random numbers alone, or computed from the weight and statistics of a layer. Shapes are those of the
+file: a (r, in), b (out, r)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Pair = tuple[Tensor, Tensor]  # a and b, float32
 
 
 class Initialization(ABC):
-    """What all of them say. A record has no other public attributes: a misspelt one is refused."""
+    """Constants of every init. A record has no other public attributes, because a misspelt one is
+    refused."""
 
     name: ClassVar[str]  # what users type
     source: ClassVar[str]  # the paper
@@ -43,7 +44,7 @@ def _annotated(cls: type) -> Iterable[str]:
 
 
 class DrawnInit(Initialization):
-    """An init that needs nothing."""
+    """An init from random numbers alone."""
 
     zero_b: ClassVar[bool]  # whether b is zero
 
@@ -59,15 +60,15 @@ class DrawnInit(Initialization):
         generator: torch.Generator,
         embedding: bool,
     ) -> Pair:
-        """a and b of a layer. On an embedding the factor of the lookup is the one that is zero, as
-        in LoRA's own code."""
+        """a and b of a layer. On an embedding, the zero factor is the one that is looked up, as in
+        LoRA's own code."""
         if embedding and self.zero_b:
             return torch.zeros(a_shape), torch.randn(b_shape, generator=generator)
         return self.draw(a_shape, b_shape, generator)
 
 
 class ComputedInit(Initialization):
-    """An init that needs a layer's weight, or statistics of it."""
+    """An init from a layer's weight, or statistics of it."""
 
     triplets_per_rank: ClassVar[int] = 1  # singular triplets of the weight
     # (weight (out, in), rank, scale, **statistics by their kinds); the weight has no values where
@@ -76,7 +77,7 @@ class ComputedInit(Initialization):
 
     @property
     def draws(self) -> bool:
-        """Whether `factors` takes a `generator`."""
+        """True if `factors` takes a `generator`."""
         return False
 
     def start(
@@ -93,23 +94,23 @@ class ComputedInit(Initialization):
 
 
 class RedistributingInit(ComputedInit):
-    """An init whose ranks go where the components of the layers' inputs explain most."""
+    """An init that gives ranks to the layers whose input components explain most."""
 
     @abstractmethod
     def candidates(self, modules: Iterable[tuple[Hashable, int, int]]) -> dict[Hashable, int]:
-        """How many components take part in the redistribution, by what modules have them in common:
-        as many as the one of them with the largest rank asks for.
+        """The number of components in the redistribution, by the owner of the components: the
+        largest number that a module of that owner needs.
 
-        `modules`: (what has the components, rank, in) of each."""
+        `modules`: (owner of the components, rank, in) of each."""
 
     @abstractmethod
     def too_few(self, module: str, rank: int, stored: int, needed: int, where: str) -> Refused:
-        """The refusal of a file without as many components as take part."""
+        """The refusal of a file with fewer components than the redistribution needs."""
 
     @abstractmethod
     def ratios(self, rank: int, variances: Tensor, variance: Tensor) -> list[float]:
-        """The shares of a layer's variance that its first components explain, falling; none for
-        those without."""
+        """The falling shares of a layer's variance that its first components explain; none without
+        variance."""
 
     @abstractmethod
     def new_alpha(self, alpha: float, rank: int, new_rank: int) -> float:
