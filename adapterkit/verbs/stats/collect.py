@@ -1,4 +1,4 @@
-"""Sums of a model's layers, of batches of data; the file of statistics that they give."""
+"""Sum up a model's layers over batches of data, and make the file of statistics from the sums."""
 
 from __future__ import annotations
 
@@ -46,19 +46,18 @@ def collect(
     attempt: str = "",
     progress: Progress,
 ) -> None:
-    """Sum up what the layers of a checkpoint's model see, and their gradients, while it runs on
-    `batches`; the sums become files in `work`, those that are there are not made again.
+    """Sum up the inputs of a checkpoint's layers, and their gradients, while its model runs on
+    `batches`; the sums become files in `work`, and existing ones are not made again.
 
-    `batches`: keyword arguments of the model's forward, each of samples (batch, ...); with `labels`
+    `batches`: keyword arguments of the model's forward, each of samples (batch, ...). With `labels`
     (batch, tokens) only tokens whose label is not -100 count, with `attention_mask` only those that
-    it lets count. In memory are one layer, one batch's activations, and those of `memory` bytes of
-    batches that wait, the rest is in `work`. `blocks`: these alone, kept apart, for a process that
-    is this `attempt`.
+    it includes. Memory holds one layer, one batch's activations, and waiting batches up to `memory`
+    bytes; the rest is in `work`. `blocks`: only these, kept separate, for a process that is this
+    `attempt`.
 
     The model is in eval mode (PEFT collects gradients in training mode, whose dropout makes them
     random), in its checkpoint's dtype, without a cache. Raises `Refused` for models and data that
-    cannot be run so; `Failed` for inputs that are not finite.
-    """
+    cannot be run like this; `Failed` for inputs that are not finite."""
     with open_sources(base.folder) as sources:
         job = CollectionPlan(StoredModel(base, sources, device), options, batches)
         if attempt:
@@ -75,7 +74,7 @@ def collect(
 
 
 def _run_whole(job: CollectionPlan, ledger: Ledger, progress: Progress) -> None:
-    """The model as a whole, batch by batch, but for blocks whose sums are there."""
+    """Run the whole model, batch by batch, except blocks whose sums exist."""
     stored, model, tally = job.stored, job.model, Tally(ledger, WHOLE)
     todo = [(block, batch) for block, batch in job.runs if not tally.is_done(block)]
     names = stored.parameters()
@@ -110,13 +109,14 @@ def _run_whole(job: CollectionPlan, ledger: Ledger, progress: Progress) -> None:
 
 
 def open_sources(folder: Folder) -> Sources:
-    """The base's files; those of the Hub that come one after another, on bounded disk."""
+    """The base's files; those of the Hub are downloaded one after another, on bounded disk."""
     return BoundedSources(folder) if isinstance(folder, BoundedFolder) else Sources((folder,), {})
 
 
 @dataclass(frozen=True)
 class InputStatistics(Task):
-    """Statistics of inputs that some modules share, the sum of sums in files of the work folder."""
+    """Statistics of inputs that some modules share, added up from sums in files of the work
+    folder."""
 
     modules: tuple[str, ...]
     width: int
@@ -165,7 +165,7 @@ class InputStatistics(Task):
 
 @dataclass(frozen=True)
 class GradientMean(Task):
-    """dLoss/dW (out, in) of a module, the mean over so many batches."""
+    """dLoss/dW (out, in) of a module, the mean over that number of batches."""
 
     shape: tuple[int, ...]
     batches: int
@@ -190,7 +190,7 @@ class GradientMean(Task):
 
 @dataclass(frozen=True)
 class CollectedFile:
-    """The file of statistics that the sums in a work folder give."""
+    """The file of statistics made from the sums in a work folder."""
 
     work: Path
     options: StatsOptions
@@ -202,7 +202,7 @@ class CollectedFile:
 
     @cached_property
     def tasks(self) -> list[InputStatistics | GradientMean]:
-        """In the order of the model; `shared` and `modules` follow from them."""
+        """The tasks in model order; also sets `shared` and `modules`."""
         tasks: dict[str, list[InputStatistics | GradientMean]] = {}
         for modules, places in groups_of(self.files):
             records = [file.records[number] for file, number in places]
@@ -223,7 +223,7 @@ class CollectedFile:
 
     @property
     def shared(self) -> dict[str, str]:
-        """Modules whose statistics of inputs have another's name, and that name."""
+        """Module -> the module under whose name its statistics of inputs are stored."""
         inputs = [task for task in self.tasks if isinstance(task, InputStatistics)]
         return {module: task.name for task in inputs for module in task.modules[1:]}
 
@@ -238,14 +238,14 @@ def _part_of(file: SumsFile) -> str:
 
 
 def metadata_with(shared: dict[str, str], about: Json) -> dict[str, str]:
-    """Those of the file's header."""
+    """The metadata of the file's header."""
     return {"format": "pt", METADATA: json.dumps({"shared": shared, **about})}
 
 
 def planned_file(
     name: str, shapes: dict[str, tuple[int, int]], options: StatsOptions, batches: int, about: Json
 ) -> OutputFile:
-    """The file as large as it can become: layers that see the same inputs share their
+    """The file at its maximal size: layers with the same inputs may turn out to share
     statistics."""
     tasks: list[Task] = []
     for module, (rows, width) in shapes.items():

@@ -1,4 +1,4 @@
-"""What is collected of which model from which data."""
+"""Plan a collection: the model, its layers, the statistics, and the data."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,16 +26,16 @@ Batch = Mapping[str, Tensor]
 
 
 def takes_rows(options: StatsOptions) -> bool:
-    """Whether the model runs on one sample at a time: PEFT's covariance is a mean over them."""
+    """True if the model runs on one sample at a time, because PEFT's covariance is a mean over
+    samples."""
     return options.compat == "peft" and "covariance" in options.what
 
 
 class SumsWatch:
-    """Adds what layers see to sums, as a context.
+    """Add the inputs of layers to sums, inside the context.
 
-    `masks` is to be set to those of the batch that runs; None: all vectors count. `stops`: modules
-    whose forward, called by a pass, runs elsewhere: what they see is told by `record_input`.
-    """
+    Set `masks` to those of the current batch; None: all vectors count. `stops`: modules whose
+    forward runs elsewhere if a pass calls it; `record_input` adds their inputs."""
 
     def __init__(self, model: "nn.Module", modules: Mapping[str, "nn.Module"]):
         self.model, self.modules = model, modules
@@ -84,7 +84,7 @@ class SumsWatch:
 
 
 class CollectionPlan:
-    """A model, its layers whose statistics are collected, and the data."""
+    """A model, the layers for statistics, and the data."""
 
     def __init__(self, stored: StoredModel, options: StatsOptions, batches: Sequence[Batch]):
         if options.compat and "pca" in options.what:
@@ -125,7 +125,7 @@ class CollectionPlan:
             self.notes.append("no list of layers in the model: it was run whole")
 
     def _check_labels(self) -> None:
-        """`Refused` if some batch has no loss."""
+        """`Refused` if a batch has no labels."""
         without = sum("labels" not in batch for batch in self.batches)
         if without:
             raise Refused(
@@ -138,14 +138,14 @@ class CollectionPlan:
 
     @property
     def head(self) -> OffloadedLayer | None:
-        """The output layer, if it is a unit that is not needed."""
+        """The output layer, if it is a unit and not needed."""
         head = self.model.get_output_embeddings()
         units = [unit for unit in self.units.outer if unit.module is head]
         needed = self.gradients or (units and units[0].name in self.targets)
         return units[0] if units and not needed else None
 
     def _check_parameters(self) -> None:
-        """`Refused` for parameters that are not stored and may be needed; those behind all layers
+        """`Refused` for parameters that are not stored and may be needed; those after all layers
         become zero."""
         head = self.head
         absent = [
@@ -171,8 +171,8 @@ class CollectionPlan:
             self.notes.append(f"zero, because it is not stored: {listed(absent)}")
 
     def arguments(self, batch: Batch) -> Json:
-        """Of the model's forward: without labels where no loss is asked for, unless the decoder's
-        inputs are made of them."""
+        """Arguments of the model's forward: without labels if no loss is needed, unless the
+        decoder's inputs are made of them."""
         decodes = getattr(self.model.config, "is_encoder_decoder", False)
         if self.gradients or decodes:
             return dict(batch)
@@ -182,16 +182,16 @@ class CollectionPlan:
         return Sums(self.inputs, self.options.components, self.options.compat == "peft")
 
     def is_transposed(self, module: str) -> bool:
-        """Whether a layer's weight is (in, out)."""
+        """True if a layer's weight is (in, out)."""
         return type(self.model.get_submodule(module)).__name__ == TRANSPOSED
 
     def watch(self) -> SumsWatch:
-        """Hooks on the layers; none where no statistics of inputs are asked for."""
+        """Hooks on the layers; none if no statistics of inputs are collected."""
         layers = {name: self.model.get_submodule(name) for name in self.targets if self.inputs}
         return SumsWatch(self.model, layers)
 
     def masks(self, watch: SumsWatch, batch: Batch) -> Masks | None:
-        """Which tokens of a batch count; None: all, as for CorDA's own covariance."""
+        """Masks of the tokens of a batch that count; None: all, as for CorDA's own covariance."""
         return watch.masks_of(batch) if self.inputs and self.options.compat is None else None
 
     def loss(self, output: object) -> Tensor:
@@ -209,13 +209,13 @@ class CollectionPlan:
 
 
 def block_of(number: int, batches: int) -> int:
-    """The block that a batch is in."""
+    """The block of a batch."""
     return number * min(BLOCKS, batches) // batches
 
 
 def tokens_of(batch: Batch) -> int:
-    """How many tokens of a batch count, the decoder's not included; of images, how many there
-    are."""
+    """The number of a batch's tokens that count, without the decoder's; for images, their
+    number."""
     mask = token_masks(batch)[0]
     if mask is not None:
         return int(mask.sum())

@@ -1,4 +1,4 @@
-"""What `stats` will do, complete before any weight is read: samples, batches, modules, sizes."""
+"""Plan `stats` completely before any weight is read: samples, batches, modules, sizes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class ModelRun(ABC):
-    """A collection that runs a model: what it takes."""
+    """A collection that runs a model, and its needs of memory and disk."""
 
     base: Checkpoint
     options: StatsOptions
@@ -82,7 +82,7 @@ class ModelRun(ABC):
         return self.work + max(0, self.sizes.activations - budget)
 
     def totals_of(self, samples: Sequence[Samples], batches: int, budget: int) -> dict[str, int]:
-        """What a dry run prints beside the sizes of the file, with so many bytes of memory."""
+        """The entries of a dry run in addition to the file's sizes; `budget`: bytes of memory."""
         sizes = self.sizes
         in_memory = min(sizes.activations, budget)
         return {
@@ -96,8 +96,8 @@ class ModelRun(ABC):
 
 
 class ByOneProcess:
-    """A collection that the process that makes the file does as a whole, such as one whose layers
-    need all samples before the next one begins."""
+    """A collection that the process that makes the file runs alone, for example because each layer
+    needs all samples before the next one begins."""
 
     blocks = 1
 
@@ -110,7 +110,7 @@ class ByOneProcess:
         finished: Callable[[ShardResult], None],
         progress: Progress,
     ) -> None:
-        """Nothing of its block."""
+        """Publish empty blocks."""
         for file in files:
             made = ShardFile(stage.path, file.name, 0, stage.attempt)
             made.publish()
@@ -119,7 +119,7 @@ class ByOneProcess:
 
 @dataclass(frozen=True)
 class Collection(ModelRun):
-    """What `stats` collects: of which model, of which samples and modules; sizes."""
+    """A collection of `stats`: the model, samples, modules and sizes."""
 
     samples: Samples
     batches: list[dict[str, Tensor]]
@@ -140,7 +140,8 @@ class Collection(ModelRun):
 
     @property
     def effort(self) -> Effort:
-        """Of the model, its gradients and the sums; of layers that see the same inputs, too."""
+        """The effort for the model, its gradients and the sums, including those of layers with the
+        same inputs."""
         passes = 4 if "gradient" in self.options.what else 1  # forward again, and two backward
         squares = sum(width**2 for _, width in self.shapes.values()) if self.sizes.sums else 0
         return Effort(flops=self.samples.tokens * (2 * passes * self.parameters + 9 / 8 * squares))
@@ -160,7 +161,7 @@ class Collection(ModelRun):
         finished: Callable[[ShardResult], None],
         progress: Progress,
     ) -> None:
-        """Make some of the blocks, which go through the model together."""
+        """Compute these blocks, which go through the model together."""
         lists = [ShardFile(stage.path, file.name, 0, stage.attempt) for file in files]
         try:
             numbers = [file.range[0] for file in files if file.range is not None]
@@ -187,8 +188,8 @@ class Collection(ModelRun):
         device: torch.device,
         progress: Progress,
     ) -> OutputFile:
-        """The file as the sums make it: those of all blocks that processes have made, or the sums
-        that this one makes first. `Failed` where no layer has any."""
+        """The file made from the sums: those of all blocks of other processes, or those computed
+        here first. `Failed` if no layer has any."""
         work = stage.path.parent / WORK
         share = Share(progress, file.layout.size)
         if not stage.attempt:
@@ -228,7 +229,7 @@ class Collection(ModelRun):
 
 
 class Share:
-    """Turns steps done of so many into their share of bytes."""
+    """Convert finished steps into their share of bytes."""
 
     def __init__(self, progress: Progress, size: int):
         self.progress, self.size, self.done = progress, size, 0
@@ -240,7 +241,7 @@ class Share:
 
 
 def check_unchanged(plan: Plan) -> None:
-    """`Unrecoverable` where a file of the model is not the one that was planned with."""
+    """`Unrecoverable` if a file of the model has changed since the plan."""
     now = identities(plan.folders, plan.headers)
     for (_, name), before, after in ((key, plan.identities[key], now[key]) for key in now):
         if before != after:
@@ -248,7 +249,7 @@ def check_unchanged(plan: Plan) -> None:
 
 
 def plan_stats(stats: Stats) -> Plan:
-    """Everything the collection will do, or `Refused`."""
+    """The plan of the collection, or `Refused`."""
     on_hub = place_on_hub(stats.out) if is_on_hub(stats.out) else None
     name = PurePosixPath(on_hub.subfolder).name if on_hub else Path(stats.out).name
     suffix = Path(name).suffix
@@ -267,7 +268,7 @@ def plan_stats(stats: Stats) -> Plan:
 def plan_statistics(
     folder: Folder, data: Sequence[StrPath], options: StatsOptions, name: str
 ) -> Plan:
-    """The plan of a file of statistics of that name."""
+    """The plan of a file of statistics with that name."""
     base = open_checkpoint(folder)
     drawn = draw_records(data, options.samples, options.seed)
     with Sources((folder,), {}) as sources:
@@ -330,7 +331,7 @@ def samples_of(
     length: int | None,
     needs_loss: str = "",  # what asks for the model's loss
 ) -> list[Samples]:
-    """The samples of a model of texts; `Refused` for another, or where it has fewer positions."""
+    """The samples of a text model; `Refused` for another one, or if it has fewer positions."""
     name = type(model).__name__
     if model.main_input_name != "input_ids":
         raise Refused(
@@ -379,8 +380,8 @@ def _shape(job: CollectionPlan, module: str) -> tuple[int, int]:
 
 
 def reads_of(job: CollectionPlan) -> list[str]:
-    """The files of the base in the order in which they are read, as far as it is known: a model's
-    code may call its layers in another one."""
+    """The base's files in reading order, as far as known: a model's code may call its layers in
+    another one."""
     units = job.units
     if job.is_whole:
         return job.stored.reads([job.stored.parameters()])
@@ -390,7 +391,7 @@ def reads_of(job: CollectionPlan) -> list[str]:
 
 
 def sizes_of(job: CollectionPlan, shapes: dict[str, tuple[int, int]]) -> Sizes:
-    """What the job takes, by its layers' shapes."""
+    """The job's sizes, from its layers' shapes."""
     stored, units = job.stored, job.units
     layers = [unit for unit in units.outer if unit.is_layer]
     is_whole = job.options.whole or not layers
@@ -423,8 +424,7 @@ def sizes_of(job: CollectionPlan, shapes: dict[str, tuple[int, int]]) -> Sizes:
 
 
 def _positions(model: Any) -> int:
-    """How many tokens a model can tell apart by their place; a large number where it has no such
-    limit."""
+    """The number of positions of a model; a large number if it has no such limit."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # RoBERTa's first positions are those of padding
     first = [
@@ -436,7 +436,7 @@ def _positions(model: Any) -> int:
 
 
 def _check_loss(model: Any, is_text: bool, where: str) -> None:
-    """`Refused` where labels are no tokens, or tokens that the model sees."""
+    """`Refused` for a model whose labels are no tokens, or tokens that it sees."""
     name = type(model).__name__
     if model.get_output_embeddings() is None:
         raise Refused(

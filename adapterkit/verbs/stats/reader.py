@@ -1,4 +1,4 @@
-"""Statistics for inits: those of a file, or of a mapping as `runtime.collect` returns it."""
+"""Read statistics for inits from a file, or from a mapping such as that of `runtime.collect`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ Read = Callable[[TensorSpec], Tensor]  # a value, float32 on the CPU
 
 @dataclass(frozen=True)
 class Mapped:
-    """A mapping's tensors, as the headers of a file would have them."""
+    """A mapping's tensors in the form of a file's headers."""
 
     name: str
     tensors: dict[str, TensorSpec]
@@ -31,8 +31,8 @@ class Mapped:
 
 @contextmanager
 def open_statistics(stats: Stats) -> Iterator[tuple[Statistics, Read]]:
-    """The statistics of a safetensors file, or of a mapping, and how their values are read;
-    `Refused` for what is neither."""
+    """The statistics of a safetensors file, or of a mapping, and the function that reads their
+    values; `Refused` for other sources."""
     if isinstance(stats, Mapping):
         yield _mapped(stats), lambda spec: _value(stats[spec.key], spec)
         return

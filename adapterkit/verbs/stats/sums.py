@@ -1,4 +1,4 @@
-"""Sums over the inputs of layers, from which their statistics are made."""
+"""Sums over the inputs of layers, and the statistics made from them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ class Sum:
     """Σ x xᵀ and Σ x of layers that saw the same inputs so far.
 
     The products are summed in the inputs' dtype (at least float32) over about BLOCK vectors, then
-    in float64: rounding does not grow with their number. Only panels of rows on and right of the
-    diagonal are computed and kept. All is on the device of the inputs, but that totals which find
-    no room there, or no float64, are on the host.
-    """
+    in float64, so that rounding does not grow with their number. Only panels of rows on and right
+    of the diagonal are computed and kept. Everything is on the device of the inputs, except totals
+    that do not fit there, or on devices without float64: these are on the host."""
 
     width: int
     squares: bool  # whether Σ x xᵀ is summed
@@ -44,7 +43,7 @@ class Sum:
 
     @property
     def owner(self) -> str:
-        """The module whose name the statistics have."""
+        """The module under whose name the statistics are stored."""
         return next(iter(self.modules))
 
     @property
@@ -83,7 +82,7 @@ class Sum:
         self.in_block = 0
 
     def _add_panels(self, panels: list[Tensor]) -> None:
-        """Add to the totals, which come to the device of what is added if there is room."""
+        """Add to the totals, which move to the device of the panels if they fit there."""
         device, count = panels[0].device, sum(panel.numel() for panel in panels)
         where = self.total[0].device if self.total else torch.device("cpu")
         if where != device and has_room(device, 8 * count, LEFT):
@@ -110,7 +109,7 @@ class Sum:
             )
 
     def record(self) -> Json:
-        """All but the tensors, as JSON has it."""
+        """Everything except the tensors, as JSON."""
         return {
             "width": self.width,
             "squares": self.squares,
@@ -147,7 +146,7 @@ class Sum:
             total._add_panels(self.total)
 
     def copy(self) -> Sum:
-        """The same sums of no module."""
+        """A copy without modules."""
         return replace(
             self,
             modules={},
@@ -157,7 +156,7 @@ class Sum:
         )
 
     def to(self, device: torch.device) -> Sum:
-        """The same on another device."""
+        """A copy on another device."""
         vector = None if self.vector is None else self.vector.to(device)
         block, total = ([panel.to(device) for panel in one] for one in (self.block, self.total))
         return replace(self, vector=vector, block=block, total=total)
@@ -183,7 +182,7 @@ class Sum:
 
 @dataclass
 class LastInput:
-    """The input x that was seen last, and the layers that saw it."""
+    """The last input x, and the layers that saw it."""
 
     x: Tensor
     mask: Tensor | None
@@ -192,7 +191,7 @@ class LastInput:
     modules: dict[str, None]
 
     def is_input(self, x: Tensor, mask: Tensor | None) -> bool:
-        """Whether x is the same memory, seen the same way, unchanged."""
+        """True if x has the same memory and view, unchanged."""
         return (
             self.x.data_ptr() == x.data_ptr()
             and self.x.shape == x.shape
@@ -209,13 +208,12 @@ class LastInput:
 
 
 class Sums:
-    """Sums of layers: those that always see the same inputs, as q, k and v do, have one sum and one
-    product between them.
+    """Sums of layers: layers that always see the same inputs, as q, k and v do, share one sum and
+    one product.
 
-    `what`: names of INPUTS. `components`: how many principal components "pca" gives.
-    `normalize`: PEFT's CorDA, whose "covariance" is the mean over calls of x xᵀ / max(x)², of all
-    vectors of a call; `Failed` for calls of several rows, which PEFT does not take.
-    """
+    `what`: names of INPUTS. `components`: the number of principal components of "pca". `normalize`:
+    PEFT's CorDA, whose "covariance" is the mean over calls of x xᵀ / max(x)², of all vectors of a
+    call; `Failed` for calls of several rows, which PEFT does not take."""
 
     def __init__(
         self,
@@ -232,9 +230,8 @@ class Sums:
     def add(self, module: str, x: Tensor, mask: Tensor | None = None) -> None:
         """Add an input (..., in) of a layer.
 
-        `mask` (...): which of its vectors count, all where it is None; one object for all layers
-        that share an input.
-        """
+        `mask` (...): the vectors that count, all if None; one object for all layers that share an
+        input."""
         latest = self.latest
         if latest is not None and module not in latest.modules and latest.is_input(x, mask):
             latest.modules[module] = None
@@ -258,8 +255,8 @@ class Sums:
     @torch.inference_mode(False)
     @torch.no_grad()
     def settle(self) -> None:
-        """Add the last input to the sums of the layers that saw it; a sum whose layers did not all
-        see it is split. To be called before the sums are read."""
+        """Add the last input to the sums of the layers that saw it; a sum is split if only some of
+        its layers saw it. Call this before you read the sums."""
         if self.latest is None:
             return
         rows, modules = self.latest.rows, self.latest.modules
@@ -269,7 +266,7 @@ class Sums:
     def _spread(
         self, modules: Mapping[str, None], width: int, change: Callable[[Sum], None]
     ) -> None:
-        """Change the sums of modules that saw the same."""
+        """Change the sums of modules that saw the same input."""
         while modules:
             old = self.by_module.get(next(iter(modules)))
             if old is None:
@@ -287,32 +284,32 @@ class Sums:
             modules = {m: None for m in modules if m not in group}
 
     def merge(self, others: Iterable[Sum]) -> None:
-        """Add sums of more inputs, which may be of other groups of layers."""
+        """Add sums of more inputs, which may group layers differently."""
         for one in others:
             self._spread(one.modules, one.width, one.add_to)
 
     @property
     def groups(self) -> list[Sum]:
-        """Each sum once."""
+        """The distinct sums."""
         return list({id(total): total for total in self.by_module.values()}.values())
 
     @property
     def shared(self) -> dict[str, str]:
-        """Modules whose statistics have another's name, and that name."""
+        """Module -> the module under whose name its statistics are stored."""
         return {
             module: total.owner for module, total in self.by_module.items() if total.owner != module
         }
 
     def statistics(self) -> Iterator[tuple[str, Tensor]]:
-        """(`<owner>.<kind>`, float32 on the CPU) of each sum, one after the other; `Failed` for
-        inputs that are not finite."""
+        """Yield (`<owner>.<kind>`, float32 on the CPU) of each sum, one after the other; `Failed`
+        for inputs that are not finite."""
         self.settle()
         for total in self.groups:
             for kind, value in self.of(total).items():
                 yield key_of(total.owner, kind), value
 
     def of(self, total: Sum) -> dict[str, Tensor]:
-        """The statistics of one sum by kind; none where no vector counts."""
+        """The statistics of one sum by kind; empty if no vector counts."""
         if not total.vectors:
             return {}
         total.check()

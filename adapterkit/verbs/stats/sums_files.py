@@ -1,8 +1,8 @@
-"""Sums of what is done, as files of the work folder, from which the statistics are made.
+"""Store finished sums as files of the work folder, from which the statistics are made.
 
-The batches are divided into blocks, always the same ones, whose sums are added in their order: so
-the statistics are the same bits whether one process adds them up, or several make some blocks each.
-"""
+The batches are always divided into the same blocks, whose sums are added in their order. Therefore
+the statistics have the same bits whether one process adds them up, or several compute some blocks
+each."""
 
 import json
 import re
@@ -37,7 +37,7 @@ VISITS = "visits"  # how many times the batches had gone through the part when i
 
 @dataclass
 class Collected:
-    """What batches have given: sums over inputs, and Σ dLoss/dW by module, as the model has W, in
+    """Results of batches: sums over inputs, and Σ dLoss/dW by module, as the model has W, in
     float32 on the CPU."""
 
     sums: Sums
@@ -51,13 +51,13 @@ class Collected:
             self.gradients[module] = value.clone()
 
     def add(self, other: "Collected") -> None:
-        """Add what more batches have given."""
+        """Add the results of more batches."""
         self.sums.merge(other.sums.groups)
         for module, value in other.gradients.items():
             self.add_gradient(module, value)
 
     def check(self) -> None:
-        """`Failed` for what is not finite."""
+        """`Failed` for values that are not finite."""
         self.sums.settle()
         for one in self.sums.groups:
             one.check()
@@ -74,7 +74,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class SumsFile:
-    """Sums of one part of the model, or gradients (out, in), in a file of the work folder."""
+    """Sums of one unit of the model, or gradients (out, in), in a file of the work folder."""
 
     folder: Path
     name: str
@@ -89,8 +89,8 @@ class SumsFile:
         visits: int = 1,
         attempt: str = "",
     ) -> None:
-        """Sums in float64, those of gradients in float32; the file appears whole or not at all.
-        `attempt`: as of `ShardFile`."""
+        """Write sums in float64, gradients in float32; the file appears completely or not at all.
+        `attempt`: as in `ShardFile`."""
         tensors: dict[str, Tensor] = {}
         for number, one in enumerate(sums):
             tensors |= {f"{number}.{key}": value for key, value in one.tensors().items()}
@@ -124,7 +124,7 @@ class SumsFile:
 
     @cached_property
     def records(self) -> list[Json]:
-        """What each sum is of."""
+        """The metadata of each sum."""
         with self._of_its_form():
             records = nested_json(self.header.metadata[SUMS])
             if not isinstance(records, list):
@@ -135,7 +135,7 @@ class SumsFile:
 
     @contextmanager
     def _of_its_form(self) -> Iterator[None]:
-        """`Damaged` for what the file says, and no file of sums would."""
+        """`Damaged` for metadata that no file of sums would have."""
         try:
             yield
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -175,8 +175,8 @@ class SumsFile:
 
 
 def sums_files(work: Path) -> list[SumsFile]:
-    """What a process has written, or several in folders of their blocks, in the order in which it
-    is added: by part of the model, visit, block."""
+    """The files of one process, or of several in folders of their blocks, in the order of adding:
+    by unit of the model, visit, block."""
 
     def order(path: Path) -> tuple[str, int, int]:
         visit, _, name = path.name.rpartition("@")
@@ -189,7 +189,7 @@ def sums_files(work: Path) -> list[SumsFile]:
 
 
 class Tally:
-    """What is collected for one file while batches go through a part of the model."""
+    """The results for one file while batches go through a unit of the model."""
 
     def __init__(self, ledger: "Ledger", name: str, *, in_order: bool = True):
         self.ledger, self.name, self.in_order = ledger, name, in_order
@@ -199,13 +199,13 @@ class Tally:
         self.total = None if ledger.is_apart or self.is_done(0) else ledger.found(name)
 
     def is_done(self, block: int) -> bool:
-        """Whether the sums of this visit are there."""
+        """True if the sums of this visit exist."""
         path = self.ledger.path(self.name, self.visit, block)
         return path.exists() and (self.ledger.is_apart or SumsFile.read(path).visits >= self.visit)
 
     def of(self, block: int) -> Collected | None:
-        """What is collected of a block, the others before being closed where they come in order;
-        None where it is done."""
+        """The results of a block; None if it is done. If blocks come in order, earlier ones are
+        closed first."""
         if block not in self._blocks:
             if self.in_order:
                 self._close_blocks()
@@ -213,7 +213,7 @@ class Tally:
         return self._blocks[block]
 
     def _close_blocks(self) -> None:
-        """`Failed` for what is not finite."""
+        """Add or write the blocks; `Failed` for values that are not finite."""
         for block in sorted(self._blocks):
             collected = self._blocks.pop(block)
             if collected is None:
@@ -225,20 +225,20 @@ class Tally:
                 self.ledger.write(self.name, self.visit, block, collected)
 
     def close(self) -> None:
-        """Write what is still to be written, when the batches have gone through."""
+        """Write the remaining sums after the last batch."""
         self._close_blocks()
         if self.total is not None:
             self.ledger.write(self.name, self.visit, 0, self.total)
 
 
 class Ledger:
-    """The files of the sums of a model's parts, in the work folder; what is there is not summed
+    """The files of the sums of a model's units, in the work folder; existing sums are not computed
     again.
 
-    One process adds up all blocks: a file has the sums so far, and how many visits they are of, as
-    a layer that the model uses several times is visited several times. Of several processes, each
-    an `attempt`, blocks stay apart: each has a folder, and each visit a file of its own.
-    """
+    One process adds up all blocks. A file then has the sums so far and their number of visits,
+    because a layer that the model uses several times is visited several times. Several processes,
+    each an `attempt`, keep their blocks separate: each has a folder, and each visit a file of its
+    own."""
 
     def __init__(self, job: CollectionPlan, work: Path, attempt: str = ""):
         self.job, self.work, self.attempt = job, work, attempt
@@ -259,7 +259,7 @@ class Ledger:
         return Collected(self.job.sums())
 
     def found(self, name: str) -> Collected:
-        """The sums of the visits before."""
+        """The sums of earlier visits."""
         collected, path = self.nothing(), self.path(name, 1, 0)
         if path.exists():
             file = SumsFile.read(path)
@@ -274,12 +274,12 @@ class Ledger:
         SumsFile.write(path, collected.sums.groups, oriented, visit, self.attempt)
 
     def _oriented(self, module: str, gradient: Tensor) -> Tensor:
-        """(out, in) of a gradient as the model has it, and the other way round."""
+        """(out, in) of a gradient as the model has it, and the reverse."""
         return gradient.T if self.job.is_transposed(module) else gradient
 
     def of_unit(self, unit: OffloadedLayer, is_backward: bool) -> Tally | None:
-        """Where the inputs of a unit's layers are summed, or their gradients; None where it has no
-        such layers."""
+        """The tally of the inputs of a unit's layers, or of their gradients; None for a unit
+        without such layers."""
         wanted = self.job.gradients if is_backward else self.job.inputs
         if not wanted or not any(is_within(name, [unit.name]) for name in self.job.targets):
             return None
@@ -287,7 +287,7 @@ class Ledger:
         return Tally(self, f"{unit.order:06}.{kind}.safetensors")
 
     def outside(self) -> Tally | None:
-        """Of layers outside the units, whose batches do not come block after block."""
+        """The tally of layers outside the units, whose batches do not come block after block."""
         units = self.job.units
         if all(units.unit_of(name) is not None for name in self.job.targets):
             return None
@@ -295,7 +295,7 @@ class Ledger:
 
 
 def groups_of(files: list[SumsFile]) -> Iterator[tuple[list[str], list[tuple[SumsFile, int]]]]:
-    """Modules that have seen the same inputs, and the sums that these are in, in their order."""
+    """Yield modules that have seen the same inputs, and their sums in order."""
     sums: dict[str, list[tuple[int, int]]] = {}
     for number, file in enumerate(files):
         for index, record in enumerate(file.records):

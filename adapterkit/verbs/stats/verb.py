@@ -1,5 +1,5 @@
-"""stats: statistics of what a model's layers see of some data, for what is initialized, quantized
-or refitted by them."""
+"""stats: collect statistics of the inputs of a model's linear layers on data, for initializing,
+quantizing or refitting."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ from adapterkit.verbs.shared.options import (
 
 @record
 class StatsOptions(OptionRecord):
-    """What is collected, of which samples."""
+    """The statistics and samples to collect."""
 
     what: str | Sequence[str] = option(
         default=("covariance",),

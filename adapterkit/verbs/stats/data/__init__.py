@@ -1,1 +1,1 @@
-"""The data: samples, their tokens, and which of these count."""
+"""Data: samples, their tokens, and masks of the tokens that count."""

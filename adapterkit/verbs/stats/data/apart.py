@@ -1,5 +1,5 @@
-"""Tokenizers, which strangers make as slow and as large as they like: loaded and run in a process
-that ends at limits of time and memory. Records and ids go through its pipes as JSON."""
+"""Run tokenizers in a process with limits of time and memory, because strangers' tokenizers may be
+arbitrarily slow and large. Records and ids pass through its pipes as JSON."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ MEMORY = 4 << 30  # bytes more than at its start, where the system limits them
 
 
 def tokenize_apart(folder: Folder, records: Sequence[list[Record]], options: Json) -> list[Samples]:
-    """`tokenize_all` by the tokenizer of a model's folder."""
+    """`tokenize_all` with the tokenizer of a model's folder."""
     rows = [[(one.kind, one.fields, one.where) for one in its] for its in records]
     most = (1 << 20) + sum(map(len, rows)) * (4096 + 48 * options["length"])
     with (
@@ -59,7 +59,7 @@ def _failed(reason: str, where: str) -> Refused:
 
 
 def _answer(request: Json) -> tuple[list, list]:
-    """The parts of each error, and the samples."""
+    """The fields of each error, and the samples."""
     folder = LocalFolder(request["folder"])
     folder.label = request["label"]
     try:

@@ -1,4 +1,4 @@
-"""Which tokens of a model's inputs count: neither padding nor labels that are ignored."""
+"""Find the tokens of a model's inputs that count: neither padding nor ignored labels."""
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -21,12 +21,11 @@ Rule = Callable[[Mapping[str, Any]], Tensor | tuple | None]
 
 
 def token_masks(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """The masks (batch, length) of an encoder's tokens and of a decoder's, by the arguments of the
-    model's forward: attention_mask, and labels other than -100 (EVA's rule, arXiv:2410.07170).
+    """The masks (batch, length) of an encoder's tokens and of a decoder's, from the arguments of
+    the model's forward: attention_mask, and labels other than -100 (EVA's rule, arXiv:2410.07170).
 
-    A decoder-only model, or an encoder alone, has the first. Labels are the decoder's where there
-    is one, and count where they are as long as the tokens.
-    """
+    A decoder-only model, or an encoder alone, has the first. Labels are the decoder's if there is
+    one, and count if they are as long as the tokens."""
     two = any(inputs.get(key) is not None for key in DECODER_INPUTS)
     labels = inputs.get("labels")
     own = _mask(inputs, "", None if two else labels)
@@ -64,31 +63,30 @@ def _token_shape(inputs: Mapping[str, Any], prefix: str) -> torch.Size | None:
 
 
 class Leader:
-    """The first of several calls of a model with inputs of the same shapes, of which all tokens
-    count: what it pads and leaves out by itself, the others do as well."""
+    """The first of several calls of a model with inputs of the same shapes, with all tokens
+    counting: the others pad and leave out the same vectors."""
 
     def __init__(self, tokens: TokenTracker):
         self.tokens, self.leaves_out, self.is_done = tokens, False, False
 
     @property
     def may_leave_out(self) -> bool:
-        """Whether some vectors may not count, as far as is known yet."""
+        """True if some vectors may not count, as far as known so far."""
         return self.leaves_out or (self.tokens.has_padded and not self.is_done)
 
 
 class Masks:
-    """Which vectors count of the inputs of a model's layers, while the model runs.
+    """Masks of the input vectors that count, for a model's layers, while the model runs.
 
-    `rule`: which tokens count, `token_masks` if it is None. From the model's inputs on the tokens
-    are followed through its operations (`TokenTracker`): a vector counts unless it is of a token
-    that is left out, wherever it stands; so do those of no token, of an image, say. Layers that are
-    called outside of the model's own forward count all.
+    `rule`: the tokens that count, `token_masks` if None. Tokens are followed from the model's
+    inputs through its operations (`TokenTracker`): a vector counts unless it belongs to a token
+    that is left out, at any position. Vectors of no token count too, for example those of an image.
+    Layers that are called outside the model's own forward count all.
 
-    Where no token is left out, a call is followed only if it is the first of its shapes, or the
-    model pads by itself, as some do to blocks.
+    If no token is left out, a call is followed only if it is the first of its shapes, or the model
+    pads on its own, for example to blocks.
 
-    `leaders`: by the shapes of their tokens, of all calls of the model, which may take turns.
-    """
+    `leaders`: by the shapes of their tokens, for all calls of the model, which may alternate."""
 
     def __init__(
         self,
@@ -114,7 +112,7 @@ class Masks:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Follow the model's calls."""
+        """Follow the model's calls inside the context."""
         hooks = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.model.register_forward_hook(self._end, always_call=True),
@@ -146,19 +144,19 @@ class Masks:
         return self.leader is not None and self.leader.tokens is self.tokens
 
     def finish(self) -> None:
-        """The call has come to its end."""
+        """End a call."""
         if self.leader is not None and self.leads:
             self.leader.is_done = True
 
     def begin(self) -> None:
-        """The call begins: it is followed from here on or not at all."""
+        """Begin a call: decide whether it is followed."""
         mark, self.waiting = self.waiting, None
         if mark is not None and self.leader is not None and self.leader.may_leave_out:
             self.leader = None
             mark()
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The model is called."""
+        """Handle a call of the model."""
         self._forget()
         inputs = _arguments(module, args, kwargs)
         is_given = any(inputs.get(key) is not None for key in DECODER_INPUTS)
@@ -184,7 +182,7 @@ class Masks:
     def _place(
         self, module: nn.Module, inputs: Json, first: Tensor | None, second: Tensor | None
     ) -> None:
-        """Mark the tokens that are there, those of a decoder when it is called."""
+        """Mark the tokens in the inputs; a decoder's are marked when it is called."""
         self.masks = [mask for mask in (first, second) if mask is not None]
         if first is not None:
             self.unplaced = None if self._mark(_sources(module, inputs), first) else first
@@ -195,7 +193,7 @@ class Masks:
             self._mark_decoder(inputs, "decoder_", second)
 
     def enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The model's decoder is called."""
+        """Handle a call of the model's decoder."""
         if self.decoder_mask is not None:
             self._mark_decoder(_arguments(module, args, kwargs), "", self.decoder_mask)
 
@@ -211,7 +209,7 @@ class Masks:
             )
 
     def _mark(self, sources: Sequence[Any], mask: Tensor) -> bool:
-        """Mark those of the sources that have the mask's tokens; whether there is one."""
+        """Mark the sources of the mask's shape; return whether there is one."""
         fit = [
             x
             for x in sources
@@ -222,8 +220,8 @@ class Masks:
         return bool(fit)
 
     def of(self, path: str, x: Tensor) -> Tensor | None:
-        """The mask of a layer's input x (..., in), one object for layers that share it; None where
-        all of it counts; `Failed` where it is not known."""
+        """The mask of a layer's input x (..., in), one object for layers that share it; None if all
+        of it counts; `Failed` if it is unknown."""
         if not self.masks:
             if self.leader is not None and self.leader.leaves_out:
                 raise self._unknown(path, x)
@@ -258,8 +256,8 @@ class Masks:
         return _partial(bits != LEFT_OUT)
 
     def _arranged(self, path: str, x: Tensor, bits: Tensor) -> Tensor | None:
-        """The mask of vectors of which some are of several tokens, such as a state and a token: in
-        the one order of the tokens that those of one token agree with."""
+        """The mask of vectors of which some belong to several tokens, such as a state and a token:
+        in the only order of the tokens that agrees with the vectors of one token."""
         alone = bits != BOTH
         found: list[Tensor] = []
         for mask in self.masks:
@@ -285,8 +283,7 @@ class Masks:
 
 
 def _sources(module: nn.Module, inputs: Mapping[str, Any]) -> list[Any]:
-    """The arguments that are a model's tokens: of an encoder, of which only the states are given,
-    these."""
+    """The arguments with a model's tokens; an encoder's states, if only those are given."""
     names = ("input_ids", "inputs_embeds", getattr(module, "main_input_name", "input_ids"))
     states = inputs.get("encoder_outputs")
     given = [inputs.get(name) for name in dict.fromkeys(names)]
@@ -304,19 +301,19 @@ def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
 
 
 def _partial(mask: Tensor | None) -> Tensor | None:
-    """A mask that leaves something out, as flags."""
+    """A mask that leaves something out, as flags; else None."""
     return None if mask is None or bool(mask.all()) else mask.bool()
 
 
 def following(masks: Masks | None) -> AbstractContextManager[object]:
-    """Tokens are followed meanwhile, where some are left out."""
+    """A context that follows tokens if some are left out."""
     if masks is not None:
         masks.begin()
     return nullcontext() if masks is None or not masks.masks else masks.tokens
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The decoder of a transformers model that has an encoder as well."""
+    """The decoder of a transformers model that also has an encoder."""
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
         return None

@@ -1,5 +1,5 @@
-"""Samples as data files hold them: texts, pairs, conversations, token ids. A file is read line by
-line, and what is not used is not kept."""
+"""Read samples from data files: texts, pairs, conversations, token ids. A file is read line by
+line, and unused records are not kept."""
 
 import json
 import random
@@ -33,8 +33,7 @@ SUFFIXES = ".txt, .jsonl, .parquet, or a folder of datasets"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample as a file holds it: its kind (a key of `FIELDS`), its fields by name, where it
-    is."""
+    """One sample of a file: its kind (a key of `FIELDS`), its fields by name, and its location."""
 
     kind: str
     fields: Json
@@ -43,7 +42,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Records in the order of the files; how many each file has, and notes for the user."""
+    """Records in file order; the number of records of each file, and notes for the user."""
 
     records: list[Record]
     files: dict[str, Json]
@@ -51,11 +50,10 @@ class Drawn:
 
 
 def draw_records(paths: Sequence[StrPath], count: int, seed: int) -> Drawn:
-    """`count` records of all files together, drawn without replacement, all if there are fewer.
+    """`count` records of all files together, drawn without replacement, or all if there are fewer.
 
     Every file is read to its end, and every line checked: `Refused` or `Damaged` with the first
-    problem of each file.
-    """
+    problem of each file."""
     drawn: list[tuple[int, Record]] = []
     files: dict[str, Json] = {}
     errors = Problems()
@@ -89,7 +87,7 @@ def draw_records(paths: Sequence[StrPath], count: int, seed: int) -> Drawn:
 
 
 def _open(path: Path) -> tuple[str, Iterable[Record | None]]:
-    """What one sample of a file is, and its records; None for an empty one."""
+    """The unit of one sample in a file, and its records; None for an empty one."""
     if path.is_dir():
         return "row", _rows(_folder_rows(path), path)
     if not path.is_file():
@@ -122,7 +120,7 @@ def _open(path: Path) -> tuple[str, Iterable[Record | None]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, without their ends; `Refused` where one is not UTF-8."""
+    """Yield lines with their numbers, without line ends; `Refused` for one that is not UTF-8."""
     with _readable(path).open("rb") as file:
         number = 0
         while data := file.readline(LONGEST + 1):
@@ -167,7 +165,7 @@ def _too_long(path: Path, number: int) -> Refused:
 
 
 def _has_paragraphs(path: Path) -> bool:
-    """Whether a blank line stands between two others."""
+    """True if there is a blank line between two others."""
     text = blank = False
     for _, line in _lines(path):
         if not line.strip():
@@ -250,7 +248,7 @@ def _parquet_rows(path: Path) -> Iterator[Json]:
 
 
 def _largest_group(metadata: Any, columns: Sequence[str]) -> int:
-    """Bytes of the largest group, as the file says: no value in it has more."""
+    """Bytes of the largest group by the file's metadata: an upper bound of every value in it."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
     used = lambda chunk: chunk.path_in_schema.partition(".")[0] in columns
@@ -287,7 +285,7 @@ def _folder_rows(path: Path) -> Iterator[Json]:
 
 
 def _columns(names: Sequence[str], path: Path) -> list[str]:
-    """The columns to read; `Refused` where there is no sample in any."""
+    """The columns to read; `Refused` if none has samples."""
     known = [name for name in names if name in (*KNOWN, *OPTIONAL)]
     if not set(known) & {*KNOWN}:
         raise _unknown_fields(list(names), shown(path))
@@ -373,7 +371,8 @@ def _is_conversation(value: object) -> bool:
 
 
 def _check_tokens(fields: Json, where: str) -> None:
-    """An encoder-decoder's labels may be of another length: whoever knows the model checks it."""
+    """Check token ids and labels. An encoder-decoder's labels may have another length, which a
+    caller that knows the model checks."""
     count = len(fields["input_ids"]) if isinstance(fields["input_ids"], list) else 0
     for name in ("input_ids", "labels", "attention_mask"):
         values = fields.get(name, [])

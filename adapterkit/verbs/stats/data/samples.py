@@ -1,4 +1,4 @@
-"""Calibration samples: records as token ids, which of them count, and batches of them."""
+"""Calibration samples: records as token ids, masks of those that count, and batches."""
 
 import contextlib
 import hashlib
@@ -30,8 +30,8 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what an assistan
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Token ids and labels. A label is its token's id, or `IGNORED`; of an encoder-decoder's sample
-    the labels are the decoder's tokens, as many as there are."""
+    """Token ids and labels. A label is its token's id, or `IGNORED`; an encoder-decoder's labels
+    are the decoder's tokens, one each."""
 
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples in the order of their files, and the id that fills a batch's rows."""
+    """Samples in file order, and the id that pads a batch's rows."""
 
     samples: list[Sample]
     pad: int
@@ -49,26 +49,25 @@ class Samples:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are, the decoder's included."""
+        """The number of tokens, including the decoder's."""
         return sum(len(s.tokens) + len(s.labels) * self.has_decoder for s in self.samples)
 
     @property
     def counted(self) -> int:
-        """How many tokens count."""
+        """The number of tokens that count."""
         return sum(label != IGNORED for sample in self.samples for label in sample.labels)
 
     @property
     def digest(self) -> str:
-        """sha256 of all ids: what tells two sets of samples apart."""
+        """sha256 of all ids, which distinguishes sets of samples."""
         text = json.dumps([[s.tokens, s.labels] for s in self.samples])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def batches(self, size: int) -> "list[dict[str, Tensor]]":
         """Batches of `size` rows: input_ids, attention_mask and labels (rows, length) int64.
 
-        Rows are padded on the right; samples of like length go together, the longest first, so that
-        memory does not grow later.
-        """
+        Rows are padded on the right; samples of similar length are batched together, the longest
+        first, so that memory does not grow later."""
         order = sorted(self.samples, key=lambda s: (-len(s.tokens), -len(s.labels)))
         starts = range(0, len(order), size)
         return [self.batch(order[start : start + size]) for start in starts]
@@ -91,7 +90,7 @@ def _padded(rows: list[tuple[int, ...]], value: int) -> "Tensor":
 
 
 def tokenizer_names(folder: Folder) -> list[str]:
-    """The files that a tokenizer is made from; `Refused` where there is none, or too large."""
+    """The files of a tokenizer; `Refused` if there are none, or too large ones."""
     sizes = {name: size for name, size in folder.files().items() if "/" not in name}
     names = [name for name in sizes if TOKENIZER.fullmatch(name)]
     names += ["config.json"] if names and "config.json" in sizes else []
@@ -109,8 +108,8 @@ def tokenizer_names(folder: Folder) -> list[str]:
 
 
 def load_tokenizer(folder: Folder) -> Any:
-    """The tokenizer of a model's folder by transformers, from its files alone: no code of the
-    model's is run, nothing is downloaded. `Refused` where there is none."""
+    """The tokenizer of a model's folder by transformers, from its files alone: the model's code
+    does not run, and nothing is downloaded. `Refused` if there is none."""
     names = tokenizer_names(folder)
     from transformers import AutoTokenizer
 
@@ -159,12 +158,11 @@ def tokenize(
 ) -> Samples:
     """Samples of at most `length` tokens.
 
-    No token is added beyond the tokenizer's own. Of a prompt and its completion the completion's
-    tokens count, of messages those that the template marks as an assistant's, where it marks any;
+    Only the tokenizer's own tokens are added. For a prompt and its completion, the completion's
+    tokens count; for messages, those that the template marks as an assistant's, if it marks any;
     else all. An encoder-decoder reads the prompt and learns the completion. `pad`: the padding that
-    the model's config names. `vocabulary`: how many ids the model knows; `Refused` with all samples
-    that have others, and where no token of any sample counts.
-    """
+    the model's config names. `vocabulary`: the number of ids that the model knows; `Refused` with
+    all samples that have others, and if no token of any sample counts."""
     reader = _Tokenization(tokenizer, length, is_encoder_decoder)
     samples: list[Sample] = []
     errors = Problems(code="AK901")
@@ -205,14 +203,14 @@ def tokenize(
 
 
 def _pad_id(tokenizer: Any, pad: int | None, vocabulary: int) -> int:
-    """The tokenizer's padding, else the model's, else the tokenizer's end; masked wherever it
-    stands."""
+    """The tokenizer's padding, else the model's, else the tokenizer's end token; it is always
+    masked."""
     ids = (getattr(tokenizer, "pad_token_id", None), pad, getattr(tokenizer, "eos_token_id", None))
     return next((one for one in ids if isinstance(one, int) and 0 <= one < vocabulary), 0)
 
 
 class _Tokenization:
-    """How records of each kind become samples."""
+    """Turn records of each kind into samples."""
 
     def __init__(self, tokenizer: Any, length: int, is_encoder_decoder: bool):
         self.tokenizer, self.length, self.pairs_only = tokenizer, length, is_encoder_decoder
@@ -288,8 +286,8 @@ class _Tokenization:
         return self._after(tuple(before["input_ids"]), tuple(whole["input_ids"]))
 
     def _after(self, prompt: tuple[int, ...], whole: tuple[int, ...]) -> Sample:
-        """The sample in which the tokens after those of the prompt count; a token that holds the
-        end of the prompt and the beginning of the completion is the completion's."""
+        """The sample in which the tokens after those of the prompt count. A token across the end of
+        the prompt and the beginning of the completion belongs to the completion."""
         pairs = zip(prompt, whole, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         labels = (IGNORED,) * same + whole[same:]

@@ -1,5 +1,5 @@
-"""Chat templates, programs of strangers: rendered in a process that ends at limits of time and
-memory. Messages and texts go through its pipes as lines of JSON."""
+"""Render chat templates, which are programs of strangers, in a process with limits of time and
+memory. Messages and texts pass through its pipes as lines of JSON."""
 
 import importlib
 import json
@@ -26,15 +26,15 @@ Limit = Callable[[int], float]
 
 
 class LimitedProcess:
-    """A process that runs a module's `serve`, from the first request to the first that a limit
-    ends."""
+    """A process that runs a module's `serve`, from the first request until a limit ends it."""
 
     def __init__(self, module: str, memory: int) -> None:
         self.module, self.memory, self.process = module, memory, None
 
     def answer(self, request: Json, seconds: Limit, most: Limit) -> bytes:
-        """The line that answers one; no whole one where a limit ended the process. `seconds`,
-        `most`: of the request's bytes; `most` are the answer's."""
+        """The line that answers a request; an incomplete one if a limit ended the process.
+        `seconds` and `most` give the limits of time and of the answer's bytes for the request's
+        bytes."""
         line = json.dumps(request, default=lambda value: f"<{type(value).__name__}>").encode()
         process = self.process = self.process or _started(self.module, self.memory)
         timer = threading.Timer(seconds(len(line)), process.kill)
@@ -56,14 +56,14 @@ class LimitedProcess:
 
 
 class TemplateProcess(LimitedProcess):
-    """The process of chat templates."""
+    """The process that renders chat templates."""
 
     def __init__(self) -> None:
         super().__init__(__name__, MEMORY)
         self._left = TOTAL
 
     def render(self, where: str, request: Json) -> tuple[list[str], list[Any]]:
-        """What transformers' `render_jinja_template` returns for these arguments."""
+        """The result of transformers' `render_jinja_template` for these arguments."""
         began = time.monotonic()
         answer = b""
         if self._left > 0:
@@ -108,7 +108,7 @@ def serve(library: str, answer: Callable[[Json], object]) -> None:
 
 
 def _answer(request: Json) -> Json:
-    """The texts and spans of a conversation, or why there are none."""
+    """The texts and spans of a conversation, or the reason why there are none."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:

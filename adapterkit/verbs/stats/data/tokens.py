@@ -1,4 +1,5 @@
-"""Which tokens a vector is of: followed through a model's operations, not guessed by sizes."""
+"""Find the tokens that a vector depends on, by following them through a model's operations and not
+by guessing from sizes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
@@ -43,25 +44,25 @@ VALUELESS = {
 
 @cache
 def _counted(device: torch.device) -> Tensor:
-    """The values of what is whole."""
+    """The value of storages whose tokens all count."""
     return torch.full((1,), COUNTED, dtype=torch.uint8, device=device)
 
 
 class _Tags:
-    """What the elements of a storage are of, one value for each `run` of them; `is_whole`: all of
-    tokens that count, so that most results are known without a look at the values."""
+    """The tokens behind a storage's elements, as one value for each `run` of them. `is_whole`: all
+    are tokens that count, so that most results are known without a look at the values."""
 
     def __init__(self, values: Tensor, run: int, itemsize: int, is_whole: bool = False):
         self.values, self.run, self.itemsize, self.is_whole = values, run, itemsize, is_whole
 
     @classmethod
     def of_storage(cls, x: Tensor) -> "_Tags":
-        """Of all elements of a tensor's storage."""
+        """Tags of a tensor's whole storage, with all tokens counting."""
         size = x.element_size()
         return cls(_counted(x.device), x.untyped_storage().nbytes() // size, size, True)
 
     def of(self, x: Tensor) -> Tensor:
-        """The bits of a tensor's elements, uint8, of its shape."""
+        """The bits of a tensor's elements, uint8, in its shape."""
         ratio = x.element_size() / self.itemsize
         strides = [
             int(stride * ratio) if size > 1 else 0
@@ -80,20 +81,19 @@ class _Tags:
         return self.values.as_strided(x.shape, strides, start // self.run)
 
     def spread(self) -> None:
-        """Have a value for each element, to be changed."""
+        """Expand to a value for each element, which can be changed."""
         if self.run > 1 or self.is_whole:
             self.values = self.values.repeat_interleave(self.run)
             self.run, self.is_whole = 1, False
 
 
 class TokenTracker(TorchDispatchMode):
-    """Follows tokens while it is entered.
+    """Follow tokens inside the context.
 
-    `mark` says which tokens are counted. From there on a result is of the tokens that its operands
-    are of: an element that is moved keeps its token, a sum of vectors is of all of theirs, a
-    product with a weight is of the token whose row it is. Where an operation is not known, each
-    element of its result is of all tokens of its operands.
-    """
+    `mark` sets the tokens that count. From then on, a result belongs to the tokens of its operands:
+    a moved element keeps its token, a sum of vectors belongs to all of theirs, a product with a
+    weight belongs to the token of its row. For an unknown operation, each element of its result
+    belongs to all tokens of its operands."""
 
     supports_higher_order_operators = True
 
@@ -103,17 +103,17 @@ class TokenTracker(TorchDispatchMode):
         self.has_padded = False  # the model, something that is of tokens
 
     def mark(self, x: Tensor, mask: Tensor) -> None:
-        """The vectors of x (..., *) are of the tokens of a mask (...) of flags."""
+        """Assign the tokens of a mask (...) of flags to the vectors of x (..., *)."""
         bits = torch.where(mask.to(x.device), COUNTED, LEFT_OUT).to(torch.uint8)
         self._set(x, bits.view(*mask.shape, *(1,) * (x.dim() - mask.dim())).expand(x.shape))
 
     def found(self, x: Tensor) -> "_Tags | None":
-        """What is known of a tensor's storage."""
+        """The tags of a tensor's storage, if known."""
         owner, tags = getattr(x.untyped_storage(), ATTRIBUTE, (None, None))
         return tags if owner is self else None
 
     def of(self, x: Tensor) -> Tensor | None:
-        """The bits of a tensor's elements; None where they are of no token."""
+        """The bits of a tensor's elements; None if they belong to no token."""
         tags = self.found(x) if x.layout == torch.strided and not x.is_nested else None
         return None if tags is None else tags.of(x)
 
@@ -138,7 +138,8 @@ class TokenTracker(TorchDispatchMode):
     def _stay_whole(
         self, func: Any, args: tuple, operands: list[Tensor], tags: list[_Tags], result: Any
     ) -> bool:
-        """Whether the results are, as their operands are, of tokens that all count; noted."""
+        """True if all tokens of the operands, and therefore of the results, count; the results are
+        tagged."""
         if not all(one.is_whole for one in tags):
             return False
         sources = _deciding(func, args)
@@ -180,7 +181,7 @@ class TokenTracker(TorchDispatchMode):
                 self._write(out, found) if is_old else self._set(out, found)
 
     def _set(self, x: Tensor, bits: Tensor) -> None:
-        """Of a tensor with a storage of its own."""
+        """Tag a tensor that owns its storage."""
         order = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
         dense = x.permute(order)
         storage = x.untyped_storage()
@@ -195,7 +196,7 @@ class TokenTracker(TorchDispatchMode):
         setattr(storage, ATTRIBUTE, (self, _Tags(values, run, x.element_size(), is_whole)))
 
     def _write(self, x: Tensor, bits: Tensor) -> None:
-        """Of a tensor that shares its storage; what is of no token changes nothing."""
+        """Tag a tensor that shares its storage; elements of no token change nothing."""
         storage, tags = x.untyped_storage(), self.found(x)
         if tags is None or tags.itemsize > x.element_size():  # as other elements than before
             count = storage.nbytes() // x.element_size()
@@ -209,7 +210,7 @@ class TokenTracker(TorchDispatchMode):
 
 
 class _Call:
-    """An operation, and what its operands are of."""
+    """An operation, and the bits of its operands."""
 
     def __init__(
         self,
@@ -236,7 +237,7 @@ class _Call:
         return default
 
     def first(self) -> tuple[Tensor, Tensor]:
-        """The first operand that is of tokens, and its bits."""
+        """The first operand with tokens, and its bits."""
         x = next(x for x in self.operands if id(x) in self._bits)
         return x, self._bits[id(x)]
 
@@ -246,15 +247,15 @@ _RULES: dict[Any, Rule] = {}
 
 
 def _rule(func: Any) -> Rule:
-    """What the outputs of an operation are of."""
+    """The rule for the bits of an operation's outputs."""
     if func not in _RULES:
         _RULES[func] = _find_rule(func)
     return _RULES[func]
 
 
 def _deciding(func: Any, args: tuple) -> list[Tensor] | None:
-    """The operands that have to be of tokens for the results to be, beside one of all; None where
-    only the rule can tell."""
+    """The operands that must have tokens if the results are to have them, in addition to any
+    operand; None if only the rule can decide."""
     rule = _rule(func)
     if rule in (_joined, _placed, _reduced):
         return []
@@ -293,7 +294,7 @@ def _find_rule(func: Any) -> Rule:
 
 
 def _joined(call: _Call, out: Tensor) -> Tensor:
-    """Element by element, of all operands."""
+    """The union of all operands, element by element."""
     parts = [call.bits(x) for x in call.operands]
     parts = [part.expand(out.shape) for part in parts if part is not None]
     for axis in range(out.dim()):
@@ -306,7 +307,7 @@ def _joined(call: _Call, out: Tensor) -> Tensor:
 
 
 def _moved(call: _Call, out: Tensor) -> Tensor | None:
-    """The same is done with the bits."""
+    """The operation, applied to the bits."""
     source = call.args[0]
     sources = source if isinstance(source, (list, tuple)) else [source]
     if all(call.bits(x) is None for x in sources):
@@ -316,14 +317,15 @@ def _moved(call: _Call, out: Tensor) -> Tensor | None:
 
 
 def _appended(call: _Call, out: Tensor) -> Tensor:
-    """Ids that a model appends to those of tokens are no tokens, as what it pads with."""
+    """The bits after a concatenation of ids: ids that a model appends are left out, like
+    padding."""
     left_out = partial(torch.full_like, fill_value=LEFT_OUT, dtype=torch.uint8)
     parts = [left_out(x) if (found := call.bits(x)) is None else found for x in call.args[0]]
     return call.func(parts, *call.args[1:], **call.kwargs)
 
 
 def _appends_ids(func: Any, args: tuple, bits: Mapping[int, Tensor]) -> bool:
-    """Whether integers of no token are put behind those of tokens."""
+    """True if integers without tokens are appended to those of tokens."""
     if func.overloadpacket.__name__ != "cat":
         return False
     first, *others = args[0]
@@ -332,8 +334,8 @@ def _appends_ids(func: Any, args: tuple, bits: Mapping[int, Tensor]) -> bool:
 
 
 def _padded(call: _Call, out: Tensor) -> Tensor | None:
-    """What is added to token ids is no token; vectors that are added to fill a block are not known,
-    unlike features, or the past of a first token where as many are cut off."""
+    """The bits after padding. Padding of token ids is left out. Vectors that fill a block are
+    unknown, unlike features, or the past of a first token if as many are cut off."""
     bits = call.bits(call.args[0])
     if bits is None:
         return None
@@ -348,7 +350,7 @@ def _or_none(call: _Call, x: Tensor) -> Tensor:
 
 
 def _written(call: _Call, out: Tensor, name: str) -> Tensor | None:
-    """What is written is of its source's tokens; what is of none leaves what was there."""
+    """The bits after a write: those of the source; elements of no token keep the old ones."""
     target, place = call.args[0], WRITES[name]
     source = call.args[place] if len(call.args) > place else None
     if not isinstance(source, Tensor):  # a number, at places that tokens say
@@ -376,7 +378,8 @@ def _written(call: _Call, out: Tensor, name: str) -> Tensor | None:
 
 
 def _product(call: _Call, out: Tensor, place: int) -> Tensor | None:
-    """A row of a product is of the first factor's row, or else of the second one's column."""
+    """The bits of a product: those of the first factor's row, or else of the second one's
+    column."""
     a, b = call.args[place], call.args[place + 1]
     rows, columns = call.bits(a), call.bits(b)
     if rows is not None:
@@ -389,7 +392,7 @@ def _product(call: _Call, out: Tensor, place: int) -> Tensor | None:
 
 
 def _attended(call: _Call, out: Tensor) -> Tensor | None:
-    """An output of attention is of its query's token."""
+    """The bits of an attention's output: those of its query."""
     query = call.args[0]
     bits = call.bits(query)
     fits = call.number == 0 and out.shape[:-1] == query.shape[:-1]
@@ -414,7 +417,8 @@ def _embedded(call: _Call, out: Tensor) -> Tensor | None:
 
 
 def _convolved(call: _Call, out: Tensor) -> Tensor | None:
-    """Along one axis, step by step: of the token that the kernel ends at or is centered on."""
+    """The bits along one axis, step by step: those of the token at which the kernel ends or is
+    centered."""
     bits = call.bits(call.args[0])
     strides, is_transposed = call.argument("stride"), call.argument("transposed")
     if bits is None:
@@ -433,7 +437,8 @@ def _convolved(call: _Call, out: Tensor) -> Tensor | None:
 
 
 def _placed(call: _Call, out: Tensor) -> Tensor:
-    """By the places of the first operand that is of tokens, where the output has the same."""
+    """The bits of the first operand with tokens, by position, if the output has the same
+    positions."""
     x, bits = call.first()
     if out.shape == x.shape:
         return bits
@@ -449,7 +454,7 @@ def _placed(call: _Call, out: Tensor) -> Tensor:
 
 
 def _any(bits: Tensor, axes: Sequence[int] | None, keep: bool = True) -> Tensor:
-    """The bits of any element along axes, all of them where it is None."""
+    """The union of the bits along axes; along all if None."""
     axes = range(bits.dim()) if axes is None else [axis % bits.dim() for axis in axes]
     for axis in sorted(axes, reverse=True):
         if bits.stride(axis) == 0 or bits.shape[axis] == 1:
@@ -461,20 +466,20 @@ def _any(bits: Tensor, axes: Sequence[int] | None, keep: bool = True) -> Tensor:
 
 
 def _every(bits: Tensor) -> Tensor:
-    """The bits that all elements of tokens along the last axis have."""
+    """The intersection of the bits of all elements with tokens along the last axis."""
     bits = torch.where(bits == 0, BOTH, bits)
     found = _either(bits, lambda flags: flags.all(-1, keepdim=True))
     return found * (bits != BOTH).any(-1, keepdim=True)
 
 
 def _either(bits: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """Each bit by itself."""
+    """The reduction of each bit separately."""
     parts = [reduce((bits & bit).bool()).to(torch.uint8) * bit for bit in (COUNTED, LEFT_OUT)]
     return parts[0] | parts[1]
 
 
 def _is_constant(bits: Tensor) -> bool:
-    """Whether there is one value along the last axis."""
+    """True if there is only one value along the last axis."""
     if bits.shape[-1] < 2 or bits.stride(-1) == 0:
         return bits.shape[-1] > 0
     return bool((bits == bits[..., :1]).all())

@@ -1,1 +1,1 @@
-"""The model, run one layer at a time."""
+"""Run the model one layer at a time."""

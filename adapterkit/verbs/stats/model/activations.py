@@ -1,5 +1,5 @@
-"""Activations that wait, in memory as far as there is room for them, else in a file; and on their
-way to the device of the units and back."""
+"""Store the activations of waiting batches, in memory up to a limit and else in a file, and copy
+them to the device of the units and back."""
 
 import ctypes
 import os
@@ -28,10 +28,9 @@ T = TypeVar("T")
 
 
 class ActivationStore:
-    """Memory for activations that wait, and a file for those that it does not hold.
+    """A memory budget for waiting activations, and a file for the rest.
 
-    The file has no name, so that nothing is left of it however the process ends.
-    """
+    The file has no name, so that nothing is left of it however the process ends."""
 
     def __init__(self, folder: Path, limit: int, name: str = "activations"):
         self.limit, self.used = limit, 0
@@ -45,13 +44,13 @@ class ActivationStore:
         os.close(self._descriptor)
 
     def take(self, nbytes: int) -> bool:
-        """Whether so many bytes fit in memory; they are taken then."""
+        """Reserve these bytes in memory; False if they do not fit."""
         fits = self.used + nbytes <= self.limit
         self.used += nbytes * fits
         return fits
 
     def write(self, data: memoryview) -> int:
-        """Write to a place of the file."""
+        """Write to a free range of the file; return its offset."""
         places = self._free.get(len(data))
         at = places.pop() if places else self._end
         self._end = max(self._end, at + len(data))
@@ -74,7 +73,7 @@ class ActivationStore:
 
 
 class Copy:
-    """The bytes of a storage, in memory or in the file, for as long as this object lives."""
+    """The bytes of a storage, in memory or in the file, as long as this object lives."""
 
     def __init__(self, room: ActivationStore, storage: UntypedStorage, in_file: bool = False):
         self.room, self.nbytes = room, storage.nbytes()
@@ -85,7 +84,7 @@ class Copy:
             self.at = room.write(_bytes(storage))
 
     def fill(self, storage: UntypedStorage) -> None:
-        """Give a storage these bytes."""
+        """Copy these bytes into a storage."""
         storage.resize_(self.nbytes)
         if self.memory is not None:
             storage.copy_(self.memory)
@@ -101,7 +100,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor that can be had again."""
+    """A tensor that can be restored."""
 
     copy: Copy
     dtype: torch.dtype
@@ -118,7 +117,7 @@ class Saved:
 
 @dataclass
 class _Tracked:
-    """A storage that is taken out of memory while its batch waits."""
+    """A storage that leaves memory while its batch waits."""
 
     storage: StorageWeakRef
     nbytes: int  # of memory
@@ -134,12 +133,11 @@ class _Tracked:
 class Activations:
     """The large tensors of one batch's pass through the model.
 
-    While it waits (`park`) their storages are emptied, and filled again (`restore`) before it goes
-    on: all views see their values again. These are outputs of units, and what looks like a hidden
-    state or a mask in their arguments and in what autograd saves between them: a table that the
-    model keeps for several batches must stay. `rows`: of the batch; `fixed`: storages that are left
-    alone, those of parameters, of buffers, and of the data.
-    """
+    `park` empties their storages while the batch waits, and `restore` fills them again, so that all
+    views see their values. Tracked are outputs of units, and tensors that look like a hidden state
+    or a mask in their arguments and in autograd's saved tensors: a table that the model keeps for
+    several batches must stay. `rows`: of the batch; `fixed`: storages that are never emptied, of
+    parameters, buffers and data."""
 
     room: ActivationStore
     rows: int
@@ -147,7 +145,7 @@ class Activations:
     _tracked: dict[int, _Tracked] = field(default_factory=dict)
 
     def track(self, tree: object, is_output: bool = False) -> None:
-        """Know the tensors in these arguments, or in this output."""
+        """Track the tensors in these arguments, or in this output."""
         for tensor in tree_leaves(tree):
             if isinstance(tensor, Tensor) and self._is_movable(tensor):
                 known = self._known(tensor)
@@ -177,14 +175,14 @@ class Activations:
         return is_large and storage.data_ptr() not in self.fixed
 
     def save(self, tensor: Tensor) -> Saved | Tensor:
-        """A tensor for later, as it is now: a copy; itself where it is small or fixed."""
+        """A copy of a tensor's current values; the tensor itself if it is small or fixed."""
         if not self._is_movable(tensor):
             return tensor.detach()
         copy = self._copy(self._known(tensor), tensor.untyped_storage())
         return Saved(copy, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def _copy(self, known: _Tracked, storage: UntypedStorage, in_file: bool = False) -> Copy:
-        """A copy of a storage: the one that there is if nothing has changed since."""
+        """A copy of a storage: the existing one if nothing has changed since."""
         tensor = known.tensor()
         version = None if tensor is None or tensor.is_inference() else tensor._version
         is_same = known.copy is not None and version is not None and version == known.version
@@ -204,7 +202,7 @@ class Activations:
                 yield known, storage
 
     def park(self) -> None:
-        """The batch waits."""
+        """Empty the storages while the batch waits."""
         for known, storage in self._alive():
             if not known.parks:
                 continue
@@ -216,7 +214,7 @@ class Activations:
                 known.is_out = True
 
     def restore(self) -> None:
-        """The batch goes on."""
+        """Fill the storages before the batch continues."""
         for known, storage in self._alive():
             self.room.used -= known.taken
             known.taken = 0
@@ -225,7 +223,7 @@ class Activations:
                 known.is_out = False
 
     def forget(self) -> None:
-        """The batch has ended."""
+        """Release the tensors of a finished batch."""
         for known in self._tracked.values():
             self.room.used -= known.taken
         self._tracked.clear()
@@ -239,7 +237,7 @@ def _bytes(storage: UntypedStorage) -> memoryview:
 
 @dataclass
 class _Kept:
-    """A copy on the device of a tensor that a pass has handed to a unit."""
+    """A copy on the device of a tensor that a pass has given to a unit."""
 
     source: ReferenceType[Tensor]
     version: int
@@ -252,29 +250,28 @@ class _Kept:
 
 
 class BatchOffloader:
-    """Copies both ways that do not block where the host's memory is page-locked, as that of outputs
-    is: they are done when a `Mark` that follows them is.
+    """Copies to the device and back, which do not block if the host's memory is page-locked, as
+    that of outputs is: they are complete when a later `Mark` is.
 
-    What a pass hands to several units, as it does tables of positions and masks, goes there once:
-    copies stay while the tensor does that they are of, up to TABLES bytes.
-    """
+    Tensors that a pass gives to several units, such as tables of positions and masks, are copied
+    once: the copies live as long as the tensor, up to TABLES bytes."""
 
     def __init__(self, device: torch.device):
         self.device, self.used = device, 0
         self._kept: dict[int, _Kept] = {}  # by the tensor's id
 
     def to_device(self, arguments: T) -> tuple[T, dict[int, Tensor]]:
-        """Arguments there, and the copies by the ids of what they are of."""
+        """Arguments on the device, and the copies by the ids of their sources."""
         return self._moved(arguments, self.device, self._copied)
 
     def to_host(self, output: T) -> T:
-        """An output of a unit, whose copies have begun."""
+        """An output of a unit on the host; its copies have started."""
         return self._moved(output, torch.device("cpu"), begin_copy_to_host)[0]
 
     def _moved(
         self, tree: T, there: torch.device, copied: Callable[[Tensor], Tensor]
     ) -> tuple[T, dict[int, Tensor]]:
-        """What is in a tree with its tensors there, each once, and the copies by ids."""
+        """The tree with its tensors on that device, each copied once, and the copies by ids."""
         copies: dict[int, Tensor] = {}
 
         def move(leaf: object) -> object:

@@ -1,4 +1,4 @@
-"""Calls of a model's parts whose gradients are computed by running them again."""
+"""Calls of a model's modules whose gradients are computed by running them again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,9 @@ from adapterkit.verbs.stats.model.activations import Activations, Saved
 
 @dataclass
 class Call:
-    """A call of a part whose arguments can be had again.
+    """A call of a module whose arguments can be restored.
 
-    `leaves`: those of the arguments, tensors as they were at the call.
-    """
+    `leaves`: those of the arguments, tensors with their values at the call."""
 
     leaves: list[Any]
     spec: TreeSpec
@@ -28,7 +27,7 @@ class Call:
 
     @classmethod
     def of(cls, arguments: object, activations: Activations) -> tuple["Call", list[Tensor]]:
-        """A call, and its tensors that gradients are wanted of."""
+        """A call, and its tensors that need gradients."""
         leaves, spec = tree_flatten(arguments)
         needs = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
         saved = [activations.save(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -56,7 +55,7 @@ def is_differentiable(value: object) -> bool:
 
 
 class Recomputed(Function):
-    """A part as one node of the graph: `forward()` gives its output, `backward(grads)` the
+    """A module as one node of the graph: `forward()` returns its output, `backward(grads)` the
     gradients of the inputs."""
 
     @staticmethod
@@ -95,7 +94,7 @@ def apply(
     forward: Callable[[], Any],
     backward: Callable[[Call, tuple[Tensor | None, ...]], list[Tensor | None]],
 ) -> Any:
-    """The output of a part, as a node of the graph."""
+    """The output of a module, as a node of the graph."""
     call, inputs = Call.of(arguments, activations)
     anchor = torch.zeros((), requires_grad=True)  # without inputs of a graph there is one from here
     tensors = iter(Recomputed.apply(call, forward, backward, anchor, *inputs))

@@ -1,5 +1,4 @@
-"""Functions that stop in the middle and go on later, each on a thread of its own; exactly one runs
-at a time."""
+"""Functions that pause and resume, each on a thread of its own; exactly one runs at a time."""
 
 import threading
 from collections.abc import Callable
@@ -9,15 +8,14 @@ _local = threading.local()
 
 
 class PassCancelled(BaseException):
-    """Ends the thread of a coroutine that will not go on."""
+    """Ends the thread of a coroutine that will not resume."""
 
 
 class Coroutine:
-    """A function that runs until it stops to ask for something, and goes on with the answer.
+    """A function that runs until it pauses with a request, and resumes with the answer.
 
     (A generator would need every function in between to be one; here they are a model's own code
-    and autograd's.)
-    """
+    and autograd's.)"""
 
     def __init__(self, run: Callable[[], object]):
         self._run, self._turn, self._stopped = run, threading.Semaphore(0), threading.Semaphore(0)
@@ -30,12 +28,12 @@ class Coroutine:
 
     @staticmethod
     def current() -> "Coroutine | None":
-        """The coroutine whose thread this is."""
+        """The coroutine of the current thread."""
         return getattr(_local, "coroutine", None)
 
     def resume(self, answer: object = None) -> None:
-        """Let it run, with the answer to its request, until it stops again or ends; raises what it
-        raises."""
+        """Resume with the answer to its request, until it pauses again or ends; raises its
+        exceptions."""
         self._answer, self.request = answer, None
         if self._thread is None:
             self._thread = threading.Thread(target=self._main, daemon=True)
@@ -48,7 +46,7 @@ class Coroutine:
             raise error
 
     def stop(self, request: object) -> Any:
-        """Wait for the answer to a request; to be called in the coroutine's own thread."""
+        """Wait for the answer to a request; call it in the coroutine's own thread."""
         self.request = request
         self._stopped.release()
         self._turn.acquire()
@@ -58,7 +56,7 @@ class Coroutine:
         return answer
 
     def close(self) -> None:
-        """End it, wherever it is."""
+        """End it at any point."""
         self._is_abandoned = True
         if self._thread is not None:
             self._turn.release()

@@ -1,4 +1,4 @@
-"""Gradients of a live model's weights, gathered layer by layer."""
+"""Gather the gradients of a live model's weights layer by layer."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,12 +12,12 @@ from adapterkit.core.errors import Failed, shown
 
 
 class Gradients:
-    """Means of dLoss/dW over backward passes, summed in float32 on the CPU. Each gradient is taken
+    """Means of dLoss/dW over backward passes, summed in float32 on the CPU. Each gradient is added
     as soon as it is computed, and freed.
 
-    `per_call`: as PEFT's LoRA-GA, over the calls of each module; without it over the passes, as
-    many as the weight that got most gradients, so that a module that a pass leaves out got zero.
-    """
+    `per_call`: the mean over the calls of each module, as in PEFT's LoRA-GA. Without it, the mean
+    over the passes: their number is that of the weight with most gradients, and a module that a
+    pass leaves out counts as zero."""
 
     def __init__(self, model: nn.Module, paths: Mapping[str, bool], per_call: bool = False):
         self.model, self.paths, self.per_call = model, paths, per_call
@@ -26,7 +26,8 @@ class Gradients:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Only the modules' weights get gradients; afterwards all is as it was before."""
+        """Give gradients only to the modules' weights inside the context, and restore everything
+        afterwards."""
         parameters = list(self.model.parameters())
         before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
         hooks: list[Any] = []
@@ -78,15 +79,15 @@ class Gradients:
         return hook
 
     def taken(self) -> Iterator[tuple[str, Tensor]]:
-        """(module, sum as the model has the weight) since the last call."""
+        """Yield (module, sum as the model has the weight) since the last call."""
         totals, self.totals = self.totals, {}
         for path in self.paths:
             if (weight := self._weight(path)) in totals:
                 yield path, totals[weight]
 
     def means(self) -> Iterator[tuple[str, Tensor]]:
-        """(module, (out, in) float32) of those that got gradients, each of its own memory; `Failed`
-        for one that is not finite."""
+        """Yield (module, (out, in) float32) for modules with gradients, each in its own memory;
+        `Failed` for one that is not finite."""
         passes = max(self.passes.values(), default=0)
         for path, transposed in self.paths.items():
             weight = self._weight(path)

@@ -1,4 +1,4 @@
-"""The parts of a model that are run one at a time."""
+"""Divide a model into the units that run one at a time."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -30,8 +30,7 @@ class OffloadedLayers:
     """The units of a model, and the parameters outside of them, which stay in memory.
 
     A unit is an element of an outermost ModuleList, or a large embedding or linear layer outside
-    these. Where code around an element calls the modules in it one by one, each of them is a unit,
-    `inner`.
+    these. If code around an element calls its modules one by one, each of them is a unit, `inner`.
     """
 
     outer: list[OffloadedLayer]
@@ -71,7 +70,7 @@ class OffloadedLayers:
         return bool(self.inner)
 
     def unit_of(self, module: str) -> OffloadedLayer | None:
-        """The unit that a module is in, None where it is outside."""
+        """The unit of a module, None outside of units."""
         return next((self._by_name[n] for n in _around(module) if n in self._by_name), None)
 
     @cached_property
@@ -90,17 +89,17 @@ def _elements(module: nn.Module, prefix: str = "") -> Iterator[str]:
 
 
 def is_within(name: str, others: Collection[str]) -> bool:
-    """Whether a module is one of these, or in one."""
+    """True if a module is one of these, or in one."""
     return any(around in others for around in _around(name))
 
 
 def _around(name: str) -> Iterator[str]:
-    """Names of the modules around one, the outermost first, and its own."""
+    """Yield the names of the modules around one, the outermost first, and its own."""
     return accumulate(name.split("."), "{}.{}".format)
 
 
 def _is_read(model: nn.Module, name: str) -> bool:
-    """Whether the code around a layer reads its weight itself."""
+    """True if the code around a layer reads its weight itself."""
     parent, _, leaf = name.rpartition(".")
     around: Any = model.get_submodule(parent)
     return reads_weight(type(around).__mro__, leaf)

@@ -1,4 +1,4 @@
-"""A model run one layer at a time, from its shards."""
+"""Run a model one layer at a time, from its shards."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +19,7 @@ Rehearsal = Callable[[OffloadedLayer], AbstractContextManager[bool]]  # as of `L
 
 
 class SumsReader(PassReader):
-    """Sums of what layers see, and of the gradients of their weights; `outside`: of the layers
+    """Collect sums of layers' inputs, and of the gradients of their weights; `outside`: for layers
     outside the units."""
 
     tallies: dict[bool, Tally | None]  # of the unit that is visited, forward and backward
@@ -85,8 +85,8 @@ def run_layerwise(
     progress: Callable[[int, int], None],
     rehearsal: Rehearsal | None = None,
 ) -> R:
-    """All batches through one layer, then the next; what has read them. `room`: for activations
-    that wait."""
+    """Run all batches through one layer, then the next; return the reader. `room`: the store of
+    waiting activations."""
     stored, units = job.stored, job.units
     steps = len(job.runs) * len(units.outer) * (2 if job.gradients else 1)
     done = 0
@@ -111,7 +111,7 @@ def run_layerwise(
 
 
 def _loss(job: CollectionPlan, batch: Batch) -> Tensor | None:
-    """What a batch's pass computes."""
+    """The loss to differentiate in a batch's pass; None without gradients."""
     with torch.set_grad_enabled(job.gradients):
         output = job.model(**job.arguments(batch))
         return job.loss(output) if job.gradients else None

@@ -1,9 +1,9 @@
-"""A model run one part at a time: all batches go through a part before the next one is read.
+"""Run a model one unit at a time: all batches go through a unit before the next one is read.
 
 Each batch's pass is the model's own code on a thread of its own, which stops at each unit until all
 batches are there. Then the unit's parameters are read from the shards, the batches go through it
-one after the other, and the parameters are forgotten. The backward pass stops in the same way, in
-the other order: autograd runs the code between the units, and the units run again to get gradients.
+one after the other, and the parameters are freed. The backward pass stops in the same way, in
+reverse order: autograd runs the code between the units, and the units run again to get gradients.
 """
 
 import contextvars
@@ -31,7 +31,7 @@ from adapterkit.verbs.stats.model.stored_model import StoredModel
 
 @dataclass
 class Stop:
-    """What a pass waits for: a unit's output, or the gradients of its inputs."""
+    """The request of a waiting pass: a unit's output, or the gradients of its inputs."""
 
     unit: OffloadedLayer
     is_backward: bool
@@ -58,7 +58,7 @@ class Pass(Coroutine):
 
 @dataclass
 class ResumePoint:
-    """What a pass goes on with once the mark is passed."""
+    """The answer with which a pass resumes once the mark is passed."""
 
     one: Pass
     answer: object
@@ -66,26 +66,25 @@ class ResumePoint:
 
 
 class PassReader:
-    """What is read off the passes, one of which runs at a time; here nothing.
+    """Observer of the passes, one of which runs at a time; this one does nothing.
 
-    `units`: of None is the code between the units. `wanted`: the tensors whose gradients are, of a
-    pass in a unit; those of the code between are leaves of its graph.
-    """
+    `units`: None is the code between the units. `wanted`: the tensors that need gradients, for a
+    pass in a unit; those of the code between are leaves of its graph."""
 
     gradients = False  # whether any are wanted
 
     def visited(self, unit: OffloadedLayer) -> AbstractContextManager[object]:
-        """A unit's parameters are in memory."""
+        """A context in which a unit's parameters are in memory."""
         return nullcontext()
 
     def begin(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
-        """A pass goes on."""
+        """Called when a pass resumes."""
 
     def end(self, one: Pass, unit: OffloadedLayer | None, is_backward: bool) -> None:
-        """It has come to its next stop."""
+        """Called when a pass has reached its next stop."""
 
     def wants(self, unit: OffloadedLayer) -> bool:
-        """Whether a unit has anything whose gradients are wanted."""
+        """True if a unit has tensors that need gradients."""
         return False
 
     def wanted(self, one: Pass, unit: OffloadedLayer) -> Mapping[str, Tensor]:
@@ -95,17 +94,16 @@ class PassReader:
         raise AssertionError("no gradients are wanted")
 
     def record_input(self, unit: OffloadedLayer, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A unit is called."""
+        """Called when a unit is called."""
 
 
 @dataclass
 class Lockstep:
     """The passes of all batches.
 
-    `stop_at`: a unit from which on nothing is of interest; a pass that comes to it ends.
-    `rehearsal`: entered at each unit; where it says so, all passes go through the unit once without
-    consequences, before they do.
-    """
+    `stop_at`: the first unit that is not needed; a pass that reaches it ends. `rehearsal`: a
+    context for each unit; if it yields True, all passes first go through the unit once without
+    consequences."""
 
     stored: StoredModel
     units: OffloadedLayers
@@ -126,8 +124,8 @@ class Lockstep:
         loss: Callable[[Mapping[str, Tensor]], Tensor | None],
         masks: Sequence[Masks | None],
     ) -> None:
-        """Run the passes of batches, each with its block's number; `loss` gives a batch's, whose
-        gradients are computed too, or None."""
+        """Run the passes of batches, each with its block's number. `loss` returns a batch's loss,
+        whose gradients are computed too, or None."""
         self._fix(tensor for _, batch in batches for tensor in batch.values())
         passes: list[Pass] = []
         for number, ((block, batch), mask) in enumerate(zip(batches, masks, strict=True)):
@@ -148,7 +146,8 @@ class Lockstep:
                 self._visit(_next(waiting), waiting)
 
     def _fix(self, others: Iterable[Tensor] = ()) -> None:
-        """Never empty the model's own tensors: parameters, buffers, tables in its attributes."""
+        """Protect the model's own tensors from emptying: parameters, buffers, tables in its
+        attributes."""
         model = self.stored.model
         attributes = (value for module in model.modules() for value in vars(module).values())
         kept = (value for value in attributes if isinstance(value, Tensor))
@@ -157,7 +156,7 @@ class Lockstep:
                 self.fixed.add(tensor.untyped_storage().data_ptr())
 
     def _visit(self, unit: OffloadedLayer, waiting: Sequence[Pass]) -> None:
-        """All passes that wait for a unit go through it."""
+        """Run all passes that wait for a unit through it."""
         with self.reader.visited(unit):
             self.stored.load(unit.parameters, self.stored.device)
             before = set(self.fixed)
@@ -171,7 +170,7 @@ class Lockstep:
                 self.stored.free(unit.parameters)
 
     def _rehearse(self, waiting: Sequence[Pass], unit: OffloadedLayer) -> None:
-        """Each pass goes through the unit, and comes back to where it was."""
+        """Run each pass through the unit, and return it to its former state."""
         if self.rehearsal is None:
             return
         with self.rehearsal(unit) as wanted:
@@ -197,7 +196,8 @@ class Lockstep:
                 one.activations.park()
 
     def _go_through(self, waiting: Sequence[Pass], unit: OffloadedLayer) -> None:
-        """Each pass; of one block a GPU computes one while the host goes on with the one before."""
+        """Run each pass. Within a block, a GPU computes one pass while the host continues the
+        previous one."""
         begun: ResumePoint | None = None
         for one in waiting:
             if one.request is None or one.request.unit is not unit:
@@ -213,7 +213,7 @@ class Lockstep:
             self._end(begun, unit)
 
     def _begin(self, one: Pass) -> ResumePoint:
-        """A pass goes through the unit that it waits for, as far as a GPU is concerned."""
+        """Start a pass through its unit; a GPU may still be computing afterwards."""
         stop: Stop = one.request
         one.activations.restore()
         self.reader.begin(one, stop.unit, stop.is_backward)
@@ -222,8 +222,8 @@ class Lockstep:
         return ResumePoint(one, answer, Mark(self.stored.device))
 
     def _end(self, begun: ResumePoint, unit: OffloadedLayer) -> None:
-        """The pass goes on to the next unit that it waits for. Where that is this one again, as
-        where the backward pass follows at once, it goes through it here."""
+        """Continue the pass to its next unit. If that is this one again, because the backward pass
+        follows at once, run it here."""
         one = begun.one
         while True:
             begun.mark.wait()
@@ -237,7 +237,7 @@ class Lockstep:
             begun = self._begin(one)
 
     def _go_on(self, one: Pass, answer: object) -> None:
-        """The code between two units."""
+        """Run the code between two units."""
         self.reader.begin(one, None, False)
         one.resume(answer)
         self.reader.end(one, None, False)
@@ -251,7 +251,7 @@ class Lockstep:
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """`Refused` for models whose code reads what is not in memory."""
+        """`Refused` for models whose code reads weights or activations that are not in memory."""
         try:
             yield
         except (RuntimeError, NotImplementedError) as error:
@@ -272,7 +272,7 @@ class Lockstep:
 
     @contextmanager
     def _stops(self) -> Iterator[None]:
-        """Passes stop where a unit is called."""
+        """Let passes stop when they call a unit, inside the context."""
         units = [*self.units.outer, *self.units.inner]
         before = [vars(unit.module).get("forward") for unit in units]
         for unit in units:
@@ -291,7 +291,7 @@ class Lockstep:
     def _call(
         self, unit: OffloadedLayer, forward: Callable[..., Any], *args: object, **kwargs: object
     ) -> Any:
-        """What a unit's forward is meanwhile."""
+        """The replacement of a unit's forward."""
         one = Coroutine.current()
         if not isinstance(one, Pass):
             return forward(*args, **kwargs)  # within a unit
@@ -313,7 +313,7 @@ class Lockstep:
         return one.stop(stop)
 
     def computed(self, unit: OffloadedLayer, forward: Callable[..., Any], arguments: Any) -> Any:
-        """A unit's output, of arguments on the CPU; the unit is on its device."""
+        """A unit's output for arguments on the CPU; the unit is on its device."""
         before = tree_leaves(arguments)
         (args, kwargs), moved = self.offloader.to_device(arguments)
         self.reader.record_input(unit, args, kwargs)  # no hook has, if it is a layer itself
@@ -335,7 +335,7 @@ class Lockstep:
 
 
 def _run(loss: Callable[[], Tensor | None], activations: Activations, masks: Masks | None) -> None:
-    """The code of a pass."""
+    """The body of a pass."""
     torch.set_num_threads(1)  # else each pass has a set of threads for the little it does itself
 
     def pack(tensor: Tensor) -> Tensor:
@@ -356,7 +356,7 @@ def _backward(
     grads: tuple[Tensor | None, ...],
     lockstep: Lockstep,
 ) -> list[Tensor | None]:
-    """Run a unit again to get the gradients of its inputs, and of what is wanted of it."""
+    """Run a unit again to get the gradients of its inputs and of its wanted tensors."""
     weights = lockstep.reader.wanted(one, unit)
     arguments, inputs = call.arguments()
     with torch.enable_grad():
@@ -380,7 +380,7 @@ def _backward(
 
 
 def _next(waiting: Sequence[Pass]) -> OffloadedLayer:
-    """The unit to run next: the first of the model in the forward pass, then the last one in the
+    """The unit to run next: the model's first in the forward pass, then the last one in the
     backward pass."""
     stops: list[Stop] = [one.request for one in waiting]
     forward = [stop.unit for stop in stops if not stop.is_backward]

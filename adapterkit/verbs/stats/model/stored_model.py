@@ -1,4 +1,4 @@
-"""A model of transformers whose buffers are real and whose parameters are on the meta device, until
+"""A transformers model whose buffers are real and whose parameters are on the meta device, until
 they are read from the shards."""
 
 import contextlib
@@ -30,8 +30,7 @@ class StoredModel:
     of its first stored floats; in eval mode, without a cache.
 
     Without `buffers` no weights are read. `Refused` for a model that transformers does not know or
-    cannot build, and for parameters of another shape.
-    """
+    cannot build, and for parameters of another shape."""
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class StoredModel:
         return stored, absent
 
     def _find_buffers(self) -> dict[str, StoredParameter]:
-        """The buffers that are stored, such as those of batch norms."""
+        """The stored buffers, such as those of batch norms."""
         stored = {}
         for name, buffer in self.model.named_buffers():
             parameter = self.names.parameter(name)
@@ -107,14 +106,14 @@ class StoredModel:
         return stored
 
     def _files(self, name: str) -> list[str]:
-        """The files that a parameter or a buffer is read from, in their order."""
+        """The files of a parameter or a buffer, in reading order."""
         stored = self._stored_buffers.get(name) or self._stored.get(name)
         specs = stored.reads if stored is not None else ()
         return [part.file for spec in specs for part in stored_parts(spec)]
 
     def reads(self, parts: Iterable[Iterable[str]]) -> list[str]:
-        """The files that are read, in their order, where the buffers are loaded first, then these
-        parts of the parameters; the same file twice where another one is read in between."""
+        """The files in reading order if the buffers are loaded first, then these groups of
+        parameters; a file appears twice if another one is read in between."""
         order = [self._stored_buffers, *parts]
         files = [
             f
@@ -139,8 +138,8 @@ class StoredModel:
         return sum(self._meta[name].numel() * self._meta[name].element_size() for name in names)
 
     def load(self, names: Iterable[str], device: torch.device) -> None:
-        """Read parameters from the shards, one after the other; tied ones are one, those not stored
-        are zero."""
+        """Read parameters from the shards, one after the other; tied ones share their memory, those
+        not stored are zero."""
         loaded: dict[int, nn.Parameter] = {}
         for name in sorted(names, key=self._files):
             meta = self._meta[name]
@@ -154,13 +153,13 @@ class StoredModel:
             self._set(name, loaded[id(meta)])
 
     def free(self, names: Iterable[str]) -> None:
-        """Forget the values of parameters."""
+        """Free the values of parameters."""
         for name in names:
             self._set(name, self._meta[name])
 
     @contextlib.contextmanager
     def buffers_on_device(self, module: nn.Module) -> Iterator[None]:
-        """A module's buffers are on the model's device meanwhile."""
+        """Move a module's buffers to the model's device inside the context."""
         before = [
             (part, name, buffer)
             for part in module.modules()
@@ -200,7 +199,7 @@ def _disable_cache(config: Any) -> None:
 
 
 def _keep_wide(model: nn.Module, plan: dict[str, torch.dtype]) -> None:
-    """Parameters that transformers keeps in float32 in a model of 16 bits."""
+    """Keep parameters in float32 if transformers does so in a 16-bit model."""
     patterns = {re.compile(key.replace("*", ".*")): dtype for key, dtype in plan.items()}
     for name, parameter in list(model.named_parameters()):
         dtype = next((d for pattern, d in patterns.items() if pattern.search(name)), None)
@@ -210,9 +209,10 @@ def _keep_wide(model: nn.Module, plan: dict[str, torch.dtype]) -> None:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are built meanwhile keep their buffers and lose their parameters' values.
+    """Build modules with their buffers' values and without those of their parameters, inside the
+    context.
 
-    (Under `torch.device("meta")` buffers that the code computes would have no values either.)"""
+    (Under `torch.device("meta")`, buffers that the code computes would have no values either.)"""
     original = nn.Module.register_parameter
     moved: Any = WeakIdKeyDictionary()  # tied ones stay one
 
