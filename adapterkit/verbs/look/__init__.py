@@ -1,1 +1,1 @@
-"""Measurements of the read-only verbs as plain dicts; tables and pictures of them."""
+"""Measurements of the read-only verbs as plain dicts, with their tables and pictures."""

@@ -32,7 +32,7 @@ def inspect_adapter(
     spectra: dict[str, Tensor] | None = None,
 ) -> Json:
     """inspect's result for an adapter; `with_factors`: read them for norms and effective ranks, and
-    for the `spectra` that are asked for."""
+    fill `spectra` if given."""
     adapter, scan, typed = scan_adapter(folder)
     check_tensors(scan, mixed=False)
     check_pickles(scan, "the adapter")
@@ -128,8 +128,7 @@ def _rank_alpha_scale(
     adapter: Adapter, lora: Lora, parameter: str | None, scan: Checkpoint
 ) -> tuple[int | None, float | None, float | None]:
     """Rank, alpha and scale by the config, whose patterns match the name of the module, or of its
-    parameter where target_parameters names it; None where they are ambiguous or a pattern is
-    invalid."""
+    parameter if target_parameters names it; None if they are ambiguous or a pattern is invalid."""
     own = None if parameter is None else [parameter.rpartition(".")[2]]
     names = [adapter.pattern_name(lora, leaf) for leaf in _leaves(adapter, lora, own) or [None]]
     try:
@@ -153,14 +152,14 @@ def _rank_alpha_scale(
 
 
 def _leaves(adapter: Adapter, lora: Lora, own: list[str] | None = None) -> list[str]:
-    """The module's parameters that target_parameters may mean; only the base tells which of them
+    """The module's parameters that target_parameters may mean; only the base determines which one
     it is."""
     return adapter.leaves(lora.module, own) if lora.kind == "module" else []
 
 
 def _groups(modules: list[Json]) -> list[Json]:
-    """Counts of modules with equal values, by the last component of their names, and their
-    parameter's unless that is `weight`."""
+    """Counts of modules with equal values, by the last component of their names, plus the
+    parameter's name unless that is `weight`."""
     counts: dict[tuple, int] = {}
     for module in modules:
         own = (module["parameter"] or "").rpartition(".")[2]

@@ -24,7 +24,7 @@ HEAD_KEY = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output|head)\.
 
 
 def inspect_base(folder: Folder, headers: bool) -> Json:
-    """inspect's result for a checkpoint; `headers`: its model is not built."""
+    """inspect's result for a checkpoint; `headers`: without building its model."""
     scan = scan_checkpoint(folder)
     opens = not scan.errors
     _check_files(scan)
@@ -69,7 +69,8 @@ def add_problem(scan: Checkpoint, problem: str, expected: str, hint: str, where:
 
 
 def _check_files(scan: Checkpoint) -> None:
-    """Files that may be mistaken for the model's weights, a missing config, a wrong total_size."""
+    """Report files that may be mistaken for the model's weights, a missing config, a wrong
+    total_size."""
     files = scan.folder.files()
     stray = [name for name in weight_files(scan.folder) if name not in {*scan.shards, *scan.unread}]
     if stray:
@@ -98,7 +99,7 @@ def check_pickles(scan: Checkpoint, beside: str) -> None:
 
 
 def check_tensors(scan: Checkpoint, *, mixed: bool) -> None:
-    """Empty tensors, and floats of several dtypes unless quantization accounts for them."""
+    """Report empty tensors, and floats of several dtypes unless quantization explains them."""
     tensors = scan.tensors.values()
     empty = [spec.key for spec in tensors if 0 in spec.shape]
     if empty:
@@ -133,8 +134,8 @@ def _tied(scan: Checkpoint, gaps_known: bool) -> Json:
 
 
 def _loads(scan: Checkpoint, is_quantized: bool) -> Json | None:
-    """The class that transformers loads, with counts of what it does not find; None where it does
-    not know the model."""
+    """The class that transformers loads, with counts of the parameters that it does not find; None
+    if it does not know the model."""
     whole = None if is_quantized else whole_decoder(scan)
     if whole is not None:
         return {"class": whole, "missing": 0, "misshapen": 0}
@@ -177,7 +178,7 @@ def _quantization(scan: Checkpoint) -> Json | None:
 
 
 def new_result(kind: str, scan: Checkpoint) -> Json:
-    """The keys that all kinds have, in the order of the schema."""
+    """The keys that all kinds have, in schema order."""
     files = scan.folder.files()
     tensors = [spec for header in scan.shards.values() for spec in header.tensors]
     counts = {name: len(header.tensors) for name, header in scan.shards.items()}

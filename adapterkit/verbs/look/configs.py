@@ -1,4 +1,4 @@
-"""Differences of two configs, and which of them change what the weights do."""
+"""Compare two configs, and decide which differences change the weights' effect."""
 
 import json
 import math
@@ -34,7 +34,7 @@ ADAPTER_AFFECTS_WEIGHTS = {"ensure_weight_tying", "layer_replication", "target_p
 
 
 def compare_model_configs(a: dict, b: dict) -> tuple[list[Json], list[str]]:
-    """Rows and notes on two models' configs; all settings count but dropouts and `NO_EFFECT`."""
+    """Rows and notes on two models' configs; all settings count except dropouts and `NO_EFFECT`."""
     no_effect = _differences(_select(a, no_effect=True), _select(b, no_effect=True))
     a, b = _select(a, no_effect=False), _select(b, no_effect=False)
     rows, notes = list(_differences(a, b)), []
@@ -49,8 +49,8 @@ def compare_model_configs(a: dict, b: dict) -> tuple[list[Json], list[str]]:
 
 
 def compare_adapter_configs(a: Adapter, b: Adapter) -> list[Json]:
-    """Rows on two adapters' configs; absent, false and empty are the same, and lists of names have
-    no order."""
+    """Rows on two adapters' configs; absent, false and empty are equal, and lists of names have no
+    order."""
 
     def plain(value: Any) -> Any:
         names = isinstance(value, list) and all(isinstance(v, str) for v in value)
@@ -70,7 +70,7 @@ def compare_adapter_configs(a: Adapter, b: Adapter) -> list[Json]:
 
 
 def _select(config: dict, *, no_effect: bool) -> dict:
-    """The settings that are compared, nested ones too: those without effect, or all others."""
+    """The compared settings, including nested ones: those without effect, or all others."""
     selected = {}
     for key, value in config.items():
         if isinstance(value, dict) and key not in NO_EFFECT:
@@ -85,7 +85,7 @@ def _select(config: dict, *, no_effect: bool) -> dict:
 
 
 def _differences(a: dict, b: dict, prefix: str = "") -> Iterator[Json]:
-    """A row for each setting that differs; nested ones have dotted names."""
+    """Yield a row for each setting that differs; nested ones have dotted names."""
     for key in {**a, **b}:
         one, other = a.get(key), b.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
@@ -105,8 +105,8 @@ def _equal(a: object, b: object) -> bool:
 
 
 def _with_defaults(a: dict, b: dict) -> tuple[dict, dict, str] | None:
-    """Both configs as transformers completes them (defaults, renamed settings), and a note on it;
-    None where it does not know the model."""
+    """Both configs as transformers completes them (defaults, renamed settings), and a note; None if
+    it does not know the model."""
     model_type = a.get("model_type")
     if model_type is None or b.get("model_type") != model_type:
         return None

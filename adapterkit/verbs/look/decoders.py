@@ -1,9 +1,8 @@
-"""Decoders whose parameters follow from a few settings of the config, so that none need be built to
-say that all are stored.
+"""Decoders whose parameters follow from a few settings of the config, so that completeness can be
+checked without building the model.
 
 A test of each (test_decoders) compares them with transformers' own. A checkpoint that differs in
-anything is left to the model's code (`core/weights/loading.py`), which also says what is wrong.
-"""
+anything is left to the model's code (`core/weights/loading.py`), which also reports the problem."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ ROPES = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
 
 @dataclass(frozen=True)
 class Decoder:
-    """A causal model of layers like Llama's: its class, and what is not the same in all."""
+    """A causal model of layers like Llama's: its class, and its deviations."""
 
     name: str
     biases: tuple[tuple[str, str], ...] = ()  # (setting, projections that have one where it is set)
@@ -40,8 +39,8 @@ DECODERS = {
 
 
 def whole_decoder(base: Checkpoint) -> str | None:
-    """The class of a model of which all parameters are stored, in their shapes; None for others,
-    and where only its code knows."""
+    """The class of a model whose parameters are all stored, in their shapes; None for others, and
+    if only the model's code can decide."""
     config = base.config
     decoder = DECODERS.get(str(config.get("model_type")))
     if decoder is None or config.get("architectures") != [decoder.name] or not _is_usual(config):
@@ -54,7 +53,7 @@ def whole_decoder(base: Checkpoint) -> str | None:
 
 
 def _is_usual(config: Json) -> bool:
-    """Whether the settings are there that shape the model, and as transformers takes them."""
+    """True if the settings that shape the model are present and valid for transformers."""
     sizes = [config.get(name) for name in SIZES]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
@@ -68,7 +67,7 @@ def _is_usual(config: Json) -> bool:
 
 
 def _parameters(decoder: Decoder, config: Json) -> Iterator[tuple[str, Shape]]:
-    """Names and shapes."""
+    """Yield names and shapes."""
     vocabulary, hidden, inner, layers, heads, groups = (config[name] for name in SIZES)
     head = config.get("head_dim", 128 if decoder.has_norms else hidden // heads)
     projections = {

@@ -1,4 +1,5 @@
-"""diagnose: a model's files, values and tokenizer, and how much of each adapter is in it."""
+"""diagnose: check a model's files, values and tokenizer, and measure how much of each adapter it
+contains."""
 
 import math
 from collections import Counter
@@ -49,7 +50,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 @dataclass
 class _Findings:
-    """What was found, in the order of looking."""
+    """The findings so far, in the order of the checks."""
 
     asked: Diagnose
     rows: list[Json] = field(default_factory=list)
@@ -59,7 +60,7 @@ class _Findings:
         self.rows.append({"kind": kind, "problem": problem, "evidence": evidence} | advice(own))
 
     def include(self, kind: str, problems: Sequence[Json]) -> None:
-        """Those that `inspect` finds."""
+        """Add the problems that `inspect` finds."""
         for one in problems:
             do = "\n".join(filter(None, (one["do"], one["command"])))
             self.add(kind, one["found"], one["where"], do, one["where"])
@@ -67,7 +68,7 @@ class _Findings:
 
 @torch.inference_mode()
 def diagnose_model(diagnose: Diagnose) -> Json:
-    """What `diagnose` says of a model."""
+    """The document of `diagnose` on a model."""
     folder, found = open_model(diagnose.model), _Findings(diagnose)
     base = None if diagnose.base is None else open_model(diagnose.base)
     found.include("headers", inspect_base(folder, headers=False)["problems"])
@@ -97,7 +98,7 @@ def diagnose_model(diagnose: Diagnose) -> Json:
 
 
 def _values(model: Checkpoint, found: _Findings, progress: Progress) -> None:
-    """Values that are not finite."""
+    """Report values that are not finite."""
     floats = [spec for spec in model.tensors.values() if spec.dtype in dtypes.FLOATS]
     expect(progress, sum(spec.nbytes for spec in floats))
     bad = []
@@ -113,7 +114,7 @@ def _values(model: Checkpoint, found: _Findings, progress: Progress) -> None:
 
 
 def _decoded(model: Checkpoint, found: _Findings) -> Tensors | None:
-    """Its weights; none where they are not what its config says: floats under a config of
+    """The model's decoded weights; None if they contradict its config: floats under a config of
     quantization, or packed values without one."""
     try:
         return decoded_view(model).tensors
@@ -125,7 +126,7 @@ def _decoded(model: Checkpoint, found: _Findings) -> Tensors | None:
 
 
 def _tokenizer(folder: Folder, base: Folder | None, found: _Findings) -> None:
-    """A tokenizer of another model, or one whose tokens have no rows."""
+    """Report a tokenizer of another model, or one whose tokens have no rows."""
     files, config = folder.files(), read_json(folder, "config.json")
     rows = _number(config, "vocab_size")
     if "tokenizer.json" in files and rows is not None:
@@ -155,7 +156,7 @@ def _number(config: Json, key: str) -> int | None:
 
 
 def _ids(tokenizer: Json) -> list[tuple[str, int]]:
-    """(token, its number) of a tokenizer.json."""
+    """(token, its id) pairs of a tokenizer.json."""
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     pairs = [*vocabulary.items()] if isinstance(vocabulary, dict) else []
@@ -189,7 +190,8 @@ def _untouched(
     plans: Sequence[Plan],
     found: _Findings,
 ) -> None:
-    """Whether what no adapter touches is the base's, but for rounding."""
+    """Report weights that no adapter touches and that differ from the base's by more than
+    rounding."""
     touched = {key for plan in plans for key in _edited(plan)}
     shared = [key for key in theirs if key in ours and key not in touched]
     missing = [key for key in theirs if key not in ours and not key.endswith("lm_head.weight")]
@@ -235,7 +237,7 @@ def _rows(reader: LocalReader, spec: TensorSpec, first: int = 0) -> Tensor:
 
 def _projection(model: Folder, stored: Tensors, plans: Sequence[Plan]) -> tuple[list[float], float]:
     """Coefficients of MODEL - BASE ≈ Σ coefficient · delta, by least squares over sampled rows, and
-    the share of ‖MODEL - BASE‖² that is left."""
+    the unexplained share of ‖MODEL - BASE‖²."""
     count = len(plans)
     sizes = (count, count), (count,), ()
     gram, inner, total = (torch.zeros(size, dtype=torch.float64) for size in sizes)
@@ -258,7 +260,8 @@ def _projection(model: Folder, stored: Tensors, plans: Sequence[Plan]) -> tuple[
 def _samples(
     model: Folder, stored: Tensors, plans: Sequence[Plan]
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
-    """(rows of MODEL - BASE, the same rows of each adapter's delta) of some touched weights."""
+    """Yield (rows of MODEL - BASE, the same rows of each adapter's delta) for some touched
+    weights."""
     edited = [_edited(plan) for plan in plans]
     keys = [key for key in dict.fromkeys(k for e in edited for k in e) if key in stored]
     for key in keys[:: max(1, len(keys) // MOST_TENSORS)]:
@@ -289,7 +292,7 @@ def _coefficients(values: Sequence[float], adapters: Sequence[Folder], found: _F
 
 
 def _meaning(value: float, name: str, config: Json) -> tuple[str, str, str]:
-    """What a factor of a delta says: kind, problem, what to do; "" for 1."""
+    """The finding for a coefficient of a delta: kind, problem, advice; "" for 1."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     near = lambda other: abs(value - other) <= NEAR * abs(other)
     again = "merge it again\nadapterkit merge BASE ADAPTER --out merged-again --verify"

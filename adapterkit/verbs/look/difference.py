@@ -1,5 +1,5 @@
-"""diff: what two checkpoints, or two adapters, do not have in common. Read by blocks of rows;
-nothing large is held whole."""
+"""diff: compare two checkpoints, or two adapters, by blocks of rows, without reading a large tensor
+whole."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ WORKERS = 2
 
 
 def compare_sources(diff: Diff) -> Json:
-    """What `diff` says of two sources."""
+    """The document of `diff` on two sources."""
     tolerance, energy = diff.tolerance, diff.rank_for_energy
     sources = open_source(diff.a), open_source(diff.b)
     folders = (adapter_or_file(sources[0]), adapter_or_file(sources[1]))
@@ -73,7 +73,7 @@ def compare_sources(diff: Diff) -> Json:
 def _match(
     sources: tuple[Folder, Folder], folders: tuple[Folder, Folder]
 ) -> tuple[Matches, Sequence[Folder]]:
-    """What is compared, and the folders of its tensors."""
+    """The pairs to compare, and the folders of their tensors."""
     is_adapter = all(CONFIG in folder.files() for folder in folders)
     one, other = map(kind_of, sources)
     if not is_adapter and type(one) is type(other) and (own := one.own("diff")):
@@ -134,7 +134,7 @@ def measure(
 
 
 class StoppedSources(Sources):
-    """Open files of which nothing more is read once they are stopped."""
+    """Open files that are no longer read once they are stopped."""
 
     stopped = False
 
@@ -148,7 +148,7 @@ class StoppedSources(Sources):
 
 
 def _are_one(pair: Pair, folders: Sequence[Folder]) -> bool:
-    """Whether a tensor is the same bytes of files of one sha256, as the Hub lists it."""
+    """True if both tensors have the same bytes in files of one sha256, as the Hub lists it."""
     a, b = pair.a, pair.b
     if not (type(a) is TensorSpec and type(b) is TensorSpec):
         return False

@@ -1,4 +1,4 @@
-"""check: a conversion for an engine that is only planned, beside the rules of the engine."""
+"""check: plan a conversion for an engine, and compare it with the engine's rules."""
 
 from collections.abc import Iterable, Iterator, Sequence, Set
 
@@ -31,7 +31,7 @@ VERSION = 1
 
 
 class _Verdicts:
-    """What was found of an adapter for an engine."""
+    """The findings on an adapter for an engine."""
 
     def __init__(self, client: Client, check: EngineCheck):
         self.client, self.check, self.rows = client, check, list[Json]()
@@ -47,7 +47,7 @@ class _Verdicts:
         self.rows.append(row | advice(with_paths(do, self.check)))
 
     def include(self, errors: Iterable[AdapterkitError]) -> None:
-        """Refusals of a conversion: what the engine's format cannot hold."""
+        """Add a conversion's refusals, which name what the engine's format cannot store."""
 
         for error in errors:
             do = conversion_hint(error.hint, self.client.format, self.base) or self.convert
@@ -55,7 +55,7 @@ class _Verdicts:
 
 
 def check_adapter(check: EngineCheck) -> Json:
-    """What `check` says of an adapter."""
+    """The document of `check` on an adapter."""
     source = open_unconverted(check.adapter)
     base = None if check.base is None else base_for(check.base, source)
     detection, client = detect(source), engines()[check.program]
@@ -97,7 +97,7 @@ def check_adapter(check: EngineCheck) -> Json:
 def _compare(
     detection: Detection, plan: Plan, rules: Sequence[ModuleRule], found: _Verdicts
 ) -> None:
-    """Keys that the engine's own layout of the same adapter does not have."""
+    """Report keys that the engine's own layout of the same adapter does not have."""
     wanted = {tensor.key for shard in plan.shards for tensor in shard.layout.tensors}
     read = _renamed(detection, wanted, rules)
     own = [key for key in detection.container.tensors if key not in wanted | read]
@@ -111,8 +111,8 @@ def _compare(
 
 
 def _renamed(detection: Detection, wanted: Set[str], rules: Sequence[ModuleRule]) -> set[str]:
-    """The keys of factors that the engine renames while it loads them: where the targets in the
-    config mean the new names, of which it makes its layers."""
+    """The keys of factors that the engine renames while loading, if the config's targets match the
+    new names, from which the engine makes its layers."""
     rules = [rule for rule in rules if rule.verdict == "renames"]
     targets = detection.config.get("target_modules")
     if not rules or detection.config.get("peft_type") != "LORA" or not targets:
@@ -138,7 +138,7 @@ def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
 def _check_rules(
     modules: Sequence[AdapterModule], rules: Sequence[ModuleRule], found: _Verdicts
 ) -> None:
-    """What the engine does with modules, but for new names."""
+    """Report the engine's rules for modules, except renames."""
     for rule in (rule for rule in rules if rule.verdict != "renames"):
         names = [module.path for module in modules if rule.modules.search(module.path)]
         if names:
@@ -147,7 +147,7 @@ def _check_rules(
 
 
 def _check_names(check: EngineCheck, base: Checkpoint, found: _Verdicts) -> None:
-    """Modules and shapes that the base does not have, as a merge finds them."""
+    """Report modules and shapes that the base does not have, as a merge finds them."""
     errors = Problems()
     with errors.collected():
         for folder, on in _on_models(check, base):
@@ -160,7 +160,8 @@ def _check_names(check: EngineCheck, base: Checkpoint, found: _Verdicts) -> None
 
 
 def _on_models(check: EngineCheck, base: Checkpoint) -> Iterator[tuple[Folder, Checkpoint]]:
-    """The adapter and its base; of a pipeline the adapter of each part, and that part."""
+    """Yield the adapter and its base; for a pipeline, the adapter of each component, and that
+    component."""
     assert check.base is not None
     kind = kind_of(open_model(check.base))
     if own := kind.own("adapters on models"):
@@ -170,7 +171,7 @@ def _on_models(check: EngineCheck, base: Checkpoint) -> Iterator[tuple[Folder, C
 
 
 def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> None:
-    """The id of another base; shapes and names were compared by the conversion."""
+    """Report the id of another base; the conversion has compared shapes and names."""
     declared, given = (
         detection.config.get("base_model_name_or_path"),
         base.folder.origin.get("repo"),

@@ -1,8 +1,7 @@
 """Norms and effective ranks of an adapter's deltas, and the norms relative to the base's weights.
 
-`b @ a` is never multiplied out and the base is read by blocks of rows. Errors of a tensor are added
-to the problems, not raised.
-"""
+`b @ a` is never multiplied out and the base is read by blocks of rows. Errors of a tensor join the
+problems and are not raised."""
 
 import math
 import re
@@ -37,15 +36,15 @@ FUSED = re.compile(
 
 @dataclass
 class LostShards:
-    """Factors that were saved without one process's share: most modules have a block of zeros. The
-    modules that have one, and what is zero there."""
+    """Detect factors that were saved without one process's share: most modules have a block of
+    zeros. `blocks`: those modules, and their zeros."""
 
     trained: int = 0
     blocks: dict[str, str] = field(default_factory=dict)
 
     def record_factors(self, lora: Lora, a: Tensor, b: Tensor) -> None:
-        """a (rank, in) and b (out, rank) of a module. Of an embedding most tokens are not seen; of
-        b that is zero nothing was trained."""
+        """Check a (rank, in) and b (out, rank) of a module. Embeddings are skipped because most
+        tokens are not seen, and zero b because nothing was trained."""
         if lora.kind == "embedding" or not b.any():
             return
         self.trained += 1
@@ -56,7 +55,7 @@ class LostShards:
                 self.blocks[lora.module] = f"{places[0]} to {places[-1]} of {len(zero)} {what}"
 
     def problem(self, where: str) -> Refused | None:
-        """Where most of the trained modules have one, and not fused ones alone."""
+        """The problem if most of the trained modules have such a block, and not only fused ones."""
         count, blocks = len(self.blocks), self.blocks
         if count < max(2, self.trained / 2) or all(map(FUSED.search, blocks)):
             return None
@@ -80,7 +79,7 @@ def read_factors(
     spectra: dict[str, Tensor] | None = None,
 ) -> None:
     """Add the statistics of the factors to `modules`; check all other tensors for NaN and infinity.
-    `spectra` gets the singular values of scale * b @ a by the module's label; of a stack the root
+    `spectra` gets the singular values of scale * b @ a by the module's label; for a stack, the root
     mean square over the experts."""
     total = sum(spec.nbytes for spec in adapter.tensors.values())
     if base is not None:
@@ -112,8 +111,8 @@ def read_factors(
 def _statistics(
     lora: Lora, module: Json, reader: Reader, problems: Problems, lost: LostShards
 ) -> tuple[Json, Tensor | None]:
-    """trained, and effective_rank and norm where the factors are finite and fit each other; then
-    also their singular values."""
+    """trained, and effective_rank and norm if the factors are finite and fit each other; then also
+    their singular values."""
     a, b = (reader.tensor(spec).double().flatten(1) for spec in (lora.a, lora.b))
     statistics: Json = {"trained": bool((b != 0).any())}
     bad = {
@@ -161,15 +160,14 @@ def _statistics(
 def effective_rank(s: Tensor) -> float:
     """exp(-Σ p log p) with p = s² / Σ s², for `s` that are not all zero.
 
-    Roy and Vetterli 2007, who have s in place of s².
-    """
+    Roy and Vetterli 2007, who use s instead of s²."""
     p = (s / s.max()).square()
     p = p[p > 0] / p.sum()
     return float((-(p * p.log()).sum()).exp())
 
 
 def _not_finite(problem: str, where: str) -> AdapterkitError:
-    """A tensor, or a delta, with values that training does not give."""
+    """The problem of a tensor, or a delta, with values that training does not produce."""
     hint = "the training run diverged: use an earlier save"
     return Damaged(problem, expected="finite values", where=where, hint=hint, code="AK208")
 

@@ -1,4 +1,4 @@
-"""What each format of adapters can hold, and which one a source is in, as plain dicts and as
+"""Describe the formats of adapters, and detect the one of a source, as plain dicts and as
 tables."""
 
 from collections import Counter
@@ -26,16 +26,15 @@ PLACES = {
 
 
 def list_formats() -> Json:
-    """What each format can hold; a dict that `convert --list --json` prints as it is.
+    """The capabilities of each format; a dict that `convert --list --json` prints unchanged.
 
       formats        name -> a format, read from formats/*.toml
       architectures  name -> {title, components, namings, sources}
 
-    Of a format: title, summary, tier, reads, writes, kinds {kind: its roles}, scale {place (tensor,
+    A format has title, summary, tier, reads, writes, kinds {kind: its roles}, scale {place (tensor,
     config, metadata, shared, none), means (alpha or scale), default, uniform}, container, config
-    (files beside the weights, the first is written), architectures (empty: any), components,
-    clients (who reads it), note (what to do with the file), sources (links).
-    """
+    (files next to the weights, the first is written), architectures (empty: any), components,
+    clients (its readers), note (how to use the file), sources (links)."""
     return {
         "formats": {name: _format(one) for name, one in formats().items()},
         "architectures": {name: _architecture(one) for name, one in architectures().items()},
@@ -79,13 +78,12 @@ def _architecture(one: Architecture) -> Json:
 
 
 def detect_format(src: StrPath, *, allow_pickle: bool = False) -> Json:
-    """The format of an adapter and what it holds, from its headers; a dict that `convert --detect
-    --json` prints as it is: format, title, architecture (null where no or several ones have its
+    """The format of an adapter and its contents, from its headers; a dict that `convert --detect
+    --json` prints unchanged: format, title, architecture (null if no or several ones have its
     names), architectures (that have them), modules, kinds {kind: count}, components, ranks {rank:
     count}, problems [{found, expected, where, do}].
 
-    Raises `Refused` where the source is in no format that is known.
-    """
+    Raises `Refused` if the source is in no known format."""
     source = open_unconverted(
         checked("src", SOURCE, src), checked("allow_pickle", FLAG, allow_pickle)
     )
@@ -138,7 +136,7 @@ def formats_table(document: Settings) -> str:
 
 
 def scale_text(scale: Settings) -> str:
-    """Where the scale is, and what it is where nothing says it."""
+    """The storage of the scale, and its default."""
     if scale["place"] == "none":
         place = "none: in b"
     else:

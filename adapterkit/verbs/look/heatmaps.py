@@ -13,7 +13,7 @@ NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer, in a name
 
 
 class Scale(NamedTuple):
-    """Values to shares of a colour, from the smallest to the largest of them."""
+    """Map values to shares of a colour, from the smallest to the largest."""
 
     low: float
     high: float
@@ -21,7 +21,7 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float], log: bool = False) -> "Scale":
-        """The scale of these values; zeros have no place on a logarithmic one."""
+        """The scale of these values; a logarithmic one ignores zeros."""
         used = [value for value in values if value > 0 or not log]
         return cls(min(used), max(used), log) if used else cls(0.0, 0.0, False)
 
@@ -38,14 +38,15 @@ class Scale(NamedTuple):
 
 
 def module_label(module: Json) -> str:
-    """A module's name with its parameter's unless that is `weight`, or with its wrapper's level."""
+    """A module's name, with its parameter's unless that is `weight`, or with its wrapper's
+    level."""
     if module["parameter"] is not None:
         return module["parameter"].removesuffix(".weight")
     return module["module"] + (f" (level {module['depth']})" if module["depth"] else "")
 
 
 def place_of(label: str) -> tuple[str, str]:
-    """A module's layer and its name there; of one outside of layers "" and its whole name."""
+    """A module's layer and its name there; outside of layers, "" and its whole name."""
     parts = label.split(".")
     at = next((n for n, part in enumerate(parts[:-1]) if part.isdecimal()), None)
     return ("", label) if at is None else (".".join(parts[: at + 1]), ".".join(parts[at + 1 :]))
@@ -60,16 +61,15 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def grid_of(labels: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str], list[str]]:
-    """The place of each module, and the layers and the names in them in natural order: rows and
-    columns."""
+    """The cell of each module, and the layers and the names in natural order: rows and columns."""
     places = {label: place_of(label) for label in labels}
     rows, columns = zip(*places.values(), strict=True) if places else ((), ())
     return places, sorted({*rows}, key=natural), sorted({*columns}, key=natural)
 
 
 def heatmaps_of(adapters: Mapping[str, Json]) -> Json:
-    """Of adapters as `inspect` has them: rows (layers), columns (modules), and for each adapter and
-    measure a table."""
+    """Heatmaps of adapters as `inspect` returns them: rows (layers), columns (modules), and a table
+    for each adapter and measure."""
     modules = (module for one in adapters.values() for module in one["modules"])
     places, rows, columns = grid_of(map(module_label, modules))
     tables = []
@@ -91,8 +91,8 @@ def _value(module: Json | None, measure: str, total: float) -> float | None:
 
 
 def blocks(maps: Json, width: int) -> list[str]:
-    """The first table as lines for a terminal: a line a module, a column a layer, of more layers
-    than fit the mean of several; and what it means."""
+    """The first table as lines for a terminal, with a legend: a line per module, a column per
+    layer, or per group of layers (their mean) if there are more than fit."""
     table = maps["tables"][0]
     flat = [v for row in table["values"] for v in row if v is not None]
     scale = Scale.of(flat, log=True)

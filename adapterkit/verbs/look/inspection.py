@@ -1,5 +1,5 @@
-"""inspect: what a checkpoint or an adapter holds, from headers and JSON, and on request from the
-factors."""
+"""inspect: the contents of a checkpoint or an adapter, from headers and JSON, and on request from
+the factors."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from adapterkit.verbs.look.records.inspect import Inspect
 
 
 class Inspection(dict[str, Any]):
-    """What `inspect` says of a source; of an adapter notebooks show heatmaps."""
+    """The result of `inspect`; notebooks show heatmaps for an adapter."""
 
     def _repr_html_(self) -> str | None:
         from adapterkit.verbs.look.overview.page import heatmap_page
@@ -30,7 +30,7 @@ class Inspection(dict[str, Any]):
 
 
 def inspect_source(inspect: Inspect) -> Inspection:
-    """What `inspect` says of a source, or of several adapters."""
+    """The result of `inspect` for a source, or for several adapters."""
     sources = unweighted(inspect.paths)
     return Inspection(_of_one(inspect, *sources) if len(sources) == 1 else _of_several(inspect))
 
@@ -76,7 +76,7 @@ def _of_one(inspect: Inspect, path: StrPath) -> Json:
 
 
 def _of_several(inspect: Inspect) -> Json:
-    """What is said of each adapter, and how they go together."""
+    """The results for each adapter, and their pairs."""
     from adapterkit.verbs.look.overview.advice import advise
     from adapterkit.verbs.look.overview.spaces import adapter_of, compare_adapters, distinct
 
@@ -110,7 +110,7 @@ def _of_several(inspect: Inspect) -> Json:
 def _refuse_options(
     folder: Folder, problem: str, base: object, plot: object, download: bool = False
 ) -> None:
-    """`Refused` where factors are asked about that there are not, or that are not read."""
+    """`Refused` if options need factors that do not exist, or are not read."""
     options = {"--base": base, "--plot": plot, "--download": download or None}
     names = " and ".join(name for name, value in options.items() if value is not None)
     if names:

@@ -1,4 +1,4 @@
-"""An adapter on its base, matched as merge does."""
+"""Match an adapter with its base as merge does."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ class Join:
 
 
 def join(adapter: Adapter, on: Folder, problems: Problems) -> Join:
-    """Match the adapter with the base as merge does; what merge refuses is added to `problems`."""
+    """Match the adapter with the base as merge does; merge's refusals are added to `problems`."""
     from adapterkit.core.merge.changes import collect_changes, other_base
     from adapterkit.core.merge.job import MergeState
     from adapterkit.core.merge.verb import MergeOptions

@@ -1,4 +1,4 @@
-"""The two sides of a diff: read from headers, and matched by key or by module."""
+"""Read the two sides of a diff from headers, and match them by key or by module."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ Parts = dict[tuple[str, str], Any]  # by kind and name: what one side has
 
 @dataclass
 class Matches:
-    """Pairs in A's file order, and what only one side has."""
+    """Pairs in A's file order, and the rows that only one side has."""
 
     pairs: list[Pair]
     added: list[dict]
@@ -38,7 +38,7 @@ class Matches:
 
 
 def are_adapters(folders: tuple[Folder, Folder]) -> bool:
-    """Whether both sources are adapters; `Refused` where only one of them is."""
+    """True if both sources are adapters; `Refused` if only one of them is."""
     adapters = [CONFIG in folder.files() for folder in folders]
     models = [any(_is_model(name) for name in folder.files()) for folder in folders]
     if all(adapters):
@@ -61,7 +61,7 @@ def _is_model(name: str) -> bool:
 
 @dataclass
 class Side:
-    """Tensors of a checkpoint or of a single file by key; of a checkpoint also its config."""
+    """Tensors of a checkpoint or of a single file by key; a checkpoint also has its config."""
 
     tensors: dict[str, TensorSpec]
     checkpoint: Checkpoint | None = None
@@ -69,7 +69,7 @@ class Side:
 
 
 def match_checkpoints(folders: tuple[Folder, Folder], number: int = 0, prefix: str = "") -> Matches:
-    """Match two checkpoints or files by key; `Refused` or `Damaged` where one cannot be read.
+    """Match two checkpoints or files by key; `Refused` or `Damaged` if one cannot be read.
     `number`: of the first of them among the folders; `prefix`: of all names."""
     sides: list[Side] = _read_both(_read_side, folders, number)
     quantized = [
@@ -100,7 +100,7 @@ def match_checkpoints(folders: tuple[Folder, Folder], number: int = 0, prefix: s
 
 
 def match_lone_checkpoint(folder: Folder, number: int, prefix: str, *, is_first: bool) -> Matches:
-    """What only one side has: a whole checkpoint, which is of A where it `is_first`."""
+    """The matches for a checkpoint that only one side has: A if `is_first`, else B."""
     parts = _named(_read_side(folder, number).tensors, prefix)
     return _match(parts, {}) if is_first else _match({}, parts)
 
@@ -139,7 +139,7 @@ def _read_side(folder: Folder, number: int) -> Side:
 
 
 def _decoded_side(side: Side) -> Side:
-    """A quantized checkpoint as the floats that it decodes to."""
+    """The decoded floats of a quantized checkpoint."""
     assert side.checkpoint is not None
     plain = decoded_view(side.checkpoint)
     tensors = {
@@ -150,7 +150,7 @@ def _decoded_side(side: Side) -> Side:
 
 
 def match_adapters(folders: tuple[Folder, Folder]) -> Matches:
-    """Match two adapters by module; `Refused` or `Damaged` where one cannot be read."""
+    """Match two adapters by module; `Refused` or `Damaged` if one cannot be read."""
     (first, a), (second, b) = _read_both(_read_adapter, folders)
     matches = _match_modules(a, b)
     matches.config = configs.compare_adapter_configs(first, second)
@@ -207,7 +207,7 @@ def _match(a: Parts, b: Parts) -> Matches:
 
 
 def _rows_without(parts: Parts, others: Parts) -> list[Json]:
-    """Rows of the parts that the other side does not have."""
+    """Rows of the values that the other side does not have."""
     return [
         {"name": name, "kind": kind, **summary_of(part)}
         for (kind, name), part in parts.items()

@@ -1,5 +1,5 @@
-"""Pages of one file: sections of tables and pictures, light and dark, also on paper, without script
-and network. Texts of pictures are HTML beside the SVG, so that they keep their size on narrow
+"""Render single-file pages: sections of tables and pictures, light and dark, also on paper, without
+script and network. Captions are HTML outside the SVG, so that they keep their size on narrow
 screens."""
 
 import base64
@@ -74,7 +74,8 @@ figure,tr,pre{break-inside:avoid}*{print-color-adjust:exact}@page{margin:14mm}}
 
 
 def escape(text: object) -> str:
-    """A text as HTML, with letters that are not printed or turn the line's direction escaped."""
+    """A text as HTML; unprintable letters and those that change the line's direction are
+    escaped."""
     return html.escape(shown(text))
 
 
@@ -92,7 +93,7 @@ def page(title: str, body: Sequence[str]) -> str:
 
 
 def frame(whole: str) -> str:
-    """A page inside another one, which neither changes the other's style nor runs anything."""
+    """A page inside another one; neither changes the other's style, and the page runs no script."""
     return (
         f'<iframe sandbox title="adapterkit" srcdoc="{html.escape(whole)}" '
         'style="width:100%;height:30rem;border:0;resize:vertical"></iframe>'
@@ -100,12 +101,12 @@ def frame(whole: str) -> str:
 
 
 def side_by_side(parts: Sequence[str], style: str) -> str:
-    """Figures of one kind (`maps`, `bands`), or tables (`side`), as many in a line as fit."""
+    """Figures of one kind (`maps`, `bands`), or tables (`side`), as many per line as fit."""
     return f"<div class={style}>{''.join(parts)}</div>"
 
 
 def section(title: str, parts: Sequence[str]) -> str:
-    """A section with a heading; nothing without parts."""
+    """A section with a heading; empty without parts."""
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>" if parts else ""
 
 
@@ -120,7 +121,7 @@ def inline(text: str) -> str:
 
 
 def command(text: str) -> str:
-    """A command, or several lines, to copy."""
+    """One or several lines of a command, to copy."""
     return f"<pre>{chr(10).join(inline(line) for line in text.splitlines())}</pre>"
 
 
@@ -162,9 +163,8 @@ def heatmap(
     scale: Scale,
     text: Callable[[float], str],
 ) -> str:
-    """A figure with a strip of cells for each row; None is a place without a value. Each cell has
-    its names and value as a tooltip, unless there are too many of them for that. `label` is for
-    those who do not see it."""
+    """A figure with a strip of cells for each row; None is an empty cell. Each cell has its names
+    and value as a tooltip, unless there are too many. `label` is for screen readers."""
     is_small = len(rows) * len(columns) <= MOST_CELLS
     cells = _cells(rows, columns, values, scale, text) if is_small else _bitmap(values, scale)
     picture = (
@@ -186,7 +186,7 @@ def heatmap(
 
 
 def key(scale: Scale, text: Callable[[float], str]) -> str:
-    """What the colours of heatmaps mean."""
+    """The legend of the heatmaps' colours."""
     return f'<div class="key">{escape(text(scale.low))}<i></i>{escape(text(scale.high))}</div>'
 
 
@@ -212,7 +212,7 @@ def _cells(
 
 
 def _bitmap(values: Sequence[Row], scale: Scale) -> str:
-    """The cells as a PNG with a palette of 256 opacities, the first for no value."""
+    """The cells as a PNG with a palette of 256 opacities, the first for missing values."""
     lines = [
         b"\0" + bytes(0 if v is None else 13 + round(242 * scale.share(v)) for v in row)
         for row in values
@@ -244,8 +244,8 @@ def band(
     high: Sequence[float],
     scale: Scale,
 ) -> str:
-    """A figure of a line between two others, over 1, 2, ...; `scale` is that of its height, `label`
-    is for those who do not see it."""
+    """A figure of a line between two others, over 1, 2, ...; `scale` is the scale of its height,
+    `label` is for screen readers."""
     at = lambda n, value: (
         f"{WIDTH * n / max(len(middle) - 1, 1):.1f},{HEIGHT * (1 - scale.share(value)):.1f}"
     )
@@ -263,8 +263,8 @@ def band(
 
 
 def check_page(path: Path, flag: str, overwrite: bool) -> None:
-    """`Refused` for a place of a page that is no file to write, or holds something else, without
-    `overwrite` an older page too."""
+    """`Refused` for a path that is not a file, or holds something else; without `overwrite` also
+    for an older page."""
     if path.suffix != ".html" or not os.path.isdir(path.parent) or os.path.isdir(path):
         expected, hint = "a file name ending in .html, in a folder that exists", "give another name"
         raise Refused(shown(path), expected=expected, where=flag, hint=hint, code="AK601")
@@ -282,7 +282,7 @@ def check_page(path: Path, flag: str, overwrite: bool) -> None:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write it, whole or not at all; `Failed` where that cannot be."""
+    """Write the page completely or not at all; `Failed` if that is impossible."""
     try:
         replace_file(path, text.encode(), path.with_name(unfinished_name(path.name)), durable=False)
     except Failed as error:

@@ -1,4 +1,4 @@
-"""Pairs that diff compares: tensors, deltas and token rows that both sides have."""
+"""Compare pairs in a diff: tensors, deltas and token rows that both sides have."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Rows = Callable[[int, int], Tensor]  # rows [first, last) of one side, in its dt
 
 @dataclass
 class Result:
-    """How one pair compares; `row` has its figures where it changed."""
+    """The result of one comparison; `row` has its figures if the pair changed."""
 
     state: str
     row: Json = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Pair(ABC):
-    """One thing that both sides have."""
+    """A tensor, delta or row that both sides have."""
 
     name: str
     kind: str
@@ -48,7 +48,7 @@ class Pair(ABC):
 
     @abstractmethod
     def compare(self, reader: Reader, energy: float) -> Result:
-        """Its result; `energy`: the share that the suggested rank keeps, 0: suggest none."""
+        """The result; `energy`: the share that the suggested rank keeps, 0 for no suggestion."""
 
 
 class MatrixStack(NamedTuple):
@@ -60,7 +60,7 @@ class MatrixStack(NamedTuple):
 
     @staticmethod
     def of(shape: tuple[int, ...], name: str) -> MatrixStack:
-        """The grid of a tensor; vectors and matrices too wide for a sketch are one column."""
+        """The grid of a tensor; vectors, and matrices too wide for a sketch, are one column."""
         stack = len(shape) == 3 and "expert" in name
         height, columns = shape[0] if shape else 1, math.prod(shape[1:])
         if stack:
@@ -75,7 +75,7 @@ class MatrixStack(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether all singular values are computed, none of them estimated."""
+        """True if all singular values are computed and none estimated."""
         return self.columns <= kernel.EXACT or min(self.height, self.columns) <= kernel.SKETCH
 
 
@@ -205,7 +205,7 @@ class DeltaPair(Pair):
         return Result(state) if state else self._measure(reader, energy)
 
     def _state_of_factors(self, reader: Reader) -> str | None:
-        """The state of the stored factors; None where they differ, or their scales do."""
+        """The state of the stored factors; None if they or their scales differ."""
         if (self.a.scale, self.a.rank) != (self.b.scale, self.b.rank):
             return None
         states = []
@@ -283,7 +283,7 @@ def make_pair(kind: str, name: str, a: object, b: object) -> Pair:
 
 
 def stored_specs(part: Any) -> tuple[TensorSpec, ...]:
-    """The stored tensors of one side of a pair, in the order of the file."""
+    """The stored tensors of one side of a pair, in file order."""
     if isinstance(part, Factors):
         return tuple(sorted((part.a, part.b), key=lambda spec: spec.start))
     if isinstance(part, Tokens):
@@ -340,8 +340,8 @@ def _changed(
 
 
 def _suggested_rank(s: Tensor, total: float, grid: MatrixStack, energy: float) -> dict | None:
-    """The smallest rank that keeps the share `energy` of ‖D‖² = total; None where D, or its
-    singular values s, are not finite."""
+    """The smallest rank that keeps the share `energy` of ‖D‖² = total; None if D, or its singular
+    values s, are not finite."""
     if not energy or not math.isfinite(total) or not bool(s.isfinite().all()):
         return None
     needed = rank_for_energy(s, energy, None if grid.exact else total)

@@ -1,4 +1,4 @@
-"""inspect and diff of pipelines of diffusers, part by part."""
+"""inspect and diff diffusers pipelines, component by component."""
 
 from collections import Counter
 
@@ -15,8 +15,8 @@ from adapterkit.verbs.look.matching import Matches, match_checkpoints, match_lon
 
 
 def inspect_pipeline(base: Base, headers: bool) -> Json:
-    """inspect's result for a pipeline: the sums of its parts, and the result of each; `Refused`
-    where its index cannot be read."""
+    """inspect's result for a pipeline: the sums of its components, and the result of each;
+    `Refused` if its index cannot be read."""
     folder = base.folder
     pipeline = read_pipeline(folder)
     parts = {name: inspect_base(part.folder, headers) for name, part in pipeline.parts.items()}
@@ -59,8 +59,9 @@ def inspect_pipeline(base: Base, headers: bool) -> Json:
 
 
 def match_pipelines(folders: tuple[Folder, Folder]) -> tuple[Matches, list[Folder]]:
-    """Match two pipelines part by part, those of one side alone too, names with their part in
-    front; with the folders of all tensors. `Refused` or `Damaged` where a part cannot be read."""
+    """Match two pipelines component by component, including those of one side alone; names begin
+    with the component. Also return the folders of all tensors. `Refused` or `Damaged` if a
+    component cannot be read."""
     sides = read_pipeline(folders[0]).parts, read_pipeline(folders[1]).parts
     whole, inputs, errors = Matches([], [], []), [], Problems()
     indexes = [{INDEX: read_json(folder, INDEX)} for folder in folders]

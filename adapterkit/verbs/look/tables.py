@@ -1,4 +1,4 @@
-"""What the command line prints of results: tables of inspect and diff, lines of a receipt."""
+"""Print results on the command line: tables of inspect and diff, lines of a receipt."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ CHANGED = ["changed", "", "relative", "max abs", "cosine", "differ", "rank"]
 
 
 def inspect_table(result: Json, all_modules: bool = False, width: int = 100) -> str:
-    """inspect's result as lines for a terminal of that width; `all_modules`: one a line."""
+    """inspect's result as lines for a terminal of that width; `all_modules`: one per line."""
     lines = [f"{result['kind']} {shown(result['name'])}"]
     metrics = _metrics(result) + (_adapter_metrics(result) if result["kind"] == "adapter" else [])
     lines += [f"  {name:16} {shown(text)}" for name, text in metrics if text]
@@ -48,7 +48,7 @@ def inspect_table(result: Json, all_modules: bool = False, width: int = 100) -> 
 
 
 def adapters_table(result: Json) -> str:
-    """inspect's result of several adapters as lines."""
+    """inspect's result for several adapters as lines."""
     adapters, pairs = result["adapters"], result["pairs"]
     own = [["adapter", "modules", "norm", "kept in a sum", "problems"]]
     for one, kept in zip(adapters, pairs["sum"]["retention"], strict=True):
@@ -102,8 +102,8 @@ def diff_table(document: Json) -> list[str]:
 
 
 def _worst(rows: list[Json]) -> list[Json]:
-    """Of more rows than a screen holds, of each kind of layer the one that differs most, its name
-    with the number of rows that it stands for."""
+    """For more rows than a screen shows: the row that differs most of each kind of layer, its name
+    with the number of rows that it represents."""
     if len(rows) <= MAX_ROWS:
         return rows
     kinds: dict[str, list[Json]] = {}
@@ -118,7 +118,8 @@ def _worst(rows: list[Json]) -> list[Json]:
 
 
 def grouped(texts: Sequence[str]) -> list[str]:
-    """The texts; of more than a screen holds, those that differ in numbers once, with a count."""
+    """The texts; if they exceed a screen, those that differ only in numbers appear once, with a
+    count."""
     if len(texts) <= MAX_ROWS:
         return list(texts)
     counts = Counter(NUMBER.sub(".*", text) for text in texts)
@@ -139,7 +140,7 @@ def _align(rows: list[list[str]], left: int) -> list[str]:
 
 
 def fit_table(document: Json) -> list[str]:
-    """A fit's losses that are held out, its steps and weights; of a dry run its sizes."""
+    """A fit's losses on held-out samples, its steps and weights; for a dry run, its sizes."""
     notes = [f"note: {note}" for note in document["notes"]]
     if "best" in document:
         return _search_table(document)
@@ -167,7 +168,7 @@ def fit_table(document: Json) -> list[str]:
 
 
 def _search_table(document: Json) -> list[str]:
-    """The candidates of a search that were the best so far."""
+    """The best candidates of a search so far."""
     table, best = [["evaluation", "score", "weights"]], float("-inf")
     for number, one in enumerate(document["evaluations"], 1):
         if one["score"] > best:
@@ -237,8 +238,8 @@ def _inspect_cell(row: Json, name: str) -> str:
 
 
 def _problem_lines(problems: list[dict[str, str]]) -> list[str]:
-    """Problems in their four parts; of those that differ in dotted names and numbers only the first
-    is listed, the others are counted."""
+    """Problems in their four parts. Among those that differ only in dotted names and numbers, the
+    first is listed and the others are counted."""
     kinds: dict[str, list[dict[str, str]]] = {}
     for problem in problems:
         kinds.setdefault(NAMES.sub("#", problem["found"]), []).append(problem)
@@ -274,7 +275,7 @@ def _diff_cells(row: Json) -> list[str]:
 
 
 def _sides(row: Json) -> str:
-    """Kind, dtype (or rank and scale) and shape of A, then -> and what differs in B."""
+    """Kind, dtype (or rank and scale) and shape of A, then -> and the differences of B."""
     one, other = _side(row["a"]), _side(row["b"])
     differing = other if row["a"]["shape"] != row["b"]["shape"] else other[:1]
     words = [*one, *(["->", *differing] if one != other else [])]
@@ -306,7 +307,8 @@ def _rank_text(rank: dict | None) -> str:
 
 
 def outcomes(receipt: Json) -> Iterator[str]:
-    """A receipt's metrics in a few lines: energy kept, survival of the change, relative errors."""
+    """Yield a receipt's metrics in a few lines: energy kept, survival of the change, relative
+    errors."""
     metrics = receipt["parameters"]
     named = lambda name: {key: metric[name] for key, metric in metrics.items() if name in metric}
     refits = {

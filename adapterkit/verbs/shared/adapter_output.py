@@ -1,4 +1,4 @@
-"""The plan of an output that is an adapter: its tasks, config, card and tokenizer."""
+"""Plan an output that is an adapter: its tasks, config, card and tokenizer."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -50,12 +50,11 @@ def sum_biases(
     errors: Problems,
     prefix: str = "",  # of the tasks' names
 ) -> list[SummedTensor]:
-    """The biases that LoRAs add (lora_bias): Σ weight · scale · bias of each module, zeros where no
-    adapter has one; no tasks where no module has one.
+    """Tasks for the sum of the LoRAs' biases (lora_bias): Σ weight · scale · bias of each module,
+    zeros if no adapter has one there; no tasks if no module has one.
 
-    PEFT gives every module a bias then, and refuses embeddings and parameters beside them: these
-    join the errors.
-    """
+    PEFT then gives every module a bias, and refuses embeddings and parameters: these join the
+    errors."""
     terms = {
         name: tuple(
             (factors.bias, factors.scale * weight_of(number, factors.module))
@@ -111,7 +110,7 @@ class Output:
         return f"{self.folder}/{name}" if self.folder else name
 
     def shard(self) -> OutputFile:
-        """Its file of weights; `Refused` where the tasks' ranks cannot be finalized."""
+        """Its file of weights; `Refused` if the tasks' ranks cannot be finalized."""
         # the wider dtype first, so that no tensor is misaligned
         ordered = sorted(
             self.tasks,
@@ -155,13 +154,13 @@ class Output:
         return {self.inside(name): file for name, file in files.items()}
 
     def base(self) -> str | None:
-        """The Hub id of its base, if that is known."""
+        """The Hub id of its base, if known."""
         if self.adapters:
             return base_id(self.adapters[0])
         return (self.base_settings or {}).get("base_model_name_or_path")
 
     def config(self, metrics: dict[str, dict], grown: int = 0) -> bytes:
-        """adapter_config.json for the ranks in the metrics; `Unrecoverable` where two parameters of
+        """adapter_config.json for the ranks in the metrics; `Unrecoverable` if two parameters of
         one target have different ones."""
 
         from adapterkit.adapters.formats.peft.expert_order import in_order_of_peft
@@ -193,8 +192,8 @@ class Output:
 def _pad_pairs(
     tasks: Sequence[Task], homes: Sequence[str | None], metrics: list[dict]
 ) -> list[Change]:
-    """Bring both projections of a MultiheadAttention, their home, to one rank: PEFT has one
-    pattern for them."""
+    """Bring both projections of a MultiheadAttention to one rank, because PEFT has one pattern for
+    them. `homes`: the attention of each."""
     ranks: dict[str, int] = {}
     for home, metric in zip(homes, metrics, strict=True):
         if home is not None:
@@ -206,7 +205,7 @@ def _pad_pairs(
 
 
 def _pad_factors(task: FactorsTask, rank: int, result: TaskResult) -> TaskResult:
-    """The factors with zeros up to `rank`."""
+    """The factors, zero-padded up to `rank`."""
     import torch
 
     a, b = task.place.pair(result.tensors)
@@ -246,12 +245,12 @@ def plan_adapters(
 
 
 def modules_of(adapters: Sequence[Adapter]) -> list[Json]:
-    """What a receipt says of adapters: their names, and on how many modules they have factors."""
+    """A receipt's entries for adapters: their names, and the number of modules with factors."""
     return [{"name": adapter.name, "modules": len(adapter.loras)} for adapter in adapters]
 
 
 def settings_of(adapter: Adapter) -> Json:
-    """The settings of an output that has an adapter's flags and values, but other factors."""
+    """The settings of an output with an adapter's flags and values, but other factors."""
     kept = adapter_config.value_settings([adapter]) | adapter_config.flags(adapter)
     return adapter_config.plain_settings() | kept
 
@@ -266,8 +265,8 @@ def check_factors(tasks: Sequence[Task], where: str) -> None:
 
 
 def copy_all_but_factors(adapter: Adapter, dtype: str) -> list[Task]:
-    """Tasks for all that an adapter holds besides its factors: biases of b in `dtype` with the
-    scale folded in, all else byte for byte."""
+    """Tasks for an adapter's other values: biases of b in `dtype` with the scale folded in, the
+    rest byte for byte."""
     tasks: list[Task] = []
     for lora in adapter.loras:
         if lora.bias is not None:
@@ -281,7 +280,7 @@ def copy_all_but_factors(adapter: Adapter, dtype: str) -> list[Task]:
 
 
 def _copy(spec: TensorSpec) -> CopiedTensor:
-    """A tensor of an adapter under PEFT's own key for it."""
+    """A task that copies a tensor of an adapter under PEFT's own key."""
     key = canonical_key(spec.key)
     return CopiedTensor(key, spec, key, checked=True)
 
@@ -294,7 +293,7 @@ def new_adapter(
     folder: str = "",
     fingerprint: str | None = None,
 ) -> Output:
-    """The output of factors for a base made from this one, with the fingerprint."""
+    """The output of factors made from this base, with the fingerprint."""
     return Output(
         adapters=[],
         tasks=factors,

@@ -1,4 +1,4 @@
-"""Several adapters joined: read, asked if their deltas can be summed, and weighed by module."""
+"""Read several adapters, check that their deltas can be summed, and weigh them by module."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ OPTION, WEIGHTS = "--weight-for", "--weights"
 
 
 def read_all(folders: Sequence[Folder]) -> list[Adapter]:
-    """The adapters of these folders, numbered from 0; `Refused` with all that cannot be read."""
+    """The adapters of these folders, numbered from 0; `Refused` with every problem."""
     adapters, errors = [], Problems()
     for number, folder in enumerate(folders):
         with errors.collected():
@@ -58,8 +58,8 @@ def delta_problems(adapter: Adapter, dora: str = PLAIN) -> list[AdapterkitError]
 
 
 class AdapterWeights:
-    """Each adapter's weight, or what `option` tells else, on each module: its own, or that of the
-    first rule of the option that matches, or what a file of weights says."""
+    """Each adapter's weight on each module, or another number by `option`: its own, that of the
+    first matching rule of the option, or that of a file of weights."""
 
     def __init__(
         self,
@@ -95,8 +95,8 @@ class AdapterWeights:
         )
 
     def on(self, number: int, name: str, factors: Factors) -> tuple[float, Factors]:
-        """The weight of an adapter on a module or parameter, and its factors with those of their
-        directions; `Refused` where these are too many or too few."""
+        """The weight of an adapter on a module or parameter, and its factors, scaled by the weights
+        of their directions; `Refused` if there are too many or too few of these."""
         weight = None if self.file is None else self.file.weights_of(number, name)
         if not isinstance(weight, tuple):
             return self.of(number, factors.module if self.file is None else name), factors
@@ -137,7 +137,7 @@ class AdapterWeights:
         return errors
 
     def _rule(self, text: str) -> tuple[Sequence[int], Rule[float]]:
-        """The numbers of adapters, and the rule; `Refused` where the text is none."""
+        """The numbers of adapters, and the rule; `Refused` for an invalid text."""
         expected = "[N:]REGEX=WEIGHT, N the adapter's place from 1"
         numbers, rest = of_adapters(text, len(self.weights), self.option, expected, "2:q_proj=0.5")
         (rule,) = read_rules(self.option, [rest], NUMBER, expected)
@@ -147,8 +147,8 @@ class AdapterWeights:
 def of_adapters(
     text: str, count: int, option: str, expected: str, example: str
 ) -> tuple[Sequence[int], str]:
-    """The numbers of the adapters that `[N:]TEXT` is for, and the text; `Refused` for a number that
-    none of so many has."""
+    """The numbers of the adapters that `[N:]TEXT` applies to, and the text; `Refused` for a number
+    above `count`."""
     head, colon, rest = text.partition(":")
     if not (colon and head.isdigit()):
         return range(count), text

@@ -70,7 +70,7 @@ def option_errors(init: str | bool, options: Settings, where: str) -> Iterator[R
 
 
 def options_to_peft(init: str | bool, options: Settings) -> Json:
-    """PEFT's settings for an init with options; none where PEFT has none."""
+    """PEFT's settings for an init with options; empty if PEFT has none."""
     if init == "pissa" and options.get("niter") is not None:
         return {"init_lora_weights": f"pissa_niter_{options['niter']}"}
     if init in PEFT_CONFIGS and options:
@@ -115,12 +115,12 @@ PEFT_INITS = tuple(
 
 
 def _distinct(check: Check, expected: str) -> Check:
-    """A list, each of its items once."""
+    """Check a list with distinct items."""
     return Check(expected, lambda value: tuple(dict.fromkeys(check.read(value))))
 
 
 def _unless_empty(check: Check) -> Check:
-    """The same, or None for an empty list."""
+    """Check the same, with None for an empty list."""
     is_none = lambda value: value is None or value in ("", [], (), set())
     return replace(check, read=lambda value: None if is_none(value) else check.read(value))
 
@@ -171,10 +171,10 @@ class LoraConfig:
     """delta = scale * b @ a on each target; scale = alpha / rank, with `rslora` alpha / √rank.
 
     `targets`: "all-linear", ends of modules' names, a regular expression for the whole name, or
-    None, what is usual for the model's type; `parameters`: ends of parameters' names. `init`: a
+    None for the default of the model's type; `parameters`: ends of parameters' names. `init`: a
     method's name, or False, both factors random; `init_options`: the method's options by PEFT's
-    names, as {"rho": 2.0} of eva. Lists become tuples. `Refused` with all that is invalid, and with
-    the new names of PEFT's settings.
+    names, for example {"rho": 2.0} for eva. Lists become tuples. Raises `Refused` with all invalid
+    settings; for PEFT's names it names the new ones.
 
     The settings are PEFT 0.21's (LoRA: arXiv:2106.09685)."""
 
@@ -229,12 +229,12 @@ class LoraConfig:
 
     @property
     def saved(self) -> list[str]:
-        """Modules trained in full: modules_to_save and the heads that the task adds."""
+        """Fully trained modules: modules_to_save and the heads that the task adds."""
         return with_heads(self.modules_to_save, self.task_type)
 
     def to_peft(self, base_model_name_or_path: str | None = None) -> Json:
-        """The adapter_config.json. Inits that PEFT does not know, or cannot repeat when it loads
-        (loftq), are written as its default: the factors are in the file."""
+        """The adapter_config.json. Inits that PEFT does not know, or cannot repeat on loading
+        (loftq), are written as its default, because the factors are in the file."""
         own = {
             PEFT_NAMES.get(f.name, f.name): _as_json(getattr(self, f.name))
             for f in fields(self)
@@ -251,8 +251,8 @@ class LoraConfig:
 
     @classmethod
     def from_peft(cls, config: Settings, where: str) -> "LoraConfig":
-        """The settings in an adapter_config.json, whose path is `where`; `Refused` with all that is
-        unknown or invalid."""
+        """The settings in an adapter_config.json, whose path is `where`; `Refused` with all unknown
+        or invalid ones."""
         config = dict(config)
         errors = Problems(check_live_config(config, where))
         settings = {}
@@ -277,7 +277,8 @@ class LoraConfig:
     @classmethod
     def of(cls, config: object) -> "LoraConfig":
         """A config for a new adapter from one of PEFT, or from a map of settings by our names or by
-        PEFT's, as its JSON has them; `Refused` for anything else, and for what only PEFT trains."""
+        PEFT's, as in its JSON; `Refused` for anything else, and for settings that only PEFT can
+        train."""
         if isinstance(config, cls):
             return config
         settings = config
@@ -340,8 +341,8 @@ def _is_of_peft(init: str) -> bool:
 
 
 def _checked(settings: Settings, where: str, names: Mapping[str, str] | None = None) -> Json:
-    """The settings as the fields hold them; `Refused` with all that are invalid, by their `names`
-    in the file `where`."""
+    """The settings as the fields store them; `Refused` with all invalid ones, by their `names` in
+    the file `where`."""
     names = names or {}
     wrong = Problems()
     checks = checks_of(LoraConfig)
@@ -366,7 +367,7 @@ EXCLUSIVE = (
 def _conflicts(
     settings: Settings, invalid: Collection[str], names: Mapping[str, str], where: str
 ) -> Iterator[Refused]:
-    """Refusals of valid settings that mean nothing together."""
+    """Yield refusals of valid settings that contradict each other."""
 
     get = settings.get
 

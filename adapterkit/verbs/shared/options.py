@@ -1,4 +1,4 @@
-"""Options that several verbs have, but merge and verify have not."""
+"""Options that several verbs share, except merge and verify."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
 
 
 def adapter_output_option() -> Any:
-    """`out` of a verb that makes one adapter of others."""
+    """`out` of a verb that makes one adapter from others."""
     return option(
         check=OUTPUT_FOLDER,
         metavar="DIR|FILE.safetensors|hf://ORG/NAME",
@@ -41,7 +41,7 @@ def factor_dtype_option() -> Any:
 
 
 def targets_option(default: str, modules: str = "Modules that get factors") -> Any:
-    """Which modules are meant, of which `default` says what holds without it."""
+    """The selection of modules; `default` describes it without the option."""
     return option(
         default=None,
         check=TARGETS,
@@ -52,7 +52,7 @@ def targets_option(default: str, modules: str = "Modules that get factors") -> A
 
 
 def covariances_option() -> Any:
-    """The covariances by which factors are fitted."""
+    """The covariances for fitting factors."""
     help = (
         "Statistics with covariances of the layers' inputs, to minimize the error of the "
         "outputs instead of the weights."
@@ -61,7 +61,7 @@ def covariances_option() -> Any:
 
 
 def rank_option(default: str = "") -> Any:
-    """The rank of a result, of which `default` says what holds without it."""
+    """The rank of a result; `default` describes it without the option."""
     help = f"Refit each module to this rank{default}."
     return option(default=None, check=COUNT, help=help, excludes=("energy", "space=factors"))
 
@@ -73,7 +73,7 @@ def energy_option() -> Any:
 
 
 def tokenizer_option() -> Any:
-    """Whose tokenizer the result has."""
+    """The source of the result's tokenizer."""
     return option(
         default=None,
         check=choice(("base", "adapter")),
@@ -82,7 +82,7 @@ def tokenizer_option() -> Any:
 
 
 def length_option(**more: object) -> Any:
-    """Where samples end."""
+    """The maximal length of samples."""
     return option(
         default=None,
         check=COUNT,
@@ -93,7 +93,7 @@ def length_option(**more: object) -> Any:
 
 
 def whole_option() -> Any:
-    """Whether a model runs as a whole."""
+    """The choice to run a model as a whole."""
     return option(
         default=False,
         check=FLAG,
@@ -133,8 +133,8 @@ class ScaleOptions(OptionRecord):
 
 @record
 class TruncationOptions(OptionRecord):
-    """How many singular values of a delta stay: by a number, a share of the energy, a ratio to the
-    largest one, or a size of the file for all modules."""
+    """The number of singular values of a delta to keep: by a number, a share of the energy, a ratio
+    to the largest one, or a size of the file for all modules."""
 
     one_needed = ("rank", "energy", "sv_ratio", "max_size")
 
@@ -169,7 +169,7 @@ class TruncationOptions(OptionRecord):
 
 @record
 class BlockOptions(OptionRecord):
-    """What is quantized, and in which blocks."""
+    """The weights to quantize, and the blocks."""
 
     section = QUANTIZED
 

@@ -29,7 +29,7 @@ Shape = tuple[int | None, ...]  # None: any length
 
 
 class Statistics(Protocol):
-    """What holds statistics: a file's headers, or what stands for them."""
+    """A source of statistics: a file's headers, or a mapping in the same form."""
 
     @property
     def name(self) -> str: ...
@@ -57,7 +57,7 @@ def key_of(module: str, kind: str) -> str:
 
 
 def metadata_of(stats: Statistics) -> Json:
-    """What the file says of its statistics; nothing where it was not written by adapterkit."""
+    """The file's metadata on its statistics; empty if adapterkit did not write it."""
     texts = [header.metadata.get(METADATA) for header in stats.shards.values()]
     values = [_parsed(text, stats) for text in texts if text is not None]
     return values[0] if values else {}
@@ -82,10 +82,9 @@ def _parsed(text: str, stats: Statistics) -> Json:
 def select_statistics(
     stats: Statistics | None, kind: str, shapes: Mapping[str, Shape]
 ) -> dict[str, TensorSpec]:
-    """The tensor of a kind of each module, whose shape is given; none without a file.
+    """The tensor of a kind for each of these modules, with its shape; empty without a file.
 
-    Raises `Refused` with all that are missing or of another shape.
-    """
+    Raises `Refused` with every tensor that is missing or of another shape."""
     selected: dict[str, TensorSpec] = {}
     if stats is None:
         return selected
@@ -130,8 +129,8 @@ def select_covariances(
 def read_root(
     inputs: Reader, *several: TensorSpec | None
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """`weighted.root` of the mean of covariances, if there are any, and metrics; `Unrecoverable`
-    where one is no covariance."""
+    """`weighted.root` of the mean of covariances, if there are any, and metrics; `Unrecoverable` if
+    one is no covariance."""
     covariances = [covariance for covariance in several if covariance is not None]
     if not covariances:
         return None, {}
@@ -144,7 +143,7 @@ def read_root(
 
 
 def read_covariance(inputs: TensorReader, covariance: TensorSpec) -> Tensor:
-    """E[x xᵀ] in float32; `Unrecoverable` where it is none, for all that is seen at once."""
+    """E[x xᵀ] in float32; `Unrecoverable` with all problems if it is no covariance."""
     value = inputs.tensor(covariance)
     with covariance_errors(covariance):
         weighted.check(value)

@@ -1,5 +1,5 @@
-"""Which modules and parameters of a model an option or a config means, and which of them get
-factors: PEFT's rules, on a live model and on a stored one, which is built without data."""
+"""Resolve the modules and parameters that an option or a config names, and those that get factors:
+PEFT's rules, on a live model and on a stored one, which is built without data."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Of the module or parameter: what patterns match."""
+        """The name of the module or parameter that patterns match."""
         return self.path if self.leaf is None else f"{self.path}.{self.leaf}"
 
     @property
@@ -75,12 +75,12 @@ def model_type(model: torch.nn.Module) -> str | None:
 
 
 class Resolver:
-    """What a config means on a model.
+    """The resolution of a config on a model.
 
-    PEFT 0.21's rules, with these deviations: each name and pattern must match something;
-    `layers` finds a list of layers that starts the name as well; "all-linear" has quantized linears
-    of all classes, leaves out weights that the code around them reads itself and what is trained in
-    full, and does not turn Mixtral's router and experts into parameters.
+    PEFT 0.21's rules, with these deviations. Each name and pattern must match something. `layers`
+    also finds a list of layers that starts the name. "all-linear" includes quantized linears of all
+    classes, excludes fully trained modules and weights that the surrounding code reads itself, and
+    does not turn Mixtral's router and experts into parameters.
 
     `modules`: those below the model, by name, without adapters."""
 
@@ -98,15 +98,15 @@ class Resolver:
         self.errors = Problems(where=self.where)
 
     def label(self, setting: str) -> str:
-        """How messages call a setting."""
+        """The name of a setting in messages."""
         return f"{setting}:"
 
     def unread(self, path: str) -> Refused | None:
-        """Why factors on a layer would not do as its weight does; None if they do."""
+        """Why factors on a layer would not act as its weight does; None if they do."""
         raise NotImplementedError
 
     def kind_of(self, module: torch.nn.Module) -> str | None:
-        """The kind of layer that a module is; None for one that takes no factors."""
+        """The kind of a layer; None for a module that takes no factors."""
         return kind_of(module)
 
     def is_quantized(self, module: torch.nn.Module) -> bool:
@@ -117,9 +117,8 @@ class Resolver:
         return self.config.task_type == "SEQ_CLS"
 
     def resolve(self) -> list[Target]:
-        """The targets in the order of the model, modules before parameters; parameters of one
-        module in the order of its code, the first one innermost (PEFT nests wrappers in that
-        order).
+        """The targets in model order, modules before parameters. Parameters of one module come in
+        the order of its code, the first one innermost, because PEFT nests wrappers in that order.
 
         `Refused` with all names that match nothing, and all modules that take no factors."""
         chosen = self.selected()
@@ -204,7 +203,7 @@ class Resolver:
         return list(filter(is_named, names))
 
     def all_linear(self) -> list[str]:
-        """All linear layers on which factors act, but the head and what is in it."""
+        """All linear layers on which factors act, except the head and the layers in it."""
         head = output_head(self.model, self.is_classifier) or ""
         linear = [p for p in self.modules if self._is_whole_linear(p) and not self.saved_with(p)]
         return self.fitting([path for path in linear if not f"{path}.".startswith(f"{head}.")])
@@ -214,7 +213,7 @@ class Resolver:
         return [path for path in paths if self.unread(path) is None]
 
     def _is_whole_linear(self, path: str) -> bool:
-        """Whether a module is a linear layer and no container."""
+        """True if a module is a linear layer and no container."""
         module = self.modules[path]
         if self.kind_of(module) not in LINEAR:
             return False
@@ -223,7 +222,7 @@ class Resolver:
         return not any(f"{path}.{name}" in self.modules for name, _ in module.named_children())
 
     def _usual(self) -> Sequence[str] | str:
-        """What is usual for the model's type."""
+        """The default targets of the model's type."""
         kind = model_type(self.model)
         targets = USUAL_TARGETS.get(kind or "", ())
         if not targets and not self.config.parameters:
@@ -236,7 +235,7 @@ class Resolver:
     def _in_layers(
         self, names: list[str], targets: str | Sequence[str], layers: Sequence[int]
     ) -> list[str]:
-        """Those of the names that are in the layers."""
+        """The names that are in these layers."""
         whole = targets if self.whole_in_any_layer and not isinstance(targets, str) else ()
         where = f"{self.where}: layers_pattern"
         lists = [matcher(one, where, ENDING) for one in self.config.layers_pattern or ()]
@@ -252,7 +251,7 @@ class Resolver:
         return [name for name in names if name in whole or layer[name] in layers]
 
     def without_excluded(self, names: list[str]) -> list[str]:
-        """The names without those of exclude, and without parts of modules trained in full."""
+        """The names without those of exclude, and without names inside fully trained modules."""
         known, saved = self.names(), self.config.saved
         is_excluded = TargetMatcher(self.config.exclude or (), f"{self.where}: exclude")
         self.no_match("exclude", is_excluded.unmatched(known), "a module", known)
@@ -291,11 +290,11 @@ class Resolver:
         )
 
     def saved_with(self, path: str) -> str | None:
-        """The entry by which a module is trained in full, or one around it."""
+        """The modules_to_save entry of a module or of one around it."""
         return next((one for one in self.config.saved if is_inside(f"{path}.", one)), None)
 
     def unfit_settings(self, target: Target) -> Iterable[Refused]:
-        """Settings that a target does not take."""
+        """Refusals of settings that a target does not take."""
         return ()
 
     # -- parameters and tied heads ---------------------------------------------------------------
@@ -347,8 +346,8 @@ class Resolver:
         return Refused(problem, expected=expected, where=self.where, hint=hint, code="AK105")
 
     def _tied(self, paths: list[str]) -> dict[str, str]:
-        """Head -> the embedding that it shares its weight with. Where one of them is among the
-        `paths`, all of them are added."""
+        """Head -> the embedding whose weight it shares. If one of them is among the `paths`, all of
+        them are added."""
         embedding = input_embedding(self.model, self.modules)
         heads = [] if embedding is None else tied_modules(self.modules, embedding)
         if embedding is None or not heads:
@@ -374,8 +373,8 @@ class Resolver:
 
 
 class StoredResolver(Resolver):
-    """A config on a stored model. `among`: the layers that can get factors; the others are
-    `lacking`, as messages say. What "all-linear" leaves out joins the notes."""
+    """A config on a stored model. `among`: the layers that can get factors; messages call the
+    others `lacking`. Layers that "all-linear" leaves out join the notes."""
 
     where = "--targets"
     whole_in_any_layer = False
@@ -405,7 +404,7 @@ class StoredResolver(Resolver):
         return type(self.model).__name__.endswith("ForSequenceClassification")
 
     def why_not(self, path: str) -> str:
-        """What a layer is on which no factors can start; "" for one on which they can."""
+        """The kind of a layer on which no factors can start, for messages; "" if they can."""
         reason = why_not_on_layer(self.stored_names, path, self.modules[path])
         return reason or self.lacking.get(path, "")
 
@@ -433,8 +432,8 @@ class StoredResolver(Resolver):
 
 
 class CalledLayers(StoredResolver):
-    """Layers whose inputs are seen, because the code around them calls them: factors may not act
-    there."""
+    """Layers whose inputs can be observed, because the surrounding code calls them; factors may
+    have no effect there."""
 
     def why_not(self, path: str) -> str:
         reader = weight_reader(self.stored_names, path)
@@ -449,8 +448,8 @@ def select_layers(
     notes: list[str],
     kind: type[StoredResolver] = StoredResolver,
 ) -> list[str]:
-    """Those of the layers that --targets means, in the model's order; without it all that `kind`
-    takes. `lacking`: what a model's other layers are."""
+    """The layers that --targets names, in model order; without it every layer that `kind` takes.
+    `lacking`: the description of a model's other layers."""
     config = LoraConfig(targets=ALL_LINEAR if targets is None else entries_of("--targets", targets))
     resolver = kind(names, config, notes, among, lacking)
     if targets is None:
@@ -459,8 +458,8 @@ def select_layers(
 
 
 def entries_of(option: str, value: str | Sequence[str]) -> str | tuple[str, ...]:
-    """A text of --targets or --exclude as PEFT has it: "all-linear", ends of names, of several with
-    commas between, or a regular expression for whole names."""
+    """The text of --targets or --exclude in PEFT's form: "all-linear", one or several ends of names
+    separated by commas, or a regular expression for whole names."""
     text = text_of_targets(value)
     if text.lower() == ALL_LINEAR:
         return ALL_LINEAR
@@ -471,7 +470,8 @@ def entries_of(option: str, value: str | Sequence[str]) -> str | tuple[str, ...]
 
 
 def why_not_on_layer(names: Names, path: str, module: torch.nn.Module) -> str:
-    """What a module is on which PEFT puts no factors as on a layer; "" for one that takes them."""
+    """The kind of a module on which PEFT puts no factors as on a layer, for messages; "" for
+    others."""
     kind, cls = kind_of(module), type(module)
     is_plain = is_linear(module) if kind in LINEAR else cls.__name__ in CONVOLUTIONS
     if kind == "embedding":
@@ -484,10 +484,10 @@ def why_not_on_layer(names: Names, path: str, module: torch.nn.Module) -> str:
 
 
 def layer_number(name: str, lists: Sequence[Callable[[str], bool]] = ()) -> int | None:
-    """The number after a list of layers in a name: after the first of `lists` that is in it, or
-    without them the first number that is no part's own name.
+    """The layer number in a name: the number after the first of `lists` that is in it; without
+    lists the first number, preferably not directly after the first component.
 
-    PEFT passes over a list without a module around it, unless layers_pattern names it."""
+    PEFT ignores a list without a module around it, unless layers_pattern names it."""
     parts = name.split(".")
     numbers = [i for i in range(1, len(parts) - 1) if parts[i].isdecimal()]
     if lists:
@@ -498,7 +498,7 @@ def layer_number(name: str, lists: Sequence[Callable[[str], bool]] = ()) -> int 
 
 
 def input_embedding(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> str | None:
-    """The path of a transformers model's input embedding, if that is one weight: of images it is
+    """The path of a transformers model's input embedding, if that is one weight: image models have
     several modules."""
     ask = getattr(model, "get_input_embeddings", None)
     try:
@@ -511,7 +511,7 @@ def input_embedding(model: torch.nn.Module, modules: Mapping[str, torch.nn.Modul
 
 
 def embeddings_of(model: torch.nn.Module) -> list[torch.nn.Module | None]:
-    """The input embedding and the head of a model of transformers; nothing of another."""
+    """The input embedding and the head of a transformers model; empty for another."""
     ask = getattr(model, "get_input_embeddings", None)
     # nn.Module types its attributes as Tensor or Module
     return [] if ask is None else [ask(), model.get_output_embeddings()]  # type: ignore[operator]

@@ -1,1 +1,1 @@
-"""report: several adapters and an outcome, as numbers and as one page."""
+"""report: several adapters and a result, as numbers and as one page."""

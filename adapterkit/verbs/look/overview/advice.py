@@ -1,4 +1,5 @@
-"""One command to try next, with its reason in numbers; and how programs load an adapter."""
+"""Suggest one command to try next, with its reason in numbers, and show how programs load an
+adapter."""
 
 import os
 import re
@@ -18,7 +19,7 @@ LITTLE = 0.9  # shares of a delta that a sum keeps, below which the others take 
 
 
 def advise(document: Json, sources: Sequence[StrPath], base: StrPath) -> Json:
-    """{command, reason}: only what the numbers of a report's document say."""
+    """{command, reason}, based only on the numbers in a report's document."""
     adapters = document["adapters"]
     broken = next((one for one in adapters if one["problems"]), None)
     if broken is not None:
@@ -46,7 +47,7 @@ def _of_one(adapter: Json, source: StrPath, base: StrPath) -> Json:
 
 
 def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[StrPath]) -> Json:
-    """By the cosines and by what a plain sum keeps."""
+    """The advice for the adapters' cosines, and for the shares that a plain sum keeps."""
     table = pairs["cosines"]
     cosines = {(i, j): c for i, row in enumerate(table) for j, c in enumerate(row[:i]) if c}
     kept = [share for share in pairs["sum"]["retention"] if share is not None]
@@ -80,8 +81,8 @@ def _combine(sources: Sequence[StrPath], method: str, reason: str, **options: fl
 
 
 def loading(document: Json, source: StrPath) -> list[Json]:
-    """How each program that runs such a model loads the first adapter, after a conversion where it
-    reads another format."""
+    """Commands that load the first adapter in each program for such a model, after a conversion if
+    the program reads another format."""
     adapter = document["adapters"][0]
     format = formats().get(adapter["format"])
     is_image = format is not None and bool(format.names.components)

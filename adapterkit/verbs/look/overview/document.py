@@ -1,4 +1,4 @@
-"""report: the numbers of its document."""
+"""report: compute the numbers of its document."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def _commands(document: Json, sources: Sequence[StrPath], base: StrPath) -> Json
 
 
 def for_others(document: Json, report: Report) -> Json:
-    """The document without absolute paths, because these say whose machine it was made on."""
+    """The document without absolute paths, because these reveal the machine."""
     given = [os.fspath(one) for one in (*_sources(report)[0], report.base or "BASE")]
     text = json.dumps(document)
     for one in (*given, *map(os.path.normpath, given)):  # problems have either
@@ -78,13 +78,13 @@ def for_others(document: Json, report: Report) -> Json:
 
 
 def _name(path: str) -> str:
-    """The path, or the last part of an absolute one, of whichever system it is."""
+    """The path, or the last component of an absolute one, of any operating system."""
     return ntpath.basename(ntpath.normpath(path)) if re.match(r"[\\/]|\w:", path) else path
 
 
 def _sources(report: Report) -> tuple[list[StrPath], WeightsFile | None]:
-    """The adapters, those of a file of weights where there is one; `Refused` for others than
-    its."""
+    """The adapters, and the file of weights if there is one, which then names them; `Refused` for
+    others."""
     if report.weights is None:
         return unweighted(report.adapters), None
     sources, weights = weighted_sources(report.adapters, report.weights)
@@ -117,7 +117,7 @@ def _adapter(name: str, one: Json, spectra: dict[str, Tensor]) -> Json:
 
 
 def _idle(modules: Sequence[Json]) -> list[Json]:
-    """The problem of modules that change nothing where others do, which `inspect` takes as
+    """The problem of modules without effect while others have one, which `inspect` accepts as
     saved."""
     idle = [module_label(module) for module in modules if module["norm"] == 0]
     if not idle or len(idle) == len(modules):
@@ -146,8 +146,8 @@ def _spectra(name: str, one: Json, spectra: dict[str, Tensor]) -> list[Json]:
 
 
 def _ranks(one: Json, spectra: dict[str, Tensor]) -> list[Json]:
-    """What is kept at ranks of 1, 2, 4, ... and how large the file is then: its bytes are those of
-    factors by their rank."""
+    """The kept energy at ranks of 1, 2, 4, ... and the size of the file: the bytes of factors by
+    their rank."""
     largest = max(map(len, spectra.values()), default=0)
     size = math.hypot(*(float(s.norm()) for s in spectra.values()))
     if not size:
@@ -179,7 +179,8 @@ def _outcome(source: StrPath) -> Json:
 
 
 def outcome_of(receipt: Json) -> Json:
-    """Its verb, inputs and totals, metrics by layer and module, and the tensors that lost most."""
+    """A receipt's verb, inputs and totals, metrics by layer and module, and the tensors that lost
+    most."""
     tensors = receipt["parameters"]
     used = [name for name in METRICS if any(name in metrics for metrics in tensors.values())]
     worst_by = next((name for name in WORST_BY if name in used), None)
@@ -212,7 +213,7 @@ def outcome_of(receipt: Json) -> Json:
 
 
 def weights_document(weights: WeightsFile, names: Sequence[str]) -> Json:
-    """Weights by layer and module, of directions their mean; and losses, where a fit wrote them."""
+    """Weights by layer and module, for directions their mean; and losses, if a fit wrote them."""
     places, rows, columns = grid_of(weights.modules)
     at = {place: weights.modules[name] for name, place in places.items()}
     cell = lambda place, number: _mean(at[place][number]) if place in at else None

@@ -1,4 +1,4 @@
-"""The pages of a report, of an adapter that `inspect` plots, and of a receipt in a notebook."""
+"""Pages of a report, of an adapter that `inspect` plots, and of a receipt in a notebook."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ Cells = Sequence[Sequence[float | None]]
 
 
 def write_report(report: Report) -> Json:
-    """Write the page of a report; its document."""
+    """Write the page of a report; return its document."""
     path = Path(report.out)
     check_page(path, "--out", report.overwrite)
     document = document_of(report)
@@ -75,7 +75,8 @@ def report_page(document: Json) -> str:
 
 
 def heatmap_page(result: Json) -> str:
-    """The HTML of the heatmaps of an adapter as `inspect` has it; `Refused` without any norm."""
+    """The HTML of the heatmaps of an adapter as `inspect` returns it; `Refused` without any
+    norm."""
     if all(module["norm"] is None for module in result["modules"]):
         raise Refused(
             "no norms to draw",
@@ -90,7 +91,7 @@ def heatmap_page(result: Json) -> str:
 
 
 def receipt_frame(data: Json) -> str:
-    """A receipt as a notebook shows it."""
+    """The HTML of a receipt in a notebook."""
     return frame(page("adapterkit receipt", _outcome(outcome_of(data))))
 
 
@@ -99,7 +100,7 @@ def number(value: float | None, style: str = ".4g") -> str:
 
 
 def _verdict(document: Json) -> list[str]:
-    """What is wrong, then what to do."""
+    """The problems, then the advice."""
     lines = []
     for adapter in document["adapters"]:
         problems = adapter["problems"]
@@ -138,7 +139,7 @@ def _adapters(adapters: Sequence[Json]) -> list[str]:
 
 
 def _flags(flags: Json) -> str:
-    """Settings that are not as PEFT has them by default."""
+    """Settings that differ from PEFT's defaults."""
     own = [(k, v) for k, v in flags.items() if v and v != "none" and (k, v) != ("init", True)]
     return ", ".join(name if value is True else f"{name} {value}" for name, value in own)
 
@@ -146,7 +147,7 @@ def _flags(flags: Json) -> str:
 def _maps(
     label: str, log: bool, rows: Sequence[str], columns: Sequence[str], tables: Mapping[str, Cells]
 ) -> str:
-    """Heatmaps of modules by layers with one scale; where all values are one, a sentence."""
+    """Heatmaps of modules by layers with one scale; a sentence if all values are equal."""
     flat = [v for values in tables.values() for row in values for v in row if v is not None]
     scale = Scale.of(flat, log)
     if not flat or min(flat) == max(flat):
@@ -247,7 +248,8 @@ def _weights(weights: Json | None, names: Sequence[str]) -> list[str]:
 
 
 def _losses(fit: Settings | None) -> str:
-    """The losses held out of a fit: a line for all that was compared, a column for each file."""
+    """The losses on held-out samples of a fit: a line for each candidate, a column for each
+    file."""
     rows = fit.get("losses") if fit else None
     is_table = isinstance(rows, list) and all(
         isinstance(row, dict) and {"row", "files", "value"} <= row.keys() for row in rows

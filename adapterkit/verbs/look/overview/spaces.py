@@ -1,4 +1,4 @@
-"""How adapters of one base go together: cosines, shared spaces, opposed signs, what a sum keeps.
+"""Compare adapters of one base: cosines, shared spaces, opposed signs, the effect of a sum.
 
 All from the factors, in float64, module by module; only the signs come from rows of the products.
 """
@@ -58,7 +58,7 @@ def adapter_of(source: StrPath, base: Folder | None) -> Folder:
 
 
 def distinct(names: list[str]) -> list[str]:
-    """The names, those that are there twice with a number."""
+    """The names; repeated ones get a number."""
     return [f"{name} {n + 1}" if names.count(name) > 1 else name for n, name in enumerate(names)]
 
 
@@ -101,7 +101,7 @@ def compare_adapters(folders: Sequence[Folder], stats: StrPath | None = None) ->
 
 
 def _add(sums: _Sums, of: dict[int, Product]) -> Tensor:
-    """Add the products of a module, by adapter; their inner products."""
+    """Add the products of a module, by adapter; return their inner products."""
     inner = _inner_products(of, len(sums.inner))
     sums.inner.add_(inner)
     decomposed = {n: _spaces(product) for n, product in of.items()}
@@ -141,7 +141,7 @@ def _signs(product: Product) -> Tensor:
 
 
 def _cosines(inner: Tensor) -> list[list[float | None]]:
-    """Null where an adapter is zero, or has no such module."""
+    """Cosines; null if an adapter is zero, or has no such module."""
     norms = inner.diagonal().clamp_min(0).sqrt()
     return _shares(inner, norms[:, None] * norms)
 
@@ -152,7 +152,8 @@ def _shares(part: Tensor, whole: Tensor) -> list[list[float | None]]:
 
 
 def _sum(inner: Tensor) -> Json:
-    """What the plain sum of all deltas is beside them."""
+    """The norm of the plain sum of all deltas, that of independent deltas, and the retention of
+    each."""
     squares = inner.diagonal()
     (kept,) = _shares(inner.sum(0)[None], squares[None])
     return {

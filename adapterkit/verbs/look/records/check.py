@@ -1,4 +1,4 @@
-"""check: whether a program that runs models takes an adapter, all of it."""
+"""check: whether a program that runs models loads an adapter completely."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from adapterkit.core.verb import Verb, function_of
 
 
 def engine_names() -> Iterable[str]:
-    """The programs whose rules are known."""
+    """The programs with known rules."""
     from adapterkit.adapters.formats.engines import engines
 
     return list(engines())

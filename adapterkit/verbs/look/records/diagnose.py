@@ -1,4 +1,4 @@
-"""diagnose: why a model with adapters merged into it does not answer as it should."""
+"""diagnose: why a model with merged adapters does not answer as it should."""
 
 from adapterkit.core.options import (
     PROGRESS,

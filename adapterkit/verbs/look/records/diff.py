@@ -1,5 +1,5 @@
-"""diff: what two checkpoints, or two adapters, do not have in common. Read by blocks of rows;
-nothing large is held whole."""
+"""diff: compare two checkpoints, or two adapters, by blocks of rows, without reading a large tensor
+whole."""
 
 from adapterkit.core.options import (
     PROGRESS,

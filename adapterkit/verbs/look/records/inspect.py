@@ -1,5 +1,5 @@
-"""inspect: what a checkpoint or an adapter holds, from headers and JSON, and on request from the
-factors."""
+"""inspect: the contents of a checkpoint or an adapter, from headers and JSON, and on request from
+the factors."""
 
 from adapterkit.core.options import (
     FILE,

@@ -1,4 +1,4 @@
-"""report: adapters, how they go together, and what a merge made of them, as one HTML page."""
+"""report: adapters, their relations, and the result of their merge, as one HTML page."""
 
 from adapterkit.core.options import (
     FILE,
