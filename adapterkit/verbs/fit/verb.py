@@ -60,45 +60,43 @@ BOUNDS = Check("two numbers, LOW:HIGH", _bounds)
 
 @record
 class WeightFit(Verb[Json]):
-    """Choose the weights of adapters by data: Δ' = Σᵢ cᵢ Δᵢ at each module, the c that give the
-    least loss; written as a file of weights that `combine`, `merge` and the runtime read.
+    """Choose the weights of adapters by data: Δ' = Σᵢ cᵢ Δᵢ at each module, with the c of least
+    loss. The result is a file of weights that `combine`, `merge` and the runtime read.
 
-    The model runs with all adapters; only the c get gradients. c = start + u(adapter) +
-    v(adapter, layer) + z(adapter, module) is fitted as a staircase, each step from the one before
-    and down to `per`, and a step is kept if the loss of samples that are held out falls by more
-    than its standard error. `direction`: one number for each singular triplet of each delta.
-    With 8 samples expect it to stop at one number for each adapter.
+    The model runs with all adapters; only the c get gradients. c = start + u(adapter) + v(adapter,
+    layer) + z(adapter, module) is fitted coarse to fine, each step from the one before and down to
+    `per`. A step is kept if the loss of held-out samples falls by more than its standard error.
+    `direction`: one number for each singular triplet of each delta. With 8 samples, expect it to
+    stop at one number for each adapter.
 
-    `data`: files as `stats` takes them, of which each has an equal share of the samples and of the
-    loss, or `FILE=SHARE`. Of `samples` the share `hold` is held out, by `seed`. `target`: `labels`,
-    the loss of the tokens that count; `teacher`: each file is of the adapter of its place, and what
-    counts is KL(p_adapter ‖ p) and 0.1 of the relative error of the last hidden states.
-    Adapters' weights (`PATH=0.7`) are the start, else 1/N each; `start="stats"`: the closed form of
-    the `regspan` method. `ridge`: λ/2 Σᵢ meanₘ δᵢₘ² is added, in nats, of what a step changes;
-    `auto`: 1, 0.3, 0.1, 0.03, 0.01, as far as what is held out gains. `bounds`: of all c.
+    `data`: files as `stats` takes them, each with an equal share of the samples and of the loss, or
+    `FILE=SHARE`. The share `hold` of `samples` is held out, by `seed`. `target`: `labels`, the loss
+    of the tokens that count; `teacher`: each file belongs to the adapter of the same position, and
+    the loss is KL(p_adapter ‖ p) and 0.1 of the relative error of the last hidden states. Adapters'
+    weights (`PATH=0.7`) are the start, else 1/N each; `start="stats"`: the closed form of the
+    `regspan` method. `ridge`: λ/2 Σᵢ meanₘ δᵢₘ² is added, in nats, for the change δ of a step;
+    `auto`: 1, 0.3, 0.1, 0.03, 0.01, as far as held-out samples improve. `bounds`: of all c.
     `balance`: the mean over files, over tokens, the worst file, or (L - own)/(base - own) of each
-    with its adapter.
-    `whole`: the model in memory, else one layer at a time, to the same weights within rounding.
-    `dtype`: of the model; by default float32 on a CPU, on a GPU the checkpoint's.
+    with its adapter. `whole`: the model in memory, else one layer at a time, to the same weights
+    within rounding. `dtype`: of the model; by default float32 on a CPU, on a GPU the checkpoint's.
 
-    `score`: instead of data a program, such as `evaluate {}`, that is called with the
-    folder of a candidate, the adapters' sum with one weight for each, and prints a number, of which
-    the last one counts, the larger the better. CMA-ES chooses `evaluations` candidates, the start
-    the first; each is kept in a folder beside `out` until the search is done. Where the program
-    fails, or prints no number, `Failed` says which are the best so far, and how to write them.
+    `score`: a program instead of data, such as `evaluate {}`. It is called with the folder of a
+    candidate, the adapters' sum with one weight for each, and the last number that it prints is the
+    score, the larger the better. CMA-ES chooses `evaluations` candidates, starting with the start;
+    each is kept in a folder next to `out` until the search is finished. If the program fails, or
+    prints no number, `Failed` names the best weights so far, and how to write them.
 
-    Returns what `--json` prints: `losses` held out, by row and file (`base`, each adapter, `equal`,
-    `start`, each step) with `value` (what is minimized), `steps` (`gain`, `error`, `kept`, `ridge`,
-    `train`, `train_gain` and `held`), `passes` (gradients of the samples that were computed until
-    then, in all), `spread` of
-    the weights, `written`: the level, and why, `notes`, one of them where the base or one adapter
-    is as good; with `score`: `evaluations`, of each `weights` and `score`, and the `best`.
+    Returns what `--json` prints: `losses` on held-out samples, by row and file (`base`, each
+    adapter, `equal`, `start`, each step) with `value` (the objective), `steps` (`gain`, `error`,
+    `kept`, `ridge`, `train`, `train_gain` and `held`), `passes` (gradients of the samples that were
+    computed until then, in all), `spread` of the weights, `written`: the level, and why, `notes`,
+    with one if the base or one adapter is as good; with `score`: `evaluations`, each with `weights`
+    and `score`, and the `best`.
 
-    Raises `Refused` with all that is wrong before the model runs: DoRA (its change is no sum of
+    Raises `Refused` with all problems before the model runs: DoRA (its change is no sum of
     changes), adapters of another base, trained values that are no factors, the same sample in both
-    parts, too few samples. `Failed` for losses that are not finite. `resume` continues an
-    interrupted fit, to the same bits.
-    """
+    splits, too few samples. `Failed` for losses that are not finite. `resume` continues an
+    interrupted fit, to the same bits."""
 
     name = "fit"
     one_needed = ("data", "score")

@@ -40,31 +40,30 @@ MATCHING = "Use another {} for modules whose name, or the end of it, matches."
 
 @record
 class Init(WritingVerb, ScaleOptions, BlockOptions):
-    """Initialize an adapter on a base: `OUT/adapter`, and for methods that take a part of each
-    weight `OUT/base`, the rest, W' = W - scale·b@a.
+    """Initialize an adapter on a base: `OUT/adapter`, and for methods that take a component out of
+    each weight also `OUT/base`, the residual W' = W - scale·b@a.
 
-    `method`: zero deltas (default, gaussian, orthogonal, mica), random factors (random), parts of
-    the weights (pissa, arXiv:2404.02948; olora, arXiv:2406.01775; milora, arXiv:2406.09044), or
+    `method`: zero deltas (default, gaussian, orthogonal, mica), random factors (random), components
+    of the weights (pissa, arXiv:2404.02948; olora, arXiv:2406.01775; milora, arXiv:2406.09044), or
     from statistics (corda, arXiv:2406.05223; eva, arXiv:2410.07170; lora_ga, arXiv:2407.05000).
     `stats`: the file of `adapterkit.stats`. `settings`: the method's own options, by PEFT's names.
 
-    `targets`, by PEFT's rule: `all-linear`, ends of modules' names with commas between, or a regex
-    for whole names; without it PEFT's for the model's type. `exclude`: such ends, or a regex;
+    `targets`, by PEFT's rule: `all-linear`, ends of modules' names separated by commas, or a regex
+    for whole names; by default PEFT's for the model's type. `exclude`: such ends, or a regex;
     `layers`: numbers and ranges, `0-11,20`. scale is alpha / rank (alpha / √rank with `rslora`);
-    alpha is the rank by default. `rank_for`, `alpha_for`: texts `REGEX=N`, others for the modules
-    whose name, or the end of it, matches; of several the first counts.
+    alpha is the rank by default. `rank_for`, `alpha_for`: texts `REGEX=N`, other values for the
+    modules whose name, or the end of it, matches; the first match counts.
 
-    `residual`: `write` the base that is left, or `implicit`: no base is written, the initial
-    factors lie in `OUT/adapter/initial`, and `adapterkit.merge` onto the original takes them out.
-    The factors as they are written define the rest. `quantize`, a format as `adapterkit.quantize`
-    knows it: the rest is written quantized (QPiSSA), and the receipt has each weight's relative
-    error beside that of plain quantization; weights without factors are quantized plainly, those
-    that `skip` matches not at all. To have a trained adapter on the original afterwards:
-    `adapterkit rebase TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
+    `residual`: `write` the residual base, or `implicit`: no base is written, the initial factors
+    are in `OUT/adapter/initial`, and `adapterkit.merge` onto the original subtracts them. The
+    residual is computed from the factors as written. `quantize`, a format of `adapterkit.quantize`:
+    the residual is written quantized (QPiSSA), and the receipt compares each weight's relative
+    error with that of direct quantization; weights without factors are quantized directly, those
+    that `skip` matches not at all. To use a trained adapter on the original afterwards: `adapterkit
+    rebase TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
 
     Unlike PEFT: the base is never loaded, layers on which a method is not defined are refused, and
-    the adapter that is saved says nothing that makes PEFT change a base again.
-    """
+    no setting of the saved adapter makes PEFT change a base again."""
 
     tier = "core"
     planner = "verbs.init.plan:plan_init"
@@ -128,17 +127,16 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
 
 @record
 class Rebase(WritingVerb):
-    """Turn an adapter that was initialized by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the
-    original base.
+    """Turn an adapter that was initialized by PiSSA, OLoRA, CorDA or LoRA-GA into standard LoRA on
+    the original base.
 
-    Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training; by
-    default those beside an adapter of `init` with `residual="implicit"`), so on W the delta is
-    s·b@a - s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it.
+    Its base was W - s₀·b₀@a₀, and `initial` contains a₀ and b₀ (the adapter as saved before
+    training; by default those stored with an adapter of `init` with `residual="implicit"`). On W
+    the delta is therefore s·b@a - s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it.
     Unlike PEFT's `path_initial_model_for_weight_conversion` it keeps embeddings, biases,
-    magnitudes, trained modules and token rows, and works with patterns and rsLoRA. `base` tells
-    parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything
-    is written.
-    """
+    magnitudes, trained modules and token rows, and works with patterns and rsLoRA. `base` resolves
+    parameters of `target_parameters` if the files are ambiguous. Raises `Refused` before anything
+    is written."""
 
     planner = "verbs.init.rebase:plan_rebase"
     command = """Convert a PiSSA-like adapter to LoRA on the original base.

@@ -53,34 +53,31 @@ class StatsOptions(OptionRecord):
 
 @record
 class Stats(WritingVerb, StatsOptions):
-    """Collect statistics of what a model's linear layers see of some texts, one layer of the model
-    in memory at a time.
+    """Collect statistics of the inputs of a model's linear layers on some texts, one layer of the
+    model in memory at a time.
 
-    `data`: files. `.txt`: paragraphs with blank lines between them, or else each line is a sample.
+    `data`: files. `.txt`: paragraphs separated by blank lines, or else each line is a sample.
     `.jsonl`: each line is one, with `text`; or with `prompt` and `completion`, of which the
     completion's tokens count; or with `messages`, for the tokenizer's chat template, of which the
-    assistant's count where the template marks them; or with `input_ids`, and `labels` which are
-    -100 where a token does not count. `.parquet`, or a folder of `datasets`: each row is one, of
-    these columns. `samples` of them are drawn by `seed`, without replacement; each is cut to
-    `length` tokens (default: 512, or the model's positions), to which none is added but the
-    tokenizer's own.
+    assistant's count if the template marks them; or with `input_ids`, and `labels` which are -100
+    if a token does not count. `.parquet`, or a folder of `datasets`: each row is one, of these
+    columns. `samples` of them are drawn by `seed`, without replacement; each is cut to `length`
+    tokens (default: 512, or the model's positions). Only the tokenizer's own tokens are added.
 
     `what`, texts or one with commas: covariance E[x xᵀ], mean E[x], pca (the leading `components`
     principal directions of the centered inputs, with their variances), gradient (dLoss/dW of the
     model's loss, the mean over the batches of `batch` samples). `targets`: `all-linear` (the
-    default: all linear layers but the output), ends of modules' names with commas between, or a
+    default: all linear layers except the output), ends of modules' names separated by commas, or a
     regex. `whole`: run the whole model in memory, to the same numbers within rounding.
     `compat="peft"`: the covariance as PEFT's CorDA computes it, of inputs divided by their largest,
-    one sample after the other whatever `batch` says.
-    `memory`: bytes of activations in memory, beyond which they go to disk (default: a quarter of
-    the machine's).
+    one sample after the other regardless of `batch`. `memory`: bytes of activations in memory,
+    beyond which they go to disk (default: a quarter of the machine's).
 
-    `out` is one safetensors file that appears whole or not at all, here or in one commit to the Hub
-    (hf://org/name[@branch]:path/file.safetensors), where `disk_limit` bounds what lies on this
-    machine's disk meanwhile; its metadata say what it is of, and its receipt lies beside it as
+    `out` is one safetensors file that appears completely or not at all, here or in one commit to
+    the Hub (hf://org/name[@branch]:path/file.safetensors), for which `disk_limit` bounds the local
+    disk use. Its metadata describe its contents, and its receipt is next to it as
     NAME.adapterkit.json. Several processes share the samples (`write_plan`, `engine="ray"`). Raises
-    `Refused` before anything is written; `Failed` for inputs that are not finite.
-    """
+    `Refused` before anything is written; `Failed` for inputs that are not finite."""
 
     planner = "verbs.stats.plan:plan_stats"
     command = """Collect statistics of a model's layers on your texts.

@@ -21,16 +21,15 @@ class Arrow(WritingVerb):
     """Stack adapters as the experts of an Arrow router: per module a (E, r, in), b (E, out, r),
     scale (E), prototype (E, in).
 
-    `out` holds `arrow.safetensors` (`<module>.a`, `.b`, `.scale`, `.prototype`, and `.expert`, the
-    experts' numbers, where some lack the module) and `arrow.json` (format, top_k, temperature,
+    `out` contains `arrow.safetensors` (`<module>.a`, `.b`, `.scale`, `.prototype`, and `.expert`,
+    the experts' numbers, if some lack the module) and `arrow.json` (format, top_k, temperature,
     experts, general, sources). A prototype is the top right singular vector of b@a, from the
     factors' small core in float64, written in float32: its element of largest magnitude is
-    positive; zero for an untrained expert. Smaller ranks are filled with zeros. `general` adapters
-    are subtracted first, exactly (the rank grows); the scale is then 1. `compat="peft"`: PEFT's
-    power iteration (15 steps from `seed`) and its subtraction of factor means. Routing takes the
-    `top_k` largest |x·p| (default: 3, or as many as there are experts) and a softmax at
-    `temperature`. Raises `Refused` before anything is written.
-    """
+    positive; it is zero for an untrained expert. Smaller ranks are padded with zeros. `general`
+    adapters are subtracted first, exactly (the rank grows); the scale is then 1. `compat="peft"`:
+    PEFT's power iteration (15 steps from `seed`) and its subtraction of factor means. Routing takes
+    the `top_k` largest |x·p| (default: 3, or the number of experts if smaller) and a softmax at
+    `temperature`. Raises `Refused` before anything is written."""
 
     planner = "verbs.combine.planning.arrow:plan_arrow"
     command = """Stack adapters as experts with a router (Arrow).

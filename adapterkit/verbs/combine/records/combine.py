@@ -49,57 +49,54 @@ class Combine(WritingVerb, MethodOptions):
     """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), Δᵢ = scaleᵢ·bᵢ@aᵢ, written as
     factors of scale 1.
 
-    Each adapter is a folder or a Hub id and may carry a weight: `PATH=0.7`, a pair `(path, 0.7)`,
-    or an item of a mapping `{path: 0.7}`. `space="delta"`: the method acts on the deltas;
-    `"factors"`: on a and b apart, as PEFT's `add_weighted_adapter` does (sign and root of each
-    weight on both, cross terms and all). Refit: `rank`, or `energy` (the smallest rank of each
-    module that keeps this share of the squared singular values); with neither, methods on factors
-    are exact (the ranks add up) and methods on elements keep the inputs' largest rank. `base` tells
-    parameters of `target_parameters` apart where the files, which name their nesting only, do not.
-    Factors are computed in float64 (dense deltas in float32), written in `dtype`. Raises `Refused`
-    before anything is written.
+    Each adapter is a folder or a Hub id and may have a weight: `PATH=0.7`, a pair `(path, 0.7)`, or
+    an item of a mapping `{path: 0.7}`. `space="delta"`: the method acts on the deltas; `"factors"`:
+    on a and b separately, as PEFT's `add_weighted_adapter` does (sign and root of each weight on
+    both, with cross terms). Refit: `rank`, or `energy` (the smallest rank of each module that keeps
+    this share of the squared singular values). With neither, methods on factors are exact (the
+    ranks add up) and methods on elements keep the inputs' largest rank. `base` resolves parameters
+    of `target_parameters` if the files, which name only their nesting, are ambiguous. Factors are
+    computed in float64 (dense deltas in float32), written in `dtype`. Raises `Refused` before
+    anything is written.
 
-    `stats`: safetensors files with `<module>.covariance`, E[x xᵀ] of what each linear layer with
-    factors saw; one for all adapters, or one for each in their order. Then the refit is the best in
-    the norm of the layers' outputs, by the mean of the covariances, as in `resize`; `regmean` needs
-    one for each. Embeddings, convolutions and parameters are fitted in the norm of their weights,
-    by `regmean` combined as by `mean`, which a note says.
+    `stats`: safetensors files with `<module>.covariance`, E[x xᵀ] of the inputs of each linear
+    layer with factors; one for all adapters, or one for each in their order. The refit is then the
+    best in the norm of the layers' outputs, by the mean of the covariances, as in `resize`;
+    `regmean` needs one for each. Embeddings, convolutions and parameters are fitted in the norm of
+    their weights, and `regmean` combines them like `mean`; a note says so.
 
-    `data`, in the place of `stats`: files of samples, one for each adapter in their order. Then
-    `regmean` takes the inputs of the combined model (RegMean++, arXiv:2508.03121): it runs layer
-    after layer, each layer's covariances are taken with one adapter after the other in that layer
-    alone, on what the combined layers before make of that adapter's samples, and the layer is
-    combined before the samples go on. Of models of texts in a list of layers, and LoRAs of linear
-    layers inside it.
+    `data`, instead of `stats`: files of samples, one for each adapter in their order. `regmean`
+    then takes the inputs of the combined model (RegMean++, arXiv:2508.03121), layer after layer.
+    Each layer's covariances are taken with one adapter at a time in that layer alone, on that
+    adapter's samples after the combined layers before it; then the layer is combined and the
+    samples pass through it. This is for text models with a list of layers, and LoRAs of linear
+    layers in it.
 
-    A DoRA's delta depends on the weights that it was trained on: with `base` it is
-    m·(W + scale·b@a)/‖W + scale·b@a‖ - W, dense, so that the result is a plain LoRA of a rank that
-    has to be given; without, DoRA is refused. Values that were trained whole (modules_to_save,
-    token rows, biases) are taken from the one adapter of weight 1 that has them; several adapters'
-    are averaged where the method is a weighted sum (linear, mean, ema) whose shares among them add
-    up to 1, else refused unless they are equal.
+    A DoRA's delta depends on the weights that it was trained on. With `base` it is m·(W +
+    scale·b@a)/‖W + scale·b@a‖ - W, dense, so that the result is a standard LoRA and needs a rank;
+    without `base`, DoRA is refused. Fully trained values (modules_to_save, token rows, biases) are
+    taken from the one adapter of weight 1 that has them. Those of several adapters are averaged if
+    the method is a weighted sum (linear, mean, ema) whose shares among them add up to 1, else
+    refused unless they are equal.
 
-    An adapter of weight 0 takes no part in delta space: weights (1, 0) give what the method makes
-    of the first one alone. That is its delta, unless the method changes a single one too: iso_c and
-    its like even its singular values out, and a density below 1 (ties, knots, dare, ...) drops some
-    of it.
-    Of slerp the weights say where on the arc the result lies, and how long it is.
+    In delta space an adapter of weight 0 is ignored: weights (1, 0) give the method's result for
+    the first one alone. That is its delta, unless the method changes a single one too: iso_c and
+    similar methods equalize even its singular values, and a density below 1 (ties, knots, dare,
+    ...) drops elements of it. For slerp, the weights set the position on the arc and the length.
 
     `weights`: a file of weights (docs/which-weights.md), one for each adapter, module or singular
-    triplet of a module's delta; the adapters are those of the file and may be left out. `fit`:
-    samples, by which the verb of that name chooses the weights first (OUT.weights.json); a dry run
-    plans without them.
+    triplet of a module's delta; it names its adapters, which may be omitted. `fit`: samples, by
+    which `fit` chooses the weights first (OUT.weights.json); a dry run plans without them.
 
-    Of adapters of several parts of an image model's pipeline (unet, text_encoder, ...) the names of
-    modules have the part's in front, and the output is in the layout of the first one; so is that
-    to an `out` that ends in .safetensors.
+    For adapters of several components of an image pipeline (unet, text_encoder, ...), module names
+    begin with the component. The output has the layout of the first one, also if `out` ends in
+    .safetensors.
 
-    A tokenizer beside the adapters is copied, and refused where they differ in what makes tokens;
+    A tokenizer stored with the adapters is copied, and refused if their tokens differ;
     `tokenizer="base"` copies none.
 
-    Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack
-    are right.
-    """
+    Unlike PEFT, this is right for rsLoRA scales, different ranks and patterns, and modules that
+    some adapters lack."""
 
     tier = "core"
     planner = "verbs.combine.planning.combine:plan_combine"

@@ -22,33 +22,33 @@ if TYPE_CHECKING:
 
 @record
 class Extract(WritingVerb, TruncationOptions, ModuleFilters):
-    """Extract the adapter between two checkpoints: b@a is the best approximation of
-    W_tuned - W_base of its rank, weight by weight.
+    """Extract the adapter between two checkpoints: b@a is the best approximation of W_tuned -
+    W_base of its rank, weight by weight.
 
     Linear layers, convolutions, routers and stacks of experts get factors (one of `rank`, `energy`,
     `sv_ratio`, `max_size`, as in `resize`; with `max_size` none gets more than 8 times the even
     rank), by a truncated SVD in float32. A stack has one rank, the largest that one of its experts
-    needs; stacks, routers and other matrices that are no layer's stand in the config as
-    target_parameters. What has no low rank and differs (embeddings, norms, biases, heads of one
-    side) is saved whole (`rest="save"`), left out (`"drop"`), or a reason to refuse (`"refuse"`). A
-    weight whose two values differ by the rounding of one side's dtype alone is unchanged.
-    `include`, `exclude`: regexes on modules. Both sides may be sharded and stored differently;
-    names are those of the loaded model. The receipt has each weight's relative error. Raises
-    `Refused` before anything is written: also for shapes that differ, the vocabulary's apart. What
-    was written is read back, and a merge of it planned, before it gets its name.
+    needs; stacks, routers and other matrices outside of layers are target_parameters in the config.
+    Other values that differ (embeddings, norms, biases, heads of one side) are saved in full
+    (`rest="save"`), left out (`"drop"`), or refused (`"refuse"`). A weight counts as unchanged if
+    its two values differ only by the rounding of one side's dtype. `include`, `exclude`: regexes on
+    modules. Both sides may be sharded and stored differently; names are those of the loaded model.
+    The receipt has each weight's relative error. Raises `Refused` before anything is written, also
+    for shapes that differ in more than the vocabulary. Before the output gets its name, it is read
+    back and its merge is planned.
 
-    `stats`: as in `resize`: factors of linear layers are the best in the norm of their outputs, and
-    the receipt has the errors in both norms, also of the plain fit, which costs a second SVD.
+    `stats`: as in `resize`: factors of linear layers are the best in the norm of their outputs. The
+    receipt has the errors in both norms, also for the fit without statistics, which costs a second
+    SVD.
 
-    Of two pipelines of diffusers each part that differs gets a folder in PEFT's layout, of which
-    `convert --to diffusers` makes one file.
+    For two pipelines of diffusers, each component that differs gets a folder in PEFT's layout, from
+    which `convert --to diffusers` makes one file.
 
-    Saved whole means: a module without children in modules_to_save; a layer's bias with
-    `bias="lora_only"`; and a single parameter that no module can stand for (ViT's cls_token,
-    Mamba's A_log and D, a tied embedding) under its own key, its name beside the modules of
+    Values in full are saved as follows: a module without children in modules_to_save; a layer's
+    bias with `bias="lora_only"`; a single parameter that no module can represent (ViT's cls_token,
+    Mamba's A_log and D, a tied embedding) under its own key, listed with the modules of
     modules_to_save. PEFT loads such a value into the model itself, as it does biases:
-    `disable_adapter` leaves it there.
-    """
+    `disable_adapter` leaves it there."""
 
     planner = "verbs.combine.planning.extract:plan_extract"
     command = """Extract a LoRA from a fully fine-tuned model and its base.

@@ -21,27 +21,26 @@ class Resize(WritingVerb, TruncationOptions):
     singular values), `sv_ratio` (singular values of at least the largest one divided by this) and
     `max_size` (a file of at most this size; the ranks go to the largest singular values of all
     modules). The factors' norms are balanced. `alpha="rank"` gives every module scale 1, `"keep"`
-    keeps lora_alpha and folds the difference into b. Ranks are exact: no rank above the one asked
-    for. Everything that is no factor (biases, magnitudes, trained modules, token rows) is kept.
-    Raises `Refused` before anything is written.
+    keeps lora_alpha and folds the difference into b. Ranks are exact: none exceeds the requested
+    one. Everything except factors (biases, magnitudes, trained modules, token rows) is kept. Raises
+    `Refused` before anything is written.
 
-    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each linear layer with
-    factors saw; then b'@a' is the best in the norm of the layer's outputs, ‖(Δ - b'@a') C^½‖_F, by
-    which `energy`, `sv_ratio` and `max_size` count too (C scaled to a mean diagonal of 1, between
-    modules). The receipt has both relative errors of these factors (`error`, `output_error`) and of
-    those without statistics (`unweighted_error`, `unweighted_output_error`). Embeddings,
-    convolutions and parameters are fitted in the norm of their weights, which a note says.
+    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of the inputs of each linear
+    layer with factors. b'@a' is then the best in the norm of the layer's outputs, ‖(Δ - b'@a')
+    C^½‖_F, which `energy`, `sv_ratio` and `max_size` use too (C scaled to a mean diagonal of 1,
+    between modules). The receipt has both relative errors of these factors (`error`,
+    `output_error`) and of those without statistics (`unweighted_error`, `unweighted_output_error`).
+    Embeddings, convolutions and parameters are fitted in the norm of their weights; a note says so.
 
-    Of adapters of several parts of an image model's pipeline (unet, text_encoder, ...) the names of
-    modules have the part's in front, and the output is in the layout of the adapter; so is that
-    to an `out` that ends in .safetensors.
+    For adapters of several components of an image pipeline (unet, text_encoder, ...), module names
+    begin with the component. The output has the layout of the adapter, also if `out` ends in
+    .safetensors.
 
-    LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does
-    too. OFT needs it for the weights that it rotates, VeRA for the widths of its layers,
-    convolutions of the others for their kernels, `target_parameters` that patterns tell apart for
-    their order. Of a DoRA without `base` the magnitudes stay and scale·b@a is approximated, which a
-    note says.
-    """
+    LoHa, LoKr, VeRA, AdaLoRA and OFT become standard LoRA of scale 1. With `base`, a model, DoRA
+    does too. OFT needs the base for the weights that it rotates, VeRA for the widths of its layers,
+    convolutions of the others for their kernels, and `target_parameters` with different patterns
+    for their order. For a DoRA without `base`, the magnitudes stay and scale·b@a is approximated; a
+    note says so."""
 
     tier = "core"
     planner = "verbs.combine.planning.resize:plan_resize"

@@ -32,16 +32,15 @@ class Subtract(WritingVerb):
     One task adapter is written to `out`, several to `out/<folder name>`. In delta space the result
     is exact, of rank r·(1+G) unless `rank` or `energy` refits it; a module that a general adapter
     lacks counts as zero there, and one that the task lacks is added. `space="factors"` subtracts
-    the means of a and b apart, as PEFT does (cross terms; scales of the general adapters ignored),
-    and keeps the rank. Where `exclude` is found in a module's name nothing is subtracted and the
-    task's values stay, of a head that a general adapter trained whole for one. Factors are written
-    in `dtype`, scale 1. `base` tells parameters of `target_parameters` apart where the files do
-    not. Raises `Refused` before anything is written.
+    the means of a and b separately, as PEFT does (cross terms; scales of the general adapters
+    ignored), and keeps the rank. Modules whose name matches `exclude` keep the task's values, for
+    example a head that a general adapter trained fully. Factors are written in `dtype`, scale 1.
+    `base` resolves parameters of `target_parameters` if the files are ambiguous. Raises `Refused`
+    before anything is written.
 
-    Of adapters of several parts of an image model's pipeline (unet, text_encoder, ...) the names of
-    modules have the part's in front, and the output is in the layout of the first one; so is that
-    to an `out` that ends in .safetensors.
-    """
+    For adapters of several components of an image pipeline (unet, text_encoder, ...), module names
+    begin with the component. The output has the layout of the first one, also if `out` ends in
+    .safetensors."""
 
     planner = "verbs.combine.planning.subtract:plan_subtract"
     command = """Subtract the mean of general adapters (GenKnowSub).

@@ -23,17 +23,16 @@ def _engine(value: object) -> str:
 
 @record
 class EngineCheck(Verb[Json]):
-    """Say what a program does with an adapter, from its rules in `formats/engines`; returns
+    """Check an adapter against the rules of a program in `formats/engines`; returns
 
     - `check`: 1, the version of this document; `engine`, its `version`; the adapter's `format`
-    - `takes`: whether the program loads all of it, as it is
-    - `modules`: how many it has; `findings`: of each `verdict` ("refuses", "drops", or "differs":
-      it is loaded and acts differently), `problem`, `modules` (how many), `expected`, `source` and
-      `do`, the command that repairs it
+    - `takes`: whether the program loads all of it, unchanged
+    - `modules`: their number; `findings`: each with `verdict` ("refuses", "drops", or "differs":
+      it is loaded and acts differently), `problem`, `modules` (their number), `expected`, `source`
+      and `do`, the command that repairs it
 
-    With `base` names, shapes and the base's id are compared too. Raises `Refused` for what is no
-    adapter.
-    """
+    With `base`, names, shapes and the base's id are compared too. Raises `Refused` for anything but
+    an adapter."""
 
     tier = "core"
     name = "check"

@@ -21,31 +21,31 @@ from adapterkit.core.verb import Verb, function_of
 
 @record
 class Inspect(Verb[Json]):
-    """What a base, an adapter or a .safetensors file holds, and what is wrong with it; of several
-    adapters also how they go together. A dict that `--json` prints as it is.
+    """Return the contents of a base, an adapter or a .safetensors file, and its problems; for
+    several adapters also how they go together. A dict that `--json` prints unchanged.
 
-    Of every kind:
+    Every kind has:
       inspect       1, the version of this schema
       kind          "base", "adapter", "file" or "pipeline"
-      name, origin  the folder's name, and what a receipt would say of it (repo, revision)
-      parameters    elements of all tensors; of a quantized base those of the storage
+      name, origin  the folder's name, and its entries in a receipt (repo, revision)
+      parameters    elements of all tensors; for a quantized base those of the storage
       bytes         of the weight files
       dtypes        {dtype: {tensors, parameters, bytes}}
-      shards        [{file, bytes, tensors}]; tensors null where the header cannot be read
-      architecture  {classes, model_type} from config.json, of diffusers its class, or null
-      tied          {config, head_stored}: tie_word_embeddings (null: not said) and whether a head
+      shards        [{file, bytes, tensors}]; tensors null if the header cannot be read
+      architecture  {classes, model_type} from config.json, for diffusers its class, or null
+      tied          {config, head_stored}: tie_word_embeddings (null: not set) and whether a head
                     is stored; null unless a base
       quantization  {found, config}, or null
-      loads         {class, missing, misshapen} of a base: the class that transformers loads, and
-                    how many parameters it makes up or refuses; null where it does not know the
+      loads         {class, missing, misshapen} for a base: the class that transformers loads, and
+                    how many parameters it makes up or refuses; null if it does not know the
                     model, and with `headers`
       readable      whether all files are there and could be read
       problems      [{found, expected, where, do, code}]
-      modules       a LoRA's modules, else [] (of other types of adapters the config and the header
-                    are told)
-    Of a pipeline of diffusers the sums of its parts, their problems with the part in front, and
-      parts         {name: what is said of a base}
-    Of an adapter:
+      modules       a LoRA's modules, else [] (other types of adapters have config and header)
+    A pipeline of diffusers has the sums of its components, their problems with the component in
+    front, and
+      parts         {name: the entries of a base}
+    An adapter has:
       format, peft_type, base, revision, task_type, peft_version
       flags         {rslora, dora, lora_bias, bias, init, ensure_weight_tying, layer_replication,
                     target_parameters}
@@ -53,24 +53,24 @@ class Inspect(Verb[Json]):
       groups        [{modules, count, kind, rank, alpha, scale}], modules by their last component
                     and equal values
       statistics    whether the factors were read
-    Of a module: module, kind ("module" or "embedding"), depth (wrapper levels inside it), parameter
+    A module has module, kind ("module" or "embedding"), depth (wrapper levels inside it), parameter
     (known with `base`), experts, rank, alpha, scale, trained (b is not zero), norm (Frobenius, of
-    scale * b @ a; of a stack over all experts; without DoRA's rescaling), effective_rank (exp of
-    the entropy of the normalized squared singular values of b @ a, 0 for zero; of a stack the mean
-    over experts that are not zero), relative (norm by the base weight's norm, with `base`). What is
-    not known is null.
+    scale * b @ a; for a stack over all experts; without DoRA's rescaling), effective_rank (exp of
+    the entropy of the normalized squared singular values of b @ a, 0 for zero; for a stack the mean
+    over experts that are not zero), relative (norm by the base weight's norm, with `base`). Unknown
+    values are null.
 
-    Of several adapters `kind` is "adapters", and beside it are `inspect`, `readable`, `adapters`
-    (what is said of each), `pairs` as in `report` (over all modules that two of them have: cosines,
-    the share of opposed signs, and in `sum` the retention ⟨Σ Δ, Δᵢ⟩ / ‖Δᵢ‖²), and `advice`: one
-    `command` to try, with its `reason`.
+    For several adapters `kind` is "adapters", with `inspect`, `readable`, `adapters` (the entries
+    of each), `pairs` as in `report` (over all modules that two of them have: cosines, the share of
+    opposed signs, and in `sum` the retention ⟨Σ Δ, Δᵢ⟩ / ‖Δᵢ‖²), and `advice`: one `command` to
+    try, with its `reason`.
 
-    Weights on the Hub are not read unless `download` is given, of a file of another tool only what
-    tells ranks and scales; and with `headers` no factors are read anywhere (of an adapter with tens
-    of thousands of modules they take minutes), and no model's class is built. `plot` draws norms
-    and ranks, relative ones with `base`, into an HTML page; with `overwrite`
-    an older page is replaced. Raises `Refused` where there is nothing to inspect or an option does
-    not apply.
+    Weights on the Hub are only read with `download`; for another tool's file, `download` reads only
+    the tensors that determine ranks and scales. With `headers` no factors are read anywhere (they
+    take minutes for an adapter with tens of thousands of modules), and no model's class is built.
+    `plot` draws norms and ranks, relative ones with `base`, into an HTML page; with `overwrite` an
+    older page is replaced. Raises `Refused` if there is nothing to inspect or an option does not
+    apply.
     """
 
     tier = "core"

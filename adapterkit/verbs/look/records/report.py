@@ -21,38 +21,38 @@ from adapterkit.core.verb import Verb, function_of
 
 @record
 class Report(Verb[Json]):
-    """Write what adapters are, how they go together, and what became of them into one HTML page,
+    """Write one HTML page on adapters, on how they go together, and on the result of their merge,
     and return its numbers, which `--json` prints:
 
     - `report`: 1, the version of this document
-    - `adapters`: of each `name`, `format`, `peft_type`, `base`, `rank`, `alpha`, `scale` (null
-      where modules differ), `modules`, `bytes`, `norm` (Frobenius, of all deltas), `relative` (the
-      median over modules of ‖delta‖/‖W‖, with `base`), `stable_rank` (median of ‖delta‖²/σ₁²),
-      `rank_90`, `rank_99` (the largest over modules of the rank that keeps this share of the
-      squared singular values), `problems` as in `inspect`, and modules whose delta is zero; a
-      pipeline's adapter is one for each of its models
-    - `heatmaps`: `rows` (layers), `columns` (modules), and `tables`: of each adapter and `measure`
-      ("relative" or "norm", "effective_rank", "share" of the squared norm) the values, null where
+    - `adapters`: for each `name`, `format`, `peft_type`, `base`, `rank`, `alpha`, `scale` (null if
+      modules differ), `modules`, `bytes`, `norm` (Frobenius, of all deltas), `relative` (the median
+      over modules of ‖delta‖/‖W‖, with `base`), `stable_rank` (median of ‖delta‖²/σ₁²), `rank_90`,
+      `rank_99` (the largest over modules of the rank that keeps this share of the squared singular
+      values), `problems` as in `inspect`, and modules whose delta is zero; a pipeline's adapter is
+      one for each of its models
+    - `heatmaps`: `rows` (layers), `columns` (modules), and `tables`: for each adapter and `measure`
+      ("relative" or "norm", "effective_rank", "share" of the squared norm) the values, null if
       there is no such module
-    - `spectra`: of each adapter and kind of module (its name without numbers) `median`, `low`,
+    - `spectra`: for each adapter and kind of module (its name without numbers) `median`, `low`,
       `high` (10 and 90 % over its modules) of the singular values
-    - `ranks`: of each adapter, for each rank, the `energy` that all modules keep together and the
+    - `ranks`: for each adapter and rank, the `energy` that all modules keep together and the
       `bytes` of the file
     - `pairs`: null for one adapter; matrices over all modules that two adapters share: `cosines`,
       `inputs` and `outputs` (overlap of the spaces of a's rows and b's columns, 0 to 1), `opposed`
       (share of sampled elements with opposed signs), with `stats` also `output_cosines` (on the
       inputs of the statistics); `layers`: cosines by layer; `sum`: `norm`, `independent` (the root
-      of the sum of squares: of orthogonal deltas the same) and `retention` of each adapter,
-      ⟨sum, delta⟩ / ‖delta‖²
-    - `weights`: of a file of weights `per`, `default`, and by layer and module `rows`, `columns`
-      and `tables` (of each adapter the weights, of directions their mean); `fit`: of weights that
-      `fit` chose its `files`, `losses`, `steps`, what was `written` and `seconds`; or null
-    - `outcome`: of `output` its receipt's verb, totals, metrics by tensor and the 20 `worst`; or
-      null
+      of the sum of squares: equal for orthogonal deltas) and `retention` of each adapter, ⟨sum,
+      delta⟩ / ‖delta‖²
+    - `weights`: for a file of weights `per`, `default`, and by layer and module `rows`, `columns`
+      and `tables` (the weights of each adapter, for directions their mean); `fit`: for weights that
+      `fit` chose its `files`, `losses`, `steps`, `written` and `seconds`; or null
+    - `outcome`: the verb, totals, metrics by tensor and the 20 `worst` of the receipt of `output`;
+      or null
     - `advice`: one `command` with its `reason`; `loading`: commands by program
 
-    Raises `Refused` where an adapter cannot be read or `out` is a file; with `overwrite` an older
-    page is replaced.
+    Raises `Refused` if an adapter cannot be read or `out` is a file; with `overwrite` an older page
+    is replaced.
     """
 
     runner = "verbs.look.overview.page:write_report"
