@@ -269,7 +269,7 @@ def test_directions_that_are_refused(two, tmp_path: Path):
         load(oracle.load(oracle.llama, base), folders, weights=file)
     twice = folders[:1] * 2
     file = file_of(twice, tmp_path / "w.json", **more)
-    with pytest.raises(Refused, match="a and b apart"):
+    with pytest.raises(Refused, match="a and b separately"):
         adapterkit.combine(twice, weights=file, space="factors", out=tmp_path / "out")
     handle = load(oracle.load(oracle.llama, base), folders[0], name="a", trainable=True)
     handle.load(folders[0], name="b")

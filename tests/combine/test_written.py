@@ -275,7 +275,7 @@ def test_rebase_of_an_init_on_a_tied_head(cached_folder, tmp_path):
     receipt = adapterkit.rebase(
         tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "out"
     )
-    assert any("--base tells" in note for note in receipt.data["notes"])
+    assert any("give --base to check" in note for note in receipt.data["notes"])
     with pytest.raises(AdapterkitError, match=r"lm_head is tied to model\.embed_tokens"):
         adapterkit.rebase(
             tmp_path / "trained", initial=tmp_path / "initial", base=base, out=tmp_path / "no"

@@ -328,7 +328,7 @@ def test_refusals_come_together(tmp_path, base, adapters, data):
     with pytest.raises(AdapterkitError) as found:
         names = [tmp_path / "dora", tmp_path / "head"]
         fitted(base, names, [twice, few], tmp_path / "w.json", target="teacher", whole=True)
-    for words in ("is a DoRA", "trained whole", "the same sample as", "1 samples with tokens"):
+    for words in ("is a DoRA", "fully trained", "the same sample as", "1 samples with tokens"):
         assert words in str(found.value), words
     with pytest.raises(Refused, match="with shapes"):
         fitted(base, [tmp_path / "other"], data, tmp_path / "w.json")

@@ -105,8 +105,8 @@ def test_a_failing_program_stops_a_search_that_can_be_resumed(base, adapters, pr
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("print('it is fine, nan')", "no number in what it printed: it is fine, nan"),
-        ("pass", "no number in what it printed: nothing"),
+        ("print('it is fine, nan')", "no number in its output: it is fine, nan"),
+        ("pass", "no number in its output: nothing"),
         ("raise SystemExit(2)", "exit status 2"),
     ],
 )

@@ -26,7 +26,10 @@ JUDGED = (
     ("DoRA beside another adapter: the order decides", r"DoRA of .* beside another adapter"),
     ("PEFT cannot merge such a bias either", r"a bias for .*, which has none in the base"),
     ("trained values are values, not additions", r"with weight .*these are values, not additions"),
-    ("PEFT has no such bias on embeddings and parameters", r"beside biases of b \(lora_bias\)"),
+    (
+        "PEFT has no such bias on embeddings and parameters",
+        r"together with biases of b \(lora_bias\)",
+    ),
     (
         "PEFT cannot load a head beside rows of its tied embedding",
         r"token_adapter.base_layer|modules_to_save.default",
@@ -37,7 +40,7 @@ JUDGED = (
     ),
     (
         "PEFT cannot load rows and factors of one embedding",
-        r"trained token rows of .* beside factors of the same module",
+        r"trained token rows of .* with factors of the same module",
     ),
     (
         "attention's output adapted twice over",
@@ -66,7 +69,7 @@ JUDGED = (
         r"reads itself: PEFT's do nothing",
     ),
     ("PEFT's act after what an embedding looks up", r"with a forward of its own, which PEFT's"),
-    ("trained values of two adapters, weights that are no shares", r"trained whole by"),
+    ("trained values of two adapters, weights that are no shares", r"fully trained by"),
 )
 
 

@@ -28,20 +28,20 @@ def write(path: Path, **metadata: str) -> Path:
 @pytest.mark.parametrize("sums", ["x", "7", "{}", "[7]", "[{}]", '[{"modules": 7}]', "[" * 9000])
 def test_sums_that_are_no_list_of_sums_are_damaged(tmp_path: Path, sums: str):
     file = SumsFile.read(write(tmp_path / HI, sums=sums))
-    with pytest.raises(Damaged, match="what the file says of its sums") as caught:
+    with pytest.raises(Damaged, match="the metadata on sums") as caught:
         _ = file.records
     assert caught.value.expected and caught.value.hint and caught.value.code == "AK607"
 
 
 @pytest.mark.parametrize("visits", ["x", "1e3", "9" * 5000, ""])
 def test_visits_that_are_no_number_are_damaged(tmp_path: Path, visits: str):
-    with pytest.raises(Damaged, match="what the file says of its sums"):
+    with pytest.raises(Damaged, match="the metadata on sums"):
         _ = SumsFile.read(write(tmp_path / HI, visits=visits)).visits
 
 
 def test_a_sum_without_its_tensors_is_damaged(tmp_path: Path):
     file = SumsFile.read(write(tmp_path / HI, sums=json.dumps([{"modules": ["a"]}])))
-    with pytest.raises(Damaged, match="what the file says of its sums"):
+    with pytest.raises(Damaged, match="the metadata on sums"):
         file.sum(0)
 
 

@@ -96,7 +96,7 @@ def test_every_init_says_what_it_is():
 @pytest.mark.parametrize("method", ALL)
 def test_a_misspelt_attribute_is_refused(method, name):
     init = members("inits")[method]
-    with pytest.raises(TypeError, match=f"Other has what no init has: {name}"):
+    with pytest.raises(TypeError, match=f"Other has attributes that no init has: {name}"):
         type("Other", init.__bases__, {"name": "other", "source": "a test", name: 1})
 
 

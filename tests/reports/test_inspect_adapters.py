@@ -189,11 +189,11 @@ DAMAGED_ADAPTERS = {
     "list-config": (lambda f: (f / "adapter_config.json").write_text("[]"), "a JSON list"),
     "pickle": (
         lambda f: (f / "adapter_model.bin").write_bytes(pickle.dumps(1)),
-        "pickles beside the adapter: adapter_model",
+        "pickles next to the adapter: adapter_model",
     ),
     "model": (
         lambda f: shutil.copy(f / "adapter_model.safetensors", f / "model.safetensors"),
-        "other weights beside",
+        "other weights next to",
     ),
     "lfs": (
         lambda f: (f / "adapter_model.safetensors").write_text("version https://git-lfs.g"),

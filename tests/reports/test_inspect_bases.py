@@ -71,7 +71,7 @@ def test_a_missing_shard_hides_no_other_problem(sharded):
         "ghost is not in",
         f"{EMBEDDING} in",
         "num_hidden_layers = 1000000",
-        "pickles beside",
+        "pickles next to",
     ]
     texts = problems_of(inspect(sharded))
     assert len(texts) == len(words) and all(

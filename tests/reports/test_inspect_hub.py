@@ -137,6 +137,6 @@ def test_inspect_of_headers_reads_no_factor(lora, llama, tmp_path, monkeypatch):
         ({"plot": tmp_path / "x.html"}, "--plot"),
         ({"download": True}, "--download"),
     ):
-        with pytest.raises(Refused, match="headers alone") as refusal:
+        with pytest.raises(Refused, match="headers only") as refusal:
             inspect(lora, headers=True, **options)
         assert word in str(refusal.value)

@@ -255,7 +255,7 @@ REFUSALS = [
     ),
     (
         LoraConfig(targets=[], parameters=["up"], modules_to_save=["experts"]),
-        ["inside experts, which is trained in full"],
+        ["inside experts, which is fully trained"],
     ),
     (LoraConfig(targets=["attention"], dora=True), ["dora on layers.0.attention"]),
     (LoraConfig(targets=["attention"], lora_bias=True), ["lora_bias on layers.1.attention"]),

@@ -114,7 +114,7 @@ DAMAGED = {
     ),
     "pickle": (
         lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(1)),
-        "pickles beside the weights: pytorch_model.bin",
+        "pickles next to the weights: pytorch_model.bin",
     ),
     "no-config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "bad-config": (lambda f: (f / "config.json").write_text("{]"), "not JSON"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.core.merge.verb import MergeOptions
 
 DENSITY_FOR = "--density-for"
-EXPECTED = "[N:]NAME, [N:]NUMBERS or [N:]FILE[:NAME], N the adapter's place from 1"
+EXPECTED = "[N:]NAME, [N:]NUMBERS or [N:]FILE[:NAME], N the adapter's position from 1"
 WeightOf = Callable[[int, str], float]  # by the adapter's number, from 1, and the module
 
 
@@ -89,7 +89,7 @@ class ModuleMethods:
             f"{self.method.name} with densities {', '.join(f'{one:g}' for one in densities)}",
             expected="one for all adapters of a module",
             where=DENSITY_FOR,
-            hint="use --method gta, whose adapters may have each their own",
+            hint="use --method gta, which takes a density for each adapter",
             code="AK102",
         )
 

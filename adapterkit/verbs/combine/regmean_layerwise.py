@@ -297,7 +297,7 @@ def plan_recollected(options: Combine) -> Plan:
     wrong = [task.name for task in shard.tasks if not _can_run(task)]
     if wrong or len(plan.shards) > 1:
         several = "several models"
-        problem = f"no plain factors of linear layers: {listed(wrong)}" if wrong else several
+        problem = f"no standard factors of linear layers: {listed(wrong)}" if wrong else several
         errors.add(problem, "LoRAs of the linear layers of one model", HINT)
     errors.raise_all()
     tasks = [

@@ -145,7 +145,7 @@ def _alone(search: CoarseToFineFit, kept: str) -> list[str]:
         return []
     use = "none of these adapters helps here" if name == "base" else "it needs no other adapter"
     return [
-        f"{shown(name)} alone is as good on what is held out, {other:.4g} to {value:.4g}: {use}"
+        f"{shown(name)} alone is as good on held-out samples, {other:.4g} to {value:.4g}: {use}"
     ]
 
 

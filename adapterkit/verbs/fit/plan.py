@@ -251,15 +251,15 @@ def _problems(one: StoredAdapter, base: str, name: str) -> list[AdapterkitError]
         Problems(delta_problems(one.adapter), where=one.adapter.label, code="AK904"),
     )
     values = {
-        "modules that were trained whole": list(one.values.copies),
-        "biases that were trained": list(one.values.biases),
+        "fully trained modules": list(one.values.copies),
+        "trained biases": list(one.values.biases),
         "rows of tokens": list(one.values.rows),
         "biases of factors": [lora.module for lora in adapter.loras if lora.bias is not None],
     }
     for what, names in values.items():
         if names:
             problem = f"{what}, which a weight does not scale: {listed(names)}"
-            errors.add(problem, "factors alone", "leave the adapter out, or merge it first")
+            errors.add(problem, "factors only", "leave the adapter out, or merge it first")
     if one.config.invocation_tokens:
         errors.add(
             "it acts from its invocation on (aLoRA)", "adapters of all tokens", "leave it out"
@@ -308,7 +308,7 @@ def _check_split(
                 f"{held.where} is held out, and the same sample as "
                 f"{train[held.tokens, held.labels]}, which is fitted to",
                 "samples that differ",
-                "remove the samples that are there twice",
+                "remove the duplicate samples",
                 where="--data",
                 code="AK904",
             )

@@ -143,7 +143,7 @@ class ScoreCollection(WeightsCollection):
         numbers = [number for word in done.stdout.split() if (number := _number(word)) is not None]
         if not numbers:
             printed = done.stdout.strip()[-TAIL:] or "nothing"
-            raise _failed(f"no number in what it printed: {printed}", weights, "a finite number")
+            raise _failed(f"no number in its output: {printed}", weights, "a finite number")
         progress(1)
         return numbers[-1]
 
@@ -173,7 +173,7 @@ def _command(options: WeightFit, count: int, errors: Problems) -> list[str]:
     if not any(PLACE in word for word in words):
         errors.add(
             f"--score {options.score!r}",
-            f"a command with {PLACE}, where the candidate's folder goes",
+            f"a command with {PLACE}, which stands for the candidate's folder",
             f'e.g. --score "evaluate {PLACE}"',
             where="options",
             code="AK904",

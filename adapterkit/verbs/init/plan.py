@@ -51,7 +51,7 @@ from adapterkit.verbs.shared.options import BlockOptions
 from adapterkit.verbs.shared.statistics_file import INPUTS, select_statistics, shape_of
 
 BASE = "base"  # its folder in the output
-SUMMARY = "without the part that {} took into the adapter beside it"
+SUMMARY = "without the component that {} moved into the adapter"
 
 
 def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str) -> Adapter:
@@ -236,7 +236,7 @@ def _adapter(
     where = (
         "for the original base"
         if implicit or not method.changes_base
-        else ("for the base beside it, not for the original")
+        else ("for the base next to it, not for the original")
     )
     adapter = adapter_output.new_adapter(base, tasks, options, f"{options.method}: {where}", folder)
     return replace(

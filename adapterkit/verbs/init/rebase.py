@@ -39,8 +39,8 @@ def plan_rebase(options: Rebase) -> Plan:
     init = trained.changed_base()
     if init is None:
         notes.append(
-            f"{trained.name} does not say that its init changed the base (init_lora_weights): "
-            "taken at the caller's word"
+            f"{trained.name} has no init_lora_weights that changes the base: the command assumes "
+            "that its init did"
         )
     elif init.lower().startswith(QUANTIZED):
         problem = f"{trained.name} was initialized by {init}: its base is quantized, not a residual"
@@ -96,8 +96,8 @@ def _check_ties(trained: Adapter, base: Folder | None, errors: Problems, notes: 
     if base is None:
         names = ", ".join(map(shown, modules))
         notes.append(
-            f"right if the model does not tie {names} to another weight, which the init would have "
-            "changed too: --base tells"
+            f"right only if the model does not tie {names} to another weight, because the init "
+            "would have changed that too: give --base to check this"
         )
         return
     wanted = tuple(f"{module}.weight" for module in modules)

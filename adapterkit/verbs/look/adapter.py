@@ -38,9 +38,9 @@ def inspect_adapter(
     check_pickles(scan, "the adapter")
     others = weight_files(folder)
     if others:
-        problem = f"other weights beside the adapter's: {some_names(others)}"
+        problem = f"other weights next to the adapter's: {some_names(others)}"
         hint = "inspect a model in a folder of its own"
-        add_problem(scan, problem, "the adapter alone", hint)
+        add_problem(scan, problem, "only the adapter", hint)
     modules = _modules(adapter, typed, base, with_factors, scan, progress, spectra)
     result = new_result("adapter", scan) | _adapter_keys(adapter)
     result |= {"groups": _groups(modules), "statistics": with_factors}
@@ -140,7 +140,7 @@ def _rank_alpha_scale(
     if len(values) > 1:
         add_problem(
             scan,
-            f"parameters of {shown(lora.module)} that cannot be told apart",
+            f"ambiguous parameters of {shown(lora.module)}",
             "one rank and alpha for all target_parameters of a module "
             "(PEFT's file names the nesting only)",
             "give --base",

@@ -76,10 +76,10 @@ def _check_files(scan: Checkpoint) -> None:
     if stray:
         problem = f"weights that are not part of the model: {some_names(stray)}"
         hint = "nothing, if nothing loads them; else move them away"
-        add_problem(scan, problem, "the model's shards alone", hint)
+        add_problem(scan, problem, "only the model's shards", hint)
     check_pickles(scan, "the weights")
     if "config.json" not in files:
-        hint = "copy it from where the weights came from"
+        hint = "copy it from the source of the weights"
         add_problem(scan, "no config.json", "the model's config", hint)
     metadata = (scan.index or {}).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -90,10 +90,10 @@ def _check_files(scan: Checkpoint) -> None:
         add_problem(scan, f"total_size {shown(total)}", expected, hint, where)
 
 
-def check_pickles(scan: Checkpoint, beside: str) -> None:
+def check_pickles(scan: Checkpoint, weights: str) -> None:
     pickled = pickles(scan.folder)
     if pickled and (scan.shards or scan.unread):  # without other weights there is a refusal already
-        problem = f"pickles beside {beside}: {some_names(pickled)}"
+        problem = f"pickles next to {weights}: {some_names(pickled)}"
         hint = "remove them: loading a pickle runs the code in it"
         add_problem(scan, problem, "safetensors files", hint)
 
@@ -120,7 +120,7 @@ def _tied(scan: Checkpoint, gaps_known: bool) -> Json:
     heads = [key for key in scan.tensors if HEAD_KEY.search(key)]
     if setting is True and any(key.endswith("lm_head.weight") for key in heads):
         problem = "lm_head.weight is stored, and tie_word_embeddings is true"
-        hint = "set tie_word_embeddings to false if the head was trained apart, else drop it"
+        hint = "set tie_word_embeddings to false if the head was trained separately, else drop it"
         add_problem(scan, problem, "one of them: a loader may drop the head", hint)
     classes = scan.config.get("architectures")
     causal = isinstance(classes, list) and any(

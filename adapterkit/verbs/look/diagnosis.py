@@ -310,9 +310,13 @@ def _meaning(value: float, name: str, config: Json) -> tuple[str, str, str]:
         for factor, text in (
             (1 / scale, f"without its scale alpha / rank = {scale:g}"),
             (scale, f"with its scale {scale:g} twice"),
-            (root, "with alpha / √rank in place of alpha / rank"),
-            (1 / root, "with alpha / rank in place of alpha / √rank"),
+            (root, "with alpha / √rank instead of alpha / rank"),
+            (1 / root, "with alpha / rank instead of alpha / √rank"),
         ):
             if near(factor):
                 return "scale", f"{name} is in the model {text}", again
-    return "strength", f"{name} is in the model with weight {value:.3g}", f"if not meant, {again}"
+    return (
+        "strength",
+        f"{name} is in the model with weight {value:.3g}",
+        f"if this is unintended, {again}",
+    )

@@ -178,5 +178,5 @@ def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> Non
     )
     if isinstance(declared, str) and isinstance(given, str) and declared != given:
         edit = command("adapterkit edit", "ADAPTER", base_model=given, out="edited")
-        do = f"check the base, or change what it says\n{edit}"
-        found.add("differs", f"the adapter says that it is for {listed([declared])}", do, given)
+        do = f"check the base, or change its name in the adapter\n{edit}"
+        found.add("differs", f"the adapter names the base {listed([declared])}", do, given)

@@ -62,9 +62,9 @@ class LostShards:
         return Refused(
             f"{count} of {self.trained} trained modules have a block of zeros: "
             f"{listed([f'{shown(module)} {what}' for module, what in blocks.items()])}",
-            expected="whole factors: a save that loses the shard of a process leaves such zeros",
+            expected="complete factors: a save that loses the shard of a process leaves such zeros",
             where=where,
-            hint="save it again, the shards gathered (FSDP, ZeRO-3, tensor parallelism)",
+            hint="gather the shards and save it again (FSDP, ZeRO-3, tensor parallelism)",
             code="AK302",
         )
 
@@ -128,7 +128,7 @@ def _statistics(
         problems.add(
             f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",
             "as many columns of b as rows of a",
-            "save the adapter again (of a grouped convolution: such factors cannot be read here)",
+            "save the adapter again (factors of a grouped convolution cannot be read here)",
             where=lora.a.file,
             kind=Damaged,
             code="AK202",

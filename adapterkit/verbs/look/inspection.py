@@ -56,12 +56,12 @@ def _of_one(inspect: Inspect, path: StrPath) -> Json:
         _refuse_options(folder, f"a {kind}, no adapter", base, plot)
         return inspect_base(folder, headers) if kind == "base" else inspect_file(folder)
     if headers:
-        _refuse_options(folder, "headers alone (--headers)", base, plot, download)
+        _refuse_options(folder, "headers only (--headers)", base, plot, download)
     given = [original(one) for one in (folder, on) if one is not None]
     far = [one for one in given if not isinstance(one, LocalFolder)]
     if far and not download:
         _refuse_options(
-            far[0], "weights on the Hub, which are read with --download only", base, plot
+            far[0], "weights on the Hub, which are only read with --download", base, plot
         )
     with_factors = not headers and (download or not far)
     if with_factors:  # in a dialect of PEFT's layout they may be other ones than PEFT would read
@@ -82,7 +82,7 @@ def _of_several(inspect: Inspect) -> Json:
 
     sources, base = unweighted(inspect.paths), if_given(open_model, inspect.base)
     far = [one for one in map(open_source, sources) if not isinstance(one, LocalFolder)]
-    unread = "headers alone (--headers)" if inspect.headers else ""
+    unread = "headers only (--headers)" if inspect.headers else ""
     unread = "weights on the Hub, without --download" if far and not inspect.download else unread
     if unread or inspect.plot is not None or not sources:
         raise Refused(

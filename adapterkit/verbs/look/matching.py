@@ -196,7 +196,7 @@ def _match_modules(a: Parts, b: Parts) -> Matches:
         matches.notes.append("no module is in both adapters")
     if any(kind == "magnitude" for kind, _ in (*a, *b)):
         matches.notes.append(
-            "DoRA rescales by norms of the base: deltas and magnitudes are compared apart"
+            "DoRA rescales by norms of the base: deltas and magnitudes are compared separately"
         )
     return matches
 

@@ -70,7 +70,7 @@ def sum_biases(
     for name, site in sites.items():
         if site.parameter or places[name].is_embedding:
             errors.add(
-                f"{shown(name)} beside biases of b (lora_bias)",
+                f"{shown(name)} together with biases of b (lora_bias)",
                 "linear layers and convolutions only: PEFT has no such bias on embeddings and "
                 "parameters",
                 "merge the adapters into their base instead, or remove the one with lora_bias",

@@ -138,7 +138,7 @@ class AdapterWeights:
 
     def _rule(self, text: str) -> tuple[Sequence[int], Rule[float]]:
         """The numbers of adapters, and the rule; `Refused` for an invalid text."""
-        expected = "[N:]REGEX=WEIGHT, N the adapter's place from 1"
+        expected = "[N:]REGEX=WEIGHT, N the adapter's position from 1"
         numbers, rest = of_adapters(text, len(self.weights), self.option, expected, "2:q_proj=0.5")
         (rule,) = read_rules(self.option, [rest], NUMBER, expected)
         return numbers, rule

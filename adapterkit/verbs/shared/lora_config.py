@@ -100,8 +100,8 @@ PEFT_NAMES = {
 # settings of how PEFT trains that have no counterpart here
 ONLY_PEFT = {
     "loftq_config": "none: `adapterkit loftq` takes these options, and writes what `load` trains",
-    "monteclora_config": "none: MonteCLoRA's noise is PEFT's alone",
-    "velora_config": "none: VeLoRA's compressed activations are PEFT's alone",
+    "monteclora_config": "none: only PEFT has MonteCLoRA's noise",
+    "velora_config": "none: only PEFT has VeLoRA's compressed activations",
 }
 OUR_NAMES = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
 OUR_NAMES |= dict.fromkeys(PEFT_CONFIGS.values(), "init_options")
@@ -319,7 +319,7 @@ def _unknown(name: str, known: Sequence[str]) -> Refused:
         )
     hint = "remove it"
     if name == "fan_in_fan_out":
-        hint = "remove it: a layer's class tells how its weight is stored"
+        hint = "remove it: the layer's class determines how its weight is stored"
     elif name == "loftq_config":
         hint = "`adapterkit loftq` takes these options"
     elif name not in PEFT_DEFAULTS:
@@ -383,7 +383,7 @@ def _conflicts(
             hint = "name the layers in the regular expression, or give a list of names"
             yield conflict("targets", key, expected="a list of names as targets", hint=hint)
     if get("layers_pattern") and not get("layers") and "layers" not in invalid:
-        expected, hint = "layers with layers_pattern", "say which layers, or remove it"
+        expected, hint = "layers with layers_pattern", "give layers, or remove it"
         yield conflict("layers_pattern", "layers", expected=expected, hint=hint)
     if get("lora_bias") and get("init", "default") not in ("default", False):
         hint = "no other init sets the bias"

@@ -322,7 +322,7 @@ class Resolver:
                 if other.startswith(f"{path}."):
                     self.errors.add(
                         f"parameters of {shown(path)} and of {shown(other)} inside it",
-                        "modules beside each other: PEFT's layout has no such nest",
+                        "modules that are not nested, because PEFT's layout cannot store these",
                         "remove those of one of them",
                         code="AK105",
                     )
@@ -339,7 +339,7 @@ class Resolver:
         elif len(shape) not in (2, 3) or not parameter.is_floating_point():
             problem = f"{problem} with shape {shape}, {parameter.dtype}"
         elif entry := self.saved_with(path):
-            problem = f"{problem} inside {shown(entry)}, which is trained in full"
+            problem = f"{problem} inside {shown(entry)}, which is fully trained"
         else:
             return self.unread(path) if name.endswith(".weight") else None
         expected = "2 or 3 dimensions of floats, in a module"

@@ -89,7 +89,7 @@ class CollectionPlan:
     def __init__(self, stored: StoredModel, options: StatsOptions, batches: Sequence[Batch]):
         if options.compat and "pca" in options.what:
             raise Refused(
-                "pca does not go with compat peft, whose covariance is of scaled inputs",
+                "pca cannot be combined with compat peft, whose covariance is of scaled inputs",
                 expected="one of them",
                 where="compat",
                 hint="remove --compat, or pca",
@@ -122,7 +122,7 @@ class CollectionPlan:
         self._check_parameters()
         self.is_whole = options.whole or not self.units.has_layers
         if self.is_whole and not options.whole:
-            self.notes.append("no list of layers in the model: it was run whole")
+            self.notes.append("the model has no list of layers, so it was run as a whole")
 
     def _check_labels(self) -> None:
         """`Refused` if a batch has no labels."""
@@ -164,7 +164,7 @@ class CollectionPlan:
                 f"the model has no {listed(absent)}",
                 expected="every parameter that the model computes with",
                 where=self.stored.base.name,
-                hint="save the model with all of its parts",
+                hint="save the model with all of its parameters",
                 code="AK902",
             )
         if absent:

@@ -201,7 +201,7 @@ class Collection(ModelRun):
                 f"none of {len(self.shapes)} layers saw a token that counts",
                 expected="layers that the model runs",
                 where="--targets",
-                hint="name other --targets",
+                hint="give other --targets",
                 code="AK902",
             )
         return OutputFile.computed(file.file, made.tasks, metadata_with(made.shared, self.about))
@@ -345,7 +345,7 @@ def samples_of(
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         raise Refused(
             "the config has no decoder_start_token_id",
-            expected="the token with which the decoder begins",
+            expected="the token with which the decoder starts",
             where=f"{folder.label}/config.json",
             hint="add it to the config",
             code="AK902",

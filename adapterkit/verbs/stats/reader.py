@@ -50,7 +50,7 @@ def _mapped(stats: Mapping[str, Tensor]) -> Mapped:
             f"{listed(wrong)} are no tensors of floats",
             expected="tensors, as runtime.collect returns them",
             where="stats",
-            hint="give a file of statistics, or what collect returned",
+            hint="give a file of statistics, or the result of collect",
             code="AK106",
         )
     return Mapped(

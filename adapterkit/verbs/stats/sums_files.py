@@ -140,7 +140,7 @@ class SumsFile:
             yield
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise Damaged(
-                f"what the file says of its sums is wrong: {shown(error)}",
+                f"the metadata on sums are wrong: {shown(error)}",
                 expected="a file that this job wrote",
                 where=str(self.folder / self.name),
                 hint="run again with --overwrite, without --resume",

@@ -131,7 +131,7 @@ def test_norms_embeddings_and_heads_are_saved_left_out_or_refused(saved, tmp_pat
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
     expected, actual = oracle.stored(after), oracle.stored(tmp_path / "back")
     assert all(torch.allclose(actual[key], tensor, atol=2e-6) for key, tensor in expected.items())
-    whole = r"values saved whole take (?s:.*)or --rest drop"
+    whole = r"values saved in full take (?s:.*)or --rest drop"
     with pytest.raises(Refused, match=whole):
         adapterkit.extract(base, after, out=tmp_path / "no", max_size="3KB")
     receipt = adapterkit.extract(base, after, out=tmp_path / "dropped", rank=2, rest="drop")

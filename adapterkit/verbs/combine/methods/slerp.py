@@ -54,7 +54,7 @@ class Slerp(OnFactors):
                 f"t {self.t:g} and weights {', '.join(f'{w:g}' for w in weights)}",
                 expected="one of them: both are the position on the arc",
                 where="--set t",
-                hint=f"give t alone: t {self.t:g} is weights {1 - self.t:g} and {self.t:g}",
+                hint=f"give only t: t {self.t:g} is weights {1 - self.t:g} and {self.t:g}",
                 code="AK107",
             )
         return [1 - self.t, self.t]

@@ -117,7 +117,7 @@ def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
     if others:
         errors.add(
             f"{adapter.name} adapts more than linear layers: {', '.join(map(shown, others[:6]))}",
-            "no embeddings, convolutions, biases, expert stacks or values trained in full",
+            "no embeddings, convolutions, biases, expert stacks or fully trained values",
             "train the experts on linear layers only",
         )
     return errors

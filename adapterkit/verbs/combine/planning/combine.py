@@ -256,7 +256,7 @@ def _resolve_method(options: Combine) -> tuple[Method, Refit]:
         expected = "linear, or a method on elements"
         if options.method in ALIASES:
             problem = f"--space factors keeps the ranks: it takes no {options.method}"
-            expected = "--space factors with a method alone"
+            expected = "--space factors with a method without a refit"
         hint = "remove --space factors"
         raise Refused(problem, expected=expected, where="options", hint=hint, code="AK102")
     largest = default == "largest" or (dense and default is None)
@@ -277,7 +277,9 @@ def _check_fit(
     method, refit = how
     by_factors = options.space == "factors"
     if any(part.factors.directions and (part.dora or by_factors) for part in parts):
-        what = "a and b apart (--space factors)" if by_factors else "a DoRA, whose rank is full"
+        what = (
+            "a and b separately (--space factors)" if by_factors else "a DoRA, whose rank is full"
+        )
         errors.add(
             f"{shown(name)}: weights of directions of {what}",
             "one number for each adapter",

@@ -87,7 +87,7 @@ def check_statistics(method: Method, refit: Refit, space: str, adapters: int, fi
     if unused:
         raise Refused(
             f"--stats with {unused}",
-            expected="a refit in --space delta: statistics say what it may lose",
+            expected="a refit in --space delta, whose error the statistics weigh",
             where="options",
             hint="give --rank R or --energy E, or remove --stats",
             code="AK106",
@@ -119,7 +119,7 @@ def with_statistics(
     replaced = without_inputs(tasks[0].method)
     otherwise = BY_WEIGHTS if replaced is tasks[0].method else f"combined by {replaced.name}"
     if tasks[0].method.over != "module":
-        otherwise += f" where their {tasks[0].method.over} has no linear layers"
+        otherwise += f" if their {tasks[0].method.over} has no linear layers"
     try:
         widths = input_widths(tasks, parameters, notes, otherwise)
     except AdapterkitError as error:

@@ -263,7 +263,7 @@ class Extraction:
         if self.options.rest == "refuse":
             self._refuse(
                 f"{', '.join(map(shown, changed))} differs and gets no factors",
-                "linear layers and convolutions alone",
+                "linear layers and convolutions only",
                 "give --rest save or --rest drop, or exclude it with --exclude",
             )
             return

@@ -96,9 +96,9 @@ class _ResizePlanner:
         if self.base is None or not adapter.config.get("use_dora"):
             if adapter.config.get("use_dora"):
                 self.notes.append(
-                    "DoRA without --base: the magnitudes stay, and the approximation is of "
-                    "scale·b@a, not of the delta that they and the norms of W + scale·b@a make of "
-                    "it (with --base the delta itself is fitted, as plain LoRA)"
+                    "DoRA without --base: the magnitudes stay, and scale·b@a is approximated, not "
+                    "the delta, which also depends on them and on the norms of W + scale·b@a (with "
+                    "--base the delta itself is fitted, as standard LoRA)"
                 )
             levels = levels_of(sites.values())
             how = {"truncation": self.truncation, "alpha": self.alpha}

@@ -94,8 +94,8 @@ def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
     for key, holders in trained_values(generals, {}, copies=False).items():
         names = ", ".join(adapter.name for adapter in generals if adapter.number in holders)
         errors.add(
-            f"{shown(key)} was trained whole by {names}",
-            "general adapters of factors alone: what is no delta cannot be subtracted",
+            f"{shown(key)} was fully trained by {names}",
+            "general adapters with factors only, because other values cannot be subtracted",
             f'give --exclude "{_pattern(generals)}" to keep the task\'s own, or none',
         )
     return errors

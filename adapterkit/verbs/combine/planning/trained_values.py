@@ -69,7 +69,7 @@ def value_tasks(
             for number, weight in zip(specs, own_weights, strict=True)
         )
         errors.add(
-            f"{shown(key)} {shapes}, trained whole by {names}",
+            f"{shown(key)} {shapes}, fully trained by {names}",
             "one adapter of weight 1 that has it, equal values, or weights that add "
             "up to 1 with linear, mean or ema",
             "give other weights (--weight-for MODULE=W for this module), or leave an adapter out",
@@ -129,7 +129,7 @@ def check_wrappers(
     ]
     if inside:
         errors.add(
-            f"modules_to_save {'; '.join(inside[:4])}, of which parameters are targets",
+            f"modules_to_save {'; '.join(inside[:4])}, whose parameters are targets",
             "one of both: PEFT cannot load them together",
             "merge one adapter after the other instead",
             where="adapters",
@@ -146,7 +146,7 @@ def _check_rows(adapters: Sequence[Adapter], levels: Mapping[str, int], errors: 
     if both:
         errors.add(
             f"trained token rows of {', '.join(map(shown, both))} "
-            f"({', '.join(both.values())}) beside factors of the same module",
+            f"({', '.join(both.values())}) with factors of the same module",
             "one of both: PEFT cannot load them together",
             "merge one adapter after the other instead",
             where="adapters",

@@ -243,7 +243,7 @@ def finalize_by_size(
     budget = limit - header - others - sum(costs)
     if budget < 0:
         parts = [f"rank 1 of {sum(map(bool, costs))} modules takes {bytes_text(sum(costs))}"]
-        parts += [f"values saved whole take {bytes_text(others)}"] * bool(others)
+        parts += [f"values saved in full take {bytes_text(others)}"] * bool(others)
         raise Refused(
             f"--max-size {bytes_text(limit)} is too small: {', '.join(reversed(parts))}",
             expected=f"at least {limit - budget:,} bytes",

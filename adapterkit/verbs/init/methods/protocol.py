@@ -36,7 +36,9 @@ class Initialization(ABC):
         known = {name for base in cls.__mro__[1:] for name in (*vars(base), *_annotated(base))}
         unknown = {name for name in vars(cls) if name[0] != "_"} - known - {*_annotated(cls)}
         if unknown:
-            raise TypeError(f"{cls.__name__} has what no init has: {', '.join(sorted(unknown))}")
+            raise TypeError(
+                f"{cls.__name__} has attributes that no init has: {', '.join(sorted(unknown))}"
+            )
 
 
 def _annotated(cls: type) -> Iterable[str]:

@@ -172,7 +172,7 @@ def _outcome(source: StrPath) -> Json:
             "no receipt",
             expected="an output of adapterkit",
             where=folder.label,
-            hint="name what a command wrote, or leave --output out",
+            hint="give the output of a command, or omit --output",
             code="AK608",
         )
     return outcome_of(read_receipt(folder))

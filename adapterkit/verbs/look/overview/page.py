@@ -32,7 +32,7 @@ MEASURES = {
     "norm": ("‖delta‖", True),
     "effective_rank": ("effective rank", False),
     "share": ("share of the squared norm", True),
-    "delta": ("what was added, relative to the weight", True),
+    "delta": ("the change, relative to the weight", True),
     "survived": ("share of the delta that is in the result", False),
     "rounding": ("noise of rounding, relative to the delta", True),
     "requantization": ("noise of encoding again, relative to the delta", True),
@@ -229,7 +229,7 @@ def _pairs(pairs: Json | None, names: Sequence[str]) -> list[str]:
     total = pairs["sum"]
     text = (
         f"The plain sum has the norm {number(total['norm'])}; orthogonal deltas would give "
-        f"{number(total['independent'])}. Of each adapter it keeps:"
+        f"{number(total['independent'])}. It keeps this share of each adapter:"
     )
     kept = [(n, number(v, ".1%")) for n, v in zip(names, total["retention"], strict=True)]
     return [*parts, paragraph(text), table(["adapter", "kept in the sum"], kept)]

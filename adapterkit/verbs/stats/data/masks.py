@@ -38,9 +38,9 @@ def _mask(inputs: Mapping[str, Any], prefix: str, labels: object) -> Tensor | No
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise Failed(
             f"{prefix}attention_mask {what}",
-            expected="one of (batch, length): which tokens are no padding",
+            expected="one of (batch, length): true for tokens that are no padding",
             where="collect",
-            hint="say which tokens count with mask=",
+            hint="give the tokens that count as mask=",
             code="AK903",
         )
     shape = _token_shape(inputs, prefix)

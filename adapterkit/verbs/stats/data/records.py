@@ -157,7 +157,7 @@ def _readable(path: Path) -> Path:
 def _too_long(path: Path, number: int) -> Refused:
     return Refused(
         f"a sample has more than {LONGEST:,} bytes",
-        expected="samples apart from each other: one a line, or with blank lines between",
+        expected="separate samples: one per line, or with blank lines between",
         where=_line(path, number),
         hint="break the text into samples",
         code="AK901",

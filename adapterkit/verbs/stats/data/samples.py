@@ -99,7 +99,7 @@ def tokenizer_names(folder: Folder) -> list[str]:
             f"the tokenizer has more than {MOST:,} bytes"
             if names
             else "the model has no tokenizer",
-            expected="tokenizer.json beside the weights, or other files of a tokenizer",
+            expected="tokenizer.json next to the weights, or other files of a tokenizer",
             where=folder.label,
             hint="copy the tokenizer's files there, or give data with input_ids",
             code="AK901",
@@ -250,9 +250,7 @@ class _Tokenization:
         if is_marked:
             mask = rendered["assistant_masks"]
         else:
-            self.notes["the chat template does not mark what is said by whom: all tokens count"] = (
-                None
-            )
+            self.notes["the chat template does not mark who says what: all tokens count"] = None
             mask = (1,) * len(tokens)
         labels = tuple(t if m else IGNORED for t, m in zip(tokens, mask, strict=True))
         return Sample(tokens[: self.length], labels[: self.length])
@@ -262,7 +260,7 @@ class _Tokenization:
         mask = fields.get("attention_mask", [1] * len(tokens))
         if self.pairs_only:
             if labels is None:
-                raise _needs_pairs("input_ids alone", where)
+                raise _needs_pairs("input_ids without labels", where)
             tokens = [token for token, is_one in zip(tokens, mask, strict=True) if is_one]
             labels = [label for label in labels if label != IGNORED]
             return Sample(tuple(tokens[: self.length]), tuple(labels[: self.length]))
@@ -339,6 +337,6 @@ def _needs_pairs(kind: str, where: str) -> Refused:
         f"an encoder-decoder takes no {kind} alone",
         expected="prompt and completion, or input_ids and labels",
         where=where,
-        hint="give what the encoder reads as prompt, what the decoder writes as completion",
+        hint="give the encoder's input as prompt, the decoder's output as completion",
         code="AK901",
     )

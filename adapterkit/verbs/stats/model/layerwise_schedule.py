@@ -264,7 +264,7 @@ class Lockstep:
                 raise
             raise Refused(
                 problem,
-                expected="layers that are called, and hand on what they return",
+                expected="layers that are called, and pass on only their outputs",
                 where=self.stored.base.name,
                 hint="run the model whole: --whole",
                 code="AK902",
@@ -325,8 +325,8 @@ class Lockstep:
         )
         if hands_on and (moved or self.reader.gradients):
             raise Refused(
-                f"{shown(unit.name)} changes its arguments to hand something on",
-                expected="layers that hand on what they return",
+                f"{shown(unit.name)} changes its arguments to pass values on",
+                expected="layers that pass on only their outputs",
                 where=self.stored.base.name,
                 hint="run the model whole: --whole",
                 code="AK902",
