@@ -37,7 +37,7 @@ import realmodel
 from adapterkit.core.inputs.weights_file import write_weights
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import Json
-from adapterkit.verbs.fit.fit import climbed, outcome, weights_file
+from adapterkit.verbs.fit.fit import finished_fit, outcome, weights_file
 from adapterkit.verbs.fit.plan import FitCollection, plan_fit
 from adapterkit.verbs.fit.verb import LEVELS, WeightFit
 from languages import LANGUAGES
@@ -229,7 +229,7 @@ class Measurement:
         plan, work = plan_fit(options), self.folder / "evaluations"
         work.mkdir(exist_ok=True)
         fit, cpu = collection_of(plan), torch.device("cpu")
-        with climbed(fit, plan, work, cpu, lambda: None) as search:
+        with finished_fit(fit, plan, work, cpu, lambda: None) as search:
             for row in rows:
                 documents[row] = outcome(search, row) | {"seconds": 0}
                 write_weights(weights_file(search, documents[row]), self.folder / f"{row}.json")

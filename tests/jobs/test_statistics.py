@@ -22,7 +22,7 @@ from adapterkit.core.output.journal import line_of, read_entry
 from adapterkit.many.workers.worker import Liveness
 from adapterkit.verbs.stats.model import activations, stored_model
 from adapterkit.verbs.stats.model import layers as units
-from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep
+from adapterkit.verbs.stats.model.layerwise_schedule import LayerwiseSchedule
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from tests.jobs.conftest import RanksBench
 from tests.jobs.test_ranks import SLOW
@@ -243,8 +243,8 @@ def test_ranks_share_the_forward_passes(tmp_path: Path, monkeypatch: pytest.Monk
     out = tmp_path / "out.safetensors"
     adapterkit.write_plan(file, "stats", tmp_path / "base", data=data, batch=1, out=out)
     passes, loads = [], []
-    run, load = Lockstep.run, StoredModel.load
-    monkeypatch.setattr(Lockstep, "run", lambda *a: (passes.append(len(a[1])), run(*a))[1])
+    run, load = LayerwiseSchedule.run, StoredModel.load
+    monkeypatch.setattr(LayerwiseSchedule, "run", lambda *a: (passes.append(len(a[1])), run(*a))[1])
     monkeypatch.setattr(StoredModel, "load", lambda *a: (loads.append(a), load(*a))[1])
     with monkeypatch.context() as patch:  # nobody takes files of another
         patch.setattr(Liveness, "alive", lambda *_: True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapterkit.verbs.stats.model import activations
-from adapterkit.verbs.stats.model import layerwise_schedule as lockstep
+from adapterkit.verbs.stats.model import layerwise_schedule as schedule
 from adapterkit.verbs.stats.model.activations import Activations, ActivationStore, Copy
 from adapterkit.verbs.stats.model.coroutines import Coroutine
 from adapterkit.verbs.stats.model.stored_model import StoredModel
@@ -94,8 +94,8 @@ def test_memory_of_layers_is_freed(tmp_path, large, monkeypatch):
 
 
 def test_a_batch_waits_with_its_views(tmp_path, large):
-    room = ActivationStore(tmp_path, 0)
-    waiting = Activations(room, 4, set())
+    store = ActivationStore(tmp_path, 0)
+    waiting = Activations(store, 4, set())
     x = torch.randn(4, 6)
     view, value = x.T[2:], x.clone()
     table = torch.randn(1, 6)  # not of the batch: may be another's too
@@ -110,17 +110,17 @@ def test_a_batch_waits_with_its_views(tmp_path, large):
     waiting.restore()
     assert torch.equal(x, value + 1)
     assert isinstance(saved, activations.Saved) and torch.equal(saved.tensor(), value.T[2:])
-    room.close()
+    store.close()
 
 
 def test_a_copy_in_memory_counts(tmp_path):
-    room = ActivationStore(tmp_path, 100)
+    store = ActivationStore(tmp_path, 100)
     storage = torch.arange(20, dtype=torch.float32).untyped_storage()
-    first, second = Copy(room, storage), Copy(room, storage)
-    assert (first.at, second.memory) == (None, None) and room.used == 80
+    first, second = Copy(store, storage), Copy(store, storage)
+    assert (first.at, second.memory) == (None, None) and store.used == 80
     del first
-    assert room.used == 0
-    room.close()
+    assert store.used == 0
+    store.close()
 
 
 def test_data_is_never_emptied(tmp_path, large):
@@ -176,9 +176,9 @@ def test_an_error_of_a_pass_is_raised_where_it_is_resumed():
 def test_threads_do_little(tmp_path, monkeypatch):
     """The units run in the caller's thread, and its number of threads is left as it was."""
     threads = set()
-    computed = lockstep.Lockstep.computed
+    computed = schedule.LayerwiseSchedule.computed
     monkeypatch.setattr(
-        lockstep.Lockstep,
+        schedule.LayerwiseSchedule,
         "computed",
         lambda *a: (threads.add(threading.current_thread()), computed(*a))[1],
     )

@@ -187,20 +187,20 @@ def test_the_refit_of_a_layer_is_what_the_next_one_sees(case, tmp_path):
 
 def test_an_interrupted_job_resumes_to_the_same_bits(case, tmp_path, large, monkeypatch):
     whole = combined(case, tmp_path / "whole")
-    kept, count = recollect._Recollector._combine, iter(range(100))
+    kept, count = recollect._LayerwiseCombiner._combine, iter(range(100))
 
     def combine(self, task):
         if next(count) == 4:
             raise KeyboardInterrupt
         kept(self, task)
 
-    monkeypatch.setattr(recollect._Recollector, "_combine", combine)
+    monkeypatch.setattr(recollect._LayerwiseCombiner, "_combine", combine)
     with pytest.raises(Interrupted):
         combined(case, tmp_path / "out")
-    monkeypatch.setattr(recollect._Recollector, "_combine", kept)
-    own, rehearsed = recollect._Recollector._own, []
+    monkeypatch.setattr(recollect._LayerwiseCombiner, "_combine", kept)
+    own, rehearsed = recollect._LayerwiseCombiner._own, []
     monkeypatch.setattr(
-        recollect._Recollector, "_own", lambda *a: rehearsed.append(a[2]) or own(*a)
+        recollect._LayerwiseCombiner, "_own", lambda *a: rehearsed.append(a[2]) or own(*a)
     )
     actual = combined(case, tmp_path / "out", resume=True)
     layers = len({layer_of(name) for name in actual})

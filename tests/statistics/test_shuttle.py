@@ -9,7 +9,7 @@ import torch
 import adapterkit
 from adapterkit.core.engine.device import Mark
 from adapterkit.verbs.stats.model import activations as shuttle
-from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep
+from adapterkit.verbs.stats.model.layerwise_schedule import LayerwiseSchedule
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from tests.golden import inputs
 from tests.support.card import DEVICE, Card, installed
@@ -68,7 +68,7 @@ def test_weights_and_states_cross_the_bus_as_often_as_needed(
     monkeypatch.chdir(tmp_path)
     inputs.create_inputs(Path())
     events: list[tuple[str, int]] = []
-    begin, end, load = Lockstep._begin, Lockstep._end, StoredModel.load
+    begin, end, load = LayerwiseSchedule._begin, LayerwiseSchedule._end, StoredModel.load
 
     def loading(stored: StoredModel, names, device: torch.device) -> None:
         before = card.transfers
@@ -83,8 +83,8 @@ def test_weights_and_states_cross_the_bus_as_often_as_needed(
         return call
 
     monkeypatch.setattr(StoredModel, "load", loading)
-    monkeypatch.setattr(Lockstep, "_begin", passing("begin", begin))
-    monkeypatch.setattr(Lockstep, "_end", passing("end", end))
+    monkeypatch.setattr(LayerwiseSchedule, "_begin", passing("begin", begin))
+    monkeypatch.setattr(LayerwiseSchedule, "_end", passing("end", end))
     monkeypatch.setattr("adapterkit.verbs.stats.job.BLOCKS", 2)
     with installed(Card()) as card:
         adapterkit.stats(

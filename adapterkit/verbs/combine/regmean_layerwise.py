@@ -51,7 +51,7 @@ HINT = "collect with adapterkit stats, and give --stats"
 
 
 @dataclass(frozen=True)
-class RecollectedFactors(CombinedFactors):
+class LayerwiseFactors(CombinedFactors):
     """Combined factors whose covariances are collected while the model runs; `made`: their
     results."""
 
@@ -83,7 +83,7 @@ class RecollectedFactors(CombinedFactors):
 
 
 @dataclass(frozen=True)
-class Recollection(ByOneProcess, ModelRun):
+class LayerwiseCollection(ByOneProcess, ModelRun):
     """The collection of `combine --data`: see `plan.Collecting`. A layer needs all samples before
     the next one."""
 
@@ -115,15 +115,15 @@ class Recollection(ByOneProcess, ModelRun):
     ) -> OutputFile:
         """The file, with factors that are made while the model runs."""
         work = work_folder(stage)
-        tasks = {task.name: task for task in file.tasks if isinstance(task, RecollectedFactors)}
+        tasks = {task.name: task for task in file.tasks if isinstance(task, LayerwiseFactors)}
         with Sources(plan.folders, plan.identities) as sources:
             stored = StoredModel(self.base, sources, device)
             job = job_of(stored, self.options, self.batches, list(tasks))
-            reader = _Recollector(job, tasks, LocalReader(sources, device), stage)
+            reader = _LayerwiseCombiner(job, tasks, LocalReader(sources, device), stage)
             name = f"activations.{stage.attempt}.part" if stage.attempt else "activations"
-            with closing(ActivationStore(work, plan.budget, name)) as room, reader.adding():
+            with closing(ActivationStore(work, plan.budget, name)) as store, reader.adding():
                 share = Share(progress, file.layout.size)
-                run_layerwise(job, reader.watching, room, share, reader.rehearsal)
+                run_layerwise(job, reader.watching, store, share, reader.rehearsal)
         check_unchanged(plan)
         missing = [name for name in tasks if name not in reader.made]
         if missing:
@@ -136,7 +136,7 @@ class Recollection(ByOneProcess, ModelRun):
             )
         made = [
             replace(task, made=reader.made[task.name])
-            if isinstance(task, RecollectedFactors)
+            if isinstance(task, LayerwiseFactors)
             else task
             for task in file.tasks
         ]
@@ -167,7 +167,7 @@ def job_of(
     return job
 
 
-class _Recollector(PassReader):
+class _LayerwiseCombiner(PassReader):
     """Run each layer with each adapter's own factors, combine them, and continue with the
     result."""
 
@@ -176,7 +176,7 @@ class _Recollector(PassReader):
     def __init__(
         self,
         job: CollectionPlan,
-        tasks: dict[str, RecollectedFactors],
+        tasks: dict[str, LayerwiseFactors],
         inputs: LocalReader,
         stage: Workspace,
     ):
@@ -188,7 +188,7 @@ class _Recollector(PassReader):
         self.active: dict[str, Pair] = {}  # what is added now
         self.collected: list[Collected] = []
 
-    def watching(self, watch: SumsWatch) -> _Recollector:
+    def watching(self, watch: SumsWatch) -> _LayerwiseCombiner:
         self.watch = watch
         return self
 
@@ -244,7 +244,7 @@ class _Recollector(PassReader):
         for task in tasks:
             self._combine(task)
 
-    def _own(self, tasks: Sequence[RecollectedFactors], number: int) -> dict[str, Pair]:
+    def _own(self, tasks: Sequence[LayerwiseFactors], number: int) -> dict[str, Pair]:
         """An adapter's factors in these modules, in float32."""
         pairs = {}
         for task in tasks:
@@ -254,7 +254,7 @@ class _Recollector(PassReader):
                     pairs[task.name] = right.float(), left.float()
         return pairs
 
-    def _combine(self, task: RecollectedFactors) -> None:
+    def _combine(self, task: LayerwiseFactors) -> None:
         seen = [self.collected[part.number].sums.by_module.get(task.name) for part in task.parts]
         sums = tuple(one for one in seen if one is not None and one.vectors)
         if len(sums) == len(task.parts):
@@ -277,7 +277,7 @@ class _Recollector(PassReader):
         self.watch.record_input(unit.name, args, kwargs)
 
 
-def plan_recollected(options: Combine) -> Plan:
+def plan_layerwise(options: Combine) -> Plan:
     """The plan of a combination with `data`; `Refused` with all problems."""
     data = list(options.data)
     errors = Problems(where="options", code="AK901")
@@ -301,7 +301,7 @@ def plan_recollected(options: Combine) -> Plan:
         errors.add(problem, "LoRAs of the linear layers of one model", HINT)
     errors.raise_all()
     tasks = [
-        RecollectedFactors(**{f.name: getattr(task, f.name) for f in fields(task)})
+        LayerwiseFactors(**{f.name: getattr(task, f.name) for f in fields(task)})
         for task in shard.tasks
         if isinstance(task, CombinedFactors)
     ]
@@ -318,7 +318,7 @@ def plan_recollected(options: Combine) -> Plan:
         ]
         job = job_of(stored, what, batches, [task.name for task in tasks])
         sizes = sizes_of(job, {task.name: task.shape for task in tasks})
-        collection = Recollection(
+        collection = LayerwiseCollection(
             base=base,
             options=what,
             batches=batches,

@@ -64,7 +64,7 @@ class CoarseToFineFit:
         steps = self.steps[: LEVELS.index(per) + 1]
         return next((step["per"] for step in reversed(steps) if step["kept"]), "start")
 
-    def climb(self) -> None:
+    def run_steps(self) -> None:
         """Take the steps, each from the last one that was kept."""
         fit, start = self.fit, self._start()
         count = len(fit.adapters)

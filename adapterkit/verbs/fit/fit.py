@@ -61,7 +61,7 @@ def fitted(
 ) -> TaskResult:
     """The file of weights from a fit."""
     began = time.monotonic()
-    with climbed(fit, plan, work, device, lambda: progress(1)) as search:
+    with finished_fit(fit, plan, work, device, lambda: progress(1)) as search:
         document = outcome(search, fit.options.per)
         document["notes"] = _alone(search, document["written"]["per"])
         document["seconds"] = round(time.monotonic() - began, 1)
@@ -69,7 +69,7 @@ def fitted(
 
 
 @contextmanager
-def climbed(
+def finished_fit(
     fit: FitCollection, plan: Plan, work: Path, device: torch.device, step: Step
 ) -> Iterator[CoarseToFineFit]:
     """Yield the fit after all its steps, with the evaluations in that folder."""
@@ -86,7 +86,7 @@ def climbed(
         )
         search = CoarseToFineFit(fit, runs, Evaluations(work))
         with runs.ready():
-            search.climb()
+            search.run_steps()
         yield search
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.fit.runs import FitBatch
     from adapterkit.verbs.fit.weighted_adapters import WeightedModel
 
-STATES = 0.1  # weight of the last hidden states beside the predictions
+STATES = 0.1  # weight of the last hidden states, relative to the predictions
 LARGEST = 65504.0  # of float16
 
 
@@ -127,7 +127,7 @@ class TeacherObjective(Objective):
         """(rows,)"""
         one, (states, c) = Coroutine.current(), self.states[batch.samples]
         self.added[one] = states
-        self.weighted_model.acting.beside = self.weighted_model.expanded(c)
+        self.weighted_model.acting.teacher = self.weighted_model.expanded(c)
         both = self.logits(batch)
         del self.added[one]
         logits, theirs = (

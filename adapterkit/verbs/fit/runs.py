@@ -12,7 +12,7 @@ from adapterkit.verbs.fit.objective import Objective
 from adapterkit.verbs.fit.weighted_adapters import Acting, WeightedModel, WeightedModule
 from adapterkit.verbs.stats.model.activations import ActivationStore
 from adapterkit.verbs.stats.model.layers import OffloadedLayer, OffloadedLayers, is_within
-from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep, Pass, PassReader
+from adapterkit.verbs.stats.model.layerwise_schedule import LayerwiseSchedule, Pass, PassReader
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
 Step = Callable[[], None]
@@ -129,11 +129,11 @@ class Runs:
             number = by_inputs[id(inputs)]
             return one.record_losses(number, one.batches[number])
 
-        with closing(ActivationStore(self.work, self.memory)) as room:
+        with closing(ActivationStore(self.work, self.memory)) as store:
             reader = CoefficientsReader(self, one)
-            lockstep = Lockstep(self.stored, self.units, reader, room, None, self.step)
+            schedule = LayerwiseSchedule(self.stored, self.units, reader, store, None, self.step)
             inputs = [(0, batch.inputs) for batch in one.batches]
-            lockstep.run(inputs, loss, [None] * len(inputs))
+            schedule.run(inputs, loss, [None] * len(inputs))
         for acting, total in zip(one.acting, one.sums, strict=True):
             if one.gradients and acting.own.grad is not None:  # of what is outside the layers
                 total += acting.own.grad

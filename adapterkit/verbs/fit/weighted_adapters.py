@@ -31,11 +31,11 @@ ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
 @dataclass
 class Acting:
-    """The coefficients (all,) of a pass; `beside`: those of a teacher, whose states are appended to
-    the pass's own rows in the head."""
+    """The coefficients (all,) of a pass, and those of a teacher, whose states are appended to the
+    pass's own rows in the head."""
 
     own: Tensor
-    beside: Tensor | None = None
+    teacher: Tensor | None = None
 
 
 class WeightedFactors(FactorsPart):
@@ -59,9 +59,9 @@ class WeightedFactors(FactorsPart):
         if self.weighted_model.seen is not None and self.is_matrix:
             self.weighted_model.seen.add(self.site.path, F.linear(x, self.a))
         acting = self.weighted_model.acting
-        if acting.beside is None or self.host is not self.weighted_model.head:
+        if acting.teacher is None or self.host is not self.weighted_model.head:
             return y + self.product(x, *self.joined())
-        halves = zip(x.chunk(2), (acting.own, acting.beside), strict=True)
+        halves = zip(x.chunk(2), (acting.own, acting.teacher), strict=True)
         return y + torch.cat([self.product(half, *self._of(c)) for half, c in halves])
 
 

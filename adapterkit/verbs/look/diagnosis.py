@@ -52,11 +52,11 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 class _Findings:
     """The findings so far, in the order of the checks."""
 
-    asked: Diagnose
+    options: Diagnose
     rows: list[Json] = field(default_factory=list)
 
     def add(self, kind: str, problem: str, evidence: str, do: str, adapter: str = "") -> None:
-        own = with_paths(do, self.asked, adapter)
+        own = with_paths(do, self.options, adapter)
         self.rows.append({"kind": kind, "problem": problem, "evidence": evidence} | advice(own))
 
     def include(self, kind: str, problems: Sequence[Json]) -> None:
@@ -166,7 +166,7 @@ def _ids(tokenizer: Json) -> list[tuple[str, int]]:
 
 
 def _history(folder: Folder, found: _Findings) -> None:
-    given = unweighted(found.asked.adapters)
+    given = unweighted(found.options.adapters)
     counts = Counter((one.name, one.sha256) for one in merged_adapters(folder) if one.weight > 0)
     for (name, _), count in counts.items():
         if count > 1:

@@ -403,13 +403,13 @@ class StoredResolver(Resolver):
     def is_classifier(self) -> bool:
         return type(self.model).__name__.endswith("ForSequenceClassification")
 
-    def why_not(self, path: str) -> str:
+    def unsupported_kind(self, path: str) -> str:
         """The kind of a layer on which no factors can start, for messages; "" if they can."""
         reason = why_not_on_layer(self.stored_names, path, self.modules[path])
         return reason or self.lacking.get(path, "")
 
     def unread(self, path: str) -> Refused | None:
-        problem = self.why_not(path)
+        problem = self.unsupported_kind(path)
         if not problem:
             return None
         return Refused(
@@ -423,7 +423,7 @@ class StoredResolver(Resolver):
     def fitting(self, paths: list[str]) -> list[str]:
         left_out: dict[str, list[str]] = {}
         for path in paths:
-            left_out.setdefault(self.why_not(path), []).append(path)
+            left_out.setdefault(self.unsupported_kind(path), []).append(path)
         fit = left_out.pop("", [])
         self.notes += [
             f"no factors for {listed(its)}: {reason}" for reason, its in left_out.items()
@@ -435,7 +435,7 @@ class CalledLayers(StoredResolver):
     """Layers whose inputs can be observed, because the surrounding code calls them; factors may
     have no effect there."""
 
-    def why_not(self, path: str) -> str:
+    def unsupported_kind(self, path: str) -> str:
         reader = weight_reader(self.stored_names, path)
         return f"read by {reader}, and not called" if reader else self.lacking.get(path, "")
 

@@ -64,11 +64,11 @@ def collect(
             job.runs = [run for run in job.runs if run[0] in blocks]
         ledger = Ledger(job, work, attempt)
         name = f"activations.{attempt}.part" if attempt else "activations"
-        with closing(ActivationStore(work, memory, name)) as room:
+        with closing(ActivationStore(work, memory, name)) as store:
             if job.is_whole:
                 _run_whole(job, ledger, progress)
             else:
-                reader = run_layerwise(job, partial(SumsReader, job, ledger), room, progress)
+                reader = run_layerwise(job, partial(SumsReader, job, ledger), store, progress)
                 if reader.outside is not None:
                     reader.outside.close()
 

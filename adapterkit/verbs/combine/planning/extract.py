@@ -299,13 +299,13 @@ class Extraction:
         for module in dict.fromkeys(difference.module for difference in self.factors):
             name = f"{module}.bias"
             if self.names[1].parameter(name) is not None and name not in done:
-                self._save(name, only_beside_factors=not self._differs(name))
+                self._save(name, only_with_factors=not self._differs(name))
 
-    def _save(self, name: str, *, only_beside_factors: bool = False) -> None:
+    def _save(self, name: str, *, only_with_factors: bool = False) -> None:
         parameter = self.names[1].parameter(name)
         assert parameter is not None
         value = self._stored(parameter, 1)
-        self.values.append(WholeParameter(name, name, value, name, only_beside_factors))
+        self.values.append(WholeParameter(name, name, value, name, only_with_factors))
 
     def _differs(self, name: str) -> bool:
         """True if a parameter's two values differ by more than one side's rounding."""

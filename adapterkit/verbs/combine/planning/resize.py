@@ -154,13 +154,13 @@ class _ResizePlanner:
             parameters = self.targets.get("parameters", frozenset())
             names = [name for name, target in targets.items() if target in parameters]
             ranked = in_output_norms(ranked, stats, names, self.notes)
-        beside = adapter_output.copy_all_but_factors(adapter, self.dtype)
+        others = adapter_output.copy_all_but_factors(adapter, self.dtype)
         if self.truncation.max_size:
             ranked = within_shares(ranked, self.truncation)
             made_for = adapter.base_fingerprint
             finalize = partial(finalize_by_size, self.truncation, made_for=made_for)
         settings = adapter_output.settings_of(adapter) | {"init_lora_weights": self.init}
-        tasks: list[Task] = [*ranked, *beside]
+        tasks: list[Task] = [*ranked, *others]
         modules = {task.name: targets[task.name] for task in ranked}
         more = self.targets | {
             "modules": modules,

@@ -187,7 +187,7 @@ class Combine(WritingVerb, MethodOptions):
 
     @property
     def planned_by(self) -> str:
-        return "verbs.combine.regmean_layerwise:plan_recollected" if self.data else self.planner
+        return "verbs.combine.regmean_layerwise:plan_layerwise" if self.data else self.planner
 
     def run(self) -> "Receipt | Plan":
         if self.fit and not self.dry_run:

@@ -108,7 +108,7 @@ class WholeParameter(Task):
     parameter: str
     value: StoredParameter = field(metadata=READ)
     key: str
-    only_beside_factors: bool = False  # written if its layer has factors alone
+    only_with_factors: bool = False  # written if its layer has factors alone
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
@@ -211,7 +211,7 @@ def _finalize_keys(
             change = partial(_rename, change, renamed)
             depths[task.module] += 1
         elif isinstance(task, WholeParameter):
-            lone = task.only_beside_factors and not wrappers[task.parameter.rpartition(".")[0]]
+            lone = task.only_with_factors and not wrappers[task.parameter.rpartition(".")[0]]
             key = value_key(task.parameter, wrappers)
             change = _drop if lone else partial(_rename, change, {task.key: key})
         last_first.append(change)

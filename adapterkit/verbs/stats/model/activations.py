@@ -75,13 +75,13 @@ class ActivationStore:
 class Copy:
     """The bytes of a storage, in memory or in the file, as long as this object lives."""
 
-    def __init__(self, room: ActivationStore, storage: UntypedStorage, in_file: bool = False):
-        self.room, self.nbytes = room, storage.nbytes()
+    def __init__(self, store: ActivationStore, storage: UntypedStorage, in_file: bool = False):
+        self.store, self.nbytes = store, storage.nbytes()
         self.memory = self.at = None
-        if not in_file and room.take(self.nbytes):
+        if not in_file and store.take(self.nbytes):
             self.memory = storage.clone()
         else:
-            self.at = room.write(_bytes(storage))
+            self.at = store.write(_bytes(storage))
 
     def fill(self, storage: UntypedStorage) -> None:
         """Copy these bytes into a storage."""
@@ -89,13 +89,13 @@ class Copy:
         if self.memory is not None:
             storage.copy_(self.memory)
         elif self.at is not None:
-            self.room.read(_bytes(storage), self.at)
+            self.store.read(_bytes(storage), self.at)
 
     def __del__(self) -> None:
         if self.memory is not None:
-            self.room.used -= self.nbytes
+            self.store.used -= self.nbytes
         elif self.at is not None:
-            self.room.free(self.nbytes, self.at)
+            self.store.free(self.nbytes, self.at)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class _Tracked:
     copy: Copy | None = None
     parks: bool = False
     is_out: bool = False
-    taken: int = 0  # bytes of the room
+    taken: int = 0  # bytes reserved in memory
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Activations:
     several batches must stay. `rows`: of the batch; `fixed`: storages that are never emptied, of
     parameters, buffers and data."""
 
-    room: ActivationStore
+    store: ActivationStore
     rows: int
     fixed: set[int]
     _tracked: dict[int, _Tracked] = field(default_factory=dict)
@@ -188,7 +188,7 @@ class Activations:
         is_same = known.copy is not None and version is not None and version == known.version
         if not is_same or (in_file and known.copy is not None and known.copy.at is None):
             with _disable_current_modes():  # bytes, no operation of the model
-                known.copy, known.version = Copy(self.room, storage, in_file), version
+                known.copy, known.version = Copy(self.store, storage, in_file), version
         assert known.copy is not None
         return known.copy
 
@@ -196,7 +196,7 @@ class Activations:
         for key, known in list(self._tracked.items()):
             storage = UntypedStorage._new_with_weak_ptr(known.storage.cdata)
             if storage is None:
-                self.room.used -= known.taken
+                self.store.used -= known.taken
                 del self._tracked[key]
             else:
                 yield known, storage
@@ -206,7 +206,7 @@ class Activations:
         for known, storage in self._alive():
             if not known.parks:
                 continue
-            if self.room.take(known.nbytes):
+            if self.store.take(known.nbytes):
                 known.taken = known.nbytes
             else:
                 self._copy(known, storage, in_file=True)
@@ -216,7 +216,7 @@ class Activations:
     def restore(self) -> None:
         """Fill the storages before the batch continues."""
         for known, storage in self._alive():
-            self.room.used -= known.taken
+            self.store.used -= known.taken
             known.taken = 0
             if known.is_out and known.copy is not None:
                 known.copy.fill(storage)
@@ -225,7 +225,7 @@ class Activations:
     def forget(self) -> None:
         """Release the tensors of a finished batch."""
         for known in self._tracked.values():
-            self.room.used -= known.taken
+            self.store.used -= known.taken
         self._tracked.clear()
 
 
@@ -236,7 +236,7 @@ def _bytes(storage: UntypedStorage) -> memoryview:
 
 
 @dataclass
-class _Kept:
+class _DeviceCopy:
     """A copy on the device of a tensor that a pass has given to a unit."""
 
     source: ReferenceType[Tensor]
@@ -258,7 +258,7 @@ class BatchOffloader:
 
     def __init__(self, device: torch.device):
         self.device, self.used = device, 0
-        self._kept: dict[int, _Kept] = {}  # by the tensor's id
+        self._device_copies: dict[int, _DeviceCopy] = {}  # by the tensor's id
 
     def to_device(self, arguments: T) -> tuple[T, dict[int, Tensor]]:
         """Arguments on the device, and the copies by the ids of their sources."""
@@ -284,7 +284,7 @@ class BatchOffloader:
         return (tree if self.device.type == "cpu" else tree_map(move, tree)), copies
 
     def _copied(self, leaf: Tensor) -> Tensor:
-        kept = self._kept.get(id(leaf))
+        kept = self._device_copies.get(id(leaf))
         if kept is not None and kept.is_of(leaf):
             return kept.copy
         self._drop(id(leaf))
@@ -293,11 +293,11 @@ class BatchOffloader:
         if not torch.is_grad_enabled() and self.used + copy.nbytes <= TABLES:
             key = id(leaf)
             source = ref(leaf, lambda _: self._drop(key))
-            self._kept[key] = _Kept(source, leaf._version, copy, copy._version)
+            self._device_copies[key] = _DeviceCopy(source, leaf._version, copy, copy._version)
             self.used += copy.nbytes
         return copy
 
     def _drop(self, key: int) -> None:
-        kept = self._kept.pop(key, None)
+        kept = self._device_copies.pop(key, None)
         if kept is not None:
             self.used -= kept.copy.nbytes

@@ -11,11 +11,11 @@ from torch import Tensor
 from adapterkit.verbs.stats.job import Batch, CollectionPlan, SumsWatch
 from adapterkit.verbs.stats.model.activations import ActivationStore
 from adapterkit.verbs.stats.model.layers import OffloadedLayer, is_within
-from adapterkit.verbs.stats.model.layerwise_schedule import Lockstep, Pass, PassReader
+from adapterkit.verbs.stats.model.layerwise_schedule import LayerwiseSchedule, Pass, PassReader
 from adapterkit.verbs.stats.sums_files import Collected, Ledger, Tally
 
 R = TypeVar("R", bound=PassReader)
-Rehearsal = Callable[[OffloadedLayer], AbstractContextManager[bool]]  # as of `Lockstep`
+Rehearsal = Callable[[OffloadedLayer], AbstractContextManager[bool]]  # as of `LayerwiseSchedule`
 
 
 class SumsReader(PassReader):
@@ -81,11 +81,11 @@ class SumsReader(PassReader):
 def run_layerwise(
     job: CollectionPlan,
     reader_of: Callable[[SumsWatch], R],
-    room: ActivationStore,
+    store: ActivationStore,
     progress: Callable[[int, int], None],
     rehearsal: Rehearsal | None = None,
 ) -> R:
-    """Run all batches through one layer, then the next; return the reader. `room`: the store of
+    """Run all batches through one layer, then the next; return the reader. `store`: the store of
     waiting activations."""
     stored, units = job.stored, job.units
     steps = len(job.runs) * len(units.outer) * (2 if job.gradients else 1)
@@ -102,8 +102,8 @@ def run_layerwise(
             watch.stops = {unit.module for unit in (*units.outer, *units.inner)}
             reader = reader_of(watch)
             masks = [job.masks(watch, batch) for _, batch in job.runs]
-            lockstep = Lockstep(stored, units, reader, room, job.head, step, rehearsal)
-            lockstep.run(job.runs, partial(_loss, job), masks)
+            schedule = LayerwiseSchedule(stored, units, reader, store, job.head, step, rehearsal)
+            schedule.run(job.runs, partial(_loss, job), masks)
     finally:
         stored.free(units.outside)
     progress(steps, steps)

@@ -35,7 +35,7 @@ class Stop:
 
     unit: OffloadedLayer
     is_backward: bool
-    run: Callable[["Lockstep"], Any]
+    run: Callable[["LayerwiseSchedule"], Any]
     tensors: Any  # that wait
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
@@ -98,7 +98,7 @@ class PassReader:
 
 
 @dataclass
-class Lockstep:
+class LayerwiseSchedule:
     """The passes of all batches.
 
     `stop_at`: the first unit that is not needed; a pass that reaches it ends. `rehearsal`: a
@@ -108,7 +108,7 @@ class Lockstep:
     stored: StoredModel
     units: OffloadedLayers
     reader: PassReader
-    room: ActivationStore
+    store: ActivationStore
     stop_at: OffloadedLayer | None
     step: Callable[[], None]  # one batch has gone through one unit
     rehearsal: Callable[[OffloadedLayer], AbstractContextManager[bool]] | None = None
@@ -130,7 +130,7 @@ class Lockstep:
         passes: list[Pass] = []
         for number, ((block, batch), mask) in enumerate(zip(batches, masks, strict=True)):
             rows = len(next(iter(batch.values())))
-            activations = Activations(self.room, rows, self.fixed)
+            activations = Activations(self.store, rows, self.fixed)
             run = functools.partial(_run, functools.partial(loss, batch), activations, mask)
             passes.append(Pass(run, activations, mask, block, number))
         threads = torch.get_num_threads()
@@ -296,10 +296,10 @@ class Lockstep:
         if not isinstance(one, Pass):
             return forward(*args, **kwargs)  # within a unit
 
-        def compute(lockstep: Lockstep) -> Any:
+        def compute(schedule: LayerwiseSchedule) -> Any:
             with torch.no_grad(), following(one.masks):
-                output = lockstep.computed(unit, forward, (args, kwargs))
-                return lockstep.offloader.to_host(output)
+                output = schedule.computed(unit, forward, (args, kwargs))
+                return schedule.offloader.to_host(output)
 
         def recompute(call: Call, grads: tuple[Tensor | None, ...]) -> Any:
             run = functools.partial(_backward, one, unit, forward, call, grads)
@@ -354,13 +354,13 @@ def _backward(
     forward: Callable[..., Any],
     call: Call,
     grads: tuple[Tensor | None, ...],
-    lockstep: Lockstep,
+    schedule: LayerwiseSchedule,
 ) -> list[Tensor | None]:
     """Run a unit again to get the gradients of its inputs and of its wanted tensors."""
-    weights = lockstep.reader.wanted(one, unit)
+    weights = schedule.reader.wanted(one, unit)
     arguments, inputs = call.arguments()
     with torch.enable_grad():
-        output = lockstep.computed(unit, forward, arguments)
+        output = schedule.computed(unit, forward, arguments)
     outputs = [leaf for leaf in tree_leaves(output) if is_differentiable(leaf)]
     pairs = [
         (value, grad.to(value.device))
@@ -375,7 +375,7 @@ def _backward(
     )
     for name, value in zip(weights, values[len(inputs) :], strict=True):
         if value is not None:
-            lockstep.reader.take(one, name, value)
+            schedule.reader.take(one, name, value)
     return list(values[: len(inputs)])
 
 
