@@ -185,7 +185,7 @@ class _LayerwiseCombiner(PassReader):
         self.made: dict[str, TaskResult] = {}
         self.merged: dict[str, Pair] = {}
         self.own: list[dict[str, Pair]] = []  # of each adapter in a layer that is rehearsed
-        self.active: dict[str, Pair] = {}  # what is added now
+        self.active: dict[str, Pair] = {}  # the active factors
         self.collected: list[Collected] = []
 
     def watching(self, watch: SumsWatch) -> _LayerwiseCombiner:

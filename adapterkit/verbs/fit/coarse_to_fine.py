@@ -20,7 +20,7 @@ from adapterkit.verbs.fit.solver import Balance, Level, Point, minimize
 from adapterkit.verbs.fit.verb import LEVELS
 from adapterkit.verbs.fit.weighted_adapters import ENDS, ActivationGram, WeightedModule
 
-# nats; `auto` goes on until one does worse on what is held out; each begins where one ended
+# nats; `auto` continues until held-out samples get worse; each starts at the previous end
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 
@@ -35,8 +35,8 @@ class CoarseToFineFit:
     rows: dict[str, Tensor] = field(default_factory=dict)
     steps: list[Json] = field(default_factory=list)
     levels: dict[str, Tensor] = field(default_factory=dict)
-    seen: list[Point] = field(default_factory=list)  # of the training part
-    points: set[bytes] = field(default_factory=set)  # whose gradients were asked for
+    seen: list[Point] = field(default_factory=list)  # of the training split
+    points: set[bytes] = field(default_factory=set)  # with computed gradients
 
     def losses(self, c: Tensor, part: SampleSplit) -> Tensor:
         what = f"losses {part.name} {self.runs.weighted_model.directions}"

@@ -32,7 +32,7 @@ from adapterkit.verbs.stats.model.layers import OffloadedLayers
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
 VERSION = 1
-# those of `RunOptions` that a fit has
+# the fields of `RunOptions` that a fit has
 OF_RUNNING = ("out", "dry_run", "device", "memory", "resume", "overwrite", "progress")
 DIGITS = 6  # of a weight
 
@@ -41,7 +41,7 @@ def fit_weights(options: WeightFit) -> Json:
     """Fit weights and write them; return the fit's document."""
     how = RunOptions(**{name: getattr(options, name) for name in OF_RUNNING})
     plan = as_it_runs((plan_fit if options.score is None else plan_search)(options), how)
-    plan = replace(plan, call=None)  # no verb of those that `rerun` calls
+    plan = replace(plan, call=None)  # `rerun` does not call this verb
     return _document(plan, execute(plan, how), str(options.out))
 
 

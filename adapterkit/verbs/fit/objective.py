@@ -46,7 +46,7 @@ class Objective:
 
     @property
     def is_causal(self) -> bool:
-        others = ("ForMaskedLM", "Classification")  # labels of the same place, or of the whole
+        others = ("ForMaskedLM", "Classification")  # labels at the same position, or one per input
         own = any(word in type(self.model).__name__ for word in others)
         return not self.has_decoder and not own
 

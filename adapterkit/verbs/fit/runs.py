@@ -135,7 +135,7 @@ class Runs:
             inputs = [(0, batch.inputs) for batch in one.batches]
             schedule.run(inputs, loss, [None] * len(inputs))
         for acting, total in zip(one.acting, one.sums, strict=True):
-            if one.gradients and acting.own.grad is not None:  # of what is outside the layers
+            if one.gradients and acting.own.grad is not None:  # of modules outside the layers
                 total += acting.own.grad
 
 

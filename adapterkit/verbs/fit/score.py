@@ -36,9 +36,9 @@ from adapterkit.verbs.shared.joined_values import read_all
 
 MOST = 8  # adapters: of more the search needs too many evaluations
 STEP = 0.3  # of the first generation's weights
-DIGITS = 4  # of a candidate's weights, which are written as they were scored
+DIGITS = 4  # of a candidate's weights, written with the digits that were scored
 PLACE = "{}"  # of the candidate in the command
-TAIL = 400  # characters of what a program that failed printed last
+TAIL = 400  # last characters of a failed program's output
 
 
 def _digest(options: WeightFit) -> str:

@@ -109,7 +109,7 @@ class Level:
         low, high = point.c <= self.low, point.c >= self.high
         counts = self.groups.bincount()
         at_low, at_high = (self._sums(at.double()) == counts for at in (low, high))
-        is_stuck = (low | high) & ~(at_low | at_high)[self.groups]  # others of its group are not
+        is_stuck = (low | high) & ~(at_low | at_high)[self.groups]  # others of its group are free
         slope = self._by_x(point.gradient.masked_fill(is_stuck, 0)) + self.ridge * x
         return slope, ~(at_low & (slope > 0) | at_high & (slope < 0))
 
@@ -168,7 +168,7 @@ def minimize(
         point = evaluate(level.c(x))
         if math.isfinite(point.value):
             seen.append(point)
-        back = level.x(point.c - level.before)  # not beyond a bound, which it could not leave
+        back = level.x(point.c - level.before)  # not beyond a bound, which x could not leave again
         x = back if level.is_of(back, point) else x
         return level.value(x, point), x, point
 

@@ -114,7 +114,7 @@ class WeightedModel:
     triplet has a coefficient."""
 
     acting: Acting
-    seen: ActivationGram | None = None  # what modules see is added to it, where there is one
+    seen: ActivationGram | None = None  # collects the modules' inputs, if set
 
     def __init__(self, model: nn.Module, folders: tuple[Folder, ...]):
         self.model, self.folders, self.directions = model, folders, False

@@ -113,7 +113,7 @@ def plan_quantized_residual(
     return model.shards(), model.files(SUMMARY.format(method))
 
 
-COLLECTED = INPUTS | {"gradient": ("gradient",)}  # what `stats` collects: kinds
+COLLECTED = INPUTS | {"gradient": ("gradient",)}  # name in `stats --what`: kinds
 ADAPTER = "adapter"  # folder in the output
 
 

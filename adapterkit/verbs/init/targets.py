@@ -22,7 +22,7 @@ from adapterkit.verbs.shared.lora_config import LoraConfig
 from adapterkit.verbs.shared.targets import PARAMETER, StoredResolver, Target, entries_of
 
 RANGE = re.compile(r"\d+(-\d+)?")
-KINDS = {"conv1d": "linear", PARAMETER: "experts"}  # what inits call a kind, where it is another
+KINDS = {"conv1d": "linear", PARAMETER: "experts"}  # kind -> its name in inits, if different
 
 
 @dataclass(frozen=True, kw_only=True)

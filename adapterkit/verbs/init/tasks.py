@@ -42,12 +42,12 @@ class InitialFactors(RankedFactors):
     alpha: float
     scale: float
     seed: int
-    # where the method needs it; of a stack all experts
+    # if the method needs it; for a stack all experts
     weight: StoredParameter | None = field(metadata=READ)
     # by kind
     statistics: tuple[tuple[str, TensorSpec], ...] = field(default=(), metadata=READ)
     hands_on: bool = False
-    candidates: int = 0  # components that take part in a redistribution of ranks
+    candidates: int = 0  # components in a redistribution of ranks
 
     @property
     def max_rank(self) -> int:

@@ -143,7 +143,7 @@ def _loads(scan: Checkpoint, is_quantized: bool) -> Json | None:
 
     try:
         gaps = gaps_of(scan)
-    except AdapterkitError:  # an unknown model, or a format of which no weights are known
+    except AdapterkitError:  # an unknown model, or a format without known weights
         return None
     scan.errors.extend(gaps.errors())
     return {

@@ -23,8 +23,8 @@ class Decoder:
     """A causal model of layers like Llama's: its class, and its deviations."""
 
     name: str
-    biases: tuple[tuple[str, str], ...] = ()  # (setting, projections that have one where it is set)
-    always: str = ""  # projections that have a bias whatever the config says
+    biases: tuple[tuple[str, str], ...] = ()  # (setting, projections with a bias if it is set)
+    always: str = ""  # projections that always have a bias
     has_norms: bool = False  # of queries and keys
 
 

@@ -37,9 +37,9 @@ from adapterkit.verbs.look.checkpoint import inspect_base
 from adapterkit.verbs.look.records.diagnose import Diagnose
 
 VERSION = 1
-MOST_TENSORS = 48  # whose rows are compared, of those that adapters touch and of the others
+MOST_TENSORS = 48  # with compared rows: of touched tensors, and of untouched ones
 ROWS = 32  # of each
-NEAR = 0.15  # of a coefficient, relative: what rounding and noise leave
+NEAR = 0.15  # relative error of a coefficient from rounding and noise
 UNTOUCHED = 1e-2  # relative difference of weights above which they are not the base's, rounded
 UNEXPLAINED = 0.3  # share of a change above which something else changed the model
 SAMPLED = "least squares over sampled rows of the weights that they touch"

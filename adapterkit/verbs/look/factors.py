@@ -28,7 +28,7 @@ BLOCK = 4 << 20  # bytes of a base's weight that are read at a time
 CHECK_BASE = "check the base"
 NOT_FINITE = "values that are not finite (NaN or infinity)"
 LEAST = 1 / 8  # of an axis: smaller blocks may be heads or neurons that nothing used
-# modules with the rows, or columns, of several, of which training may have left out some
+# fused modules: training may have left out the rows, or columns, of one of several
 FUSED = re.compile(
     r"qkv|gate_up|query_key_value|c_attn|in_proj|W_pack|kv_proj|to_kv|experts|linear[12]$", re.I
 )
@@ -137,7 +137,7 @@ def _statistics(
     if bad:
         return statistics, None
     lost.record_factors(lora, a, b)
-    # their sizes apart: the product may leave float64's range
+    # scaled separately: the product may exceed float64's range
     sizes = [float(factor.abs().max()) or 1.0 for factor in (a, b)]
     products = algebra.products_of(a / sizes[0], b / sizes[1], module["experts"] or 1)
     spectra = [algebra.svd(product).s for product in products]

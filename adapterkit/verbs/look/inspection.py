@@ -64,7 +64,9 @@ def _of_one(inspect: Inspect, path: StrPath) -> Json:
             far[0], "weights on the Hub, which are only read with --download", base, plot
         )
     with_factors = not headers and (download or not far)
-    if with_factors:  # in a dialect of PEFT's layout they may be other ones than PEFT would read
+    if (
+        with_factors
+    ):  # in a dialect of PEFT's layout they may differ from those that PEFT would read
         folder = adapter_or_file(folder, on)
     result = inspect_adapter(folder, on, with_factors, inspect.progress)
     if plot is not None:

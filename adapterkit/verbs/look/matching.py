@@ -22,7 +22,7 @@ from adapterkit.core.weights.detect import is_of_comfyui, quantization_evidence
 from adapterkit.verbs.look import configs
 from adapterkit.verbs.look.pairs import Bias, Pair, make_pair, stored_specs, summary_of
 
-Parts = dict[tuple[str, str], Any]  # by kind and name: what one side has
+Parts = dict[tuple[str, str], Any]  # values of one side, by kind and name
 
 
 @dataclass

@@ -268,7 +268,7 @@ def check_page(path: Path, flag: str, overwrite: bool) -> None:
     if path.suffix != ".html" or not os.path.isdir(path.parent) or os.path.isdir(path):
         expected, hint = "a file name ending in .html, in a folder that exists", "give another name"
         raise Refused(shown(path), expected=expected, where=flag, hint=hint, code="AK601")
-    if os.path.exists(path):  # and not where the system takes no such name
+    if os.path.exists(path):  # not if the system refuses the name
         with path.open("rb") as file:
             is_page = MARK.encode() in file.read(1000)
         if not is_page or not overwrite:

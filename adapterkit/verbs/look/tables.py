@@ -324,7 +324,7 @@ def outcomes(receipt: Json) -> Iterator[str]:
         for key, metric in metrics.items()
         if "output_error" in metric and "energy" not in metric
     }
-    if compensated:  # what is left of each element says nothing then
+    if compensated:  # the survival of each element means nothing then
         worst = max(compensated, key=lambda key: compensated[key])
         text = f"relative error of the outputs: median {median(compensated.values()):.4f} over"
         plain = median(named("unweighted_output_error").values())

@@ -36,7 +36,7 @@ from adapterkit.core.records import Json
 from adapterkit.core.tasks.common import CopiedTensor, FactorsTask, SummedTensor
 from adapterkit.verbs.shared.options import ScaleOptions
 
-# settings that an adapter made from others has of the first of them
+# settings that a combined adapter inherits from the first one
 INHERITED = (
     "base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out",
     "target_parameters",
@@ -87,7 +87,7 @@ def sum_biases(
 class Output:
     """One adapter that a job writes."""
 
-    adapters: Sequence[Adapter]  # its sources; the first one's config says what it is for
+    adapters: Sequence[Adapter]  # its sources; the first one's config sets the task
     tasks: Sequence[Task]
     # name of a task that makes factors -> their target: a module, or a parameter's full name
     modules: dict[str, str]
@@ -98,12 +98,12 @@ class Output:
     finalize: Callable[[Sequence[Task]], Finalize | None] | None = None
     # one lora_alpha for all, or by target; None: each one's rank, so that scales are 1
     alpha: float | Mapping[str, float] | None = None
-    base_settings: Json | None = None  # the INHERITED ones where there is no adapter
+    base_settings: Json | None = None  # the INHERITED ones without an adapter
     parameters: frozenset[str] = frozenset()  # targets that are parameters
-    # those of them that are modules, because it was not known which of their parameters it is
+    # modules among them, because their parameter is unknown
     unnamed: frozenset[str] = frozenset()
     tokenizer: str | None = None  # "base": none is copied from the adapters
-    base_fingerprint: str | None = None  # where there is no adapter
+    base_fingerprint: str | None = None  # without an adapter
 
     def inside(self, name: str) -> str:
         """A file's name in the output."""
@@ -170,7 +170,7 @@ class Output:
             first = self.adapters[0].config
             inherited = {key: value for key, value in first.items() if key in INHERITED}
         by_target: dict[str, int] = {}
-        alphas: dict[str, float] = {}  # of those tasks that say one
+        alphas: dict[str, float] = {}  # of tasks with a rank
         for name, target in self.modules.items():
             rank = metrics.get(name, {}).get("rank")
             if "alpha" in metrics.get(name, {}):

@@ -76,7 +76,9 @@ class AdapterWeights:
         self.patterns = [Patterns(pattern_table(its), self.option) for its in rules]
         self.modules: list[set[str]] = [set() for _ in weights]  # of each adapter, so far
         self.scale = 1.0  # of all of them
-        self.skipped: set[str] = set()  # modules that stay as they are, whatever the file says
+        self.skipped: set[str] = (
+            set()
+        )  # modules that stay unchanged, even if the file has weights for them
 
     def of(self, number: int, module: str) -> float:
         """The weight of an adapter on a module; `Refused` for weights of directions."""
@@ -119,7 +121,7 @@ class AdapterWeights:
         # a module that is left out may be one of parameters, which are not looked up then
         is_known = lambda name: name in known or name.rpartition(".")[0] in self.skipped
         unknown = [name for name in (self.file.modules if self.file else ()) if not is_known(name)]
-        # only a base says which of a module's parameters factors are of
+        # only a base determines the parameter of a module's factors
         several = {name.partition("[")[0] for name in known if "[" in name}
         parameters = [name for name in unknown if name.rpartition(".")[0] in several]
         if unknown:

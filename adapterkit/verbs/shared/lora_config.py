@@ -89,7 +89,7 @@ def options_of_peft(init: object, config: Settings) -> Json:
 
 # PEFT's target_modules for an adapter of no module: an empty list is an error there
 NO_MODULES = "dummy-target-modules"
-# field -> PEFT's name, where it is another
+# field -> PEFT's name, if different
 PEFT_NAMES = {
     "rank": "r", "alpha": "lora_alpha", "targets": "target_modules", "rslora": "use_rslora",
     "dora": "use_dora", "dropout": "lora_dropout", "init": "init_lora_weights",

@@ -18,7 +18,7 @@ from adapterkit.kernels.lowrank import weighted
 # of a module's inputs x (in,): equal for all modules that see the same ones
 INPUT_KINDS = ("covariance", "mean", "components", "variances", "variance")
 KINDS = (*INPUT_KINDS, "gradient")
-# what can be collected of a layer's inputs, and the kinds of statistics that it gives
+# name in `stats --what` -> kinds of statistics of a layer's inputs
 INPUTS = {
     "covariance": ("covariance",),
     "mean": ("mean",),

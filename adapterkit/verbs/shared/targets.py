@@ -85,7 +85,7 @@ class Resolver:
     `modules`: those below the model, by name, without adapters."""
 
     where = "LoraConfig"
-    whole_in_any_layer = True  # whether names that are given whole are in all layers
+    whole_in_any_layer = True  # full names are targets whatever `layers` selects
 
     def __init__(
         self, model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], config: LoraConfig

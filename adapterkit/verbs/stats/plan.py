@@ -49,8 +49,8 @@ class Sizes:
 
     layers: int
     model: int  # the stored tensors
-    weights: int  # of what is in memory together
-    computed: int  # of what a batch makes of it
+    weights: int  # of the largest set of weights in memory
+    computed: int  # of a batch's activations in it
     sums: int  # of a layer's, or of all
     activations: int
     device: int  # of weights that are on a GPU together, where there is one
@@ -329,7 +329,7 @@ def samples_of(
     model: Any,
     records: Sequence[list[Record]],
     length: int | None,
-    needs_loss: str = "",  # what asks for the model's loss
+    needs_loss: str = "",  # the cause that needs the model's loss
 ) -> list[Samples]:
     """The samples of a text model; `Refused` for another one, or if it has fewer positions."""
     name = type(model).__name__

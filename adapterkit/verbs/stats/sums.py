@@ -14,7 +14,7 @@ from adapterkit.kernels.lowrank import truncated
 from adapterkit.verbs.shared.statistics_file import INPUTS, key_of
 
 CPU = torch.device("cpu")
-COMPONENTS = 256  # principal components that are stored of a layer, unless asked otherwise
+COMPONENTS = 256  # stored principal components of a layer, by default
 BLOCK = 1024  # vectors whose products are summed in their own dtype, before they join float64
 PANEL = 256  # least rows of a panel
 PANELS = 8  # of a covariance: 9/16 of the products of a full one
@@ -31,7 +31,7 @@ class Sum:
     that do not fit there, or on devices without float64: these are on the host."""
 
     width: int
-    squares: bool  # whether Σ x xᵀ is summed
+    squares: bool  # Σ x xᵀ is summed
     normalize: bool  # PEFT's CorDA: each call's inputs are divided by |max|, and counted as one
     vectors: int = 0
     calls: int = 0

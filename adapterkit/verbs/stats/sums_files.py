@@ -30,7 +30,7 @@ from adapterkit.verbs.stats.model.layers import OffloadedLayer, is_within
 from adapterkit.verbs.stats.sums import Sum, Sums
 
 OUTSIDE, WHOLE = "outside.safetensors", "whole.safetensors"
-SUMS = "sums"  # metadata of a file: what each of its sums is of
+SUMS = "sums"  # metadata of a file: the modules of each of its sums
 OWN = re.compile(r"([0-9]{1,9}/)?([0-9]{1,9}@)?[a-z0-9]+(\.(sums|gradients))?\.safetensors")
 VISITS = "visits"  # how many times the batches had gone through the part when it was written
 
@@ -245,7 +245,7 @@ class Ledger:
         self.is_apart = bool(attempt)
         self.visits = Counter[str]()
         folders = [work, *(work / str(block) for block, _ in job.runs if attempt)]
-        with storage_errors(work):  # where it is no more, its output was finished by others
+        with storage_errors(work):  # if it is gone, other processes have finished the output
             for folder in dict.fromkeys(folders):
                 check_folder(work.parent, folder)
                 folder.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from adapterkit.kernels.rows import row_ranges
 BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time on a CPU
 Over = Literal["module", "layer", "adapter"]
 Metrics = dict[str, float]  # for the receipt
-# E[x xᵀ] (in, in) float32 of the inputs that adapter `which` saw, read when it is asked for; the
+# E[x xᵀ] (in, in) float32 of the inputs that adapter `which` saw, read on each call; the
 # caller may change it
 Covariances = Callable[[int], Tensor]
 
@@ -68,7 +68,7 @@ class _Weighted(Protocol):
     tier: ClassVar[Tier] = STABLE
     draws: ClassVar[bool] = False  # a random number for each element
     ridge: float = 0.0  # of weights that are found by outputs
-    by_factors: ClassVar[bool] = False  # whether other factors of the same deltas matter
+    by_factors: ClassVar[bool] = False  # the result depends on the factors, not only on the deltas
 
     def check_weights(self, weights: Sequence[float]) -> None:
         """Raise `Refused` for weights for which the method is not defined."""
@@ -99,7 +99,7 @@ class OnFactors(_Weighted, Protocol):
     """A method on factors, float64, exact up to rounding."""
 
     acts_on: ClassVar[Literal["factors"]]
-    # whether the factors of all stand side by side: the rank is the sum, whatever the values
+    # the factors are stacked: the rank is the sum, for any values
     stacks: ClassVar[bool] = False
 
     @abstractmethod

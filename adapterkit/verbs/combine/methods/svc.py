@@ -8,7 +8,7 @@ from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.verbs.combine.methods.common import check_share, svd_of_sum
 from adapterkit.verbs.combine.methods.protocol import Metrics, OnFactors, Seeds
 
-TINY = 1e-20  # of the singular value's square: a delta without a part in the direction
+TINY = 1e-20  # of the singular value's square: below it, the delta has no share in the direction
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from adapterkit.verbs.shared.joined_values import delta_problems, read_all
 FORMAT = 1
 WEIGHTS, CONFIG = "arrow.safetensors", "arrow.json"
 ITERATIONS = 15  # of PEFT's power iteration
-TINY = 1e-8  # what PEFT adds to a norm that it divides by
+TINY = 1e-8  # added by PEFT to a norm before a division
 
 
 def plan_arrow(options: Arrow) -> Plan:
@@ -128,7 +128,7 @@ class StackedExperts(Task):
     """One module's experts: a (E, r, in), b (E, out, r), scale (E), prototype (E, in)."""
 
     parts: tuple[tuple[int, Factors], ...] = field(metadata=READ)  # expert's number, factors
-    general: tuple[Factors, ...] = field(metadata=READ)  # of those general adapters that have it
+    general: tuple[Factors, ...] = field(metadata=READ)  # of the general adapters with this module
     generals: int  # how many general adapters there are
     experts: int
     compat: str | None

@@ -99,7 +99,7 @@ class Extraction:
     notes: list[str] = field(default_factory=list)
     factors: list[DifferenceFactors] = field(default_factory=list)
     values: list[WholeParameter] = field(default_factory=list)
-    # modules saved whole, and parameters that no such module stands for
+    # modules saved in full, and parameters that no such module represents
     saved: set[str] = field(default_factory=set)
     has_biases: bool = False  # of layers with factors
     skipped: list[str] = field(default_factory=list)
@@ -373,7 +373,7 @@ def plan_model_extraction(
         "base_model_name_or_path": adapter_config.hub_id(base.folder),
         "task_type": task_type,
         "auto_mapping": None if task_type else extraction.targets.auto_mapping,
-        # PEFT has no wrapper of parameters for it, and needs it for none
+        # PEFT cannot wrap parameters of it, and need not
         "fan_in_fan_out": extraction.fan_in_fan_out and not parameters,
     }
     settings = adapter_config.plain_settings() | extraction.settings()

@@ -55,7 +55,7 @@ class FactorTargets:
         if axes < 2 or 0 in parameter.shape:
             return None
         if not classes:
-            # of four axes and more it is a convolution; of three perhaps a stack
+            # with four or more axes a convolution; with three perhaps a stack
             is_layer = leaf == "weight" and axes != 3 and not self._is_looked_up(name)
             return module if is_layer else None
         if parameter.tied or any(part in cls for cls in classes for part in ("Embedding", "Norm")):
@@ -66,7 +66,7 @@ class FactorTargets:
             is_grouped = axes > 2 and self.names.groups(module) != 1
             if leaf != "weight" or is_grouped or is_bypassed(self.names, module):
                 return None
-            # Llama 4's router is a Linear that gives a tuple: a parameter, as what PEFT renames
+            # Llama 4's router, a Linear that returns a tuple, is a parameter, as PEFT renames it
             is_layer = not why_not_on_layer(self.names, module, self.model.get_submodule(module))
             return module if axes > 2 or is_layer else name
         if not self._is_wrappable(module, name):

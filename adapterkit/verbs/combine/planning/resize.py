@@ -43,7 +43,7 @@ def plan_resize(options: Resize) -> Plan:
     (source,) = inputs.folders
     base = if_given(open_model, options.base)
     stats = if_given(open_statistics, options.stats)
-    # the reader refuses what has none
+    # the reader refuses adapters without one
     config = read_json(source, CONFIG) if CONFIG in source.files() else {}
     kind, notes = kind_of(source, config), []
     is_plain = kind is None and not config.get("use_dora")
@@ -71,7 +71,7 @@ class _ResizePlanner:
     notes: list[str]
     errors: Problems = field(default_factory=Problems)
     ranked: list[TruncatedFactors | ConvertedFactors] = field(default_factory=list)
-    targets: Json = field(default_factory=dict)  # what the output has to know of them
+    targets: Json = field(default_factory=dict)  # for the output's config
     adapter: Adapter | None = None
     init: Any = True  # the output's init_lora_weights
     alpha: float | None = None  # its lora_alpha; None: each module's rank

@@ -62,7 +62,7 @@ class Operand:
     number: int
     factors: Factors
     weight: float
-    dora: DoRA | None = None  # where its delta depends on the base's weight
+    dora: DoRA | None = None  # if its delta depends on the base's weight
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -219,7 +219,7 @@ class CombinedFactors(FactorsTask):
             rank = min(most, *(len(one.svd.s) for one in decompositions))
         fit = fit_metrics(energies_of(decompositions, rank), rank)
         if root is None:
-            del fit["error"]  # the root of what the energy lacks to 1
+            del fit["error"]  # √(1 - energy)
         return self._result([self._factors(one, rank) for one in decompositions], metrics, fit)
 
     def _factors(self, decomposition: weighted.Decomposition, rank: int) -> tuple[Tensor, Tensor]:

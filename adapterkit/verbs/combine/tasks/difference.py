@@ -36,7 +36,7 @@ class DifferenceFactors(FittedFactors):
     old: StoredParameter = field(metadata=READ)
     new: StoredParameter = field(metadata=READ)
     transposed: bool
-    target: str  # what PEFT's config calls it
+    target: str  # its name in PEFT's config
 
     def with_keys(self, wrappers: Mapping[str, int], depth: int) -> DifferenceFactors:
         """A copy with keys as deep as they can become, `depth` among those of its module."""
@@ -108,7 +108,7 @@ class WholeParameter(Task):
     parameter: str
     value: StoredParameter = field(metadata=READ)
     key: str
-    only_with_factors: bool = False  # written if its layer has factors alone
+    only_with_factors: bool = False  # written only if its layer has factors
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:

@@ -86,7 +86,7 @@ class FittedFactors(FactorsTask):
         return TaskResult(self.round(tensors), metrics)
 
 
-# by the error's name: the squared norms of the rank-one parts, and that of the whole
+# by the error's name: the squared norms of the rank-one terms, and of their sum
 Squares = dict[str, tuple[list[float], float]]
 
 
@@ -258,7 +258,7 @@ def _spend(
     budget: int, costs: Sequence[int], tasks: Sequence[Task], metrics: list[dict]
 ) -> list[Change]:
     """Ranks for `budget` bytes beyond rank 1; `costs`: bytes of one rank of each task."""
-    # an unchanged weight has no factors, and leaves its room to the others
+    # an unchanged weight has no factors, and leaves its bytes to the others
     has_rank = [
         cost > 0 and "energies" in metric for cost, metric in zip(costs, metrics, strict=True)
     ]

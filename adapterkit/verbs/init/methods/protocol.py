@@ -20,12 +20,12 @@ class Initialization(ABC):
     """Constants of every init. A record has no other public attributes, because a misspelt one is
     refused."""
 
-    name: ClassVar[str]  # what users type
+    name: ClassVar[str]  # the name that users type
     source: ClassVar[str]  # the paper
     tier: ClassVar[Tier] = STABLE
-    # what the factors are computed from: the weight, and kinds of statistics
+    # inputs of the factors: the weight, and kinds of statistics
     needs: ClassVar[tuple[str, ...]] = ()
-    changes_base: ClassVar[bool]  # whether the base becomes W - scale·b@a
+    changes_base: ClassVar[bool]  # the base becomes W - scale·b@a
     # the layers on which it is defined
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv", "experts")
     fixed: ClassVar[tuple[str, ...]] = ()  # factors that are not trained
@@ -48,7 +48,7 @@ def _annotated(cls: type) -> Iterable[str]:
 class DrawnInit(Initialization):
     """An init from random numbers alone."""
 
-    zero_b: ClassVar[bool]  # whether b is zero
+    zero_b: ClassVar[bool]  # b is zero
 
     @abstractmethod
     def draw(

@@ -12,10 +12,10 @@ from adapterkit.core.options import StrPath, bytes_text
 from adapterkit.core.records import Json
 
 RUNS_OF_ONE_TASK = 0.8  # cosines above which deltas are taken for the same task's
-SAFE = re.compile(r"[\w.-]+(/[\w.-]+)*")  # names that a shell and Python read as they are
+SAFE = re.compile(r"[\w.-]+(/[\w.-]+)*")  # names that need no quotes in a shell or in Python
 # docs/figures.md#what-statistics-gain-in-lossy-steps
 TIES = "at rank 8 ties lost 0.02 nats less than a sum on three languages"
-LITTLE = 0.9  # shares of a delta that a sum keeps, below which the others take from it
+LITTLE = 0.9  # kept shares of a delta; below them, the others cancel it
 
 
 def advise(document: Json, sources: Sequence[StrPath], base: StrPath) -> Json:

@@ -29,7 +29,7 @@ WORST = 20  # tensors that are listed
 METRICS = ("delta", "survived", "rounding", "requantization", "changed", "error", "energy")
 WORST_HIGH = ("error", "rounding")  # of which the largest value is the worst
 WORST_BY = ("survived", "energy", *WORST_HIGH)  # the first that there is
-FIT = ("files", "losses", "steps", "written", "seconds")  # what a fit says of itself
+FIT = ("files", "losses", "steps", "written", "seconds")  # keys of a fit's document
 
 
 def document_of(report: Report) -> Json:

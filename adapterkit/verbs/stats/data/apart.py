@@ -17,7 +17,7 @@ from adapterkit.verbs.stats.data.samples import Sample, Samples
 from adapterkit.verbs.stats.data.templates import LimitedProcess, serve
 
 SECONDS, RATE = 180.0, 20_000  # for all, and bytes of the data for each second more
-MEMORY = 4 << 30  # bytes more than at its start, where the system limits them
+MEMORY = 4 << 30  # bytes more than at its start, if the system can limit them
 
 
 def tokenize_apart(folder: Folder, records: Sequence[list[Record]], options: Json) -> list[Samples]:

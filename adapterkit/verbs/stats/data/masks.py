@@ -105,7 +105,7 @@ class Masks:
         self.decoder_mask = self.unplaced = None
         self.key: Hashable = None  # among the leaders, of a call of which all tokens count
         self.leader: Leader | None = None
-        self.waiting: Callable[[], None] | None = None  # what marks the tokens, if it turns out so
+        self.waiting: Callable[[], None] | None = None  # marks the tokens, if the call is followed
         self.is_same = False  # the decoder's mask is the encoder's: its tokens are made of those
         self.latest: tuple[Any, Tensor | None] = (None, None)
         self.scope: AbstractContextManager[object] = nullcontext()
@@ -134,7 +134,7 @@ class Masks:
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         self.scope.__exit__(None, None, None)
-        if output is None and self.leads:  # it has failed on its way
+        if output is None and self.leads:  # the call has failed
             self.leaders.pop(self.key, None)
         self.finish()
         self._forget()
@@ -161,7 +161,7 @@ class Masks:
         inputs = _arguments(module, args, kwargs)
         is_given = any(inputs.get(key) is not None for key in DECODER_INPUTS)
         if decoder_of(module) is not None and not is_given:
-            inputs["decoder_input_ids"] = inputs.get("labels")  # as long as what is made of them
+            inputs["decoder_input_ids"] = inputs.get("labels")  # as long as the ids made of them
         masks = self.rule(inputs)
         first, second = map(_partial, masks if isinstance(masks, tuple) else (masks, None))
         shape = _token_shape(inputs, "")
@@ -245,7 +245,7 @@ class Masks:
         if bits is None:
             if self.unplaced is None:
                 return None
-            # the caller says so of what is no text
+            # the caller's rule for inputs other than text
             if self.is_own and x.shape[:-1] == self.unplaced.shape:
                 return self.unplaced
             raise self._unknown(path, x)

@@ -280,7 +280,7 @@ def _folder_rows(path: Path) -> Iterator[Json]:
         yield from table.select_columns(_columns(table.column_names, path))
     except AdapterkitError:
         raise
-    except Exception as error:  # a damaged folder: the library raises what it meets
+    except Exception as error:  # a damaged folder: the library may raise anything
         raise _unreadable(path, error) from error
 
 

@@ -45,7 +45,7 @@ class Samples:
     samples: list[Sample]
     pad: int
     notes: list[str]
-    has_decoder: bool = False  # of which the labels are tokens, too
+    has_decoder: bool = False  # its labels are tokens, too
 
     @property
     def tokens(self) -> int:
@@ -83,7 +83,7 @@ class Samples:
 
 
 def _padded(rows: list[tuple[int, ...]], value: int) -> "Tensor":
-    import torch  # not for the process that makes tokens alone
+    import torch  # not needed in the process that only tokenizes
 
     length = max(map(len, rows))
     return torch.tensor([row + (value,) * (length - len(row)) for row in rows])
@@ -322,7 +322,7 @@ class _Tokenization:
                 )
         except AdapterkitError:
             raise
-        except Exception as error:  # a template is a program: it raises what it likes
+        except Exception as error:  # a template is a program: it may raise anything
             raise Refused(
                 f"the chat template refuses the messages: {shown(error)}",
                 expected="messages with the roles that it knows",

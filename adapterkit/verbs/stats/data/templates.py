@@ -16,7 +16,7 @@ from adapterkit.core.records import Json
 from adapterkit.core.system import system
 
 SECONDS, TOTAL, SHARE = 10.0, 60.0, 0.1  # for a conversation, for all, and more of it for each
-MEMORY = 1 << 30  # bytes more than at its start, where the system limits them
+MEMORY = 1 << 30  # bytes more than at its start, if the system can limit them
 TEXT, TIMES = 1 << 20, 16  # bytes of a text, and for each byte that is rendered
 KEPT = (  # of the environment: what Python and its libraries need to start
     "PATH", "HOME", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "LD_LIBRARY_PATH",
@@ -101,7 +101,7 @@ def serve(library: str, answer: Callable[[Json], object]) -> None:
     # nothing here uses torch, and its import takes a second
     sys.modules["torch"] = None  # type: ignore[assignment]
     importlib.import_module(library)
-    system.limit(int(sys.argv[1]), 3600)  # seconds, in case nobody is left to end it
+    system.limit(int(sys.argv[1]), 3600)  # seconds, in case its parent has died
     print(flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
@@ -116,7 +116,7 @@ def _answer(request: Json) -> Json:
         return {"texts": texts, "spans": spans}
     except MemoryError:
         raise
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program: it may raise anything
         return {"error": str(error)[:1000] or type(error).__name__}
 
 

@@ -19,12 +19,12 @@ ATTRIBUTE = "_adapterkit_tokens"  # of a storage: (who follows, `_Tags`)
 # operations that move elements of the first operand, of all of a list of them
 MOVES = {"index", "index_select", "gather", "take", "repeat", "roll", "flip",
          "repeat_interleave", "cat", "stack"}  # fmt: skip
-# those that write a source into the first operand -> the place of the source, and how it is written
+# operations that write into the first operand -> the source's position, and how it is written
 WRITES = {"index_put": 2, "scatter": 3, "scatter_add": 3, "scatter_reduce": 3, "index_copy": 3,
           "index_add": 3, "masked_scatter": 2, "copy": 1, "slice_scatter": 1,
           "select_scatter": 1}  # fmt: skip
 PLAIN_WRITES = {"scatter_add": "scatter", "scatter_reduce": "scatter", "index_add": "index_copy"}
-# products -> the place of the first factor
+# products -> the position of the first factor
 PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "matmul": 0, "linear": 0, "addmm": 1, "baddbmm": 1,
             "addmv": 1, "_grouped_mm": 0, "_scaled_mm": 0, "_int_mm": 0}  # fmt: skip
 REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "var", "std", "prod", "logsumexp",
@@ -205,7 +205,7 @@ class TokenTracker(TorchDispatchMode):
             setattr(storage, ATTRIBUTE, (self, tags))
         tags.spread()
         place = tags.of(x)
-        bits = bits.to(place.device)  # those of a copy from another device are there
+        bits = bits.to(place.device)  # bits of a copy from another device are on that device
         place.copy_(torch.where(bits == 0, place, bits))
 
 
@@ -353,7 +353,7 @@ def _written(call: _Call, out: Tensor, name: str) -> Tensor | None:
     """The bits after a write: those of the source; elements of no token keep the old ones."""
     target, place = call.args[0], WRITES[name]
     source = call.args[place] if len(call.args) > place else None
-    if not isinstance(source, Tensor):  # a number, at places that tokens say
+    if not isinstance(source, Tensor):  # a number, at positions that tokens select
         return _placed(call, out)
     own = call.bits(target)
     bits = call.bits(source)
@@ -383,7 +383,7 @@ def _product(call: _Call, out: Tensor, place: int) -> Tensor | None:
     a, b = call.args[place], call.args[place + 1]
     rows, columns = call.bits(a), call.bits(b)
     if rows is not None:
-        # of scores of two kinds of tokens the rows' are those that are in all of them
+        # scores of two kinds of tokens: the row has those that are in all elements
         found = _every(rows) if columns is not None else _any(rows, [-1])
         return (found if out.dim() == a.dim() else found[..., 0]).expand(out.shape)
     if columns is None or b.dim() < 2:
@@ -429,7 +429,7 @@ def _convolved(call: _Call, out: Tensor) -> Tensor | None:
     length, given = out.shape[-1], row.shape[-1]
     if length > given:  # causal, with what is beyond cut off afterwards
         row = torch.nn.functional.pad(row, (0, length - given))
-    else:  # what was padded before is of no token
+    else:  # earlier padding has no token
         used = row.flatten(0, 1).any(0).nonzero()
         start = min(int(used[0]) if len(used) else 0, given - length)
         row = row[..., start : start + length]

@@ -22,8 +22,8 @@ from adapterkit.core.engine.device import begin_copy_to_host
 from adapterkit.core.errors import Failed
 from adapterkit.core.system import system
 
-SMALL = 1 << 16  # bytes of a tensor that is left where it is
-TABLES = 256 << 20  # bytes on the device for what passes hand to several units
+SMALL = 1 << 16  # bytes of a tensor that is never moved
+TABLES = 256 << 20  # bytes on the device for tensors that passes give to several units
 T = TypeVar("T")
 
 
@@ -35,7 +35,7 @@ class ActivationStore:
     def __init__(self, folder: Path, limit: int, name: str = "activations"):
         self.limit, self.used = limit, 0
         self.path = folder / f"{name}.{secrets.token_hex(8)}"
-        self._free: dict[int, list[int]] = {}  # places by size
+        self._free: dict[int, list[int]] = {}  # offsets by size
         self._end = 0
         with storage_errors(self.path):
             self._descriptor = system.open_unnamed(self.path)

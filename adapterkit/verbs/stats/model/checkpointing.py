@@ -20,7 +20,7 @@ class Call:
 
     leaves: list[Any]
     spec: TreeSpec
-    needs: list[bool]  # whether a gradient of the leaf is wanted
+    needs: list[bool]  # the leaf needs a gradient
     output_spec: TreeSpec | None = None
     outputs: tuple[Any, ...] = ()  # leaves that are no tensors with gradients
     is_tensor: tuple[bool, ...] = ()
@@ -41,7 +41,7 @@ class Call:
             if needed:
                 leaves[number] = leaves[number].detach().requires_grad_()
         inputs = [leaf for leaf, needed in zip(leaves, self.needs, strict=True) if needed]
-        # a part may change its input in place, which no leaf of a graph allows
+        # a module may change its input in place, which is forbidden for a leaf
         with torch.enable_grad():
             leaves = [
                 leaf.clone() if needed else leaf

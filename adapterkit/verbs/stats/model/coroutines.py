@@ -22,7 +22,7 @@ class Coroutine:
         self._answer: Any = None
         self._error: BaseException | None = None
         self._is_abandoned = False
-        self.request: Any = None  # what it waits for; None where it has ended
+        self.request: Any = None  # its open request; None if it has ended
         self.is_done = False
         self._thread: threading.Thread | None = None
 
@@ -69,7 +69,7 @@ class Coroutine:
             self._run()
         except PassCancelled:
             pass
-        except BaseException as error:  # handed to the thread that resumed it
+        except BaseException as error:  # raised in the thread that resumed it
             self._error = error
         self.is_done = True
         del self._run

@@ -71,7 +71,7 @@ class PassReader:
     `units`: None is the code between the units. `wanted`: the tensors that need gradients, for a
     pass in a unit; those of the code between are leaves of its graph."""
 
-    gradients = False  # whether any are wanted
+    gradients = False  # gradients are needed
 
     def visited(self, unit: OffloadedLayer) -> AbstractContextManager[object]:
         """A context in which a unit's parameters are in memory."""
@@ -316,7 +316,9 @@ class LayerwiseSchedule:
         """A unit's output for arguments on the CPU; the unit is on its device."""
         before = tree_leaves(arguments)
         (args, kwargs), moved = self.offloader.to_device(arguments)
-        self.reader.record_input(unit, args, kwargs)  # no hook has, if it is a layer itself
+        self.reader.record_input(
+            unit, args, kwargs
+        )  # no hook has recorded it if it is a layer itself
         output = forward(*args, **kwargs)
         after = tree_leaves((args, kwargs))
         expected = [moved.get(id(leaf), leaf) for leaf in before]
@@ -336,7 +338,7 @@ class LayerwiseSchedule:
 
 def _run(loss: Callable[[], Tensor | None], activations: Activations, masks: Masks | None) -> None:
     """The body of a pass."""
-    torch.set_num_threads(1)  # else each pass has a set of threads for the little it does itself
+    torch.set_num_threads(1)  # else each pass would start a pool of threads for its little work
 
     def pack(tensor: Tensor) -> Tensor:
         activations.track(tensor)
