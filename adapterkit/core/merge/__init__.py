@@ -1,1 +1,1 @@
-"""Adapters to changes of parameters, and these to steps on stored tensors."""
+"""Turn adapters into changes of parameters, and these into steps on stored tensors."""

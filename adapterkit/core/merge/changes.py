@@ -1,5 +1,5 @@
-"""From adapters to changes of parameters: replaced values, products and vectors added, trained
-rows."""
+"""Turn adapters into changes of parameters: replaced values, added products and vectors, and
+trained rows."""
 
 import math
 import re
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 def resolve_targets(
     state: MergeState, adapter: Adapter, module: str, loras: list[Lora]
 ) -> list[tuple[str, str | None, Lora]]:
-    """The parameter of each of a module's factor pairs, with its own name where target_parameters
-    has it; `Refused` where there is none, or several fit."""
+    """The parameter of each of a module's factor pairs, with its own name if target_parameters has
+    it.
+
+    `Refused` if no parameter fits, or several do."""
     own, leaves, candidates = None, [], []
     if adapter.config.get("target_parameters") or any(lora.depth for lora in loras):
         own = state.names.children(module)
@@ -68,11 +70,11 @@ def orient(
     leaf: str | None,
     scale: float,
 ) -> Factors:
-    """scale · b @ a as it lies on the parameter.
+    """The factors of scale · b @ a, oriented as the parameter is.
 
-    A matrix that is a target itself (`leaf` its name) is taken as it is stored, whatever its
-    module's class: PEFT's ParamWrapper does so. A module's weight, and a stack, go by shapes and,
-    where these leave it open, by the module's class. `Refused` where the factors do not fit."""
+    A matrix that is a target itself (named `leaf`) is read in its stored orientation, whatever its
+    module's class, because PEFT's ParamWrapper does so. For a module's weight or a stack the shapes
+    decide; if they fit both ways, the module's class does. `Refused` if the factors do not fit."""
     shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
     rank, experts, flip = a[0], None, False
     is_matrix = len(shape) == len(a) == len(b) == 2
@@ -120,14 +122,14 @@ def _check_groups(state: MergeState, adapter: Adapter, parameter: Parameter, lor
 
 
 QUANTIZED = 0.3  # the most by which a weight differs from its original, relative to its norm
-ROUNDING = 2.0**-8  # what bf16 adds to the relative change that a receipt tells
+ROUNDING = 2.0**-8  # error that bf16 adds to the relative change in a receipt
 
 
 def _trained(state: MergeState, adapter: Adapter) -> dict[str, TensorSpec]:
-    """Those of an adapter's replaced parameters that are no copies of the base's.
+    """The adapter's replaced parameters that are not copies of the base's.
 
-    Copies of other weights are refused, unless the option says which weight counts: the base's
-    ("ignore") or the copy ("adapter", as in PEFT)."""
+    Copies that differ from the base are refused, unless the option says which weight counts: the
+    base's ("ignore") or the copy ("adapter", as in PEFT)."""
     from adapterkit.core.merge.value_comparison import decoded_difference, differing_rows
 
     trained, differing = dict(adapter.replaced), {}
@@ -173,19 +175,19 @@ def _trained(state: MergeState, adapter: Adapter) -> dict[str, TensorSpec]:
                 if comparable
                 else "the base's is quantized"
             )
-    _tell_of_copies(state, adapter, quantized, explained, differing)
+    _report_copies(state, adapter, quantized, explained, differing)
     return trained
 
 
-def _tell_of_copies(
+def _report_copies(
     state: MergeState,
     adapter: Adapter,
     quantized: list[str],
     explained: list[str],
     differing: dict[str, str],
 ) -> None:
-    """Notes on copies of weights that the base has quantized or merged into, by key; `Refused` for
-    those of other weights."""
+    """Note copies of weights that the base has quantized or merged into; refuse copies of other
+    weights. Keys identify the copies."""
     if quantized:
         state.notes.append(
             f"{adapter.name}: copies of weights that the base has quantized count as its own, from "
@@ -215,8 +217,8 @@ def _tell_of_copies(
 def _is_of_original(
     state: MergeState, adapter: Adapter, copy: TensorSpec, stored: TensorSpec
 ) -> bool:
-    """Whether a copy is of the base before the merges that its receipt tells of: this adapter is
-    one of them, or the copy differs by about what the last merge changed."""
+    """Return whether a copy is from the base before the merges in its receipt: this adapter is one
+    of them, or the copy differs by about as much as the last merge changed."""
     from adapterkit.core.merge.value_comparison import relative_difference
 
     if not state.merged_before:
@@ -229,7 +231,8 @@ def _is_of_original(
 
 
 def collect_changes(state: MergeState) -> None:
-    """Fill the job's changes from its adapters; its errors get everything that does not fit."""
+    """Fill the job's changes from its adapters, and collect an error for everything that does not
+    fit."""
     state.adapters = [
         replace(one, replaced=_trained(state, one)) if one.replaced else one
         for one in state.adapters
@@ -241,7 +244,7 @@ def collect_changes(state: MergeState) -> None:
         if adapter.replaced:
             _add_values(state, adapter)
         _add_products(state, adapter)
-        if ADDED_DELTAS in adapter.folder.files():  # of other kinds than factors
+        if ADDED_DELTAS in adapter.folder.files():  # deltas that are not factors
             for added in load(ADAPTERS["extra deltas"])(adapter.folder, adapter.number):
                 with state.errors.collected():
                     _add_delta(state, adapter, added)
@@ -295,7 +298,8 @@ def _check_initial(state: MergeState, adapter: Adapter) -> None:
 
 
 def _check_weighted(state: MergeState, adapter: Adapter) -> None:
-    """Refuse multiples of values that replace the base's; with --exclude the base's stay."""
+    """Refuse weights other than 1 for values that replace the base's, unless --exclude leaves them
+    out."""
     values = [
         name
         for name in adapter.replaced
@@ -338,8 +342,8 @@ def _check_weighted(state: MergeState, adapter: Adapter) -> None:
 
 
 def other_values(state: MergeState, adapter: Adapter) -> list[str]:
-    """A warning of an adapter that was made for a base of the same tensors with other values, by
-    its fingerprint."""
+    """A warning if the adapter was made for a base of the same tensors with other values, by its
+    fingerprint."""
     made_for = adapter.base_fingerprint
     if made_for is None or difference(made_for, state.fingerprint) != "values":
         return []
@@ -350,8 +354,8 @@ def other_values(state: MergeState, adapter: Adapter) -> list[str]:
 
 
 def other_base(state: MergeState, adapter: Adapter) -> list[str]:
-    """Notes on an adapter that was made for a base stored otherwise, by its fingerprint, or that
-    names another one on the Hub: shapes do not tell two models of one size apart."""
+    """Notes on an adapter whose fingerprint has other names or shapes than the base, or that names
+    another base on the Hub. Shapes do not distinguish two models of one size."""
     made_for, notes = adapter.base_fingerprint, []
     differs = None if made_for is None else difference(made_for, state.fingerprint)
     if differs in ("", "values"):
@@ -429,7 +433,7 @@ def _add_values(state: MergeState, adapter: Adapter) -> None:
 
 
 def _is_resized_vocabulary(state: MergeState, parameter: Parameter, spec: TensorSpec) -> bool:
-    """Whether the new value is an embedding (or head) of another vocabulary size, which a
+    """Return whether the new value is an embedding or head of another vocabulary size, which a
     checkpoint may have."""
     sizes = vocabulary_sizes(state.base.config)
     if parameter.shape[1:] != spec.shape[1:] or len(parameter.shape) not in (1, 2) or not sizes:
@@ -464,8 +468,9 @@ def _add_products(state: MergeState, adapter: Adapter) -> None:
 def _check_acting(
     state: MergeState, adapter: Adapter, module: str, what: str, loras: Sequence[Lora] = ()
 ) -> None:
-    """Refuse what does in training nothing, or something else than in a merged weight; factors may
-    be zero, as training leaves what does not act."""
+    """Refuse factors that had no effect in training, or another effect than in a merged weight.
+
+    Zero factors are allowed, because training leaves factors without effect at zero."""
     from adapterkit.core.weights.layers import looks_up_otherwise, weight_reader
 
     if reader := weight_reader(state.names, module):
@@ -487,7 +492,8 @@ def _check_acting(
 def _add_product(
     state: MergeState, adapter: Adapter, name: str, leaf: str | None, lora: Lora
 ) -> None:
-    """Raises `Refused` where the factors do not fit the parameter or the config."""
+    """Add the product of a factor pair; raises `Refused` if it does not fit the parameter or the
+    config."""
     parameter = state.names.parameter(name)
     assert parameter is not None
     shape = state.changes[name].parameter.shape if name in state.changes else parameter.shape
@@ -501,7 +507,7 @@ def _add_product(
         raise rank_mismatch(adapter, lora, factors.rank, rank)
     if state.file is None or state.module_weights is None:
         weight = state.weight(adapter, factors.module)
-    else:  # with those of its directions
+    else:  # with the weights of its directions
         weight, factors = state.module_weights.rules.on(adapter.number - 1, site, factors)
         if not weight:
             state.skip(adapter, site)
@@ -526,7 +532,7 @@ def _add_product(
 
 
 def _add_delta(state: MergeState, adapter: Adapter, added: "AddedDelta") -> None:
-    """Raises `Refused` for weights of its directions."""
+    """Add a delta that is not plain factors; raises `Refused` for weights of its directions."""
     module = added.module.name
     weight = state.weight(adapter, module)
     if not state.changes_module(adapter, module):
@@ -580,8 +586,10 @@ def _add_bias(state: MergeState, adapter: Adapter, lora: Lora, scale: float) -> 
 
 
 def _check_rows(state: MergeState, adapter: Adapter) -> None:
-    """Refuse a file without the rows of a module of trainable_token_indices, unless that is tied to
-    one whose rows it has (PEFT saves those once)."""
+    """Refuse a file without the rows of a module in trainable_token_indices.
+
+    A tied module whose rows are stored under the other name is allowed, because PEFT saves them
+    once."""
     declared = adapter.config.get("trainable_token_indices")
     names = {f"{tokens.module}.weight" for tokens in adapter.tokens}
     for parameter in [state.names.parameter(name) for name in names]:
@@ -626,7 +634,7 @@ def _add_rows(state: MergeState, adapter: Adapter) -> None:
 
 
 def _check_method(state: MergeState) -> None:
-    """Refuse what is no delta that a method could take."""
+    """Refuse changes that are not deltas, because a method combines deltas only."""
     name = f"--method {state.options.method}"
     for adapter in state.adapters:
         doras = [lora.module for lora in adapter.loras if lora.magnitude is not None]
@@ -653,7 +661,7 @@ def _check_method(state: MergeState) -> None:
 
 
 def _check_together(state: MergeState) -> None:
-    """Refuse changes of one parameter by several adapters whose order would matter."""
+    """Refuse changes of one parameter by several adapters if their order would matter."""
     for name, change in state.changes.items():
         numbers = {one.a.folder for one in change.additions}
         parts = (part for one, _ in change.deltas for part in one.delta.module.parts.values())

@@ -1,4 +1,4 @@
-"""A merge while it is planned: options, inputs, and the changes of each parameter of the base."""
+"""The state of a merge while it is planned: options, inputs, and the changes of each parameter."""
 
 import json
 import re
@@ -39,8 +39,9 @@ LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)", re.DOT
 
 
 def replicated(base: Checkpoint, adapters: list[Adapter], errors: Problems) -> Checkpoint:
-    """The base with its layers stacked anew, as some of the adapters have replicated layers; the
-    base itself where they do not fit, which joins the errors."""
+    """The base with its layers repeated in the order of the adapters' layer_replication.
+
+    If the order does not fit, the base is returned unchanged and the problem joins the errors."""
     replicating = [a for a in adapters if a.config.get("layer_replication")]
     if len({json.dumps(a.config.get("layer_replication")) for a in adapters}) > 1:
         errors.add(
@@ -74,8 +75,9 @@ def replicated(base: Checkpoint, adapters: list[Adapter], errors: Problems) -> C
 
 
 def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
-    """Prefix and number of the layers that can be replicated; `Refused` where that is no single
-    stack, or where it has no layer of the order."""
+    """Prefix and number of the layers that can be replicated.
+
+    `Refused` if the model has several stacks of layers, or lacks a layer of the order."""
     counts = {base.config[c] for c in COUNTS if isinstance(base.config.get(c), int)}
     text = base.config.get("text_config")
     counts |= {text[c] for c in COUNTS if isinstance(text, dict) and isinstance(text.get(c), int)}
@@ -111,8 +113,8 @@ def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
 
 
 def stacked(config: Json, count: int, order: list[int]) -> Json:
-    """A config with the new number of layers, and every per-layer list stacked as the layers
-    are."""
+    """A config with the new number of layers, and every per-layer list repeated in the same
+    order."""
 
     def setting(key: str, value: object) -> Any:
         if key in COUNTS and value == count:
@@ -129,7 +131,7 @@ def stacked(config: Json, count: int, order: list[int]) -> Json:
 def nothing_selected(
     skipped: Iterable[str], adapters: Iterable[str], options: MergeOptions
 ) -> Refused:
-    """The refusal of a merge of these adapters whose every module is left out."""
+    """The refusal of a merge in which no module of these adapters is selected."""
     names = [name.partition(": ")[2] for name in skipped]
     problem, cause = "no module is selected", "--include and --exclude"
     if not options.include and not options.exclude:
@@ -151,17 +153,17 @@ class Change:
     value: TensorSpec | None = None
     additions: list[Factors] = field(default_factory=list)
     vectors: list[tuple[TensorSpec, float]] = field(default_factory=list)  # biases of b, scales
-    # of other kinds than factors, each with its weight
+    # deltas that are not factors, each with its weight
     deltas: list[tuple["PlacedDelta", float]] = field(default_factory=list)
     rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
-    # of a merge by a method: the weights of adapters, by their numbers, which scales do not have
+    # weights of adapters by number, if a method combines them: they are not in the scales
     weights: dict[int, float] = field(default_factory=dict)
     adapters: list[str] = field(default_factory=list)
     value_from: int = 0  # number of the adapter that has `value`
 
     @property
     def has_edits(self) -> bool:
-        """Whether it is more than a new value."""
+        """True if there are changes besides a new value."""
         return bool(self.additions or self.vectors or self.deltas or self.rows)
 
 
@@ -180,11 +182,11 @@ class MergeState:
         file: "WeightsFile | None" = None,
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
-        self.part = part  # that the base is of a pipeline
-        self._prefix = f"{part}." if part else ""  # of modules' names for --include and --exclude
+        self.part = part  # the base's component in a pipeline
+        self._prefix = f"{part}." if part else ""  # of modules' names in --include and --exclude
         self.errors = Problems(where="adapters")
         self.notes: list[str] = []
-        # numbers of adapters that the next one, their initial factors, is to be taken from
+        # numbers of adapters followed by their initial factors, which are subtracted
         self.with_initial: frozenset[int] = frozenset()
         self.merged_before: list[MergedAdapter] = []
         self.skipped: list[str] = []
@@ -200,7 +202,7 @@ class MergeState:
         self._selects = selection(options.include, options.exclude) if is_selective else None
         self.names = self._names()
         self.file = file
-        # where an adapter may have several; the pipeline has them where it gives them
+        # set if an adapter may have several weights; `weight_of` replaces them in a pipeline
         self.module_weights: ModuleWeights | None = None
         has_several = options.weight_for or options.lbw or file or options.method
         if weight_of is None and has_several:
@@ -209,7 +211,7 @@ class MergeState:
         self.methods = None if options.method is None else self._methods(options.method)
 
     def _methods(self, name: str) -> "ModuleMethods | None":
-        """The method on each module; None for the sum."""
+        """The method for each module; None for the plain sum."""
         method = load(MERGES["method"])(name, self.options)
         if method.scales:
             raise Refused(
@@ -229,8 +231,9 @@ class MergeState:
         return self._weight_of(adapter.number, module)
 
     def changes_module(self, adapter: Adapter, module: str) -> bool:
-        """Whether a module is selected, and an adapter that has a weight has one there; of weights
-        from a file each parameter has its own."""
+        """Return whether a module is selected, and the adapter's weight there is not switched off.
+        With a file of weights only the selection counts, because each parameter has its own
+        weight."""
         if self.file is not None or self._weight_of is None:
             return self.is_selected(module)
         is_off = self.weight(adapter, module) == 0.0 != self.weights[adapter.number - 1]
@@ -280,12 +283,12 @@ class MergeState:
         return leaves
 
     def is_selected(self, *names: str) -> bool:
-        """Whether --include and --exclude select a module, by any of its names, in a pipeline with
-        the part's in front."""
+        """Return whether --include and --exclude select a module by any of its names. In a
+        pipeline, the names are prefixed with the component's."""
         return self._selects is None or self._selects(*(self._prefix + name for name in names))
 
     def is_selected_value(self, parameter: str) -> bool:
-        """Whether they select a replaced parameter, by its module's name or its own."""
+        """Return whether a replaced parameter is selected, by its module's name or its own."""
         return self.is_selected(parameter.rpartition(".")[0], parameter)
 
     def skip(self, adapter: Adapter, name: str) -> None:
@@ -295,11 +298,11 @@ class MergeState:
         self.skipped.append(f"{adapter.name}: {self._prefix}{name}")
 
     def change(self, parameter: Parameter) -> Change:
-        """The change of this parameter, a new one if it has none."""
+        """The change of this parameter, created if it has none."""
         return self.changes.setdefault(parameter.name, Change(parameter))
 
     def adapter(self, number: int) -> Adapter:
-        """The adapter of this number among the inputs, of which the base is 0."""
+        """The adapter with this number among the inputs; the base is number 0."""
         return self.adapters[number - 1]
 
     def in_folder(self, spec: TensorSpec) -> tuple[Folder, TensorSpec]:
@@ -307,14 +310,13 @@ class MergeState:
         return self.adapter(spec.folder).folder, spec
 
     def same_bytes(self, one: TensorSpec | None, other: TensorSpec | None) -> bool:
-        """Whether two tensors of adapters have one dtype, one shape and the same bytes; reads
-        them."""
+        """Read two tensors of adapters, and return whether dtype, shape and bytes are equal."""
         if one is None or other is None or one == other:
             return one == other
         return same_bytes(self.in_folder(one), self.in_folder(other))
 
     def is_zero(self, lora: Lora) -> bool:
-        """Whether one of two factors has zeros alone; reads them."""
+        """Read two factors, and return whether one has only zeros."""
         both = map(self.in_folder, (lora.a, lora.b))
         return any(f.read(x.file, x.start, x.stop) == bytes(x.nbytes) for f, x in both)
 

@@ -1,4 +1,4 @@
-"""merge, planned from the headers: adapters into a base, W' = round(W + Σ weight·scale·b@a)."""
+"""Plan a merge from the headers: adapters into a base, W' = round(W + Σ weight·scale·b@a)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -59,7 +59,7 @@ Steps = dict[str, list[Step]]  # by output file
 
 
 def plan_merge_of(merge: Merge) -> Plan:
-    """The plan of a merge as it is asked for."""
+    """The plan of a merge with its options."""
     if merge.push is not None and is_on_hub(merge.out):
         raise Refused(
             "--push does not apply to an output on the Hub",
@@ -89,7 +89,8 @@ def plan_merge_of(merge: Merge) -> Plan:
 
 
 def importance_of(text: StrPath) -> "ImportanceFile":
-    """What weighs the errors of blocks; `Refused` or `Damaged` for what is no such file."""
+    """The importance file that weights the errors of blocks; `Refused` or `Damaged` for another
+    file."""
     return load(CONTAINERS[".gguf"]["importance"])(text)
 
 
@@ -104,10 +105,12 @@ def plan_merge(
     weight_of: "WeightOf | None" = None,
     weights: "WeightsFile | None" = None,
 ) -> Plan:
-    """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
-    problems. `stats`: the covariances that compensated rounding needs; `file`: the name of an
-    output that is one file; `imatrix`: what weighs the errors of its blocks; `weight_of`: weights
-    of modules that a pipeline has for its part; `weights`: those of modules and directions."""
+    """The plan of a merge of these adapters with these weights.
+
+    `stats`: the covariances that compensated rounding needs; `file`: the name of a single-file
+    output; `imatrix`: the importances of its blocks; `weight_of`: a pipeline's weights of this
+    component's modules; `weights`: weights of modules and directions. Raises `Refused` or `Damaged`
+    with all problems."""
     if options.rounding == "compensated":
         Problems(missing_statistics(options.rounding, stats)).raise_all()
     base.check_options(options, imatrix, file)
@@ -120,7 +123,7 @@ def plan_merge(
         )
     sources, with_initial = _with_initial(sources, options)
     if with_initial and weights is not None and not weights.modules:
-        weights = None  # those of the adapters say all
+        weights = None  # the adapters have the same ones
     if with_initial and (options.weight_for or options.lbw or weights):
         raise Refused(
             "weights of modules of an adapter that goes with initial factors",
@@ -153,7 +156,7 @@ def plan_merge(
     state.merged_before = merged_adapters(whole)
     if state.merged_before or len(adapters) > 1:
         state.notes += history_notes(whole, state.merged_before, adapters, state.weights)
-    if own := base.own("prepare merge"):  # before any parameter is looked at
+    if own := base.own("prepare merge"):  # before parameters are matched
         own(state, errors)
     steps, statistics = changed_steps(state, errors), None
     if stats is not None:
@@ -167,8 +170,8 @@ def plan_merge(
 
 
 def _decode_to_16_bits(state: MergeState) -> None:
-    """Have decoded weights written in 16 bits unless `dtype` says otherwise: their own error is
-    larger than that rounding."""
+    """Write decoded weights in 16 bits unless `dtype` says otherwise, because their quantization
+    error is larger than that rounding."""
     wide = any(weight.dtype == "F32" for weight in state.quantized)
     if state.options.dtype is None and wide:
         declared = set(map(str, nested_values(state.base.config, "dtype"))) & {
@@ -181,11 +184,11 @@ def _decode_to_16_bits(state: MergeState) -> None:
 
 
 def changed_steps(state: MergeState, errors: Sequence[AdapterkitError] = ()) -> Steps:
-    """The steps of all output files; `Refused` with these errors and all that the job runs into."""
+    """The steps of all output files; raises `Refused` with these errors and those of the steps."""
     collect_changes(state)
     Problems([*errors, *state.errors]).raise_all()
     brought = {*state.new, *(name for name, change in state.changes.items() if change.value)}
-    if state.original.in_safetensors:  # it stays as whole as it is
+    if state.original.in_safetensors:  # other containers keep all their tensors
         state.errors += check_gaps(state.base, state.names.model, state.notes, brought)
     resolve_tied_weights(state)
     if brought:
@@ -196,7 +199,7 @@ def changed_steps(state: MergeState, errors: Sequence[AdapterkitError] = ()) -> 
     state.errors += state.methods.problems() if state.methods else []
     state.errors.raise_all()
     has_changes = any(step.edits or step.source.folder for step in _all_steps(steps))
-    if not has_changes and not (state.part and state.skipped):  # others may have some
+    if not has_changes and not (state.part and state.skipped):  # other components may have changes
         raise _nothing_changed(state)
     if state.original.in_safetensors and (state.quantized or state.options.dequantize):
         check_quantized_output(state, steps)
@@ -207,8 +210,8 @@ def changed_steps(state: MergeState, errors: Sequence[AdapterkitError] = ()) -> 
 def _with_initial(
     sources: list[tuple[Folder, float]], options: MergeOptions
 ) -> tuple[list[tuple[Folder, float]], frozenset[int]]:
-    """The adapters, those that lack their initial factors followed by these with the opposite
-    weight; and the numbers of such."""
+    """The adapters, each followed by its initial factors, if any, with the opposite weight; and the
+    numbers of the adapters that have such."""
     expanded: list[tuple[Folder, float]] = []
     numbers: set[int] = set()
     for folder, weight in sources:
@@ -223,7 +226,7 @@ def _with_initial(
 def _scan_adapters(
     sources: list[tuple[Folder, float]],
 ) -> tuple[list[Adapter], list[AdapterkitError]]:
-    """As much of each adapter as can be compared with the base, and all problems of them."""
+    """The readable content of each adapter, to compare with the base, and all problems found."""
     adapters: list[Adapter] = []
     errors = Problems()
     for number, (folder, _) in enumerate(sources, start=1):
@@ -242,8 +245,8 @@ def plan_merge_into_original(
     stats: Folder | None = None,
     chosen: "WeightsFile | None" = None,
 ) -> Plan:
-    """The plan of a merge into the 16-bit original `base16` of the quantized base that the adapters
-    were trained on; `Refused` if it is not its original."""
+    """The plan of a merge into `base16`, the 16-bit original of the quantized base that the
+    adapters were trained on; `Refused` if it is not that original."""
     quantized, original = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
     errors = Problems(where=quantized.name, code="AK408")
     weights = quantized_weights(decoded_view(quantized).tensors)
@@ -272,8 +275,8 @@ def plan_merge_into_original(
 
 
 def check_quantized_output(state: MergeState, steps: Steps) -> None:
-    """Refuse what a quantized base's format, or its decoding, does not allow; keep the format in
-    the config where the weights keep theirs."""
+    """Refuse changes that a quantized base's format or its decoding does not allow. Keep the format
+    in the config if the weights keep theirs."""
     weights, options = state.quantized, state.options
     if not weights:
         state.notes.append("--dequantize has no effect: the base is not quantized")
@@ -309,7 +312,7 @@ def _all_steps(steps: Steps) -> Iterator[Step]:
 
 
 def _nothing_changed(state: MergeState) -> Refused:
-    """The refusal of a merge that would write the base as it is."""
+    """The refusal of a merge that would leave the base unchanged."""
     names = [adapter.name for adapter in state.adapters]
     if state.skipped:
         return nothing_selected(state.skipped, names, state.options)
@@ -323,7 +326,7 @@ def _nothing_changed(state: MergeState) -> Refused:
 
 
 def _plan(state: MergeState, steps: Steps, stats: Checkpoint | None, file: str | None) -> Plan:
-    """The plan of a merge into safetensors; `file`: the name of an output that is one."""
+    """The plan of a merge into safetensors; `file`: the name of a single-file output."""
     if file is not None:
         steps = {file: list(_all_steps(steps))}
         return replace(_plan_of_files(state, steps, stats, _shards(state, steps), {}), is_file=True)
@@ -385,7 +388,7 @@ def _plan_of_files(
 
 def _shards(state: MergeState, steps: Steps) -> tuple[OutputFile, ...]:
     limit, headers = state.options.max_shard_size, state.original.shards
-    if len(steps) == len(headers) == 1:  # whose name may be another one
+    if len(steps) == len(headers) == 1:  # the output's file may have another name
         headers = dict(zip(steps, headers.values(), strict=True))
     limit = parse_size(limit) if limit else None
     if state.quantized:

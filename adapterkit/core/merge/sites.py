@@ -1,11 +1,9 @@
-"""Where adapters act: the modules, and the single parameters, that their factors are on, joined
-over several adapters.
+"""Join the sites of several adapters: the modules and single parameters that their factors act on.
 
-A file of PEFT's layout does not name the parameters of `target_parameters`: their wrappers lie
-inside one another in the order in which the module's code makes the parameters, the first one
-innermost. So the names come from the config, and the order from the model; without a model every
-order that the files allow has to lead to the same result.
-"""
+A file in PEFT's layout does not name the parameters of `target_parameters`: their wrappers are
+nested in the order in which the module's code creates the parameters, the first one innermost. So
+the names come from the config, and the order from the model. Without a model, every order that the
+files allow has to give the same result."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -49,28 +47,27 @@ class JoinedSite:
     name: str
     module: str
     parameter: bool
-    # the parameter's own name; None for a module, and where the order does not matter and is not
-    # known
+    # the parameter's own name; None for a module, or if the order is unknown and does not matter
     leaf: str | None
-    depth: int  # how many wrappers of the module's other parameters lie around this one's
+    depth: int  # number of wrappers of the module's other parameters around this one's
     members: dict[int, Factors]  # adapter's number -> its factors
     attention: str | None = None  # the MultiheadAttention whose output projection it is
-    wrappers: int = 1  # around the module, of all its parameters
+    wrappers: int = 1  # number around the module, of all its parameters
 
     @property
     def target(self) -> str:
-        """What a config calls it: PEFT holds patterns against this name."""
+        """The target's name in a config, which PEFT matches patterns against."""
         if self.leaf is not None:
             return f"{self.module}.{self.leaf}"
         return self.attention or self.module
 
     def place(self, levels: Mapping[str, int]) -> Place:
-        """Where its factors go in a file whose modules are wrapped `levels` times."""
+        """Keys and shapes of its factors in a file whose modules are wrapped `levels` times."""
         return Place.of_factors(next(iter(self.members.values())), levels, self.depth)
 
 
 def levels_of(sites: Collection[JoinedSite]) -> dict[str, int]:
-    """How many wrappers PEFT puts around each module of a file with factors at these sites."""
+    """The number of PEFT's wrappers around each module of a file with factors at these sites."""
     return {site.module: site.wrappers for site in sites}
 
 
@@ -88,7 +85,7 @@ def targets_of(sites: Mapping[str, JoinedSite], prefix: str = "") -> Json:
 def base_with_parameters(
     base: Folder | None, adapters: Sequence[Adapter], notes: list[str]
 ) -> Checkpoint | None:
-    """The base, numbered after the adapters, where its order of parameters can matter; else a note
+    """The base, numbered after the adapters, if its order of parameters can matter; else add a note
     that it was not needed."""
     if base is None or any(adapter.config.get("target_parameters") for adapter in adapters):
         return None if base is None else read_checkpoint(base, len(adapters))
@@ -114,8 +111,8 @@ def names_of(
 def join(
     adapters: Sequence[Adapter], errors: Problems, names: Names | None = None
 ) -> dict[str, JoinedSite]:
-    """The sites of all adapters by name; `names`: the model's, if there is a base. What cannot be
-    joined is added to the errors."""
+    """The sites of all adapters by name; `names`: the model's, if there is a base. Sites that
+    cannot be joined are added to the errors."""
     of, by_module = {adapter.number: adapter for adapter in adapters}, {}
     for adapter in adapters:
         for lora in adapter.loras:
@@ -164,8 +161,8 @@ def _other_shapes(name: str, members: dict[int, Factors], of: dict[int, Adapter]
 def _check_parameters(
     module: str, loras: dict, leaves: dict[int, list[str]], of: dict[int, Adapter]
 ) -> None:
-    """`Refused` where adapters target a module in different ways, or one has wrappers of parameters
-    that its config does not name."""
+    """Refuse adapters that target one module in different ways, or that have more wrappers than
+    their config has parameters."""
     lacking = [
         of[n].name for n, its in loras.items() if not leaves[n] and any(lora.depth for lora in its)
     ]
@@ -201,8 +198,8 @@ def sites_of(
     own: list[str] | None,
     names: Parameters | None,
 ) -> list[JoinedSite]:
-    """The parameters of one module, the innermost first; `Refused` where neither files nor model
-    say which is which."""
+    """The parameters of one module, the innermost first; `Refused` if neither the files nor the
+    model determine their order."""
     holders = [
         (leaves[number], 1 + max(lora.depth for lora in its)) for number, its in loras.items()
     ]
@@ -248,7 +245,7 @@ def _undecided(module: str, loras: dict, union: list[str], of: dict[int, Adapter
 
 
 def _signature(sites: list[JoinedSite]) -> tuple:
-    """All of a result that does not depend on the parameters' names."""
+    """The properties of a result that do not depend on the parameters' names."""
     return tuple(
         (
             site.depth,
@@ -264,9 +261,10 @@ def _signature(sites: list[JoinedSite]) -> tuple:
 def _arrangements(
     holders: list[tuple[list[str], int]], union: list[str], own: list[str] | None
 ) -> Iterator[tuple[str, ...]]:
-    """The possible lists of a module's wrapped parameters, the innermost first: those that the
-    model has, in its order; without a model every choice and order of names that gives each adapter
-    its number of wrappers."""
+    """The possible lists of a module's wrapped parameters, the innermost first.
+
+    With a model, its own parameters in its order. Without one, every choice and order of names that
+    gives each adapter its number of wrappers."""
     if own is not None:
         yield tuple(leaf for leaf in own if leaf in union)
         return
@@ -284,7 +282,7 @@ def _arranged(
     of: dict[int, Adapter],
     names: Parameters | None,
 ) -> list[JoinedSite]:
-    """The sites if these are the parameters, in this order; `Refused` where the files contradict
+    """The sites if these are the parameters, in this order; `Refused` if the files contradict
     it."""
     members: dict[str, dict[int, Factors]] = {leaf: {} for leaf in chosen}
     for number, its in loras.items():
@@ -344,7 +342,8 @@ def _check_shape(module: str, leaf: str, members: dict[int, Factors], names: Par
 
 
 def _check_nests(sites: Collection[JoinedSite], errors: Problems) -> None:
-    """PEFT cannot wrap the parameters of a module inside one whose parameters are wrapped."""
+    """Refuse parameters of a module inside another module whose parameters are wrapped: PEFT cannot
+    load them."""
     homes = {site.module for site in sites if site.parameter}
     inner = [(home, other) for home in homes for other in homes if home.startswith(f"{other}.")]
     if inner:
@@ -361,11 +360,11 @@ def _check_nests(sites: Collection[JoinedSite], errors: Problems) -> None:
 def flips_square_experts(
     adapter: Adapter, name: str, transposed: bool, layout: str | None, hint: str
 ) -> bool:
-    """Whether b @ a lies transposed on square experts, whose shapes do not tell: PEFT up to 0.18
-    read all of them as (in, out); later versions go by the module, `transposed`.
+    """Return whether b @ a is transposed on square experts, whose shapes fit both ways. PEFT up to
+    0.18 read all stacks as (in, out); later versions use the module's class (`transposed`).
 
-    `layout`: "peft-0.18" or "peft-0.19", None to go by the version. `Refused` where that is not
-    known."""
+    `layout`: "peft-0.18" or "peft-0.19"; None takes it from the adapter's version, and raises
+    `Refused` if that is unknown."""
     old = adapter.has_old_stacks
     if layout is None and old is not None:
         layout = "peft-0.18" if old else "peft-0.19"
@@ -383,8 +382,8 @@ def flips_square_experts(
 def _check_layouts(
     sites: Collection[JoinedSite], adapters: Sequence[Adapter], errors: Problems
 ) -> None:
-    """Square stacks of two versions of PEFT may be each other's transpose: their shapes do not
-    tell."""
+    """Refuse square stacks from two versions of PEFT: each may be the other's transpose, and their
+    shapes fit both ways."""
     square = [
         site.name
         for site in sites

@@ -1,4 +1,4 @@
-"""From changes of parameters to steps: one per stored tensor, in the base's own order."""
+"""Turn changes of parameters into steps: one for each stored tensor, in the base's order."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ WIDE = ("F32", "F64")  # types whose sums are taken in float64
 
 
 def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedFactors:
-    """The factors on one slot; `Refused` where the slot's layout does not allow it."""
+    """The factors on one slot; `Refused` if the slot's layout does not allow it."""
     shape = parameter.shape
     if factors.experts is None and len(shape) > 2:  # a convolution: one row per output channel
         if not parameter.is_whole:
@@ -48,8 +48,8 @@ def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedF
 
 
 def _blocks(parameter: Parameter, slot: Slot, *, stack: bool) -> tuple[bool, tuple[Block, ...]]:
-    """Whether the stored matrix is the parameter's transpose, and the block of each expert (or of
-    the one matrix)."""
+    """Return whether the stored matrix is the parameter's transpose; and the block of each expert,
+    or of the single matrix."""
     first, second = slot.axes[-2], slot.axes[-1]
     experts: list[tuple[int | None, int]] = [(None, 0)]
     matrix = (0, 1)
@@ -89,7 +89,7 @@ def _shifted(band: Band, by: int) -> Band:
 
 
 def _band(axis: Axis, length: int) -> Band:
-    """Where an axis of a parameter of that length lies."""
+    """The range of stored rows or columns that an axis of a parameter of that length takes."""
     at = None if axis.at == 0 and len(axis.of) == length else range(axis.at, axis.stop)
     if isinstance(axis.of, range) and axis.of.step == 1:
         return Band(axis.of.start, axis.of.stop, at)
@@ -139,7 +139,7 @@ def place_rows(
 
 
 def place_value(parameter: Parameter, slot: Slot, value: TensorSpec) -> tuple[Assign, ...]:
-    """A parameter's new value on a stored tensor that has a part of it; `Refused` as
+    """A parameter's new value on a stored tensor that has some of its elements; `Refused` as
     `place_factors`."""
     if len(parameter.shape) == 1:
         rows = _band(slot.axes[0], parameter.shape[0])
@@ -164,7 +164,7 @@ def _layout_error(parameter: Parameter, slot: Slot) -> Refused:
 
 def plan_steps(state: MergeState) -> dict[str, list[Step]]:
     """Steps per output file, in the base's order; new tensors at the end of the last file. Changes
-    that cannot be laid on stored tensors join the job's errors."""
+    that cannot be mapped to stored tensors join the job's errors."""
     changed: dict[str, Step] = {}
     for change in state.changes.values():
         for slot in change.parameter.slots:
@@ -185,7 +185,7 @@ def plan_steps(state: MergeState) -> dict[str, list[Step]]:
 
 
 def _obsolete(state: MergeState) -> set[str]:
-    """Keys that the class with a new head no longer has (the old head)."""
+    """Keys of the old head, which the class with a new head no longer has."""
     model = state.names.model
     if model is None or state.config.get("architectures") == state.base.config.get("architectures"):
         return set()
@@ -198,11 +198,11 @@ def _obsolete(state: MergeState) -> set[str]:
 
 
 def _with_rounding(state: MergeState, step: Step, dtype: str | None) -> Step:
-    """The step, cast to `dtype` if it is of floats; with the width of its arithmetic and the draws
-    of its rounding if it has edits.
+    """The step, cast to `dtype` if it has floats; with edits also the width of its arithmetic and
+    the draws of its rounding.
 
-    Tensors that are only cast are rounded to nearest, which is nearer. Rounded float32 sums differ
-    from exact ones in 30 to 60 % of the elements, in 16 bits in 1e-5; PEFT's are in float32."""
+    Tensors that are only cast are rounded to nearest, which is closer. Rounded float32 sums differ
+    from exact ones in 30 to 60 % of the elements; 16-bit sums in 1e-5. PEFT's are in float32."""
     if dtype is not None and step.dtype in dtypes.FLOATS:
         step = replace(step, dtype=dtype)
     if not step.edits:
@@ -215,14 +215,14 @@ def _with_rounding(state: MergeState, step: Step, dtype: str | None) -> Step:
 
 
 def is_rounded(state: MergeState, step: Step) -> bool:
-    """Whether a step's edits are written with fewer digits than they are computed with."""
+    """Return whether a step's edits are written with fewer digits than they are computed with."""
     narrower = dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]
     narrower = narrower or any(name not in WIDE for name in _types(state, step))
     return bool(step.edits) and narrower
 
 
 def _types(state: MergeState, step: Step) -> tuple[str, ...]:
-    """What it is written as."""
+    """The names of the types in which it is written."""
     weight = state.base.tensors.get(step.key, step.source)
     if state.options.dequantize or not isinstance(weight, QuantizedWeight):
         return (step.dtype,)
@@ -260,8 +260,8 @@ def _place(state: MergeState, steps: dict[str, Step], change: Change, slot: Slot
 def _edited(
     state: MergeState, step: Step, edits: list[RowEdit], change: Change, slot: Slot
 ) -> Step:
-    """The step with these edits, then the change's rows, then its additions on the slot: in PEFT a
-    LoRA wraps the rows of the same weight."""
+    """The step with these edits, then the change's rows, then its additions on the slot, because in
+    PEFT a LoRA wraps the rows of the same weight."""
     parameter = change.parameter
     edits = [*edits, *(place_rows(parameter, slot, *rows) for rows in change.rows)]
     edits += [place_vector(parameter, slot, *vector) for vector in change.vectors]
@@ -275,7 +275,7 @@ def _edited(
         elif change.additions:
             _add_factors(edits, change, slot)
     are_stacks = (factors.experts is not None for factors in change.additions)
-    # of a convolution's kernel, and of other tables, three axes are no stack of experts
+    # the three axes of a convolution's kernel or of another table are no stack of experts
     is_stack = len(parameter.shape) == 3 and not change.deltas and all(are_stacks)
     has_stack = is_stack and len(slot.shape) in (2, 3) and slot.axes[0].axis is not None
     rows = math.prod(slot.shape[: 2 if has_stack else 1])  # of the stored tensor as a grid
@@ -284,8 +284,8 @@ def _edited(
 
 
 def _add_factors(edits: list[RowEdit], change: Change, slot: Slot) -> None:
-    """Append the additions' products, those of neighbors in one stored tensor (q, k, v in a fused
-    projection) as one edit, so one pass; then DoRA's rescaling."""
+    """Append the additions' products, then DoRA's rescaling. Neighbors in one stored tensor (q, k,
+    v in a fused projection) become one edit, so that one pass is enough."""
     placed = [place_factors(change.parameter, slot, factors) for factors in change.additions]
     if edits and isinstance(last := edits[-1], AddLowRank):
         edits.pop()
@@ -297,8 +297,8 @@ def _add_factors(edits: list[RowEdit], change: Change, slot: Slot) -> None:
 
 
 def _combined(state: MergeState, change: Change, slot: Slot, methods: "ModuleMethods") -> RowEdit:
-    """What the method makes of the change's deltas; of those of weight 0 nothing, if there are
-    others."""
+    """The edit that adds the method's combination of the change's deltas. Deltas of weight 0 are
+    left out unless all have it."""
     placed: dict[int, list[PlacedFactors]] = {}
     for factors in change.additions:
         one = place_factors(change.parameter, slot, factors)
@@ -331,14 +331,14 @@ def _combined(state: MergeState, change: Change, slot: Slot, methods: "ModuleMet
 def _add_like_peft(
     state: MergeState, edits: list[RowEdit], change: Change, slot: Slot, dtype: str
 ) -> None:
-    """The same in PEFT's order, with its roundings to `dtype` between."""
+    """Append the same edits in PEFT's order, with its roundings to `dtype` between them."""
     parameter = change.parameter
     for factors in change.additions:
         placed = place_factors(parameter, slot, factors)
         if factors.magnitude is None:
             edits.append(AddLikePeft((placed,), dtype, _delta_first(state, parameter, factors)))
             continue
-        # PEFT's DoRA norm is that of the weight before any merge: W' = g ⊙ (W + Δ), rounded before
+        # PEFT takes DoRA's norm from the weight before any merge: W' = g ⊙ (W + Δ), rounded before
         # the next adapter
         delta = AddLowRank((placed,))
         magnitude = place_magnitude(parameter, slot, factors, (delta,))
@@ -346,7 +346,7 @@ def _add_like_peft(
 
 
 def _delta_first(state: MergeState, parameter: Parameter, factors: Factors) -> bool:
-    """Whether PEFT rounds this kind of delta before it adds it."""
+    """Return whether PEFT rounds this kind of delta before it adds it."""
     return (
         factors.kind == "embedding"
         or factors.leaf is not None
@@ -375,8 +375,8 @@ def _new_step(state: MergeState, name: str, change: Change) -> Step:
 
 
 def _usual_dtype(state: MergeState, fallback: str) -> str:
-    """The dtype of most of the base's bytes, the fallback if none are floats: a head trained in
-    float32 beside a bf16 model is loaded as bf16."""
+    """The dtype of most of the base's bytes; the fallback if none are floats. For example, a
+    float32 head in a bf16 model is loaded as bf16."""
     sizes: dict[str, int] = {}
     for spec in state.base.tensors.values():
         if spec.dtype in dtypes.FLOATS:

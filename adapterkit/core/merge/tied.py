@@ -1,4 +1,4 @@
-"""Tied embeddings: parameters with several names, kept tied, untied or folded."""
+"""Resolve tied embeddings: parameters with several names are kept tied, untied or folded."""
 
 import math
 import re
@@ -77,14 +77,15 @@ def _embedding_and_head(state: MergeState) -> list[Parameter]:
 
 
 def _is_replaced(state: MergeState, parameter: Parameter) -> bool:
-    """Whether an adapter has a new value for the parameter, or for one to which it stays tied."""
+    """Return whether an adapter has a new value for the parameter, or for one that it stays tied
+    to."""
     own = state.changes.get(parameter.name) or state.new.get(parameter.name)
     tied = [state.changes[name] for name in parameter.tied if name in state.changes]
     return any(change.value is not None for change in ([own] if own else tied))
 
 
 def resolve_new_head(state: MergeState) -> None:
-    """Give the config the class and labels of a head that the base lacks; refuse a class of which
+    """Give the config the class and labels of a head that the base lacks; refuse a class whose
     other parameters have no values."""
     heads = [name for name, change in state.new.items() if not change.parameter.slots]
     model = state.names.model
@@ -106,8 +107,8 @@ def resolve_new_head(state: MergeState) -> None:
 
 
 def _check_complete(state: MergeState, class_name: str, heads: list[str]) -> None:
-    """Refuse a class with parameters without a value: transformers would draw them on every
-    load."""
+    """Refuse a class with parameters without values: transformers would initialize them at random
+    on every load."""
     model = state.names.model
     assert model is not None
     optional = getattr(model.model, "_keys_to_ignore_on_load_missing", None) or ()
@@ -136,8 +137,8 @@ Sides = dict[str, Change]  # the effective change under each name of one tied pa
 
 
 def resolve_tied_weights(state: MergeState) -> None:
-    """Untie parameters whose names are not changed in the same way, or as the option `tied` has it:
-    refuse them, or fold all changes into the shared weight."""
+    """Untie parameters whose names are changed differently; or refuse them or fold all changes into
+    the shared weight, as the option `tied` says."""
     if state.names.model is None:
         if True in nested_values(state.base.config, SWITCH) and state.options.tied != "fold":
             _check_unknown_ties(state)
@@ -168,8 +169,8 @@ def resolve_tied_weights(state: MergeState) -> None:
 
 
 def _check_unknown_ties(state: MergeState) -> None:
-    """Without the model nobody knows what is tied to an embedding: refuse to change one, as the
-    config says that something is."""
+    """Refuse a changed embedding if the config says that weights are tied and the model is
+    unknown."""
     sizes = vocabulary_sizes(state.base.config)
     names = [
         name
@@ -188,8 +189,8 @@ def _check_unknown_ties(state: MergeState) -> None:
 
 
 def _note_biases(state: MergeState) -> None:
-    """Note heads with a bias and trained token rows: PEFT 0.21 computes these without the bias
-    before a merge, and with it afterwards."""
+    """Note heads with a bias and trained token rows: PEFT 0.21 computes them without the bias
+    before a merge, and with it after."""
     for name, change in {**state.changes, **state.new}.items():
         heads = [
             n
@@ -227,9 +228,8 @@ def _sides(state: MergeState, group: tuple[str, ...]) -> Sides:
     """The effective change under each name of a parameter, as in PEFT.
 
     An adapter's token rows at the input embedding act under all names, unless it trained rows under
-    another name too; so do values that are no module of their own (a resized embedding), where a
-    name has none.
-    """
+    another name too. The same is true for values that are no module of their own (a resized
+    embedding), under names without a value."""
     own = {name: state.changes[name] for name in group if name in state.changes}
     rows_of: dict[int, list[str]] = {}  # adapter -> the names at which it trained rows
     for name, change in own.items():
@@ -259,9 +259,10 @@ def _sides(state: MergeState, group: tuple[str, ...]) -> Sides:
 
 
 def _followers(state: MergeState) -> dict[str, str]:
-    """The names that a model ties to others: PEFT wraps the rows there as well, which does nothing
-    where the code around a head reads its weight itself. Blt ties its embedding to its head, and
-    PEFT's head has no rows then."""
+    """The names that a model ties to others, where PEFT's row wrapper takes effect.
+
+    PEFT wraps the rows there as well, which does nothing if the code around a head reads its weight
+    itself. Blt ties its embedding to its head, and PEFT's head has no rows then."""
     from adapterkit.core.weights.layers import weight_reader
 
     assert state.names.model is not None
@@ -274,23 +275,22 @@ def _followers(state: MergeState) -> dict[str, str]:
 
 
 def _is_input(state: MergeState, name: str) -> bool:
-    """Whether a parameter is the input embedding's: trained rows there are the head's too, those of
-    the head its own."""
+    """Return whether a parameter is the input embedding's. Rows trained there also apply to the
+    head; rows trained at the head apply to the head only."""
     assert state.names.model is not None
     model: Any = state.names.model.model
     return model.get_submodule(name.rpartition(".")[0]) is model.get_input_embeddings()
 
 
 def _is_saved(state: MergeState, name: str) -> bool:
-    """Whether the new value is a module of its own in the trained model (modules_to_save), no
+    """Return whether the new value is a separate module in the trained model (modules_to_save), no
     longer the shared one."""
     change = state.changes[name]
     return change.value is not None and state.adapter(change.value_from).saves(name)
 
 
 def _are_equal(state: MergeState, names: Iterable[str], sides: Sides) -> bool:
-    """Whether the names are changed in the same way, by the values, whatever a config says of
-    them."""
+    """Compare the changes of the names by their values, whatever the config says."""
     first, *others = (sides[name] for name in names)
     return all(_equal_changes(state, first, other) for other in others)
 
@@ -317,8 +317,8 @@ def _equal_changes(state: MergeState, one: Change, other: Change) -> bool:
 
 
 def _equal_additions(state: MergeState, one: Factors, other: Factors) -> bool:
-    """Whether two additions are the same: equal scales, weights of directions and, element by
-    element, factors; those of an embedding are stored transposed."""
+    """Return whether two additions are the same: scales, weights of directions and all elements of
+    the factors are equal. An embedding's factors are stored transposed."""
     if one is other:
         return True
     if HANDOFF_FOLDER in (one.a.folder, other.a.folder):
@@ -338,7 +338,7 @@ def _equal_additions(state: MergeState, one: Factors, other: Factors) -> bool:
 
 
 def _are_transposes(state: MergeState, one: TensorSpec, other: TensorSpec) -> bool:
-    """Whether two matrices of adapters are each other's transpose, bit for bit."""
+    """Return whether two matrices of adapters are each other's transpose, bit for bit."""
     if one.dtype != other.dtype or len(one.shape) != 2 or one.shape != other.shape[::-1]:
         return False
     width = f"u{one.nbytes // math.prod(one.shape)}"
@@ -362,8 +362,8 @@ def _set_all(state: MergeState, group: tuple[str, ...], change: Change) -> None:
 
 
 def _foldable(state: MergeState, names: list[str]) -> bool:
-    """Whether one weight can take all the changes. New values of modules_to_save cannot be folded:
-    PEFT has two weights then."""
+    """Return whether one weight can take all the changes. New values of modules_to_save cannot be
+    folded, because PEFT has two weights then."""
     changes = [state.changes[name] for name in names]
     valued = [change for change in changes if change.value is not None]
     rows = [index for change in changes for _, indices in change.rows for index in indices]
@@ -371,7 +371,7 @@ def _foldable(state: MergeState, names: list[str]) -> bool:
         return False
     weights = {pair for change in changes for pair in change.weights.items()}
     if state.methods and len(weights) > len(dict(weights)):
-        return False  # one adapter has several
+        return False  # one adapter has several weights
     return all(state.same_bytes(valued[0].value, change.value) for change in valued)
 
 
@@ -390,11 +390,10 @@ def _sum(state: MergeState, changed: list[str]) -> Change:
 
 
 def _untie(state: MergeState, unequal: dict[tuple[str, ...], Sides]) -> None:
-    """Turn the config's switch off, and write every parameter that this releases, also those that
-    no adapter changes.
+    """Turn the config's switch off, and write every parameter that this releases, including
+    parameters that no adapter changes.
 
-    Which ones are released is read off the model itself, built with the changed config.
-    """
+    To find them, the model is built with the changed config."""
     assert state.names.model is not None
     for config in _untied_configs(state.config):
         model, ties = state.names.model.with_config(config)
@@ -434,7 +433,7 @@ def _refuse_untying(state: MergeState, groups: Iterable[tuple[str, ...]], reason
 
 
 def _set_one(state: MergeState, name: str, change: Change | None) -> None:
-    """Change one name alone; it becomes a tensor of its own if the base does not store it."""
+    """Change one name only; it becomes a separate tensor if the base does not store it."""
     parameter = state.names.parameter(name)
     assert parameter is not None and state.names.model is not None
     state.changes.pop(name, None)
@@ -455,8 +454,8 @@ def _set_one(state: MergeState, name: str, change: Change | None) -> None:
 
 
 def _split(group: tuple[str, ...], ties: dict[str, tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The names of a group by parameter under these ties; the one that a file stores first in
-    each."""
+    """The names of a group by parameter under these ties, each with the name that a file stores
+    first."""
     parameters: dict[frozenset[str], list[str]] = {}
     for name in group:
         parameters.setdefault(frozenset((name, *ties.get(name, ()))), []).append(name)
@@ -464,7 +463,8 @@ def _split(group: tuple[str, ...], ties: dict[str, tuple[str, ...]]) -> list[tup
 
 
 def _untied_configs(config: dict) -> Iterator[dict]:
-    """The config with the switch off where it has one, then with it off in every sub-config too."""
+    """Yield the config with the switch off at the top level, then with it off in every sub-config
+    too."""
     for everywhere in (False, True):
         changed = deepcopy(config)
         changed[SWITCH] = False

@@ -1,4 +1,4 @@
-"""Comparisons of stored values, in blocks, before a plan exists."""
+"""Compare stored values in blocks, before a plan exists."""
 
 import math
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ BLOCK = 4 << 20  # elements compared at a time
 
 
 def differing_rows(one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSpec]) -> int:
-    """In how many rows two stored tensors of one shape differ, the wider one rounded to the other's
-    dtype. A tensor without axes is one row."""
+    """The number of rows in which two stored tensors of one shape differ, the wider one rounded to
+    the other's dtype. A tensor without axes has one row."""
     counts = [0, 0]
     for a, b in _blocks(one, other):
         for i, unequal in enumerate((a != b.to(a.dtype), b != a.to(b.dtype))):
@@ -35,7 +35,7 @@ def relative_difference(one: tuple[Folder, TensorSpec], other: tuple[Folder, Ten
 def decoded_difference(
     one: tuple[Folder, TensorSpec], other: tuple[Folder, QuantizedWeight]
 ) -> float:
-    """‖one - other‖ / ‖one‖ of two tensors of one shape, the other one as it decodes."""
+    """‖one - other‖ / ‖one‖ of two tensors of one shape, with the other one decoded."""
     (folder, spec), (other_folder, weight) = one, other
     parts = read_parts(weight, partial(_read, other_folder))
     grid = math.prod(weight.shape[:-1]), weight.shape[-1]
@@ -61,7 +61,7 @@ def _relative(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
 def _blocks(
     one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSpec]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of both, some at a time; none of tensors without elements."""
+    """Yield blocks of rows of both; none for tensors without elements."""
     shape = one[1].shape
     grid = shape[0] if shape else 1, math.prod(shape[1:])
     for first, last in row_ranges(*grid, BLOCK) if grid[1] else ():
@@ -72,7 +72,7 @@ def _blocks(
 def equal_values(
     sides: tuple[Checkpoint, Checkpoint], old: StoredParameter, new: StoredParameter
 ) -> bool:
-    """Whether two parameters have the same values, or one side's are the other's rounded to its
+    """Return whether two parameters have the same values, or one has the other's rounded to its
     dtype."""
     if old.shape != new.shape:
         return False

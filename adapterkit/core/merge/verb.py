@@ -1,4 +1,4 @@
-"""merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
+"""Merge adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -56,7 +56,7 @@ WRITTEN_TYPES = (
 
 @record
 class PlainMergeOptions(ModuleFilters, MethodOptions):
-    """How adapters become part of any base."""
+    """Options of merges into any base."""
 
     dtype: str | None = dtype_option(
         "Dtype of the floating-point tensors (default: the base's dtypes)."
@@ -94,14 +94,14 @@ class PlainMergeOptions(ModuleFilters, MethodOptions):
 
 
 def _methods() -> list[str]:
-    """Those that need nothing but the adapters."""
+    """Names of the methods that need only the adapters."""
     known = declarations("combinations").items()
     return [name for name, one in known if one.constants["acts_on"] != "covariances"]
 
 
 @record
 class QuantizedMergeOptions(OptionRecord):
-    """How changed weights are rounded, and quantized ones written."""
+    """Options of rounding changed weights, and of writing quantized ones."""
 
     section = QUANTIZED
 
@@ -121,7 +121,7 @@ class QuantizedMergeOptions(OptionRecord):
 
 @record
 class MethodMergeOptions(OptionRecord):
-    """How the deltas of several adapters are combined, with other values for some modules."""
+    """Options of combining the deltas of several adapters, with other values for some modules."""
 
     section = SEVERAL
     needs = dict.fromkeys(("density", "majority", "settings"), "method")
@@ -151,7 +151,7 @@ class MethodMergeOptions(OptionRecord):
 
 @record
 class GgufMergeOptions(OptionRecord):
-    """How the tensors of a GGUF model are written, and what lies beside the file."""
+    """Options of writing a GGUF model's tensors and the files next to it."""
 
     section = GGUF
 
@@ -171,7 +171,7 @@ class GgufMergeOptions(OptionRecord):
 
 @record
 class ImageMergeOptions(OptionRecord):
-    """Which weights of an image model are meant, and how much each of its blocks gets."""
+    """Options of an image model: the variant of its weights, and factors for its blocks."""
 
     section = IMAGES
 
@@ -201,7 +201,7 @@ class MergeOptions(
     QuantizedMergeOptions,
     PlainMergeOptions,
 ):
-    """How adapters become part of a base."""
+    """All options of `merge`."""
 
 
 @record
@@ -209,46 +209,46 @@ class Merge(WritingVerb, MergeOptions):
     """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a), each weight
     rounded once.
 
-    `base` and each adapter are a folder, a file or a Hub id, `base` also a pipeline of diffusers,
-    whose parts each get their share (`PART:PATH` says for which one an adapter is). An adapter may
-    carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping `{path: 0.7}`. Writes
-    the folder `out`: a complete checkpoint in the base's own layout with a receipt
-    (`adapterkit.json`); of a base in one file (GGUF, an image or video model) the file `out`, its
-    receipt beside it. Arithmetic is float32, float64 for weights that are written in float32.
-    Returns the receipt, or with `dry_run` the plan. Raises `Refused` before anything is written and
-    `Failed` after; see the errors' texts for the way out.
+    `base` and each adapter are a folder, a file or a Hub id. `base` may also be a diffusers
+    pipeline, whose components each get their share (`PART:PATH` assigns an adapter to a component).
+    An adapter may carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping `{path:
+    0.7}`. Writes the folder `out`: a complete checkpoint in the base's own layout with a receipt
+    (`adapterkit.json`). For a single-file base (GGUF, an image or video model), `out` is a file
+    with its receipt next to it. Arithmetic is float32; float64 for weights that are written in
+    float32. Returns the receipt, or with `dry_run` the plan. Raises `Refused` before anything is
+    written and `Failed` after; the error's text has a hint.
 
     With `method` the deltas are combined as `combine` does, and added without a refit:
-    W' = round(W + method(w₁Δ₁, w₂Δ₂, ...)), dense deltas in float32; of a module that only some
-    adapters have, their deltas. `density_for` has other densities for modules. DoRA, biases of
-    factors and regmean need the other way: combine, then merge.
+    W' = round(W + method(w₁Δ₁, w₂Δ₂, ...)), with full deltas in float32. If only some adapters have
+    a module, their deltas are combined. `density_for` sets other densities for modules. For DoRA,
+    biases of factors and regmean, combine first, then merge.
 
-    `weight_for` has other weights for modules, of a pipeline with the part's name in front, `lbw`
-    factors of the weight for the blocks of an image model: a list of numbers as
-    sd-webui-lora-block-weight's, its preset, `FILE:NAME` of a file of presets, or the settings of
-    diffusers' `set_adapters` or prefixes of names as ComfyUI's, as JSON or a file of it.
+    `weight_for` sets other weights for modules; in a pipeline, prefix them with the component's
+    name. `lbw` gives factors of the weight for the blocks of an image model: a list of numbers as
+    in sd-webui-lora-block-weight, one of its presets, `FILE:NAME` of a file of presets, or the
+    settings of diffusers' `set_adapters` or ComfyUI's prefixes of names, as JSON or a JSON file.
     `weights` is a file of weights (docs/which-weights.md), one for each adapter, module or singular
-    triplet of a module's delta; the adapters are those of the file and may be left out.
+    triplet of a module's delta. It names the adapters, so you may leave them out.
 
-    `rounding="stochastic"` rounds changed weights up or down at random, so that on average the
-    whole delta stays, where nearest swallows what is below half a step; the draws depend on `seed`,
-    the tensor and the element alone. `rounding="compensated"` carries the rounding error of each
-    input of a changed linear layer into the inputs that follow, so that ‖(W' - Q) C^½‖_F is small
-    (GPTQ, arXiv:2210.17323); `stats` is the file with `<module>.covariance`, C = E[x xᵀ], of these
-    layers. Scales are those of rounding to nearest, and what is no linear layer is rounded so.
+    `rounding="stochastic"` rounds changed weights up or down at random, so that the whole delta is
+    kept on average; rounding to nearest loses changes below half a step. The draws depend on
+    `seed`, the tensor and the element only. `rounding="compensated"` carries the rounding error of
+    each input of a changed linear layer into the inputs that follow, so that ‖(W' - Q) C^½‖_F is
+    small (GPTQ, arXiv:2210.17323). `stats` is the file with `<module>.covariance`, C = E[x xᵀ], of
+    these layers. The scales are those of rounding to nearest, and other weights than linear layers'
+    are rounded to nearest.
 
-    The copies of the base's embeddings that PEFT stores beside their factors are compared with the
-    base: equal ones change nothing, others are refused unless `base_copies` says which counts,
-    "ignore" (the base's own weight) or "adapter" (the copy, as in PEFT).
+    PEFT stores copies of the base's embeddings with their factors. They are compared with the base:
+    equal ones change nothing, others are refused unless `base_copies` says which counts, "ignore"
+    (the base's own weight) or "adapter" (the copy, as in PEFT).
 
-    `fail_below` is the share of the change that the median of the changed tensors has to keep:
-    where rounding keeps less, the merge fails before anything is published. Without it the
-    receipt's `warnings` say what is lost.
+    `fail_below` is the share of the change that the median of the changed tensors has to keep. If
+    rounding keeps less, the merge fails before anything is published. Without it, the receipt's
+    `warnings` say how much is lost.
 
-    Unlike PEFT's `merge_and_unload` several adapters are added before the one rounding, tied
+    Unlike PEFT's `merge_and_unload`, several adapters are added before a single rounding, tied
     embeddings that only one side changes are untied, attention's `out_proj` gets its delta once,
-    and anything unknown is an error; `compat="peft"` keeps PEFT's roundings and order.
-    """
+    and anything unknown is an error. `compat="peft"` keeps PEFT's roundings and order."""
 
     tier = "core"
     planner = "core.merge.plan:plan_merge_of"
@@ -298,7 +298,7 @@ class Merge(WritingVerb, MergeOptions):
         return dataclasses.replace(plan, warn=partial(plan.warn, fail_below=self.fail_below))
 
     def check(self, plan: "Plan") -> Callable[[Path], object] | None:
-        """Recomputes rows of the finished folder, where that is asked for."""
+        """Recompute rows of the finished folder, if `verify` is set."""
         return load("core.verify.row_checks:RowCheck")(plan) if self.verify else None
 
 
