@@ -1,2 +1,1 @@
-"""What stored bytes mean: which stored tensors hold a parameter of the loaded model, which slice of
-it, in which orientation."""
+"""Map the loaded model's parameters to stored tensors: which tensor, slice and orientation."""

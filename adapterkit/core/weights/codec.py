@@ -1,5 +1,4 @@
-"""Quantized weights: one weight held by several stored tensors, treated as the weight that they
-decode to."""
+"""Quantized weights: one weight stored as several tensors, handled as the weight they decode to."""
 
 from __future__ import annotations
 
@@ -28,27 +27,26 @@ Parts = dict[str, Tensor]  # stored tensors by key
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight(TensorSpec):
-    """One quantized weight among a checkpoint's tensors; a codec is a subclass with a `name`, one
-    for each format.
+    """One quantized weight among a checkpoint's tensors. Each format is a subclass (a codec) with a
+    `name`.
 
-    `key`, `shape` and `dtype` are those of the weight in the model without quantization, `dtype`
-    what its library computes in; `file`, `start`, `stop` and `folder` those of the tensor of codes.
-    It is never read as bytes.
-    """
+    `key`, `shape` and `dtype` are those of the weight in the model without quantization; `dtype` is
+    the one its library computes in. `file`, `start`, `stop` and `folder` are those of the tensor of
+    codes. The weight is never read as bytes."""
 
     name: ClassVar[str]
     tier: ClassVar[Tier] = STABLE
     methods: ClassVar[tuple[str, ...]]  # values of a config's quant_method
     targets: ClassVar[tuple[str, ...]] = ()  # values of `quantize --to`
-    # the same for image models in one file
+    # values of `quantize --to` for single-file image models
     image_targets: ClassVar[tuple[str, ...]] = ()
-    # classes of modules whose weights it can hold
+    # classes of modules whose weights it can store
     modules: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
     # whether its loader accepts stacks of experts that are not quantized
     allows_plain_experts: ClassVar[bool] = True
-    # whether its encoder takes the scales of least error, of which two may be as good
+    # whether its encoder searches the scales of least error; two may be equally good
     searches_scales: ClassVar[bool] = False
-    # files beside config.json that say that a folder is quantized
+    # files next to config.json that declare a folder as quantized
     files: ClassVar[tuple[str, ...]] = ()
 
     parts: tuple[TensorSpec, ...]  # the stored tensors, the codes first
@@ -56,7 +54,7 @@ class QuantizedWeight(TensorSpec):
 
     @classmethod
     def of(cls, parts: Iterable[TensorSpec], **fields: Any) -> Self:
-        """The record of a weight of these stored tensors, the codes first."""
+        """The record of a weight stored in these tensors, the codes first."""
         parts = tuple(parts)
         codes = parts[0]
         fields |= {"start": codes.start, "stop": codes.stop, "folder": codes.folder}
@@ -64,13 +62,13 @@ class QuantizedWeight(TensorSpec):
 
     @classmethod
     def encoding(cls, weight: PlainWeight, parts: Iterable[TensorSpec], **fields: object) -> Self:
-        """The record of a weight that is to be quantized into these tensors."""
+        """The record of a weight that will be quantized into these tensors."""
         own = {"key": weight.key, "dtype": weight.dtype, "shape": weight.shape}
         return cls.of(parts, **own | fields)
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
-        """The weights of this format in a checkpoint; what is wrong with some of them joins
+        """The weights of this format in a checkpoint; problems with some of them join
         `scan.errors`."""
         raise NotImplementedError
 
@@ -78,8 +76,8 @@ class QuantizedWeight(TensorSpec):
     def for_encoding(
         cls, target: str, weight: PlainWeight, options: Json
     ) -> QuantizedWeight | None:
-        """The record of a weight that is to be quantized; None if its shape, or its name in the
-        file, does not allow it."""
+        """The record of a weight that will be quantized; None if its shape or its key does not
+        allow it."""
         raise NotImplementedError
 
     @classmethod
@@ -89,17 +87,17 @@ class QuantizedWeight(TensorSpec):
 
     @classmethod
     def replaces(cls, name: str, module: torch.nn.Module) -> bool:
-        """Whether its loader replaces a module that is no linear layer, unless the config excludes
-        it."""
+        """Return whether the format's loader replaces a module that is not linear, unless the
+        config excludes it."""
         return False
 
     @property
     def format(self) -> str:
-        """What reports call its format."""
+        """The format's name in reports."""
         return self.name
 
     def types_written(self, touched_as: str | None) -> tuple[str, ...]:
-        """What its values are stored as once they change."""
+        """The types in which changed values may be stored."""
         return (self.name,)
 
     @property
@@ -113,25 +111,25 @@ class QuantizedWeight(TensorSpec):
 
     @property
     def read_only(self) -> str | None:
-        """Why it cannot be written, if it cannot."""
+        """The reason why it cannot be written, or None."""
         return None
 
     def contradiction(self, stored: Parts) -> tuple[str, str] | None:
-        """What a part says that the record does not, and what it was to say: of parts that planning
-        does not read in every folder."""
+        """A value of a part that contradicts the record, and the expected one; or None. It concerns
+        parts that planning does not read in every folder."""
         return None
 
     def values(self, stored: Parts) -> list[Tensor]:
-        """Its parts, in their order: the codes, most often their scales, and others."""
+        """Its parts in order: the codes, usually their scales, and others."""
         return [stored[part.key] for part in self.parts]
 
     def out_in(self, weight: Tensor) -> Tensor:
-        """The weight as its matrix (out, in), or that as the model keeps it."""
+        """The matrix (out, in) of a weight in the model's orientation, or the inverse."""
         return (weight.T if self.transposed else weight).contiguous()
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Its shape with the last axes as one."""
+        """Its shape with all axes after the first as one."""
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
@@ -139,11 +137,11 @@ class QuantizedWeight(TensorSpec):
         return dtypes.torch_dtype(self.parts[0].dtype)
 
     def stored_scale(self, stored: Parts | None) -> Tensor | None:
-        """Its second part, where it is stored."""
+        """Its second part, if it is stored."""
         return stored[self.parts[1].key] if stored else None
 
     def as_parts(self, *tensors: Tensor) -> Parts:
-        """New values of its first parts, by key and of their shapes."""
+        """New values of its first parts by key, in their shapes."""
         specs = self.parts[: len(tensors)]
         return {one.key: value.view(one.shape) for one, value in zip(specs, tensors, strict=True)}
 
@@ -156,20 +154,20 @@ class QuantizedWeight(TensorSpec):
     ) -> Parts:
         """The parts, by key, of a new value of the weight (float32, of `shape`), with new scales.
 
-        Of a stored weight, those that change. Without draws a format may keep scales that do. With
-        draws every format keeps its scales, except of blocks that lose less with new ones, and
-        codes are sampled from the two neighbors: a value that does not change keeps its bytes. A
-        draw belongs to an element of the weight ((out, in); of stacks as they are), so rows may be
-        encoded alone, with draws that begin at them.
+        For a stored weight, only the parts that change. Without draws a format may keep scales.
+        With draws every format keeps its scales, except in blocks that lose less with new ones, and
+        codes are sampled from the two neighbors: an unchanged value keeps its bytes. A draw belongs
+        to an element of the weight ((out, in); stacks as they are), so rows may be encoded alone,
+        with draws that start at them.
 
-        `Refused` while planning, by `check_writable`, for formats that are only read."""
+        Formats that are only read are refused while planning, by `check_writable`."""
         raise NotImplementedError
 
     def encode_keeping_scales(
         self, stored: Parts, weight: Tensor, draws: Draws | None = None
     ) -> Parts:
-        """All parts of a new value of a stored weight. Parts that `encode` does not return stay,
-        such as the scale of a layer's inputs."""
+        """All parts of a new value of a stored weight. Parts that `encode` does not return are
+        kept, such as the scale of a layer's inputs."""
         return stored | self.encode(weight, stored, draws)
 
     def grid(self, stored: Parts) -> Grid:
@@ -177,36 +175,37 @@ class QuantizedWeight(TensorSpec):
         raise NotImplementedError
 
     def column_rounder(self, stored: Parts) -> RoundColumn:
-        """Rounds columns of a matrix, seen as (out, in), to nearest with the scales of its parts.
-
-        `encode_rounded` encodes what it gave."""
+        """A function that rounds columns of a matrix, seen as (out, in), to nearest with the scales
+        of its parts. `encode_rounded` encodes the result."""
         return self.grid(stored).round_column
 
     def encode_rounded(self, stored: Parts, weight: Tensor, draws: Draws | None = None) -> Parts:
-        """All parts of values with the scales that are there: of what can be stored with these, or
-        sampled."""
+        """All parts of values, with the existing scales; the values are representable with these,
+        or sampled."""
         return self.encode_keeping_scales(stored, weight, draws or Draws(0))
 
     @property
     def rows_per_block(self) -> int | None:
-        """Rows of a matrix (the last two axes) that decode and encode without the others, as any
-        number of such blocks does; the last may be short. None if only the whole weight does."""
+        """The number of rows of a matrix (the last two axes) that decode and encode independently,
+        as any number of such blocks does; the last may be short. None if only the whole weight
+        does."""
         return None
 
     @property
     def row_width(self) -> int:
-        """How many values are encoded side by side."""
+        """The number of values that are encoded together in a row."""
         return self.shape[-1]
 
     @property
     def row_axes(self) -> dict[int, tuple[int, int, int]]:
-        """Of each part that rows do not share, by number: the axis of its matrix along which rows
-        lie, and how many elements of that hold how many rows, (0, 1, 8) for eight in each."""
+        """The layout of each part that rows do not share, by its number: (the axis of the part's
+        matrix that counts rows, elements along it, rows in these elements). For example, (0, 1, 8)
+        is eight rows in each element."""
         raise NotImplementedError
 
     def row_views(self, stored: Parts, matrix: int, first: int, last: int) -> Parts:
-        """Views of the parts of rows [first, last), whole blocks, of one of its matrices, without
-        parts that all rows share."""
+        """Views of the parts for rows [first, last) of one matrix, in whole blocks, without parts
+        that all rows share."""
         views = {}
         for number, (axis, count, rows) in self.row_axes.items():
             key = self.parts[number].key
@@ -217,18 +216,19 @@ class QuantizedWeight(TensorSpec):
         return views
 
     def split_nested(self, stored: Parts) -> tuple[QuantizedWeight, Parts]:
-        """The weight without what spans its blocks, such as quantized scales: a record, and its
-        parts."""
+        """The weight without parts that span its blocks, such as quantized scales: a record, and
+        its parts."""
         return self, stored
 
     def join_nested(self, stored: Parts) -> Parts:
-        """The inverse of `split_nested`, of new parts."""
+        """The inverse of `split_nested`, for new parts."""
         return stored
 
     def row_ranges(self, elements: int) -> Iterator[tuple[int, int]]:
-        """Ranges of rows (all axes but the last as one) for `rows`, in order: of about that many
-        elements, a block at least, the first one the largest; one range if the rows need each
-        other."""
+        """Yield ranges of rows for `rows` in order (all axes except the last as one).
+
+        Each has about `elements` elements, at least a block; the first is the largest. Yield one
+        range if the rows depend on each other."""
         count, each = math.prod(self.shape[:-1]), self.rows_per_block
         if each is None or count == 0:
             yield 0, count
@@ -240,7 +240,7 @@ class QuantizedWeight(TensorSpec):
 
     def rows(self, stored: Parts, first: int, last: int) -> tuple[QuantizedWeight, Parts]:
         """One range of `row_ranges` as a weight: the record of a matrix of these rows, and its
-        parts, views of those in `stored` unless rows share them."""
+        parts, as views of `stored` unless rows share them."""
         if (first, last) == (0, math.prod(self.shape[:-1])):
             return self, stored
         matrix, first_row = divmod(first, self.shape[-2])
@@ -250,12 +250,12 @@ class QuantizedWeight(TensorSpec):
 
 
 def stored_parts(spec: TensorSpec) -> tuple[TensorSpec, ...]:
-    """The stored tensors that hold a tensor."""
+    """The stored tensors of a tensor: several for a quantized weight."""
     return spec.parts if isinstance(spec, QuantizedWeight) else (spec,)
 
 
 def read_parts(weight: QuantizedWeight, read: Callable[[TensorSpec], Tensor]) -> Parts:
-    """The parts of a stored weight by key; `Unrecoverable` where they contradict its record."""
+    """The parts of a stored weight by key; `Unrecoverable` if they contradict its record."""
     stored = {part.key: read(part) for part in weight.parts}
     found = weight.contradiction(stored)
     if found is not None:
@@ -276,8 +276,8 @@ def decode_checked(
     stored: Parts,
     hint: str = "keep it as floats with --skip, or choose another format",
 ) -> Tensor:
-    """The weight in float32; `Unrecoverable` if it is not finite, as at the edge of what a scale
-    can hold."""
+    """The weight in float32; `Unrecoverable` if it is not finite, for example at the limit of a
+    scale."""
     value = weight.decode(stored)
     if not all_finite(value):
         raise Unrecoverable(
@@ -291,7 +291,7 @@ def decode_checked(
 
 
 def pair_in(value: object) -> tuple[int, int] | None:
-    """Two sizes in a config, both above 0; None where it has something else."""
+    """Two positive sizes in a config; None for any other value."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         return None
     first, second = value
@@ -300,19 +300,19 @@ def pair_in(value: object) -> tuple[int, int] | None:
 
 
 def blocks_in(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """How many blocks with one scale a matrix has, down and across; the last may be short."""
+    """The number of blocks with one scale in a matrix, down and across; the last may be short."""
     return tuple(math.ceil(n / size) for n, size in zip(shape, block, strict=True))
 
 
 def shapes_of_scales(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes in which the scales of so many blocks may be stored."""
+    """The shapes in which the scales of a grid of blocks may be stored."""
     if grid == (1, 1):
         return [grid, (), (1,)]
     return [grid, grid[:1]] if grid[1] == 1 else [grid]
 
 
 def check_block_size(size: int, known: Sequence[int]) -> None:
-    """`Refused` for another number of values with one scale than a format knows."""
+    """Refuse a block size that the format does not know."""
     if size not in known:
         raise Refused(
             f"--block-size {size} is not possible",
@@ -324,7 +324,7 @@ def check_block_size(size: int, known: Sequence[int]) -> None:
 
 
 def check_writable(weights: list[QuantizedWeight], where: str) -> list[AdapterkitError]:
-    """`Refused` for weights of formats that are only read."""
+    """Refusals of weights in formats that are only read."""
     errors = Problems(where=where, code="AK404")
     for reason in dict.fromkeys(weight.read_only for weight in weights if weight.read_only):
         keys = [weight.key for weight in weights if weight.read_only == reason]
@@ -338,40 +338,40 @@ def check_writable(weights: list[QuantizedWeight], where: str) -> list[Adapterki
 
 @dataclass(frozen=True)
 class QuantizedModules:
-    """Which modules of a model are quantized, as its config has to say."""
+    """The quantized modules of a model, as its config has to list them."""
 
     packed: dict[str, QuantizedWeight]  # by module
-    # modules that are not quantized though the loader would; None if it knows by itself
+    # modules to exclude because the loader would quantize them; None if it excludes them itself
     skipped: list[str] | None
-    others: list[str]  # all linear layers that are not quantized, of derived classes too
+    others: list[str]  # all linear layers that are not quantized, also of derived classes
 
 
 @dataclass(frozen=True)
 class PlainWeight:
-    """A float weight that is to be quantized."""
+    """A float weight that will be quantized."""
 
     key: str
     shape: tuple[int, ...]  # (out, in)
     dtype: str
     transposed: bool = False  # it is stored (in, out)
-    upcast: bool = False  # transformers makes it float32 before it quantizes
+    upcast: bool = False  # transformers casts it to float32 before it quantizes
 
     @property
     def model_shape(self) -> tuple[int, ...]:
-        """As the model keeps it."""
+        """The shape in the model."""
         return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def has_weight_name(self) -> bool:
-        """Whether it is stored under its module's `weight`: else transformers renames its scales as
-        the weight, and loses them."""
+        """True if it is stored under its module's `weight`. For other names, transformers renames
+        its scales as it does the weight, and loses them."""
         return self.key.endswith(".weight")
 
     def sibling(self, leaf: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-        """A new tensor beside the weight, in its module."""
+        """A new tensor next to the weight, in its module."""
         return replace(self, key=self.key.removesuffix("weight")).part(leaf, dtype, shape)
 
     def part(self, ending: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-        """A new tensor under the weight's key and an ending; it is in no file yet."""
+        """A new tensor with the weight's key and an ending; it is in no file yet."""
         size = dtypes.size(dtype, math.prod(shape))
         return TensorSpec(self.key + ending, dtype, shape, "", 0, size)

@@ -1,5 +1,5 @@
-"""A quantized checkpoint as the plain one that it decodes to, and as codecs see it, which look for
-their weights in it."""
+"""View a quantized checkpoint as the float checkpoint that it decodes to. Codecs look for their
+weights in a `CheckpointScan`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,18 @@ from adapterkit.core.weights.detect import (
 )
 from adapterkit.core.weights.names import Names
 
-CODES = ("U8", "I8", "I32", *PACKED)  # dtypes of tensors that no plain model has as matrices
+CODES = ("U8", "I8", "I32", *PACKED)  # dtypes that matrices of float models never have
 # bytes; a weight's larger scales are checked when they are decoded, not while planning
 MAX_CHECKED = 1 << 20
 NUMBER = re.compile(r"\d+")
 
 
 def decoded_view(base: Checkpoint) -> Checkpoint:
-    """The checkpoint with a `QuantizedWeight` in place of the tensors that hold it, and a config
-    without quantization; the same object if nothing is quantized.
+    """The checkpoint with a `QuantizedWeight` instead of the tensors of each, and a config without
+    quantization; the same object if nothing is quantized.
 
-    `Refused` or `Damaged`, all at once, for unknown formats, missing siblings, shapes that do not
-    fit, scales that are not finite.
-    """
+    Raises `Refused` or `Damaged`, all at once, for unknown formats, missing siblings, shapes that
+    do not fit, and scales that are not finite."""
     if quantization_evidence(base.config, base.tensors) is None:
         return base
     settings = base.config.get("quantization_config")
@@ -74,7 +73,7 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
 
 
 def _note_duplicates(scan: CheckpointScan, weights: list[QuantizedWeight]) -> None:
-    """Weights that are stored twice: as floats too, or in two formats."""
+    """Note weights that are stored twice: as floats too, or in two formats."""
     codes: dict[str, str] = {}
     for weight in weights:
         parts, plain = {part.key for part in weight.parts}, scan.base.tensors
@@ -93,8 +92,7 @@ def _note_duplicates(scan: CheckpointScan, weights: list[QuantizedWeight]) -> No
 
 
 def _note_unclaimed(scan: CheckpointScan, weights: list[QuantizedWeight]) -> None:
-    """Tensors that look like codes and that no codec claimed, in a checkpoint where others were
-    claimed."""
+    """Note tensors that look like codes and that no codec claimed, if codecs claimed others."""
     for key, spec in scan.tensors.items() if weights and not scan.errors else ():
         # old attention masks are called bias
         if spec.dtype in CODES and len(spec.shape) > 1 and not key.endswith("bias"):
@@ -112,19 +110,20 @@ def quantized_weights(tensors: Mapping[str, TensorSpec]) -> list[QuantizedWeight
 
 
 def quantization_files(tensors: Mapping[str, TensorSpec]) -> set[str]:
-    """Names of files that say that these tensors are quantized, and mean nothing beside floats."""
+    """Names of files that declare these tensors as quantized, and have no meaning for floats."""
     return {name for weight in quantized_weights(tensors) for name in weight.files}
 
 
 @dataclass
 class CheckpointScan:
-    """A quantized checkpoint as codecs see it, and the errors that they note."""
+    """A quantized checkpoint for codecs to search, with the errors that they note."""
 
     base: Checkpoint
     settings: Json  # the config's quantization_config
-    tensors: dict[str, TensorSpec]  # that no codec has claimed yet
+    tensors: dict[str, TensorSpec]  # tensors that no codec has claimed yet
     errors: Problems
-    _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)  # whether above 0
+    # (scale, whether it must be above 0)
+    _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)
     _cache: dict[str, bytes] = field(default_factory=dict)  # fetched tensors by key
     _alike: dict[tuple, bytes] = field(default_factory=dict)  # the first tensor of each kind
 
@@ -133,12 +132,12 @@ class CheckpointScan:
         return str(self.settings.get("quant_method") or "").lower()
 
     def with_ending(self, ending: str) -> list[tuple[str, TensorSpec]]:
-        """The tensors with keys of that ending, each after its key without it."""
+        """The tensors whose keys have that ending, each with its key without it."""
         found = (item for item in self.tensors.items() if item[0].endswith(ending))
         return [(key.removesuffix(ending), spec) for key, spec in found]
 
     def present(self, start: str, endings: Iterable[str]) -> list[TensorSpec]:
-        """Those of the tensors `start + ending` that are there."""
+        """The tensors `start + ending` that exist."""
         keys = (start + ending for ending in endings)
         return [self.tensors[key] for key in keys if key in self.tensors]
 
@@ -149,7 +148,7 @@ class CheckpointScan:
         return Names(replace(self.base, config=config), build_model=True)
 
     def model_name(self, module: str) -> str:
-        """The loaded model's name of the module whose weight is stored under `module.weight`."""
+        """The module's name in the loaded model; its weight is stored under `module.weight`."""
         model = self.names.model
         if model is None:
             return module
@@ -157,8 +156,8 @@ class CheckpointScan:
 
     @property
     def compute_dtype(self) -> str:
-        """The model's dtype by its config (header name); if that does not say, F16 beside tensors
-        that are, else BF16."""
+        """The model's dtype by its config (header name). If it has none, the more frequent of F16
+        and BF16 among the tensors."""
         dtype = self.base.config.get("dtype") or self.base.config.get("torch_dtype")
         return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."), self._usual_dtype)
 
@@ -189,30 +188,30 @@ class CheckpointScan:
         return fits
 
     def is_scaled_for_inputs(self, key: str) -> bool:
-        """Whether a tensor of that name says so of a weight; then an error is noted."""
+        """Return whether a tensor of that name marks a weight as scaled for its inputs, which is
+        noted as an error."""
         if key in self.tensors:
             problem = f"{shown(key)}: a weight scaled for its inputs"
             self.errors.add(problem, "weights as the model has them", code="AK202")
         return key in self.tensors
 
     def fetch(self, specs: Iterable[TensorSpec]) -> None:
-        """Read tensors for `read` and `read_json`, in a few reads of each file; where reads are not
-        free, only those of files in which they lie together."""
+        """Read tensors for `read` and `read_json`, in a few reads of each file. For a remote
+        folder, only those of files that store them together."""
         read = read_small(self.base.folder, specs, None if self.reads_freely else FEW)
         self._cache |= {spec.key: bytes(data) for spec, data in read}
 
     def read(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> np.ndarray:
-        """The value of a small stored tensor among these; `fetch` first if there are many.
+        """The value of one of these small stored tensors; call `fetch` first for many.
 
-        Where reads are not free, what was not fetched is taken to be as in the first weight of its
-        kind: keys that differ in numbers only, and dtypes and shapes that do not differ. Weights
-        that are decoded are checked then (`read_parts`).
-        """
+        In a remote folder, a tensor that was not fetched is assumed to equal that of the first
+        weight of its kind: keys that differ in numbers only, with equal dtypes and shapes. Decoding
+        checks it later (`read_parts`)."""
         return array_of(self._bytes(spec, next_to), spec.dtype).reshape(spec.shape)
 
     def read_json(self, spec: TensorSpec, next_to: Sequence[TensorSpec]) -> Json:
-        """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, if it
-        is none."""
+        """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, for
+        other values."""
         try:
             value = nested_json(self._bytes(spec, next_to))
         except ValueError:
@@ -234,22 +233,21 @@ class CheckpointScan:
         return self._alike[kind]
 
     def check_finite(self, *scales: TensorSpec, positive: bool = False) -> None:
-        """Have `check_scales` check scales: finite (0 is legal: a block of zeros has it), or also
-        above 0."""
+        """Register scales that `check_scales` has to find finite, or also above 0. 0 is legal,
+        because a block of zeros has it."""
         self._scales += [(spec, positive) for spec in scales if spec.nbytes <= MAX_CHECKED]
 
     @property
     def reads_freely(self) -> bool:
-        """Whether a read of each weight costs little: of a folder that is not local it would be a
-        request, most for weights that no job touches."""
+        """True if a read of each weight costs little. In a remote folder each would be a request,
+        mostly for weights that no job changes."""
         return isinstance(self.base.folder, LocalFolder)
 
     def check_scales(self) -> None:
-        """Note an error for each scale that is NaN or infinite; U8 are exponents, 255 NaN.
+        """Note an error for each scale that is NaN or infinite. U8 scales are exponents, and 255 is
+        NaN.
 
-        Where reads are not free none is made; weights that are decoded are checked then
-        (`decode_checked`).
-        """
+        Remote folders are not read; decoding checks their weights later (`decode_checked`)."""
         if not self.reads_freely:
             return
         positive = {spec.key for spec, positive in self._scales if positive}
@@ -262,8 +260,8 @@ class CheckpointScan:
 
 
 def array_of(data: bytes | memoryview, dtype: str) -> np.ndarray:
-    """The values of stored bytes, of a dtype in `dtypes.NUMBERS` or of 8 bits; without torch, which
-    takes longer to load than a plan takes."""
+    """The values of stored bytes, of a dtype in `dtypes.NUMBERS` or of 8 bits. It works without
+    torch, whose import takes longer than a plan."""
     if dtype in dtypes.CODES:
         return np.frombuffer(data, f"<{dtypes.CODES[dtype]}")
     if dtype == "BF16":

@@ -1,5 +1,4 @@
-"""Telling a quantized checkpoint from a plain one, by its config and by the scale tensors beside
-its weights."""
+"""Detect quantized checkpoints by their config and by scale tensors next to their weights."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,13 +29,13 @@ SIBLINGS = {
     ":qdata": "torchao",
 }
 QUANTIZED_METADATA = ("_quantization_metadata", "tensor_names")  # of ComfyUI, of torchao
-PAIRS = {"_blocks": ("_scales", "MXFP4")}  # a common ending, a sign only beside the other one
+PAIRS = {"_blocks": ("_scales", "MXFP4")}  # a common ending counts only with the other one
 PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
 
 
 def check_not_quantized(base: Checkpoint, hint: str = "") -> None:
-    """`Refused` if weights are quantized in a way that was not decoded: a delta added to their
-    bytes would be silently wrong."""
+    """Refuse weights that are quantized and were not decoded, because adding a delta to their bytes
+    would give silently wrong values."""
     evidence = quantization_evidence(base.config, base.tensors)
     if evidence is not None:
         out = "floats" if getattr(base.folder, "single", None) is None else "floats.safetensors"
@@ -78,13 +77,13 @@ def without_quantization(config: dict) -> Json:
 
 
 def is_of_comfyui(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
-    """Whether a file has quantized weights as ComfyUI has them, but for casts."""
+    """Return whether a file has ComfyUI's quantized weights, other than casts."""
     next_to = any(key.endswith((".comfy_quant", ".scale_weight")) for key in keys)
     return next_to or QUANTIZED_METADATA[0] in metadata
 
 
 def metadata_of_floats(metadata: Mapping[str, str]) -> dict[str, str]:
-    """A header's metadata without what torchao and ComfyUI say in it of quantized tensors."""
+    """A header's metadata without torchao's and ComfyUI's entries for quantized tensors."""
     is_quantized = lambda key, text: key in QUANTIZED_METADATA or '"_type"' in text
     return {key: text for key, text in metadata.items() if not is_quantized(key, text)} or {
         "format": "pt"
@@ -92,7 +91,7 @@ def metadata_of_floats(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _by_config(config: dict) -> str | None:
-    """A config's setting of quantization, or one of its sub-configs' (a text model inside a vision
+    """A config's quantization setting, or that of a sub-config (a text model inside a vision
     model)."""
     for key in CONFIG_KEYS:
         value: Any = config.get(key)

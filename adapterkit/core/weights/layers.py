@@ -1,6 +1,9 @@
-"""Layers of a model: of which kind each is, which are linear (they multiply their inputs by their
-weight and add their bias, and nothing else), and on which PEFT's factors would be refused, or would
-not act, because the code around them reads their weights itself."""
+"""Classify layers of a model: their kind, whether they are linear, and whether PEFT's factors act
+on them.
+
+A linear layer multiplies its inputs by its weight, adds its bias, and does nothing else. PEFT
+refuses factors on some layers; on others they have no effect, because the code around the layer
+reads its weight itself."""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.core.weights.names import Names
 
 ATTENTION = "MultiheadAttention"  # torch's: multiplies by its projections' weights itself
-# PEFT refuses factors on two layers of these; a third one a fused kernel's path passes by
+# PEFT refuses factors on two layers of these; a fused kernel bypasses those of a third one
 MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBAS_REFUSED = ("out_proj", "conv1d")
 MAMBAS_SPARED = (*MAMBAS_REFUSED, "x_proj")
@@ -32,7 +35,7 @@ ASKED = [
     (name,)
     for name in ("stride", "kernel_size", "padding", "dilation", "in_channels", "out_channels")
 ]
-GIVEN, FACTOR = "given", "factor"  # to a function; of a product
+GIVEN, FACTOR = "given", "factor"  # as a function's argument, or as a product's factor
 # transformers' groups of conversions -> ends of names that PEFT takes for their stacks of experts,
 # wherever a module of that name is
 PEFT_EXPERTS = {
@@ -43,7 +46,7 @@ _SMALL = (15, (3, 5)), (3, (3,)), (40, (2, 4, 5))  # sizes of a weight, a bias a
 
 
 def kind_of(host: torch.nn.Module) -> str | None:
-    """The kind of layer that a module is, None for one that takes no factors."""
+    """The kind of layer that a module is; None for one that takes no factors."""
     if is_conv1d(host):
         return "conv1d"
     if isinstance(host, torch.nn.Embedding):
@@ -60,18 +63,18 @@ def kind_of(host: torch.nn.Module) -> str | None:
 
 
 def is_conv1d(host: torch.nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D."""
+    """Return whether a module is transformers' Conv1D."""
     return type(host).__name__ == "Conv1D" and hasattr(host, "nf")
 
 
 def is_linear(module: torch.nn.Module) -> bool:
-    """Whether a module is a Linear, one of its subclasses that computes the same (a router, say,
-    does not), or GPT-2's Conv1D."""
+    """Return whether a module is GPT-2's Conv1D, a Linear, or a subclass that computes the same.
+    For example, a router does not."""
     return linear_class(module) is not None
 
 
 def linear_class(module: torch.nn.Module) -> str | None:
-    """ "Linear" or "Conv1D", which one a module computes as; None for another one."""
+    """The class that a module computes as, "Linear" or "Conv1D"; None for another one."""
     if isinstance(module, torch.nn.Linear):
         cls = type(module)
         is_plain = cls.forward is torch.nn.Linear.forward
@@ -82,8 +85,8 @@ def linear_class(module: torch.nn.Module) -> str | None:
 
 
 def is_odd_linear(module: torch.nn.Module) -> bool:
-    """Whether a module of a model's own class is a Linear by its weight only: a router that gives a
-    tuple, a product for each group. Quantized layers are no model's."""
+    """Return whether a module of a model's own class is a Linear by its weight only: a router that
+    returns a tuple, or a product for each group. Quantized layers do not count."""
     of_model = type(module).__module__.startswith("transformers.models.")
     return of_model and isinstance(module, torch.nn.Linear) and not is_linear(module)
 
@@ -92,7 +95,7 @@ _COMPUTES: dict[type, bool] = {}
 
 
 def _computes_as_linear(cls: type, module: torch.nn.Linear) -> bool:
-    """Whether a class's own forward gives x @ Wᵀ + bias: it is asked, with small values."""
+    """Return whether a class's own forward gives x @ Wᵀ + bias, by running it on small values."""
     if cls not in _COMPUTES:
         _COMPUTES[cls] = _is_product(cls, module)
     return _COMPUTES[cls]
@@ -111,14 +114,15 @@ def _is_product(cls: Any, module: torch.nn.Linear) -> bool:
         with torch.no_grad():
             y = cls.forward(probe, x)
         return torch.allclose(y, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-5)
-    except Exception:  # it wants more than an input, or other sizes, or gives no tensor
+    except Exception:  # it needs more inputs or other sizes, or returns no tensor
         return False
 
 
 def is_bypassed(names: Names, module: str) -> bool:
-    """Whether PEFT refuses factors on a layer, or the code around it multiplies by its weight
-    itself, past any factors, or asks a convolution for its stride or sizes, which PEFT's wrapper
-    does not have."""
+    """Return whether factors on a layer would be refused by PEFT or have no effect.
+
+    The code around a layer may multiply by its weight itself. Or it reads a convolution's stride or
+    sizes, which PEFT's wrapper does not have."""
     parent, _, leaf = module.rpartition(".")
     if names.base.config.get("model_type") in MAMBAS and leaf in MAMBAS_SPARED:
         return True
@@ -127,8 +131,8 @@ def is_bypassed(names: Names, module: str) -> bool:
 
 
 def weight_reader(names: Names, module: str) -> str | None:
-    """The class around a module that multiplies by its weight itself, past any factors; None if it
-    calls the module, or is torch's attention, whose factors PEFT puts on both projections."""
+    """The class around a module that multiplies by its weight itself, bypassing factors. None if it
+    calls the module, or is torch's attention, because PEFT puts factors on both its projections."""
     parent, _, leaf = module.rpartition(".")
     around = names.classes(parent)
     is_attention = any(cls.__name__ == ATTENTION for cls in around)
@@ -136,15 +140,16 @@ def weight_reader(names: Names, module: str) -> str | None:
 
 
 def reader_of(around: tuple[type, ...], leaf: str, model_type: str | None = None) -> str | None:
-    """The first of the classes around a child of that name, where their code multiplies by its
-    weight itself, as it does in models of some types; None if it calls the child."""
+    """The first of the classes around a child of that name whose code multiplies by its weight
+    itself, as in models of some types; None if it calls the child."""
     is_mamba = model_type in MAMBAS and leaf in MAMBAS_REFUSED
     return around[0].__name__ if is_mamba or reads_weight(around, leaf) else None
 
 
 def looks_up_otherwise(classes: tuple[type, ...]) -> bool:
-    """Whether a class of embeddings does more in its forward than take rows, or scale them
-    (embed_scale): a delta of its weight is none of its output, as PEFT's factors are."""
+    """Return whether a class of embeddings does more in its forward than take rows or scale them
+    (embed_scale). Then neither a delta of its weight nor PEFT's factors are a delta of its
+    output."""
     if not any(
         cls.__name__ == "Embedding" and cls.__module__.startswith(LIBRARIES) for cls in classes
     ):
@@ -156,15 +161,15 @@ def looks_up_otherwise(classes: tuple[type, ...]) -> bool:
 
 
 def is_taken_for_experts(model_type: str | None, module: str) -> bool:
-    """Whether PEFT, where a layer of that name is among the target modules, targets stacks of
-    experts instead. It does not do so with the layer's weight among the target parameters."""
+    """Return whether PEFT targets stacks of experts instead of a layer of that name among the
+    target modules. It does not do so for the layer's weight among the target parameters."""
     return module.rpartition(".")[2] in names_of_experts(model_type)
 
 
 @cache
 def names_of_experts(model_type: str | None) -> tuple[str, ...]:
-    """Ends of names that PEFT 0.21 turns into those of experts' parameters, shared experts and
-    dense layers included, whose factors it then leaves out silently."""
+    """Ends of names that PEFT 0.21 turns into those of experts' parameters. This includes shared
+    experts and dense layers, whose factors it then leaves out silently."""
     if model_type is None:
         return ()
     from transformers import conversion_mapping
@@ -176,19 +181,21 @@ def names_of_experts(model_type: str | None) -> tuple[str, ...]:
 
 @cache
 def _is_read(around: tuple[type, ...], leaf: str, convolution: bool) -> bool:
-    """Whether the code of these classes uses more of a child of that name than its forward."""
+    """Return whether the code of these classes uses more of a child of that name than its
+    forward."""
     if reads_weight(around, leaf):
         return True
     uses = _uses_of(around, leaf)
     asked = any(use.after(leaf)[:1] in ASKED for use in uses)
-    # by a function that is given it
+    # a function that gets the child may read it
     return asked or (convolution and any(use.path[-1] == leaf and use.how == GIVEN for use in uses))
 
 
 @cache
 def reads_weight(around: tuple[type, ...], leaf: str) -> bool:
-    """Whether the code of these classes multiplies by the weight of a child of that name itself,
-    and does not call the child; even where it calls it, if one path is a product with it."""
+    """Return whether the code of these classes multiplies by the weight of a child of that name
+    itself, and does not call the child. One path with such a product is enough, even if another
+    calls it."""
     if any(cls.__name__ == ATTENTION for cls in around):
         return True
     uses = [use for use in _uses_of(around, leaf) if "weight" in use.after(leaf)[:1]]
@@ -200,8 +207,8 @@ def reads_weight(around: tuple[type, ...], leaf: str) -> bool:
 
 @cache
 def reads_value(around: tuple[type, ...], path: tuple[str, ...], owner: tuple[type, ...]) -> bool:
-    """Whether the code of these classes reads a value at that path below them, such as
-    ("conv1d", "bias"), itself or by a method of its owner, and not the owner's forward alone."""
+    """Return whether the code of these classes reads a value at that path below them, such as
+    ("conv1d", "bias"), directly or by a method of its owner other than the forward."""
     if len(path) == 2 and any(cls.__name__ == ATTENTION for cls in around):
         return True
     if any(use.reads(path) for use in _uses_of(around, *path)):
@@ -210,8 +217,9 @@ def reads_value(around: tuple[type, ...], path: tuple[str, ...], owner: tuple[ty
 
 
 def _calls_reader(around: tuple[type, ...], leaf: str, owner: tuple[type, ...], value: str) -> bool:
-    """Whether the code of these classes calls a child of that name by a method other than its
-    forward, and the child's code reads the value: no call of the child surrounds that."""
+    """Return whether the code of these classes calls a method of a child of that name, other than
+    its forward, and the child's code reads the value. Wrapping the child's call cannot intercept
+    that."""
     own = [cls for cls in owner if not cls.__module__.startswith(GENERAL)]
     if not any({value, "forward"} & _attributes(cls) for cls in own):  # super's may read it
         return False
@@ -226,19 +234,19 @@ def _calls_reader(around: tuple[type, ...], leaf: str, owner: tuple[type, ...], 
 
 @dataclass(frozen=True)
 class AttributeAccess:
-    """What code does with an attribute of an attribute: self.conv1d.weight.squeeze(1) calls
-    ("conv1d", "weight", "squeeze")."""
+    """Use of an attribute of an attribute: self.conv1d.weight.squeeze(1) calls ("conv1d", "weight",
+    "squeeze")."""
 
     path: tuple[str, ...]
     how: str
-    starts: bool  # whether it is in code that gives a model its first values, or ties them
+    starts: bool  # whether the code initializes or ties weights
 
     def after(self, name: str) -> tuple[str, ...]:
-        """What follows a name."""
+        """The names after a name."""
         return self.path[self.path.index(name) + 1 :] if name in self.path else ()
 
     def reads(self, path: tuple[str, ...]) -> bool:
-        """Whether it is the value at that path, and more than its shape or dtype."""
+        """Return whether it reads the value at that path, and not only its shape or dtype."""
         ends = (i + len(path) for i in range(len(self.path) - len(path) + 1))
         return not self.starts and any(
             self.path[end - len(path) : end] == path and self.path[end : end + 1] not in PASSIVE
@@ -247,9 +255,9 @@ class AttributeAccess:
 
 
 def _uses_of(around: tuple[type, ...], *names: str) -> list[AttributeAccess]:
-    """The uses of attributes of these names in the code of classes, torch's own and bases of all
-    models left out."""
-    # to read the source of a model's classes takes half a second
+    """The uses of attributes of these names in the code of classes, except torch's and the bases of
+    all models."""
+    # reading the source of a model's classes takes half a second
     own = [cls for cls in around if not cls.__module__.startswith(GENERAL)]
     named = (cls for cls in own if {*names} <= _attributes(cls))
     return [use for cls in named for use in _uses(cls) if {*names} & {*use.path}]
@@ -257,7 +265,7 @@ def _uses_of(around: tuple[type, ...], *names: str) -> list[AttributeAccess]:
 
 @cache
 def _uses(cls: type) -> tuple[AttributeAccess, ...]:
-    """All uses of attributes in a class's own code; none where there is no source."""
+    """All uses of attributes in a class's own code; none if there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
@@ -283,7 +291,7 @@ def _found(node: ast.AST, how: str, starts: bool) -> Iterator[AttributeAccess]:
 
 
 def _role(node: ast.AST, field: str) -> str:
-    """What a node does with what is in one of its fields."""
+    """The role that a node gives to the contents of one of its fields."""
     if isinstance(node, ast.Call) and field == "args":
         return GIVEN
     return FACTOR if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult) else ""

@@ -1,8 +1,7 @@
-"""What transformers' loader does not find in a checkpoint, and makes up at random.
+"""Find the parameters that transformers' loader misses in a checkpoint and initializes at random.
 
-Only the model knows it, whose code takes seconds to import. Names and shapes alone tell whether
-something is missing of a stack of equal layers, which is what `looks_whole` looks at.
-"""
+Only the model's code lists its parameters, and it takes seconds to import. Names and shapes alone
+show whether a stack of equal layers is complete; `looks_whole` checks that."""
 
 import re
 from collections.abc import Collection
@@ -24,20 +23,20 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Gaps:
-    """What the loader of a class does not find in a checkpoint, by the parameters' names."""
+    """The parameters that the loader of a class misses in a checkpoint, by name."""
 
     base: str
     class_name: str
-    backbone: str  # the class without the head, where nothing but the head is missing
-    stored: frozenset[str]  # patterns of the names of stored parameters: # for numbers
-    count: int  # of all parameters
+    backbone: str  # the class without the head, if only the head is missing
+    stored: frozenset[str]  # patterns of the names of stored parameters, with # for numbers
+    count: int  # number of all parameters
     missing: tuple[str, ...]
     misshapen: dict[str, tuple[Shape, Shape]]  # stored, the model's
     failed: dict[str, AdapterkitError]  # conversions
-    unused: tuple[str, ...]  # keys that are no parameter's
+    unused: tuple[str, ...]  # keys without a parameter
 
     def without(self, names: Collection[str]) -> "Gaps":
-        """These gaps but for parameters that come from elsewhere."""
+        """These gaps except parameters that come from elsewhere."""
         missing = tuple(name for name in self.missing if name not in names)
         misshapen = {name: both for name, both in self.misshapen.items() if name not in names}
         return replace(self, missing=missing, misshapen=misshapen)
@@ -48,7 +47,7 @@ class Gaps:
         return tuple(name for name in self.missing if NUMBER.sub("#", name) in self.stored)
 
     def errors(self) -> list[AdapterkitError]:
-        """Each kind of gap as a problem."""
+        """A problem for each kind of gap."""
         errors = Problems(
             list({str(e): e for e in self.failed.values()}.values()),
             where=self.base,
@@ -92,7 +91,7 @@ def find_gaps(model: "Skeleton") -> Gaps:
     """The gaps of a checkpoint for a class."""
     ignored = model.model._keys_to_ignore_on_load_missing
     known = re.compile("|".join(f"({pattern})" for pattern in ignored)) if ignored else None
-    # all names of one parameter by the first
+    # the first name of each parameter, by its other names
     groups = {
         name: next(n for n in model.state if n in {name, *others})
         for name, others in model.tied.items()
@@ -106,7 +105,7 @@ def find_gaps(model: "Skeleton") -> Gaps:
             if shape != wanted and not parameter.is_alias:
                 misshapen[name] = (shape, wanted)
         elif (
-            value.is_floating_point()  # others are counted, not drawn
+            value.is_floating_point()  # integers are counters, which are not initialized at random
             and name not in model.unreadable
             and not (known and known.search(name))
             and groups.get(name, name) == name
@@ -134,7 +133,7 @@ def find_gaps(model: "Skeleton") -> Gaps:
 
 
 def gaps_of(base: Checkpoint) -> Gaps:
-    """The gaps of a checkpoint for the class that it says; `Refused` where nobody knows them."""
+    """The gaps of a checkpoint for the class in its config; `Refused` if that is unknown."""
     from adapterkit.core.weights.skeleton import Skeleton
 
     classes = [str(name) for name in base.config.get("architectures") or ()]
@@ -144,8 +143,8 @@ def gaps_of(base: Checkpoint) -> Gaps:
 
 
 def looks_whole(base: Checkpoint) -> bool:
-    """Whether keys are names, all layers have the same, as many as the config says, and beside them
-    stand a norm, an embedding and, unless tied, a head."""
+    """Return whether keys are names, all layers have the same ones, their number is the config's,
+    and the other keys include a norm, an embedding and, unless tied, a head."""
     config = base.config
     stacks: dict[str, dict[int, set[str]]] = {}  # by the names before the number
     others: list[Shape] = []
@@ -161,7 +160,7 @@ def looks_whole(base: Checkpoint) -> bool:
     counts = {config.get(name) for name in LAYER_COUNTS} - {None}
     embeddings = sum(shape[:1] == (config.get("vocab_size"),) for shape in others)
     return (
-        prefix.count(".") <= 2  # none was put before the names
+        prefix.count(".") <= 2  # no prefix was added to the names
         and counts == {len(layers)}
         and sorted(layers) == list(range(len(layers)))
         and all(names == layers[0] for names in layers.values())

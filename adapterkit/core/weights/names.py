@@ -1,10 +1,9 @@
-"""Names of the loaded model's parameters, and the stored tensors that hold them.
+"""Look up names of the loaded model's parameters, and the tensors that store them.
 
 An adapter names modules of the loaded model; a checkpoint's keys can differ (renames, experts
-stored one by one, fused projections). Most often they are the same, and then nothing is imported.
-Where they may not be, the model is built on the meta device (`Skeleton`), and transformers' own
-conversion tables say which stored tensors make which parameter.
-"""
+stored one by one, fused projections). Usually they are the same, and then nothing is imported. If
+they may differ, the model is built on the meta device (`Skeleton`), and transformers' own
+conversion tables give the stored tensors of each parameter."""
 
 import importlib.util
 import re
@@ -32,18 +31,17 @@ HEADS = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-LANGUAGE = "language_model."  # where it is a part of a model that sees
+LANGUAGE = "language_model."  # its prefix in a vision-language model
 IN_PROJ = re.compile(r"(?<=\.in_proj)\.(weight|bias)$")  # parameters of MultiheadAttention itself
 TRANSPOSED = "Conv1D"  # GPT-2's linear layer, whose weight is (in, out)
 
 
 def plain_names(config: dict) -> bool:
-    """Whether transformers' sources prove that a model's keys are its parameters' names and no
-    layer is transposed.
+    """Return whether transformers' sources prove that a model's keys are its parameters' names and
+    no layer is transposed.
 
     Two files are read as text, not imported: the conversion tables, which would name the model type
-    or the architecture, and the model's own code, which would name `Conv1D`.
-    """
+    or the architecture, and the model's own code, which would name `Conv1D`."""
     types = set(_model_types(config))
     package = _transformers_folder()
     if not types or package is None:
@@ -58,15 +56,15 @@ def plain_names(config: dict) -> bool:
 
 
 def mentions_weight(config: dict, module: str) -> bool:
-    """Whether the code of a model's types has the weight of a module of that name, beside a call
-    of it or without; the files are not imported."""
+    """Return whether the code of a model's types uses the weight of a module of that name, whether
+    or not it also calls it. The files are not imported."""
     weight = re.compile(rf"\.{re.escape(module.rpartition('.')[2])}\.weight\b")
     return any(weight.search(_code(kind)) for kind in _model_types(config))
 
 
 @cache
 def _code(model_type: str) -> str:
-    """The text of transformers' modeling files for a model type; empty where there are none."""
+    """The text of transformers' modeling files for a model type; empty if there are none."""
     package = _transformers_folder()
     if package is None or not re.fullmatch(r"[\w-]{1,100}", model_type, re.ASCII):
         return ""
@@ -89,20 +87,19 @@ def _model_types(config: dict) -> list[str]:
 
 @dataclass
 class Names:
-    """Looks up the parameters of the model that a checkpoint is loaded as.
+    """Look up the parameters of the model that a checkpoint is loaded as.
 
-    `wanted`, the parameters that an adapter names, and `task`, what it was trained for, tell which
-    class of the architecture's family its names belong to (a base saved without a head is often
-    trained with one).
-    """
+    `wanted` are the parameters that an adapter names, `task` is the one it was trained for. They
+    select the class of the architecture's family, because a base saved without a head is often
+    trained with one."""
 
     base: Checkpoint
     wanted: tuple[str, ...] = ()
     task: str | None = None
-    trained_class: str | None = None  # auto_mapping's, looked up in transformers and nowhere else
+    trained_class: str | None = None  # auto_mapping's, looked up in transformers only
     build_model: bool = False  # even if all names match directly: for ties, classes, orientations
     notes: list[str] = field(default_factory=list)
-    text_only: bool = False  # the base is the language model of a model that may see, too
+    text_only: bool = False  # the base is the language model of a possible vision-language model
     of_diffusers: bool = False  # models of diffusers are built, too
     whole: bool = False  # stored names are the model's: it is built for other names, and for layers
 
@@ -113,7 +110,7 @@ class Names:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether transformers' sources prove that keys are names and no layer is transposed."""
+        """True if transformers' sources prove that keys are names and no layer is transposed."""
         return plain_names(self.base.config)
 
     @cached_property
@@ -124,12 +121,12 @@ class Names:
 
     @property
     def needs_model(self) -> bool:
-        """Whether names do not match directly, or more than names is asked."""
+        """True if names do not match directly, or the caller needs more than names."""
         direct = all(name in self.base.tensors for name in self.wanted)
         return not direct or self.build_model or not self.plain
 
     def _skeleton(self) -> "Skeleton | None":
-        """The candidate class that has the most of the wanted parameters."""
+        """The candidate class with the most wanted parameters."""
         from adapterkit.core.weights.skeleton import Skeleton
 
         if not (self.base.config.get("model_type") or self._diffusers_class()):
@@ -167,8 +164,7 @@ class Names:
     def parameter(self, name: str) -> Parameter | None:
         """The parameter of that name, or None. A stored key of exactly that name counts as one.
 
-        `Refused` if it is stored through a conversion that does more than move elements.
-        """
+        `Refused` if it is stored through a conversion that does more than move elements."""
         is_stored = self.whole and name in self.base.tensors
         if not is_stored and self.model is not None:
             if name in self.model.unreadable:
@@ -178,7 +174,8 @@ class Names:
         spec = self.base.tensors.get(name)
         if spec is not None:
             return Parameter(name, spec.shape, (identity_slot(name, spec.shape),))
-        if slots := known_slots(self.base).get(name):  # of a layer that the model has otherwise
+        # a layer that the model has in another form
+        if slots := known_slots(self.base).get(name):
             return Parameter(name, extent(slots), slots)
         own = IN_PROJ.sub(r"_\1", name)
         if own in self.base.tensors:
@@ -194,11 +191,11 @@ class Names:
         return self.base.tensors if model is None else model.parameters
 
     def module(self, name: str) -> "nn.Module | None":
-        """A module of the model; None if there is none, or the model was not built."""
+        """A module of the model; None if it does not exist, or the model was not built."""
         return None if self.model is None else self.model.module(name)
 
     def classes(self, module: str) -> tuple[type, ...]:
-        """A module's class and those that it is derived from; none if it is not known."""
+        """A module's class and its bases; none if it is not known."""
         layer = self.module(module)
         return () if layer is None else type(layer).__mro__
 
@@ -209,12 +206,11 @@ class Names:
     def transposed(
         self, module: str, *, fan_in_fan_out: bool = False, square: bool = False, where: str = ""
     ) -> bool:
-        """Whether a layer's weight is stored (in, out): by its class.
+        """Return whether a layer's weight is stored (in, out), by its class.
 
-        Of a model that transformers does not know, an adapter's `fan_in_fan_out` says it. That
-        holds for the whole model, beside whose transposed layers others may stand: `Refused` for a
-        `square` weight, whose shape does not tell.
-        """
+        For a model that transformers does not know, an adapter's `fan_in_fan_out` decides. That
+        setting is one for the whole model, which may mix both layouts. Therefore a `square` weight,
+        whose shape fits both, is refused."""
         if self.plain:
             return False
         if classes := self.classes(module):
@@ -231,11 +227,11 @@ class Names:
         return fan_in_fan_out
 
     def transposed_experts(self, module: str) -> bool:
-        """Whether the matrices of a module's stacks are (in, out), as its class says."""
+        """Return whether the matrices of a module's stacks are (in, out), by its class."""
         return bool(getattr(self.module(module), "is_transposed", False))
 
     def groups(self, module: str) -> int:
-        """A convolution's groups; 1 if it is not known."""
+        """The number of groups of a convolution; 1 if it is not known."""
         return int(getattr(self.module(module), "groups", 1))
 
     def children(self, module: str) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Parameters of the loaded model, put together from slots: where each lies in stored tensors."""
+"""Assemble parameters of the loaded model from slots, which map them to stored tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Positions = range | np.ndarray
 
 
 def taken(tensor: Tensor, positions: Positions | tuple[int, ...], axis: int) -> Tensor:
-    """The entries at these positions of an axis; a view where they are consecutive."""
+    """The entries at these positions of an axis; a view if they are consecutive."""
     if isinstance(positions, range) and positions.step == 1:
         return tensor.narrow(axis, positions.start, len(positions))
     index = torch.from_numpy(np.asarray(positions, dtype=np.int64))
@@ -47,18 +47,18 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A part of a parameter as it is stored: parameter[axes.at] == stored[axes.of], the axes
-    permuted as `axes` says."""
+    """A piece of a parameter as it is stored: parameter[axes.at] == stored[axes.of], with the axes
+    permuted by `axes`."""
 
     key: str
-    # the stored tensor's, as the slot's axes count it (a convolution may be seen as a matrix)
+    # the stored tensor's shape for the slot's axes (a convolution may be a matrix)
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]  # one per axis of the parameter
 
     @property
     def is_whole(self) -> bool:
-        """Whether the slot is all of the stored tensor, in its own order, from the parameter's
-        beginning on: all of the parameter if that has no other slot."""
+        """True if the slot is the complete stored tensor, in its order, from the parameter's start.
+        Without other slots it is then the complete parameter."""
         return len(self.shape) == len(self.axes) and all(
             a.axis == i and a.at == 0 and isinstance(a.of, range) and a.of == range(n)
             for i, (a, n) in enumerate(zip(self.axes, self.shape, strict=True))
@@ -67,7 +67,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class SlottedCheckpoint(Checkpoint):
-    """A checkpoint that knows where parameters lie of which transformers' loader makes none."""
+    """A checkpoint with its own slots, for parameters that transformers' loader does not make."""
 
     slots: Mapping[str, tuple[Slot, ...]] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ def known_slots(checkpoint: Checkpoint) -> Mapping[str, tuple[Slot, ...]]:
 
 
 def extent(slots: tuple[Slot, ...]) -> tuple[int, ...]:
-    """The shape of the parameter that these slots make."""
+    """The shape of the parameter that consists of these slots."""
     return tuple(
         max(axis.stop for axis in axes) for axes in zip(*(s.axes for s in slots), strict=True)
     )
@@ -102,22 +102,22 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
-    tied: tuple[str, ...] = ()  # other parameters of the model that are this one
+    tied: tuple[str, ...] = ()  # the model's other names of this parameter
     is_alias: bool = False  # the file has it under a tied name only
 
     @property
     def is_whole(self) -> bool:
-        """Whether one stored tensor is the parameter, in its own order, and nothing else."""
+        """True if the parameter is one complete stored tensor, in its order."""
         return len(self.slots) == 1 and self.slots[0].is_whole
 
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """A parameter, or a part of one, with the stored tensors of its slots by key."""
+    """A parameter, or a piece of one, with the stored tensors of its slots by key."""
 
     parameter: Parameter = field(hash=False)
     tensors: dict[str, TensorSpec] = field(hash=False)
-    transposed: bool = False  # a layer's weight that the model keeps (in, out)
+    transposed: bool = False  # a layer's weight that the model stores (in, out)
 
     @classmethod
     def of(
@@ -129,7 +129,7 @@ class StoredParameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the model has it."""
+        """The shape in the model."""
         return self.parameter.shape
 
     @property
@@ -143,7 +143,7 @@ class StoredParameter:
 
     @property
     def specs(self) -> list[TensorSpec]:
-        """One for each slot."""
+        """The stored tensor of each slot."""
         return [self.tensors[slot.key] for slot in self.parameter.slots]
 
     @property
@@ -153,20 +153,20 @@ class StoredParameter:
 
     @property
     def is_one_tensor(self) -> bool:
-        """Whether it is one stored tensor, in its own order and shape."""
+        """True if it is one stored tensor, in its own order and shape."""
         return self.parameter.is_whole and self.specs[0].shape == self.shape
 
     @property
     def widest(self) -> torch.dtype:
-        """The dtype that holds every value that it is stored in."""
+        """The dtype that represents every value of its stored dtypes."""
         return reduce(torch.promote_types, map(dtypes.torch_dtype, sorted(self.dtypes)))
 
     def native(self, read: Callable[[TensorSpec], Tensor]) -> Tensor:
-        """The value as the model has it, in `widest`; `read` gives stored tensors."""
+        """The value as in the model, in `widest`; `read` returns stored tensors."""
         return self._joined(lambda spec: read(spec).to(self.widest))
 
     def read(self, reader: TensorReader) -> Tensor:
-        """The value as the model has it."""
+        """The value as in the model."""
         return self._joined(reader.tensor)
 
     def _joined(self, read: Callable[[TensorSpec], Tensor]) -> Tensor:
@@ -225,7 +225,7 @@ class StoredParameter:
         return row_ranges(count, math.prod(self.shape[1:]), elements)
 
     def same_storage(self, other: StoredParameter) -> bool:
-        """Whether equal stored bytes mean equal values."""
+        """Return whether equal stored bytes mean equal values."""
         slots, others = self.parameter.slots, other.parameter.slots
         if not all(map(_is_plain, self.specs + other.specs)) or len(slots) != len(others):
             return False
@@ -249,12 +249,12 @@ def _in_place(stored: Tensor, slot: Slot) -> Tensor:
 
 
 def _is_plain(spec: TensorSpec) -> bool:
-    """Whether its bytes are its elements: it is not quantized."""
+    """Return whether the bytes are the elements, because the tensor is not quantized."""
     return type(spec) is TensorSpec
 
 
 def _has_rows(slot: Slot) -> bool:
-    """Whether the parameter's rows are rows of the stored tensor, or its stack's items."""
+    """Return whether the parameter's rows are rows of the stored tensor, or items of its stack."""
     axis = slot.axes[0]
     return axis.axis is None or (
         axis.axis == 0 and isinstance(axis.of, range) and axis.of.step == 1

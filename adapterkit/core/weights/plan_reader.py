@@ -1,4 +1,4 @@
-"""Reads stored tensors while a job is planned, of files on the Hub no more than their ranges."""
+"""Read stored tensors while a job is planned; from files on the Hub, only their ranges."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from adapterkit.core.checkpoint.reader import read_small
 from adapterkit.core.errors import Damaged, Unrecoverable, shown
 from adapterkit.core.lazy import Tensor
 
-READ_ALONG = 4 << 20  # bytes of one request for factors: the next ones that are asked for follow
+READ_ALONG = 4 << 20  # bytes of one request for factors, because the next reads are adjacent
 
 
 class PlanReader:
-    """Reads stored tensors while a conversion is planned: alphas, and factors where the shapes of
-    the output depend on their values. Of a file on the Hub these ranges only."""
+    """A reader of stored tensors for planning a conversion: alphas, and factors whose values
+    determine the output's shapes. From files on the Hub it reads only these ranges."""
 
     def __init__(self, folders: Sequence[Folder]):
         self.folders = folders
@@ -44,14 +44,14 @@ class PlanReader:
         return data[spec.start - first : spec.stop - first]
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        """The tensor in its own dtype. `Damaged` at the end of the file, `Unrecoverable` if it is
-        not finite."""
+        """The tensor in its own dtype. `Damaged` if the file ends early, `Unrecoverable` if a value
+        is not finite."""
         value = dtypes.tensor_of(bytearray(self._stored(spec)), spec.dtype, spec.shape)
         self._check_finite(spec, spec.dtype not in dtypes.FLOATS or bool(value.isfinite().all()))
         return value
 
     def number(self, spec: TensorSpec) -> float:
-        """The one number of a tensor, of a dtype in `dtypes.NUMBERS`, likewise."""
+        """The single number of a tensor, of a dtype in `dtypes.NUMBERS`; errors as for `tensor`."""
         value = dtypes.number_of(bytes(self._stored(spec)), spec.dtype)
         self._check_finite(spec, math.isfinite(value))
         return value

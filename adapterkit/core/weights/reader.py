@@ -1,4 +1,4 @@
-"""How computations read their inputs, whatever engine runs them."""
+"""Interfaces by which computations read their inputs, for every engine."""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class TensorReader(Protocol):
-    """What reads whole tensors, in one dtype or as they are stored: all that putting parameters,
-    factors and expressions together takes."""
+    """A reader of whole tensors, in one dtype or as stored. It suffices to assemble parameters,
+    factors and expressions."""
 
     def tensor(self, spec: TensorSpec) -> "Tensor":
-        """The whole tensor, decoded if it is quantized, on `device`; the caller's own.
+        """The whole tensor, decoded if it is quantized, on `device`; the caller may change it.
 
-        `Unrecoverable` if it is not finite, but where reports are made of it."""
+        `Unrecoverable` if it is not finite, except for reports."""
         ...
 
 
@@ -35,35 +35,36 @@ class Reader(TensorReader, Protocol):
 
     @property
     def dtype(self) -> "torch.dtype | None":
-        """What the arithmetic runs in: float32 or float64. None: each tensor's own; float32 for
+        """The dtype of the arithmetic: float32 or float64. None: each tensor's own, and float32 for
         quantized weights."""
         ...
 
     def view(
         self, dtype: "torch.dtype | None", blocks: "Callable[[], Blocks] | None" = None
     ) -> "Reader":
-        """The same inputs in another dtype; `blocks`: of the tensor that edits read by blocks,
-        where it is decoded elsewhere."""
+        """The same inputs in another dtype; `blocks`: of the tensor that edits read by blocks, if
+        it is decoded elsewhere."""
         ...
 
     def bytes(self, spec: TensorSpec) -> bytearray:
-        """The stored bytes, whatever they are; not of a quantized weight."""
+        """The stored bytes; not for a quantized weight."""
         ...
 
     def rows(self, spec: TensorSpec, grid: tuple[int, int], first: int, last: int) -> "Tensor":
         """Rows [first, last) of a tensor as a grid (rows, columns), in `dtype`, on `device`, finite
-        or not; not of a quantized weight."""
+        or not; not for a quantized weight."""
         ...
 
     def blocks(self, spec: TensorSpec, grid: tuple[int, int]) -> "Blocks":
-        """(first row, rows) over the whole grid in order: what `rows` gives, some at a time."""
+        """Yield (first row, rows) over the whole grid in order, as `rows` returns them, some at a
+        time."""
         ...
 
     def shared(self, spec: TensorSpec, cut: "Cut") -> "Tensor":
-        """cut(the stored tensor), computed once for all who ask soon after each other; not to be
-        changed.
+        """cut(the stored tensor), computed once for callers that need it at about the same time; do
+        not change it.
 
-        `cut` must be the same function of the tensor for all who ask for one `spec`."""
+        `cut` must be the same function of the tensor for all calls with one `spec`."""
         ...
 
     def handoff(self, key: str) -> "Tensor":

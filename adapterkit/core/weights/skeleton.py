@@ -1,5 +1,5 @@
-"""Models of transformers on the meta device, without data, and where each of their parameters is
-stored."""
+"""Build models of transformers on the meta device, without data, and map each of their parameters
+to stored tensors."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Source = tuple[str, str, tuple[int, ...]]  # a key, the converter's pattern that it matches, shape
 OF_DIFFUSERS = "_class_name"  # key of the class in its configs
-MODELS = 2  # that are remembered: of both sides of an extraction, of a base read twice
+MODELS = 2  # cached models: both sides of an extraction, a base that is read twice
 
 
 class Skeleton:
@@ -56,10 +56,9 @@ class Skeleton:
         return model, tied_names(model)
 
     def by_old_name(self, name: str) -> Parameter | None:
-        """The parameter that a file's or an older transformers' name means, or None.
+        """The parameter that a name from a file or an older transformers means, or None.
 
-        The loader's renames say which; one expert's matrix of a stack is a stack of one.
-        """
+        The loader's renames determine it; one expert's matrix of a stack is a stack of one."""
         new, pattern = self.loaded_as(name)
         if new == name or new not in self.parameters:
             return None
@@ -74,8 +73,8 @@ class Skeleton:
         return rename_source_key(key, self.renamings, self.converters, prefix, self.state)
 
     def _expert(self, name: str, stack_name: str, pattern: str) -> Parameter | None:
-        """The matrix `name` (of experts.3.up_proj, say) in the stack that the loader would put it
-        into."""
+        """The matrix `name` (for example of experts.3.up_proj) in the stack that the loader would
+        put it into."""
         stack = self.parameters[stack_name]
         number = re.search(pattern.replace("*", r"(\d+)"), name)
         if len(stack.shape) != 3 or number is None or not stack.is_whole:
@@ -93,8 +92,8 @@ class Skeleton:
     def _expert_slots(
         self, name: str, number: str, stack_name: str, pattern: str
     ) -> dict[str, Slot]:
-        """Where the loader would put each expert's matrices in a stack, by the names that stand for
-        `name`'s `number`."""
+        """The slots of each expert's matrices in a stack, by names like `name` with another
+        `number`."""
         stack = self.parameters[stack_name]
         converter = next(c for c in self.converters if pattern in c.source_patterns)
         shape = (stack.shape[1] // len(converter.source_patterns), stack.shape[2])
@@ -139,7 +138,7 @@ class Skeleton:
         by_pattern = {pattern: c for c in self.converters for pattern in c.source_patterns}
         slots: dict[str, tuple[Slot, ...]] = {}
         pending: dict[str, list[Source]] = {}  # by a converter's first target
-        keys = [key for key in self.base.tensors if key.isascii()]  # else no parameter's
+        keys = [key for key in self.base.tensors if key.isascii()]  # others are no parameter's
         self.unused += self.base.tensors.keys() - keys
         for key in sorted(keys, key=dot_natural_key):
             name, pattern = self.loaded_as(key)
@@ -147,7 +146,7 @@ class Skeleton:
                 prefix = self.model.base_model_prefix
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             if name not in state:
-                self.unused.append(key)  # copied
+                self.unused.append(key)  # copied unchanged
                 continue
             shape = self.base.tensors[key].shape
             if pattern is None:
@@ -173,8 +172,8 @@ class Skeleton:
         return slots | {name: places for name, places in own.items() if name in state}
 
     def _signature(self, name: str, converter) -> tuple:
-        """What a conversion may depend on: its target's name, but for numbers, and all targets'
-        shapes."""
+        """The properties that a conversion may depend on: its target's name without numbers, and
+        all targets' shapes."""
         shapes = tuple(
             tuple(self.state[target].shape) if target in self.state else None
             for target in _targets(name, converter)
@@ -182,7 +181,7 @@ class Skeleton:
         return tuple("#" if part.isdigit() else part for part in name.split(".")), shapes
 
     def _converted(self, name: str, converter, sources: list[Source]) -> "dict[str, Symbol]":
-        """The parameters that a converter makes from stored tensors: its operations run on
+        """The parameters that a converter makes from stored tensors, by running its operations on
         symbols."""
         from adapterkit.core.weights.symbols import Symbol
 
@@ -191,7 +190,7 @@ class Skeleton:
             converter.add_tensor(name, key, pattern, Symbol.of(key, shape))
         try:
             symbols = converter.convert(name, model=self.model, config=self.model.config)
-        except Exception as error:  # transformers' own too, where a source is missing or misshapen
+        except Exception as error:  # also transformers' own, if a source is missing or misshapen
             operations = ", ".join(type(op).__name__ for op in converter.operations)
             problem = error.problem if isinstance(error, AdapterkitError) else shown(error)
             raise Refused(
@@ -222,7 +221,7 @@ def _renumbered(
     converted: dict[str, tuple[Slot, ...]],
 ) -> dict[str, tuple[Slot, ...]] | None:
     """The result of `other`'s conversion for a name with other numbers (another layer); None if the
-    names do not tell it."""
+    names do not determine it."""
     mine, theirs = name.split("."), other.split(".")
     keys = {there: here for (here, _, _), (there, _, _) in zip(sources, others, strict=True)}
     result = {}
@@ -263,14 +262,16 @@ def _conversions(model) -> tuple[list, list]:
 
 
 def _stored_shape(shape: tuple[int, ...], slots: tuple[Slot, ...]) -> tuple[int, ...]:
-    """The parameter's true shape: a checkpoint may have another vocabulary than the config says."""
+    """The parameter's true shape, because a checkpoint may have another vocabulary size than the
+    config."""
     if len(slots) == 1 and slots[0].is_whole:
         return tuple(len(axis.of) for axis in slots[0].axes)
     return shape
 
 
 def _meta_model(base: Checkpoint, class_name: str) -> Any:
-    """A model without data of a base's config, without what leads to code; not to be changed."""
+    """A model without data from a base's config, without keys that lead to code; do not change
+    it."""
     config = safe_config(base.config)
     if class_name == config.get(OF_DIFFUSERS):
         return _built_by_diffusers(class_name, json.dumps(config), base.name)
@@ -285,8 +286,8 @@ def is_of_transformers(model: object) -> bool:
 
 @lru_cache(MODELS)
 def _built_by_diffusers(class_name: str, config_json: str, where: str) -> Any:
-    """A model of diffusers, with what transformers' have and its have not; `Refused` if diffusers
-    cannot build it."""
+    """A model of diffusers, with attributes that only transformers' models have; `Refused` if
+    diffusers cannot build it."""
     import torch
 
     diffusers: Any = optional(
@@ -311,7 +312,7 @@ def _built_by_diffusers(class_name: str, config_json: str, where: str) -> Any:
         ) from error
     more = {"base_model_prefix": "", "base_model": model, "_keys_to_ignore_on_load_missing": None}
     for name, value in more.items():
-        object.__setattr__(model, name, value)  # no part of the model
+        object.__setattr__(model, name, value)  # not a submodule
     return model
 
 
@@ -323,12 +324,12 @@ def _built(class_name: str, config_json: str, where: str) -> Any:
     from transformers.utils import logging as transformers_logging
 
     auto = class_name.startswith("AutoModel")
-    if not re.fullmatch(r"[a-z]*[A-Z]\w*", class_name):  # a module's would import it
+    if not re.fullmatch(r"[a-z]*[A-Z]\w*", class_name):  # the name of a module would import it
         raise Refused(f"{shown(class_name)} is no class's name", where=where, code="AK405")
     config = _config(config_json, where)
     cls: Any = getattr(transformers, class_name, None)
     known = isinstance(cls, type) and (auto or issubclass(cls, transformers.PreTrainedModel))
-    if not known:  # a file may say anything
+    if not known:  # the file is untrusted
         version = transformers.__version__
         raise Refused(
             f"{shown(class_name)} is no model of transformers {version}", where=where, code="AK405"

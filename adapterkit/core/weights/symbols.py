@@ -1,11 +1,10 @@
-"""Slots that are found by running transformers' own conversion on symbols.
+"""Find slots by running transformers' own conversion on symbols.
 
 transformers turns stored tensors into parameters with operations (stack the experts, concatenate
 gate and up, chunk a fused projection, transpose, interleave, permute for rotary embeddings). Each
-of them moves elements along axes. So instead of a second copy of their meaning, the operations
-themselves are run on `Symbol`s: tensors without data that remember, axis by axis, which position of
-which stored tensor stands at each position. What comes out are the slots of the parameter.
-"""
+of them moves elements along axes. So instead of implementing them a second time, the operations
+themselves run on `Symbol`s: tensors without data that record, axis by axis, the stored tensor and
+position of each element. The results are the slots of the parameter."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from adapterkit.core.weights.parameters import Axis, Positions, Slot, Unsupporte
 
 
 class Symbol(torch.Tensor):
-    """A tensor on the meta device that knows where its elements are stored. `slots` cover it
+    """A tensor on the meta device that records where its elements are stored. `slots` cover it
     without overlap."""
 
     slots: tuple[Slot, ...]
@@ -194,8 +193,7 @@ def _reshape(tensor: Symbol, *shape) -> Symbol:
                 positions = np.arange(old[axis]).reshape(shape[axis : axis + extra + 1])
                 return _symbol(shape, tensor.slots, _Split(axis, positions))
     elif len(tensor.slots) == 1 and tensor.slots[0].is_whole:
-        # several axes of a stored tensor made one (a convolution as a matrix): the bytes stay where
-        # they are
+        # several stored axes joined to one (a convolution as a matrix): the bytes keep their order
         return _symbol(shape, (identity_slot(tensor.slots[0].key, shape),))
     raise Unsupported(f"a view of {old} as {shape}")
 
@@ -245,7 +243,7 @@ def _same(tensor: Symbol, *_, **__) -> Symbol:
     return tensor
 
 
-# what only asks for a symbol's shape
+# functions that only read a symbol's shape
 _QUESTIONS = (
     "__get__", "size", "dim", "numel", "stride", "is_contiguous", "__repr__", "__len__"
 )  # fmt: skip
