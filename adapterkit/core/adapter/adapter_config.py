@@ -1,5 +1,5 @@
-"""Settings of a written adapter's adapter_config.json, as PEFT reads them; scales that such
-settings declare elsewhere, as in the metadata of a file."""
+"""Create settings of an adapter_config.json as PEFT reads them, and read scales that such settings
+declare elsewhere, for example in a file's metadata."""
 
 import re
 from collections import Counter
@@ -13,14 +13,14 @@ from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.errors import Problems
 from adapterkit.core.records import Json, Settings
 
-PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts as they are written here
+PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts in the layout written here
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 PLAIN = (
     "peft_type", "inference_mode", "init_lora_weights", "lora_dropout", "bias", "use_rslora",
     "use_dora", "lora_bias", "modules_to_save", "layers_to_transform", "layers_pattern",
     "exclude_modules",
 )  # fmt: skip
-# of a config, besides target_modules, what decides which modules a list means
+# settings besides target_modules that determine the modules of a list
 NARROWING = ("layers_to_transform", "exclude_modules", "ensure_weight_tying")
 CLASSIFIERS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 
@@ -31,11 +31,10 @@ def plain_settings() -> Json:
 
 
 def target_settings(adapters: Sequence[Adapter], modules: list[str]) -> Json:
-    """target_modules that match these modules and no others, target_parameters as the adapters name
-    them.
+    """target_modules that match exactly these modules, and the adapters' own target_parameters.
 
-    Modules have their full names, or the adapters' own list where all have one list that matches
-    these modules."""
+    Modules have their full names, or the adapters' own list if all have one list that matches these
+    modules."""
     parameters = {name for a in adapters for name in a.config.get("target_parameters") or []}
     if parameters:
         settings = {"target_modules": modules, "target_parameters": sorted(parameters)}
@@ -58,11 +57,11 @@ def rank_settings(
     alpha: float | Mapping[str, float] | None = None,
     unnamed: Collection[str] = (),
 ) -> Json:
-    """r, lora_alpha and their patterns for each target's rank: the commonest is r, the others are
-    anchored patterns. `alpha`: one for all, or by target; without it every scale is 1.
+    """r, lora_alpha and their patterns for each target's rank: the most frequent is r, the others
+    are anchored patterns. `alpha`: one for all, or by target; without it every scale is 1.
 
-    PEFT matches a pattern with a parameter's own name where that is the target; `unnamed` are
-    modules of such parameters."""
+    PEFT matches a pattern with a parameter's own name if that is the target; `unnamed` are modules
+    of such parameters."""
     r, rank_pattern = _common_and_others(ranks, unnamed)
     if isinstance(alpha, float | int):
         lora_alpha, alpha_pattern = alpha, {}
@@ -77,7 +76,7 @@ def rank_settings(
 
 
 def _common_and_others(values: Settings, unnamed: Collection[str]) -> tuple[Any, Json]:
-    """The commonest value, and patterns for the targets that have others."""
+    """The most frequent value, and patterns for the targets with other values."""
     common = Counter(values.values()).most_common(1)[0][0] if values else 8
     others = {
         f"^{target}" + r"(\.\w+)?" * (target in unnamed): value
@@ -90,8 +89,8 @@ def _common_and_others(values: Settings, unnamed: Collection[str]) -> tuple[Any,
 def task_type(config: dict, saved: Collection[str] = ()) -> str | None:
     """PEFT's task type for a model of this config.
 
-    For classifiers only where the head is among the `saved` modules: that type makes PEFT look for
-    its weights."""
+    Classifiers have one only if the head is among the `saved` modules, because with that type PEFT
+    looks for its weights."""
     names = " ".join(map(str, config.get("architectures") or ()))
     if "ForCausalLM" in names:
         return "CAUSAL_LM"
@@ -107,13 +106,13 @@ def hub_id(folder: Folder) -> str | None:
 
 
 def base_id(adapter: Adapter) -> str | None:
-    """The base's id in an adapter's config; a path of the machine of the training is none."""
+    """The base's Hub id in an adapter's config; None for a local path of the training."""
     base = adapter.config.get("base_model_name_or_path")
     return base if isinstance(base, str) and HUB_ID.fullmatch(base) else None
 
 
 def value_settings(adapters: Sequence[Adapter]) -> Json:
-    """Settings for values that the adapters trained whole: modules, token rows, biases."""
+    """Settings for the adapters' fully trained values: modules, token rows, biases."""
     heads = {m for a in adapters for m in a.saved if any(is_inside(name, m) for name in a.replaced)}
     modules = heads.union(*(a.config.get("modules_to_save") or [] for a in adapters))
     biases = {a.config.get("bias", "none") for a in adapters} - {"none", None}
@@ -126,7 +125,7 @@ def value_settings(adapters: Sequence[Adapter]) -> Json:
 
 
 def flags(adapter: Adapter) -> dict[str, bool]:
-    """The adapter's flags for what new factors do not change."""
+    """The adapter's flags for properties that new factors do not change."""
     return {
         key: bool(adapter.config.get(key))
         for key in ("use_dora", "lora_bias", "ensure_weight_tying")
@@ -136,7 +135,7 @@ def flags(adapter: Adapter) -> dict[str, bool]:
 class DeclaredScales:
     """alpha of each module by r, lora_alpha, their patterns, use_rslora: delta = alpha / r · b @ a.
 
-    `Refused` where the settings have values that PEFT would not take."""
+    `Refused` if the settings have values that PEFT would not accept."""
 
     def __init__(self, settings: Settings, where: str):
         config = {"peft_type": "LORA", **settings}
@@ -162,5 +161,6 @@ def declared_settings(
 
 
 def as_int(value: float) -> float | int:
-    """A whole number as an int, as configs have them; beyond 2^53 a float has no unit."""
+    """A whole number as an int, as in configs; beyond 2^53 a float cannot represent each
+    integer."""
     return int(value) if float(value).is_integer() and abs(value) < 2**53 else value

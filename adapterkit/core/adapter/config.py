@@ -1,4 +1,4 @@
-"""Checks of an adapter_config.json: types, unknown settings, patterns."""
+"""Check an adapter_config.json: types, unknown settings, patterns."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -24,7 +24,7 @@ from adapterkit.core.records import (
     values,
 )
 
-# how the columns of a stack's b count: see `expert_order`
+# order of the columns of a stack's b: see `expert_order`
 ORDER, ORDER_DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
 SLOWEST, FASTEST = ORDERS = ("grouped_by_expert", "rank_major")
 OTHER_ARITHMETIC = {
@@ -39,7 +39,7 @@ OTHER_ARITHMETIC = {
 }
 # inits that subtract from, or quantize, the base
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
-# of an init whose part is still in the base: the initial factors beside the adapter say which part
+# an init whose factors are still in the base; the adapter's initial factors are stored with it
 IMPLICIT = "implicit_"
 OTHER_INITS = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
 MAX_LAYERS = 100_000
@@ -59,7 +59,7 @@ PEFT_DEFAULTS: Json = {
     "use_qalora": False, "use_rslora": False, "velora_config": None,
 }  # fmt: skip
 # Settings of PEFT 0.21, and Unsloth's of stacks. Others are ignored when falsy, else refused: an
-# unknown flag may mean unknown arithmetic.
+# unknown flag may change the arithmetic.
 KNOWN_SETTINGS = {*PEFT_DEFAULTS, ORDER, ORDER_DETAIL, "runtime_config", "eps", "num_labels"}
 
 
@@ -100,7 +100,7 @@ def _is_init(value: object) -> bool:
 
 
 LORA_SETTINGS: dict[str, Check] = {
-    # PEFT always writes both: a default here would be a guess at the scale
+    # PEFT always writes both, and a default would be a guess of the scale
     "r": POSITIVE_INT,
     "lora_alpha": FINITE,
     "init_lora_weights": optional(
@@ -144,7 +144,7 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
 
 
 def check_live_config(config: dict, where: str) -> list[AdapterkitError]:
-    """Errors of the config of an adapter for a live model: an activated LoRA acts there."""
+    """Errors of an adapter's config for a live model, where an activated LoRA works."""
     return check_config(config | {"alora_invocation_tokens": None}, where)
 
 

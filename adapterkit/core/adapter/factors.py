@@ -1,4 +1,4 @@
-"""The factors of one adapted module: from a file's layout to products, and back."""
+"""Convert the factors of one adapted module from a file's layout to products, and back."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,24 +14,23 @@ from adapterkit.core.weights.reader import TensorReader
 from adapterkit.kernels.lowrank import directions
 from adapterkit.kernels.lowrank.algebra import Product, products_of
 
-STORED = tuple(field.name for field in fields(Lora))  # what a file says of factors
+STORED = tuple(field.name for field in fields(Lora))  # the fields that a file has
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factors(Lora):
-    """Stored factors, with the scale with which they are added: delta = scale * b @ a; of a stack,
-    one delta for each expert.
+    """Stored factors with their scale: delta = scale * b @ a; for a stack, one delta for each
+    expert.
 
-    Kernel axes of a convolution are flattened. Of a stack a is stored (experts * rank, in), the
-    expert slowest, and b (out, rank * experts), the expert fastest. `flip`: the rows of what they
-    change are the module's inputs, so it changes by (b @ a)ᵀ = aᵀ @ bᵀ.
-    """
+    Kernel axes of a convolution are flattened. A stack has a as (experts * rank, in), the expert
+    slowest, and b as (out, rank * experts), the expert fastest. `flip`: the rows of the changed
+    parameter are the module's inputs, so it changes by (b @ a)ᵀ = aᵀ @ bᵀ."""
 
     scale: float
     rank: int
     experts: int | None = None
     flip: bool = False
-    leaf: str | None = None  # the module's parameter that is a target itself
+    leaf: str | None = None  # the module's parameter, if it is a target itself
     directions: tuple[float, ...] | None = None  # weights of the singular triplets of each product
 
     @classmethod
@@ -58,7 +57,7 @@ class Factors(Lora):
 
     @property
     def count(self) -> int:
-        """How many singular triplets its products have together."""
+        """The number of singular triplets of all its products."""
         return (self.experts or 1) * directions.count(self.shape, self.rank)
 
     def weighted(self, b: Tensor, a: Tensor, expert: int = 0) -> Tensor:
@@ -69,8 +68,8 @@ class Factors(Lora):
         return directions.weighted_left(b, a, self.directions[expert * each :][:each])
 
     def stored(self, reader: TensorReader) -> tuple[Tensor, Tensor]:
-        """a (rank * experts, in) and b (out, rank * experts) in the reader's dtype, unscaled, as
-        they are in the file."""
+        """a (rank * experts, in) and b (out, rank * experts) in the reader's dtype, unscaled, as in
+        the file."""
         a, b = reader.tensor(self.a), reader.tensor(self.b)
         return a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
 
@@ -104,8 +103,7 @@ def rank_and_scale(adapter: Adapter, lora: Lora, leaf: str | None) -> tuple[int,
 def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors:
     """The factors of a module, or of its parameter `leaf`.
 
-    `Refused` where their rank is not the config's, or a convolution has groups.
-    """
+    `Refused` if their rank is not the config's, or a convolution has groups."""
     rank, scale = rank_and_scale(adapter, lora, leaf)
     rows, experts = lora.a.shape[0], None
     if leaf is not None and rows != rank and rows % rank == 0:
@@ -160,7 +158,8 @@ class Place:
 
     @property
     def is_linear(self) -> bool:
-        """Whether they may be a linear layer's: no embedding's, convolution's or stack's."""
+        """True if a linear layer may have them: they are no embedding's, convolution's or
+        stack's."""
         return not self.is_embedding and self.experts is None and len(self.a_tail) == 1
 
     @property
@@ -174,7 +173,7 @@ class Place:
         return (rows, *self.a_tail), (self.out, rows, *self.b_tail)
 
     def keyed(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-        """Two tensors as a file has them, by key."""
+        """Two tensors by key, as in a file."""
         return {self.a_key: a, self.b_key: b}
 
     def pair(self, tensors: Mapping[str, object]) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,26 @@
-"""PEFT's names of files and keys; they are in this folder and nowhere else."""
+"""PEFT's names of files and keys; they are defined in this folder only."""
 
 import re
 from collections.abc import Collection, Mapping
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ADDED_DELTAS = "added_deltas.safetensors"  # a conversion for a merge: deltas that are no factors
+ADDED_DELTAS = "added_deltas.safetensors"  # deltas that are no factors, converted for a merge
 INITIAL = "initial"  # subfolder of an adapter: the adapter before its training
 PREFIX = "base_model.model."
 FACTORS = {  # by the kind of the module, a and b
     "module": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
-# the keys that no format but PEFT's own layout has: no experts, which it stores in several ways;
-# no factors with the name of an adapter, as a trainer's state has them, and none of other types
+# keys that only PEFT's own layout has: no experts, which it stores in several ways, no factors with
+# the name of an adapter, as in a trainer's state, and no keys of other types
 PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?!.*(?:experts|unembed))(?:"
     r"[^:]+\.(?:lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)|"
     r"(?!.*\.(?:lora_|ranknum|hada_|lokr_|oft_|boft_|vera_|ia3_))[^:]+)"
 )
-BASE_LAYER = ".base_layer"  # in a path: the layer inside a wrapper
-BASE_LAYER_VALUE = re.compile(r"\.base_layer\.\w+$")  # a value of the layer right inside a wrapper
-TOKENS = ".token_adapter"  # in a path: the wrapper for trained rows
+BASE_LAYER = ".base_layer"  # path component of the layer inside a wrapper
+BASE_LAYER_VALUE = re.compile(r"\.base_layer\.\w+$")  # a value of the layer directly in a wrapper
+TOKENS = ".token_adapter"  # path component of the wrapper for trained rows
 NO_WRAPPERS: Mapping[str, int] = {}
 
 
@@ -38,7 +38,7 @@ def factor_keys(
 def part_keys(
     module: str, kind: str = "module", levels: Mapping[str, int] = NO_WRAPPERS, depth: int = 0
 ) -> dict[str, str]:
-    """Keys of what an adapter has on a module: a, b, the bias of b, and DoRA's magnitude."""
+    """Keys of an adapter's tensors for a module: a, b, the bias of b, and DoRA's magnitude."""
     a, b = FACTORS[kind]
     names = {"a": a, "b": b, "bias": b.removesuffix("weight") + "bias"}
     names["magnitude"] = "lora_magnitude_vector"
@@ -64,8 +64,8 @@ def token_key(module: str) -> str:
 
 
 def replaced_key(name: str, levels: Mapping[str, int], with_rows: Collection[str]) -> str:
-    """The key of a value in place of a parameter, where modules are wrapped `levels` times, and
-    some once more, for their trained rows."""
+    """The key of a value that replaces a parameter. Modules are wrapped `levels` times, and some
+    once more, for their trained rows."""
     module = name.rpartition(".")[0]
     key, leaf = value_key(name, levels).rsplit(".", 1)
     return f"{key}{TOKENS}{BASE_LAYER}.{leaf}" if module in with_rows else f"{key}.{leaf}"
@@ -78,7 +78,7 @@ def unwrapped(key: str) -> str:
 
 
 def module_of_factors(key: str) -> str:
-    """The module that a factor's key is of; empty for what is no factor."""
+    """The module of a factor's key; empty for other keys."""
     module, is_factor, _ = unwrapped(key).partition(".lora_")
     return module if is_factor else ""
 
@@ -91,12 +91,11 @@ def canonical_key(key: str) -> str:
 
 
 def trained_parameter(name: str, plain: set[str]) -> str:
-    """The parameter of `module.modules_to_save[.<adapter>].<rest>`; other names are returned as
-    they are.
+    """The parameter of `module.modules_to_save[.<adapter>].<rest>`; other names are returned
+    unchanged.
 
-    `plain`: all names of the file: with bias="all" PEFT saves the plain name beside the trained
-    copy.
-    """
+    `plain`: all names of the file, because with bias="all" PEFT saves the plain name in addition to
+    the trained copy."""
     module, wrapper, rest = name.partition(".modules_to_save.")
     without_adapter = rest.partition(".")[2]
     if not wrapper:
@@ -107,7 +106,7 @@ def trained_parameter(name: str, plain: set[str]) -> str:
 
 
 def module_and_depth(path: str) -> tuple[str, int]:
-    """A module's path without wrappers, and the number of those at its end (nested parameter
+    """A module's path without wrappers, and the number of wrappers at its end (nested parameter
     wrappers)."""
     depth = 0
     while path.endswith(BASE_LAYER):
@@ -120,7 +119,7 @@ def without_wrappers(name: str) -> str:
 
 
 def rewrapped_key(key: str, levels: Mapping[str, int]) -> str:
-    """The key that a value which is no factor has in a file whose modules are wrapped `levels`
+    """The key of a value other than a factor, in a file whose modules are wrapped `levels`
     times."""
     head, inner, tail = canonical_key(key).removeprefix(PREFIX).partition(".token_adapter.")
     path = head + inner.removesuffix(".")
@@ -128,5 +127,5 @@ def rewrapped_key(key: str, levels: Mapping[str, int]) -> str:
 
 
 def module_of(key: str) -> str:
-    """The module that a value which is no factor belongs to."""
+    """The module of a value other than a factor."""
     return rewrapped_key(key, NO_WRAPPERS).removeprefix(PREFIX).rpartition(".")[0]

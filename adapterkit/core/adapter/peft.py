@@ -1,4 +1,4 @@
-"""Reading PEFT's layout: every key of a file has a role, or the adapter is refused."""
+"""Read PEFT's layout: every key of a file has a role, or the adapter is refused."""
 
 import re
 from collections.abc import Sequence
@@ -41,8 +41,10 @@ def read_adapter(
     folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, as_stored: bool = False
 ) -> Adapter:
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be
-    used. `check` returns the errors of its config; `as_stored`: the caller decodes tensors of
-    eight bits, and knows in which order the columns of a stack's b count."""
+    used.
+
+    `check` returns the errors of its config; `as_stored`: the caller decodes tensors of eight bits,
+    and knows the column order of a stack's b."""
     adapter, scan, _ = scan_adapter(folder, number, check, as_stored=as_stored)
     scan.errors.raise_all()
     return adapter
@@ -51,8 +53,8 @@ def read_adapter(
 def scan_adapter(
     folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, as_stored: bool = False
 ) -> tuple[Adapter, Checkpoint, bool]:
-    """As much of an adapter as can be read, its scan with all errors, and whether its config is
-    valid enough to compute ranks and scales."""
+    """The readable content of an adapter, its scan with all errors, and whether its config is valid
+    enough to compute ranks and scales."""
     adapter, keys, scan = _read(folder, number, check, ROLES, eight_bits=as_stored)
     plain = {
         k: v for k, v in scan.config.items() if k in KNOWN_SETTINGS and k not in OTHER_ARITHMETIC
@@ -76,8 +78,7 @@ def read_other_type(
     """An adapter of another type than LoRA, and its modules' tensors by module and name.
 
     `check` returns the errors of its config; `names`: the type's names of tensors. Raises `Refused`
-    or `Damaged` with all that is wrong.
-    """
+    or `Damaged` with every problem."""
     roles = [
         (re.compile(rf"^(.*)\.{re.escape(name)}(?:\.\w+)?(?:\.weight)?$"), name) for name in names
     ]
@@ -179,7 +180,7 @@ def _classify_keys(
         elif m := TOKENS.match(name):
             keys.tokens[m[1].replace(".base_layer", "")] = spec
         elif NO_ARITHMETIC.search(name) or ".original_module." in name:
-            continue  # the base's own value (bias="all" saves it beside the trained copy)
+            continue  # the base's own value (bias="all" saves it with the trained copy)
         elif NOT_READ.search("." + name):
             hint = "it is another kind of adapter"
             expected = "keys of its peft_type"
@@ -236,7 +237,7 @@ def _loras(keys: _Keys, errors: Problems, name: str) -> tuple[Lora, ...]:
 
 
 def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[AdapterkitError]:
-    """Tensors that the config declares and the file lacks, and the other way round."""
+    """Errors for tensors that the config declares and the file lacks, and the reverse."""
     errors = Problems(
         where=name, hint="restore the config that was saved with the file", code="AK303"
     )
@@ -276,7 +277,7 @@ def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[Ada
 
 
 def _declared_in_config(parameter: str, key: str, config: dict) -> bool:
-    """Whether PEFT saves such a value with this config."""
+    """Return whether PEFT saves such a value with this config."""
     if ".modules_to_save." in key or BASE_LAYER_VALUE.search(key) or EMBEDDINGS.search(parameter):
         return True
     if "bias" in parameter.rpartition(".")[2] and config.get("bias", "none") != "none":
@@ -286,8 +287,8 @@ def _declared_in_config(parameter: str, key: str, config: dict) -> bool:
 
 
 def _is_entry_for(parameter: str, entry: str) -> bool:
-    """Whether an entry of modules_to_save is the parameter's module, as in PEFT, or the parameter
-    itself, which PEFT loads into the model without a wrapper."""
+    """Return whether an entry of modules_to_save is the parameter's module, as in PEFT, or the
+    parameter itself, which PEFT loads into the model without a wrapper."""
     return is_inside(parameter, entry) or entry == parameter
 
 
@@ -308,10 +309,10 @@ def _tokens(keys: _Keys, config: dict, errors: Problems, name: str) -> tuple[Tok
     tokens = []
     for module, spec in sorted(keys.tokens.items()):
         indices = setting
-        if isinstance(setting, dict):  # by the end of the name; PEFT asks for no dot before it
+        if isinstance(setting, dict):  # by the end of the name; PEFT needs no dot before it
             matches = [value for end, value in setting.items() if module.endswith(end)]
             if not matches:
-                # of a tied head, which the setting does not name: saved where embeddings are whole
+                # a tied head's rows, not named in the setting: saved if embeddings are complete
                 lists = [value for value in setting.values() if isinstance(value, list)]
                 matches = [v for v in lists if [len(v)] == [*spec.shape[:1]]]
             indices = matches[0] if len(matches) == 1 else None

@@ -50,7 +50,7 @@ class Adapter:
     tokens: tuple[Tokens, ...]
     tensors: dict[str, TensorSpec] = field(repr=False)
     header_sha256: str = ""
-    base_fingerprint: str | None = None  # of the base that it was made for
+    base_fingerprint: str | None = None  # fingerprint of the base that it was made for
 
     @property
     def name(self) -> str:
@@ -67,14 +67,14 @@ class Adapter:
 
     @property
     def trained_class(self) -> tuple[str | None, str | None]:
-        """task_type, and the name of the model's class: what tells which class was trained."""
+        """The task_type and the name of the model's class; both identify the trained class."""
         mapping = self.config.get("auto_mapping")
         name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         return self.config.get("task_type"), name
 
     @property
     def is_factors_alone(self) -> bool:
-        """Whether nothing is asked of its base but weights to which products are added."""
+        """True if the base needs only weights to which products are added."""
         others = self.replaced, self.tokens, self.saved, self.base_fingerprint
         biases = self.config.get("bias") not in (None, "none")
         return not any(others) and not biases and not any(lora.bias for lora in self.loras)
@@ -87,24 +87,24 @@ class Adapter:
 
     @property
     def has_old_stacks(self) -> bool | None:
-        """Whether PEFT up to 0.18 wrote the file, which took stacks of experts as (in, out); None
-        where it does not say."""
+        """True if PEFT up to 0.18 wrote the file, and read stacks of experts as (in, out); None if
+        the version is unknown."""
         version = self.config.get("peft_version")
         match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
         return None if match is None else (int(match[1]), int(match[2])) < (0, 19)
 
     @property
     def is_implicit(self) -> bool:
-        """Whether its base is the original without the initial factors in the folder INITIAL."""
+        """True if its base is the original without the initial factors in the folder INITIAL."""
         return (self.changed_base() or "").lower().startswith(IMPLICIT)
 
     @property
     def saved(self) -> list[str]:
-        """Modules trained in full: modules_to_save and the heads that PEFT adds for the task."""
+        """Fully trained modules: modules_to_save and the heads that PEFT adds for the task."""
         return with_heads(self.config.get("modules_to_save"), self.config.get("task_type"))
 
     def saves(self, parameter: str) -> bool:
-        """Whether the parameter is of a module trained in full."""
+        """Return whether the parameter belongs to a fully trained module."""
         return any(is_inside(parameter, module) for module in self.saved)
 
     def pattern_of(self, names: Sequence[str]) -> str:
@@ -127,8 +127,8 @@ class Adapter:
 
     @cached_property
     def copies(self) -> dict[str, TensorSpec]:
-        """Of `replaced`, the base's weights that PEFT saves beside an embedding's or head's factors
-        and rows."""
+        """The entries of `replaced` that are copies of the base's weights, which PEFT saves with an
+        embedding's or head's factors and rows."""
         biases = self.config.get("bias", "none") != "none"
         beneath = {n: s for n, s in self.replaced.items() if BASE_LAYER_VALUE.search(s.key)}
         return {n: s for n, s in beneath.items() if not (biases and n.endswith("bias"))}
@@ -137,10 +137,9 @@ class Adapter:
         """Names of the module's parameters that are in target_parameters (PEFT: by the end of the
         full name).
 
-        `own`: all parameters of the module, in the order of its code. Without it, those that the
-        module may have: PEFT adapts either a module or its parameters, so names without a dot count
-        only where target_modules does not match the module.
-        """
+        `own`: all parameters of the module, in the order of its code. Without it, possible ones:
+        PEFT adapts either a module or its parameters, so names without a dot count only if
+        target_modules does not match the module."""
         targets = self.config.get("target_parameters") or []
         if own is not None:
             return [
@@ -162,14 +161,15 @@ class Adapter:
         return list(dict.fromkeys(possible))
 
     def is_stack(self, lora: Lora) -> bool:
-        """Whether factors have more rows than the rank of any parameter that they may be of."""
+        """Return whether factors have more rows than the rank of any parameter that they may belong
+        to."""
         ranks = {
             self.rank_and_scale(f"{lora.module}.{leaf}")[0] for leaf in self.leaves(lora.module)
         }
         return bool(ranks) and lora.a.shape[0] not in ranks
 
     def _is_target_module(self, module: str) -> bool:
-        """Whether target_modules matches a module."""
+        """Return whether target_modules matches a module."""
         targets = self.config.get("target_modules")
         if not isinstance(targets, str | list):
             return False
@@ -184,20 +184,21 @@ class Adapter:
         inside the layer's wrapper.
         """
         parent, _, last = lora.module.rpartition(".")
-        # not the whole path: modules around the attention may be wrapped too
+        # not the whole path, because modules around the attention may be wrapped too
         end_of_key = f"{parent.rpartition('.')[2]}.base_layer.out_proj.lora_A."
         if last != "out_proj" or end_of_key not in lora.a.key or self.leaves(parent):
             return None
         return parent if any(other.module == parent for other in self.loras) else None
 
     def pattern_name(self, lora: Lora, leaf: str | None = None) -> str:
-        """The name that PEFT matches with rank_pattern and alpha_pattern: of parameter `leaf` its
-        full name, of a MultiheadAttention's output projection the attention's, else the
+        """The name that PEFT matches with rank_pattern and alpha_pattern: for parameter `leaf` its
+        full name, for a MultiheadAttention's output projection the attention's, else the
         module's."""
         return f"{lora.module}.{leaf}" if leaf is not None else self.attention(lora) or lora.module
 
     def rank_and_scale(self, name: str) -> tuple[int, float]:
-        """Rank and scale of a module or parameter, by rank_pattern and alpha_pattern apart."""
+        """Rank and scale of a module or parameter; rank_pattern and alpha_pattern are matched
+        separately."""
         config = self.config
         rank, alpha = self.rank_and_alpha(name, config.get("r", 8), config.get("lora_alpha", 8))
         return rank, self.scale(rank, alpha)
@@ -214,14 +215,14 @@ class Adapter:
 
     @cached_property
     def _patterns(self) -> tuple[Patterns[int], Patterns[float]]:
-        """Of ranks and of alphas."""
+        """The patterns of ranks and of alphas."""
         keys = ("rank_pattern", "alpha_pattern")
         ranks, alphas = (Patterns(self.config.get(k) or {}, f"{self.where}: {k}") for k in keys)
         return ranks, alphas
 
 
 def rank_mismatch(adapter: Adapter, lora: Lora, stored: int, rank: int) -> Refused:
-    """The refusal of a file whose factors have another rank than its config says."""
+    """The refusal of a file whose factors have another rank than its config."""
     return Refused(
         f"rank {stored} in the file for {shown(lora.module)}",
         expected=f"rank {rank}, as r and rank_pattern say",
@@ -232,8 +233,8 @@ def rank_mismatch(adapter: Adapter, lora: Lora, stored: int, rank: int) -> Refus
 
 
 def is_inside(parameter: str, module: str) -> bool:
-    """Whether an entry `module` of modules_to_save matches the parameter's module (PEFT: by the end
-    of the name, also within a component)."""
+    """Return whether an entry `module` of modules_to_save matches the parameter's module (PEFT: by
+    the end of the name, also within a component)."""
     return f"{module}." in parameter
 
 

@@ -1,4 +1,5 @@
-"""PEFT's rules for names: which modules a target means, which pattern counts, usual targets."""
+"""Match names by PEFT's rules: the modules of a target, the first pattern that counts, usual
+targets."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -7,12 +8,12 @@ from adapterkit.core.patterns import matcher
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
-WHOLE = r"\A(?:{})\Z"  # of a regular expression that is matched with whole names
-ENDING = r"\A(?:.*\.)?(?:{})\Z"  # of one that is matched with the end of a name, or all of it
+WHOLE = r"\A(?:{})\Z"  # a regular expression for whole names
+ENDING = r"\A(?:.*\.)?(?:{})\Z"  # one for the end of a name, or all of it
 CLASSIFIERS = ("score", "classifier")  # names of the heads of classifiers
 _QV = ("q_proj", "v_proj")
 _BERT = ("query", "value")
-# model type -> its targets where none are given, as PEFT 0.21 has them: ends of names, or a regex
+# model type -> PEFT 0.21's default targets: ends of names, or a regular expression
 USUAL_TARGETS: dict[str, tuple[str, ...] | str] = {
     "bart": _QV, "bert": _BERT, "blip-2": ("q", "v", *_QV), "bloom": ("query_key_value",),
     "btlm": ("c_proj", "c_attn"), "chatglm": ("query_key_value",), "codegen": ("qkv_proj",),
@@ -31,18 +32,18 @@ USUAL_TARGETS: dict[str, tuple[str, ...] | str] = {
 
 
 def has_end(name: str, end: str) -> bool:
-    """Whether a dotted name is `end`, or ends with it after a dot."""
+    """Return whether a dotted name is `end`, or ends with it after a dot."""
     return f".{name}".endswith(f".{end}")
 
 
 def is_within(name: str, entry: str) -> bool:
-    """Whether a dotted name, or that of a module around it, ends with an entry."""
+    """Return whether a dotted name, or that of a module around it, ends with an entry."""
     return f".{entry}." in f".{name}."
 
 
 class TargetMatcher:
-    """Whether a name is meant by targets or exclude: a text is a regular expression for the whole
-    name, a list has whole names or their ends after a dot."""
+    """A matcher of names by targets or exclude. A string is a regular expression for the whole
+    name; a list has whole names or their ends after a dot."""
 
     def __init__(self, entries: str | Sequence[str], where: str):
         self.entries, ends = entries, set(entries)
@@ -54,7 +55,7 @@ class TargetMatcher:
         return self._matches(name)
 
     def unmatched(self, names: Collection[str]) -> list[str]:
-        """The entries that mean none of the names."""
+        """The entries that match none of the names."""
         if isinstance(self.entries, str):
             return [] if any(map(self._matches, names)) else [self.entries]
         ends: set[str] = set().union(*map(_ends, names))
@@ -62,13 +63,13 @@ class TargetMatcher:
 
 
 def _ends(name: str) -> set[str]:
-    """A dotted name and its ends."""
+    """A dotted name and all its ends."""
     parts = name.split(".")
     return {".".join(parts[i:]) for i in range(len(parts))}
 
 
 class Patterns(Generic[T]):
-    """rank_pattern or alpha_pattern: of the patterns that match a name the first one counts.
+    """The patterns of rank_pattern or alpha_pattern; the first one that matches a name counts.
 
     PEFT's `get_pattern_key`: `(.*\\.)?(pattern)$` from the start of the name; a dot is any
     character."""
@@ -92,8 +93,8 @@ class Patterns(Generic[T]):
 
 
 def output_head(model: Any, is_classifier: bool) -> str | None:
-    """The name of a model's output layer, which all-linear leaves out; of a classifier that has
-    none, that of its head."""
+    """The name of a model's output layer, which all-linear leaves out; for a classifier without
+    one, that of its head."""
     ask = getattr(model, "get_output_embeddings", None)
     head = None if ask is None else ask()
     if head is None and is_classifier and ask is not None:

@@ -1,1 +1,1 @@
-"""The folders that a job reads, and what identifies their files."""
+"""Open the folders that a job reads, and identify their files."""

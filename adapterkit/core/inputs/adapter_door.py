@@ -1,4 +1,4 @@
-"""The door of adapters: PEFT's layout is read as it is, others as a folder in that layout."""
+"""Open adapters: PEFT's layout is read as it is, other formats as a folder in that layout."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,10 +32,12 @@ def in_adapter_layout(
     for_merge: bool = False,
     expert_layout: str | None = None,
 ) -> Folder:
-    """The folder itself where it is in PEFT's layout, a model's, or in no format that is known (its
-    reader refuses it); else one that stands for it. `Refused` for contents that PEFT's layout
-    cannot hold. `for_merge`: what is added to weights and is no plain factors is in a file beside
-    these; `expert_layout`: of stacks whose config does not say."""
+    """The folder itself if it is in PEFT's layout, a model's, or in an unknown format, which its
+    reader refuses; else an overlay in PEFT's layout.
+
+    `Refused` for contents that PEFT's layout cannot represent. `for_merge`: deltas that are not
+    plain factors are stored in an additional file; `expert_layout`: of stacks whose config does not
+    say."""
     files = folder.files()
     if ADDED_DELTAS in files:
         from adapterkit.core.engine.planned_folder import check_added_deltas
@@ -51,8 +53,8 @@ def in_adapter_layout(
 
 
 def is_plain(folder: Folder) -> bool:
-    """Whether a folder needs no detection: PEFT's layout, without stacks. To read all formats takes
-    longer than to plan a job."""
+    """Return whether a folder needs no detection, because it is PEFT's layout without stacks.
+    Reading all formats takes longer than planning a job."""
     if [name for name in folder.files() if name.endswith(FILES) and "/" not in name] != [WEIGHTS]:
         return False
     try:
@@ -69,9 +71,11 @@ def is_plain(folder: Folder) -> bool:
 def adapter_or_file(
     folder: Folder, base: Folder | None = None, *, with_parts: bool = False
 ) -> Folder:
-    """What `in_adapter_layout` gives, of an adapter of several parts of a pipeline (`with_parts`:
-    of one, too) `with_part_names`; the folder itself where that is refused (alphas that nothing
-    says), for verbs that tell of bare tensors too."""
+    """The result of `in_adapter_layout`, for verbs that also describe bare tensors.
+
+    An adapter for several components of a pipeline (with `with_parts`, also for one) gets the
+    components' names. If the result would be refused, for example because alphas are unknown, the
+    folder itself is returned."""
     try:
         if not with_parts:
             return in_adapter_layout(folder, base)
@@ -88,14 +92,15 @@ def adapter_or_file(
 
 @dataclass(frozen=True)
 class ComponentAdapters:
-    """Adapters in PEFT's layout for one job that makes one of them, and how that is written."""
+    """Adapters in PEFT's layout for one job that makes one adapter of them, and the output's
+    layout."""
 
     folders: list[Folder]
-    first: "Contents | None" = None  # whose layout it has; None: PEFT's
-    file: str | None = None  # the name of an output that is one file
+    first: "Contents | None" = None  # the adapter whose layout the output has; None: PEFT's
+    file: str | None = None  # the name of a single-file output
 
     def written(self, plan: "Plan") -> "Plan":
-        """The plan of the job, its output in the layout of the first adapter."""
+        """The plan of the job, with its output in the layout of the first adapter."""
         if self.first is None:
             return plan
         plan_in_layout = load(ADAPTERS["layout"])
@@ -103,9 +108,11 @@ class ComponentAdapters:
 
 
 def together(sources: Sequence[Folder], out: StrPath) -> ComponentAdapters:
-    """Adapters in any format for one job. Its output is a file in the layout of the first one where
-    `out` is, and of adapters of several parts; else PEFT's. `Refused` beside these for adapters
-    that do not say of which part they are, and for layouts that are not written so."""
+    """Adapters in any format for one job.
+
+    The output is a single file in the first adapter's layout if `out` is one, or if adapters are
+    for several components; else it is in PEFT's. `Refused` also for adapters that do not name their
+    component, and for layouts that cannot be written."""
     file = Path(out).name if str(out).endswith(".safetensors") and not is_on_hub(out) else None
     if file is not None or not all({CONFIG, "config.json"} & {*one.files()} for one in sources):
         parts = load(ADAPTERS["parts"])(sources, out, file)

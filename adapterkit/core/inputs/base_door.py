@@ -1,5 +1,5 @@
-"""The door of bases: which kind of base a folder is, by the names of its files and the `model_type`
-of its config alone, and the kind that most are: a model of safetensors."""
+"""Open bases: names of files and the config's `model_type` determine the kind of base. The usual
+kind is a model in safetensors."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -25,50 +25,51 @@ SAFETENSORS, GGUF = ".safetensors", ".gguf"
 
 @dataclass(frozen=True)
 class Base:
-    """A base, and what verbs do with it: here with a model of safetensors, in classes below with
-    other kinds."""
+    """A base with the operations that verbs need. This class is for a model in safetensors;
+    subclasses are for other kinds."""
 
     folder: Folder
-    part: str = ""  # its name, where it is a model of several
-    parts_of: Folder | None = None  # the folder of all of them
+    part: str = ""  # its name, if it is a component of a pipeline
+    parts_of: Folder | None = None  # the pipeline's folder
 
     noun: ClassVar[str] = "model"
     in_safetensors: ClassVar[bool] = True
-    does: ClassVar[Mapping[str, str]] = {}  # entries MODULE:FUNCTION by what they do
-    # options of a merge that it has no use for, by the kind of base that they are for
+    does: ClassVar[Mapping[str, str]] = {}  # entries MODULE:FUNCTION by task
+    # options of a merge that do not apply, by the kind of base that they are for
     unfit: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "a base in a GGUF file": ("imatrix", "touched_as", "scales", "modelfile")
     }
-    unfit_for_files: ClassVar[tuple[str, ...]] = ()  # likewise, where the output is one file
+    unfit_for_files: ClassVar[tuple[str, ...]] = ()  # likewise, for a single-file output
 
     def own(self, work: str) -> Callable[..., Any] | None:
-        """What does a work of this kind of base; None where it is done as for a model."""
+        """The function that does a task for this kind of base; None if it is done as for a
+        model."""
         entry = self.does.get(work)
         return None if entry is None else load(entry)
 
     @cached_property
     def images(self) -> "SingleFileModel | None":
-        """The image or video model in its publisher's names that it is; None for others, and for
-        what cannot be read, which is refused where it is opened."""
+        """The image or video model in its publisher's names; None for other bases and unreadable
+        ones, which are refused when they are opened."""
         return None
 
     @property
     def ending(self) -> str | None:
-        """How the name of an output ends that is one file, as the base is; None for a folder."""
+        """The ending of a single-file output's name; None if the output is a folder."""
         return None
 
     def read(self, number: int = 0) -> Checkpoint:
-        """Its headers, parameters under transformers' names; raises `Refused` or `Damaged` with all
-        that is wrong with it. `number`: which input of the job it is."""
+        """Its headers, with parameters under transformers' names; raises `Refused` or `Damaged`
+        with all problems. `number`: its number among the job's inputs."""
         return open_checkpoint(self.folder, number)
 
     def read_for(self, is_enough: Callable[[Checkpoint], bool]) -> Checkpoint:
-        """`read`, or less of it where that is enough."""
+        """`read`, or a smaller view if `is_enough` accepts it."""
         return self.read()
 
     def check_options(self, options: "MergeOptions", imatrix: object, file: str | None) -> None:
-        """`Refused` for options of a merge that it has no use for; `file`: the output's name where
-        it is one."""
+        """Refuse options of a merge that do not apply to this base; `file`: the name of a
+        single-file output."""
         errors, given = Problems(where="options", hint="remove it", code="AK102"), vars(options)
         unfit = {**self.unfit, "a folder": self.unfit_for_files if file is not None else ()}
         for expected, names in unfit.items():
@@ -81,7 +82,8 @@ class Base:
             errors.raise_all()
 
     def output_file(self, out: StrPath) -> str | None:
-        """The name of an output that is one file, as the base is; `Refused` for other names."""
+        """The name of a single-file output, or None for a folder; `Refused` if the name does not
+        fit the base."""
         ending, name = self.ending, re.split(r"[/\\:]", str(out))[-1]
         if ending is not None and name.lower().endswith(ending):
             return name
@@ -102,7 +104,8 @@ def is_pipeline(folder: Folder) -> bool:
 
 
 def is_gguf(folder: Folder) -> bool:
-    """A GGUF file next to safetensors is not the model; one file of a split model stands for it."""
+    """Return whether a folder is a GGUF model. A GGUF file next to safetensors is not the model;
+    one file of a split model represents it."""
     here = [name for name in folder.files() if "/" not in name]
     has_file = any(name.lower().endswith(GGUF) for name in here)
     is_file = (getattr(folder, "single", None) or "").lower().endswith(GGUF)
@@ -113,16 +116,16 @@ def may_be_images(folder: Folder) -> bool:
     return any(n.endswith(SAFETENSORS) for n in folder.files()) and not has_type(folder)
 
 
-@lru_cache(maxsize=4)  # what writes the output and what reads adapters ask for it
+@lru_cache(maxsize=4)  # the output's writer and the adapters' reader both need it
 def kind_of(folder: Folder) -> Base:
-    """The base that a folder or file is. Its record is loaded where there are files of its kind."""
+    """The base in a folder or file. Its class is loaded only if there are files of its kind."""
     record = next((record for finds, record in BASES.items() if load(finds)(folder)), None)
     return Base(folder) if record is None else load(record)(folder)
 
 
 def has_type(folder: Folder) -> bool:
-    """Whether its config names a model of transformers, or cannot be read, which is refused where
-    it is opened."""
+    """Return whether its config names a model of transformers, or cannot be read, which is refused
+    when it is opened."""
     try:
         return CONFIG in folder.files() and "model_type" in read_json(folder, CONFIG)
     except AdapterkitError:
@@ -130,5 +133,5 @@ def has_type(folder: Folder) -> bool:
 
 
 def read_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
-    """The headers of the base that a folder is, as input `number` of the job."""
+    """The headers of the base in a folder, as input `number` of the job."""
     return kind_of(folder).read(number)

@@ -1,4 +1,4 @@
-"""Adapters that were merged into a base before, by the receipt beside it."""
+"""Read the receipt next to a base for adapters that were merged into it before."""
 
 from collections.abc import Sequence
 from os.path import realpath
@@ -15,7 +15,7 @@ from adapterkit.core.records import FINITE, TEXT, Json, entries
 
 
 class MergedAdapter(NamedTuple):
-    """An adapter in a base; receipts have these fields."""
+    """An adapter merged into a base; receipts have these fields."""
 
     name: str
     weight: float
@@ -29,7 +29,7 @@ MERGED = entries({"name": TEXT, "weight": FINITE, "header": TEXT, "sha256": TEXT
 def merged_adapters(base: Folder) -> list[MergedAdapter]:
     """The adapters that were merged into a base, by the last merge and by those before it.
 
-    None where there is no receipt, or one of another verb or version, or one without hashes."""
+    Empty if there is no receipt, or it is of another verb or version, or has no hashes."""
     receipt = _receipt_of(base)
     try:
         recipe, sums = receipt["recipe"], receipt["inputs"]
@@ -60,16 +60,16 @@ def _receipt_of(base: Folder) -> Json:
 
 
 def same_merges(merged: Sequence[MergedAdapter], adapter: Adapter) -> list[MergedAdapter]:
-    """Those of these that are an adapter. Files are compared by their sha256; only those whose
-    headers agree are read for it."""
+    """The entries that are this adapter. Files are compared by sha256, which is computed only if
+    the headers agree."""
     candidates = [one for one in merged if one.header == adapter.header_sha256]
     sha256 = _sha256(adapter.folder) if candidates else ""
     return [one for one in candidates if one.sha256 == sha256]
 
 
 def merged_change(base: Folder, key: str) -> float:
-    """How much the last merge changed a stored tensor, relative to its norm, as the receipt says;
-    0 where it says nothing."""
+    """The change of a stored tensor by the last merge, relative to its norm; 0 if the receipt has
+    none."""
     receipt = _receipt_of(base)
     try:
         return float(receipt["parameters"][key]["delta"])
@@ -83,8 +83,8 @@ def history_notes(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
 ) -> list[str]:
-    """Notes on adapters that are in the base already and are added again, on others that are
-    subtracted from a base that does not have them, and on copies."""
+    """Notes on adapters that the base already contains and that are added again, on adapters
+    subtracted from a base that does not contain them, and on copies."""
     notes = []
     options = _receipt_of(base).get("recipe", {}).get("options", {}) if merged else {}
     how = options.get("method", "linear")
@@ -114,8 +114,8 @@ def notes_on_copies(adapters: Sequence[Adapter]) -> list[str]:
     names: dict[tuple[str, str | None], list[str]] = {}
     for adapter in adapters:
         folder = original(adapter.folder)
-        place = realpath(getattr(folder, "root", folder.label)), getattr(folder, "single", None)
-        names.setdefault(place, []).append(adapter.name)
+        location = realpath(getattr(folder, "root", folder.label)), getattr(folder, "single", None)
+        names.setdefault(location, []).append(adapter.name)
     return [
         f"{shown(own[0])} is given {len(own)} times: its weights add up"
         for own in names.values()
@@ -124,8 +124,7 @@ def notes_on_copies(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def _sha256(folder: Folder) -> str:
-    """The sha256 of an adapter's weights; "" where they are not on this machine and the Hub has no
-    hash of them."""
+    """The sha256 of an adapter's weights; "" if they are remote and the Hub has no hash of them."""
     known = folder.hashes.get(WEIGHTS)
     if known or not isinstance(original(folder), LocalFolder):
         return known or ""

@@ -1,5 +1,5 @@
-"""The plan of a job with these inputs; hashes and identities of their files, by which a resumed job
-recognizes them."""
+"""Create the plan of a job with its inputs, and the hashes and identities of their files by which a
+resumed job recognizes them."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -65,9 +65,8 @@ def header_hashes(
 def identities(
     folders: tuple[Folder, ...], names: Iterable[tuple[int, str]]
 ) -> dict[tuple[int, str], Identity]:
-    """Inode, size and times of those of the inputs' files that are local; call it when
-    their headers are read. Of a folder that is made of others those of the files that these are
-    read from, as `source/...`."""
+    """Inode, size and times of the inputs' local files; call it when their headers are read. An
+    overlay's are those of the files that it reads, as `source/...`."""
     return {
         (number, file): one
         for number, name in names

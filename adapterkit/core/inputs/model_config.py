@@ -1,4 +1,4 @@
-"""A model's config.json with its sub-configs (text_config, vision_config, ...)."""
+"""Read and change a model's config.json with its sub-configs (text_config, vision_config, ...)."""
 
 import inspect
 from typing import Any
@@ -7,9 +7,8 @@ SWITCH = "tie_word_embeddings"
 
 
 def has_other_effects(tied: Any, untied: Any) -> bool:
-    """Whether the switch does more to a model than to untie it: to its config, to its parameters,
-    or in its forward (T5 and its kin scale the decoder's outputs by it, which only the code
-    says)."""
+    """Return whether the switch changes more than the tie: the config, the parameters or the
+    forward. For example, T5 scales the decoder's outputs by it, which only the code shows."""
     if _without_switch(tied.config.to_dict()) != _without_switch(untied.config.to_dict()):
         return True
     shapes = [[(k, v.shape) for k, v in model.state_dict().items()] for model in (tied, untied)]
@@ -45,13 +44,13 @@ def nested_values(config: dict, key: str) -> list[Any]:
 
 
 def vocabulary_sizes(config: dict) -> set[int]:
-    """All sizes of vocabularies that the config names."""
+    """All sizes of vocabularies in the config."""
     return {size for size in nested_values(config, "vocab_size") if isinstance(size, int)}
 
 
 def set_nested(config: dict, key: str, value: object, *, old: object = None) -> None:
-    """Set a key, in place, in the config and its sub-configs where it is there already; with `old`
-    only where it has that value."""
+    """Set a key, in place, in the config and its sub-configs that have it already; with `old`, only
+    if it has that value."""
     if key in config and old in (None, config[key]):
         config[key] = value
     for sub_config in config.values():

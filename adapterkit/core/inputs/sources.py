@@ -1,4 +1,4 @@
-"""The folders of the bases and adapters that a caller names."""
+"""Open the folders of the bases and adapters that a caller names."""
 
 import os
 import re
@@ -37,9 +37,10 @@ NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 
 
 def open_source(text: StrPath) -> Folder:
-    """The folder, or the one file, that a path or a Hub id `org/name[@revision][:path]` stands for;
-    a path that exists is read as it is, a folder that is planned stands for itself. `Refused` for a
-    text that is neither."""
+    """The folder, or single file, for a path or a Hub id `org/name[@revision][:path]`.
+
+    A path that exists is read as it is; a planned folder is returned unchanged. `Refused` for any
+    other text."""
     if isinstance(text, Overlay):
         return text
     if os.path.exists(text):
@@ -67,8 +68,8 @@ def open_source(text: StrPath) -> Folder:
 
 
 def named_in_file(name: object, folder: Path | None) -> str | None:
-    """The source that a file names, which may come from a stranger: what has that name in `folder`,
-    or an id of the Hub. None for all else, also for links that lead elsewhere."""
+    """The source that an untrusted file names: an item of `folder`, or an id of the Hub. None for
+    other names, also for links that lead elsewhere."""
     text = name if isinstance(name, str) else ""
     if folder is not None and is_plain_path(text) and "/" not in text and (folder / text).exists():
         return str(folder / text) if leads_inside(folder / text, folder) else None
@@ -76,7 +77,7 @@ def named_in_file(name: object, folder: Path | None) -> str | None:
 
 
 def if_given(opener: Callable[[StrPath], T], text: StrPath | None) -> T | None:
-    """What is opened for an option; None where it is not given."""
+    """The opened source of an option; None if it is not given."""
     return None if text is None else opener(text)
 
 
@@ -102,18 +103,18 @@ def _own_hint(text: str) -> str:
 
 
 def _similar_path(text: str) -> str:
-    """`did_you_mean` for a path that is not there, of what its folder holds."""
+    """A suggestion (`did_you_mean`) for a missing path, from the content of its folder."""
     folder = os.path.dirname(text)
     try:
         names = os.listdir(folder or ".")
-    except (OSError, ValueError):  # no such folder; a text that is no path
+    except (OSError, ValueError):  # the folder does not exist, or the text is no path
         return ""
     return did_you_mean([text], [os.path.join(folder, name) for name in names])
 
 
 def open_model(text: StrPath) -> Folder:
-    """The folder of a model. A `.safetensors` file stands for the checkpoint that it is part of, or
-    is it, with the config and the tokenizer beside it. `Refused` for an adapter."""
+    """The folder of a model. A `.safetensors` file opens the checkpoint that it belongs to, or is
+    the model itself, with the config and tokenizer next to it. `Refused` for an adapter."""
     folder = open_source(text)
     if _is_weights(folder) and not folder.single.startswith(NOT_A_MODEL):
         folder = _model_of(folder)
@@ -126,7 +127,7 @@ def open_model(text: StrPath) -> Folder:
 
 
 def _model_of(folder: SingleFile) -> Folder:
-    """The model that a file of weights is part of, or is."""
+    """The model that a file of weights belongs to, or is."""
     whole, here = folder.containing_folder(), folder.next_to()
     indexes = [read_json(whole, name) for name in here if name.endswith(INDEX)]
     named = [
@@ -141,8 +142,8 @@ def _model_of(folder: SingleFile) -> Folder:
 
 
 def open_base(text: StrPath) -> Checkpoint:
-    """The model that an adapter is for; a folder without weights will do where its config is all
-    that is asked."""
+    """The model that an adapter is for. A folder without weights is accepted, for callers that need
+    only its config."""
     folder = open_model(text)
     if MODEL_CONFIG in folder.files() and not any(map(MODEL_WEIGHTS.search, folder.files())):
         config = read_json(folder, MODEL_CONFIG)
@@ -157,17 +158,19 @@ def open_adapter(
     for_merge: bool = False,
     expert_layout: str | None = None,
 ) -> Folder:
-    """The folder of an adapter in PEFT's layout, or one that stands for an adapter in another
-    format; `base` tells the names of formats that have others than the model; `for_merge`: LoHa and
-    LoKr, too; `expert_layout`: of stacks whose config does not say."""
+    """The folder of an adapter in PEFT's layout, or an overlay in that layout for another format.
+
+    `base`: gives the modules' names for formats with other names than the model; `for_merge`: also
+    LoHa and LoKr; `expert_layout`: of stacks whose config does not say."""
     folder = open_unconverted(text)
     return in_adapter_layout(folder, base, for_merge=for_merge, expert_layout=expert_layout)
 
 
 def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
-    """The folder of an adapter in any format; with `allow_pickle` that of a pickle, too. A
-    `.safetensors` file, whatever its name, is one of PEFT's where its adapter_config.json lies
-    beside it; `Refused` where that belongs to another file."""
+    """The folder of an adapter in any format; with `allow_pickle`, also of a pickle.
+
+    A `.safetensors` file of any name is PEFT's if adapter_config.json is next to it; `Refused` if
+    that belongs to another file."""
     folder = open_source(text)
     if not _is_weights(folder) or CONFIG not in folder.next_to():
         return load(ADAPTERS["pickles"])(folder) if allow_pickle else folder
@@ -186,10 +189,10 @@ def _is_weights(folder: Folder) -> TypeGuard[SingleFile]:
 
 
 def initial_of(adapter: Folder) -> Folder | None:
-    """The folder of the initial factors beside an adapter that is relative to the original base
-    without them; None for other adapters. `Refused` where it is missing."""
+    """The folder with the initial factors of an adapter whose base is the original without them;
+    None for other adapters. `Refused` if it is missing."""
     if CONFIG not in adapter.files():
-        return None  # refused where the adapter is read
+        return None  # refused when the adapter is read
     try:
         init = read_json(adapter, CONFIG).get("init_lora_weights")
     except AdapterkitError:
@@ -213,7 +216,7 @@ def initial_of(adapter: Folder) -> Folder | None:
 def open_weighted(
     adapters: Sources, opener: Callable[[StrPath], Folder]
 ) -> list[tuple[Folder, float]]:
-    """The folders of adapters, with their weights; `Refused` with all that cannot be opened."""
+    """The folders of adapters with their weights; raises `Refused` with every problem."""
     opened: list[tuple[Folder, float]] = []
     errors = Problems()
     for source, weight in weighted(adapters):
@@ -228,8 +231,8 @@ def open_weighted(
 def open_all(
     *lists: Sources, opener: Callable[[StrPath], Folder] = open_adapter
 ) -> list[list[Folder]]:
-    """The folders of several lists of sources without weights; `Refused` with all that cannot be
-    opened."""
+    """The folders of several lists of sources without weights; raises `Refused` with every
+    problem."""
     opened: list[list[Folder]] = [[] for _ in lists]
     errors = Problems()
     for folders, sources in zip(opened, lists, strict=True):
@@ -241,7 +244,7 @@ def open_all(
 
 
 def weight_of(source: StrPath) -> tuple[str, float]:
-    """A source and its weight: `PATH=0.7` unless the whole text exists as a path; 1 where none is
+    """A source and its weight: `PATH=0.7`, unless the whole text exists as a path; 1 if none is
     given."""
     text = os.fspath(source)
     if os.path.exists(text) or "=" not in text:

@@ -1,6 +1,7 @@
-"""The file of weights with which adapters are added: one number for each, and others for modules or
-for directions of their deltas; and the adapters that it names. A fit writes it, or a hand, and all
-that takes weights reads it."""
+"""Read and write the file of weights with which adapters are added.
+
+It has one number for each adapter, others for modules or directions of their deltas, and the
+adapters' names. You or a fit write it; every command that takes weights reads it."""
 
 import json
 import os
@@ -47,7 +48,7 @@ OPTION = "--weights"
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """An adapter as it was named, and the sha256 of its files by their names, where known."""
+    """An adapter's name, and the sha256 of its files by name, if known."""
 
     name: str = field(metadata={"check": NAME})
     files: Mapping[str, str] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class NamedAdapter:
 
 @dataclass(frozen=True)
 class WeightsBase:
-    """A base by its name, and its fingerprint (`core/checkpoint/fingerprint.py`), where known."""
+    """A base's name, and its fingerprint (`core/checkpoint/fingerprint.py`), if known."""
 
     name: str = field(metadata={"check": NAME})
     fingerprint: str | None = None
@@ -82,11 +83,10 @@ class WeightsFile:
     """Weights c of adapters on modules: Δ' = Σᵢ cᵢ Δᵢ, each Δᵢ with its adapter's own scale.
 
     `default`: one for each adapter, on all modules that are not in `modules`, which has one for
-    each adapter too. Where `per` is "direction" that may be a list, one for each singular triplet
-    of the adapter's delta, largest first (`kernels/lowrank/directions.py`). `per` says how finely
-    the weights were chosen; those of a layer are written for each of its modules. `fit`: where they
-    come from, for people.
-    """
+    each adapter too. If `per` is "direction", that may be a list, one for each singular triplet of
+    the adapter's delta, largest first (`kernels/lowrank/directions.py`). `per` is the granularity
+    at which the weights were chosen; a layer's weight is written for each of its modules. `fit`:
+    their origin, for human readers."""
 
     adapters: tuple[NamedAdapter, ...] = field(
         metadata={"check": list_of(Check("a name, or a table with one", _adapter))}
@@ -105,15 +105,15 @@ class WeightsFile:
         return self.modules.get(module, self.default)[number]
 
     def in_receipt(self) -> Json:
-        """What a receipt's options say of it: names without paths, and nothing of how the weights
-        were chosen, which may be anything."""
+        """The entry in a receipt's options: names without paths, and without `fit`, which may be
+        anything."""
         named = [replace(one, name=portable_name(one.name)) for one in self.adapters]
         base = self.base and replace(self.base, name=portable_name(self.base.name))
         weights = replace(self, adapters=named, base=base, fit=None)
         return {"weights_file": json.loads(text(weights))}
 
     def notes_on_base(self, fingerprint: str, base: str) -> list[str]:
-        """A warning where the weights were chosen on another base."""
+        """A warning if the weights were chosen on another base."""
         chosen = self.base.fingerprint if self.base else None
         if self.base is None or chosen is None or not difference(chosen, fingerprint):
             return []
@@ -124,7 +124,7 @@ class WeightsFile:
 
 
 def read_weights(folder: Folder) -> WeightsFile:
-    """The weights in a folder that is one file; `Refused` with all that is wrong with it."""
+    """The weights in a folder that is one file; `Refused` with every problem."""
     names = list(folder.files())
     if len(names) != 1:
         problem, hint = f"a folder of {len(names)} files", "name the file"
@@ -135,7 +135,7 @@ def read_weights(folder: Folder) -> WeightsFile:
 
 
 def weights_in(table: Settings, where: str) -> WeightsFile:
-    """The weights of a table, as a file or a receipt has it; `Refused` with all that is wrong."""
+    """The weights in a table from a file or a receipt; `Refused` with every problem."""
     errors = Problems(_problems(table, where))
     with errors.collected():
         weights = read(WeightsFile, table, where, hint=HINT)
@@ -144,15 +144,15 @@ def weights_in(table: Settings, where: str) -> WeightsFile:
 
 
 def write_weights(weights: WeightsFile, path: str | os.PathLike) -> None:
-    """Write it, whole or not at all; `Refused` where it could not be read again."""
+    """Write the file atomically; `Refused` if it could not be read again."""
     weights_in(json.loads(text(weights)), str(path))
     path = Path(path)
     replace_file(path, text(weights).encode(), path.with_name(f".{path.name}.{os.getpid()}.part"))
 
 
 def text(weights: WeightsFile) -> str:
-    """As JSON: a line for each adapter and each module, these in the order of their names; numbers
-    as the shortest that are read as the same."""
+    """The JSON text: a line for each adapter and each module, modules sorted by name, numbers in
+    their shortest exact form."""
     modules = [f"{_line(name)}: {_line(its)}" for name, its in sorted(weights.modules.items())]
     fields = {
         "schema": _line(weights.schema),
@@ -168,8 +168,8 @@ def text(weights: WeightsFile) -> str:
 
 
 def digests(folder: Folder) -> dict[str, str]:
-    """The sha256 of an adapter's weights and settings, by the names of these files as they are in
-    its own format. They are read whole, unless the Hub knows their hashes."""
+    """The sha256 of an adapter's weights and settings, by their file names in its own format. The
+    files are read completely, unless the Hub has their hashes."""
     source = original(folder)
     names = [name for name in source.files() if name == CONFIG or name.endswith(WEIGHTS)]
     hashes = {name: source.hashes.get(name) for name in sorted(names) if "/" not in name}
@@ -184,9 +184,10 @@ def named_adapter(name: str, folder: Folder) -> NamedAdapter:
 def open_with_weights(
     adapters: Sources, weights: StrPath | None, opener: Callable[[StrPath], Folder]
 ) -> tuple[list[tuple[Folder, float]], WeightsFile | None]:
-    """The adapters with their weights, and the file of these, if one is named: then the adapters
-    are those of the file, in its order, and may be left out. `Refused` where they are others, or
-    have weights of their own."""
+    """The adapters with their weights, and the file of weights, if one is named.
+
+    Then the adapters are those of the file, in its order, and may be omitted. `Refused` if they
+    differ from the file's, or have weights of their own."""
     if weights is None:
         return open_weighted(adapters, opener), None
     folder = open_source(weights)
@@ -205,7 +206,7 @@ def open_with_weights(
 def weighted_sources(
     adapters: Sources, weights: StrPath | None
 ) -> tuple[Sources, WeightsFile | None]:
-    """As `open_with_weights`, of adapters that are opened later."""
+    """As `open_with_weights`, for adapters that are opened later."""
     if weights is None:
         return adapters, None
     _, file = open_with_weights(adapters, weights, open_unconverted)
@@ -217,8 +218,9 @@ def weighted_sources(
 def sources_of(
     adapters: Sources, weights: StrPath, file: WeightsFile, errors: Problems
 ) -> list[StrPath]:
-    """The sources of a file's adapters: those that it names if none are given. `Refused` with these
-    errors for others, and for adapters with weights of their own."""
+    """The sources of a file's adapters, by the file's own names if none are given.
+
+    `Refused`, with `errors`, for other adapters and for adapters with weights of their own."""
     pairs = [
         weight_of(source) if weight is None else (source, weight)
         for source, weight in weighted(adapters)
@@ -256,7 +258,7 @@ def sources_of(
 
 
 def check_same(named: NamedAdapter, adapter: Folder, where: str) -> None:
-    """`Refused` where an adapter's files are others than those that weights were chosen for."""
+    """Refuse an adapter whose files differ from those that the weights were chosen for."""
     if not named.files:
         return
     own = digests(adapter)
@@ -274,10 +276,10 @@ def check_same(named: NamedAdapter, adapter: Folder, where: str) -> None:
 
 
 def _problems(table: Settings, where: str) -> list[AdapterkitError]:
-    """What is wrong with the schema's version and the lengths of a table's lists, where they are
-    lists; all else is refused where the record is made."""
+    """Problems of the schema's version and of the lengths of a table's lists. Other values are
+    refused when the record is created."""
     if not isinstance(table, Mapping):
-        return []  # likewise
+        return []  # refused when the record is created
     errors, schema = Problems(where=where, hint=HINT, code="AK112"), table.get("schema", SCHEMA)
     if isinstance(schema, int) and not 1 <= schema <= SCHEMA:
         errors.add(f"schema {schema}", f"1 to {SCHEMA}", "update adapterkit")

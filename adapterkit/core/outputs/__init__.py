@@ -1,1 +1,1 @@
-"""The folders that a job writes: adapters, models, and the files beside the weights."""
+"""Create the folders that a job writes: adapters, models, and the files next to the weights."""

@@ -1,8 +1,7 @@
-"""Model cards: the README.md of an output, with the Hub's metadata.
+"""Write model cards: the README.md of an output, with the Hub's metadata.
 
 Texts of inputs are not interpreted: they are quoted as JSON in the metadata, and stripped of markup
-in the body.
-"""
+in the body."""
 
 import json
 import re
@@ -15,7 +14,7 @@ from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.output.stage import RECEIPT
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# fields of a base's card that hold for the merged model too
+# fields of a base's card that are valid for the merged model too
 INHERITED = re.compile(
     r"^(license|license_name|license_link|pipeline_tag|language): *+([\w .:/\-]++)$", re.MULTILINE
 )
@@ -29,7 +28,7 @@ class Merged(NamedTuple):
     weight: float
     modules: int
     rank: object = ""
-    part: str = ""  # of a pipeline
+    part: str = ""  # its component of a pipeline
 
 
 SUM = "Σ weight · scale · b @ a"
@@ -38,7 +37,7 @@ SUM = "Σ weight · scale · b @ a"
 def merged_card(
     base: Folder, adapters: Sequence[Merged], library: str = "transformers", delta: str = SUM
 ) -> str:
-    """The card of a merged model; `delta`: what was added to its weights."""
+    """The card of a merged model; `delta`: the formula of the change added to its weights."""
     ids = [hub_id_or_name(base), *(hub_id_or_name(adapter.folder) for adapter in adapters)]
     ids = list(dict.fromkeys(ids)) if library == "diffusers" else ids
     metadata = [*based_on(ids, "merge"), *_inherited(base), f"library_name: {library}"]
@@ -69,8 +68,7 @@ def merged_card(
 def model_card(
     base: Folder, summary: str, relation: str = "", library: str = "transformers"
 ) -> str:
-    """The card of a model made from this one alone; `relation`: the Hub's word, where it has one
-    for it."""
+    """The card of a model made from one base; `relation`: the Hub's term, if it has one."""
     name = plain(hub_id_or_name(base))
     metadata = [*based_on([name], relation), f"library_name: {library}"]
     body = [f"Made by adapterkit {__version__}."]
@@ -78,7 +76,7 @@ def model_card(
 
 
 def based_on(names: Sequence[str], relation: str) -> list[str]:
-    """The Hub's metadata on the bases that are there, and on what the output is of these."""
+    """The Hub's metadata on the bases that have an id, and on the output's relation to them."""
     ids = [f"- {json.dumps(name)}" for name in names if HUB_ID.fullmatch(name)]
     return ["base_model:"] * bool(ids) + ids + [f"base_model_relation: {relation}"] * bool(relation)
 
@@ -95,7 +93,7 @@ def hub_id_or_name(folder: Folder) -> str:
 
 
 def plain(text: str) -> str:
-    """A text without what Markdown or HTML would read as markup."""
+    """A text without characters that Markdown or HTML would read as markup."""
     return "".join(c if c.isalnum() or c in " ._-/,;" else " " for c in text)
 
 

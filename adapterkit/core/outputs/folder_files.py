@@ -1,5 +1,5 @@
-"""Files of an output folder besides its weights and its receipt, in the order of writing: what
-makes the folder loadable is last."""
+"""Collect the files of an output folder besides weights and receipt, in the order of writing. The
+file that makes the folder loadable is last."""
 
 import contextlib
 import json
@@ -22,16 +22,16 @@ WEIGHTS = tuple(
     ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .tflite .ot .npz".split()
 )
 NOT_COPIED = {RECEIPT, "README.md", "config.json", CONFIG, "training_args.bin"}
-# Settings of a saved tokenizer that change no token: where it came from, and what the training's
-# calls had set
+# Settings of a saved tokenizer that change no token: its origin, and settings of the training's
+# calls
 CALLS = ("model_max_length", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 PLACES = (
     "name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "is_local",
     "local_files_only",
 )  # fmt: skip
-# of batches and long texts: what training set is no other tokenizer, but is noted
+# sides of padding and truncation: a difference is noted, but makes no other tokenizer
 SIDES = {"padding_side", "truncation_side"}
-# repeat what a fast tokenizer's other files say
+# files that repeat the content of a fast tokenizer's other files
 REPEATED = ("special_tokens_map.json", "added_tokens.json")
 
 
@@ -47,8 +47,8 @@ def model_files(
 ) -> Files:
     """A model's files: the base's own, also those in subfolders, with this config, card and index.
 
-    `tokenizer`: an adapter's instead of the base's; `folder`: where in the output; `omit`: the
-    base's files that do not hold for the output."""
+    `tokenizer`: an adapter's, to replace the base's; `folder`: the subfolder in the output; `omit`:
+    the base's files that are not valid for the output."""
     prefix = f"{folder}/" if folder else ""
     files: Files = {}
     layers = _layer_folders(base) if "modules.json" in base.files else ()
@@ -68,13 +68,13 @@ def model_files(
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights, in any format, or is their index."""
+    """Return whether a file contains weights in any format, or is their index."""
     return name.endswith((*WEIGHTS, ".index.json")) or INDEX.fullmatch(name) is not None
 
 
 def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
-    """Subfolders with further layers of the model and weights of their own: those that the
-    modules.json of sentence-transformers names (`2_Dense/`)."""
+    """Subfolders with further layers of the model and their own weights, as listed in the
+    modules.json of sentence-transformers (`2_Dense/`)."""
     try:
         layers = nested_json(base.folder.read("modules.json", 0, base.files["modules.json"]))
     except ValueError:
@@ -85,7 +85,7 @@ def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
 
 
 def _index(base: Checkpoint, names: list[str], shards: Sequence[OutputFile]) -> bytes | FromMetrics:
-    """The index: each key's file, and the total size, which is known once computed files are
+    """The index: each key's file, and the total size, which is known after computed files are
     written."""
     content = partial(_index_content, names, shards, base.index)
     is_final = not any(shard.tasks for shard in shards)
@@ -110,8 +110,8 @@ def as_json(value: dict) -> bytes:
 def tokenizer_files(
     adapters: list[Adapter], choice: str | None, notes: list[str]
 ) -> dict[str, CopyFile]:
-    """The tokenizer saved beside an adapter, if there is one: training may have added tokens to
-    it."""
+    """The tokenizer saved with an adapter, if there is one, because training may have added tokens
+    to it."""
     if choice == "base":
         return {}
     files_of = {
@@ -161,13 +161,13 @@ def _without(settings: Json, *keys: str) -> Json:
 
 
 def _tokenizer(adapter: Adapter, names: set[str]) -> Json:
-    """The contents of a tokenizer's files that decide its tokens: by file, and by setting where the
-    file is JSON."""
+    """The contents of a tokenizer's files that determine its tokens: by file, or by setting for
+    JSON."""
     contents: Json = {}
     for name in names:
         settings: Json | None = None
         if name in ("tokenizer.json", "tokenizer_config.json"):
-            with contextlib.suppress(AdapterkitError):  # not ours to judge: compared as it stands
+            with contextlib.suppress(AdapterkitError):  # an unreadable file is compared as bytes
                 settings = read_json(adapter.folder, name)
         if settings is None:
             contents[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])

@@ -1,4 +1,4 @@
-"""Output files of a model: in a quantized format, decoded to floats, or streamed."""
+"""Plan output files of a model: in a quantized format, decoded to floats, or streamed."""
 
 import math
 import statistics
@@ -31,10 +31,10 @@ def check_gaps(
     base: Checkpoint, model: "Skeleton | None", notes: list[str], brought: Collection[str] = ()
 ) -> list[AdapterkitError]:
     """Problems of a base that lacks a parameter which its other layers have, or whose experts do
-    not fit together; other gaps are notes, as a model may lack a head or a pooler on purpose.
+    not fit together. Other gaps are notes, because a model may lack a head or a pooler on purpose.
 
-    `model`: if it was built anyhow. If not, only what does not look whole is worth the seconds.
-    `brought`: parameters that come from elsewhere."""
+    `model`: if it was built anyway. Otherwise it is built only if the base looks incomplete,
+    because that takes seconds. `brought`: parameters that come from elsewhere."""
     if model is None and looks_whole(base):
         return []
     try:
@@ -47,15 +47,15 @@ def check_gaps(
     return []
 
 
-# in the metadata of a base that is not a copy of the original, but goes with an adapter
+# metadata of a base that was changed for an adapter, and is no copy of the original
 CHANGED_BY = "adapterkit_changed_by"
 # shares of the delta below which a merge warns
 LEAST_SURVIVAL = {"quantized": 0.5, "float": 0.8}
 
 
 def planned_fingerprint(shards: Sequence[OutputFile]) -> str | None:
-    """The fingerprint, without values, of a base of these files; None where the shape of one of
-    their tensors depends on the values."""
+    """The fingerprint, without values, of a base of these files; None if a tensor's shape depends
+    on the values."""
     if any(shard.variable_size for shard in shards):
         return None
     return of_headers(stored for shard in shards for stored in shard.layout.tensors)
@@ -63,18 +63,18 @@ def planned_fingerprint(shards: Sequence[OutputFile]) -> str | None:
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A base some of whose weights are encoded, by `tasks` where there is one for the key."""
+    """A base with some weights encoded; `tasks` replaces the computation of its keys."""
 
     base: Checkpoint
     quantized: Mapping[str, QuantizedWeight]  # by key
     tasks: Mapping[str, Task]
     config: Json
     folder: str = ""
-    changed_by: str = ""  # the verb whose adapter goes with it, for the files' metadata
-    file: str | None = None  # the name of an output that is one file, if not the base's
+    changed_by: str = ""  # the verb that changed it for an adapter, for the files' metadata
+    file: str | None = None  # the name of a single-file output, if not the base's
 
     def shards(self) -> tuple[OutputFile, ...]:
-        """Its files of weights, named as the base's."""
+        """Its files of weights, with the base's names."""
         groups: dict[str, list[Task]] = {name: [] for name in self.base.shards}
         for key, spec in self.base.tensors.items():
             groups[spec.file].append(self._task(key))
@@ -113,15 +113,14 @@ def rounding_warnings(
     in_gguf: bool = False,
     fail_below: float = -math.inf,
 ) -> list[str]:
-    """Warnings where rounding to nearest lost a part of the delta: in quantized formats, and in
-    floats; `Unrecoverable` where the median tensor keeps less of it than `fail_below`.
+    """Warnings if rounding to nearest lost some of the delta, in quantized formats and in floats;
+    `Unrecoverable` if the median tensor keeps less than `fail_below`.
 
     `survived` is the projection of the stored change on the delta. Normal deltas of 2, 1, 1/2, 1/8,
     1/32 of bf16's median step survive by 1.00, 0.93, 0.70, 0.22, 0.06, with `rounding` (the error
     over the delta's norm) 0.27, 0.48, 0.70, 0.92, 0.98. An extracted adapter of median `rounding`
-    0.75, which goes with about 0.65, kept 0.64 of its gain in loss. Above 1 the error is noise that
-    loses nothing: of draws, or of a base of more digits.
-    """
+    0.75, which corresponds to about 0.65, kept 0.64 of its gain in loss. Above 1 the error is noise
+    without loss: from draws, or from a base with more digits."""
     survival: dict[str, dict[str, float]] = {kind: {} for kind in LEAST_SURVIVAL}
     for key, share in (kept := kept_shares(metrics)).items():
         if metrics[key].get("rounding", 0) <= 1:
@@ -165,8 +164,8 @@ def rounding_warnings(
 def plan_shard(
     name: str, steps: Sequence[Step], header: Header, *, keep_format: bool
 ) -> OutputFile:
-    """One output file of these steps, quantized weights in their format or as floats; streamed
-    where nothing is decoded. `header`: of the base's file."""
+    """One output file of these steps, with quantized weights in their format or as floats; streamed
+    if nothing is decoded. `header`: of the base's file."""
     if keep_format and not any(
         (isinstance(step.source, QuantizedWeight) and step.edits) or step.is_whole for step in steps
     ):
@@ -192,7 +191,7 @@ def plan_shard(
 def _laid_out_as(
     header: Header, file: str, tensors: Sequence[TensorPlan], metadata: Mapping[str, Any]
 ) -> ShardLayout:
-    """The base's tensors where they are in its file, with its header."""
+    """The base's tensors at their positions in its file, with its header."""
     by_key = {stored.key: stored for stored in tensors}
     return like_base(file, [by_key[spec.key] for spec in header.tensors], header)
 
@@ -200,7 +199,7 @@ def _laid_out_as(
 def plan_laid_out(
     layout: ShardLayout, steps: Sequence[Step], metadata: dict[str, str]
 ) -> OutputFile:
-    """One output file of these steps of floats, in this order; streamed where none is computed
+    """One output file of these float steps, in this order; streamed if no tensor is computed as a
     whole."""
     if not any(step.is_whole for step in steps):
         return OutputFile(layout, tuple(steps))
@@ -211,7 +210,8 @@ def plan_laid_out(
 def plan_shards_of_size(
     steps: Sequence[Step], limit: int, stem: str = "model"
 ) -> tuple[OutputFile, ...]:
-    """Files of at most `limit` bytes of these steps, called `stem`, quantized weights as floats."""
+    """Files of at most `limit` bytes for these steps, named by `stem`, quantized weights as
+    floats."""
     tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
     sizes = [sum(stored.nbytes for stored in task.max_outputs) for task in tasks]
     return tuple(

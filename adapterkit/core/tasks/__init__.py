@@ -1,2 +1,2 @@
-"""What is computed: edits of rows, and tasks, each one output computed whole: a frozen record that
-pickles."""
+"""Computations as frozen records that pickle: edits of rows, and tasks, which compute one output
+each."""

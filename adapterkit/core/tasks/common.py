@@ -1,5 +1,5 @@
-"""What the tasks of several verbs share: a stored tensor as it is, a sum of tensors, and the base
-of tasks that make factors."""
+"""Tasks shared by several verbs: a stored tensor as it is, a sum of tensors, and the base class of
+tasks that make factors."""
 
 import math
 from abc import abstractmethod
@@ -18,18 +18,18 @@ from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels.block_sizes import piece
 
 BLOCK = 1 << 20  # elements that are summed at a time on a CPU
-# products with the matrix, each way, of a decomposition, and its columns beyond those asked for
+# a decomposition's products with the matrix, each way, and its oversampled columns
 SWEEPS, BEYOND = 12, 16
 
 
 def decomposition(out: int, width: int, rank: int) -> Effort:
-    """Of as many singular triplets; of most of them by a Gram matrix."""
+    """The effort of computing that many singular triplets; for most of them, by a Gram matrix."""
     columns = min(rank + BEYOND, min(out, width) // 4)
     return Effort(flops=2 * SWEEPS * out * width * columns, decompositions=1)
 
 
 def covariance_errors(*covariances: TensorSpec) -> AbstractContextManager[None]:
-    """A ValueError inside is one of these covariances of one module: `Unrecoverable`."""
+    """Turn a ValueError into `Unrecoverable` for a module's covariance."""
     return unrecoverable(
         covariances[0].key,
         expected="a covariance E[x xᵀ]",
@@ -43,9 +43,8 @@ def covariance_errors(*covariances: TensorSpec) -> AbstractContextManager[None]:
 class CopiedTensor(Task):
     """One stored tensor, byte for byte, under `key`.
 
-    `checked`: it must be finite, as what a training run has left may not be; else its bytes are
-    copied without a look at them.
-    """
+    `checked`: it must be finite, which a training run's result may not be. Otherwise its bytes are
+    copied unread."""
 
     source: TensorSpec = field(metadata=READ)
     key: str
@@ -77,8 +76,7 @@ class CopiedTensor(Task):
 
 @dataclass(frozen=True)
 class SummedTensor(Task):
-    """Σ scale · value in float64, rounded once: biases of b, averages of values that were trained
-    whole."""
+    """Σ scale · value in float64, rounded once: biases of b, averages of fully trained values."""
 
     key: str
     terms: tuple[tuple[TensorSpec, float], ...] = field(metadata=READ)  # none: zeros
@@ -119,7 +117,7 @@ class FactorsTask(Task):
     @property
     @abstractmethod
     def max_rank(self) -> int:
-        """The largest rank that they can have."""
+        """Their largest possible rank."""
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
@@ -127,7 +125,7 @@ class FactorsTask(Task):
         return (TensorPlan(place.a_key, self.dtype, a), TensorPlan(place.b_key, self.dtype, b))
 
     def decomposition(self, rank: int) -> Effort:
-        """Of as many singular triplets of the module's weight, of each expert's."""
+        """The effort for that many singular triplets of the module's weight, of each expert's."""
         shape = self.place.out, math.prod(self.place.a_tail)
         return (self.place.experts or 1) * decomposition(*shape, rank)
 
@@ -159,7 +157,7 @@ class RankedFactors(FactorsTask):
 
 @dataclass(frozen=True)
 class SomeOutputs(Task):
-    """The tensors of a task with these keys, where one file gets some of them and another file the
+    """The tensors of a task with these keys, if one file gets some of them and another file the
     rest; it is computed once for each file."""
 
     task: Task

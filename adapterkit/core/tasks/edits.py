@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Rows, or columns, [start, stop) of the grid, and what of the parameter lies there.
+    """Rows, or columns, [start, stop) of the grid, and the parameter's rows stored there.
 
-    `at`: for each of them the parameter's row that lies there; None: the same, in order from 0.
-    `of`: those that are meant, where they are not all of them (interleaved storage).
-    """
+    `at`: the parameter's row for each of them; None: the same, in order from 0. `of`: the positions
+    that belong to the parameter, if these are not all (interleaved storage)."""
 
     start: int
     stop: int
@@ -39,28 +38,28 @@ class Band:
         return self.stop - self.start
 
     @property
-    def meant(self) -> list[int]:
+    def positions(self) -> list[int]:
         return list(range(self.start, self.stop) if self.of is None else self.of)
 
     def selected(self, factor: Tensor, dim: int) -> Tensor:
-        """The parameter's rows (or columns) that lie here, in the order of `meant`."""
+        """The parameter's rows (or columns) that are stored here, in the order of `positions`."""
         return factor if self.at is None else taken(factor, self.at, dim)
 
     def placed(self, factor: Tensor, dim: int) -> Tensor:
-        """The factor's rows (or columns) in stored order over [start, stop), zero where the stored
-        tensor holds something else."""
+        """The factor's rows (or columns) in stored order over [start, stop), zero for other
+        contents of the stored tensor."""
         factor = self.selected(factor, dim)
         if self.of is None:
             return factor
         shape = list(factor.shape)
         shape[dim] = len(self)
         spread = factor.new_zeros(shape)
-        where = torch.as_tensor(self.meant, device=factor.device) - self.start
+        where = torch.as_tensor(self.positions, device=factor.device) - self.start
         return spread.index_copy_(dim, where, factor)
 
     def overlap(self, w: Tensor, first: int) -> Iterator[tuple[Tensor, slice]]:
-        """The block's rows that lie here, and which of [start, stop) they are; nothing where there
-        are none. `first`: the row at which the block begins."""
+        """Yield the block's rows that are stored here, and their slice of [start, stop); nothing if
+        there are none. `first`: the block's first row."""
         low, high = max(self.start, first), min(self.stop, first + w.shape[0])
         if low < high:
             yield w[low - first : high - first], slice(low - self.start, high - self.start)
@@ -68,7 +67,7 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where one product left @ right lands on the grid."""
+    """The position of one product left @ right on the grid."""
 
     rows: Band
     columns: Band
@@ -77,27 +76,27 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class PlacedFactors:
-    """One adapter's low-rank addition to one stored tensor; `flip` of its factors where the rows of
-    that are the module's inputs."""
+    """One adapter's low-rank addition to one stored tensor. Its factors have `flip` if the tensor's
+    rows are the module's inputs."""
 
     factors: Factors
     blocks: tuple[Block, ...]
 
     @property
     def shared(self) -> bool:
-        """Whether other steps need other parts of the same factors: experts that are stored one by
-        one."""
+        """True if other steps need other slices of the same factors, because experts are stored one
+        by one."""
         return self.factors.experts is not None and len(self.blocks) < self.factors.experts
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        """b, and a or those experts' parts of it that the blocks need."""
+        """b, and a, or the slices of it for the blocks' experts."""
         if self.factors.experts is None:
             return self.factors.reads
         return (*(self._of_expert(block) for block in self.blocks), self.factors.b)
 
     def _of_expert(self, block: Block) -> TensorSpec:
-        """The block's expert's part of a."""
+        """The slice of a for the block's expert."""
         a, experts = self.factors.a, self.factors.experts
         assert experts is not None and block.expert is not None
         rank, at = self.factors.rank, block.expert
@@ -117,7 +116,7 @@ class PlacedFactors:
             yield block, left.contiguous(), right.contiguous()
 
     def pairs(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
-        """(block, b (out, r) with the scale folded in, a (r, in)): of experts each one's own."""
+        """(block, b (out, r) with the scale folded in, a (r, in)); for experts, each one's own."""
         scale, rank, experts = self.factors.scale, self.factors.rank, self.factors.experts
         if experts is None:
             a, b = self.factors.stored(inputs)
@@ -126,8 +125,8 @@ class PlacedFactors:
                 yield block, b, a
             return
         split = lambda b: b.reshape(-1, rank, experts).permute(2, 0, 1).contiguous()
-        # where each expert is stored alone, to go through the factors of all in each step would
-        # cost the square of their number
+        # if each expert is stored alone, reading all experts' factors in each step would cost the
+        # square of their number
         b = self.factors.b
         stack = inputs.shared(b, split) if self.shared else split(inputs.view(None).tensor(b))
         for block in self.blocks:
@@ -220,13 +219,12 @@ class Decompose(RowEdit):
     """DoRA: w = magnitude * w / ‖w‖ per output row of the parameter (arXiv:2402.09353).
 
     `by_columns`: the parameter's outputs are the grid's columns (an embedding's axis, a transposed
-    layer). Then the norms need every row, so the rows are read once before: `before` are the edits
-    that come first. `of_stored`: the norm is that of the stored weight after `before` alone,
-    whatever else has been added to w (PEFT with several adapters).
-    """
+    layer). Then the norms need every row, so the rows are read once before, with the earlier edits
+    `before`. `of_stored`: the norm is that of the stored weight after `before` only, regardless of
+    other additions to w (PEFT with several adapters)."""
 
     magnitude: TensorSpec = field(metadata=READ)
-    rows: Band  # where the outputs lie on the grid, when they are rows
+    rows: Band  # the outputs on the grid, if they are rows
     by_columns: bool
     before: tuple[RowEdit, ...]
     of_stored: bool = False
@@ -348,12 +346,12 @@ class ReplaceRows(RowEdit):
             where = torch.tensor(self.indices, device=values.device)
             part = lambda w, first: values[:, first : first + w.shape[0]].T
             return Loaded(lambda w, first: _set_columns(w, where, part(w, first)))
-        placed = _Placed(self.indices, values)
+        placed = _TargetRows(self.indices, values)
         return Loaded(lambda w, first: placed.set(w, first, slice(0, grid[1])))
 
 
-class _Placed:
-    """Rows and where each goes: in order, so that those of a block lie together."""
+class _TargetRows:
+    """Rows with their target positions, sorted so that those of a block are adjacent."""
 
     def __init__(self, rows: Sequence[int], values: Tensor):
         where, order = torch.as_tensor(rows).sort()
@@ -361,7 +359,7 @@ class _Placed:
         self.where, self.values = where.to(values.device), values[order.to(values.device)]
 
     def set(self, w: Tensor, first: int, columns: slice | Tensor) -> None:
-        """Overwrite those that lie in the block of rows from `first` on."""
+        """Overwrite the rows that are in the block starting at `first`."""
         low, high = (bisect_left(self.rows, row) for row in (first, first + w.shape[0]))
         if low == high:
             return
@@ -375,14 +373,14 @@ class _Placed:
 
 
 def _set_columns(w: Tensor, columns: Tensor, values: Tensor) -> None:
-    # by one index of columns: with two a GPU's deterministic mode sorts one for each element
+    # one index, of columns: with two, a GPU's deterministic mode sorts an index for each element
     w.index_copy_(1, columns, values)
 
 
 @dataclass(frozen=True, slots=True)
 class Assign(RowEdit):
-    """w[block] = the parameter's trained value there: replaced parameters that are stored in
-    pieces."""
+    """w[block] = the parameter's trained value there, for replaced parameters that are stored in
+    several tensors."""
 
     value: TensorSpec = field(metadata=READ)
     block: Block
@@ -399,9 +397,9 @@ class Assign(RowEdit):
         value = block.columns.selected(block.rows.selected(value, 0), 1)
         rows, columns = block.rows, slice(block.columns.start, block.columns.stop)
         if block.columns.of is not None:
-            columns = torch.as_tensor(block.columns.meant, device=value.device)
+            columns = torch.as_tensor(block.columns.positions, device=value.device)
         if rows.of is not None:
-            placed = _Placed(rows.meant, value)
+            placed = _TargetRows(rows.positions, value)
             return Loaded(lambda w, first: placed.set(w, first, columns))
 
         def apply(w: Tensor, first: int) -> None:

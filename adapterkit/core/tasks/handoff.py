@@ -1,11 +1,10 @@
-"""The handoff: tensors that one output file computes for a later one, such as factors made with a
-quantized weight.
+"""Hand tensors from one output file to a later one, such as factors made with a quantized weight.
 
-A task returns them in `TaskResult.handoff`; `HandoffWriter` stores them in a file beside the
-finished one, the journal records where, and tasks of later files, such as `HandoffFactors`, read
-them through `Reader.handoff`; steps of streamed files, which are written last, as tensors of the
-folder `HANDOFF_FOLDER`. Once all files are done they are removed.
-"""
+A task returns them in `TaskResult.handoff`. `HandoffWriter` stores them in a file next to the
+finished one, and the journal records their positions. Tasks of later files, such as
+`HandoffFactors`, read them through `Reader.handoff`; steps of streamed files, which are written
+last, read them as tensors of the folder `HANDOFF_FOLDER`. After all files are finished they are
+removed."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -23,12 +22,12 @@ from adapterkit.core.plan import HANDOFF_FOLDER, OutputFile, TaskResult
 from adapterkit.core.tasks.common import RankedFactors
 from adapterkit.core.weights.reader import Reader
 
-# (position, bytes) of a tensor's parts, in the host's memory
+# (position, bytes) of a tensor's pieces, in host memory
 Blocks = Callable[[Tensor], Iterable[tuple[int, memoryview]]]
 
 
 def handoff_keys(name: str) -> tuple[str, str]:
-    """The keys of a task's factors a and b as they are handed on."""
+    """The keys of a task's factors a and b in the handoff."""
     return f"{name}.a", f"{name}.b"
 
 
@@ -52,7 +51,7 @@ def handed_on(
 class HandoffFactors(RankedFactors):
     """One module's factors, computed with a weight or a module of an earlier file."""
 
-    source: str | None = None  # the task that handed them on; None: one of the same name
+    source: str | None = None  # the task that computed them; None: one of the same name
 
     @property
     def handoff_reads(self) -> tuple[str, ...]:
@@ -68,7 +67,7 @@ class HandoffFactors(RankedFactors):
 
 
 class HandoffWriter:
-    """Writes the handoff of one output file; without one there is no file."""
+    """A writer of one output file's handoff; it creates no file if there is none."""
 
     def __init__(self, stage: Workspace, file: OutputFile):
         self.stage, self.name = stage, file.file + HANDOFF
@@ -92,7 +91,7 @@ class HandoffWriter:
 
 
 class HandoffReader:
-    """Reads the handoffs of all finished files, from where the journal has them."""
+    """A reader of the handoffs of all finished files, by the journal's positions."""
 
     def __init__(self, stage: Workspace):
         self.stage = stage

@@ -1,5 +1,4 @@
-"""What is measured of a changed tensor: sums over chunks while they are written, and the metrics
-that the receipt has of them."""
+"""Measure changed tensors: sums over chunks while they are written, and the receipt's metrics."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,22 +9,21 @@ from adapterkit.core.plan import Loaded, Metrics, Step
 from adapterkit.kernels.block_sizes import piece
 from adapterkit.kernels.sums import exact_sum, floats
 
-PIECE = 1 << 15  # elements compared at a time: on a CPU their differences stay in its cache
+PIECE = 1 << 15  # elements compared at a time, so that their differences stay in a CPU's cache
 
 
 @dataclass
 class ChangeMetrics:
-    """How much of a change Δ = exact - before is in what is written.
+    """The share of a change Δ = exact - before that is kept in the written values.
 
-    `survived`: ⟨written - before, Δ⟩ / ‖Δ‖², 1 if all of it is there, 0 if nothing moved. Beside it
-    the noise, ‖written - exact‖ / ‖Δ‖; where a step asks for it ‖written - exact‖ / ‖before‖, the
-    `error`. `delta` becomes relative to the norm whose `squares` are given.
-    """
+    `survived`: ⟨written - before, Δ⟩ / ‖Δ‖², 1 if all of it is kept, 0 if nothing changed. The
+    noise is ‖written - exact‖ / ‖Δ‖; the `error`, if a step wants it, ‖written - exact‖ / ‖before‖.
+    `delta` becomes relative to the norm whose `squares` are given."""
 
-    delta: float | None = None  # the norm of what is added
+    delta: float | None = None  # the norm of the additions
     squares: list[float] = field(default_factory=list)
-    sums: list[list[float]] = field(default_factory=list)  # of compared chunks, `change_sums`
-    sampled: int = 0  # elements of these, where they are not all
+    sums: list[list[float]] = field(default_factory=list)  # `change_sums` of each compared chunk
+    sampled: int = 0  # number of compared elements, if not all
 
     def add(self, other: "ChangeMetrics") -> None:
         self.squares += other.squares
@@ -37,7 +35,7 @@ class ChangeMetrics:
         self.sums.append(floats(change_sums(before, exact, written)))
 
     def result(self, step: Step, noise: str = "rounding", digits: int = 6) -> Metrics:
-        # fsum is exact, so the order in which the workers came does not show
+        # fsum is exact, so the order of the workers does not matter
         columns = zip(*self.sums, strict=True) if self.sums else [()] * 5
         changed, size, lost, moved, projection = map(exact_sum, columns)
         norm = math.sqrt(exact_sum(self.squares))
@@ -50,7 +48,7 @@ class ChangeMetrics:
             survived = short(projection / moved, digits)
         if self.sampled:
             metrics["changed"] = short(changed / self.sampled, digits)
-            if moved or not self.delta:  # else the delta lies in rows that were not sampled
+            if moved or not self.delta:  # else the delta is in rows that were not sampled
                 metrics |= {noise: lost_share, "survived": survived}
         elif self.sums:
             metrics |= {"survived": survived, **({noise: lost_share} if moved else {})}
@@ -60,8 +58,9 @@ class ChangeMetrics:
 
 
 def change_sums(before: Tensor, exact: Tensor, written: Tensor) -> list[Tensor]:
-    """How many elements differ from before, ‖before‖², ‖written - exact‖², ‖Δ‖² and
-    ⟨written - before, Δ⟩, each a tensor of its device without dimensions: none is waited for."""
+    """The number of elements that differ from before, ‖before‖², ‖written - exact‖², ‖Δ‖² and
+    ⟨written - before, Δ⟩, each a tensor without dimensions on its device, without
+    synchronization."""
     size = piece(before.device, PIECE)
     pieces = (rows.reshape(-1).split(size) for rows in (before, exact, written))
     sums = [_sums_of_piece(*three) for three in zip(*pieces, strict=True)]
@@ -72,7 +71,7 @@ def _sums_of_piece(before: Tensor, exact: Tensor, written: Tensor) -> list[Tenso
     written = written.to(exact.dtype)
     delta, moved = exact - before, written - before
     return [
-        torch.count_nonzero(moved.bool()),  # of floats it takes ten times as long on CPUs
+        torch.count_nonzero(moved.bool()),  # counting floats takes ten times as long on CPUs
         squares(before),
         squares(exact - written),
         squares(delta),
@@ -86,13 +85,13 @@ def squares(values: Tensor) -> Tensor:
 
 
 def delta_norm(edits: list[Loaded]) -> float | None:
-    """The norm of what edits add, where it is known."""
+    """The norm of the additions of edits, if it is known."""
     norms = [edit.delta_norm for edit in edits if edit.delta_norm is not None]
     return math.hypot(*norms) if norms else None
 
 
 def finite_metrics(metrics: Metrics) -> Metrics:
-    """Metrics without those that are not finite: sums of absurd values overflow."""
+    """Metrics without those that are not finite, because sums of absurd values overflow."""
     return {
         name: value
         for name, value in metrics.items()
@@ -104,5 +103,5 @@ def finite_metrics(metrics: Metrics) -> Metrics:
 
 
 def short(value: float, digits: int = 6) -> float:
-    """Rounded to significant digits."""
+    """The value rounded to significant digits."""
     return float(f"{value:.{digits}g}")

@@ -1,5 +1,6 @@
-"""Weights in quantized formats with their measured errors: rounded to nearest, or with
-compensation, for which all of a weight is in memory, as its columns need each other."""
+"""Quantize weights and measure their errors, rounding to nearest or with compensation.
+
+Compensation keeps the whole weight in memory, because its columns depend on each other."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ class PackedWeight(Task):
 
 @dataclass(frozen=True)
 class EncodedWeight(PackedWeight):
-    """Rounded to nearest, or with compensation and the scales of that."""
+    """A weight rounded to nearest, or compensated with the scales of rounding to nearest."""
 
     compensation: Compensation | None = field(default=None, metadata=READ)
 
@@ -83,7 +84,7 @@ def relative_error(weight: Tensor, other: Tensor) -> float:
 
 @dataclass(frozen=True)
 class EncodedStep(StepTask):
-    """A step whose result is encoded in a `format` other than its source's, or that has none."""
+    """A step whose result is encoded in a `format`, while its source has another one or none."""
 
     format: QuantizedWeight
 
@@ -116,7 +117,8 @@ class EncodedStep(StepTask):
 
 @dataclass(frozen=True)
 class CompensatedStep(StepTask):
-    """A step with compensation, in a `format` with the scales of plain encoding, or of floats."""
+    """A step with compensation, in a `format` with the scales of rounding to nearest, or in
+    floats."""
 
     format: QuantizedWeight | None
 
@@ -182,8 +184,8 @@ class CompensatedStep(StepTask):
 def plainly_encoded(
     packed: QuantizedWeight, step: Step, stored: dict[str, Tensor], weight: Tensor
 ) -> dict[str, Tensor]:
-    """The parts of a step's result rounded to nearest; with scales that are kept where it has the
-    format of its source."""
+    """The parts of a step's result rounded to nearest; if it has the source's format, with its
+    scales."""
     value = weight.float().view(packed.shape)
     if packed is step.source:
         return packed.encode_keeping_scales(stored, value)
@@ -197,8 +199,8 @@ def compensate(
     nearest: Tensor,  # the same rounded to nearest
     round_column: RoundColumn,  # of all outputs
 ) -> tuple[Tensor, dict[str, float]]:
-    """What is to be stored, and its error and that of `nearest`, ‖(Q - W) C^½‖ / ‖W C^½‖; of
-    several modules the squares are summed. `Unrecoverable` for what is no covariance."""
+    """The value to store, and the errors ‖(Q - W) C^½‖ / ‖W C^½‖ of it and of `nearest`; over
+    several modules the squares are summed. `Unrecoverable` for an invalid covariance."""
     if compensation.by_columns:
         weight, nearest = weight.T, nearest.T
     value, norms = nearest.clone(), {"size": [], "nearest": [], "compensated": []}
@@ -226,7 +228,7 @@ def before_rounding(
     weight: Tensor,  # (out, in) float64
     q: Tensor,  # (out, in) float64: what it was rounded to
 ) -> Tensor:  # (out, in) float64
-    """What each element was when it was rounded to q; see `compensated.unrounded`."""
+    """The value of each element before it was rounded to q; see `compensated.unrounded`."""
     before = weight.clone()
     for span in compensation.spans:
         _, factor = read_factor(inputs, span.covariance)
@@ -237,20 +239,20 @@ def before_rounding(
 
 
 def read_factor(inputs: Reader, covariance: TensorSpec) -> tuple[Tensor, kernel.Factor]:
-    """A covariance and its factor; `Unrecoverable` where it is none."""
+    """A covariance and its factor; `Unrecoverable` if it is invalid."""
     c = inputs.tensor(covariance).float()
     with covariance_errors(covariance):
         return c, kernel.factorize(c)
 
 
 def compensation_memory(compensation: Compensation) -> int:
-    """Bytes for a covariance, its factor and the inverse of that, in float64."""
+    """Bytes for a covariance, its factor and the factor's inverse, in float64."""
     return max(36 * math.prod(span.covariance.shape) for span in compensation.spans)
 
 
 def compensation_effort(compensation: Compensation) -> Effort:
-    """Of what is carried from column to column and of three norms of outputs, 2·out·in² each, and
-    of the factors of the covariances."""
+    """The effort of carrying errors from column to column and of three norms of outputs, 2·out·in²
+    each, and of the factors of the covariances."""
     effort = Effort()
     for span in compensation.spans:
         width = span.covariance.shape[0]
@@ -265,7 +267,7 @@ def positions(span: Span) -> Tensor:
 
 
 def _rows(m: Tensor, span: Span) -> tuple[Tensor, Tensor | None]:
-    """The span's outputs, and their numbers if they are not all."""
+    """The span's outputs, and their numbers if it is not all outputs."""
     if span.outputs == range(len(m)):
         return m, None
     at = positions(span).to(m.device)
@@ -273,7 +275,7 @@ def _rows(m: Tensor, span: Span) -> tuple[Tensor, Tensor | None]:
 
 
 def _of_rows(round_column: RoundColumn, at: Tensor, weight: Tensor) -> RoundColumn:
-    """The rounding of some outputs only."""
+    """The rounding function for some outputs only."""
 
     def round_some(w: Tensor, column: int | None) -> Tensor:
         assert column is not None
@@ -283,7 +285,7 @@ def _of_rows(round_column: RoundColumn, at: Tensor, weight: Tensor) -> RoundColu
 
 
 def _change(weight: StoredWeight, written: Tensor) -> ChangeMetrics:
-    """What is measured of all rows of a weight that are written."""
+    """The metrics over all written rows of a weight."""
     change = weight.new_metrics()
     for part in weight.edit(change):
         change.compare(part.before, part.after, written[part.first : part.last])

@@ -1,5 +1,5 @@
-"""One loop over the rows of a step, by chunks and slices; tensors of quantized checkpoints that are
-decoded, edited and encoded again."""
+"""Loop over the rows of a step by chunks and slices; tensors of quantized checkpoints are decoded,
+edited and encoded again."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from adapterkit.kernels.quant.stochastic import round_to
 from adapterkit.kernels.rows import row_ranges
 from adapterkit.kernels.sums import squared_norm
 
-# of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter
-# lock
+# elements of a chunk: about a core's cache, and so many that threads rarely wait for the
+# interpreter lock
 ELEMENTS = 1 << 18
-# enough for a copy over the bus to be worth its start; several are under way at a time
+# so many that a copy over the bus is worth its latency; several run at a time
 CUDA_ELEMENTS = 1 << 22
-# elements of a weight that are decoded and encoded at a time on a CPU, where its format allows that
+# elements of a weight that are decoded and encoded at a time on a CPU, if its format allows that
 SLICE = 1 << 20
 
 
 def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:
-    """Values of a step as they are written; `position`: of the first of them in the tensor."""
+    """Values of a step as they are written; `position`: of the first one in the tensor."""
     dtype = dtypes.torch_dtype(step.dtype)
     return w.to(dtype) if step.draws is None else round_to(w, dtype, step.draws.at(position))
 
 
 def unrounded(w: Tensor, before: Tensor, edits: list[Loaded], first: int) -> Tensor:
-    """The rows after the edits without roundings between these (of `--compat peft`); w where there
+    """The rows after the edits without the roundings of `--compat peft` between them; w if there
     are none."""
     if all(edit.exact is None for edit in edits):
         return w
@@ -50,7 +50,7 @@ def unrounded(w: Tensor, before: Tensor, edits: list[Loaded], first: int) -> Ten
 
 
 def arithmetic(step: Step) -> torch.dtype:
-    """The dtype that a step is computed in: float32; float64 where the source is, or `wide`."""
+    """The dtype of a step's arithmetic: float32; float64 if the source is float64, or `wide`."""
     return torch.promote_types(
         dtypes.torch_dtype(step.source.dtype), torch.float64 if step.wide else torch.float32
     )
@@ -71,7 +71,7 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class StepTask(Task):
-    """A step whose source, or whose result, is not stored as it is computed."""
+    """A step whose source or result has another stored form than the arithmetic."""
 
     step: Step = field(metadata=READ)
 
@@ -125,7 +125,7 @@ class EditedTensor(StepTask):
 @dataclass(frozen=True)
 class RequantizedWeight(StepTask):
     """One quantized weight with edits: decoded, changed in float32, encoded once, by slices of rows
-    where its format allows that."""
+    if its format allows that."""
 
     @property
     def packed(self) -> QuantizedWeight:
@@ -154,13 +154,13 @@ class RequantizedWeight(StepTask):
                 change.compare(part.before, part.after, weight.encode(part))
         if not change.sums:
             return unchanged_weight(self.packed, change, self.step)
-        # the encoder may write equal values in other bytes: all of the weight goes through it
+        # encode all of the weight, because the encoder may write equal values as other bytes
         for first, last in same:
             value = weight.decode(first, last)
             change.compare(value, value, weight.encode(EditedRows(first, last, value, value)))
         tensors = weight.tensors()
         if weight.nested:
-            # the scales that are read back are others than those that the codes were chosen for
+            # the stored scales differ from those that the codes were chosen for
             change, written = weight.new_metrics(), StoredWeight(self.step, inputs, tensors)
             for part in weight.edit(change):
                 change.compare(part.before, part.after, written.decode(part.first, part.last))
@@ -168,7 +168,7 @@ class RequantizedWeight(StepTask):
 
 
 def unchanged_weight(packed: QuantizedWeight, change: ChangeMetrics, step: Step) -> TaskResult:
-    """A weight that keeps its bytes, as its edits change nothing."""
+    """A weight that keeps its bytes, because its edits change nothing."""
     tensors = {part.key: part for part in packed.parts}
     return TaskResult(tensors, change.result(step) | {"survived": 1.0})
 
@@ -184,7 +184,7 @@ class EditedRows(NamedTuple):
 
 
 def step_memory(step: Step, copies: int, bytes_each: int) -> int:
-    """Bytes of `copies` of what is stored, of `bytes_each` for an element of a slice, and of the
+    """Bytes of `copies` of the stored weight, of `bytes_each` for an element of a slice, and of the
     edits' factors."""
     stored = copies * step.source.nbytes if isinstance(step.source, QuantizedWeight) else 0
     first, last = next(_ranges(step, SLICE), (0, 0))
@@ -193,15 +193,15 @@ def step_memory(step: Step, copies: int, bytes_each: int) -> int:
 
 
 def _grid(step: Step) -> tuple[int, int]:
-    """Rows and columns of a weight: those of its edits."""
+    """Rows and columns of a weight, as in its edits."""
     if step.edits:
         return step.grid
     return math.prod(step.shape[:-1]), step.shape[-1] if step.shape else 1
 
 
 def _ranges(step: Step, size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are decoded and encoded alone, in order, of about `size` elements where
-    the format allows that; the first one the largest."""
+    """Ranges of rows that are decoded and encoded alone, in order, of about `size` elements if the
+    format allows that; the first one is the largest."""
     (count, columns), source = _grid(step), step.source
     if isinstance(source, QuantizedWeight):
         return source.row_ranges(size) if source.shape[-1] == columns else iter([(0, count)])
@@ -212,9 +212,8 @@ class StoredRows:
     """The rows that a step starts from, (height, width), decoded by ranges of about `size`
     elements; its edits work on them in `dtype`, and may read them all while they load.
 
-    `keeps`: the range that was decoded last is not decoded again; nor is it if it is the only one.
-    `parts`: what holds a quantized weight, by key, where that is not the file's.
-    """
+    `keeps`: cache the range that was decoded last; a single range is always cached. `parts`: the
+    tensors of a quantized weight by key, if they are not the file's."""
 
     def __init__(
         self,
@@ -247,7 +246,8 @@ class StoredRows:
             yield first, torch.cat(pieces).to(self.dtype)
 
     def decode(self, first: int, last: int) -> Tensor:
-        """Rows of one range, in float32 if they are quantized; not to be changed if it is kept."""
+        """Rows of one range, in float32 if they are quantized; do not change them if they are
+        cached."""
         if self.kept is not None and self.kept[0] == (first, last):
             return self.kept[1]
         value = self._decode(first, last)
@@ -266,7 +266,7 @@ class StoredRows:
     def narrow(
         self, parts: dict[str, Tensor], first: int, last: int
     ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
-        """One of the ranges, or all rows, as a quantized weight of its own, of these parts."""
+        """One range, or all rows, of these parts as a separate quantized weight."""
         if self.record.shape[-1] != self.width:
             return self.record, parts
         return self.record.rows(parts, first, last)
@@ -284,26 +284,26 @@ class StoredWeight(StoredRows):
         self.original = self.parts
         if not step.draws:  # with draws the scales of scales do not change
             self.record, self.parts = self.source.split_nested(self.original)
-        # whether there are scales of scales, which are encoded anew; without them the new bytes
-        # replace the old ones, which are not read again
+        # with scales of scales, which are encoded again, the old bytes are needed; without them the
+        # new bytes replace the old ones
         self.nested = self.record is not self.source
         self.encoded = self.parts
         if self.nested:
             self.encoded = {key: part.clone() for key, part in self.parts.items()}
 
     def new_metrics(self) -> ChangeMetrics:
-        """Of one pass of `edit`: the norm of what is added relative to that of the weight."""
+        """The metrics of one pass of `edit`, with the norm of the additions relative to the
+        weight's."""
         return ChangeMetrics(delta_norm(self.edits))
 
     def edit(self, change: ChangeMetrics, compared: bool = True) -> Iterator[EditedRows]:
-        """The slices before and after the edits; the two are one tensor unless they are to be
-        `compared`.
+        """Yield the slices before and after the edits; both are one tensor unless `compared` is
+        set.
 
-        As in `core.engine.local` the edits work on chunks of `chunks`, whatever the slices are: a
-        product of another height may differ in its last bit. It is another loop, because chunks are
-        read from a file there, each by itself and by any worker, and here they are cut from slices
-        that a format decodes together.
-        """
+        As in `core.engine.local`, the edits work on chunks of `chunks`, independent of the slices,
+        because a product of another height may differ in its last bit. There, chunks are read from
+        a file one by one, by any worker; here they are cut from slices that a format decodes
+        together."""
         pending = deque[EditedRows]()
 
         def slices() -> Iterator[tuple[int, Tensor]]:
@@ -329,7 +329,7 @@ class StoredWeight(StoredRows):
                 yield pending.popleft()
 
     def encode(self, part: EditedRows) -> Tensor:
-        """Encode the rows of a slice; what they decode to."""
+        """Encode the rows of a slice, and return the values that they decode to."""
         record, stored = self.narrow(self.parts, part.first, part.last)
         draws = self.step.draws and self.step.draws.at(part.first * self.width)
         tensors = record.encode_keeping_scales(stored, part.after.view(record.shape), draws)
@@ -337,13 +337,13 @@ class StoredWeight(StoredRows):
         if stored is self.parts:
             self.encoded = tensors
         else:
-            for key, room in self.narrow(self.encoded, part.first, part.last)[1].items():
-                if room is not self.encoded[key]:
-                    room.copy_(tensors[key])
+            for key, buffer in self.narrow(self.encoded, part.first, part.last)[1].items():
+                if buffer is not self.encoded[key]:
+                    buffer.copy_(tensors[key])
         return value
 
     def tensors(self) -> dict[str, Tensor]:
-        """All parts, once each slice is encoded."""
+        """All parts, after each slice is encoded."""
         assert isinstance(self.source, QuantizedWeight)
         new = self.encoded if self.step.draws else self.source.join_nested(self.encoded)
         return self.original | new
@@ -352,8 +352,8 @@ class StoredWeight(StoredRows):
 def _chunk(
     slices: Iterable[tuple[int, Tensor]], count: int, columns: int, device: torch.device
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """The chunks of `count` rows, wherever slices end: (first row, its pieces, views of the
-    slices)."""
+    """Yield the chunks of `count` rows, independent of slices: (first row, its pieces, as views of
+    the slices)."""
     each, pieces = max(1, elements_of_chunk(device) // max(columns, 1)), []
     for first, value in slices:
         at, last = first, first + len(value)
