@@ -95,8 +95,7 @@ def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_pat
     assert notes(llama, f"{lora}=0.5", out="once") == []
     (note,) = notes(tmp_path / "once", lora, out="twice")
     assert note == (
-        f"{lora.name} is in once already, with weight 0.5, as its receipt says: it is added once "
-        "more"
+        f"{lora.name} is in once already, with weight 0.5, as its receipt says; it is added again"
     )
     assert notes(tmp_path / "once", f"{lora}=-0.5", out="back") == []
     (note,) = notes(tmp_path / "once", f"{other_lora}=-1", out="other")

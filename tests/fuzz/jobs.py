@@ -23,7 +23,7 @@ STEP = {"fp32": 2.0**-21, "bf16": 2.0**-8}
 # What may be refused, and why that is right. Every refusal of a random job must be one of these.
 JUDGED = (
     ("two adapters that bring the same trained value", r"is replaced by both"),
-    ("DoRA beside another adapter: the order decides", r"DoRA of .* beside another adapter"),
+    ("DoRA and another adapter: the order decides", r"DoRA of .* and another adapter"),
     ("PEFT cannot merge such a bias either", r"a bias for .*, which has none in the base"),
     ("trained values are values, not additions", r"with weight .*these are values, not additions"),
     (
@@ -35,8 +35,8 @@ JUDGED = (
         r"token_adapter.base_layer|modules_to_save.default",
     ),
     (
-        "PEFT cannot load a module that is a target and a home of one",
-        r"is a target itself in .* and a home of target_parameters",
+        "PEFT cannot load a module that is a target and has one",
+        r"is a target itself in .* and has target_parameters",
     ),
     (
         "PEFT cannot load rows and factors of one embedding",
@@ -44,7 +44,7 @@ JUDGED = (
     ),
     (
         "attention's output adapted twice over",
-        r"attention\S*out_proj.lora_[AB].weight name one thing",
+        r"attention\S*out_proj.lora_[AB].weight name the same tensor",
     ),
     (
         "PEFT cannot load a saved module inside one whose parameters are targets",
@@ -66,7 +66,7 @@ JUDGED = (
     ),
     (
         "PEFT's factors do nothing where the code reads the weight",
-        r"reads itself: PEFT's do nothing",
+        r"reads itself: PEFT's have no effect",
     ),
     ("PEFT's act after what an embedding looks up", r"with a forward of its own, which PEFT's"),
     ("trained values of two adapters, weights that are no shares", r"fully trained by"),

@@ -47,7 +47,7 @@ JUDGED = (
         "PEFT's all-linear adds the experts' names where no layer has any",
         r"parameters: '(down_proj|gate_up_proj|gate\.weight)' matches none",
     ),
-    ("PEFT saves an attention's output projection twice", r"out_proj\..* name one thing"),
+    ("PEFT saves an attention's output projection twice", r"out_proj\..* name the same tensor"),
     ("the code does more by the switch than tie", r"more by tie_word_embeddings than tie"),
 )
 

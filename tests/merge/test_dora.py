@@ -127,7 +127,7 @@ def test_a_dora_merges_together_with_another_adapter(
         lambda folder: oracle.train(load(build, base), folder, **config),
     )
     if compat is None:
-        with pytest.raises(Refused, match=r"DoRA of .* beside another adapter"):
+        with pytest.raises(Refused, match=r"DoRA of .* and another adapter"):
             oracle.merge(base, adapter, plain, out=tmp_path / "out")
         return
     # in 16 bits PEFT finds the base's norm by taking the other adapter out and putting it in again,

@@ -253,7 +253,7 @@ def test_a_tasks_head_that_the_file_lacks(cached_folder, tmp_path):
     tensors = {k: v for k, v in stored(tmp_path / "adapter").items() if "classifier" not in k}
     save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
     with pytest.raises(
-        Refused, match=r"modules_to_save classifier, and the file holds no classifier"
+        Refused, match=r"modules_to_save classifier, and the file has no classifier"
     ):
         oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", exclude="classifier")

@@ -146,7 +146,7 @@ def test_unmerging_an_adapter_with_copies(llama, tmp_path):
     first, _ = _two(llama, tmp_path)
     oracle.merge(llama, first, out=tmp_path / "merged", dtype="fp32")
     receipt = oracle.merge(tmp_path / "merged", f"{first}=-1", out=tmp_path / "back")
-    assert any("before what its receipt" in note for note in receipt.data["notes"])
+    assert any("before the merges in its receipt" in note for note in receipt.data["notes"])
     before = {k: v.float() for k, v in stored(llama).items()}
     for name, value in stored(tmp_path / "back").items():
         torch.testing.assert_close(value.float(), before[name], rtol=0, atol=1e-6)

@@ -201,7 +201,7 @@ def _add_replaced(keys: _Keys, name: str, spec: TensorSpec, errors: Problems, wh
 
 
 def _duplicate(key: str, other: str, where: str) -> Refused:
-    problem = f"{shown(key)} and {shown(other)} name one thing"
+    problem = f"{shown(key)} and {shown(other)} name the same tensor"
     return Refused(problem, expected="each once", where=where, hint="remove one", code="AK302")
 
 
@@ -257,7 +257,7 @@ def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[Ada
     for module in sorted(set(config.get("modules_to_save") or []) - set(heads)):
         if not any(_is_entry_for(parameter, module) for parameter in keys.replaced):
             errors.add(
-                f"modules_to_save names {shown(module)}, and the file holds nothing of it",
+                f"modules_to_save names {shown(module)}, and the file has no tensor of it",
                 "its trained weights",
                 "save the adapter again, or take the name out of the config if the model has no "
                 "such module, or one without weights",
@@ -267,8 +267,8 @@ def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[Ada
             errors.add(f"{shown(spec.key)} is {spec.dtype}", FLOAT_DTYPES, "save it as floats")
         if not _declared_in_config(parameter, spec.key, config):
             errors.add(
-                f"{shown(spec.key)} would replace {shown(parameter)}, of which the config does "
-                "not speak",
+                f"{shown(spec.key)} would replace {shown(parameter)}, which the config does not "
+                "mention",
                 "factors, or what modules_to_save, bias or a changed vocabulary account for",
                 "name its module in modules_to_save of the config if it was trained, or remove it "
                 "from the file",

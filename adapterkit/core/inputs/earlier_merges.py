@@ -93,12 +93,12 @@ def history_notes(
         if present * weight > 0:
             notes.append(
                 f"{adapter.name} is in {base.name} already, with weight {present:g}, as its "
-                "receipt says: it is added once more"
+                "receipt says; it is added again"
             )
         elif present * weight < 0 and how != "linear":
             notes.append(
-                f"{WARNING}{adapter.name} is subtracted from {base.name}, which was merged by "
-                f"{shown(how)}: what that made of it stays in part"
+                f"{WARNING}{adapter.name} is subtracted from {base.name}, which was merged with "
+                f"--method {how}: some of its change remains"
             )
         elif merged and weight < 0 and present == 0:
             names = ", ".join(dict.fromkeys(shown(one.name) for one in merged))

@@ -99,7 +99,7 @@ def _own_hint(text: str) -> str:
     if os.path.islink(text):
         return f"it is a link to {shown(os.readlink(text))}, which is not there"
     is_pattern = not set(text).isdisjoint("*?[")
-    return "give a path: the pattern matches none, or stands where one is taken" * is_pattern
+    return "give a path: the pattern matches none, or only one path is allowed here" * is_pattern
 
 
 def _similar_path(text: str) -> str:
@@ -175,7 +175,7 @@ def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
     if not _is_weights(folder) or CONFIG not in folder.next_to():
         return load(ADAPTERS["pickles"])(folder) if allow_pickle else folder
     if folder.single != WEIGHTS and WEIGHTS in folder.next_to():
-        problem = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
+        problem = f"{shown(folder.single)} next to {WEIGHTS}: {CONFIG} may belong to either"
         hint = "give each a folder of its own with its config"
         raise Refused(
             problem, expected="one adapter in a folder", where=folder.label, hint=hint, code="AK206"
@@ -206,7 +206,7 @@ def initial_of(adapter: Folder) -> Folder | None:
         return cast(WithSubfolders, adapter).subfolder(INITIAL)
     raise Refused(
         f"init_lora_weights {shown(init)} without the folder {INITIAL}/",
-        expected="the initial factors, which the base is to be without",
+        expected="the initial factors, to subtract them from the base",
         where=f"{adapter.label}/{CONFIG}",
         hint="keep the folder that `adapterkit init` wrote together",
         code="AK304",

@@ -229,7 +229,7 @@ def sources_of(
     if own:
         errors.add(
             f"{listed(own)}, and {OPTION}",
-            "weights from one place",
+            "weights from one source",
             f"remove the weights of the adapters, or {OPTION}",
             where="options",
             code="AK112",
@@ -270,7 +270,7 @@ def check_same(named: NamedAdapter, adapter: Folder, where: str) -> None:
             expected="files with the sha256 that the weights say",
             where=where,
             hint="name the adapters of the weights in their order; without `files` in the file of "
-            "weights any will do",
+            "weights any adapter is accepted",
             code="AK112",
         )
 

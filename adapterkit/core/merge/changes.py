@@ -190,13 +190,13 @@ def _report_copies(
     weights. Keys identify the copies."""
     if quantized:
         state.notes.append(
-            f"{adapter.name}: copies of weights that the base has quantized count as its own, from "
-            f"which they differ by {listed(quantized)}; --base-copies adapter starts from them"
+            f"{adapter.name}: copies of weights that the base has quantized are ignored; they "
+            f"differ by {listed(quantized)}; --base-copies adapter starts from them"
         )
     if explained:
         state.notes.append(
-            f"{adapter.name}: {listed(explained)}: weights of the base before what its receipt "
-            "says was merged; the base's own count"
+            f"{adapter.name}: {listed(explained)}: copies of the base's weights before the merges "
+            "in its receipt; they are ignored"
         )
     text = ", ".join(f"{shown(key)} ({difference})" for key, difference in differing.items())
     if differing and state.options.base_copies is None:
@@ -395,7 +395,7 @@ def _check_complete(state: MergeState, adapter: Adapter) -> None:
         parameter = state.names.parameter(name)
         if parameter is not None and not adapter.replaced.keys() & {name, *parameter.tied}:
             state.errors.add(
-                f"{reason}, and the file holds no {shown(name)}",
+                f"{reason}, and the file has no {shown(name)}",
                 "every tensor that was trained",
                 "save the adapter again, or keep the base's with --exclude",
                 where=adapter.label,
@@ -474,7 +474,7 @@ def _check_acting(
     from adapterkit.core.weights.layers import looks_up_otherwise, weight_reader
 
     if reader := weight_reader(state.names, module):
-        reason = f"whose weight {reader} reads itself: PEFT's do nothing there before a merge"
+        reason = f"whose weight {reader} reads itself: PEFT's have no effect there before a merge"
     elif looks_up_otherwise(classes := state.names.classes(module)):
         reason = f"a {classes[0].__name__} with a forward of its own, which PEFT's act after"
     else:
@@ -597,7 +597,7 @@ def _check_rows(state: MergeState, adapter: Adapter) -> None:
     for module in declared if isinstance(declared, dict) else ():
         if not any(name.endswith(f"{module}.weight") for name in names):
             state.errors.add(
-                f"trainable_token_indices of {shown(module)}, and the file holds none of its rows",
+                f"trainable_token_indices of {shown(module)}, and the file has none of its rows",
                 "its trained rows",
                 "save the adapter again",
                 where=adapter.where,
@@ -652,7 +652,7 @@ def _check_method(state: MergeState) -> None:
     if state.with_initial:
         numbers = sorted(state.with_initial)
         state.errors.add(
-            f"{name} and adapters beside their initial factors",
+            f"{name} and adapters with initial factors",
             "plain deltas",
             WITHOUT_INITIAL,
             where=", ".join(state.adapter(number).name for number in numbers),
@@ -671,7 +671,7 @@ def _check_together(state: MergeState) -> None:
             dora = next(part.reads[0] for part in change.deltas[0][0].delta.module.parts.values())
         if dora is not None and len(numbers) > 1 and state.options.compat != "peft":
             state.errors.add(
-                f"{shown(name)}: DoRA of {state.adapter(dora.folder).name} beside another adapter",
+                f"{shown(name)}: DoRA of {state.adapter(dora.folder).name} and another adapter",
                 "one adapter on a module that DoRA rescales: the result depends on the order",
                 "merge one after the other, or give --compat peft for PEFT's order",
                 code="AK305",

@@ -256,7 +256,7 @@ def plan_merge_into_original(
         errors.add("no quantized weights", "a quantized base", "remove --base16")
     if changed_by:
         errors.add(
-            f"a base made by {changed_by}: what its adapter makes up for is not in the original",
+            f"a base made by {changed_by}: its adapter corrects changes that the original lacks",
             "a quantized copy of the original",
             "merge into the base itself",
         )
@@ -285,14 +285,14 @@ def check_quantized_output(state: MergeState, steps: Steps) -> None:
     if any(spec.key != key for key, spec in state.base.tensors.items()):
         errors.add("layer_replication on a quantized base", "a base of 16 or 32 bits", first)
     if any(step.source.dtype == "F64" and step.edits for step in _all_steps(steps)):
-        errors.add("edits of F64 weights beside quantized ones", "F32, F16 or BF16", first)
+        errors.add("edits of F64 weights next to quantized ones", "F32, F16 or BF16", first)
     if not options.dequantize:
         edited = []
         for step in _all_steps(steps):
             if isinstance(step.source, QuantizedWeight):
                 edited += [step.source] if step.edits else []
             elif isinstance(state.base.tensors.get(step.key), QuantizedWeight):
-                problem = f"{shown(step.key)} is quantized, and an adapter trained it whole"
+                problem = f"{shown(step.key)} is quantized, and an adapter trained it fully"
                 errors.add(problem, "factors on quantized weights", "give --dequantize")
         transposed = [weight for weight in weights if getattr(weight, "transposed_scales", False)]
         errors += check_writable([*edited, *transposed], state.original.name)

@@ -181,7 +181,7 @@ def _check_parameters(
     ]
     if plain:
         raise Refused(
-            f"{shown(module)} is a target itself in {', '.join(plain)}, and a home of "
+            f"{shown(module)} is a target itself in {', '.join(plain)}, and has "
             "target_parameters in the others",
             expected="one way for all: PEFT cannot load both",
             where="adapters",
@@ -290,7 +290,7 @@ def _arranged(
         for lora in its:
             if lora.depth >= len(mine):
                 raise Refused(
-                    f"{shown(lora.a.key)} lies inside {lora.depth + 1} wrappers, {len(mine)} "
+                    f"{shown(lora.a.key)} is inside {lora.depth + 1} wrappers, {len(mine)} "
                     "parameters of its module are targets",
                     expected="a wrapper for each",
                     where=of[number].where,
@@ -370,7 +370,7 @@ def flips_square_experts(
         layout = "peft-0.18" if old else "peft-0.19"
     if layout is None:
         raise Refused(
-            f"{shown(name)} holds square experts and the adapter has no peft_version",
+            f"{shown(name)} has square experts and the adapter has no peft_version",
             expected="the layout in which PEFT wrote it: it changed in 0.19",
             where=adapter.where,
             hint=hint,
@@ -392,7 +392,7 @@ def _check_layouts(
     stacked = [adapter for adapter in adapters if adapter.config.get("target_parameters")]
     if square and len({adapter.has_old_stacks for adapter in stacked}) > 1:
         errors.add(
-            f"{shown(square[0])} holds square experts, and PEFT transposed them in 0.19",
+            f"{shown(square[0])} has square experts, and PEFT transposed them in 0.19",
             "adapters of PEFT below 0.19 alone, or none of them",
             "train or convert the adapters with one version of PEFT",
             where=", ".join(dict.fromkeys(adapter.name for adapter in stacked)),

@@ -152,8 +152,8 @@ def place_value(parameter: Parameter, slot: Slot, value: TensorSpec) -> tuple[As
 
 def _layout_error(parameter: Parameter, slot: Slot) -> Refused:
     return Refused(
-        f"{shown(parameter.name)} {parameter.shape} lies in {shown(slot.key)} {slot.shape} in a "
-        "way this edit cannot follow",
+        f"{shown(parameter.name)} {parameter.shape} is in {shown(slot.key)} {slot.shape} in a "
+        "layout that this edit does not support",
         expected="rows and columns of the parameter on rows and columns of the stored tensor",
         where="base",
         hint="save the model once with transformers (from_pretrained, save_pretrained) and use "

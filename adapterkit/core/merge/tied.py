@@ -125,7 +125,7 @@ def _check_complete(state: MergeState, class_name: str, heads: list[str]) -> Non
     names = ", ".join(map(shown, missing[:8])) + ", ..." * (len(missing) > 8)
     state.errors.add(
         f"{class_name} needs {names}, which neither base nor adapter has",
-        "values for all parameters: transformers would make these up at random on every load",
+        "values for all parameters: transformers would set these at random on every load",
         "use the base of the training, saved with these, or train them too (modules_to_save); "
         f'--exclude "{adapter.pattern_of(heads)}" leaves the head out',
         where=f"{state.base.name}, {adapter.name}",

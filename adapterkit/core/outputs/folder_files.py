@@ -121,7 +121,7 @@ def tokenizer_files(
     files_of = {number: names for number, names in files_of.items() if names}
     if choice == "adapter" and not files_of:
         raise Refused(
-            "no tokenizer beside any adapter",
+            "no adapter has a tokenizer",
             expected="tokenizer files in an adapter's folder",
             where="--tokenizer adapter",
             hint="remove --tokenizer",

@@ -109,8 +109,8 @@ class HandoffReader:
     def _place(self, key: str) -> tuple[str, list]:
         if key not in self.places:
             raise Unrecoverable(
-                f"nobody handed {shown(key)} on",
-                expected="the file that does, as it was written",
+                f"no handoff has {shown(key)}",
+                expected="its file, as it was written",
                 where="the journal",
                 hint="run the same command again",
                 code="AK209",

@@ -264,8 +264,8 @@ def read_parts(weight: QuantizedWeight, read: Callable[[TensorSpec], Tensor]) ->
             problem,
             expected=expected,
             where=weight.file,
-            hint="download the checkpoint again and give its folder: there all of this is read to "
-            "plan",
+            hint="download the checkpoint again and give its folder, because all of this is read "
+            "there while planning",
             code="AK404",
         )
     return stored

@@ -97,7 +97,7 @@ def _note_unclaimed(scan: CheckpointScan, weights: list[QuantizedWeight]) -> Non
         # old attention masks are called bias
         if spec.dtype in CODES and len(spec.shape) > 1 and not key.endswith("bias"):
             scan.errors.add(
-                f"{shown(key)} is {spec.dtype} {spec.shape}, beside weights of {weights[0].name}",
+                f"{shown(key)} is {spec.dtype} {spec.shape}, next to weights of {weights[0].name}",
                 "formats that are known",
                 "dequantize it first, with the tool that made it",
                 code="AK404",

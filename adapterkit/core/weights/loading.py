@@ -59,7 +59,7 @@ class Gaps:
             what = f"all {self.count}" if every else f"{len(self.missing)} of {self.count}"
             errors.add(
                 f"{what} parameters of {self.class_name} are not stored: {listed(self.missing)}",
-                "every parameter: a loader makes up the missing ones at random",
+                "every parameter: a loader sets the missing ones at random",
                 self._hint(),
             )
         if self.misshapen:
@@ -78,13 +78,13 @@ class Gaps:
     def _hint(self) -> str:
         if self.unused:
             count = len(self.unused)
-            return f"rename what is stored and never read ({count}: {listed(self.unused)})"
+            return f"rename the tensors that are never read ({count}: {listed(self.unused)})"
         if self.backbone:
             return (
                 "restore the head, or in config.json set tie_word_embeddings if the embedding is "
                 f"it, or the class {self.backbone} if there is to be none"
             )
-        return "restore them from where the weights came from"
+        return "restore them from the source of the weights"
 
 
 def find_gaps(model: "Skeleton") -> Gaps:

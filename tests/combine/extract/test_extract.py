@@ -328,12 +328,12 @@ def test_two_equal_models_have_no_difference(saved, tmp_path):
 
 
 def test_an_adapter_that_cannot_be_read_back_is_not_published(saved, tmp_path, monkeypatch):
-    """As if the config did not speak of what was saved whole."""
+    """As if the config did not mention fully trained modules."""
     base = saved("vit")
     after = tuned(base, oracle.vit, tmp_path / "tuned", everything)
     monkeypatch.setattr(
         "adapterkit.verbs.combine.planning.extract.Extraction.settings", lambda self: {}
     )
-    with pytest.raises(AdapterkitError, match="of which the config does not speak"):
+    with pytest.raises(AdapterkitError, match="which the config does not mention"):
         adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
     assert not (tmp_path / "out").exists()

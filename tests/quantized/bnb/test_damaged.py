@@ -30,7 +30,7 @@ LIES: dict[str, tuple[str, dict[str, Any], str]] = {  # kind, changes, what the 
     ),
     "no JSON": ("nf4", {K + STATE + "nf4": text("{'a': 1}")}, "not a JSON object"),
     "a list": ("nf4", {K + STATE + "nf4": text("[1]")}, "not a JSON object"),
-    "an empty object": ("nf4", {K + STATE + "nf4": text("{}")}, "beside weights of bnb4"),
+    "an empty object": ("nf4", {K + STATE + "nf4": text("{}")}, "next to weights of bnb4"),
     "no text": ("nf4", {K + STATE + "nf4": torch.zeros(0, dtype=torch.uint8)}, "not a JSON object"),
     "not UTF-8": (
         "nf4",

@@ -89,7 +89,7 @@ LIES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
         r"I32 \(63,\)",
     ),
     "twice": ("int4", {Q + "weight": torch.ones(64, 64).bfloat16()}, None, "each weight once"),
-    "two formats": ("int4", {Q + "qweight": torch.ones(8, 64).int()}, None, "beside weights of"),
+    "two formats": ("int4", {Q + "qweight": torch.ones(8, 64).int()}, None, "next to weights of"),
     "codes alone": ("fp8-tensor", {Q + "weight_scale": None}, None, "without .weight_scale"),
     "E5M2": (
         "fp8-tensor",
