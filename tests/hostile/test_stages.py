@@ -303,4 +303,4 @@ def test_a_push_of_an_output_on_the_hub(work: Path):
     text = STEP.replace('"out"', '"hf://org/x"') + 'options = { push = "org/y" }\n'
     Path("steps.toml").write_text(text)
     (row,) = run_pipeline("steps.toml", dry_run=True)["steps"]
-    assert row["state"] == "refused" and "one place" in row["message"]
+    assert row["state"] == "refused" and "one destination" in row["message"]

@@ -141,13 +141,13 @@ class Place:
         kind: str = "module",
         experts: int | None = None,
     ) -> "Place":
-        """The place of new factors for a weight, in a file without nested wrappers."""
+        """Keys and shapes of new factors for a weight, in a file without nested wrappers."""
         a_tail, b_tail = shape[1:], (1,) * (len(shape) - 2)
         return cls(*factor_keys(module, kind=kind), a_tail, b_tail, shape[0], experts)
 
     @classmethod
     def of_factors(cls, factors: Factors, levels: Mapping[str, int], depth: int) -> "Place":
-        """The place of stored factors in a file whose modules are wrapped `levels` times."""
+        """Keys and shapes of stored factors in a file whose modules are wrapped `levels` times."""
         a_key, b_key = factor_keys(factors.module, levels, depth, factors.kind)
         out, _, *b_tail = factors.b.shape
         return cls(a_key, b_key, factors.a.shape[1:], tuple(b_tail), out, factors.experts)

@@ -33,11 +33,9 @@ def in_adapter_layout(
     expert_layout: str | None = None,
 ) -> Folder:
     """The folder itself if it is in PEFT's layout, a model's, or in an unknown format, which its
-    reader refuses; else an overlay in PEFT's layout.
-
-    `Refused` for contents that PEFT's layout cannot represent. `for_merge`: deltas that are not
-    plain factors are stored in an additional file; `expert_layout`: of stacks whose config does not
-    say."""
+    reader refuses; else an overlay in PEFT's layout. `Refused` for contents that PEFT's layout
+    cannot represent. `for_merge`: deltas that are not plain factors are stored in an additional
+    file; `expert_layout`: of stacks whose config does not say."""
     files = folder.files()
     if ADDED_DELTAS in files:
         from adapterkit.core.engine.planned_folder import check_added_deltas
@@ -71,11 +69,10 @@ def is_plain(folder: Folder) -> bool:
 def adapter_or_file(
     folder: Folder, base: Folder | None = None, *, with_parts: bool = False
 ) -> Folder:
-    """The result of `in_adapter_layout`, for verbs that also describe bare tensors.
-
-    An adapter for several components of a pipeline (with `with_parts`, also for one) gets the
-    components' names. If the result would be refused, for example because alphas are unknown, the
-    folder itself is returned."""
+    """The result of `in_adapter_layout`, for verbs that also describe bare tensors. An adapter for
+    several components of a pipeline (with `with_parts`, also for one) gets the components' names.
+    If the result would be refused, for example because alphas are unknown, the folder itself is
+    returned."""
     try:
         if not with_parts:
             return in_adapter_layout(folder, base)
@@ -108,11 +105,9 @@ class ComponentAdapters:
 
 
 def together(sources: Sequence[Folder], out: StrPath) -> ComponentAdapters:
-    """Adapters in any format for one job.
-
-    The output is a single file in the first adapter's layout if `out` is one, or if adapters are
-    for several components; else it is in PEFT's. `Refused` also for adapters that do not name their
-    component, and for layouts that cannot be written."""
+    """Adapters in any format for one job. The output is a single file in the first adapter's layout
+    if `out` is one, or if adapters are for several components; else it is in PEFT's. `Refused` also
+    for adapters that do not name their component, and for layouts that cannot be written."""
     file = Path(out).name if str(out).endswith(".safetensors") and not is_on_hub(out) else None
     if file is not None or not all({CONFIG, "config.json"} & {*one.files()} for one in sources):
         parts = load(ADAPTERS["parts"])(sources, out, file)

@@ -37,10 +37,9 @@ NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 
 
 def open_source(text: StrPath) -> Folder:
-    """The folder, or single file, for a path or a Hub id `org/name[@revision][:path]`.
-
-    A path that exists is read as it is; a planned folder is returned unchanged. `Refused` for any
-    other text."""
+    """The folder, or single file, for a path or a Hub id `org/name[@revision][:path]`. A path that
+    exists is read as it is; a planned folder is returned unchanged. `Refused` for any other
+    text."""
     if isinstance(text, Overlay):
         return text
     if os.path.exists(text):
@@ -159,7 +158,6 @@ def open_adapter(
     expert_layout: str | None = None,
 ) -> Folder:
     """The folder of an adapter in PEFT's layout, or an overlay in that layout for another format.
-
     `base`: gives the modules' names for formats with other names than the model; `for_merge`: also
     LoHa and LoKr; `expert_layout`: of stacks whose config does not say."""
     folder = open_unconverted(text)
@@ -167,9 +165,8 @@ def open_adapter(
 
 
 def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
-    """The folder of an adapter in any format; with `allow_pickle`, also of a pickle.
-
-    A `.safetensors` file of any name is PEFT's if adapter_config.json is next to it; `Refused` if
+    """The folder of an adapter in any format; with `allow_pickle`, also of a pickle. A
+    `.safetensors` file of any name is PEFT's if adapter_config.json is next to it; `Refused` if
     that belongs to another file."""
     folder = open_source(text)
     if not _is_weights(folder) or CONFIG not in folder.next_to():

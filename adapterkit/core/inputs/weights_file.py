@@ -184,10 +184,9 @@ def named_adapter(name: str, folder: Folder) -> NamedAdapter:
 def open_with_weights(
     adapters: Sources, weights: StrPath | None, opener: Callable[[StrPath], Folder]
 ) -> tuple[list[tuple[Folder, float]], WeightsFile | None]:
-    """The adapters with their weights, and the file of weights, if one is named.
-
-    Then the adapters are those of the file, in its order, and may be omitted. `Refused` if they
-    differ from the file's, or have weights of their own."""
+    """The adapters with their weights, and the file of weights, if one is named. Then the adapters
+    are those of the file, in its order, and may be omitted. `Refused` if they differ from the
+    file's, or have weights of their own."""
     if weights is None:
         return open_weighted(adapters, opener), None
     folder = open_source(weights)
@@ -218,9 +217,8 @@ def weighted_sources(
 def sources_of(
     adapters: Sources, weights: StrPath, file: WeightsFile, errors: Problems
 ) -> list[StrPath]:
-    """The sources of a file's adapters, by the file's own names if none are given.
-
-    `Refused`, with `errors`, for other adapters and for adapters with weights of their own."""
+    """The sources of a file's adapters, by the file's own names if none are given. `Refused`, with
+    `errors`, for other adapters and for adapters with weights of their own."""
     pairs = [
         weight_of(source) if weight is None else (source, weight)
         for source, weight in weighted(adapters)

@@ -32,9 +32,7 @@ def resolve_targets(
     state: MergeState, adapter: Adapter, module: str, loras: list[Lora]
 ) -> list[tuple[str, str | None, Lora]]:
     """The parameter of each of a module's factor pairs, with its own name if target_parameters has
-    it.
-
-    `Refused` if no parameter fits, or several do."""
+    it. `Refused` if no parameter fits, or several do."""
     own, leaves, candidates = None, [], []
     if adapter.config.get("target_parameters") or any(lora.depth for lora in loras):
         own = state.names.children(module)
@@ -469,7 +467,6 @@ def _check_acting(
     state: MergeState, adapter: Adapter, module: str, what: str, loras: Sequence[Lora] = ()
 ) -> None:
     """Refuse factors that had no effect in training, or another effect than in a merged weight.
-
     Zero factors are allowed, because training leaves factors without effect at zero."""
     from adapterkit.core.weights.layers import looks_up_otherwise, weight_reader
 
@@ -586,10 +583,8 @@ def _add_bias(state: MergeState, adapter: Adapter, lora: Lora, scale: float) -> 
 
 
 def _check_rows(state: MergeState, adapter: Adapter) -> None:
-    """Refuse a file without the rows of a module in trainable_token_indices.
-
-    A tied module whose rows are stored under the other name is allowed, because PEFT saves them
-    once."""
+    """Refuse a file without the rows of a module in trainable_token_indices. A tied module whose
+    rows are stored under the other name is allowed, because PEFT saves them once."""
     declared = adapter.config.get("trainable_token_indices")
     names = {f"{tokens.module}.weight" for tokens in adapter.tokens}
     for parameter in [state.names.parameter(name) for name in names]:

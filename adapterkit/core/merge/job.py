@@ -39,9 +39,8 @@ LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)", re.DOT
 
 
 def replicated(base: Checkpoint, adapters: list[Adapter], errors: Problems) -> Checkpoint:
-    """The base with its layers repeated in the order of the adapters' layer_replication.
-
-    If the order does not fit, the base is returned unchanged and the problem joins the errors."""
+    """The base with its layers repeated in the order of the adapters' layer_replication. If the
+    order does not fit, the base is returned unchanged and the problem joins the errors."""
     replicating = [a for a in adapters if a.config.get("layer_replication")]
     if len({json.dumps(a.config.get("layer_replication")) for a in adapters}) > 1:
         errors.add(
@@ -75,9 +74,8 @@ def replicated(base: Checkpoint, adapters: list[Adapter], errors: Problems) -> C
 
 
 def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
-    """Prefix and number of the layers that can be replicated.
-
-    `Refused` if the model has several stacks of layers, or lacks a layer of the order."""
+    """Prefix and number of the layers that can be replicated. `Refused` if the model has several
+    stacks of layers, or lacks a layer of the order."""
     counts = {base.config[c] for c in COUNTS if isinstance(base.config.get(c), int)}
     text = base.config.get("text_config")
     counts |= {text[c] for c in COUNTS if isinstance(text, dict) and isinstance(text.get(c), int)}

@@ -63,7 +63,7 @@ def plan_merge_of(merge: Merge) -> Plan:
     if merge.push is not None and is_on_hub(merge.out):
         raise Refused(
             "--push does not apply to an output on the Hub",
-            expected="one place",
+            expected="one destination",
             where="--push",
             hint="remove --push",
             code="AK102",

@@ -161,8 +161,8 @@ def _other_shapes(name: str, members: dict[int, Factors], of: dict[int, Adapter]
 def _check_parameters(
     module: str, loras: dict, leaves: dict[int, list[str]], of: dict[int, Adapter]
 ) -> None:
-    """Refuse adapters that target one module in different ways, or that have more wrappers than
-    their config has parameters."""
+    """Refuse adapters that target one module in different ways, or have wrappers of parameters that
+    their config does not name."""
     lacking = [
         of[n].name for n, its in loras.items() if not leaves[n] and any(lora.depth for lora in its)
     ]
@@ -261,10 +261,9 @@ def _signature(sites: list[JoinedSite]) -> tuple:
 def _arrangements(
     holders: list[tuple[list[str], int]], union: list[str], own: list[str] | None
 ) -> Iterator[tuple[str, ...]]:
-    """The possible lists of a module's wrapped parameters, the innermost first.
-
-    With a model, its own parameters in its order. Without one, every choice and order of names that
-    gives each adapter its number of wrappers."""
+    """The possible lists of a module's wrapped parameters, the innermost first. With a model, its
+    own parameters in its order. Without one, every choice and order of names that gives each
+    adapter its number of wrappers."""
     if own is not None:
         yield tuple(leaf for leaf in own if leaf in union)
         return
@@ -286,18 +285,18 @@ def _arranged(
     it."""
     members: dict[str, dict[int, Factors]] = {leaf: {} for leaf in chosen}
     for number, its in loras.items():
-        mine = [leaf for leaf in chosen if leaf in leaves[number]]
+        own_leaves = [leaf for leaf in chosen if leaf in leaves[number]]
         for lora in its:
-            if lora.depth >= len(mine):
+            if lora.depth >= len(own_leaves):
                 raise Refused(
-                    f"{shown(lora.a.key)} is inside {lora.depth + 1} wrappers, {len(mine)} "
+                    f"{shown(lora.a.key)} is inside {lora.depth + 1} wrappers, {len(own_leaves)} "
                     "parameters of its module are targets",
                     expected="a wrapper for each",
                     where=of[number].where,
                     hint="restore the config that was saved with the file",
                     code="AK303",
                 )
-            leaf = mine[len(mine) - 1 - lora.depth]
+            leaf = own_leaves[len(own_leaves) - 1 - lora.depth]
             members[leaf][number] = factors_of(of[number], lora, leaf)
     for leaf, its in members.items():
         if len({(one.shape, one.experts) for one in its.values()}) > 1:
@@ -344,10 +343,12 @@ def _check_shape(module: str, leaf: str, members: dict[int, Factors], names: Par
 def _check_nests(sites: Collection[JoinedSite], errors: Problems) -> None:
     """Refuse parameters of a module inside another module whose parameters are wrapped: PEFT cannot
     load them."""
-    homes = {site.module for site in sites if site.parameter}
-    inner = [(home, other) for home in homes for other in homes if home.startswith(f"{other}.")]
+    modules = {site.module for site in sites if site.parameter}
+    inner = [
+        (module, other) for module in modules for other in modules if module.startswith(f"{other}.")
+    ]
     if inner:
-        some = (f"{shown(home)} inside {shown(other)}" for home, other in sorted(inner)[:4])
+        some = (f"{shown(module)} inside {shown(other)}" for module, other in sorted(inner)[:4])
         errors.add(
             f"parameters of {'; '.join(some)} are targets",
             "no such nest: PEFT cannot load it",

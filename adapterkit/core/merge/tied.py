@@ -259,10 +259,9 @@ def _sides(state: MergeState, group: tuple[str, ...]) -> Sides:
 
 
 def _followers(state: MergeState) -> dict[str, str]:
-    """The names that a model ties to others, where PEFT's row wrapper takes effect.
-
-    PEFT wraps the rows there as well, which does nothing if the code around a head reads its weight
-    itself. Blt ties its embedding to its head, and PEFT's head has no rows then."""
+    """The names that a model ties to others, where PEFT's row wrapper takes effect. PEFT wraps the
+    rows there as well, which does nothing if the code around a head reads its weight itself. Blt
+    ties its embedding to its head, and PEFT's head has no rows then."""
     from adapterkit.core.weights.layers import weight_reader
 
     assert state.names.model is not None
@@ -463,8 +462,8 @@ def _split(group: tuple[str, ...], ties: dict[str, tuple[str, ...]]) -> list[tup
 
 
 def _untied_configs(config: dict) -> Iterator[dict]:
-    """Yield the config with the switch off at the top level, then with it off in every sub-config
-    too."""
+    """Yield the config with the switch off wherever it is set, then also off in every
+    sub-config."""
     for everywhere in (False, True):
         changed = deepcopy(config)
         changed[SWITCH] = False

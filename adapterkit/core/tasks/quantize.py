@@ -1,6 +1,5 @@
-"""Quantize weights and measure their errors, rounding to nearest or with compensation.
-
-Compensation keeps the whole weight in memory, because its columns depend on each other."""
+"""Quantize weights and measure their errors, rounding to nearest or with compensation. Compensation
+keeps the whole weight in memory, because its columns depend on each other."""
 
 from __future__ import annotations
 

@@ -225,10 +225,9 @@ class QuantizedWeight(TensorSpec):
         return stored
 
     def row_ranges(self, elements: int) -> Iterator[tuple[int, int]]:
-        """Yield ranges of rows for `rows` in order (all axes except the last as one).
-
-        Each has about `elements` elements, at least a block; the first is the largest. Yield one
-        range if the rows depend on each other."""
+        """Yield ranges of rows for `rows` in order (all axes except the last as one). Each has
+        about `elements` elements, at least a block; the first is the largest. Yield one range if
+        the rows depend on each other."""
         count, each = math.prod(self.shape[:-1]), self.rows_per_block
         if each is None or count == 0:
             yield 0, count

@@ -26,18 +26,18 @@ ATTENTION = "MultiheadAttention"  # torch's: multiplies by its projections' weig
 # PEFT refuses factors on two layers of these; a fused kernel bypasses those of a third one
 MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBAS_REFUSED = ("out_proj", "conv1d")
-MAMBAS_SPARED = (*MAMBAS_REFUSED, "x_proj")
+MAMBAS_EXCLUDED = (*MAMBAS_REFUSED, "x_proj")
 GENERAL = ("torch.", "builtins", "transformers.modeling_utils", "transformers.generation")
 LIBRARIES = ("torch.", "bitsandbytes.")
 STARTS = re.compile(r"__init__|_*(init|reset|tie|resize|set)_")  # methods
 PASSIVE = [("dtype",), ("device",), ("shape",), ("data",), ("ndim",), ("size",), ("numel",)]
-ASKED = [
+CONVOLUTION_SETTINGS = [
     (name,)
     for name in ("stride", "kernel_size", "padding", "dilation", "in_channels", "out_channels")
 ]
 GIVEN, FACTOR = "given", "factor"  # as a function's argument, or as a product's factor
 # transformers' groups of conversions -> ends of names that PEFT takes for their stacks of experts,
-# wherever a module of that name is
+# for every module of that name
 PEFT_EXPERTS = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -119,12 +119,11 @@ def _is_product(cls: Any, module: torch.nn.Linear) -> bool:
 
 
 def is_bypassed(names: Names, module: str) -> bool:
-    """Return whether factors on a layer would be refused by PEFT or have no effect.
-
-    The code around a layer may multiply by its weight itself. Or it reads a convolution's stride or
-    sizes, which PEFT's wrapper does not have."""
+    """Return whether factors on a layer would be refused by PEFT or have no effect. The code around
+    a layer may multiply by its weight itself. Or it reads a convolution's stride or sizes, which
+    PEFT's wrapper does not have."""
     parent, _, leaf = module.rpartition(".")
-    if names.base.config.get("model_type") in MAMBAS and leaf in MAMBAS_SPARED:
+    if names.base.config.get("model_type") in MAMBAS and leaf in MAMBAS_EXCLUDED:
         return True
     convolution = names.layer(module) in ("Conv1d", "Conv2d", "Conv3d")
     return _is_read(names.classes(parent), leaf, convolution)
@@ -186,9 +185,11 @@ def _is_read(around: tuple[type, ...], leaf: str, convolution: bool) -> bool:
     if reads_weight(around, leaf):
         return True
     uses = _uses_of(around, leaf)
-    asked = any(use.after(leaf)[:1] in ASKED for use in uses)
+    reads_setting = any(use.after(leaf)[:1] in CONVOLUTION_SETTINGS for use in uses)
     # a function that gets the child may read it
-    return asked or (convolution and any(use.path[-1] == leaf and use.how == GIVEN for use in uses))
+    return reads_setting or (
+        convolution and any(use.path[-1] == leaf and use.how == GIVEN for use in uses)
+    )
 
 
 @cache

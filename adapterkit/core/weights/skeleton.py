@@ -82,10 +82,12 @@ class Skeleton:
         key = (stack_name, name.replace(number[0], "*"))
         if key not in self._experts:
             self._experts[key] = self._expert_slots(name, number[0], stack_name, pattern)
-        place = self._experts[key].get(name)
-        if place is None:
+        expert_slot = self._experts[key].get(name)
+        if expert_slot is None:
             return None
-        axes = tuple(Axis(0, i, range(axis.at, axis.stop)) for i, axis in enumerate(place.axes))
+        axes = tuple(
+            Axis(0, i, range(axis.at, axis.stop)) for i, axis in enumerate(expert_slot.axes)
+        )
         slot = Slot(stack.slots[0].key, stack.shape, axes)
         return Parameter(name, tuple(len(axis.of) for axis in axes), (slot,))
 
@@ -124,11 +126,13 @@ class Skeleton:
         parameters: dict[str, Parameter] = {}
         for name, value in self.state.items():
             others = tied.get(name, ())
-            home = next((each for each in (name, *others) if each in slots), None)
-            if home is not None:
-                shape = extent(slots[home]) if home in own else tuple(value.shape)
-                shape = _stored_shape(shape, slots[home])
-                parameters[name] = Parameter(name, shape, slots[home], others, home != name)
+            stored_name = next((each for each in (name, *others) if each in slots), None)
+            if stored_name is not None:
+                shape = extent(slots[stored_name]) if stored_name in own else tuple(value.shape)
+                shape = _stored_shape(shape, slots[stored_name])
+                parameters[name] = Parameter(
+                    name, shape, slots[stored_name], others, stored_name != name
+                )
         return parameters
 
     def _slots(self, state: dict) -> dict[str, tuple[Slot, ...]]:
@@ -167,9 +171,9 @@ class Skeleton:
             except AdapterkitError as error:
                 self.unreadable |= dict.fromkeys(_targets(first, converter), error)
                 continue
-            slots |= {name: places for name, places in converted.items() if name in state}
+            slots |= {name: found for name, found in converted.items() if name in state}
         own = known_slots(self.base)
-        return slots | {name: places for name, places in own.items() if name in state}
+        return slots | {name: found for name, found in own.items() if name in state}
 
     def _signature(self, name: str, converter) -> tuple:
         """The properties that a conversion may depend on: its target's name without numbers, and
@@ -222,14 +226,14 @@ def _renumbered(
 ) -> dict[str, tuple[Slot, ...]] | None:
     """The result of `other`'s conversion for a name with other numbers (another layer); None if the
     names do not determine it."""
-    mine, theirs = name.split("."), other.split(".")
+    own_parts, other_parts = name.split("."), other.split(".")
     keys = {there: here for (here, _, _), (there, _, _) in zip(sources, others, strict=True)}
     result = {}
     for key, slots in converted.items():
         parts = key.split(".")
-        if len(parts) != len(theirs):
+        if len(parts) != len(other_parts):
             return None
-        for i, (here, there) in enumerate(zip(mine, theirs, strict=True)):
+        for i, (here, there) in enumerate(zip(own_parts, other_parts, strict=True)):
             if here != there:
                 if parts[i] != there:
                     return None
