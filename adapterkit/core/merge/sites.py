@@ -344,11 +344,9 @@ def _check_nests(sites: Collection[JoinedSite], errors: Problems) -> None:
     """Refuse parameters of a module inside another module whose parameters are wrapped: PEFT cannot
     load them."""
     modules = {site.module for site in sites if site.parameter}
-    inner = [
-        (module, other) for module in modules for other in modules if module.startswith(f"{other}.")
-    ]
+    inner = [(one, other) for one in modules for other in modules if one.startswith(f"{other}.")]
     if inner:
-        some = (f"{shown(module)} inside {shown(other)}" for module, other in sorted(inner)[:4])
+        some = (f"{shown(one)} inside {shown(other)}" for one, other in sorted(inner)[:4])
         errors.add(
             f"parameters of {'; '.join(some)} are targets",
             "no such nest: PEFT cannot load it",

@@ -82,12 +82,10 @@ class Skeleton:
         key = (stack_name, name.replace(number[0], "*"))
         if key not in self._experts:
             self._experts[key] = self._expert_slots(name, number[0], stack_name, pattern)
-        expert_slot = self._experts[key].get(name)
-        if expert_slot is None:
+        expert = self._experts[key].get(name)
+        if expert is None:
             return None
-        axes = tuple(
-            Axis(0, i, range(axis.at, axis.stop)) for i, axis in enumerate(expert_slot.axes)
-        )
+        axes = tuple(Axis(0, i, range(axis.at, axis.stop)) for i, axis in enumerate(expert.axes))
         slot = Slot(stack.slots[0].key, stack.shape, axes)
         return Parameter(name, tuple(len(axis.of) for axis in axes), (slot,))
 
@@ -126,13 +124,11 @@ class Skeleton:
         parameters: dict[str, Parameter] = {}
         for name, value in self.state.items():
             others = tied.get(name, ())
-            stored_name = next((each for each in (name, *others) if each in slots), None)
-            if stored_name is not None:
-                shape = extent(slots[stored_name]) if stored_name in own else tuple(value.shape)
-                shape = _stored_shape(shape, slots[stored_name])
-                parameters[name] = Parameter(
-                    name, shape, slots[stored_name], others, stored_name != name
-                )
+            source = next((each for each in (name, *others) if each in slots), None)
+            if source is not None:
+                shape = extent(slots[source]) if source in own else tuple(value.shape)
+                shape = _stored_shape(shape, slots[source])
+                parameters[name] = Parameter(name, shape, slots[source], others, source != name)
         return parameters
 
     def _slots(self, state: dict) -> dict[str, tuple[Slot, ...]]:
