@@ -1,4 +1,4 @@
-"""The base of an adapter: what its config tells, and the names of its parameters."""
+"""Facts about the base of an adapter: its config and the names of its parameters."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What a base's config and keys tell, its config alone too."""
+    """Facts that a base's config and keys give, or its config alone."""
 
     model_type: str = ""
     text_type: str = ""  # of the language model inside a multimodal one
@@ -32,8 +32,8 @@ class BaseFacts:
     def of(
         cls, config: Settings, keys: Collection[str] | None = None, family: str | None = None
     ) -> "BaseFacts":
-        """The facts of the base with this config.json and these tensors, of which a tied head is
-        none; without `keys` of a config that is beside an adapter."""
+        """The facts of the base with this config.json and these keys (without a tied head). `keys`
+        is None for a config in an adapter's folder."""
         text = config.get("text_config")
         tables = [config, *([text] if isinstance(text, Mapping) else [])]
         names = (one.get("model_type") for one in tables)
@@ -54,8 +54,8 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class NamedBase:
-    """A base whose weights are there: its parameters by their names in the model, its stacks of
-    experts. The model is built when one of them is asked for."""
+    """A base with its weights: its parameters by their names in the model, and its stacks of
+    experts. Both build the model on first use."""
 
     checkpoint: Checkpoint
     task: str | None  # what the adapter was trained for
@@ -74,7 +74,7 @@ class NamedBase:
 
     @cached_property
     def by_key(self) -> dict[str, str]:
-        """The parameter that each stored tensor is, where it is a whole one."""
+        """The parameter of each stored tensor that holds a whole one."""
         parameters = [self.names.parameter(name) for name in self.names.all()]
         return {
             one.slots[0].key: one.name for one in parameters if one is not None and one.is_whole
@@ -82,7 +82,7 @@ class NamedBase:
 
 
 def model_heads(config: Settings) -> Heads | None:
-    """The heads that a model's config names (transformers' words, or litgpt's); None without."""
+    """The heads in a model's config (transformers' or litgpt's names); None if it has none."""
     for table in (config, config.get("text_config")):
         if not isinstance(table, Mapping):
             continue
@@ -100,8 +100,8 @@ def architecture_of(
     among: Collection[str],  # names of architectures
     what: str,  # the format, for messages
 ) -> str:
-    """The architecture of a base, where module names alone do not tell it. `Refused` without a
-    base, or for one that is none of these."""
+    """The architecture of a base, for module names that fit several. `Refused` without a base, or
+    if the base is none of these."""
     known = {
         model_type: name for name in among for model_type in architectures()[name].detect.models
     }

@@ -1,4 +1,4 @@
-"""What a format can hold of a module, and what options make of the rest."""
+"""The deltas that a format can store, and the options that help with the others."""
 
 from collections.abc import Iterable
 
@@ -28,21 +28,21 @@ MATRIX = f"give the base, by which a router's matrix is a module's; or {OTHER_FO
 
 
 def roles_by_kind(format: Format) -> dict[str, tuple[str, ...]]:
-    """What a format holds: kinds of deltas, and the tensors of each."""
+    """The kinds of deltas that a format stores, and the tensors of each."""
     if format.layout == ADAPTER_LAYOUT and not format.kinds:
         return IN_ADAPTER
     return {kind: tuple(roles) for kind, roles in format.kinds.items()}
 
 
 def kind_of(contents: Contents) -> str | None:
-    """The kind of all modules, where it is a type of adapters in PEFT; None for others."""
+    """The kind of all modules if PEFT has it as a type of adapter; None otherwise."""
     kinds = {m.kind for m in contents.modules if m.kind != "value"}
     kind = next(iter(kinds), None)
     return kind if len(kinds) == 1 and kind in OF_ONE_TYPE else None
 
 
 def word_of(module: AdapterModule, format: Format) -> str:
-    """The format's word for a module's kind: those for embeddings and norms are apart."""
+    """The format's word for a module's kind; embeddings and norms have words of their own."""
     if module.embedding:
         return "embedding"
     diff = module.parts.get("diff")
@@ -51,7 +51,7 @@ def word_of(module: AdapterModule, format: Format) -> str:
 
 
 def lacking(module: AdapterModule, format: Format, contents: Contents) -> list[str]:
-    """The roles of a module that the format has no keys for; its kind where it lacks that."""
+    """The roles of a module that the format has no keys for, or its kind if the format lacks it."""
     if format.layout == ADAPTER_LAYOUT and not format.kinds:  # else a dialect that lists its own
         return _lacking_in_adapter(module, contents)
     kind = word_of(module, format)
@@ -68,7 +68,7 @@ def lacking(module: AdapterModule, format: Format, contents: Contents) -> list[s
 
 
 def _lacking_in_adapter(module: AdapterModule, contents: Contents) -> list[str]:
-    """PEFT: one type for all modules, DoRA of all or of none, no cores."""
+    """PEFT's limits: one type for all modules, DoRA for all or none, no cores."""
     if module.kind in OF_ONE_TYPE:
         return magnitudes(module.parts) if kind_of(contents) == module.kind else [module.kind]
     if module.kind != FACTORS:
@@ -81,30 +81,30 @@ def _lacking_in_adapter(module: AdapterModule, contents: Contents) -> list[str]:
 
 
 def can_be_plain(module: AdapterModule) -> bool:
-    """Whether plain factors of a rank that is asked for can take the place of its kind."""
+    """True if standard LoRA factors of a given rank can replace the module's kind."""
     if module.kind == "full":
         return "diff" in module.parts and len(module.parts["diff"].shape) > 1
     return module.kind in (*OF_ONE_TYPE, "oft")
 
 
 def is_fitted(module: AdapterModule, format: Format, contents: Contents) -> bool:
-    """Whether `--rank` makes plain factors of a module, and the format holds them."""
+    """True if `--rank` turns the module into standard LoRA factors that the format stores."""
     absent = set(lacking(module, format, contents)) if module.kind == FACTORS else set()
     return can_be_plain(module) or (bool(absent) and absent <= {"mid", *MAGNITUDES})
 
 
 def depends_on_base(module: AdapterModule) -> bool:
-    """Whether the delta is one of the base's weight."""
+    """True if the delta depends on the base's weight."""
     return module.kind == "oft" or bool(magnitudes(module.parts))
 
 
 def is_vector(module: AdapterModule) -> bool:
-    """Whether it is a difference of a norm or a bias, which `--lossy` can leave out."""
+    """True for the difference of a norm or a bias, which `--lossy` can leave out."""
     return module.kind == "full" and all(len(part.shape) == 1 for part in module.parts.values())
 
 
 def several_components(contents: Contents, format: Format) -> list[AdapterkitError]:
-    """The refusal of components where the format is for a single model."""
+    """Refuse several components in a format for single models."""
     errors = Problems(where=contents.folders[0].label, hint=ONE_PART, code="AK503")
     if len(contents.components) > 1:
         errors.add(
@@ -120,7 +120,7 @@ def ways_out(
     contents: Contents,
     otherwise: str = OTHER_FORMAT,
 ) -> str:
-    """The hint for modules that the format does not hold: the options that help."""
+    """The hint for modules that the format does not store: the options that help."""
     ways: dict[str, None] = {}
     for module in modules:
         if is_fitted(module, format, contents):
@@ -134,7 +134,7 @@ def ways_out(
 
 
 def refused_by_name(format: Format, keys: Iterable[str], where: str) -> list[AdapterkitError]:
-    """Refusals of kinds of deltas that no format holds, with their names."""
+    """Refuse the kinds of deltas that no format stores, by their names."""
     keys, errors = list(keys), Problems(where=where, hint=EXTRACT, code="AK503")
     for name, regex in format.refused.items():
         if some := list(filter(regex.search, keys)):

@@ -1,4 +1,4 @@
-"""convert: an adapter from the layout of one tool into that of another."""
+"""convert: write an adapter in the layout of another tool."""
 
 from collections.abc import Iterable
 
@@ -26,7 +26,7 @@ COMPONENTS = (
 
 
 def written_formats() -> Iterable[str]:
-    """The formats that are written; their tables are read for the help of `convert` alone."""
+    """The formats that can be written. The help of `convert` is the only reader of their tables."""
     from adapterkit.adapters.formats import library
 
     return library.written_formats()
@@ -34,7 +34,7 @@ def written_formats() -> Iterable[str]:
 
 @record
 class ConvertOptions(OptionRecord):
-    """How an adapter is written in the layout of another tool."""
+    """Options of writing an adapter in the layout of another tool."""
 
     to: str = option(
         check=Check("a text", text, words=written_formats), help="Format to write, listed below."
@@ -73,19 +73,17 @@ class Convert(WritingVerb, ConvertOptions):
     """Write an adapter in the layout of another tool: the same delta, scale · b @ a, of every
     module.
 
-    The source's format is told by its keys and settings. Every key has a role, or the source is
-    refused with the whole list. Fused modules are split with a shared a, and fused again without a
-    larger rank. A format that stores no scale has it in b, rounded once, which a note says.
-    `base`, a model, tells underscored names and numbers of heads; `architecture` the names of its
-    family, where names alone are ambiguous; `alpha` what the source leaves to the reader;
-    `prefix_only` takes one component of a pipeline (unet, transformer, text_encoder, ...), and says
-    which one the modules of a single model are. `rank` makes plain factors of LoHa,
-    LoKr, OFT, VeRA, AdaLoRA and differences of weights, of DoRA where the format has none (with
-    `base`, like OFT), and of larger factors: the best ones of that rank, whose error the receipt
-    has. `lossy` leaves out
-    differences of norms and biases that the format has no place for. An `out` that ends in
-    .safetensors or .gguf is a file, else a folder as the format has it. Raises `Refused` before
-    anything is written.
+    The keys and settings of the source determine its format. Every key must have a role; otherwise
+    the source is refused with the whole list. Fused modules are split with a shared a, and fused
+    again without a larger rank. If the format stores no scale, b takes it, rounded once, and a note
+    says so. `base`, a model, resolves underscored names and numbers of heads. `architecture` names
+    the family if module names fit several. `alpha` is needed if the source leaves it to the reader.
+    `prefix_only` selects one component of a pipeline (unet, transformer, text_encoder, ...), or
+    names the component of a single model. `rank` fits standard LoRA factors to LoHa, LoKr, OFT,
+    VeRA, AdaLoRA, differences of weights, factors of a larger rank, and DoRA if the format lacks it
+    (DoRA and OFT need `base`); the receipt has the error. `lossy` leaves out differences of norms
+    and biases that the format cannot store. An `out` that ends in .safetensors or .gguf is a file,
+    otherwise a folder in the format's layout. Raises `Refused` before anything is written.
     """
 
     tier = "core"

@@ -1,4 +1,4 @@
-"""Which format a source is in, by its keys, metadata and settings."""
+"""Detect a source's format from its keys, metadata and settings."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ ENDINGS = {".safetensors": "safetensors", ".gguf": "gguf"}
 
 @dataclass(frozen=True)
 class Container:
-    """A file's tensors by key, its metadata, and the hash of what was read of it."""
+    """A file's tensors by key, its metadata, and the hash of the bytes read."""
 
     file: str
     tensors: Mapping[str, TensorSpec]
@@ -48,7 +48,7 @@ def open_container(folder: Folder, file: str) -> Container:
 
 @dataclass(frozen=True)
 class Detection:
-    """A source's format, its file, and what was read of it."""
+    """A source's format, its file, and the headers read from it."""
 
     format: Format
     container: Container
@@ -57,8 +57,8 @@ class Detection:
 
 
 def detect(folder: Folder) -> Detection:
-    """The format of a source. Raises `Refused` where it is in none that is known, `Damaged` where
-    its file cannot be read."""
+    """The format of a source. Raises `Refused` if no known format fits, `Damaged` if its file
+    cannot be read."""
     containers: dict[str, Container] = {}
     damage: AdapterkitError | None = None
     matches: list[Detection] = []
@@ -109,8 +109,8 @@ def detect(folder: Folder) -> Detection:
 
 
 def part_folders(folder: Folder) -> tuple[str, ...]:
-    """The folders of an adapter in PEFT's layout that has one for each part of a pipeline; none of
-    other adapters."""
+    """The folders of an adapter in PEFT's layout with one folder per component of a pipeline; empty
+    for other adapters."""
     ends = f"/{ADAPTER_CONFIG}"
     names = [name.removesuffix(ends) for name in folder.files() if name.endswith(ends)]
     here = any("/" not in name and name.endswith(tuple(ENDINGS)) for name in folder.files())
@@ -118,7 +118,7 @@ def part_folders(folder: Folder) -> tuple[str, ...]:
 
 
 def in_another_layout(folder: Folder) -> Detection | None:
-    """The format of an adapter that is not in PEFT's layout; None for all else."""
+    """The format of an adapter that is not in PEFT's layout; None for anything else."""
     if "config.json" in folder.files():
         return None
     try:
@@ -129,7 +129,7 @@ def in_another_layout(folder: Folder) -> Detection | None:
 
 
 def no_model(detection: Detection, where: str) -> Refused:
-    """The refusal of an adapter where a model is expected."""
+    """The refusal of an adapter given as a model."""
     name, format = shown(detection.container.file), detection.format
     return Refused(
         f"{name} is an adapter in the format {format.name}",
@@ -157,7 +157,7 @@ def _file(folder: Folder, format: Format) -> str | None:
 
 
 def _config(folder: Folder, format: Format) -> Settings:
-    """The settings beside a file, of all its configs."""
+    """The settings of a source, from all its config files."""
     config: Json = {}
     for name in format.file.config:
         if name in folder.files():

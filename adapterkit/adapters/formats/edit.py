@@ -1,4 +1,4 @@
-"""edit: what an adapter says of itself, and its strength, without a change of its factors."""
+"""edit: change an adapter's description and its strength, but not its factors."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,17 +20,17 @@ from adapterkit.core.verb import WritingVerb, function_of
 
 @record
 class Edit(WritingVerb):
-    """Write an adapter again, in its own format, with other words about it; its tensors keep their
+    """Write an adapter again in its own format, with another description; its tensors keep their
     bytes.
 
-    `base_model` is the id of its base: `base_model_name_or_path` of PEFT's layout, elsewhere the
-    metadata's `ss_sd_model_name`. `title`, `trigger` (words that a prompt needs) and `tag`s are
-    `modelspec.*` in the metadata of a file, and fields of the card (README.md) of a folder in
-    PEFT's layout. `alpha` sets the alpha of all modules, and so multiplies the delta by new / old;
-    with `fold` the delta stays as it is: b is multiplied by old / new, rounded once. `metadata`
-    sets keys of the file's metadata, `strip_metadata` first removes all that the trainer wrote
-    there, and the card. An `out` that ends in .safetensors is a file. Raises `Refused` where the
-    format has no place for a word, or is only read.
+    `base_model` is the id of its base: `base_model_name_or_path` in PEFT's layout,
+    `ss_sd_model_name` in other metadata. `title`, `trigger` (words that a prompt needs) and `tag`s
+    become `modelspec.*` in the metadata of a file, and fields of the card (README.md) in a folder
+    in PEFT's layout. `alpha` sets the alpha of all modules, and so multiplies the delta by new /
+    old. With `fold` the delta stays the same: b is multiplied by old / new, rounded once.
+    `metadata` sets keys of the file's metadata; `strip_metadata` first removes the card and the
+    trainer's metadata. An `out` that ends in .safetensors is a file. Raises `Refused` if the format
+    cannot store a field, or cannot be written.
     """
 
     planner = "adapters.formats.planning.edit:plan_edit"

@@ -1,5 +1,4 @@
-"""Programs that run models with adapters: what each loads, and how; the card of an adapter, which
-says it."""
+"""Programs that run models with adapters: the formats each one loads, and the adapter's card."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankLimit:
-    """The rank that a server takes."""
+    """The largest rank that a server accepts."""
 
     most: int = 0  # by default; 0: not limited by a number
     flag: str = ""  # which raises it
@@ -32,7 +31,7 @@ class RankLimit:
 
 @dataclass(frozen=True)
 class ModuleRule:
-    """What a client does with some modules."""
+    """A client's treatment of some modules."""
 
     verdict: Literal["drops", "refuses", "renames"]  # the last: factors of LoRA, no finding
     modules: re.Pattern[str]
@@ -58,11 +57,11 @@ class Client:
     like: str = ""  # another one, whose rules hold too
 
     def reads(self, format: "Format") -> bool:
-        """Whether it reads files of a format as they are."""
+        """True if it reads files of a format unchanged."""
         return format.name == self.format or self.title in format.clients
 
     def loading(self, format: str, file: str, base: str, rank: object = "RANK") -> str:
-        """What loads an adapter of a format onto a base, after a conversion where it is needed."""
+        """The command or call that loads an adapter onto a base, perhaps after a conversion."""
         if format == self.format:
             return filled(self.load, file=file, base=base, rank=rank)
         folder = f"for-{self.name}"
@@ -73,7 +72,7 @@ class Client:
 
 @cache
 def engines() -> Mapping[str, Client]:
-    """Every one by name."""
+    """All clients by name."""
     known = read_files(_client, "engines")
     more = {name: known[one.like].rules for name, one in known.items() if one.like}
     return {
@@ -89,8 +88,8 @@ def _client(name: str, table: Json) -> Client:
 def adapter_card(
     base: str | None, adapters: Sequence[Adapter], summary: str, receipt: str = RECEIPT
 ) -> str:
-    """The card of an adapter for the base of that id, made from these adapters; `receipt`: its
-    path, "" for none."""
+    """The card of an adapter for the base with that id, made from these adapters. `receipt` is its
+    path, or ""."""
     id = portable_name(base or "")
     metadata = [*based_on([id], "adapter"), "library_name: peft"]
     how = " from the files" if receipt else ""

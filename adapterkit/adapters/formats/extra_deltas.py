@@ -1,5 +1,5 @@
-"""Deltas of other kinds than plain factors, beside these in one adapter: a file of their tensors
-that a converted adapter has, whose metadata say what they are."""
+"""Deltas that are not standard LoRA factors, in a converted adapter: a second file stores their
+tensors, and its metadata describe them."""
 
 import json
 import math
@@ -23,14 +23,14 @@ MODULES = "modules"  # in its metadata: JSON
 
 @dataclass(frozen=True)
 class AddedDelta:
-    """What is added to rows of a parameter of a module of the base."""
+    """A delta for some rows of a parameter of the base."""
 
     module: AdapterModule  # its name is the base's
     leaves: tuple[str, ...]  # what the parameter may be called: the first that there is
     rows: range | None = None  # of the parameter; None: all
 
     def on(self, parameter: Parameter, tensors: Mapping[str, TensorSpec]) -> "PlacedDelta | None":
-        """It on that parameter, stored in these tensors; None where it does not fit."""
+        """This delta on that parameter, stored in these tensors; None if it does not fit."""
         rows = self.rows or range(parameter.shape[0])
         out, inputs = matrix_shape(self.module.kind, self.module.parts)
         fits = out == len(rows) and inputs in (math.prod(parameter.shape[1:]), 0)  # 0: any
@@ -56,7 +56,7 @@ class PlacedDelta:
 
     @property
     def needs_base(self) -> bool:
-        """Whether it is one of the base's weight."""
+        """True if it depends on the base's weight."""
         return self.delta.weight is not None
 
 
@@ -83,7 +83,7 @@ def written(deltas: Sequence[AddedDelta]) -> tuple[list[ConvertedTensor], dict[s
 
 
 def added_deltas(folder: Folder, number: int) -> Iterator[AddedDelta]:
-    """Those of an adapter that has the file, the job's input of this number."""
+    """The deltas in the extra file of an adapter, the job's input `number`; or none."""
     check_added_deltas(folder)
     if ADDED_DELTAS not in folder.files():
         return

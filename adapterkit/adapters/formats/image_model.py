@@ -1,5 +1,4 @@
-"""An image or video model in one file: its family and the parts of a pipeline that it holds, by the
-names of its keys."""
+"""An image or video model in a single file: its family and components, found by its keys."""
 
 import re
 from collections import Counter
@@ -29,7 +28,7 @@ LEAST = 0.5  # share of the denoiser's modules whose names are known, of a file 
 
 @dataclass(frozen=True)
 class FileComponent:
-    """Where a part of the pipeline is in the file."""
+    """The position of a pipeline's component in the file."""
 
     prefix: str  # of its keys
     naming: str  # the column of the architecture's rules that its names are in
@@ -51,7 +50,7 @@ class SingleFileModel(Checkpoint):
         return any(self.found(module))
 
     def found(self, module: str) -> Iterator[tuple[str, ComponentNames, Match]]:
-        """The components that a module of the file may be of, with the rule that names it."""
+        """The components that may own a module of the file, with the rule that names it."""
         for component, part in self.parts.items():
             if module.startswith(part.prefix):
                 names = names_of(self.architecture, component, part.naming)
@@ -77,7 +76,7 @@ Model = TypeVar("Model", bound=SingleFileModel)
 
 @dataclass(frozen=True)
 class _Known:
-    """The modules of one part of a file that an architecture knows."""
+    """The modules of one component of a file that an architecture knows."""
 
     part: FileComponent
     names: ComponentNames
@@ -90,7 +89,7 @@ class _Known:
 
     @property
     def meaning(self) -> dict[str, tuple]:
-        """What its names are in the model, and the orders of their rows."""
+        """The model's modules behind its names, and their row orders."""
         naming = self.part.naming
         return {
             head: (*self.names.models(match), match.rule.rows, match.rule.steps.get(naming))
@@ -102,8 +101,8 @@ Found = dict[str, dict[str, _Known]]  # architecture -> component -> its modules
 
 
 def with_parts(checkpoint: Checkpoint, kind: type[Model] = SingleFileModel) -> Model | None:
-    """The checkpoint as an image or video model's; None where its keys are of none. `Refused` where
-    they are of several families that mean other modules by them. `kind`: of its container."""
+    """The checkpoint as an image or video model's; None if its keys fit none. `Refused` if they fit
+    several families with different modules. `kind` is its container's."""
     modules, format = sorted(_modules(checkpoint.tensors)), single_file_format()
     found: Found = {}
     for name in format.names.architectures:
@@ -136,8 +135,8 @@ def with_parts(checkpoint: Checkpoint, kind: type[Model] = SingleFileModel) -> M
 
 
 def family_of(checkpoint: Checkpoint) -> str | None:
-    """The architecture of an image or video model, in its publisher's names or the model's; None of
-    others."""
+    """The architecture of an image or video model, in its publisher's names or the model's, or
+    None."""
     with suppress(Refused):
         model = checkpoint if isinstance(checkpoint, SingleFileModel) else with_parts(checkpoint)
         return None if model is None else model.architecture
@@ -156,8 +155,8 @@ def _modules(keys: Iterable[str]) -> set[str]:
 def _known(
     format: Format, name: str, component: str, modules: Sequence[str], least: float = 0
 ) -> _Known | None:
-    """What an architecture knows of a component, in the naming that fits best; None where the file
-    has none of its prefixes, or where first words show that it is less than `least` of the part."""
+    """An architecture's modules of a component, in the naming that fits best; None if the file has
+    none of its prefixes, or first words fit less than the share `least` of the modules."""
     prefixes = format.components(name)[component]
     prefix = next((p for p in prefixes if any(one.startswith(p) for one in modules)), None)
     if prefix is None:
@@ -175,7 +174,7 @@ def _known(
 
 
 def _sizes(checkpoint: Checkpoint, known: _Known) -> Iterator[Size]:
-    """Rows and inputs of the model's modules, by the file's weights."""
+    """Rows and inputs of the model's modules, from the file's weights."""
     for head, match in known.matches.items():
         spec = checkpoint.tensors.get(f"{known.part.prefix}{head}.weight")
         if spec is None or len(spec.shape) < 2:

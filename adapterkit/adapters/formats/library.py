@@ -1,4 +1,4 @@
-"""The formats and architectures that the package has: TOML files, read once."""
+"""Formats and architectures in the package: TOML files, each read once."""
 
 from collections.abc import Collection, Iterable
 from functools import cache
@@ -18,13 +18,13 @@ def names() -> list[str]:
 
 @cache
 def described() -> dict[str, Format]:
-    """Every format by name, without numpy, and so without a look at its steps; for the help."""
+    """Every format by name, without numpy and therefore without checked steps; for the help."""
     return read_files(format_from)
 
 
 @cache
 def formats() -> dict[str, Format]:
-    """Every format by name. `Damaged` for a file with a word or a step that there is not."""
+    """Every format by name. `Damaged` for a file with an unknown word or step."""
     # here, so that the help is printed without numpy
     from adapterkit.adapters.formats.modules.tensors import GROUPED, STEPS
 
@@ -36,12 +36,12 @@ def formats() -> dict[str, Format]:
 
 @cache
 def single_file_format() -> Format:
-    """Where the parts of image and video models are in files that hold them whole."""
+    """The format of single-file image and video models: the prefix of each component."""
     return read_files(format_from, "checkpoints")["one-file"]
 
 
 def written_formats() -> list[str]:
-    """The names of the formats that are written."""
+    """The names of the formats that can be written."""
     return [name for name, one in described().items() if one.writes]
 
 
@@ -60,7 +60,7 @@ def architectures() -> dict[str, Architecture]:
 
 
 def format_named(name: str) -> Format:
-    """The format of that name; `Refused` for another."""
+    """The format of that name; `Refused` if there is none."""
     known = formats()
     if name not in known:
         raise Refused(

@@ -1,4 +1,4 @@
-"""A file in a format of the TOML files, as neutral contents: every key has a role, or the file is
+"""Read a file in a format of the TOML files as neutral contents; if a key has no role, the file is
 refused with the whole list."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -68,7 +68,7 @@ WHICH = "give --base, the model it was trained on, or --architecture"
 
 @dataclass(frozen=True)
 class Reading:
-    """What a caller says of a source."""
+    """Options for reading a source."""
 
     alpha: float | None = None  # of all modules, where the format leaves it to the reader
     architecture: str | None = None
@@ -81,7 +81,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class NamedModule:
-    """A module of the file, and the modules of the model that its name stands for."""
+    """A module of the file, and the modules of the model behind its name."""
 
     raw: Raw
     component: str
@@ -92,7 +92,7 @@ class NamedModule:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The modules of a file by the names of one architecture."""
+    """The modules of a file, named by one architecture."""
 
     resolved: list[NamedModule]
     unknown: Sequence[str] = ()  # keys that it does not have
@@ -103,8 +103,8 @@ class Attempt:
 def read(
     format: Format, folder: Folder, container: Container, config: Mapping, reading: Reading
 ) -> Contents:
-    """The contents of a file. `Refused` with every key that has no role, every module that is not
-    whole, and every name that is unknown or ambiguous."""
+    """The contents of a file. `Refused` with every key without a role, every incomplete module, and
+    every unknown or ambiguous name."""
     errors = Problems(where=place_of(folder, container.file), code="AK102")
     where = errors.where
     reader = PlanReader((folder,))
@@ -167,7 +167,7 @@ def read(
 
 @dataclass(frozen=True)
 class _Names:
-    """Which modules of the model the names in a file are."""
+    """Maps the names in a file to modules of the model."""
 
     format: Format
     container: Container
@@ -175,7 +175,7 @@ class _Names:
     where: str
 
     def candidates(self) -> list[str]:
-        """The architectures that the names may be of."""
+        """The architectures that the names may belong to."""
         known = list(self.format.names.architectures)
         key, asked = self.format.names.architecture_key, self.reading.architecture
         if key:
@@ -202,8 +202,8 @@ class _Names:
         return [asked]
 
     def _of_type(self, known: list[str], model_type: str) -> list[str]:
-        """The architectures that a model of this type may have. `Refused` where each of them says
-        whose they are, and none that it is this one's."""
+        """The architectures that a model of this type may have. `Refused` if each of them lists its
+        types, and none lists this one."""
         models = {name: architectures()[name].detect.models for name in known}
         fits = of_type(known, model_type)
         if fits or not model_type or not known or not all(models.values()):
@@ -217,7 +217,7 @@ class _Names:
         )
 
     def resolve(self, raws: Sequence[Raw], candidates: Sequence[str]) -> tuple[list[str], Attempt]:
-        """The architectures whose names these are, and each module's in the model."""
+        """The architectures with these names, and each module's name in the model."""
         format, modules = self.format, self.reading.modules
         if not candidates:
             return [], self._without_rules(raws)
@@ -265,8 +265,8 @@ class _Names:
         return fits, replace(attempts[fits[0]], namings=namings)
 
     def _by_base(self, name: str, attempt: Attempt, raws: Sequence[Raw]) -> Attempt:
-        """The attempt, with modules that no rule lists and that the base has by the model's name:
-        it may have more blocks than the models that are known."""
+        """The attempt, with unlisted modules that the base has under the model's name: it may have
+        more blocks than known models."""
         if MODEL not in self.format.namings(name) or not attempt.resolved:
             return attempt
         spelled: dict[str, list[str]] = {}
@@ -282,13 +282,12 @@ class _Names:
         return replace(attempt, resolved=resolved, unknown=unknown)
 
     def _component(self, architecture: str | None, prefix: str) -> str | None:
-        """The component whose keys have this prefix; None where there is none."""
+        """The component whose keys have this prefix, or None."""
         components = self.format.components(architecture) or {LANGUAGE: ("",)}
         return next((name for name, own in components.items() if prefix in own), None)
 
     def _attempt(self, name: str, raws: Sequence[Raw]) -> Attempt:
-        """The modules by the names of one architecture, each component's in the naming that fits
-        best."""
+        """The modules named by one architecture, each component's in the naming that fits best."""
         parts: dict[str | None, list[Raw]] = {}
         for raw in raws:
             parts.setdefault(self._component(name, raw.prefix), []).append(raw)
@@ -306,14 +305,14 @@ class _Names:
         )
 
     def _named(self, name: str, naming: str, raws: Sequence[Raw]) -> Attempt:
-        """The modules by an architecture's names in one naming."""
+        """The modules named by an architecture in one naming."""
         names, style = self.format.names, self.format.names.style
         resolved: list[NamedModule] = []
         unknown: list[str] = []
         spelled: dict[ComponentNames, dict[str, str]] = {}
 
         def in_base(own: ComponentNames | None, module: str) -> str:
-            """The base's name of a module that rules have in another spelling."""
+            """The base's name of a module that rules spell differently."""
             if own is None or not own.renames:
                 return module
             if own not in spelled:
@@ -358,7 +357,7 @@ class _Names:
         return Attempt(resolved, unknown, {name: namings})
 
     def _key(self, architecture: str, component: str, naming: str, match: Match) -> str:
-        """The name in the base's one file of a module that it names alike; empty for others."""
+        """The key in the base's single file of a module with the same name there; "" for others."""
         file = self.reading.file
         part = file.parts.get(component) if file is not None else None
         if part is None or naming == MODEL or part.naming != naming:
@@ -366,7 +365,7 @@ class _Names:
         return part.prefix + str(names_of(architecture, component, naming).text(match))
 
     def _check_stacks(self, attempt: Attempt) -> None:
-        """Where names besides the rules' are the model's, unknown ones are stacks."""
+        """Refuse unknown names in formats with the model's names: stacks of unequal heights."""
         if attempt.unknown:
             raise Refused(
                 f"{len(attempt.unknown)} stacks have tensors of different heights: "
@@ -378,8 +377,7 @@ class _Names:
             )
 
     def _without_rules(self, raws: Sequence[Raw]) -> Attempt:
-        """Modules whose names are the model's, with dots or, by the base's modules,
-        underscores."""
+        """Modules with the model's own names, with dots or, given the base's modules, underscores."""
         errors = Problems(
             where=self.where, hint="give --base, the model it was trained on", code="AK402"
         )
@@ -397,8 +395,8 @@ class _Names:
         return Attempt(resolved)
 
     def unchecked(self, resolved: Sequence[NamedModule]) -> list[str]:
-        """The notes on what only a base can tell, and there is none: factors from a convolution's,
-        names of a model inside a larger one."""
+        """Notes on checks that need a base, if there is none: convolutions flattened to linear
+        factors, names of a model inside a larger one."""
         if self.reading.modules:
             return []
         is_grouped = self.format.steps.get(FACTORS) == (GROUPED,)
@@ -415,7 +413,7 @@ class _Names:
 
 
 def _sizes(resolved: Sequence[NamedModule]) -> Iterator[Size]:
-    """Rows and inputs of the model's modules, by the shapes of their factors."""
+    """Rows and inputs of the model's modules, from the shapes of their factors."""
     for one in resolved:
         kind, roles = one.raw.kind, one.raw.roles
         if kind not in SIZED or set(roles) & {*CORES}:
@@ -430,12 +428,12 @@ def _sizes(resolved: Sequence[NamedModule]) -> Iterator[Size]:
 
 
 def _known(resolved: Sequence[NamedModule], modules: Collection[str]) -> int:
-    """How many of the names are modules of the base."""
+    """The number of names that are modules of the base."""
     return sum(name in modules for one in resolved for name in one.names)
 
 
 def _meaning(resolved: Sequence[NamedModule]) -> dict[tuple[str, ...], object]:
-    """What an architecture's names make of the keys: modules, and the order of their rows."""
+    """An architecture's reading of the keys: modules, and the order of their rows."""
     return {
         (one.raw.key, one.component, *one.names): one.fusion
         and one.fusion.rule.steps.get(one.fusion.naming)
@@ -446,8 +444,8 @@ def _meaning(resolved: Sequence[NamedModule]) -> dict[tuple[str, ...], object]:
 def _module(
     format: Format, one: NamedModule, scales: Scales, where: str
 ) -> tuple[AdapterModule, NamedModule]:
-    """The module of a file, still under the file's name, and the modules of the model that it is.
-    `Refused` where shapes or the alpha are not right."""
+    """The module of a file, still under the file's name, and its modules of the model. `Refused` if
+    shapes or the alpha are wrong."""
     raw, fusion = one.raw, one.fusion
     parts = {role: from_spec(spec) for role, spec in raw.roles.items() if role != ALPHA}
     for role in parts:
@@ -486,7 +484,7 @@ def _module(
 
 
 def _check_once(modules: Sequence[AdapterModule], errors: Problems) -> None:
-    """Add modules of the model that two modules of the file stand for."""
+    """Report modules of the model that two modules of the file stand for."""
     seen: set[tuple[str, str, str]] = set()
     for module in modules:
         key = (module.component, module.name, module.kind)

@@ -1,5 +1,4 @@
-"""Where a file's scales are: read from tensors, settings or metadata, and written there, or folded
-into b."""
+"""Scales in files: read from tensors, settings or metadata, and written there or folded into b."""
 
 import json
 from functools import cached_property
@@ -45,8 +44,8 @@ class Scales:
         self.declares = False  # whether the file says an alpha itself
 
     def alpha(self, component: str, name: str, rank: int, stored: TensorSpec | None) -> float:
-        """A module's alpha. `Refused` where the file does not say it and no default holds, or says
-        another rank than the tensors have."""
+        """A module's alpha. `Refused` if the file has none and no default applies, or if it
+        declares another rank than the tensors have."""
         words = self.format.scale
         if stored is not None:
             self.declares = True
@@ -95,7 +94,7 @@ class Scales:
         return float(words.default) * (rank if words.means == "scale" else 1)
 
     def _declared_alpha(self, scales: DeclaredScales, rank: int, name: str, place: str) -> float:
-        """The alpha of a module; `Refused` where its tensors have another rank than declared."""
+        """The alpha of a module; `Refused` if its tensors have another rank than declared."""
         declared, alpha = scales.alpha_of(name)
         if declared != rank:
             raise Refused(
@@ -127,14 +126,14 @@ class Scales:
 
     @property
     def older(self) -> float | None:
-        """The alpha that older versions of a tool made of a scale and an alpha, of which later ones
-        take the scale alone; None where the settings have not both."""
+        """The alpha that older versions of a tool computed from a scale and an alpha; newer ones
+        use the scale alone. None unless the settings have both."""
         has_both = self.format.scale.means == "scale" and {"alpha", "scale"} <= self.settings.keys()
         return self.settings["scale"] * self.settings["alpha"] if has_both else None
 
     @property
     def notes(self) -> list[str]:
-        """That another alpha may have been meant."""
+        """A note if older versions of the tool meant another alpha."""
         if self.older is None or self.asked is not None:
             return []
         return [
@@ -145,7 +144,7 @@ class Scales:
 
     @cached_property
     def _configured(self) -> DeclaredScales:
-        """The settings beside the file."""
+        """The settings in the config file."""
         values = {
             SETTINGS[word]: value for word, value in self.settings.items() if word in SETTINGS
         }
@@ -184,9 +183,8 @@ class Scales:
 def place_scales(
     modules: Modules, format: Format, *, same_format: bool
 ) -> tuple[list[AdapterModule], dict[str, float], Json]:
-    """The modules as they are written, those whose scale is folded into b now, and the metadata
-    that declare the others', or the word for it. `same_format`: the source is in the format,
-    too."""
+    """The modules to write, with scales folded into b if needed; and the alphas by module and the
+    metadata that declare the other scales. `same_format`: the source has the same format."""
     words = format.scale
     if words.place == "metadata":
         loras = [module for module in modules if module.kind == FACTORS]
@@ -222,15 +220,15 @@ def _declaration(modules: Modules, without: str) -> str:
 
 
 def has_alpha(module: AdapterModule, format: Format, same_format: bool) -> bool:
-    """Whether a file in the format has a tensor for the module's alpha. `same_format`: the source
-    is in the format, too, and keeps its alphas where others' are folded."""
+    """True if a file in the format has a tensor for the module's alpha. `same_format`: the source
+    has the same format, so its alphas are kept instead of folded."""
     is_kept = same_format and format.scale.place == "none" and module.stored_alpha is not None
     is_written = format.scale.place == "tensor" or is_kept
     return is_written and "alpha" in format.kinds[word_of(module, format)]
 
 
 def is_scaled(module: AdapterModule, format: Format, same_format: bool) -> bool:
-    """Whether a file in the format says this module's scale; else it is folded."""
+    """True if a file in the format stores this module's scale; otherwise it is folded."""
     if not KINDS[module.kind].scaled or module.scale == 1:
         return True
     if rank_of(module.kind, module.parts) is None:

@@ -1,7 +1,7 @@
-"""The words of the TOML files, each with its type; a word that is not here is an error.
+"""The schema of the TOML files: each word with its type; an unknown word is an error.
 
-A format says how files hold an adapter; an architecture says how modules are named. Nothing of
-theirs is evaluated.
+A format describes files of adapters; an architecture describes names of modules. Nothing in them is
+evaluated as code.
 """
 
 import re
@@ -27,7 +27,7 @@ HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
 
 @dataclass(frozen=True)
 class FileSchema:
-    """Which files hold the adapter."""
+    """The files that hold the adapter."""
 
     container: Literal["safetensors", "gguf", "pickle"] = "safetensors"
     name: str = "adapter_model.safetensors"  # in a folder
@@ -38,7 +38,7 @@ class FileSchema:
 
 @dataclass(frozen=True)
 class DetectSchema:
-    """What a file of the format looks like."""
+    """Features by which a file of the format is recognized."""
 
     priority: int = 0
     keys: tuple[re.Pattern[str], ...] = ()  # each matches some key
@@ -51,7 +51,7 @@ class DetectSchema:
 
 @dataclass(frozen=True)
 class InSchema:
-    """Names in one architecture, where they differ from the format's others."""
+    """Names in one architecture that differ from the format's others."""
 
     naming: tuple[str, ...] | None = None
     components: Mapping[str, tuple[str, ...]] | None = None
@@ -59,7 +59,7 @@ class InSchema:
 
 @dataclass(frozen=True)
 class NameSchema:
-    """How a key names its module."""
+    """The way in which keys name modules."""
 
     style: Literal["dots", "underscores"] = "dots"  # underscores: every dot written as _
     # columns of the architectures' rules: the first is written, all are read
@@ -77,7 +77,7 @@ class NameSchema:
 
 @dataclass(frozen=True)
 class ScaleSchema:
-    """Where the scale is."""
+    """The location of the scale."""
 
     # shared: a word of the metadata
     place: Literal["tensor", "config", "metadata", "shared", "none"] = "none"
@@ -99,7 +99,7 @@ class MetadataSchema:
 
 @dataclass(frozen=True)
 class ConfigSchema:
-    """The file of settings: a tree with places to fill in, and where to read each value."""
+    """The file of settings: a template, and the path of each value."""
 
     write: Settings = field(default_factory=dict)
     read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # dotted paths, any of them
@@ -107,7 +107,7 @@ class ConfigSchema:
 
 @dataclass(frozen=True)
 class RefusedSchema:
-    """A setting that the readers of a dialect do not take."""
+    """A setting that the readers of a dialect do not accept."""
 
     value: re.Pattern[str]  # as JSON
     why: str
@@ -133,7 +133,7 @@ class AdapterSchema:
 
     @property
     def is_read_by_peft(self) -> bool:
-        """Whether PEFT of some version reads it as it is meant."""
+        """True if some version of PEFT reads it correctly."""
         return self.a_over != "outputs" and self.slowest == "rank"
 
 
@@ -168,7 +168,7 @@ class Format:
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
 
     def namings(self, architecture: str | None) -> tuple[str, ...]:
-        """The columns of an architecture's rules in which names are; the first is written."""
+        """The possible namings in an architecture (columns of its rules); the first is written."""
         own = self.names.inside.get(architecture or "")
         return own.naming if own is not None and own.naming is not None else self.names.naming
 
@@ -217,7 +217,7 @@ class ComponentSchema:
 
 @dataclass(frozen=True)
 class ArchitectureHints:
-    """What tells architectures apart whose names are alike."""
+    """Evidence that distinguishes architectures with similar names."""
 
     metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     # regex of a module -> its inputs, or what they may be
@@ -231,7 +231,7 @@ class ArchitectureHints:
 
 @dataclass(frozen=True)
 class BlockSchema:
-    """Blocks of the denoiser, each of which adapters may have another weight on."""
+    """Blocks of the denoiser; adapters may have a weight for each."""
 
     # regex of a part and a module's original name -> the block, before the number that it captures
     names: Mapping[str, str] = field(default_factory=dict)
@@ -254,7 +254,7 @@ class Architecture:
 
 
 def format_from(name: str, table: Json) -> Format:
-    """The format of a parsed TOML file; `ValueError` or `Damaged` with what is wrong in it."""
+    """The format of a parsed TOML file; `ValueError` or `Damaged` with the problems in it."""
     names = {"inside" if word == "in" else word: v for word, v in table.get("names", {}).items()}
     one = _record(Format, {"name": name, **table, "names": names}, name)
     unknown = unknown_words(dict(one.config.write)) + sorted(set(one.config.read) - set(WORDS))
@@ -267,8 +267,7 @@ def format_from(name: str, table: Json) -> Format:
 
 
 def architecture_from(name: str, table: Json) -> Architecture:
-    """The architecture of a parsed TOML file; `ValueError` or `Damaged` with what is wrong in
-    it."""
+    """The architecture of a parsed TOML file; `ValueError` or `Damaged` with its problems."""
     components = {
         component: words | {"rules": [_rule(rule) for rule in words.get("rules", [])]}
         for component, words in table.get("components", {}).items()
@@ -282,7 +281,7 @@ def architecture_from(name: str, table: Json) -> Architecture:
 
 
 def _rule(table: Json) -> Json:
-    """A rule's words, of which those that are not ours are namings."""
+    """A rule's table, with unknown words taken as namings."""
     own = {word: value for word, value in table.items() if word in (*RULE_WORDS, MODEL)}
     return own | {"namings": {k: value for k, value in table.items() if k not in own}}
 

@@ -14,14 +14,14 @@ R = TypeVar("R")
 
 @cache
 def folder() -> Path:
-    """Where the TOML files are: in the installed package, or beside it in a checkout."""
+    """The folder of the TOML files: in the installed package, or next to it in a checkout."""
     package = Path(__file__).parents[2]
     installed = package / "_formats"
     return installed if installed.is_dir() else package.parent / "formats"
 
 
 def files(inside: str = "") -> list[Path]:
-    """Those of the folder, or of one inside it."""
+    """The TOML files of the folder, or of one inside it."""
     return sorted((folder() / inside).glob("*.toml"))
 
 
@@ -31,7 +31,7 @@ def read_files(record: Callable[[str, dict], R], inside: str = "") -> dict[str, 
 
 
 def _read(path: Path, record: Callable[[str, dict], R]) -> R:
-    """The record of a file; `Damaged` with what is wrong in it."""
+    """The record of a file; `Damaged` with the problems in it."""
     try:
         return record(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
     except (ValueError, re.error) as error:  # no TOML, no UTF-8, too

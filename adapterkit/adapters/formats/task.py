@@ -1,4 +1,4 @@
-"""Tensors of a converted adapter, made from stored ones."""
+"""Tasks that compute the tensors of a converted adapter from stored ones."""
 
 import math
 from collections import Counter
@@ -37,8 +37,8 @@ class ConvertedTensor:
 
 @dataclass(frozen=True)
 class ConvertedTensors(Task):
-    """One tensor, or all that read the same large ones or share fits: each of these is read, or
-    computed, once. The receipt has what rounding lost, or of fits ‖Δ - b @ a‖ / ‖Δ‖."""
+    """One tensor, or several that read the same large ones or share fits, so that each is read or
+    computed once. The receipt gets the rounding error, or for fits ‖Δ - b @ a‖ / ‖Δ‖."""
 
     outputs: tuple[ConvertedTensor, ...] = field(metadata=READ)
     fits: tuple[Fit, ...] = ()
@@ -77,7 +77,7 @@ class ConvertedTensors(Task):
 
 
 class _ReadOnce:
-    """Keeps what it has read."""
+    """A reader that keeps the tensors it has read."""
 
     def __init__(self, reader: TensorReader):
         self.reader = reader
@@ -90,10 +90,10 @@ class _ReadOnce:
 
 
 def rounded(one: ConvertedTensor, reader: TensorReader) -> tuple[Tensor, float | None]:
-    """The tensor in its dtype, and ‖value - rounded‖ / ‖value‖, None where nothing is rounded.
+    """The tensor in its dtype, and ‖value - rounded‖ / ‖value‖, None if nothing is rounded.
 
-    `Unrecoverable` where values are too small for the dtype: in any piece, as beside larger ones
-    the loss of a small one does not show.
+    `Unrecoverable` if any piece has values too small for the dtype, because the loss of a small
+    piece does not show in the norm of larger ones.
     """
     value, own = one.expression.value(reader), dtypes.torch_dtype(one.dtype)
     tensor = value.to(own).contiguous()
@@ -127,7 +127,7 @@ def loss(value: Tensor, tensor: Tensor) -> float:
 
 
 def tasks_of(tensors: Sequence[ConvertedTensor]) -> tuple[Task, ...]:
-    """One task for each tensor, or for all that share fits or are made of the same stored ones."""
+    """One task per tensor, or per group that shares fits or is made from the same stored ones."""
     fitted: list[ConvertedTensor] = []
     others: list[Task] = []
     for tensor in tensors:
@@ -139,7 +139,7 @@ def tasks_of(tensors: Sequence[ConvertedTensor]) -> tuple[Task, ...]:
 
 
 def fits_of(expression: Expression) -> list[Fit]:
-    """The fits whose factors an expression is made of, each once."""
+    """The fits that give an expression its factors, each once."""
     fits = {id(one.fit): one.fit for one in expression if isinstance(one, Fitted)}
     return list(fits.values())
 
@@ -164,15 +164,15 @@ def _fitted(tensors: Sequence[ConvertedTensor]) -> list[Task]:
 
 
 def _task(tensor: ConvertedTensor) -> Task:
-    """A copy of bytes where nothing is computed."""
+    """A copy of bytes if nothing is computed."""
     if isinstance(tensor.expression, StoredTensor) and tensor.dtype == tensor.expression.dtype:
         return CopiedTensor(tensor.key, tensor.expression.spec, tensor.key, checked=True)
     return ConvertedTensors(tensor.key, (tensor,))
 
 
 def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
-    """Tensors that are made of the same stored ones, such as experts of their stack, in one task:
-    otherwise each of them would read the whole stack."""
+    """Join tensors made from the same stored ones into one task, for example experts of a stack,
+    because each would otherwise read the whole stack."""
     readers = Counter(spec for task in tasks for spec in task.reads)
     groups: dict[TensorSpec, list[ConvertedTensors]] = {}
     result: list[Task] = []

@@ -1,4 +1,4 @@
-"""Neutral contents as the tensors, metadata and settings of a file in a format."""
+"""Write neutral contents as the tensors, metadata and settings of a file in a format."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,7 +40,7 @@ NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
 
 @dataclass(frozen=True)
 class FormatFile:
-    """A file in a format: its tensors, metadata, and the settings beside it."""
+    """A file in a format: its tensors, its metadata, and its settings in a config."""
 
     format: Format
     tensors: Sequence[ConvertedTensor]
@@ -60,7 +60,7 @@ def write(
     dtype: str | None = None,
     base: BaseFacts | None = None,
 ) -> FormatFile:
-    """The file of these contents. `Refused` with all that the format cannot hold."""
+    """The file of these contents. `Refused` with everything that the format cannot store."""
     if not format.writes:
         raise Refused(
             f"{format.title} is read only",
@@ -114,8 +114,8 @@ def write(
 
 
 def _metadata(contents: Contents, format: Format, modules: Modules, words: Json) -> Json:
-    """The metadata by the templates of the format; within it those of the source that stay, in
-    their order. `words`: more for the templates."""
+    """The metadata from the format's templates, with the source's that stay, in their order, within
+    a format. `words`: more for the templates."""
     metadata: Json = {}
     if format.metadata.write:
         metadata = filled(format.metadata.write, words_for(contents.facts, modules) | words)
@@ -131,8 +131,7 @@ def _metadata(contents: Contents, format: Format, modules: Modules, words: Json)
 
 
 def _perhaps_absent(modules: Modules, format: Format, namings: Mapping[str, str]) -> list[str]:
-    """Notes on modules that some models do not have in the format, where no base tells the
-    model."""
+    """Notes on modules that some models lack in the format, if no base identifies the model."""
     notes = []
     for name in format.names.architectures:
         known, absent = architectures()[name], []
@@ -154,8 +153,8 @@ def _perhaps_absent(modules: Modules, format: Format, namings: Mapping[str, str]
 def unsupported(
     contents: Contents, format: Format, otherwise: str = OTHER_FORMAT
 ) -> list[AdapterkitError]:
-    """Refusals of kinds and roles that the format has no keys for, and of an invocation that it
-    does not hold; `otherwise`: the hint where no option helps."""
+    """Refuse kinds and roles that the format has no keys for, and an invocation that it does not
+    store; `otherwise`: the hint if no option helps."""
     errors = Problems(where=contents.folders[0].label if contents.folders else "", code="AK503")
     if contents.facts.get("invocation") and "{invocation}" not in format.metadata.write.values():
         errors.add(
@@ -182,8 +181,8 @@ def unsupported(
 def _placed(
     contents: Contents, format: Format, architecture: str | None, base: BaseFacts | None
 ) -> tuple[str | None, list[AdapterModule], dict[str, str]]:
-    """The architecture in whose names the file is written, None where names are the model's; the
-    modules with their components; the words of all architectures that it may be."""
+    """The architecture whose names the file uses (None: the model's own names), the modules with
+    their components, and the words of all possible architectures."""
     needed = bool(format.names.architectures)
     modules = list(contents.modules)
     bare = [m for m in modules if m.component == LANGUAGE]
@@ -236,7 +235,7 @@ def _placed(
 
 
 def _check_spelled(contents: Contents, format: Format) -> None:
-    """`Refused` where the model decides what modules are called in a file of the format."""
+    """`Refused` if the names in the format depend on the model."""
     names = [names_of(name, LANGUAGE, MODEL) for name in format.names.architectures]
     modules = contents.modules
     differing = [m.path for m in modules if any(n.in_rules(m.name) != m.name for n in names)]
@@ -272,8 +271,8 @@ def _components(modules: Modules, architecture: str) -> list[list[AdapterModule]
 def _namings(
     contents: Contents, format: Format, architecture: str | None, modules: Modules
 ) -> dict[str, str]:
-    """The column of the rules in which each component's names are written: the source's own within
-    a format, else the first that has them all."""
+    """The naming (column of the rules) to write for each component: the source's own within a
+    format, else the first that has all names."""
     if architecture is None:
         return {}
     own = contents.namings.get(architecture, {}) if contents.format == format.name else {}
@@ -307,7 +306,7 @@ def _keys(
 
 
 def _check_components(modules: Modules, format: Format, architecture: str | None) -> None:
-    """`Refused` for components that the format has no keys for, or names alike."""
+    """`Refused` for components that the format has no keys for, or for equal names."""
     components = format.components(architecture)
     used = sorted({module.component for module in modules})
     errors = Problems(
@@ -348,8 +347,8 @@ def in_names_of(
     base: BaseFacts | None,
     reader: PlanReader,
 ) -> list[tuple[AdapterModule, str]]:
-    """The modules of a file in a format, fused as it has them, with their keys without suffix.
-    `Refused` for those that it has no name for, or that cannot be one."""
+    """The modules of a file in a format, fused in its layout, with their keys without suffix.
+    `Refused` for modules without a name, or that cannot be fused."""
     components = format.components(architecture)
     prefix = lambda module: components.get(module.component, ("",))[0]
     if architecture is None:
@@ -397,7 +396,7 @@ def in_names_of(
 
 @dataclass(frozen=True)
 class _Group:
-    """Modules of the model that are one of the file."""
+    """Modules of the model that are one module of the file."""
 
     fusion: Fusion
     is_stack: bool
@@ -412,7 +411,7 @@ class _Group:
 
 
 def _unnamed(format: Format, architecture: str, tied: list[str], lacking: list[str]) -> Problems:
-    """Refusals of modules that the format cannot name."""
+    """Refuse modules that the format cannot name."""
     errors = Problems(code="AK403")
     if tied:
         errors.add(

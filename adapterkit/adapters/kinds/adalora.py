@@ -1,4 +1,4 @@
-"""AdaLoRA: a product of three, of which training drops singular values (arXiv:2303.10512)."""
+"""AdaLoRA: a product of three matrices; training drops singular values (arXiv:2303.10512)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Shared by all types of adapters: records, config checks, singular values of deltas."""
+"""Records, config checks and singular values of deltas for all types of adapters."""
 
 import math
 from abc import ABC, abstractmethod
@@ -41,12 +41,12 @@ class Delta(Protocol):
 
     @property
     def trailing_shape(self) -> tuple[int, ...] | None:
-        """The axes after `out` of a LoRA of it; None where the file does not determine them."""
+        """The axes after `out` of a LoRA of it; None if the file does not determine them."""
         ...
 
     @property
     def rank(self) -> int:
-        """Upper bound of the rank; 0 where the module was pruned."""
+        """Upper bound of the rank; 0 if the module was pruned."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class Delta(Protocol):
         ...
 
     def value(self, reader: TensorReader) -> Product | Tensor:
-        """The delta: a product in float64 where it is one of low rank, else (out, in) float32."""
+        """The delta: a product in float64 if its rank is low, else (out, in) float32."""
         ...
 
     def leading_triplets(
@@ -82,7 +82,7 @@ class AdaptedModule:
     weight: StoredParameter | None
 
     def require(self, *names: str) -> list[TensorSpec]:
-        """The tensors of these names; `Refused` where one is missing."""
+        """The tensors of these names; `Refused` if one is missing."""
         missing = [name for name in names if name not in self.parts]
         if missing:
             problem = f"{shown(self.module)} has {', '.join(sorted(self.parts))}"
@@ -106,7 +106,7 @@ class AdaptedModule:
 
 
 class Kind(Protocol):
-    """A type of adapters: the class of its deltas, with the keys and settings of the type."""
+    """A type of adapter: the class of its deltas, and the keys and settings of the type."""
 
     name: ClassVar[str]  # PEFT's peft_type, in lower case
     keys: ClassVar[tuple[str, ...]]  # tensors of a module
@@ -117,20 +117,19 @@ class Kind(Protocol):
 
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
-        """Errors of a config whose settings are valid each on its own."""
+        """Errors of a config whose settings are valid one by one."""
         ...
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> Delta:
-        """The module's delta; `Refused` where the shapes do not fit."""
+        """The module's delta; `Refused` if the shapes do not fit."""
         ...
 
 
 def read_kind(
     kind: type[Kind], folder: Folder, number: int
 ) -> tuple[Adapter, dict[str, dict[str, TensorSpec]]]:
-    """An adapter of that type, and the tensors of each module; those of all modules are under
-    ""."""
+    """An adapter of that type, and the tensors of each module; shared tensors are under ""."""
     adapter, roles = read_other_type(
         folder,
         number,
@@ -160,12 +159,12 @@ def _check_settings(kind: type[Kind], config: dict, where: str) -> list[Adapterk
 
 
 def no_errors(config: dict, where: str) -> list[AdapterkitError]:
-    """The `Kind.check` of a type whose settings are valid together where each is."""
+    """The `Kind.check` of a type without rules across settings."""
     return []
 
 
 class ComputedDelta(ABC):
-    """Base of deltas whose triplets are found in their value."""
+    """Base of deltas whose triplets are computed from their value."""
 
     tier: ClassVar[Tier] = STABLE
 
@@ -176,7 +175,7 @@ class ComputedDelta(ABC):
     def leading_triplets(
         self, reader: TensorReader, most: int, energy: float | None
     ) -> tuple[Svd, float]:
-        """Of a product all singular triplets, from its factors."""
+        """Singular triplets from the value; for a product all of them."""
         delta = self.value(reader)
         if not isinstance(delta, Product):
             return truncated.leading_svd(delta, most, energy)
@@ -223,7 +222,7 @@ class ProductDelta(ComputedDelta):
 
 
 def map_rows(weight: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """change(rows in float64, their slice) of all rows of a weight by blocks, as float32."""
+    """change(rows in float64, their slice) for all rows of a weight by blocks, as float32."""
     delta = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     step = max(BLOCK // max(weight.shape[1], 1), 1)
     for first in range(0, len(weight), step):
@@ -233,7 +232,7 @@ def map_rows(weight: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tenso
 
 
 def kernel_tail(inputs: int, kernel: Sequence[int]) -> tuple[int, ...] | None:
-    """Axes after `out`; None for a kernel (k, 1): PEFT stores the one axis of a Conv1d so too."""
+    """Axes after `out`; None for a kernel (k, 1), because PEFT stores a Conv1d's the same way."""
     if not kernel:
         return (inputs,)
     return None if kernel[-1] == 1 else (inputs, *kernel)

@@ -1,5 +1,4 @@
-"""DoRA with its base: not a type, but LoRAs whose delta depends on the weight
-(arXiv:2402.09353)."""
+"""DoRA with its base: not a type, but LoRAs whose delta depends on the weight (arXiv:2402.09353)."""
 
 from dataclasses import dataclass
 
@@ -31,7 +30,7 @@ class DoRA(WeightDelta):
         return self.factors.magnitude
 
     def value(self, reader: TensorReader) -> Tensor:  # (out, in) float32
-        """(m / norm - 1) * W + m / norm * s·b@a, where no terms of the size of W cancel."""
+        """(m / norm - 1) * W + m / norm * s·b@a, so that no terms of the size of W cancel."""
         (product,) = self.factors.products(reader)
         magnitude = reader.tensor(self.magnitude).double().reshape(-1)
 

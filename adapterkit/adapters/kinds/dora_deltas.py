@@ -40,8 +40,8 @@ def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
 
 
 def stored_weight(names: Names, module: str, name: str, hint: str) -> StoredParameter:
-    """A stored matrix, kernel or stack of a module, of floats; `Refused` where the base has none
-    on which factors can be. `hint`: what to do without."""
+    """The stored matrix, kernel or stack of a module, in floats; `Refused` if the base has none
+    that takes factors. `hint`: the fix."""
     parameter, errors = (
         names.parameter(name),
         Problems(where=names.base.name, hint=hint, code="AK401"),
@@ -80,8 +80,8 @@ class BaseWeights:
         )
 
     def of(self, module: str, embedding: bool) -> StoredParameter:
-        """A module's weight as (out, in), or (out, in, *kernel); `Refused` where the base has none
-        that a LoRA can be on."""
+        """A module's weight as (out, in), or (out, in, *kernel); `Refused` if the base has none
+        that takes a LoRA."""
         weight = stored_weight(self.names, module, f"{module}.weight", CHECK_BASE)
         transposed = embedding or (
             len(weight.shape) == 2
@@ -95,7 +95,7 @@ class BaseWeights:
         return replace(weight, transposed=transposed)
 
     def dora(self, factors: Factors) -> "DoRA":
-        """A module's delta; `Refused` where its factors do not fit the base."""
+        """A module's delta; `Refused` if its factors do not fit the base."""
         from adapterkit.adapters.kinds.dora import DoRA
 
         delta = DoRA(factors, self.of(factors.module, factors.kind == "embedding"))

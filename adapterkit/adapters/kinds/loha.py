@@ -26,7 +26,7 @@ CORES = ("hada_t1", "hada_t2")
 class LoHa(ComputedDelta):
     """delta = alpha / r * (w1_a @ w1_b) * (w2_a @ w2_b), of rank r² at most.
 
-    Of a convolution w_a @ w_b may have a core: Σ_ij t[i, j] w_a[i] w_b[j], with the kernel's axes
+    For a convolution w_a @ w_b may have a core: Σ_ij t[i, j] w_a[i] w_b[j], with the kernel's axes
     after the inputs.
     """
 
@@ -84,7 +84,7 @@ class LoHa(ComputedDelta):
         return 40 * min(math.prod(self.shape), sum(self.shape) * self.rank)
 
     def value(self, reader: TensorReader) -> Product | Tensor:
-        """A product where the rank is low."""
+        """A product if the rank is low."""
         delta = hadamard(_pair(reader, self.first), _pair(reader, self.second), self.scale)
         return delta if isinstance(delta, Product) else delta.float()
 
@@ -94,7 +94,7 @@ def hadamard(
     second: tuple[Tensor, Tensor],  # (out, s), (s, in)
     scale: float,
 ) -> Product | Tensor:
-    """scale · (A B) * (C D); where r·s is below both sides as a product of the row-wise and the
+    """scale · (A B) * (C D); if r·s is below both sides, as a product of the row-wise and the
     column-wise Khatri-Rao products, (A ∘ C) (B • D)."""
     (a, b), (c, d) = first, second
     rank = len(b) * len(d)

@@ -1,4 +1,4 @@
-"""OFT: the inputs of a weight are rotated, block by block (arXiv:2306.07280, 2311.06243)."""
+"""OFT: block-wise rotation of the inputs of a weight (arXiv:2306.07280, 2311.06243)."""
 
 import math
 import re
@@ -104,7 +104,7 @@ class Oft(WeightDelta):
 
 
 def _size(rotation: TensorSpec) -> int:
-    """The size of blocks from the count of elements above their diagonals; 0 where none fits."""
+    """The block size, from the number of elements above the diagonal; 0 if none fits."""
     count = rotation.shape[1] if len(rotation.shape) == 2 else -1
     size = (1 + math.isqrt(1 + 8 * count)) // 2 if count > 0 else 0
     return size if size * (size - 1) // 2 == count else 0
@@ -115,8 +115,7 @@ def skew(
     size: int,
     eps: float | None,
 ) -> Tensor:  # (blocks, size, size)
-    """Q = -Qᵀ with these elements above its diagonal; with eps of norm at most
-    eps / sqrt(blocks)."""
+    """Q = -Qᵀ with these elements above its diagonal; with eps of norm at most eps / sqrt(blocks)."""
     q = upper.new_zeros(len(upper), size, size)
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
     q[:, rows, columns] = upper
@@ -134,8 +133,8 @@ def less_identity(
 ) -> Tensor:
     """R - I = (I - Q) (I + Q)⁻¹ - I = -2 Q (I + Q)⁻¹.
 
-    With `terms` PEFT's series 2 Q + 2 Q² + ... + Qⁿ⁻¹, whose last term counts once; it has the sign
-    of Q turned. One term gives 0, two give 2 Q, and three the same as four.
+    With `terms` PEFT's series 2 Q + 2 Q² + ... + Qⁿ⁻¹, whose last term counts once, with the
+    opposite sign of Q. One term gives 0, two give 2 Q, and three the same as four.
     """
     if terms is None:
         eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)

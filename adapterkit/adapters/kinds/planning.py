@@ -1,4 +1,4 @@
-"""The deltas of an adapter of another type than LoRA, in PEFT's layout."""
+"""Read the deltas of an adapter of another type than LoRA, in PEFT's layout."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,8 +34,7 @@ class ModuleOfKind:
 
 
 def kind_of(source: Folder, config: Mapping) -> "type[Kind] | None":
-    """The type of an adapter; None for LoRA, and for what is no adapter. `Refused` for a type that
-    is not known."""
+    """The type of an adapter; None for LoRA and for anything else. `Refused` for an unknown type."""
     peft_type = config.get("peft_type", "LORA")
     name = peft_type.lower() if isinstance(peft_type, str) else ""
     if name == "lora":
@@ -55,8 +54,8 @@ def kind_of(source: Folder, config: Mapping) -> "type[Kind] | None":
 def read_deltas(
     kind: "type[Kind]", source: Folder, base: Checkpoint | None, notes: list[str], errors: Problems
 ) -> tuple[Adapter, list[ModuleOfKind]]:
-    """An adapter as a LoRA's config sees it, and its deltas; pruned modules are left out, which a
-    note says. What is refused of a module joins the errors."""
+    """An adapter in the form of a LoRA's config, and its deltas. Pruned modules are left out with a
+    note; refusals of modules join the errors."""
     from adapterkit.adapters.kinds.common import AdaptedModule, read_kind
 
     if kind.needs_base and base is None:
@@ -103,8 +102,8 @@ def unknown_kernel(module: str) -> Refused:
 def tail_of(
     module: str, delta: "Delta", shape: Sequence[int] | None, where: str
 ) -> tuple[int, ...]:
-    """The axes of a weight after `out`, of the base's `shape` where that is known; `Refused` where
-    it is another or nothing tells."""
+    """The axes of a weight after `out`, of the base's `shape` if known; `Refused` if they
+    contradict each other or are unknown."""
     if shape is None:
         if delta.trailing_shape is not None:
             return delta.trailing_shape

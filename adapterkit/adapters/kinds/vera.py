@@ -14,8 +14,7 @@ from adapterkit.kernels.lowrank.algebra import Product
 
 @dataclass(frozen=True)
 class Vera(ProductDelta):
-    """delta = diag(lambda_b) B[:out] @ diag(lambda_d) A[:, :in]; `in` is known from the base
-    only."""
+    """delta = diag(lambda_b) B[:out] @ diag(lambda_d) A[:, :in]; only the base determines `in`."""
 
     a: TensorSpec  # (r, in of the widest module)
     b: TensorSpec  # (out of the tallest, r)

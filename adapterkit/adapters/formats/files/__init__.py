@@ -1,1 +1,1 @@
-"""What the files of a format say: containers, keys, configs, metadata."""
+"""Read and write the files of a format: containers, keys, configs, metadata."""

@@ -1,6 +1,6 @@
-"""The config beside an adapter's weights: fields read from JSON or YAML, and written as either.
+"""Read and write the config of an adapter: fields in JSON or YAML.
 
-A format names its fields by words (WORDS); which of them stand where is data in its TOML file.
+A format names its fields by words (WORDS); its TOML file maps them to paths in the config.
 """
 
 import json
@@ -67,9 +67,9 @@ def fields(
     paths: Mapping[str, Sequence[str]],  # word -> dotted paths, of which the first that is there
     where: str,
 ) -> Json:
-    """What the config says, by word; words that it does not have are missing.
+    """The config's values by word; words without a value are missing.
 
-    Raises `Refused` for values that the words cannot have, all at once.
+    Raises `Refused` with all values that a word cannot have.
     """
     there = {
         word: next((path for path in options if _at(config, path) is not None), None)
@@ -84,8 +84,8 @@ def fields(
 
 
 def filled(template: object, values: Settings) -> Any:
-    """The template with each text "{word}" replaced by the value of the word; a field without a
-    value is left out."""
+    """The template with each text "{word}" replaced by the word's value; fields without one are
+    left out."""
     if isinstance(template, Mapping):
         pairs = ((key, filled(inner, values)) for key, inner in template.items())
         return {key: inner for key, inner in pairs if inner is not None}
@@ -97,7 +97,7 @@ def filled(template: object, values: Settings) -> Any:
 
 
 def unknown_words(template: Any) -> list[str]:
-    """The texts in braces of a template that are no word."""
+    """The texts in braces in a template that are not words."""
     if isinstance(template, Mapping):
         return [word for inner in template.values() for word in unknown_words(inner)]
     if isinstance(template, list):
@@ -107,14 +107,14 @@ def unknown_words(template: Any) -> list[str]:
 
 
 def config_bytes(name: str, config: Settings) -> bytes:
-    """The file's bytes: JSON, or YAML where the name says so; equal configs give equal bytes."""
+    """The file's bytes: YAML if the name ends so, else JSON; equal configs give equal bytes."""
     if name.endswith((".yaml", ".yml")):
         return yaml.safe_dump(dict(config), sort_keys=False).encode()
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _at(config: Settings, path: str) -> Any:
-    """The value at a dotted path; None where there is none."""
+    """The value at a dotted path, or None."""
     value: Any = config
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -122,7 +122,7 @@ def _at(config: Settings, path: str) -> Any:
 
 
 class _Strict(yaml.SafeLoader):
-    """Plain values only, each key once; no aliases, which can unfold without end."""
+    """Loads plain values only, each key once, no aliases: these can expand without end."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -138,7 +138,7 @@ class _Strict(yaml.SafeLoader):
 
 
 def strict_yaml(text: str) -> Any:
-    """The value of YAML text; `ValueError` with the reason when it is none, or too long."""
+    """The value of YAML text; `ValueError` with the reason if it is invalid or too long."""
     if len(text) > MAX_YAML:
         raise ValueError(f"more than {MAX_YAML} characters")
     try:

@@ -1,4 +1,4 @@
-"""The keys of a file by module and role: every key has one, or joins the errors."""
+"""Group the keys of a file by module and role; keys without a role become errors."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ INTEGERS = ("I64", "I32")  # as diffusers writes alphas for kohya's names
 
 @dataclass(frozen=True)
 class Raw:
-    """The tensors of one module of a file, by role, before its name is understood."""
+    """The tensors of one module of a file, by role, before its name is resolved."""
 
     prefix: str  # of its keys
     head: str  # the key without prefix and suffix
@@ -103,8 +103,7 @@ def _suffixes(form_name: str) -> list[tuple[re.Pattern[str], dict[str, str]]]:
 def _place(
     format: Format, key: str, prefixes: Sequence[str]
 ) -> tuple[str, str, str, dict[str, str]] | None:
-    """Prefix, name, suffix and roles of a key in the format's own spelling; None where it has
-    none."""
+    """Prefix, name, suffix and roles of a key in the format's own spelling; None if it has none."""
     for spelling, replacement in format.names.renames.items():
         key = re.sub(spelling, replacement, key)
     for pattern, roles in _suffixes(format.name):
@@ -124,7 +123,7 @@ def _kinds(
     tensors: Mapping[str, tuple[TensorSpec, dict[str, str]]],
     errors: Problems,
 ) -> list[Raw]:
-    """The deltas of one module; a key that several kinds have goes to the one that others tell."""
+    """The deltas of one module. Its other keys decide about a key that several kinds share."""
     kinds = {kind for _, roles in tensors.values() for kind in roles}
     sets = {
         kind: {roles[kind]: spec for spec, roles in tensors.values() if kind in roles}

@@ -1,7 +1,7 @@
-"""Weights in a pickle (`.pt`, `.pth`, `.bin`, `.ckpt`), rewritten as a safetensors file.
+"""Rewrite weights in a pickle (`.pt`, `.pth`, `.bin`, `.ckpt`) as a safetensors file.
 
-A pickle is a program. It is loaded only where the user allows it, and then by torch's restricted
-loader, which runs none of its functions; what it holds is checked before it is used.
+A pickle is a program. It is loaded only with the user's permission, and then by torch's restricted
+loader, which runs none of its functions. Its values are checked before use.
 """
 
 import pickle
@@ -40,7 +40,7 @@ LOADER_ERRORS = (
 
 
 def pickles_of(folder: Folder) -> list[str]:
-    """The folder's own pickles that may hold an adapter; none where it has a safetensors file."""
+    """The folder's own pickles that may hold an adapter; empty if it has a safetensors file."""
     names = [name for name in folder.files() if "/" not in name]
     if any(name.endswith(".safetensors") for name in names):
         return []
@@ -48,12 +48,12 @@ def pickles_of(folder: Folder) -> list[str]:
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file of this name holds weights as a pickle."""
+    """True for a file name that stands for weights in a pickle."""
     return _NAME.fullmatch(name) is not None
 
 
 def rewritten_name(name: str) -> str:
-    """The name of a pickle's tensors as a safetensors file."""
+    """The name of the safetensors file with a pickle's tensors."""
     match = _NAME.fullmatch(name)
     return f"{match[1] if match else name}.safetensors"
 
@@ -77,8 +77,8 @@ def unsafe(name: str, where: str) -> Refused:
 def rewrite(source: Path, out: Path) -> list[str]:
     """Write the tensors of a pickle to the safetensors file `out`, in their order.
 
-    The names of what was left out beside a wrapped state dict are returned. Raises `Damaged` for a
-    file that torch's restricted loader does not read, `Refused` for other values than tensors.
+    Returns the names of the entries left out next to a wrapped state dict. Raises `Damaged` if
+    torch's restricted loader cannot read the file, `Refused` for values other than tensors.
     """
     where = source.name
     tensors, left_out = _weights(_load(source), where)
@@ -95,7 +95,7 @@ def rewrite(source: Path, out: Path) -> list[str]:
 
 
 def _load(source: Path) -> Any:
-    """The value in a pickle, its tensors mapped from the file where it is an archive."""
+    """The value in a pickle, its tensors mapped from the file if it is an archive."""
     try:
         archive = zipfile.is_zipfile(source)
         if archive:
@@ -118,7 +118,7 @@ def _load(source: Path) -> Any:
 
 
 def _weights(value: object, where: str, depth: int = 0) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in a loaded value, and the names of what is beside it."""
+    """The state dict in a loaded value, and the names of its other entries."""
     if not isinstance(value, Mapping):
         raise _no_state_dict(f"a {type(value).__name__}", where)
     if value and all(isinstance(one, Tensor) for one in value.values()):
@@ -172,8 +172,8 @@ def _problems(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def without_pickles(folder: Folder) -> Folder:
-    """The folder itself where it holds safetensors files or no pickle; else one that has its pickle
-    rewritten, a single file with the configs beside it. `Refused` where there are several."""
+    """The folder itself if it has safetensors files or no pickle; otherwise one whose pickle is
+    rewritten, a single file with its configs. `Refused` if there are several."""
     names = pickles_of(folder)
     if not names:
         return folder
@@ -193,7 +193,7 @@ def without_pickles(folder: Folder) -> Folder:
 
 @dataclass(frozen=True)
 class Unpickling:
-    """Writes the tensors of a folder's pickle into a safetensors file beside its other files."""
+    """Writes the tensors of a folder's pickle into a safetensors file next to its other files."""
 
     source: Folder
     pickle: str

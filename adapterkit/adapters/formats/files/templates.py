@@ -1,5 +1,4 @@
-"""What a file says besides its tensors, by the templates of its format: metadata, filled in and
-read again, and the settings beside it.
+"""Fill in and read the templates of a format: metadata and settings of a file.
 
 A template of metadata is a number, or a text with words in braces; `{word}` alone is the value
 itself.
@@ -40,7 +39,7 @@ def filled(templates: Settings, values: Settings) -> Json:
 
 
 def words_of(templates: Settings, metadata: Settings) -> Json:
-    """The words' values that give this metadata, of those templates that it fits."""
+    """The values of words in this metadata, from the templates that it matches."""
     values: Json = {}
     for key, template in templates.items():
         words = WORD.findall(template) if isinstance(template, str) else []
@@ -58,8 +57,8 @@ def words_of(templates: Settings, metadata: Settings) -> Json:
 
 
 def words_for(facts: Settings, modules: Iterable[AdapterModule]) -> Json:
-    """The words of templates: facts, what follows from a base's Hub id, and the one rank and the
-    one alpha of all modules, VARIOUS where they differ; None where no module has any."""
+    """The words of templates: facts, words derived from a base's Hub id, and the rank and alpha
+    that all modules share: VARIOUS if they differ, None if no module has any."""
     words: Json = {}
     if (base := facts.get("base")) is not None:
         words = {"bases": 1, "base_name": base.rpartition("/")[2]}
@@ -71,9 +70,9 @@ def words_for(facts: Settings, modules: Iterable[AdapterModule]) -> Json:
 
 
 def settings_of(format: Format, modules: Modules, config: Settings) -> Json | None:
-    """The settings of modules under the file's names; None where the format has none.
+    """The settings of modules under the file's names; None if the format has none.
 
-    `config`: the source's. `Refused` for magnitudes of some modules only, which a file cannot say.
+    `config` is the source's. `Refused` if only some modules have magnitudes: a file cannot say so.
     """
     template = format.config.write
     if not template:

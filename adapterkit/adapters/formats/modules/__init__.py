@@ -1,1 +1,1 @@
-"""The neutral form of an adapter's modules, and what changes between formats."""
+"""The neutral form of an adapter's modules, and the steps that differ between formats."""

@@ -1,5 +1,5 @@
-"""The delta of a module of any kind, from its parts, and the base's weight where it depends on it;
-plain factors of it, as expressions that are computed when the output is written.
+"""Deltas of modules of any kind, computed from their tensors (and the base's weight if needed), and
+standard LoRA factors fitted to them as expressions, computed when the output is written.
 
 Equations as LyCORIS 4.1.3 computes them in `forward`. Its `get_merged_weight` applies the scale of
 LoHa and LoKr twice, which is a defect.
@@ -49,7 +49,7 @@ class ModuleDelta(ComputedDelta):
 
     @property
     def trailing_shape(self) -> tuple[int, ...] | None:
-        """The axes after `out`; None where the parts do not determine them."""
+        """The axes after `out`; None if the parts do not determine them."""
         if self.weight is not None:
             return self.weight.weight_shape[1:]
         return tail_of(self.module.kind, self.module.parts)
@@ -64,12 +64,12 @@ class ModuleDelta(ComputedDelta):
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is no product of few columns."""
+        """True unless it is a product with few columns."""
         return self.module.kind in ("oft", "full") or bool(magnitudes(self.module.parts))
 
     @property
     def is_product(self) -> bool:
-        """Whether `value` is a `Product`."""
+        """True if `value` is a `Product`."""
         if self.module.kind == "loha":
             return not self.is_dense and self.rank < min(self.shape)
         return not self.is_dense and self.module.kind == "lora"
@@ -93,7 +93,7 @@ class ModuleDelta(ComputedDelta):
         return 40 * (math.prod(self.shape) + parts) + others
 
     def value(self, reader: TensorReader) -> Product | Tensor:
-        """The delta: a product where it is one of low rank, else dense; float64."""
+        """The delta in float64: a product if its rank is low, else dense."""
         delta, parts, base = self._undecomposed(reader)
         if not (axes := magnitudes(self.module.parts)):
             return delta
@@ -112,7 +112,7 @@ class ModuleDelta(ComputedDelta):
         return BY_KIND[self.module.kind](parts, self.module.scale, base), parts, base
 
     def _added_squares(self, reader: TensorReader) -> Tensor:
-        """Of each input, Σ (W + delta)² over all outputs: (1, in, *1)."""
+        """Σ (W + delta)² over all outputs, for each input: (1, in, *1)."""
         delta, _, base = self._undecomposed(reader)
         assert base is not None
         return squares_of(base + _dense(delta).reshape(base.shape), "input_magnitude")
@@ -120,7 +120,7 @@ class ModuleDelta(ComputedDelta):
     def leading_triplets(
         self, reader: TensorReader, most: int, energy: float | None
     ) -> tuple[Svd, float]:
-        """The leading singular triplets, and Σ s² of all: as `Delta` says."""
+        """The leading singular triplets, and Σ s² of all; see `Delta`."""
         if self.module.kind == "lokr" and not self.is_dense:
             parts = self._parts(reader)
             return kronecker_svd(*_sides(parts), self.module.scale, most, energy)
@@ -136,7 +136,7 @@ def low_rank(parts: Values, scale: float, base: Tensor | None) -> Product:
 
 
 def hadamard_product(parts: Values, scale: float, base: Tensor | None) -> Product | Tensor:
-    """scale · (w1_a @ w1_b) ∘ (w2_a @ w2_b), each with a core where it has one."""
+    """scale · (w1_a @ w1_b) ∘ (w2_a @ w2_b), each with its core if it has one."""
     first, second = (
         _factors(parts[f"w{i}_a"], parts[f"w{i}_b"], parts.get(f"t{i}")) for i in (1, 2)
     )
@@ -153,10 +153,10 @@ def kronecker_product(parts: Values, scale: float, base: Tensor | None) -> Tenso
 
 
 def rotation(parts: Values, scale: float, base: Tensor | None) -> Tensor:
-    """rescale · R W - W: the outputs are rotated, in blocks, or in stages of a butterfly.
+    """rescale · R W - W: a rotation of the outputs, in blocks or in stages of a butterfly.
 
-    A block is (I + Q)⁻¹ (I - Q) in one stage and (I + Q) (I - Q)⁻¹ in a butterfly's, with
-    Q = B - Bᵀ, scaled down to the norm scale · out where it is larger: alpha is the constraint.
+    A block is (I + Q)⁻¹ (I - Q) with one stage, (I + Q) (I - Q)⁻¹ in a butterfly. Q = B - Bᵀ is
+    scaled down to the norm scale · out if it is larger, because alpha is the constraint.
     """
     assert base is not None
     q = parts["blocks"] - parts["blocks"].mT
@@ -193,7 +193,7 @@ def butterfly(
 
 
 def difference(parts: Values, scale: float, base: Tensor | None) -> Tensor:
-    """diff itself."""
+    """The stored difference."""
     return parts["diff"].flatten(1)
 
 
@@ -204,14 +204,14 @@ def decomposed(
     base: Tensor,  # (out, in, *kernel)
     more: Tensor | float = 0.0,  # squares that the norms have besides
 ) -> Tensor:
-    """m · (W + delta) / ‖W + delta‖ - W, norms of output rows, or of inputs over all outputs."""
+    """m · (W + delta) / ‖W + delta‖ - W; norms of output rows, or of inputs over all outputs."""
     norm = (squares_of(base + added, role) + more).sqrt()
     ratio = magnitude.reshape(norm.shape) / norm
     return (base * (ratio - 1) + added * ratio).flatten(1)
 
 
 def squares_of(weight: Tensor, role: str) -> Tensor:
-    """Σ w² over all axes but that of the outputs, or but that of the inputs; axes kept."""
+    """Σ w² over all axes except that of the outputs, or of the inputs; axes kept."""
     over = tuple(axis for axis in range(weight.dim()) if axis != (role == "input_magnitude"))
     return weight.square().sum(over, keepdim=True)
 
@@ -247,7 +247,7 @@ BY_KIND: Mapping[str, Callable[[Values, float, Tensor | None], Product | Tensor]
 
 @dataclass(frozen=True)
 class Fit:
-    """b @ a, the best approximation of a delta of that rank, the norms of both alike."""
+    """b @ a, the best approximation of a delta with this rank; a and b have equal norms."""
 
     name: str  # the module's, for the receipt
     delta: Delta
@@ -285,7 +285,7 @@ class Fit:
 
 
 class FitResult(NamedTuple):
-    """What a fit gives."""
+    """The factors of a fit, and its error."""
 
     parts: Mapping[str, Tensor]  # a, b
     norm: float

@@ -1,10 +1,10 @@
-"""Experts: one stack of matrices with its factors, or each expert's own module.
+"""Experts: one stack of matrices with its factors, or one module per expert.
 
 Neutral (kind experts): a (E, r, in), b (E, out, r) of the stack that transformers loads, a
 parameter such as `mlp.experts.gate_up_proj`; delta[e] = scale · b[e] @ a[e], whichever way round
-the model keeps its matrices. The base's file tells which module of one expert is which rows of
-which stack: `gate_proj` the first half of `gate_up_proj`, or `w1` under another path. A format may
-have numbered modules as one tensor, too, stacked along a first axis.
+the model keeps its matrices. The base's file maps an expert's module to rows of a stack: for
+example `gate_proj`, or `w1` under another path, to the first half of `gate_up_proj`. A format may
+also stack numbered modules along a first axis of one tensor.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,8 +40,8 @@ def neutral_factors(
 ) -> dict[str, Expression]:
     """The factors of a stack as they are stored, a (E·r, x) and b (y, r·E).
 
-    `transpose`: x is the matrices' `out`, y their `in`, as PEFT up to 0.18 has it of matrices
-    (out, in). `expert_first`: the columns of b count (E, r).
+    `transpose`: x is the matrices' `out`, y their `in`, as in PEFT up to 0.18 for matrices (out,
+    in). `expert_first`: the columns of b count (E, r).
     """
     (rows, width), (height, columns) = a.shape, b.shape
     a = reshaped(a, (experts, rows // experts, width))
@@ -70,8 +70,8 @@ def stored_factors(parts: Mapping[str, Expression], *, transpose: bool) -> dict[
 def is_transposed(
     shapes: Mapping[str, tuple[int, int, int]],  # by the stack's own name: E, x, y as stored
 ) -> bool | None:
-    """Whether the stored factors are those of the transposed matrices, by the shapes of a gated
-    pair: gate_up has twice the rows that down has columns. None where shapes do not tell."""
+    """True if the stored factors are those of the transposed matrices. The shapes of a gated pair
+    show it, because gate_up has twice the rows that down has columns; None if they do not."""
     if not {"gate_up_proj", "down_proj"} <= shapes.keys():
         return None
     (_, x, y), (_, inner, outer) = shapes["gate_up_proj"], shapes["down_proj"]
@@ -84,7 +84,7 @@ def is_transposed(
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """One expert's module in the base's file: these rows of that expert's matrix in a stack."""
+    """One expert's module in the base's file: these rows of its matrix in a stack."""
 
     expert: int
     module: str
@@ -102,12 +102,12 @@ class Stack:
 
     @property
     def home(self) -> str:
-        """The module that it is a parameter of."""
+        """The module that owns the parameter."""
         return self.name.rpartition(".")[0]
 
     @property
     def modules(self) -> dict[str, int]:
-        """What a file has in its place, with the rows of each: modules, or the stack itself."""
+        """The base's modules for this stack, with the rows of each; or the stack itself."""
         if not self.pieces:
             return {self.name: self.shape[1]}
         return {piece.module: len(piece.rows) for piece in self.pieces}
@@ -155,8 +155,8 @@ def _pieces(parameter: Parameter, out: int) -> list[ExpertRows]:
 def stack_experts(
     modules: Modules, stacks: Iterable[Stack], reader: TensorReader
 ) -> list[AdapterModule]:
-    """The modules of single experts as factors of stacks, at the place of the first of each; all
-    others as they are. `Refused` for more than factors on one expert's module."""
+    """Join modules of single experts into factors of stacks, at the position of the first of each.
+    Other modules stay. `Refused` if an expert's module has more than factors."""
     homes = {piece.module: stack for stack in stacks for piece in stack.pieces}
     groups: dict[str, dict[str, AdapterModule]] = {}
     errors = Problems(code="AK503")
@@ -188,8 +188,8 @@ def stack_experts(
 def _stack(
     stack: Stack, members: Mapping[str, AdapterModule], reader: TensorReader
 ) -> AdapterModule:
-    """Gate and up with one a keep it, and their rows of b; else the a's are stacked along the rank
-    over a block-diagonal b. Experts and rows without a module get zeros."""
+    """The stack of its members. Gate and up with one a keep it, and their rows of b; otherwise the
+    a's are stacked along the rank over a block-diagonal b. Missing experts and rows get zeros."""
     experts, _, width = stack.shape
     first = next(iter(members.values()))
     scale = common_scale(members.values())
@@ -244,12 +244,12 @@ def split_experts(
     all_of_them: bool = True,
     complete: bool = False,
 ) -> list[AdapterModule]:
-    """Factors of stacks as modules of single experts, named as the base's file names them; all
-    others as they are.
+    """Split factors of stacks into modules of single experts with the names in the base's file.
+    Other modules stay.
 
-    Where b is block-diagonal each module gets back its own columns and rows of a. `complete`: what
-    else is beside an expert's modules, or a stack, gets zeros. `all_of_them`: stacks that the file
-    does not keep one by one are `Refused`; otherwise they stay.
+    If b is block-diagonal, each module gets back its own columns and rows of a. `complete`: missing
+    modules of an expert, or of a stack, get zeros. `all_of_them`: stacks that the file does not
+    keep one by one are `Refused`; otherwise they stay.
     """
     errors = Problems(code="AK503")
     for module in modules:
@@ -297,7 +297,7 @@ def _split(module: AdapterModule, stack: Stack, reader: TensorReader) -> list[Ad
 
 
 def _zeros(modules: Modules, stacks: Iterable[Stack]) -> list[AdapterModule]:
-    """Zeros for the modules, and the stacks, that are beside others of the same experts."""
+    """Zeros for missing modules of experts, and for missing stacks, next to those that exist."""
     known = {module.name: module for module in modules}
     homes: dict[str, list[Stack]] = {}
     for stack in stacks:
@@ -342,8 +342,8 @@ def slices(spec: TensorSpec) -> list[TensorSpec]:
 
 
 def unstacked(roles: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]] | None:
-    """The tensors of each module of a stack, of which all may share one; None where they are no
-    stacks of one height."""
+    """The tensors of each module of a stack; all may share one. None unless the stacks have one
+    height."""
     heights = {spec.shape[0] for spec in roles.values()}
     height = max(heights)
     if heights - {1, height} or any(len(spec.shape) < 3 for spec in roles.values()):
@@ -357,8 +357,8 @@ def stack(
     height: int,
     name: str,  # of the stack, for messages
 ) -> AdapterModule:
-    """One module of kind experts: the largest rank, the commonest scale, zeros where there is no
-    module. `Refused` for what has no plain factors of one size."""
+    """One module of kind experts: the largest rank, the commonest scale, zeros for missing modules.
+    `Refused` unless all have standard LoRA factors of one size."""
     members = dict(sorted(modules.items()))
     last = next(reversed(members.values()))
     is_plain = all(m.kind == FACTORS and set(m.parts) == {"a", "b"} for m in members.values())

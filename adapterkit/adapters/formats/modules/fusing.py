@@ -1,8 +1,8 @@
-"""Splitting one module of a file into modules of the model, and fusing them again.
+"""Split one module of a file into modules of the model, and fuse them again.
 
-Split: rows of b, a shared (the rank stays); where parts use different columns of b, as when it is
-block-diagonal, each gets back its own columns and rows of a. Fuse: equal a's stay one, others are
-stacked over a block-diagonal b. A fused module that is split and fused again is what it was.
+Split: each part takes its rows of b and shares a, so the rank stays. If the parts use different
+columns of b, as in a block-diagonal one, each gets its own columns and rows of a. Fuse: equal a's
+stay one, others are stacked over a block-diagonal b. Fusing undoes a split.
 """
 
 import math
@@ -55,7 +55,7 @@ UNKNOWN = ("magnitude", "weight")  # roles that zeros do not stand for where a p
 
 @dataclass(frozen=True)
 class Fusion:
-    """A rule in one naming: which rows of a file's module are which module's of the model."""
+    """A rule in one naming: the rows of a file's module that belong to each module of the model."""
 
     rule: NamingRule
     naming: str
@@ -63,12 +63,12 @@ class Fusion:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the module is the same on both sides."""
+        """True if the module is the same on both sides."""
         orders = (self.rule.steps, self.rule.columns)
         return len(self.rule.model) == 1 and not any(own.get(self.naming) for own in orders)
 
     def columns(self, module: AdapterModule) -> Rows | None:
-        """For each input of the model its column in the file's a; None where they are the same."""
+        """The column in the file's a for each input of the model; None if they are equal."""
         steps = self.rule.columns.get(self.naming, ())
         if not steps:
             return None
@@ -83,8 +83,8 @@ class Fusion:
         return model_order(steps, module.parts["a"].shape[1], self.heads, module.path)
 
     def rows(self, out: int, module: AdapterModule) -> list[Rows]:
-        """For each module of the model its rows in the file's, `out` in all; the module is one of
-        them, or the file's."""
+        """The rows in the file's module (`out` in all) for each module of the model. `module`, for
+        messages, is one of these or the file's."""
         steps = self.rule.steps.get(self.naming, ())
         inputs = inputs_of(module)
         if inputs is None and module.kind in SIZED:
@@ -95,7 +95,7 @@ class Fusion:
         return [compact(order[part.start : part.stop]) for part in parts]
 
     def shares(self, where: str) -> tuple[int, ...]:
-        """The parts' shares of the file's rows; `Refused` where a config is missing that tells."""
+        """The parts' shares of the file's rows; `Refused` if they need a config that is missing."""
         counts: dict[str, int] = {}
         if self.heads is not None:
             counts = dict(zip(HEADS, (self.heads.query, self.heads.key), strict=True))
@@ -109,9 +109,8 @@ class Fusion:
 def split(
     module: AdapterModule, names: Sequence[str], fusion: Fusion, reader: TensorReader
 ) -> list[AdapterModule]:
-    """The modules of the model that a file's module holds; parts that it does nothing to are left
-    out. `Refused` for a delta whose rows cannot be told apart.
-    """
+    """The modules of the model that a file's module changes. `Refused` for a delta whose rows
+    cannot be separated."""
     if fusion.is_plain:
         return [replace(module, name=names[0])]
     inputs = fusion.columns(module)
@@ -142,7 +141,7 @@ def split(
 
 
 def telling_rows(module: AdapterModule, fusion: Fusion) -> list[TensorSpec]:
-    """The rows that `split` looks at first; none where it refuses the module."""
+    """The rows that `split` reads first; empty if it refuses the module."""
     products = KINDS[module.kind].products
     if fusion.is_plain or not products:
         return []
@@ -158,10 +157,10 @@ def telling_rows(module: AdapterModule, fusion: Fusion) -> list[TensorSpec]:
 def fuse(
     modules: Mapping[int, AdapterModule], name: str, fusion: Fusion, reader: TensorReader
 ) -> AdapterModule:
-    """The file's module for modules of the model, by their places in the rule; `name` for messages.
+    """The file's module for modules of the model, by their positions in the rule.
 
-    Missing modules get zero rows; where scales differ, b takes the ratio. `Refused` where they
-    cannot be one.
+    Missing modules get zero rows; if scales differ, b takes the ratio. `name` is for messages.
+    `Refused` if they cannot become one.
     """
     members = [modules[place] for place in sorted(modules)]
     first = members[0]
@@ -225,7 +224,7 @@ def fuse(
 
 
 def norm_problems(members: Modules) -> list[AdapterkitError]:
-    """Refusals of norms of inputs that are taken over other modules than these, one of a file."""
+    """Refuse norms of inputs that are taken over modules other than these, one of a file."""
     own = tuple(member.name for member in members)
     return [
         Refused(
@@ -242,14 +241,13 @@ def norm_problems(members: Modules) -> list[AdapterkitError]:
 
 
 def inputs_of(module: AdapterModule) -> int | None:
-    """Columns of the weight; None where no part tells."""
+    """Columns of the weight; None if no part determines them."""
     shapes = (module.parts[role].shape for role in MATRICES if role in module.parts)
     return next((shape[1] for shape in shapes if len(shape) > 1), None)
 
 
 def _way_out(members: Modules) -> str:
-    """The hint for parts that cannot be one as they are: `--rank` makes them plain factors first,
-    where all can be."""
+    """The hint for parts that cannot be fused. `--rank` helps if all can become standard LoRA."""
     others = [m for m in members if m.kind != FACTORS or set(m.parts) - {"a", "b"}]
     if not others or not all(map(can_be_plain, others)):
         return OTHER_FORMAT
@@ -257,7 +255,7 @@ def _way_out(members: Modules) -> str:
 
 
 def _units(module: AdapterModule, hint: str) -> dict[str, int]:
-    """The roles by rows, each with how many of the delta's rows one of theirs stands for.
+    """The roles by rows, each with the number of the delta's rows per row of the tensor.
 
     `Refused`, with the hint, for a delta whose rows are mixed.
     """
@@ -295,7 +293,7 @@ def _out(module: AdapterModule, units: Mapping[str, int]) -> int:
 
 
 def _of_unit(rows: Rows, unit: int, module: AdapterModule, hint: str) -> Rows:
-    """The rows of a factor, of which each stands for `unit` consecutive ones of the delta."""
+    """The rows of a factor, each of which stands for `unit` consecutive ones of the delta."""
     if unit == 1:
         return rows
     blocks = [rows[at : at + unit] for at in range(0, len(rows), unit)]
@@ -317,8 +315,8 @@ def _of_unit(rows: Rows, unit: int, module: AdapterModule, hint: str) -> Rows:
 def _columns(
     module: AdapterModule, sets: Sequence[Rows], reader: TensorReader
 ) -> list[range | None]:
-    """For each part the columns of its rank that it uses; None: all, shared. Read while planning,
-    as the shapes depend on it."""
+    """The columns of the rank that each part uses; None: all, shared. Read while planning, because
+    the shapes depend on it."""
     shared: list[range | None] = [None] * len(sets)
     products = KINDS[module.kind].products
     if len(sets) < 2 or not products:
@@ -342,8 +340,7 @@ def blocks_of(
     sets: Sequence[Rows],
 ) -> list[range] | None:
     """Consecutive columns for each set of rows such that it uses no others, empty for rows of
-    zeros; None where there is one set of columns for all.
-    """
+    zeros; None if all sets share one set of columns."""
     is_used = torch.stack([(value[index_of(rows)] != 0).any(0) for rows in sets])
     if not is_used.any():
         return None
@@ -372,7 +369,7 @@ def blocks_of(
 
 
 def _equal_blocks(is_used: Tensor) -> list[range] | None:
-    """As many columns for each part, as trainers of fused modules have them."""
+    """Equally many columns for each part, as in trainers of fused modules; else None."""
     parts, count = is_used.shape
     if count % parts:
         return None
@@ -384,14 +381,14 @@ def _equal_blocks(is_used: Tensor) -> list[range] | None:
 
 
 def _row(b: Expression, row: int, reader: TensorReader) -> Tensor:
-    """One row, read alone where it is stored."""
+    """One row, read alone if it is stored contiguously."""
     if not _has_rows(b):
         return b.value(reader)[row].flatten()
     return reader.tensor(_stored_row(b.spec, row)).flatten()
 
 
 def _has_rows(b: Expression) -> TypeGuard[StoredTensor]:
-    """Whether a row is stored together."""
+    """True if each row is stored contiguously."""
     return isinstance(b, StoredTensor) and len(b.shape) == 2
 
 
@@ -400,7 +397,7 @@ def _stored_row(spec: TensorSpec, row: int) -> TensorSpec:
 
 
 def _check_alike(members: Modules, name: str, hint: str) -> None:
-    """`Refused` where parts have other roles, or other inputs, of which one module cannot be."""
+    """`Refused` if parts differ in roles or inputs, because one module has the same for all."""
     errors = Problems(where=members[0].path, code="AK503")
     expected = f"the same of all, for the one module {shown(name)} of the file"
     kinds = {m.path: f"{m.kind} {'/'.join(sorted(m.parts))}" for m in members}
@@ -415,7 +412,7 @@ def _check_alike(members: Modules, name: str, hint: str) -> None:
 
 
 def _fused_rows(members: Mapping[int, AdapterModule], shares: Sequence[int], hint: str) -> int:
-    """Rows of the whole from those of its parts; `Refused` where they contradict each other."""
+    """Rows of the whole from those of its parts; `Refused` if they contradict each other."""
     rows = {place: _out(module, _units(module, hint)) for place, module in members.items()}
     totals = {rows[i] * sum(shares) / shares[i] for i in members}
     if len(totals) != 1 or not next(iter(totals)).is_integer():
@@ -431,8 +428,8 @@ def _fused_rows(members: Mapping[int, AdapterModule], shares: Sequence[int], hin
 
 
 def _groups(members: Modules, shared: Sequence[str], reader: TensorReader) -> list[list[int]]:
-    """Members that have the same a, in the order of their first; one group where a kind has none
-    that could be stacked."""
+    """Groups of members with the same a, in the order of their first; one group if the kind has no
+    a to stack."""
     if not shared:
         return [list(range(len(members)))]
     groups: list[list[int]] = []
@@ -457,7 +454,7 @@ def _diagonal(
 
 
 def _placed(values: Sequence[Expression], places: Sequence[Rows], out: int) -> Expression:
-    """Rows of each part at their places among `out` rows, zeros where there is no part."""
+    """Rows of each part at their positions among `out` rows, zeros elsewhere."""
     if all(isinstance(own, range) for own in places):
         return _in_order(values, [own for own in places if isinstance(own, range)], out)
     rows = [row for own in places for row in own]
@@ -470,7 +467,7 @@ def _placed(values: Sequence[Expression], places: Sequence[Rows], out: int) -> E
 
 
 def _in_order(values: Sequence[Expression], places: Sequence[range], out: int) -> Expression:
-    """The same for consecutive rows: parts one after the other, zeros in the gaps."""
+    """As `_placed`, for consecutive rows: parts one after the other, zeros in the gaps."""
     pieces: list[Expression] = []
     gap = lambda start, stop: [zeros((stop - start, *values[0].shape[1:]), values[0].dtype)]
     at = 0

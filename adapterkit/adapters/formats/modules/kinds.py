@@ -1,4 +1,4 @@
-"""The kinds of deltas: the tensors that each is made of, by their roles."""
+"""The kinds of deltas: the tensors of each, by their roles."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class DeltaKind:
 
     @property
     def roles(self) -> set[str]:
-        """All of them."""
+        """All roles, required and optional."""
         return {role for roles in (*self.required, self.optional) for role in roles}
 
 
@@ -79,10 +79,10 @@ KINDS = {
 
 
 def axes_at_least(role: str) -> int:
-    """How many axes a role's tensor has at least."""
+    """The least number of axes of a role's tensor."""
     return 0 if role in VECTORS else 2
 
 
 def is_complete(kind: str, roles: Collection[str]) -> bool:
-    """Whether these roles make a delta of the kind."""
+    """True if these roles make a delta of the kind."""
     return any(set(needed) <= set(roles) for needed in KINDS[kind].required)

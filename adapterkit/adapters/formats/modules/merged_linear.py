@@ -1,7 +1,6 @@
-"""Factors of a fused module whose parts have an a of their own each, as loralib's MergedLinear
-keeps them: a (n·r, in), b (out, r). Part i uses rows i·r to i·r + r of a, and only the parts that
-were trained have rows in b.
-"""
+"""Factors of a fused module with a separate a for each part, the layout of loralib's MergedLinear:
+a (n·r, in), b (out, r). Part i uses rows i·r to i·r + r of a, and only trained parts have rows in
+b."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,14 +17,14 @@ Parts = Mapping[str, Expression]
 
 
 def groups_in(parts: Parts) -> int:
-    """How many groups of rows the factors have: 1 for plain ones."""
+    """The number of groups of rows in the factors: 1 for standard ones."""
     a, b = parts["a"].shape, parts["b"].shape
     count, rest = divmod(a[0], b[1])
     return 1 if rest or count == 0 else count
 
 
 def check_whole(groups: int, name: str, where: str) -> None:
-    """`Refused` for some parts of a layer: nothing in the file tells which of them they are."""
+    """`Refused` for some parts of a layer only: nothing in the file identifies them."""
     if groups not in (1, PARTS):
         raise Refused(
             f"{shown(name)} has factors of {groups} parts, which may be any of its layer's",
@@ -37,7 +36,7 @@ def check_whole(groups: int, name: str, where: str) -> None:
 
 
 def ungrouped(parts: Parts, shares: tuple[int, ...], where: str) -> Parts:
-    """Plain factors of the same delta: b is block-diagonal, (out, n·r)."""
+    """Standard LoRA factors of the same delta: b is block-diagonal, (out, n·r)."""
     b = parts["b"]
     rows = shares_of(b.shape[0], shares, where)
     blocks = [gathered(b, own) for own in rows]
@@ -51,8 +50,8 @@ def trained(
     groups: int,
     where: str,
 ) -> tuple[Fusion, list[str]]:
-    """The parts that the file holds of a fused module, by its settings; all, without any, where
-    the groups are as many. `Refused` where they are not."""
+    """The trained parts of a fused module, from its settings; all parts without settings if there
+    are as many groups. `Refused` if the numbers differ."""
     rule = fusion.rule
     known = all(word in settings for word in rule.parts)
     is_there = [settings[word] if known else True for word in rule.parts]

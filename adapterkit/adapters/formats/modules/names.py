@@ -1,4 +1,4 @@
-"""Module names in the naming of a format and in that of the model, by an architecture's rules."""
+"""Map module names between a format's naming and the model's, by an architecture's rules."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ _Patterns = tuple[re.Pattern[str], list[tuple[re.Pattern[str], NamingRule, int]]
 
 
 class Size(NamedTuple):
-    """What tells of an architecture: a module of the model, the rows and inputs of its weight."""
+    """A module of the model, with the rows and inputs of its weight."""
 
     module: str
     rows: Fraction  # of a part of fused rows, by its share
@@ -29,7 +29,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """A rule that a name fits, and the values of its places."""
+    """A rule that matches a name, and the values of its placeholders."""
 
     rule: NamingRule
     values: tuple[tuple[str, str], ...]
@@ -49,9 +49,8 @@ class ComponentNames:
         self._model = self._patterns(lambda rule: rule.model, own=False)
 
     def _patterns(self, texts: Callable[[NamingRule], Iterable[str]], *, own: bool) -> _Patterns:
-        """The patterns of the rules' names, with one that every name matches that one of them
-        does: most names fit no architecture but their own, and one pattern tells that faster than
-        a hundred."""
+        """The patterns of the rules' names, with one pattern for all of them. Most names fit no
+        architecture except their own, and one pattern shows that faster than a hundred."""
         each = [
             (re.compile(self._regex(text, rule.tables, own=own)), rule, part)
             for rule in self.rules
@@ -62,14 +61,14 @@ class ComponentNames:
         return re.compile(any_of or r"(?!)"), each
 
     def _texts(self, rule: NamingRule) -> tuple[str, ...]:
-        """A rule's names in this naming: one, each of its modules', or none."""
+        """A rule's names in this naming: one, one per module, or none."""
         if self.naming == MODEL:
             return rule.model
         text = self._text(rule)
         return () if text is None else (text,)
 
     def _text(self, rule: NamingRule) -> str | None:
-        """A rule's name in this naming: empty for what is no module there, None without one."""
+        """A rule's name in this naming: empty if it is no module there, None if it has none."""
         text = rule.namings.get(self.naming)
         return self.inside + text if text else text
 
@@ -84,13 +83,13 @@ class ComponentNames:
         return module
 
     def find(self, name: str) -> list[Match]:
-        """The rules that a name of a file fits."""
+        """The rules that match a name in a file."""
         if self.naming == MODEL:  # a module may be in several rules, each for other namings
             return self._matches(name, self._named, own=False)[:1]
         return self._matches(name, self._named, own=True)
 
     def find_model(self, name: str) -> list[Match]:
-        """The rules that a module of the model fits, written with dots."""
+        """The rules that match a module of the model, written with dots."""
         return self._matches(self.in_rules(name), self._model, own=False)
 
     def _matches(self, name: str, patterns: _Patterns, *, own: bool) -> list[Match]:
@@ -104,12 +103,12 @@ class ComponentNames:
         ]
 
     def named(self, module: str) -> tuple[Match, str] | None:
-        """The rule by which a module of the model has a name in a file, and the name."""
+        """The rule that names a module of the model in a file, and the name."""
         texts = ((match, self.text(match)) for match in self.find_model(module))
         return next(((match, text) for match, text in texts if text is not None), None)
 
     def text(self, match: Match) -> str | None:
-        """The name in a file; None where this naming has none for it."""
+        """The name in a file; None if this naming has none for it."""
         if self.naming == MODEL:
             name = _filled(match.rule.model[match.part], match, own=False)
         elif (text := self._text(match.rule)) is not None:
@@ -119,7 +118,7 @@ class ComponentNames:
         return in_style(name, self.style)
 
     def stacked(self, rule: NamingRule) -> str | None:
-        """The number that a rule's name in this naming lacks: one tensor holds all its modules."""
+        """The number missing from a rule's name: one tensor stores all its modules."""
         if self.naming == MODEL or self.naming not in rule.namings:
             return None
         own = set(PLACE.findall(rule.namings[self.naming]))
@@ -131,7 +130,7 @@ class ComponentNames:
         return [_filled(text, match, own=False) for text in parts]
 
     def _keys(self, values: Values, tables: Tables, *, own: bool) -> tuple[tuple[str, str], ...]:
-        """Values of places, of tables their keys; `own`: as a name in this naming has them."""
+        """Values of placeholders, or their keys in tables. `own`: as in a name in this naming."""
         return tuple(
             (place, value if NUMBER.fullmatch(place) else self._key(tables[place], value, own))
             for place, value in values.items()
@@ -169,7 +168,7 @@ def _values(place: str, tables: Tables, style: str, own: bool) -> str:
 
 
 def _filled(text: str, match: Match, *, own: bool) -> str:
-    """A pattern with the places of a match filled in."""
+    """A pattern with the values of a match filled in."""
     values = dict(match.values)
 
     def fill(place: re.Match) -> str:
@@ -181,13 +180,13 @@ def _filled(text: str, match: Match, *, own: bool) -> str:
 
 
 def in_style(text: str, style: str) -> str:
-    """A name with dots as a format's style has it."""
+    """A name with dots in the style of a format."""
     return text.replace(".", "_") if style == "underscores" else text
 
 
 def rules_of(architecture: Architecture, component: str) -> list[NamingRule]:
-    """A component's rules, and those of included architectures: of the component of that name, or
-    of all where there is none. Tables that it has too take the place of the included ones."""
+    """A component's rules and those of included architectures: of the same component, or of all
+    components if none has that name. The architecture's own tables override included ones."""
     words = architecture.components.get(component)
     if words is None:
         return []
@@ -210,7 +209,7 @@ def renames_of(architecture: Architecture, component: str) -> dict[str, str]:
 
 
 def kernel_of(among: Sequence[str], component: str, module: str) -> tuple[int, ...] | None:
-    """The kernel of a module's convolution, () of a linear layer; None without architectures."""
+    """The kernel of a module's convolution, () for a linear layer; None without architectures."""
     for name in among:
         for pattern, kernel in _kernels(architectures()[name], component):
             if re.search(pattern, module):
@@ -235,7 +234,7 @@ def names_of(architecture: str, component: str, naming: str, style: str = "dots"
 
 @cache
 def first_words(architecture: str, component: str, naming: str) -> frozenset[str]:
-    """What names of a file begin with, up to their first dot."""
+    """The parts of a file's names before their first dot."""
     words: set[str] = set()
     for rule in rules_of(architectures()[architecture], component):
         texts = rule.model if naming == MODEL else (rule.namings.get(naming, ""),)
@@ -248,9 +247,9 @@ def first_words(architecture: str, component: str, naming: str) -> frozenset[str
 
 
 def likely(sizes: Mapping[str, Sequence[Size]], metadata: Mapping[str, str]) -> list[str]:
-    """The architectures for which metadata, widths or numbers of blocks speak most, of those that
-    rows and numbers of blocks do not rule out, then metadata, then widths; where one of these rules
-    out all, it tells nothing. `sizes`: the modules by the names of each."""
+    """The architectures with the best evidence. Rows and numbers of blocks rule some out; then
+    metadata, widths and numbers of blocks are compared. A criterion that rules out every
+    architecture is ignored. `sizes`: the modules by the names of each."""
     fits = list(sizes)
     tests: tuple[Callable[[str], list[bool]], ...] = (
         lambda name: [
@@ -298,7 +297,7 @@ def _by_rows(name: str, sizes: Sequence[Size]) -> list[bool]:
 
 
 def _blocks(name: str, sizes: Sequence[Size]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """How many blocks of each stack there are at least, and how many there may be."""
+    """The least number of blocks in each stack, and the possible numbers."""
     for stack, expected in architectures()[name].detect.blocks.items():
         pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
         numbers = [int(m[1]) for one in sizes if (m := pattern.match(one.module))]
@@ -307,12 +306,12 @@ def _blocks(name: str, sizes: Sequence[Size]) -> Iterator[tuple[int, tuple[int, 
 
 
 def of_type(among: Iterable[str], model_type: str | None) -> list[str]:
-    """The architectures that say that they are those of models of this type."""
+    """The architectures that declare this model type."""
     return [name for name in among if model_type in architectures()[name].detect.models]
 
 
 def has_modules(architecture: str, modules: Iterable[tuple[str, str]]) -> bool:
-    """Whether all these (component, name of the model) are in an architecture."""
+    """True if an architecture has all these (component, name in the model)."""
     components = architectures()[architecture].components
     return all(
         component in components and names_of(architecture, component, MODEL).find_model(module)

@@ -1,4 +1,4 @@
-"""The parts of a module: the shapes that fit each other, the rank, the shape of their delta."""
+"""The tensors of a module: consistent shapes, the rank, the shape of the delta."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -12,15 +12,15 @@ Parts = Mapping[str, Expression]
 
 
 def rank_of(kind: str, parts: Parts) -> int | None:
-    """The rank by which alpha is divided; None where the delta has no scale: a LoKr of two whole
-    matrices (LyCORIS: alpha is ignored then), OFT, differences."""
+    """The rank by which alpha is divided; None if the delta has no scale: a LoKr of two full
+    matrices (LyCORIS ignores alpha then), OFT, differences."""
     axes = KINDS[kind].rank.items()
     return next((parts[role].shape[axis] for role, axis in axes if role in parts), None)
 
 
 def with_magnitudes(parts: Parts, roles: Collection[str]) -> dict[str, Expression]:
-    """The parts with norms as vectors; a row (1, in, ...) is that of the inputs where the format
-    has such."""
+    """The parts with norms as vectors; a row (1, in, ...) is that of the inputs if the format has
+    such."""
     own = {role: part for role, part in parts.items() if role not in MAGNITUDES}
     for role in magnitudes(parts):
         shape = parts[role].shape
@@ -30,8 +30,8 @@ def with_magnitudes(parts: Parts, roles: Collection[str]) -> dict[str, Expressio
 
 
 def magnitude_in_file(module: AdapterModule, role: str, *, column: bool) -> Expression:
-    """Norms as a file has them: as a column (out, 1, ...), or as PEFT does, a vector, of a
-    convolution (1, out, 1, ...); those of inputs as a row (1, in, ...)."""
+    """Norms in a file's layout: a column (out, 1, ...), or in PEFT a vector, for a convolution (1,
+    out, 1, ...); norms of inputs are a row (1, in, ...)."""
     value = module.parts[role]
     trailing_shape = tail_of(module.kind, module.parts)
     axes = 2 if trailing_shape is None else 1 + len(trailing_shape)
@@ -46,12 +46,12 @@ def magnitude_in_file(module: AdapterModule, role: str, *, column: bool) -> Expr
 
 
 def scaled_role(module: AdapterModule) -> str:
-    """The role that takes a factor of the delta; "" where the kind has no scale."""
+    """The role that takes a factor of the delta; "" if the kind has no scale."""
     return next((role for role in KINDS[module.kind].scaled if role in module.parts), "")
 
 
 def cores(parts: Parts) -> list[str]:
-    """The roles that lie between two factors."""
+    """The roles of tensors between two factors."""
     return [role for role in CORES if role in parts]
 
 
@@ -61,7 +61,7 @@ def magnitudes(parts: Parts) -> list[str]:
 
 
 def misfits(name: str, kind: str, parts: Parts, where: str) -> list[AdapterkitError]:
-    """The refusal of parts whose shapes do not fit each other; none where they do."""
+    """Refuse parts whose shapes do not fit each other."""
     errors = Problems(where=where, code="AK302")
     if expected := _expected_shapes(kind, parts):
         shapes = ", ".join(f"{role} {part.shape}" for role, part in sorted(parts.items()))
@@ -70,7 +70,7 @@ def misfits(name: str, kind: str, parts: Parts, where: str) -> list[AdapterkitEr
 
 
 def _expected_shapes(kind: str, parts: Parts) -> str:
-    """What the parts of a module should be, where their shapes do not fit each other; else ""."""
+    """The shapes that a module's parts should have; "" if they fit each other."""
     shapes = {role: part.shape for role, part in parts.items()}
     checks = {
         FACTORS: _lora,
@@ -128,7 +128,7 @@ def _loha(shapes: Shapes) -> str:
 
 
 def _pair(shapes: Shapes, a: str, b: str, core: str) -> str:
-    """Two factors of one rank, or with a core between them."""
+    """`_expected_shapes` of two factors of one rank, perhaps with a core between them."""
     if core not in shapes:
         fits = shapes[a][1:] == (shapes[b][0],)
     else:
@@ -171,7 +171,7 @@ def _full(shapes: Shapes) -> str:
 
 
 def matrix_shape(kind: str, parts: Parts) -> tuple[int, int]:
-    """(out, in) of the delta, a kernel's axes flattened; for OFT in = 0, which is not known."""
+    """(out, in) of the delta, a kernel's axes flattened; for OFT in = 0, which is unknown."""
     shapes = {role: part.shape for role, part in parts.items()}
     if kind == FACTORS:
         kernel = math.prod(shapes["mid"][2:]) if "mid" in shapes else 1
@@ -198,8 +198,8 @@ def _side_shape(shapes: Shapes, a: str, b: str, core: str) -> tuple[int, int]:
 
 
 def tail_of(kind: str, parts: Parts) -> tuple[int, ...] | None:
-    """The axes after `out` of the weight; None where a flattened kernel looks like inputs, or a
-    core has the kernel (k, 1), as PEFT has it of a Conv1d too."""
+    """The axes after `out` of the weight; None if a flattened kernel looks like inputs, or a core
+    has the kernel (k, 1), which PEFT also uses for a Conv1d."""
     shapes = {role: part.shape for role, part in parts.items()}
     if kind == FACTORS:
         return (shapes["a"][1], *shapes["mid"][2:]) if "mid" in shapes else shapes["a"][1:]
@@ -213,7 +213,7 @@ def tail_of(kind: str, parts: Parts) -> tuple[int, ...] | None:
 
 
 def product_rank(kind: str, parts: Parts) -> int:
-    """Upper bound of the rank of a delta that is a product: r, r² of LoHa, r1 · r2 of LoKr."""
+    """Upper bound of the rank of a delta that is a product: r, r² for LoHa, r1 · r2 for LoKr."""
     if kind == FACTORS:
         return parts["a"].shape[0]
     if kind == "loha":

@@ -15,7 +15,7 @@ LANGUAGE = ""  # the component of an adapter for a single model
 
 @dataclass(frozen=True)
 class StoredAlpha:
-    """An alpha as a source has it; it is written again where the number is the same."""
+    """An alpha as the source stores it; it is written unchanged if the number is the same."""
 
     expression: Expression
     number: float
@@ -23,11 +23,11 @@ class StoredAlpha:
 
 @dataclass(frozen=True)
 class AdapterModule:
-    """What an adapter does to one module: the expressions of its kind by role.
+    """The change of one module by an adapter: expressions by role.
 
     kind lora: delta = scale · b @ a, with a (r, in, *kernel), b (out, r, *1), mid (r, r, *kernel),
-    magnitude (out,) of DoRA and bias (out,), times scale; of an embedding (b @ a)ᵀ.
-    kind experts: delta[e] = scale · b[e] @ a[e] of a stack, with a (E, r, in), b (E, out, r).
+    magnitude (out,) of DoRA and bias (out,), times scale; of an embedding (b @ a)ᵀ. kind experts:
+    delta[e] = scale · b[e] @ a[e] of a stack, with a (E, r, in), b (E, out, r).
     """
 
     component: str  # of a pipeline: unet, transformer, text_encoder, ...; "" of a single model
@@ -63,7 +63,7 @@ Modules = Sequence[AdapterModule]
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a source holds; its tensors are expressions over the job's inputs."""
+    """The contents of a source; its tensors are expressions over the job's inputs."""
 
     format: str
     folders: tuple[Folder, ...]  # the inputs, by the numbers in the specs
@@ -80,7 +80,7 @@ class Contents:
 
     @cached_property
     def common_roles(self) -> dict[tuple[str, str], set[str]]:
-        """By component and kind, the roles that all such modules have."""
+        """The roles that all modules of a component and kind have."""
         roles: dict[tuple[str, str], set[str]] = {}
         for module in self.modules:
             roles.setdefault(

@@ -1,7 +1,7 @@
-"""Orders of the rows of a weight, or of its columns: where a file has those of the model.
+"""Permutations of the rows or columns of a weight between the file and the model.
 
-An order is an index `i (out,)` with `model[j] = file[i[j]]`; its inverse is for writing. It acts on
-whatever has the weight's rows: b, bias, magnitude, diff; of columns on a.
+An order is an index `i (out,)` with `model[j] = file[i[j]]`; its inverse is for writing. It applies
+to every tensor with the weight's rows: b, bias, magnitude, diff; for columns to a.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ LINEAR = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim
 
 @dataclass(frozen=True, slots=True)
 class LinearHeads:
-    """How many heads of keys, and how many of values, linear attention has; the size of a key."""
+    """The numbers of key heads and of value heads in linear attention, and the size of a key."""
 
     key: int
     value: int
@@ -28,7 +28,7 @@ class LinearHeads:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How many heads of queries, and how many of keys and values, attention has."""
+    """The numbers of query heads, and of key and value heads, in attention."""
 
     query: int
     key: int
@@ -42,16 +42,15 @@ def order(
     where: str,  # the module, for messages
     inputs: int | None = None,  # columns of the weight
 ) -> Tensor:  # (size,) int64
-    """The row of the file that each row of the model is.
+    """The file's row for each row of the model.
 
-    swap_halves: [second, first]. swap_pair: the same where there are two rows for each input, as
-    shift and scale alone have; none where there are more. interleave: [a0, b0, a1, b1, ...] ->
-    [a..., b...]. rotary_q, rotary_k: the same in each head, from the pairs (2i, 2i + 1) that Meta
-    and GGUF rotate to transformers' (i, i + d/2). groups: [q of group 0, k 0, v 0, q of group 1,
-    ...] -> [q, k, v]. values: [v0 of group 0, v0 of 1, ..., v1 of 0, ...] of heads of linear
-    attention -> [v0 of group 0, v1 of 0, ...]; values_last: the same of those behind queries and
-    keys.
-    Raises `Refused` where heads or inputs are needed and unknown, or rows do not divide evenly.
+    swap_halves: [second, first]. swap_pair: the same if there are two rows for each input, as in a
+    shift and scale alone; none if there are more. interleave: [a0, b0, a1, b1, ...] -> [a...,
+    b...]. rotary_q, rotary_k: the same in each head, from the pairs (2i, 2i + 1) that Meta and GGUF
+    rotate to transformers' (i, i + d/2). groups: [q of group 0, k 0, v 0, q of group 1, ...] -> [q,
+    k, v]. values: [v0 of group 0, v0 of 1, ..., v1 of 0, ...] of heads of linear attention -> [v0
+    of group 0, v1 of 0, ...]; values_last: the same of those behind queries and keys. Raises
+    `Refused` if heads or inputs are needed and unknown, or rows do not divide evenly.
     """
     if name == "swap_halves":
         return _divided((2, -1), size, where).flip(0).reshape(-1)
@@ -88,7 +87,7 @@ def order(
 
 
 def unknown_heads(problem: str, where: str, settings: Sequence[str] = SETTINGS) -> Refused:
-    """The refusal of rows that a count of heads would tell."""
+    """The refusal of rows whose order needs a number of heads."""
     return Refused(
         f"{problem}, and the number of heads is unknown",
         expected=f"a config with {' and '.join(settings)}",
@@ -112,7 +111,7 @@ def model_order(
     where: str,
     inputs: int | None = None,
 ) -> Rows:
-    """For each row of the model its row in the file; `Refused` as `order` says."""
+    """The file's row for each row of the model after these steps; `Refused` as in `order`."""
     if not steps:
         return range(size)
     rows = torch.arange(size)
@@ -122,7 +121,7 @@ def model_order(
 
 
 def shares_of(size: int, shares: Sequence[int], where: str) -> list[range]:
-    """Consecutive rows in these shares; `Refused` where they do not divide `size`."""
+    """Consecutive rows in these shares; `Refused` if they do not divide `size`."""
     total = sum(shares)
     if size % total:
         raise Refused(
@@ -137,7 +136,7 @@ def shares_of(size: int, shares: Sequence[int], where: str) -> list[range]:
 
 
 def _divided(shape: tuple[int, ...], size: int, where: str) -> Tensor:
-    """The rows' numbers in this shape, -1 the rest; `Refused` where they do not fill it."""
+    """The rows' numbers in this shape, with -1 for the rest; `Refused` if they do not fill it."""
     known = 1
     for n in shape:
         known *= abs(n)

@@ -1,13 +1,12 @@
-"""Tensors of an output as expressions over stored ones: what a conversion computes.
+"""Tensors of an output as expressions over stored tensors.
 
-Renames cost nothing: a `StoredTensor` is copied as bytes. The functions simplify: a transpose of a
-transpose is the tensor itself, and rows of a joined tensor are its part.
+Renames cost nothing: a `StoredTensor` is copied as bytes. The functions simplify: for example, a
+transpose of a transpose is the tensor itself, and rows of a joined tensor are its part.
 
-`weights.symbols.Symbol` goes through some of the same operations, and answers another question:
-which positions of which stored tensors a parameter is, axis by axis, for those who read some of its
-rows.
-Slots cannot say that an axis was cut and joined with another, nor zeros, nor arithmetic, which
-formats need; an expression cannot say which bytes a few rows take. Both take entries by `taken`.
+`weights.symbols.Symbol` supports some of the same operations for another question: which positions
+of which stored tensors a parameter has, axis by axis, for callers that read some of its rows. Its
+slots cannot express an axis that was cut and joined with another, zeros, or arithmetic, which
+formats need; an expression cannot give the bytes of a few rows. Both take entries by `taken`.
 """
 
 import math
@@ -42,7 +41,7 @@ class Expression(ABC):
 
     @abstractmethod
     def value(self, reader: TensorReader) -> Tensor:
-        """The tensor in `dtype`, or in float64 where it is not rounded yet."""
+        """The tensor in `dtype`, or in float64 if it is not rounded yet."""
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -51,16 +50,16 @@ class Expression(ABC):
 
     @property
     def joined_parts(self) -> tuple["Expression", ...]:
-        """What it is put together from, each piece of one source or computation."""
+        """The joined pieces, each of one source or computation."""
         return (self,)
 
     @property
     def known_early(self) -> bool:
-        """Whether its value can be had while planning: it is no result of a computation."""
+        """True if its value is available while planning: it is not the result of a computation."""
         return all(part.known_early for part in self.inputs)
 
     def __iter__(self) -> Iterator["Expression"]:
-        """Itself and all that it is made of."""
+        """Yield itself and its inputs, recursively."""
         yield self
         for part in self.inputs:
             yield from part
@@ -68,7 +67,7 @@ class Expression(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor(Expression):
-    """A stored tensor as it is."""
+    """A stored tensor, unchanged."""
 
     spec: TensorSpec
 
@@ -82,7 +81,7 @@ class StoredTensor(Expression):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedTensor(Expression):
-    """A stored tensor in 8 bits, as the floats that it decodes to."""
+    """A stored tensor in 8 bits, decoded to floats."""
 
     spec: "BlockSpec | EightBits"
 
@@ -105,7 +104,7 @@ class DecodedTensor(Expression):
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Expression):
-    """Numbers that no file has: an alpha, rows of zeros, the shape of a weight."""
+    """Numbers that no file stores: an alpha, rows of zeros, the shape of a weight."""
 
     number: float | tuple[int, ...]
 
@@ -116,7 +115,7 @@ class Constant(Expression):
 
 @dataclass(frozen=True, kw_only=True)
 class Operation(Expression):
-    """What one of OPERATIONS makes of its inputs, which it is given in one dtype."""
+    """The result of one of OPERATIONS on its inputs, converted to one dtype."""
 
     name: str
     arguments: tuple = ()
@@ -151,7 +150,7 @@ def contract(
     mid: Tensor,  # (r, r, *kernel)
     a: Tensor,  # (r, in, *1)
 ) -> Tensor:  # (r, in, *kernel)
-    """a of a plain convolution, in float64: Σ_n mid[m, n, kernel] a[n, i]."""
+    """a of a standard convolution, in float64: Σ_n mid[m, n, kernel] a[n, i]."""
     return torch.einsum("mn...,ni->mi...", mid.double(), a.double().flatten(1))
 
 
@@ -168,12 +167,12 @@ ARITHMETIC = ("contract", "scale")  # in float64 until it is written
 
 
 def stored(spec: TensorSpec) -> StoredTensor:
-    """A stored tensor as it is."""
+    """A stored tensor, unchanged."""
     return StoredTensor(shape=spec.shape, dtype=spec.dtype, spec=spec)
 
 
 def from_spec(spec: TensorSpec) -> Expression:
-    """A stored tensor's values: of one in 8 bits in float32."""
+    """A stored tensor's values; those in 8 bits in float32."""
     if type(spec) is TensorSpec:
         return stored(spec)
     coded = cast("BlockSpec | EightBits", spec)
@@ -181,7 +180,7 @@ def from_spec(spec: TensorSpec) -> Expression:
 
 
 def constant(number: float | tuple[int, ...], dtype: str = "F32") -> Expression:
-    """A number, or a vector of some."""
+    """A number, or a vector of numbers."""
     shape = (len(number),) if isinstance(number, tuple) else ()
     return Constant(shape=shape, dtype=dtype, number=number)
 
@@ -211,7 +210,7 @@ def widest(names: Sequence[str]) -> str:
 
 
 def is_made_by(expression: Expression, name: str) -> TypeGuard[Operation]:
-    """Whether an expression is that operation."""
+    """True if an expression is that operation."""
     return isinstance(expression, Operation) and expression.name == name
 
 
@@ -234,12 +233,12 @@ def reshaped(source: Expression, shape: tuple[int, ...]) -> Expression:
 
 
 def without_reshape(source: Expression) -> Expression:
-    """The expression in the shape that it has before a change of it."""
+    """The expression before a reshape."""
     return source.inputs[0] if is_made_by(source, "reshape") else source
 
 
 def flat(source: Expression) -> Expression:
-    """A vector that lies along one of several axes, as a vector; others as they are."""
+    """A tensor with at most one axis longer than 1, as a vector; others unchanged."""
     size = math.prod(source.shape)
     return reshaped(source, (size,)) if size in source.shape else source
 
@@ -252,7 +251,7 @@ def scaled(source: Expression, factor: float) -> Expression:
 
 
 def contracted(mid: Expression, a: Expression) -> Expression:
-    """a of a plain convolution from a core and its a, in float64 until it is written."""
+    """a of a standard convolution, from a core and its a, in float64 until it is written."""
     shape = (mid.shape[0], a.shape[1], *mid.shape[2:])
     return _operation("contract", shape, [mid, a])
 
@@ -309,12 +308,12 @@ def block_diagonal(parts: Sequence[Expression], rows: Sequence[Rows], out: int) 
 
 
 def index_of(rows: Rows) -> slice | list[int]:
-    """What selects these entries of a tensor; a view where they are consecutive."""
+    """An index of these entries of a tensor; a view if they are consecutive."""
     return slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)
 
 
 def compact(rows: Sequence[int]) -> Rows:
-    """Indices as a range where they are consecutive."""
+    """Indices as a range if they are consecutive."""
     if isinstance(rows, range) and rows.step == 1:
         return rows
     if len(rows) and list(rows) == list(range(rows[0], rows[0] + len(rows))):
@@ -323,7 +322,7 @@ def compact(rows: Sequence[int]) -> Rows:
 
 
 def are_equal(parts: Sequence[Expression], reader: TensorReader) -> bool:
-    """Whether tensors have the same values; read while planning, as the shape depends on it."""
+    """True if tensors have equal values; read while planning, because shapes depend on it."""
     first = parts[0]
     if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
         return False
@@ -351,7 +350,7 @@ def _same(value: Expression) -> Expression:
 
 
 def shared(source: Expression) -> Expression:
-    """One of a stack's matrices where it holds the same one for all, as (1, ...)."""
+    """One of a stack's matrices if all are equal, as (1, ...)."""
     if is_made_by(source, "cat") and len(set(source.inputs)) == 1:
         return source.inputs[0]
     return source

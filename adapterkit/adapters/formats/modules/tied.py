@@ -1,5 +1,5 @@
-"""Factors of embeddings in tools whose model has one layer for embeddings and head: where the base
-ties the two, such factors act in both, and PEFT's in the embeddings alone."""
+"""Factors of embeddings in tools whose model has one layer for embeddings and head. If the base
+ties the two, such factors act in both, but PEFT's act in the embeddings alone."""
 
 import math
 from dataclasses import replace
@@ -17,8 +17,8 @@ SWAPPED = {"a": "b", "b": "a"}
 def with_heads(
     modules: Modules, format: Format, tied: bool | None
 ) -> tuple[list[AdapterModule], list[str]]:
-    """The modules of a file, with the factors of a tied head beside those of the embeddings; a note
-    where no base tells (`tied` None)."""
+    """The modules of a file, and the factors of a tied head next to those of the embeddings. A note
+    says if no base shows whether they are tied (`tied` None)."""
     embeddings = [m for m in modules if m.embedding]
     if not embeddings or tied is False:
         return list(modules), []
@@ -30,8 +30,8 @@ def with_heads(
 def without_heads(
     modules: Modules, format: Format, base: BaseFacts | None, reader: TensorReader
 ) -> tuple[list[AdapterModule], list[str]]:
-    """The modules without the factors of a tied head that are those of the embeddings. `Refused`
-    where only one of the two is adapted, or each in its own way."""
+    """The modules without a tied head's factors that equal those of the embeddings. `Refused` if
+    only one of the two is adapted, or each differently."""
     embeddings = [m for m in modules if m.embedding]
     heads = [m for m in modules if m.name == HEAD]
     if base is None:

@@ -1,4 +1,4 @@
-"""The same delta at another scale, or at a larger rank, for formats and servers that have one for
+"""Rewrite a delta with another scale or a larger rank, for formats and servers that have one for
 all modules."""
 
 import math
@@ -18,8 +18,8 @@ def uniform(modules: Modules, rank: int | None = None) -> list[AdapterModule]:
     """The modules with one rank and one scale: zeros up to `rank` (default the largest), and the
     ratio of scales folded into b.
 
-    The scale is the commonest one, so that most factors stay as they are; of equally many the
-    largest. The delta scale · b @ a does not change. Modules without a rank stay.
+    The scale is the commonest one, so that most factors stay as they are; the largest wins a tie.
+    The delta scale · b @ a does not change. Modules without a rank stay.
     """
     ranked = [module for module in modules if module.kind in PLAIN]
     if not ranked:
@@ -33,18 +33,18 @@ def uniform(modules: Modules, rank: int | None = None) -> list[AdapterModule]:
 
 
 def common_scale(modules: Iterable[AdapterModule]) -> float:
-    """The scale that most modules have; 1 where none has one but 0."""
+    """The scale that most modules have; 1 if none has one except 0."""
     return _commonest(module.scale for module in modules if module.scale)
 
 
 def _commonest(numbers: Iterable[float]) -> float:
-    """Of equally many the largest; 1 of none."""
+    """The commonest number, the largest in a tie; 1 if there is none."""
     counts = Counter(numbers)
     return max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
 
 
 def shared_number(modules: Modules, means: str) -> tuple[float, list[AdapterModule]]:
-    """The commonest alpha, or scale, of the modules that a float32 holds, and they with it: others
+    """The commonest alpha or scale that a float32 stores exactly, and the modules with it: others
     have the ratio folded into b."""
     if means == "scale":
         number = common_scale(module for module in modules if is_float32(module.scale))
@@ -54,8 +54,8 @@ def shared_number(modules: Modules, means: str) -> tuple[float, list[AdapterModu
 
 
 def with_scale(module: AdapterModule, scale: float) -> AdapterModule:
-    """The same delta at another scale: the ratio is folded into b and its bias, or the first of
-    another kind's factors."""
+    """The same delta at another scale: the ratio is folded into b and its bias, or into the first
+    factor of another kind."""
     ratio = module.scale / scale
     if math.isclose(ratio, 1, rel_tol=1e-12):  # alpha / rank of different ranks
         return module
@@ -80,6 +80,6 @@ def padded_to(module: AdapterModule, rank: int) -> AdapterModule:
 
 
 def is_float32(number: float) -> bool:
-    """Whether a float32 holds a number but 0 to its full precision."""
+    """True if a float32 stores a nonzero number to its full precision."""
     smallest, largest = FLOAT32
     return smallest <= abs(number) <= largest

@@ -1,6 +1,6 @@
-"""Adapters for a base with more inputs: control images beside the latents widen its first layer.
+"""Adapters for a base with more inputs: their first layer takes control images and latents.
 
-A client that widens the base's weight, with zeros, takes them; others fail on the shapes.
+Some clients widen the base's weight with zeros and accept them; others fail on the shapes.
 """
 
 import math
@@ -17,8 +17,8 @@ from adapterkit.core.weights.reader import TensorReader
 
 
 def base_inputs(names: Iterable[str]) -> dict[tuple[str, str], int]:
-    """The inputs of layers that adapters may widen, the most that these architectures have, by
-    component and module."""
+    """The inputs of layers that adapters may widen, by component and module: the most among these
+    architectures."""
     inputs: dict[tuple[str, str], int] = {}
     for name in names:
         for component, words in architectures()[name].components.items():
@@ -28,10 +28,10 @@ def base_inputs(names: Iterable[str]) -> dict[tuple[str, str], int]:
 
 
 def with_widths(modules: Modules, format: Format, names: Sequence[str]) -> list[AdapterModule]:
-    """The modules, with the shape of each widened weight where files in the format say it.
+    """The modules, with the shape of each widened weight if files in the format store it.
 
-    `names`: the architectures that tell the base's inputs. `Refused` where clients of the format
-    do not widen the base.
+    `names`: the architectures that give the base's inputs. `Refused` if clients of the format do
+    not widen the base.
     """
     inputs = base_inputs(names)
     wide = [
@@ -57,7 +57,7 @@ def with_widths(modules: Modules, format: Format, names: Sequence[str]) -> list[
 
 
 def check_shape(parts: Mapping[str, Expression], reader: TensorReader, where: str) -> None:
-    """`Refused` where the shape of the weight is not that of its factors' product."""
+    """`Refused` unless the weight has the shape of its factors' product."""
     if SHAPE not in parts:
         return
     shape = parts[SHAPE].value(reader).tolist()

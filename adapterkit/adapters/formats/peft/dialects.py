@@ -1,5 +1,5 @@
-"""What readers of PEFT's layout, such as servers, want besides: experts one by one or stacked,
-names as the base's file has them, one rank and scale; and what they do not read."""
+"""Dialects of PEFT's layout, for readers such as servers: experts one by one or stacked, the names
+in the base's file, one rank and scale; and refusals of settings that they do not read."""
 
 import json
 import math
@@ -36,8 +36,8 @@ GIVE_BASE = "give --base, the model that the adapter is for"
 def arranged(
     contents: Contents, format: Format, model: NamedBase | None, reader: TensorReader
 ) -> Contents:
-    """The contents as the dialect has them; `Refused` with all that its readers do not take, and
-    where it depends on a base that is not given."""
+    """The contents in the dialect; `Refused` with everything that its readers do not accept, and if
+    it depends on a base that is not given."""
     words = format.adapter
     modules, notes = without_copies(contents.modules, format)
     contents = replace(contents, modules=tuple(modules), notes=(*contents.notes, *notes))
@@ -62,7 +62,7 @@ def arranged(
 
 
 def _uniform_notes(before: Modules, after: Modules) -> list[str]:
-    """How many modules were padded, and into how many b's a scale was folded."""
+    """Notes on how many modules were padded, and into how many b's a scale was folded."""
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if b.kind in PLAIN]
     padded = sum(a.rank != b.rank for a, b in pairs)
     folded = sum(not math.isclose(a.scale, b.scale, rel_tol=1e-12) for a, b in pairs)
@@ -75,8 +75,8 @@ def _uniform_notes(before: Modules, after: Modules) -> list[str]:
 
 
 def without_copies(modules: Modules, format: Format) -> tuple[list[AdapterModule], list[str]]:
-    """Without the base's own weights that PEFT saves beside an embedding's factors, where the
-    dialect has none."""
+    """The modules without the base's own weights, which PEFT saves next to an embedding's factors,
+    if the dialect does not store them."""
     copies = [m.path for m in modules if m.kind == COPY]
     if not copies or not format.kinds:
         return list(modules), []
@@ -85,8 +85,8 @@ def without_copies(modules: Modules, format: Format) -> tuple[list[AdapterModule
 
 
 def _refusals(contents: Contents, format: Format, model: NamedBase | None) -> Problems:
-    """Refusals of settings, kinds and trained modules that the dialect's readers do not take, and
-    of factors of which the file leaves open which parameters they are of, or which way round."""
+    """Refuse settings, kinds and trained modules that the dialect's readers do not accept, and
+    factors whose parameters or orientation the file leaves open."""
     errors = Problems(where=contents.folders[0].label, code="AK503")
     undecided = list(dict.fromkeys(m.path for m in contents.modules if m.kind == PARAMETER))
     if undecided and contents.format != format.name:
@@ -127,7 +127,7 @@ def _refusals(contents: Contents, format: Format, model: NamedBase | None) -> Pr
 def _experts(
     modules: Modules, layout: str, model: NamedBase | None, reader: TensorReader, where: str
 ) -> list[AdapterModule]:
-    """Experts in the layout that the dialect has."""
+    """Experts in the dialect's layout."""
     stacked = [m for m in modules if m.kind == EXPERTS]
     single = [m for m in modules if SINGLE.search(m.name) and m.component not in DENOISERS]
     foreign = {"stacks": single, "each": stacked, "base": stacked}[layout]
@@ -156,8 +156,8 @@ def _experts(
 def _zeros_beside(
     modules: Modules, together: Sequence[Sequence[str]], model: NamedBase | None, where: str
 ) -> list[AdapterModule]:
-    """Zeros for modules that readers want beside others: k and v beside q. `Refused` with all that
-    are missing where no base tells their shapes."""
+    """Zeros for modules that readers need together with others, for example k and v with q.
+    `Refused` with all missing ones whose shapes no base gives."""
     known = {m.name: m for m in modules if m.kind == FACTORS}
     added: list[AdapterModule] = []
     lacking: list[str] = []
@@ -191,8 +191,8 @@ def _zeros_beside(
 
 
 def renamed(modules: Modules, model: NamedBase, *, in_file: bool) -> list[AdapterModule]:
-    """The modules under the base's names: its file's, or those of the model that is loaded.
-    `Refused` with all that have none in the file, or several that fit."""
+    """The modules under the names in the base's file, or in the loaded model. `Refused` with every
+    one that has no name in the file, or several possible ones."""
     names = model.checkpoint.tensors if in_file else model.names.all()
     errors = Problems(where=model.checkpoint.folder.label, code="AK401")
     result = []
@@ -229,7 +229,7 @@ def renamed(modules: Modules, model: NamedBase, *, in_file: bool) -> list[Adapte
 def _names_of(
     module: AdapterModule, model: NamedBase, names: Collection[str], in_file: bool
 ) -> list[str]:
-    """The base's module that this one is, by its own name or by one that it had before."""
+    """The base's modules that this one can be, by its own name or by an earlier one."""
     name = module.name
     if module.kind == EXPERTS:  # a parameter
         return [name] if name in model.stacks else []

@@ -1,5 +1,5 @@
-"""Tensors of adapters in 8 bits, as the float32 that they decode to: fp8 as it was cast, and fp8 or
-int8 with a scale of the tensor, or of each of its rows, beside the codes.
+"""Decode tensors of adapters in 8 bits to float32: fp8 casts, and fp8 or int8 codes with a scale
+for the tensor or for each of its rows.
 
 Sources: https://github.com/NVIDIA/TensorRT-LLM/pull/16810 (casts to E4M3) and
 https://github.com/silveroxides/convert_to_quant (scales, for ComfyUI).
@@ -46,9 +46,8 @@ class EightBits(TensorSpec):
 
 
 def decoded(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The tensors of a file, those in 8 bits as the floats that they decode to and without their
-    scales; int8 without a scale, and codes whose scales do not fit, stay for the reader of the
-    file to refuse."""
+    """The tensors of a file, with codes in 8 bits decoded to floats and their scales removed. int8
+    without a scale, and codes whose scales do not fit, stay for the file's reader to refuse."""
     found, used = dict(tensors), set[str]()
     for key, spec in tensors.items():
         names = (f"{key.removesuffix('weight')}{name}" for name in SCALES)
@@ -62,14 +61,14 @@ def decoded(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
 
 
 def _fits(codes: TensorSpec, scale: TensorSpec) -> bool:
-    """Whether a scale is one number, or one for each entry of the first axis."""
+    """True if a scale is one number, or one for each entry of the first axis."""
     rows = codes.shape[:1]
     of_rows = bool(rows) and scale.shape in (rows, (*rows, *[1] * (len(codes.shape) - 1)))
     return scale.dtype in FLOATS and (math.prod(scale.shape) == 1 or of_rows)
 
 
 def notes_on(tensors: Mapping[str, TensorSpec]) -> list[str]:
-    """A note on tensors that are decoded; none without any."""
+    """A note on decoded tensors, if there are any."""
     own = [spec for spec in tensors.values() if isinstance(spec, EightBits)]
     kinds = sorted({spec.parts[0].dtype for spec in own})
     if not own:

@@ -1,7 +1,7 @@
-"""In which order the columns of a stack's b count experts and ranks.
+"""The order in which the columns of a stack's b count experts and ranks.
 
-PEFT counts the expert fastest. Unsloth counted it slowest until 2026-09-17; its configs say which
-only since then, and either reading has the same shapes and norms.
+PEFT counts the expert fastest. Unsloth counted it slowest until 2026-09-17. Only its later configs
+name the order, and both readings have the same shapes and norms.
 """
 
 import json
@@ -22,8 +22,8 @@ GIVEN = {"unsloth": {ORDER: SLOWEST}} | {
 
 
 def order_of(config: Settings, leaf: str | None = None) -> str | None:
-    """The order in the stack of a parameter `leaf`, else that of any which is not in PEFT's; None
-    where the config does not say."""
+    """The order in the stack of a parameter `leaf`, else the order of any stack not in PEFT's; None
+    if the config has none."""
     detail = config.get(ORDER_DETAIL) or {}
     words = detail.get("parameters") if isinstance(detail, Mapping) else None
     own = {
@@ -36,20 +36,20 @@ def order_of(config: Settings, leaf: str | None = None) -> str | None:
 
 
 def with_given(config: Settings, layout: str | None) -> Settings:
-    """A config with the order of option --expert-layout, where it says none."""
+    """A config with the order from --expert-layout, if it names none."""
     return config if layout is None or order_of(config) else {**config, **GIVEN[layout]}
 
 
 def in_order_of_peft(config: Settings, folder: Folder | None = None) -> Json:
-    """A config of stacks in PEFT's order, which it says only where its readers would ask: PEFT
-    warns of settings that it does not know."""
+    """A config of stacks in PEFT's order. It names the order only if its readers would need it,
+    because PEFT warns about unknown settings."""
     plain = {key: value for key, value in config.items() if key not in (ORDER, ORDER_DETAIL)}
     is_asked = plain.get("target_parameters") and is_of_unsloth(plain, folder)
     return plain | ({ORDER: FASTEST} if is_asked else {})
 
 
 def order_problem(adapter: Adapter) -> Refused | None:
-    """Why the stacks of a file cannot be read as PEFT reads them; None where they can."""
+    """The reason why a file's stacks cannot be read in PEFT's order, or None."""
     order, folder = order_of(adapter.config), adapter.folder
     if order == FASTEST or not any(map(adapter.is_stack, adapter.loras)):
         return None
@@ -69,7 +69,7 @@ def order_problem(adapter: Adapter) -> Refused | None:
 
 
 def is_of_unsloth(config: Settings, folder: Folder | None) -> bool:
-    """Whether an adapter's config or card names Unsloth; a card by adapterkit names files."""
+    """True if an adapter's config or card names Unsloth; a card by adapterkit names files."""
     size = min(folder.files().get(CARD, 0), MOST) if folder is not None else 0
     card = folder.read(CARD, 0, size) if folder is not None and size else b""
     text = json.dumps(config, default=str).encode() + card * (b"adapterkit" not in card)

@@ -1,5 +1,5 @@
-"""Stacks of experts in files of PEFT's layout, whose keys name the nesting of the parameters of
-`target_parameters` and not the parameters."""
+"""Stacks of experts in files of PEFT's layout: keys give the nesting of the parameters in
+`target_parameters`, but not their names."""
 
 import itertools
 from collections import defaultdict
@@ -46,8 +46,8 @@ def read_stacks(
     words: AdapterSchema,
     model: NamedBase | None,
 ) -> list[AdapterModule] | None:
-    """The stacks of one module, the innermost first; None where the file leaves open which
-    factors are whose, or which way round they are."""
+    """The stacks of one module, the innermost first; None if the file leaves open which factors
+    belong to which, or their orientation."""
     own = model.names.children(module) if model is not None else None
     stacks = model.stacks if model is not None else {}
     slowest = lambda leaf: words.slowest == "expert" or order_of(adapter.config, leaf) == SLOWEST
@@ -107,8 +107,8 @@ def _orders(
 
 
 def _factors(adapter: Adapter, loras: Sequence[Lora], order: Sequence[str]) -> dict[str, Factors]:
-    """The factors of each parameter. `Refused` where they are not a stack's: one of another rank
-    than the config's, of a single matrix, of a convolution."""
+    """The factors of each parameter. `Refused` unless they are a stack's: not of another rank than
+    the config's, a single matrix, or a convolution."""
     last = len(order) - 1
     factors = {}
     for lora in sorted(loras, key=lambda one: -one.depth):
@@ -130,8 +130,8 @@ def _turns(
     stacks: Mapping[str, Stack],
     certain: bool,
 ) -> dict[str, bool] | None:
-    """Whether each parameter's factors are stored as those of the transposed matrices; None where
-    that is not known. `certain`: the order of the parameters is."""
+    """For each parameter, True if its factors are stored as those of the transposed matrices; None
+    if that is unknown. `certain`: the order of the parameters is known."""
     shapes = {
         leaf: (one.experts or 1, one.a.shape[1], one.b.shape[0]) for leaf, one in factors.items()
     }
@@ -163,7 +163,7 @@ def _turns(
 def stacked_keys(
     modules: Iterable[AdapterModule], levels: Mapping[str, int]
 ) -> dict[str, dict[str, str]]:
-    """The keys of a and b of each stack: of one module's, the first is the innermost."""
+    """The keys of a and b of each stack; the first stack of a module is the innermost."""
     depths: dict[str, int] = {}
     keys = {}
     for module in modules:
@@ -176,8 +176,8 @@ def stacked_keys(
 def stacked_parts(
     module: AdapterModule, words: AdapterSchema, model: NamedBase | None
 ) -> dict[str, Expression]:
-    """a and b of a stack as the dialect stores them. `Refused` where that depends on the model's
-    class, which is not known."""
+    """a and b of a stack in the dialect. `Refused` if they depend on the model's class, which is
+    unknown."""
     transpose = False
     if words.a_over == "first axis":
         stacks = model.stacks if model is not None else {}

@@ -1,5 +1,5 @@
-"""LoHa and LoKr in PEFT's layout as neutral contents, and back: with the settings by which PEFT
-0.21 expects such tensors."""
+"""LoHa and LoKr between PEFT's layout and neutral contents, with the settings by which PEFT 0.21
+expects such tensors."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -45,8 +45,7 @@ LINEAR, KERNELS = (1,), (1, *(k * k for k in range(2, 12)), *range(2, 12))  # si
 
 
 def read_kinds(format: Format, folder: Folder, peft_type: str, number: int = 0) -> Contents:
-    """The contents of an adapter of that type. `Refused` with every key and setting that cannot be
-    used."""
+    """The contents of an adapter of that type. `Refused` with every unusable key and setting."""
     kind = KINDS[peft_type]
     adapter, tensors = read_kind(kind, folder, number)
     tensors.pop("")
@@ -67,7 +66,7 @@ def read_kinds(format: Format, folder: Folder, peft_type: str, number: int = 0) 
 
 
 def replaced_values(adapter: Adapter, copies: Collection[str] = ()) -> list[AdapterModule]:
-    """The parameters that were trained whole, or of these names copied from the base."""
+    """The fully trained parameters, or those of these names copied from the base."""
     modules = []
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
@@ -77,7 +76,7 @@ def replaced_values(adapter: Adapter, copies: Collection[str] = ()) -> list[Adap
 
 
 def headers_of(adapter: Adapter, folder: Folder, number: int) -> dict[tuple[int, str], str]:
-    """The hashes of what was read of its files."""
+    """The hashes of the headers and configs read from its files."""
     return {
         (number, WEIGHTS): adapter.header_sha256,
         (number, CONFIG): sha256_of_small_file(folder, CONFIG),
@@ -87,7 +86,7 @@ def headers_of(adapter: Adapter, folder: Folder, number: int) -> dict[tuple[int,
 def write_kinds(
     contents: Contents, format: Format, kind: str, *, dtype: str | None = None
 ) -> FormatFile:
-    """The adapter of these contents. `Refused` with all that the type cannot hold."""
+    """The adapter of these contents. `Refused` with everything that the type cannot store."""
     errors = Problems(where=contents.folders[0].label, code="AK503")
     own = [m for m in contents.modules if m.kind == kind]
     decomposed = [m.path for m in own if magnitudes(m.parts)]
@@ -123,7 +122,7 @@ def write_kinds(
 
 
 def kernel_size(module: AdapterModule, architectures: Sequence[str]) -> int | None:
-    """The size of the kernel that is flattened in the inputs; None where nothing tells."""
+    """The size of the kernel flattened into the inputs; None if unknown."""
     if tail_of(module.kind, module.parts) is not None:
         return 1
     kernel = kernel_of(architectures, module.component, module.name)
@@ -136,8 +135,8 @@ def kind_settings(
     scales: Mapping[str, float],
     kernels: Mapping[str, int | None],  # sizes of flattened kernels, 1 of linear layers
 ) -> Json:
-    """adapter_config.json of a LoHa or LoKr. `Refused` where PEFT makes no such tensors with any
-    settings: it has one way to decompose for all modules."""
+    """adapter_config.json of a LoHa or LoKr. `Refused` if PEFT makes no such tensors with any
+    settings, because it decomposes all modules in one way."""
     settings = {"peft_type": kind.upper(), **COMMON, "target_modules": sorted(modules)}
     cored = {name for name, shapes in modules.items() if "t1" in shapes or "t2" in shapes}
     settings["use_effective_conv2d"] = bool(cored)
@@ -150,8 +149,7 @@ def kind_settings(
 
 
 def _rank(shapes: Shapes) -> int:
-    """The rank of the factors; where both matrices are whole, the least with which PEFT makes them
-    so."""
+    """The rank of the factors; for two full matrices, the least with which PEFT makes them full."""
     for role in ("w1_b", "w2_b"):
         if role in shapes:
             return shapes[role][0]
@@ -180,8 +178,8 @@ def _decomposition(modules: Mapping[str, Shapes], kernels: Mapping[str, int | No
 
 
 def _unlike(modules: Mapping[str, Shapes], both: bool) -> Problems:
-    """Refusals of matrices that PEFT would make whole where they are factors, or the other way
-    round, and of what it multiplies otherwise."""
+    """Refuse matrices that PEFT would store full instead of as factors, or the other way round, and
+    products that it computes differently."""
     unlike = {
         "a whole w1 beside others of low rank": lambda one: (
             both and "w1" in one and _rank(one) < max(one["w1"]) / 2
@@ -205,7 +203,7 @@ def _unlike(modules: Mapping[str, Shapes], both: bool) -> Problems:
 
 
 def _sizes(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two factors of the outputs and of the inputs; a flattened kernel is with the inputs."""
+    """The two factors of the outputs and of the inputs; a flattened kernel is in the inputs."""
     cored = "t2" in shapes
     one = shapes["w1"] if "w1" in shapes else (shapes["w1_a"][0], shapes["w1_b"][1])
     if "w2" in shapes:
@@ -218,7 +216,7 @@ def _sizes(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
 def _fits(
     pairs: tuple[tuple[int, int], tuple[int, int]], factor: int, kernels: Iterable[int]
 ) -> bool:
-    """Whether PEFT decomposes a module so, with one of these kernels in the second of the
+    """True if PEFT decomposes a module so, with one of these kernels in the second factor of the
     inputs."""
     (out1, out2), (in1, in2) = pairs
     if factorization(out1 * out2, factor) != (out1, out2):
@@ -232,7 +230,7 @@ def _fits(
 
 @cache
 def factorization(size: int, factor: int) -> tuple[int, int]:
-    """The two numbers into which PEFT's LoKr decomposes a size: `factor` and the rest where it
+    """The two numbers into which PEFT's LoKr decomposes a size: `factor` and the rest if it
     divides, else the divisors next to each other up to `factor`; -1: to the square root."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor

@@ -1,4 +1,4 @@
-"""PEFT's layout as neutral contents, and back: names and settings by `core/adapter/`."""
+"""PEFT's layout to neutral contents and back; `core/adapter/` has its names and settings."""
 
 from collections import Counter
 from dataclasses import replace
@@ -88,9 +88,9 @@ def read_layout(
     model: NamedBase | None = None,
     expert_layout: str | None = None,
 ) -> Contents:
-    """The contents of an adapter in PEFT's layout; `model`: its base, if known; `expert_layout`: of
-    its stacks, where its config does not say. `Refused` with every key and setting that cannot be
-    used."""
+    """The contents of an adapter in PEFT's layout. `model`: its base, if known; `expert_layout`:
+    the order of its stacks if its config has none. `Refused` with every unusable key and setting.
+    """
     peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
     if peft_type in KINDS:
         return read_kinds(format, folder, peft_type, number)
@@ -164,9 +164,9 @@ def write_layout(
     rebuilt: bool = False,
     values: bool = False,
 ) -> FormatFile:
-    """The adapter of these contents in PEFT's layout; `model`: its base, if known. `rebuilt`:
-    its modules are not the source's; `values`: those trained whole are the base's own. `Refused`
-    with all that it cannot hold."""
+    """The adapter of these contents in PEFT's layout. `model`: its base, if known; `rebuilt`: its
+    modules are not the source's; `values`: fully trained ones are the base's own. `Refused` with
+    everything that the layout cannot store."""
     modules = with_widths(contents.modules, format, contents.architectures)
     contents = replace(contents, modules=modules)
     kind = kind_of(contents)
@@ -212,7 +212,7 @@ def write_layout(
 
 
 def _problems(contents: Contents, format: Format, *, values: bool) -> list[AdapterkitError]:
-    """Refusals of what the layout cannot hold."""
+    """Refuse contents that the layout cannot store."""
     errors = Problems(code="AK503")
     where = contents.folders[0].label
     is_own = bool(contents.config.get("peft_type"))
@@ -245,7 +245,7 @@ def _problems(contents: Contents, format: Format, *, values: bool) -> list[Adapt
 def _settings(
     contents: Contents, format: Format, loras: Modules, experts: Modules, rebuilt: bool
 ) -> Json:
-    """adapter_config.json: a source's own where it has one, with the ranks and scales."""
+    """adapter_config.json: the source's own if it has one, with the ranks and scales."""
     own = contents.config if formats()[contents.format].layout == format.layout else {}
     if own and not rebuilt:
         return dict(own)

@@ -1,1 +1,1 @@
-"""An adapter in the layout of one tool to the plan of its conversion into that of another."""
+"""Plan the conversion of an adapter from the layout of one tool into that of another."""

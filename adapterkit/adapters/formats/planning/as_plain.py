@@ -1,5 +1,5 @@
-"""An adapter in any format as one in PEFT's layout: a folder that stands for its conversion. Those
-of several parts of a pipeline are one, whose modules have the part's name in front."""
+"""Read an adapter in any format as one in PEFT's layout: a folder overlay with its conversion.
+Those of several components of a pipeline become one; module names begin with the component's."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -47,8 +47,8 @@ def converted(
     for_merge: bool,
     expert_layout: str | None,
 ) -> Folder:
-    """As `in_adapter_layout` has it, of an adapter that is not plain, or for a base that is an
-    image model in one file."""
+    """As `in_adapter_layout`, for an adapter that is not standard LoRA, or a base that is a
+    single-file image model."""
     try:
         detection = detect(folder)
     except AdapterkitError as error:
@@ -84,7 +84,7 @@ def _with_others(folder: Folder, detection: Detection) -> Folder:
 
 
 def with_own_hints(read: Callable[[], T]) -> T:
-    """What it reads or plans; errors' hints are those of any verb."""
+    """Read or plan something, with the hints of errors changed to fit any verb."""
     try:
         return read()
     except AdapterkitError as error:
@@ -94,8 +94,8 @@ def with_own_hints(read: Callable[[], T]) -> T:
 
 
 def with_part_names(folder: Folder, contents: Contents) -> Overlay:
-    """An adapter as a folder in PEFT's layout, the names of its modules with that of their part of
-    the pipeline in front."""
+    """An adapter as a folder in PEFT's layout, the names of its modules with that of their
+    component in front."""
     modules = tuple(replace(m, name=m.path, component="") for m in contents.modules)
     plain = replace(contents, modules=modules, architectures=(), config={}, metadata={})
     format = format_named(PEFT)
@@ -106,8 +106,8 @@ def with_part_names(folder: Folder, contents: Contents) -> Overlay:
 
 
 def contents_of(folder: Folder, base: Checkpoint | None = None) -> Contents | None:
-    """What an adapter that is not in PEFT's layout holds; None for all else. `base`: its model, or
-    the denoiser of its pipeline."""
+    """The contents of an adapter that is not in PEFT's layout, or None. `base`: its model, or the
+    denoiser of its pipeline."""
     detection = in_another_layout(folder)
     if detection is None:
         return None
@@ -117,8 +117,8 @@ def contents_of(folder: Folder, base: Checkpoint | None = None) -> Contents | No
 def as_component(
     folder: Folder, contents: Contents, name: str, base: Checkpoint | None = None
 ) -> Overlay:
-    """One component of a pipeline's adapter as a folder in PEFT's layout, what that does not hold
-    in a file beside it; `base`: that model of the pipeline."""
+    """One component of a pipeline's adapter as a folder in PEFT's layout, other deltas in a second
+    file. `base`: that model of the pipeline."""
     detection, own = detect(folder), selected(contents, name)
     options = ConvertOptions(to=PEFT, prefix_only=name)
     plan = plan_with_others(folder, own, options)
@@ -127,8 +127,8 @@ def as_component(
 
 
 def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: bool) -> Plan:
-    """The plan of a job, its output in the layout of its first adapter, which `is_alone`, or one of
-    several."""
+    """The plan of a job, its output in the layout of its first adapter; `is_alone`: it has only
+    one."""
     made = made_adapter(plan)
     format, names = format_named(first.format), first.architectures
     options = ConvertOptions(to=format.name, architecture=names[0] if len(names) == 1 else None)
@@ -162,8 +162,8 @@ def plan_in_layout(first: Contents, plan: Plan, file: str | None, *, is_alone: b
 def open_parts(
     sources: Sequence[Folder], out: StrPath, file: str | None
 ) -> tuple[list[Folder], Contents] | None:
-    """The adapters in PEFT's layout, and what the first one holds, whose layout the output has:
-    `file`, or one of adapters of several parts; None where it is PEFT's."""
+    """The adapters in PEFT's layout, and the contents of the first one, whose layout the output
+    has: `file`, or one of adapters of several components; None if it is PEFT's."""
     every = [_contents(source) for source in sources]
     parts = {part for one in every if one is not None for part in one.components}
     if not sources or (file is None and len(parts) < 2):
@@ -196,14 +196,14 @@ def open_parts(
 
 
 def _contents(source: Folder) -> Contents | None:
-    """What an adapter in another layout than PEFT's holds; None for that."""
+    """The contents of an adapter in another layout than PEFT's, or None."""
     if {CONFIG, "config.json"} & {*source.files()}:
         return None
     return with_own_hints(lambda: contents_of(source))
 
 
 def _in_part(module: AdapterModule) -> AdapterModule:
-    """A module of the part whose name is in front of its own."""
+    """A module of the component that its name begins with."""
     part, _, name = module.name.partition(".")
     return replace(module, component=part, name=name) if part in COMPONENTS else module
 
@@ -214,8 +214,8 @@ _VALUES = {"alpha": "A", "architecture": "NAME", "prefix-only": "PART", "rank": 
 
 
 def conversion_hint(hint: str, to: str, base: str | None = None) -> str:
-    """A hint of a conversion, for any verb: the first alternative of options of `convert` becomes
-    its command. `base`: what stands for one that is given."""
+    """A hint of a conversion, for any verb: its first alternative of options of `convert` becomes a
+    command. `base`: the text for a given base."""
     if "\n" in hint:
         return hint
     first = next((one for one in hint.split(", or ") if "--" in one), "")

@@ -1,4 +1,4 @@
-"""edit, planned: a conversion of an adapter into its own format, with other words."""
+"""Plan an edit: a conversion of an adapter into its own format, with another description."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ MOST_CARD = 1 << 20  # bytes of a card that is read
 
 
 def plan_edit(edit: Edit) -> Plan:
-    """The plan of an edit; `Refused` for nothing to do, and for words without a place."""
+    """The plan of an edit; `Refused` if nothing changes, or the format cannot store a field."""
     target = Path(edit.out)
     name = target.name if target.suffix == ".safetensors" and not is_on_hub(edit.out) else None
     source = open_unconverted(edit.src)
@@ -90,7 +90,7 @@ def _problems(edit: Edit, format: Format, name: str | None) -> Problems:
 
 
 def _changed(contents: Contents, edit: Edit, is_folder: bool) -> Contents:
-    """The contents with the alpha that is asked for, and the base's id in their config."""
+    """The contents with the requested alpha, and the base's id in their config."""
     if edit.base_model and is_folder:
         config = {**contents.config, "base_model_name_or_path": edit.base_model}
         contents = replace(contents, config=config)
@@ -114,7 +114,7 @@ def _words(edit: Edit, places: dict[str, str]) -> dict[str, str]:
 
 
 def _with_card(files: Files, source: Folder, edit: Edit) -> Files:
-    """The files with a card that has the new words; its text stays."""
+    """The files with a card that has the new fields; its text stays."""
     old = files.get(CARD)
     if edit.strip_metadata or not isinstance(old, bytes | CopyFile):
         text = ""
@@ -134,7 +134,7 @@ def _with_card(files: Files, source: Folder, edit: Edit) -> Files:
 
 
 def _parts(text: str, source: Folder) -> tuple[dict, str]:
-    """A card's fields and its text; `Refused` for fields that are not read."""
+    """A card's fields and its text; `Refused` if its fields cannot be read."""
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}, text
     head, _, body = text[4:].partition("\n---")

@@ -1,5 +1,5 @@
-"""What a format cannot hold as plain factors of a rank that is asked for: other kinds of deltas,
-DoRA; convolutions with a core as plain ones, which loses nothing; vectors and zeros left out."""
+"""Fit LoRA factors of a given rank to deltas that a format cannot store: other kinds, DoRA.
+Convolutions with a core become standard ones without loss; vectors and zeros are left out."""
 
 import math
 from collections import Counter
@@ -50,11 +50,11 @@ def lowered(
     lossy: bool = False,
     base: Checkpoint | None = None,
 ) -> Contents:
-    """The contents with biases where the format has them, plain factors for what it cannot hold,
-    and with `rank` for all other kinds of deltas; with `lossy` without differences of vectors that
-    it has no place for. The rest stays, for the writer to refuse.
+    """The contents as far as the format can store them: biases in its layout, and with `rank` LoRA
+    factors for other kinds of deltas; with `lossy` without differences of vectors that it cannot
+    store. The rest stays, for the writer to refuse.
 
-    `Refused` where the base is needed and not given, or does not fit.
+    `Refused` if the base is needed and not given, or does not fit.
     """
     contents = with_biases(contents, format)  # first: what the format lacks depends on it
     modules = (
@@ -68,8 +68,8 @@ def lowered(
 
 
 def with_biases(contents: Contents, format: Format) -> Contents:
-    """The contents with biases where the format's files have them: PEFT adds scale · bias beside b,
-    other tools keep what is added to the layer's bias by itself."""
+    """The contents with biases in the format's layout: PEFT adds scale · bias along with b, other
+    tools keep the difference of the layer's bias by itself."""
     if not any({BIAS, DIFFERENCE} & {*module.parts} for module in contents.modules):
         return contents
     kinds = roles_by_kind(format)
@@ -81,7 +81,7 @@ def with_biases(contents: Contents, format: Format) -> Contents:
 
 
 def _apart(modules: Modules) -> list[AdapterModule]:
-    """diff_b = scale · bias as modules of their own, beside those of the factors."""
+    """diff_b = scale · bias as modules of their own, after those of the factors."""
     differences = {(m.component, m.name): m for m in modules if m.kind == FULL}
     result: list[AdapterModule] = []
     for module in modules:
@@ -96,7 +96,7 @@ def _apart(modules: Modules) -> list[AdapterModule]:
 
 
 def _together(modules: Modules) -> list[AdapterModule]:
-    """bias = diff_b / scale among the factors, where a module has both."""
+    """bias = diff_b / scale among the factors, if a module has both."""
     factors = {
         (m.component, m.name): m
         for m in modules
@@ -120,7 +120,7 @@ def _together(modules: Modules) -> list[AdapterModule]:
 
 def without_zeros(contents: Contents, format: Format) -> Contents:
     """The contents without modules of zeros that the format has no keys for; read while planning,
-    as what is written depends on them."""
+    because the output depends on them."""
     reader = PlanReader(contents.folders)
     homeless = [
         m for m in contents.modules if m.kind in DIFFERENCES and lacking(m, format, contents)
@@ -139,8 +139,8 @@ def without_zeros(contents: Contents, format: Format) -> Contents:
 
 
 def _without_vectors(contents: Contents, format: Format) -> Contents:
-    """Without differences of norms and biases that the format has no place for; a note tells
-    which and how large they were."""
+    """The contents without differences of norms and biases that the format cannot store; a note
+    gives their number and size."""
     dropped = [m for m in contents.modules if is_vector(m) and lacking(m, format, contents)]
     if not dropped:
         return contents
@@ -157,7 +157,7 @@ def _without_vectors(contents: Contents, format: Format) -> Contents:
 
 
 def _fitted(contents: Contents, format: Format, rank: int, base: Checkpoint | None) -> Contents:
-    """The contents with plain factors of that rank at most."""
+    """The contents with LoRA factors of at most that rank."""
     modules = contents.modules
     large = [m for m in modules if m.kind in RANKED and m.rank > rank]
     _check_large(large, rank, contents.folders[0].label)
@@ -182,7 +182,7 @@ def _fitted(contents: Contents, format: Format, rank: int, base: Checkpoint | No
 
 
 def _check_large(modules: Modules, rank: int, where: str) -> None:
-    """`Refused` for factors of a larger rank that are none of one matrix."""
+    """`Refused` for factors of a larger rank that are not of one matrix."""
     stacks = [m.path for m in modules if m.kind != FACTORS or m.depth]
     if stacks:
         raise Refused(
@@ -195,7 +195,7 @@ def _check_large(modules: Modules, rank: int, where: str) -> None:
 
 
 def _without_core(module: AdapterModule) -> AdapterModule:
-    """A convolution with a core as a plain one: a'[m, i] = Σ_n mid[m, n] a[n, i]."""
+    """A convolution with a core as a standard one: a'[m, i] = Σ_n mid[m, n] a[n, i]."""
     parts = dict(module.parts)
     parts["a"] = contracted(parts.pop("mid"), parts["a"])
     rank = parts["a"].shape[0]
@@ -205,7 +205,7 @@ def _without_core(module: AdapterModule) -> AdapterModule:
 def read_fitted(
     format: Format, folder: Folder, kind: type[Kind], *, rank: int | None, base: Checkpoint | None
 ) -> Contents:
-    """An adapter in PEFT's layout, of a type that no format holds, as plain factors. `Refused`
+    """An adapter in PEFT's layout, of a type that no format stores, as LoRA factors. `Refused`
     without a rank."""
     if rank is None:
         raise Refused(
@@ -242,7 +242,7 @@ def read_fitted(
 
 
 def _plain_config(config: Mapping[str, Any]) -> Json:
-    """Of an adapter's settings those that hold for plain factors in its place, without ranks."""
+    """The settings of an adapter that still apply to LoRA factors, without ranks."""
     if config["peft_type"] == "LORA":
         return {key: value for key, value in config.items() if key not in ("r", "use_dora")}
     bias = config.get("bias") or "none"
@@ -257,7 +257,7 @@ def _note(counts: Mapping[str, int], rank: int) -> str:
 
 @dataclass
 class _Fitting:
-    """Plain factors of modules while they are planned."""
+    """LoRA factors of modules while they are planned."""
 
     contents: Contents
     rank: int
@@ -297,7 +297,7 @@ class _Fitting:
             self.weights = BaseWeights(self.base, adapter, names, self.notes)
 
     def fitted(self, module: AdapterModule) -> list[AdapterModule]:
-        """The module as plain factors, and what else it holds; itself where it stays as it is."""
+        """The module as LoRA factors, with its other contents; itself if it stays as it is."""
         if module.depth:
             return [module]
         needs = depends_on_base(module)
@@ -353,7 +353,7 @@ class _Fitting:
             )
 
     def _tail(self, module: AdapterModule, weight: StoredParameter | None) -> tuple[int, ...]:
-        """The axes after `out`: of the file, of the base, of the architecture."""
+        """The axes after `out`: from the file, the base or the architecture."""
         if weight is not None:
             return weight.weight_shape[1:]
         trailing_shape = tail_of(module.kind, module.parts)

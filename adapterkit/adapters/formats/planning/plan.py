@@ -1,4 +1,4 @@
-"""The plan of a conversion: a source in any format that is read, a file in any that is written."""
+"""Plan a conversion: from any format that is read to any that is written."""
 
 import math
 import re
@@ -54,7 +54,7 @@ TRAINED = re.compile(
 
 
 def files_of(contents: Contents, written: FormatFile, notes: list[str]) -> Files:
-    """The files of a folder besides its weights; notes tell what goes along or stays behind."""
+    """The files of a folder except its weights; notes list those that are copied or left out."""
     files: Files = {}
     format = written.format
     if written.settings is not None:
@@ -75,9 +75,8 @@ def files_of(contents: Contents, written: FormatFile, notes: list[str]) -> Files
 def _carried(
     source: Folder, format: Format, written: Collection[str], notes: list[str]
 ) -> dict[str, CopyFile]:
-    """The source's files that the target's format takes along; all others join the notes.
-
-    `written`: the files that the conversion writes itself, and the source's of those names."""
+    """The source's files that the target's format copies; the others join the notes. `written`: the
+    files that the conversion writes itself, and the source's of those names."""
     files, left = {}, []
     for name, size in sorted(source.files().items()):
         if name in written or name == RECEIPT:
@@ -99,7 +98,7 @@ LAYOUTS = {"gguf": "bases.gguf.adapter:gguf_layout"}  # of containers that are n
 
 
 def plan_conversion(convert: Convert) -> Plan:
-    """The plan of a conversion as it is asked for."""
+    """The plan of a conversion."""
     target = Path(convert.out)
     is_file = target.suffix in FILES and not is_on_hub(convert.out)
     source = open_unconverted(convert.src, convert.allow_pickle)
@@ -114,7 +113,7 @@ def plan_conversion(convert: Convert) -> Plan:
 
 
 def base_for(text: StrPath, source: Folder, component: str | None = None) -> Checkpoint:
-    """The base, of a pipeline the part that the adapter is for."""
+    """The base; for a pipeline, the component that the adapter is for."""
     base = kind_of(open_model(text))
     own = base.own("base of a conversion")
     return own(base, source, component) if own else open_base(text)
@@ -127,8 +126,8 @@ def plan_convert(
     file: str | None = None,
     detection: Detection | None = None,  # of the source, where it is known
 ) -> Plan:
-    """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
-    of the one file that is wanted; without it, a folder as the format has it."""
+    """Plan a conversion, or raise `Refused` with everything that cannot be done. `file`: the name
+    of a single output file; otherwise a folder in the format's layout."""
     format = format_named(options.to)
     conversion = AdapterConversion(source, detection or detect(source), options, base)
     if file is not None:
@@ -156,8 +155,8 @@ def plan_contents(
 
 
 def _check_target(format: Format, file: str) -> None:
-    """`Refused` for one file of a format that has settings beside its weights, or whose weights
-    are in files with another ending."""
+    """`Refused` for a single file of a format that needs settings next to its weights, or whose
+    weights are in files with another ending."""
     ending = Path(format.file.name).suffix
     if not format.file.config and Path(file).suffix == ending:
         return
@@ -171,7 +170,7 @@ def _check_target(format: Format, file: str) -> None:
 
 
 def _check_source(contents: Contents, conversion: AdapterConversion) -> None:
-    """`Refused` for factors that do not fit the base, and for no modules at all."""
+    """`Refused` for factors that do not fit the base, and for an adapter without modules."""
     base, model = conversion.base, conversion.model
     problems = [] if base is None else shape_problems(contents, base)
     problems += [] if model is None else parameter_problems(contents, model)
@@ -187,12 +186,12 @@ def _check_source(contents: Contents, conversion: AdapterConversion) -> None:
 
 
 def _shapes(contents: Contents) -> list[tuple]:
-    """What a config says of each module."""
+    """The facts about each module that a config depends on."""
     return [(m.name, m.kind, m.rank, m.alpha, tuple(m.parts)) for m in contents.modules]
 
 
 def _in_dialect(contents: Contents, format: Format, model: NamedBase | None) -> Contents:
-    """The contents as a dialect of PEFT's layout has them, for the base that is given."""
+    """The contents in a dialect of PEFT's layout, for the given base."""
     name = hub_id(model.checkpoint.folder) if model is not None else None
     if name is not None:
         contents = replace(contents, config={**contents.config, "base_model_name_or_path": name})
@@ -231,7 +230,7 @@ def written_file(conversion: AdapterConversion, contents: Contents, is_rebuilt: 
 
 
 def _in_file(contents: Contents, format: Format, model: NamedBase | None) -> Contents:
-    """Modules as the base's file has them where a format names those: single experts, other
+    """Modules with the names in the base's file, for formats that use those: single experts, other
     names."""
     if model is not None and format.names.file:
         modules = renamed(contents.modules, model, in_file=True)
@@ -261,7 +260,7 @@ def plan_written(
     file: str | None = None,
     more: tuple[OutputFile, ...] = (),
 ) -> Plan:
-    """The plan that writes a file of these contents, alone or in a folder, there beside `more`."""
+    """The plan that writes a file of these contents, alone or in a folder together with `more`."""
     format = written.format
     name = file or format.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
@@ -298,7 +297,7 @@ def plan_written(
 
 
 def _notes(source: Folder, contents: Contents, written: FormatFile, file: str) -> Iterator[str]:
-    """What was left out, folded and rounded; with the source's notes, and those of the format."""
+    """Notes on scales and modules left out, folded or rounded, and those of the source and format."""
     maker: Any = getattr(source, "maker", None)
     if left_out := getattr(maker, "left_out", ()):
         yield f"not converted: {maker.pickle} also holds {listed(left_out)}"
@@ -319,7 +318,7 @@ def _notes(source: Folder, contents: Contents, written: FormatFile, file: str) -
 
 
 def _rounded_note(written: FormatFile) -> list[str]:
-    """That scales were multiplied into factors of few bits, and what that rounds away."""
+    """A note on scales multiplied into factors of few bits, and the rounding error."""
     rounded = [
         tensor
         for tensor in written.tensors
@@ -337,5 +336,5 @@ def _rounded_note(written: FormatFile) -> list[str]:
 
 
 def _rounds(factor: float) -> bool:
-    """Whether it is no power of 2, which shifts the exponent alone."""
+    """True unless it is a power of 2, which shifts the exponent only."""
     return math.frexp(abs(factor))[0] != 0.5

@@ -1,4 +1,4 @@
-"""An adapter of an image or video model under the names that the model has in its one file."""
+"""Convert an adapter to the names in a single-file image or video model."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -42,10 +42,9 @@ WEIGHTS, BIASES, TABLES = ("weight", "scale"), ("bias",), ("modulation", "scale_
 
 
 def plan_in_names_of(model: SingleFileModel, source: Folder, detection: Detection) -> Plan:
-    """The conversion of an adapter into PEFT's layout, its modules named as in the model's file:
-    what the file fuses is one module. Those of parts that are not in the file keep the part's name
-    in front; what is no plain factors is in a file beside them. `Refused` with all that cannot be
-    done."""
+    """Convert an adapter into PEFT's layout, with the names of the model's file, which fuses
+    modules. Modules of components that are not in the file keep the component's name in front.
+    Other deltas go to a second file. `Refused` with everything that cannot be done."""
     options = ConvertOptions(to=PEFT, architecture=model.architecture)
     contents = read_contents(AdapterConversion(source, detection, options, file=model))
     plain, added = _InFile(contents, model).converted()
@@ -53,8 +52,8 @@ def plan_in_names_of(model: SingleFileModel, source: Folder, detection: Detectio
 
 
 def plan_with_others(source: Folder, contents: Contents, options: ConvertOptions) -> Plan | None:
-    """The conversion of one component into PEFT's layout, with what is no plain factors in a file
-    beside them; None where all are."""
+    """Convert one component into PEFT's layout, with other deltas in a second file; None if all
+    modules are standard LoRA."""
     modules = [replace(module, component=LANGUAGE) for module in contents.modules]
     plain, others = _split(modules)
     added = [one for module in others for one in _deltas_of(module, None)]
@@ -70,7 +69,7 @@ def _plan(
     added: Sequence[AddedDelta],
     options: ConvertOptions,
 ) -> Plan:
-    """Plain factors in PEFT's layout, and deltas of other kinds in a file beside them."""
+    """LoRA factors in PEFT's layout, and deltas of other kinds in a second file."""
     contents = replace(contents, modules=tuple(plain), architectures=())
     more = []
     if added:
@@ -83,7 +82,7 @@ def _plan(
 
 
 def _split(modules: Modules) -> tuple[list[AdapterModule], list[AdapterModule]]:
-    """Modules that PEFT's layout holds together, and those of other kinds."""
+    """Modules that PEFT's layout stores together, and those of other kinds."""
     ranked = [m for m in modules if m.kind == FACTORS and not {*m.parts} & {*NOT_PLAIN}]
     is_mixed = any("magnitude" in m.parts for m in ranked)
     own = {id(m) for m in ranked if "magnitude" in m.parts or not is_mixed}
@@ -92,7 +91,7 @@ def _split(modules: Modules) -> tuple[list[AdapterModule], list[AdapterModule]]:
 
 
 def _deltas_of(named: AdapterModule, rows: range | None) -> Iterator[AddedDelta]:
-    """What a module of another kind adds, to one parameter each."""
+    """The deltas of a module of another kind, for one parameter each."""
     roles = {"diff_b": BIASES, "table": TABLES}
     if named.kind not in ("full", "modulation"):
         yield AddedDelta(named, WEIGHTS, rows)
@@ -106,13 +105,13 @@ def _deltas_of(named: AdapterModule, rows: range | None) -> Iterator[AddedDelta]
 
 @dataclass(frozen=True)
 class _InFile:
-    """The modules of an adapter on their way into the file's names."""
+    """An adapter's modules during their conversion to the file's names."""
 
     contents: Contents
     model: SingleFileModel
 
     def converted(self) -> tuple[list[AdapterModule], list[AddedDelta]]:
-        """Plain factors, and what is added as it is."""
+        """LoRA factors, and deltas that are added unchanged."""
         modules = self._in_parts()
         self._check_names(modules)
         plain, others = _split(modules)
@@ -127,8 +126,8 @@ class _InFile:
         return self._named(plain), added
 
     def _found(self, module: AdapterModule) -> tuple[Match, str] | None:
-        """The rule by which the file has a module, and its name there; None where it has none for
-        what it is."""
+        """The rule that names a module in the file, and the name; None if the file has none for its
+        kind."""
         part = self.model.parts.get(module.component)
         if part is None:
             return None
@@ -138,8 +137,8 @@ class _InFile:
         return None if is_matrix and (module.kind, {*module.parts}) != PLAIN else named
 
     def _check_names(self, modules: Modules) -> None:
-        """`Refused` where the file's parts have none of the modules; of some the merge says it,
-        unless they are left out."""
+        """`Refused` if the file's components have none of the modules. The merge reports single
+        missing modules, unless they are left out."""
         there = [m for m in modules if m.component in self.model.parts]
         if there and not any(map(self._found, there)):
             raise Refused(
@@ -152,7 +151,7 @@ class _InFile:
             )
 
     def _named(self, modules: Modules) -> list[AdapterModule]:
-        """The modules of the file that these are, fused."""
+        """The modules of the file for these, fused."""
         found = [self._found(module) is not None for module in modules]
         there = [*compress(modules, found)]
         reader = PlanReader(self.contents.folders)
@@ -165,7 +164,7 @@ class _InFile:
         return named + [replace(m, name=m.path, component=LANGUAGE) for m in rest]
 
     def _valued(self, module: AdapterModule) -> AdapterModule:
-        """A module trained whole, its tensors called as the file has them."""
+        """A fully trained module with the file's names of tensors."""
         if module.kind != VALUE:
             return module
         there = self.model.tensors
@@ -176,7 +175,7 @@ class _InFile:
         )
 
     def _added(self, module: AdapterModule) -> Iterator[AddedDelta]:
-        """What a module adds, to which parameters and rows of the file."""
+        """The deltas of a module, with their parameters and rows in the file."""
         named = self._found(module)
         if named is None:
             yield from _deltas_of(self._named([module])[0], None)
@@ -192,7 +191,7 @@ class _InFile:
             yield from _deltas_of(own, self._rows(module, match, own.name))
 
     def _rows(self, module: AdapterModule, match: Match, name: str) -> range:
-        """The rows of a module of the file that this one is."""
+        """The rows of this module in the file's module."""
         tensors = self.model.tensors
         spec = tensors.get(f"{name}.weight") or tensors.get(f"{name}_weight")  # OpenCLIP's in_proj
         fusion = Fusion(match.rule, self.model.namings[module.component])
@@ -208,8 +207,8 @@ class _InFile:
         return rows
 
     def _apart(self, modules: Modules) -> set[int]:
-        """Ids of plain factors that are added as they are: of a transposed matrix, and DoRA of some
-        of the modules that the file fuses, whose magnitudes are of these rows."""
+        """Ids of LoRA factors that are added unchanged: those of a transposed matrix, and DoRA on
+        some of the modules that the file fuses, because its magnitudes belong to their rows."""
         found = [(module, *named) for module in modules if (named := self._found(module))]
         fused = Counter((m.component, text) for m, _, text in found if "magnitude" in m.parts)
         return {
@@ -221,7 +220,7 @@ class _InFile:
         }
 
     def _in_parts(self) -> list[AdapterModule]:
-        """The modules, of an adapter of one part that does not say which with that part."""
+        """The modules; an adapter of one unnamed component gets its name."""
         model, modules = self.model, list(self.contents.modules)
         bare = [m for m in modules if m.component == LANGUAGE and m.name not in model.modules]
         if not bare:

@@ -1,4 +1,4 @@
-"""What the source of a conversion holds, with what its base tells of modules, heads and experts."""
+"""Read the source of a conversion, using its base for names of modules, heads and experts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ from adapterkit.core.weights.plan_reader import PlanReader
 
 @dataclass(frozen=True)
 class AdapterConversion:
-    """A source in its format, with what is asked for and the base that is given."""
+    """A source in its format, with the options and the base of its conversion."""
 
     source: Folder
     detection: Detection
@@ -49,12 +49,12 @@ class AdapterConversion:
 
     @cached_property
     def format(self) -> Format:
-        """The format that is written."""
+        """The format to write."""
         return format_named(self.options.to)
 
     @cached_property
     def model(self) -> NamedBase | None:
-        """The model of the base where a conversion from or to PEFT's layout can need it."""
+        """The model of the base if a conversion from or to PEFT's layout may need it."""
         detection, base = self.detection, self.base
         if base is None or not base.tensors:  # of a config alone no names are known
             return None
@@ -73,8 +73,7 @@ class AdapterConversion:
 
     @cached_property
     def modules(self) -> list[str]:
-        """The modules of the base by its keys, and by the names of its model where that is
-        known."""
+        """The modules of the base by its keys, and by the names of its model if known."""
         names = set() if self.base is None else set(self.base.tensors)
         if self.model is not None:
             names |= set(self.model.names.all())
@@ -82,7 +81,7 @@ class AdapterConversion:
 
     @cached_property
     def facts(self) -> BaseFacts:
-        """What is known of the model: by the base, else by the config beside the source."""
+        """Facts about the model, from the base or else from the config in the source's folder."""
         if self.base is None:
             return BaseFacts.of(self.detection.config)
         config = self.base.config
@@ -91,9 +90,9 @@ class AdapterConversion:
 
 
 def shape_problems(contents: Contents, base: Checkpoint) -> list[AdapterkitError]:
-    """Refusals of factors whose product has another shape than the base's weight of that name.
+    """Refuse factors whose product has another shape than the base's weight of that name.
 
-    Quantized weights are not compared, nor layers that control adapters widen.
+    Quantized weights, and layers that control adapters widen, are not compared.
     """
     wide = {module for _, module in base_inputs(contents.architectures)}
     errors = Problems(where=base.folder.label, code="AK401")
@@ -112,7 +111,7 @@ def shape_problems(contents: Contents, base: Checkpoint) -> list[AdapterkitError
 
 
 def parameter_problems(contents: Contents, model: NamedBase) -> list[AdapterkitError]:
-    """Refusals of factors that are of no parameter of the model that target_parameters names."""
+    """Refuse factors that target_parameters names but that belong to no parameter of the model."""
     targets = tuple(contents.config.get("target_parameters") or ())
     errors = Problems(where=model.checkpoint.folder.label, code="AK401")
     for module in (module for module in contents.modules if module.kind == PARAMETER):
@@ -132,8 +131,8 @@ def parameter_problems(contents: Contents, model: NamedBase) -> list[AdapterkitE
 
 
 def with_matrices(contents: Contents, model: NamedBase) -> Contents:
-    """Factors of a parameter that is its module's one matrix, such as a router's `weight` (out,
-    in), as those of the module: PEFT has the two the same way round."""
+    """Turn factors of a parameter that is its module's only matrix, such as a router's `weight`
+    (out, in), into factors of the module, because PEFT orients the two alike."""
     targets = contents.config.get("target_parameters") or ()
 
     def is_matrix(module: AdapterModule) -> bool:
@@ -151,8 +150,8 @@ def with_matrices(contents: Contents, model: NamedBase) -> Contents:
 
 
 def with_axes_of(tensors: Mapping[str, TensorSpec], modules: Modules) -> list[AdapterModule]:
-    """Factors of kernels of one point with as many axes as the base's weight of that name has:
-    linear layers of one model are such convolutions in another, as U-Nets' proj_in."""
+    """Give 1x1 kernels as many axes as the base's weight of that name has: linear layers of one
+    model are such convolutions in another, for example proj_in of U-Nets."""
     own: list[AdapterModule] = []
     for module in modules:
         spec, parts = tensors.get(f"{module.name}.weight"), dict(module.parts)
@@ -165,8 +164,8 @@ def with_axes_of(tensors: Mapping[str, TensorSpec], modules: Modules) -> list[Ad
 
 
 def _fits(module: AdapterModule, shape: tuple[int, ...]) -> bool:
-    """Whether a (r, in, *kernel) and b (out, r) make a weight of that shape, or of its transpose:
-    GPT-2 stores linear layers so, and embeddings are."""
+    """True if a (r, in, *kernel) and b (out, r) make a weight of that shape or its transpose:
+    GPT-2's linear layers and embeddings are stored transposed."""
     rows, columns = module.parts["b"].shape[0], module.parts["a"].shape[1:]
     if "mid" in module.parts:  # which has the kernel
         columns = (columns[0], *module.parts["mid"].shape[2:])
@@ -177,7 +176,7 @@ def _fits(module: AdapterModule, shape: tuple[int, ...]) -> bool:
 
 
 def read_contents(conversion: AdapterConversion) -> Contents:
-    """The source's contents, of the components that are asked for."""
+    """The source's contents, limited to the requested components."""
     detection, base = conversion.detection, conversion.base
     if detection.parts:
         contents = _of_parts(conversion.source, detection.parts)
@@ -224,7 +223,7 @@ def _of_keys(conversion: AdapterConversion) -> Contents:
 
 
 def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
-    """The contents of folders in PEFT's layout, one for each part of a pipeline."""
+    """The contents of folders in PEFT's layout, one per component of a pipeline."""
     errors = Problems()
     own: dict[str, Contents] = {}
     for number, part in enumerate(parts):
@@ -244,7 +243,7 @@ def _of_parts(source: Folder, parts: Sequence[str]) -> Contents:
 
 
 def selected(contents: Contents, component: str) -> Contents:
-    """The contents of one component; bare modules are taken for it."""
+    """The contents of one component; modules without a component count as its own."""
     if contents.components == (LANGUAGE,):
         modules = [replace(m, component=component) for m in contents.modules]
     else:
@@ -261,8 +260,8 @@ def selected(contents: Contents, component: str) -> Contents:
 
 
 def in_model_names(contents: Contents, model: SingleFileModel) -> Contents:
-    """The contents of an adapter that names modules as a model's file does, by the names of the
-    model itself, split; others stay. `Refused` for those that no rule names."""
+    """Translate the names of a model's file in an adapter into names of the model, and split fused
+    modules; others stay. `Refused` for modules that no rule names."""
     reader = PlanReader(contents.folders)
     errors, modules = Problems(where=contents.folders[0].label), list[AdapterModule]()
     for module in contents.modules:
@@ -277,7 +276,7 @@ def in_model_names(contents: Contents, model: SingleFileModel) -> Contents:
 
 
 def _of_model(module: AdapterModule, model: SingleFileModel, reader: PlanReader) -> Modules:
-    """The modules of the model that one of its file is."""
+    """The modules of the model for one of its file."""
     for component, names, match in model.found(module.name):
         own, models = replace(module, component=component), names.models(match)
         if names.naming == MODEL:
