@@ -1,7 +1,7 @@
-"""adapterkit: surgery on adapter and model checkpoints, done on the files.
+"""adapterkit: edit LoRA adapters and model checkpoints as files.
 
 The verbs and LoraConfig are imported on first use, so `import adapterkit` loads neither torch nor
-transformers. Their errors are here too.
+transformers. The exceptions are imported at once.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What commands do that call a verb and print its result in a way of their own."""
+"""Commands that call a verb and print its result in their own way."""
 
 from collections.abc import Callable
 from shutil import get_terminal_size
@@ -45,7 +45,7 @@ CONVERT_OPTIONS = [
 def reading(
     show: Callable[[Json], object], is_fine: Callable[[Json], bool] = lambda result: True
 ) -> Callable[..., None]:
-    """Call a verb that reads, and print its result, as JSON or by `show`; the exit status is 1
+    """Call a verb that reads, and print its result, as JSON or with `show`; the exit status is 1
     unless the result `is_fine`."""
 
     def action(
@@ -64,7 +64,7 @@ def reading(
 
 
 def inspect(verb: type[Verb], paths: Any, modules: bool, **options: Any) -> None:
-    """Print what sources hold; the exit status is 1 where a file cannot be read."""
+    """Print the contents of sources; the exit status is 1 if a file cannot be read."""
 
     def show(result: Json) -> None:
         from adapterkit.verbs.look.tables import adapters_table, inspect_table
@@ -78,7 +78,7 @@ def inspect(verb: type[Verb], paths: Any, modules: bool, **options: Any) -> None
 
 
 def diff(verb: type[Verb], *sources: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Print what two sources do not have in common; the exit status is 1 where they differ."""
+    """Print the differences of two sources; the exit status is 1 if there are any."""
 
     def show(result: Json) -> None:
         from adapterkit.verbs.look.tables import diff_table
@@ -92,7 +92,7 @@ def diff(verb: type[Verb], *sources: str, as_json: bool, quiet: bool, **options:
 
 
 def report(verb: type[Verb], adapters: Any, **options: Any) -> None:
-    """Write the page, and print what it advises, or its numbers."""
+    """Write the page, and print its advice or its numbers."""
 
     def show(result: Json) -> None:
         advice = result["advice"]
@@ -106,7 +106,7 @@ def report(verb: type[Verb], adapters: Any, **options: Any) -> None:
 def fit(
     verb: type[Verb], base: str, adapters: Any, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Fit weights, and print the losses that are held out, what was written and why."""
+    """Fit weights, and print the held-out losses, the files written and the reasons."""
     unit = "batches" if options["score"] is None else "evaluations"
     with ProgressBar(quiet or options["dry_run"], unit) as bar:
         # not the bar itself: how many there are to come is not known
@@ -120,7 +120,7 @@ def fit(
 
 
 def check(verb: type[Verb], adapter: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Print what an engine does with an adapter; the exit status is 1 unless it takes all of it."""
+    """Print an engine's treatment of an adapter; the exit status is 1 unless it loads all of it."""
     result = function_of(verb)(adapter, **options)
     if as_json:
         print_json(result)
@@ -144,8 +144,7 @@ def _show_same(result: Json) -> None:
 
 
 def run(verb: type[Verb], file: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Run a worker of a plan file, the steps of a pipeline, or a recipe, and print what was
-    done."""
+    """Run a worker of a plan file, the steps of a pipeline or a recipe, and print a summary."""
     from adapterkit.many.workflows.run import RECIPES
 
     ctx = click.get_current_context()
@@ -199,7 +198,7 @@ def convert(
     out_pattern: str | None,
     **options: Any,
 ) -> None:
-    """Convert a source, or those of a list; or print what a source or the formats hold."""
+    """Convert a source, or those of a list; or print the contents of a source, or the formats."""
     _check_usage(src, detect, listing, from_list, out_pattern, options)
     if listing:
         from adapterkit.verbs.look.formats import formats_table, list_formats
@@ -228,7 +227,7 @@ def _check_usage(
     out_pattern: str | None,
     options: Json,
 ) -> None:
-    """A usage error unless there is one thing to do, with what it needs."""
+    """A usage error unless there is one thing to do, with the options that it needs."""
     if (src is not None) + listing + (from_list is not None) != 1:
         raise click.UsageError("give SRC, --list or --from-list FILE")
     if listing or detect:

@@ -22,8 +22,8 @@ PLACES = ("{name}", "{parent}")
 def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **options: Any) -> int:
     """Convert each source in the file's lines; the exit status: 0 if all are done, else 1.
 
-    Empty lines and those that start with # say nothing. Raises `Refused` before the first
-    conversion where two outputs would be one, `Interrupted` on a signal.
+    Empty lines and those that start with # are skipped. Raises `Refused` before the first
+    conversion if two outputs are the same, `Interrupted` on a signal.
     """
     from adapterkit.adapters.formats.convert import convert
     from adapterkit.many.workflows.workflow import outcome, refusal, report
@@ -62,7 +62,7 @@ def run_steps(file: str, *, as_json: bool, quiet: bool, dry_run: bool, **options
 
 
 def _finish(report: Json, as_json: bool, quiet: bool) -> int:
-    """Print what is left to print of a report; the exit status."""
+    """Print the rest of a report; the exit status."""
     totals = report["totals"]
     if as_json:
         print_json(report)
@@ -73,7 +73,7 @@ def _finish(report: Json, as_json: bool, quiet: bool) -> int:
 
 
 def read_lines(file: str) -> list[str]:
-    """The lines of a text file, of standard input for -; `Refused` where it cannot be read."""
+    """The lines of a text file, or of standard input for -; `Refused` if it cannot be read."""
     try:
         with click.open_file(file, encoding="utf-8") as stream:
             return stream.readlines()
@@ -88,8 +88,7 @@ def read_lines(file: str) -> list[str]:
 
 
 def plan_outputs(lines: Iterable[str], pattern: str) -> list[tuple[str, str]]:
-    """(source, output) of each source in the lines; `Refused` with all outputs that are not one
-    source's alone."""
+    """(source, output) for each line; `Refused` with all outputs that several sources share."""
     where = f"--out-pattern {shown(pattern)}"
     words = {word for word in re.findall(r"\{[^}]*+\}?", pattern) if word.endswith("}")}
     unknown = sorted(words - set(PLACES))
@@ -124,8 +123,8 @@ def plan_outputs(lines: Iterable[str], pattern: str) -> list[tuple[str, str]]:
 
 
 def name_and_parent(source: str) -> tuple[str, str]:
-    """What {name} and {parent} stand for: a file's name without its ending or a folder's, and the
-    folder around it; of a Hub id those of its file, its subfolder or its repository."""
+    """The values of {name} and {parent}: the name of a file without its ending, or of a folder, and
+    the folder around it; for a Hub id, of its file, its subfolder or its repository."""
     hub_id = None if os.path.exists(source) else parse(source)
     if hub_id is not None:
         path = Path(*filter(None, (hub_id.repo, hub_id.subfolder)))
@@ -137,7 +136,7 @@ def name_and_parent(source: str) -> tuple[str, str]:
 
 
 def _print_row(row: Json) -> None:
-    """A job for the terminal."""
+    """Print one job of the report."""
     job = shown(row["source"]) if "source" in row else f"step {row['step']}, {row['verb']}"
     lines = [f"{row['state']}: {job} -> {shown(row['out'])}"]
     if "message" in row:

@@ -1,5 +1,5 @@
-"""The commands, by section of the help: each is made of the record of its verb. Methods and formats
-are listed without an import of theirs."""
+"""The commands, by section of the help, each made from its verb's record. Methods and formats are
+listed without importing them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,7 +30,7 @@ from adapterkit.verbs.combine.methods import ALIASES
 
 
 def combinations() -> dict[str, Rows]:
-    """Methods by what they act on, and PEFT's names of them."""
+    """Methods by their operands, and PEFT's names for them."""
     on_factors: Rows = []
     on_elements: Rows = []
     for name, method in declarations("combinations").items():
@@ -45,14 +45,14 @@ def combinations() -> dict[str, Rows]:
 
 
 def methods() -> dict[str, Rows]:
-    """Methods that deltas are merged by."""
+    """Methods for merging deltas."""
     factors, elements, _ = combinations().values()
     rows = [row for row in [*factors, *elements] if row[0] != "regmean"]
     return {"Methods": sorted(rows)}
 
 
 def initializations() -> dict[str, Rows]:
-    """Inits by what they do to the base."""
+    """Inits by their effect on the base."""
     titles = {
         False: "Methods that leave the base as it is",
         True: "Methods that take a part of each weight",
@@ -65,7 +65,7 @@ def initializations() -> dict[str, Rows]:
 
 
 def _described(one: Declaration, options: Sequence[str] = ()) -> str:
-    """What a member of a family is: its summary with its options, and its tier."""
+    """The text on a member of a family: its summary with its options, and its tier."""
     flags = ", ".join(map(as_flag, options))
     text = one.summary.rstrip(".") + f" ({flags})" * bool(flags)
     return f"{text}. {one.tier.capitalize()}."
@@ -85,7 +85,7 @@ def formats() -> dict[str, Rows]:
 
 
 def adapter_formats() -> dict[str, Rows]:
-    """The formats of adapters, by whether they are written."""
+    """The formats of adapters, by whether they can be written."""
     from adapterkit.adapters.formats import library
 
     groups: dict[str, Rows] = {"Formats": [], "Formats that are only read": []}
@@ -135,7 +135,7 @@ def command_of(verb: type[Verb]) -> click.Command:
 
 
 def _check_sources(verb: type[Verb], params: Sequence[click.Parameter], values: Json) -> None:
-    """Sources that an option may make up for, as click has others that are missing."""
+    """Check sources that an option can replace; click checks other missing ones."""
     for field in fields_of(verb):
         unless = option_of(field).unless
         if unless and not values[field.name] and not values[unless]:
@@ -144,7 +144,7 @@ def _check_sources(verb: type[Verb], params: Sequence[click.Parameter], values: 
 
 
 def command_named(name: str) -> click.Command:
-    """The command of this name; only its own record is read."""
+    """The command of this name; only its own record is imported."""
     return OWN[name] if name in OWN else command_of(verb_named(name))
 
 

@@ -1,6 +1,6 @@
-"""Types of arguments that the shell completes, and the command that prints the shell's script.
+"""Argument types that the shell completes, and the command that prints the shell's script.
 
-They check nothing: a verb refuses a wrong value itself, from Python and from here alike.
+They check nothing, because a verb refuses a wrong value itself, from Python and the shell alike.
 """
 
 import re
@@ -31,7 +31,7 @@ class SourceType(click.ParamType):
 
 
 class Name(click.ParamType):
-    """One of `names()`, which is called by the help and by completion only."""
+    """One of `names()`, which only the help and completion call."""
 
     name = "name"
 
@@ -69,7 +69,7 @@ class Targets(click.ParamType):
 
 
 def module_suffixes(path: str) -> list[str]:
-    """Last components of the names of modules whose weight is a matrix, in a local checkpoint."""
+    """Last name components of modules with a matrix as weight, in a local checkpoint."""
     from adapterkit.core.checkpoint.folder import LocalFolder
     from adapterkit.core.checkpoint.spec import scan_checkpoint
 

@@ -1,5 +1,5 @@
-"""The group of all commands, whose errors become messages and exit statuses, and the help of a
-command that writes."""
+"""The group of all commands, which turns errors into messages and exit statuses, and the help of
+commands that write."""
 
 import os
 import traceback
@@ -17,7 +17,7 @@ Rows = list[tuple[str, str]]  # a name and a text
 
 
 class VerbCommand(click.Command):
-    """The command of a verb. Its help has the `tier`, the options without a section and those of
+    """The command of a verb. Its help has the `tier`, the options without a section, those of
     `sections` (parameter -> title), and at its end `lists()`: title -> rows."""
 
     def __init__(
@@ -54,8 +54,8 @@ class VerbCommand(click.Command):
 
 
 class Group(click.Group):
-    """Commands in `sections` of the help: title -> names. `make` makes one when it is needed: each
-    costs the start some time."""
+    """Commands in `sections` of the help: title -> names. `make` makes one on demand, because each
+    costs start-up time."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Group(click.Group):
     # click has a plain attribute
     @cached_property
     def commands(self) -> dict[str, click.Command]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """All of them."""
+        """All commands by name."""
         return {name: self.make(name) for name in self.names}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -89,8 +89,8 @@ class Group(click.Group):
                 formatter.write_dl([(name.ljust(width), self.summary(name)) for name in names])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """An `AdapterkitError` ends in a message and `error_status`; wrong usage is click's, status
-        2; all else is a bug and keeps its traceback."""
+        """Turn an `AdapterkitError` into a message and `error_status`. click reports wrong usage
+        with status 2; any other exception is a bug and keeps its traceback."""
         try:
             signals.install()
             result = super().invoke(ctx)
@@ -120,8 +120,8 @@ class Group(click.Group):
 
 
 def _nearest(error: click.NoSuchOption) -> click.NoSuchOption:
-    """Of click's guesses those alone that the name begins with, where there are any: --output is
-    --out, though --compat has more letters in common."""
+    """Keep only those of click's guesses that the name begins with, if there are any: for example
+    --out for --output, although --compat has more letters in common."""
     near = [name for name in error.possibilities or () if error.option_name.startswith(name)]
     if not near:
         return error

@@ -1,5 +1,5 @@
-"""What commands print: plans, receipts, results, and progress; where the encoding of the console
-or the file lacks letters, such as code page 1252, with readable stand-ins, and never an error."""
+"""Print plans, receipts, results and progress. Letters missing from the encoding of a console or
+file, such as code page 1252, are replaced instead of raising an error."""
 
 import codecs
 import io
@@ -42,7 +42,7 @@ def run_verb(
     dry_run: bool = False,
     **options: object,
 ) -> None:
-    """Run a verb, with progress, and print its plan or receipt; with `plan` write that file
+    """Run a verb with progress, and print its plan or receipt; with `plan`, write that file
     instead."""
     from adapterkit.core.receipt import Receipt
 
@@ -216,7 +216,7 @@ def print_receipt(receipt: "Receipt") -> None:
 
 
 def _next(receipt: "Receipt") -> str:
-    """What to do with an output on this machine: see it, load it, verify it, or send it."""
+    """The next command for a local output: view it, load it, verify it, or upload it."""
     from adapterkit.adapters.formats.engines import engines
     from adapterkit.core.commands import command
 
@@ -237,7 +237,7 @@ def _next(receipt: "Receipt") -> str:
 
 
 def _made(data: Json) -> str:
-    """What the job wrote: statistics, the modules of an adapter, or changed tensors of a model."""
+    """The job's result: statistics, the modules of an adapter, or changed tensors of a model."""
     totals = data["totals"]
     if data["recipe"]["verb"] == "stats":
         return (
@@ -289,7 +289,7 @@ def print_diff(document: Json, lines: list[str]) -> None:
 
 
 def never_fail() -> None:
-    """Let what is printed have stand-ins where the stream's encoding lacks a letter."""
+    """Replace letters in printed text that the stream's encoding lacks."""
     codecs.register_error("adapterkit", _stand_in)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # somebody may have put something else there

@@ -1,4 +1,4 @@
-"""The parameters of a command, made of the fields of a verb's record."""
+"""The parameters of a command, made from the fields of a verb's record."""
 
 import dataclasses
 import glob
@@ -54,7 +54,7 @@ def sections_of(verb: type[Verb]) -> dict[str, str]:
 
 
 def _parameter(field: dataclasses.Field) -> click.Parameter:
-    """An argument or an option; one without a default is required."""
+    """An argument or an option; it is required if it has no default."""
     option, default = option_of(field), field.default
     check = option.check
     is_required = default is dataclasses.MISSING
@@ -78,8 +78,8 @@ def _parameter(field: dataclasses.Field) -> click.Parameter:
 
 
 class SourcesArgument(click.Argument):
-    """Several sources. cmd and PowerShell leave patterns to programs: one that is no path stands
-    for those that it matches, in the order of their names."""
+    """Several sources. cmd and PowerShell do not expand patterns, so a pattern that is no path
+    stands for its matches, sorted by name."""
 
     def type_cast_value(self, ctx: click.Context, value: tuple[str, ...]) -> tuple[str, ...]:
         paths = [path for text in value or () for path in _matching(text)]
@@ -92,14 +92,14 @@ def _matching(text: str) -> list[str]:
 
 
 def _type(check: Check) -> Any:
-    """How click reads a value."""
+    """click's type for a value."""
     if callable(check.words):
         return Name(check.words)
     return click.Choice(check.words) if check.words else TYPES.get(check.kind, str)
 
 
 def arguments_of(verb: type[Verb], values: Json) -> tuple[list[Any], Json]:
-    """A command's values as a verb takes them: its sources, and the others by name."""
+    """A command's values in the form of a verb's arguments: its sources, and the others by name."""
     fields = fields_of(verb)
     sources = [values.pop(field.name) for field in fields if not field.kw_only]
     for name in (f.name for f in fields if option_of(f).check.kind == "settings"):

@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM: the first one stops the job and keeps finished shards, the second exits; exit
-statuses of errors.
+"""Handle SIGINT and SIGTERM: the first one stops the job and keeps finished shards, the second
+exits. Exit statuses of errors.
 
-The first raises `KeyboardInterrupt` in whatever the main thread does. Where that is a finalizer, a
-weak reference's callback or the end of a generator, Python drops the exception: it is raised again.
+The first raises `KeyboardInterrupt` in the main thread. In a finalizer, a weak reference's callback
+or the end of a generator, Python drops the exception, so it is raised again.
 """
 
 import os
@@ -27,13 +27,13 @@ WAITING = 3  # of run: other workers have still to make what its files need
 
 
 def error_status(ctx: click.Context | None) -> int:
-    """The exit status of an error in the command that runs."""
+    """The exit status of an error in the running command."""
     command = ctx.find_root().invoked_subcommand if ctx else None
     return ERROR_STATUS.get(command or "", 1)
 
 
 def stopped(ctx: click.Context | None, problem: str = "stopped") -> Interrupted:
-    """What a command says that was interrupted, whether or not its work had begun."""
+    """The error of an interrupted command, whether or not its work had started."""
     command = None
     if ctx is not None and isinstance(group := (root := ctx.find_root()).command, click.Group):
         command = group.get_command(root, root.invoked_subcommand or "")
@@ -44,7 +44,7 @@ def stopped(ctx: click.Context | None, problem: str = "stopped") -> Interrupted:
 
 
 def fail(error: AdapterkitError, status: int) -> NoReturn:
-    """Print an error, with the command that resumes where there is one, and exit."""
+    """Print an error, with the command that resumes if there is one, and exit."""
     text = f"Error: {error.text()}"
     if isinstance(error, Interrupted) and "--resume" in error.hint:
         words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
@@ -73,8 +73,8 @@ def install() -> None:
 
 
 def ignore_after_work() -> None:
-    """Ignore signals from here on, in a process of our own: a published output stays, a message is
-    printed whole, and an exception raised while Python shuts down would end in an abort."""
+    """Ignore signals from here on, in a process of its own: a published output stays, a message is
+    printed in full, and an exception during Python's shutdown would end in an abort."""
     if own_process:
         for number in system.signals:
             signal.signal(number, signal.SIG_IGN)
@@ -93,7 +93,7 @@ def _on_first_signal(number: int, *_: object) -> None:
 
 
 def _interrupt(*_: object) -> None:
-    """Raise `KeyboardInterrupt`; during an import, where it would abort inside torch, exit."""
+    """Raise `KeyboardInterrupt`, or exit during an import, because it would abort inside torch."""
     if _importing():
         context = click.get_current_context(silent=True)
         fail(stopped(context, "stopped while libraries were loaded"), error_status(context))
@@ -101,8 +101,8 @@ def _interrupt(*_: object) -> None:
 
 
 def _on_dropped(dropped: "UnraisableHookArgs") -> None:
-    """An exception that Python drops: an interrupt is raised again by a timer, when the main thread
-    is out of the code that it cannot leave."""
+    """Handle an exception that Python drops: a timer raises an interrupt again once the main thread
+    has left the code that cannot raise it."""
     if dropped.exc_type is KeyboardInterrupt:
         system.call_soon(_interrupt, AGAIN)
     else:
@@ -117,7 +117,7 @@ def _exit_at_once(*_: object) -> None:
 
 
 def _importing() -> bool:
-    """Whether a module is being imported."""
+    """True during the import of a module."""
     frame = sys._getframe()
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""What to make of an adapter once it is trained: a page, other formats, a merged model."""
+"""Follow-up jobs for a trained adapter: a page, other formats, a merged model."""
 
 import os
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from adapterkit.verbs.look.records.report import report
 
 @dataclass(frozen=True, kw_only=True)
 class AfterTraining:
-    """What is made of a trained adapter; outputs of earlier runs are replaced.
+    """Follow-up jobs for a trained adapter; outputs of earlier runs are replaced.
 
     `report`: the HTML page of `adapterkit report`; `convert`: format -> output; `merge`: the output
-    of a merge into `base`, by default the one that the adapter names; `push`: the repository to
-    which the merged model goes, or without `merge` nothing does.
+    of a merge into `base`, by default the trainer's; `push`: the repository for the merged model
+    (needs `merge`).
     """
 
     base: str | None = None
@@ -33,8 +33,8 @@ class AfterTraining:
             raise Refused("push without merge", expected="a merged model", hint=hint, code="AK102")
 
     def run(self, adapter: StrPath, base: str | None = None) -> list[str]:
-        """Make all of it, from the folder of an adapter; lines that say what was made. `base`: what
-        the trainer knows as the base, where none was given."""
+        """Run all jobs on the folder of an adapter; lines that name their outputs. `base`: the
+        trainer's base, used if none was given."""
         model = self.base or base
         lines = []
         if self.report is not None:
@@ -62,5 +62,5 @@ class AfterTraining:
 
 
 def _if_local(base: str | None) -> str | None:
-    """The base where it costs no download to look into it."""
+    """The base if it can be opened without a download."""
     return base if base is not None and os.path.isdir(base) else None

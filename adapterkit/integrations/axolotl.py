@@ -19,7 +19,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 class AdapterkitArgs(BaseModel):
-    """What axolotl takes of a YAML file for this plugin: the options of `AfterTraining`."""
+    """The options of this plugin in axolotl's YAML: those of `AfterTraining`."""
 
     adapterkit: dict[str, Any] | None = None
 

@@ -22,11 +22,11 @@ LOGGER = logging.getLogger(__name__)
 
 class AdapterkitCallback(TrainerCallback):
     """Merge, convert and report an adapter at the end of training, and with `on_save` after each
-    save; the options of `AfterTraining`. Only the process that writes files does so.
+    save; the options are those of `AfterTraining`. Only the process that writes files does so.
 
-    At the end it acts on the last checkpoint, if that is of the last step, else on the adapter as
-    it is saved into `adapterkit-last` of the output folder. What fails after a save is logged and
-    does not stop the training; at the end it is raised: the adapter is on disk then.
+    At the end it uses the last checkpoint if that is of the last step; otherwise it saves the
+    adapter into `adapterkit-last` of the output folder. Errors after a save are logged and do not
+    stop the training; errors at the end are raised, because the adapter is on disk by then.
     """
 
     def __init__(self, *, every_save: bool = False, **options: Any):

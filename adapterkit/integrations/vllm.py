@@ -1,10 +1,10 @@
-"""A LoRA resolver for vLLM: adapters in any format, in a folder or on the Hub, by their names.
+"""A LoRA resolver for vLLM: loads adapters in any format by name, from a folder or the Hub.
 
-vLLM finds it by its entry point. It acts where ADAPTERKIT_LORA_DIR names a folder of adapters, or
-ADAPTERKIT_LORA_HUB organizations of the Hub (with commas), and VLLM_ALLOW_RUNTIME_LORA_UPDATING is
-set. ADAPTERKIT_LORA_CACHE is where converted adapters go, ADAPTERKIT_LORA_CACHE_SIZE how much they
-may take, by default 20GB; ADAPTERKIT_MAX_LORA_RANK the rank that the server takes, by default its
---max-lora-rank, or 16. With ADAPTERKIT_LORA_REVISIONS=1 ids may have a revision.
+vLLM finds it by its entry point. It is active if VLLM_ALLOW_RUNTIME_LORA_UPDATING is set, and
+ADAPTERKIT_LORA_DIR names a folder of adapters or ADAPTERKIT_LORA_HUB organizations of the Hub (with
+commas). ADAPTERKIT_LORA_CACHE is the folder of converted adapters, ADAPTERKIT_LORA_CACHE_SIZE its
+largest size (default 20GB). ADAPTERKIT_MAX_LORA_RANK is the server's rank (default its
+--max-lora-rank, or 16). With ADAPTERKIT_LORA_REVISIONS=1 ids may have a revision.
 """
 
 import asyncio
@@ -45,8 +45,8 @@ CACHED = re.compile(r"\.?[0-9a-f]{64}(\.\w+)?")  # an adapter, its stage, or one
 
 @dataclass(eq=False)
 class AdapterkitResolver(LoRAResolver):
-    """Converts an adapter into the names and ranks that vLLM reads, once for each state of its
-    files, and checks it against the base that is served."""
+    """Converts an adapter into the names and ranks that vLLM reads, once per state of its files,
+    and checks it against the served base."""
 
     folder: Path | None
     organizations: Collection[str]
@@ -72,7 +72,7 @@ class AdapterkitResolver(LoRAResolver):
         )
 
     def _source(self, name: str) -> str | None:
-        """The path below the folder, or the id of an organization that is allowed."""
+        """The path below the folder, or the id in an allowed organization."""
         if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST:
             return None
         if self.folder is not None and is_plain_path(name):
@@ -89,7 +89,7 @@ class AdapterkitResolver(LoRAResolver):
         return name if is_open else None
 
     def _converted(self, source: str, base: str) -> tuple[Path, str]:
-        """The folder of the adapter for vLLM, and the digest of what it was made of."""
+        """The folder of the adapter for vLLM, and the digest of its inputs."""
         served = base if os.path.isdir(base) or parse(base) is not None else None
         call = Convert(source, to="vllm", base=served, out=self.cache / "new", resume=True)
         plan = call.plan()
@@ -113,7 +113,7 @@ class AdapterkitResolver(LoRAResolver):
         return out, digest
 
     def _free(self, needed: int) -> None:
-        """Remove what was used longest ago until so many bytes fit; `Refused` where they cannot."""
+        """Remove the least recently used until so many bytes fit; `Refused` if they cannot."""
         paths = [path for path in self.cache.iterdir() if CACHED.fullmatch(path.name)]
         size, used = dict[Path, int](), dict[Path, float]()
         for path in paths:
@@ -137,7 +137,7 @@ class AdapterkitResolver(LoRAResolver):
 
 
 def register() -> None:
-    """vLLM's entry point; does nothing unless a place of adapters is named."""
+    """vLLM's entry point; does nothing unless a folder or organization is configured."""
     folder, hub = os.environ.get("ADAPTERKIT_LORA_DIR"), os.environ.get("ADAPTERKIT_LORA_HUB", "")
     organizations = [name.strip() for name in hub.split(",") if name.strip()]
     if not folder and not organizations:
@@ -162,7 +162,7 @@ def _size() -> int:
 
 
 def _max_rank(argv: list[str]) -> int:
-    """What the server was started with."""
+    """The server's largest rank: from the environment, its command line, or vLLM's default."""
     given = os.environ.get("ADAPTERKIT_MAX_LORA_RANK")
     words = [part for word in argv for part in word.split("=", 1)]
     for flag, value in pairwise(words):

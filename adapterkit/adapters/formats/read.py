@@ -377,7 +377,7 @@ class _Names:
             )
 
     def _without_rules(self, raws: Sequence[Raw]) -> Attempt:
-        """Modules with the model's own names, with dots or, given the base's modules, underscores."""
+        """Modules with the model's own names, with dots or (given the base) underscores."""
         errors = Problems(
             where=self.where, hint="give --base, the model it was trained on", code="AK402"
         )

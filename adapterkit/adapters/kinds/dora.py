@@ -1,4 +1,4 @@
-"""DoRA with its base: not a type, but LoRAs whose delta depends on the weight (arXiv:2402.09353)."""
+"""DoRA with its base: not a type, but LoRAs with deltas of the weight (arXiv:2402.09353)."""
 
 from dataclasses import dataclass
 

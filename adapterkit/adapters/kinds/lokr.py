@@ -68,7 +68,7 @@ class LoKr:
 
     @property
     def trailing_shape(self) -> tuple[int, ...] | None:
-        """A full w2 of four axes is a Conv2d's; of low rank without a core its kernel is flattened."""
+        """A full w2 of four axes is a Conv2d's; a low-rank one without core is flattened."""
         kernel = self.second[-1].shape[2:]
         if len(self.second) == 1:
             return (self.shape[1] // math.prod(kernel), *kernel)

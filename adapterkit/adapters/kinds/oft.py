@@ -115,7 +115,7 @@ def skew(
     size: int,
     eps: float | None,
 ) -> Tensor:  # (blocks, size, size)
-    """Q = -Qᵀ with these elements above its diagonal; with eps of norm at most eps / sqrt(blocks)."""
+    """Q = -Qᵀ with these elements above its diagonal, and with eps of norm ≤ eps / sqrt(blocks)."""
     q = upper.new_zeros(len(upper), size, size)
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
     q[:, rows, columns] = upper

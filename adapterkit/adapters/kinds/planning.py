@@ -34,7 +34,7 @@ class ModuleOfKind:
 
 
 def kind_of(source: Folder, config: Mapping) -> "type[Kind] | None":
-    """The type of an adapter; None for LoRA and for anything else. `Refused` for an unknown type."""
+    """The type of an adapter, None for LoRA and other folders. `Refused` for unknown ones."""
     peft_type = config.get("peft_type", "LORA")
     name = peft_type.lower() if isinstance(peft_type, str) else ""
     if name == "lora":

@@ -1,4 +1,4 @@
-"""The output of the files that workers have made: journal, small files, receipt, one rename."""
+"""Assemble an output from the files of workers: journal, small files, receipt, one rename."""
 
 import time
 from collections import defaultdict
@@ -35,9 +35,9 @@ def finish_workers(
     *,
     verify: bool = False,
 ) -> Receipt:
-    """The receipt of the output of the files that workers have made. `missing`: the command that
-    makes those that are not there; `check` looks at the finished folder, `push` sends it. With
-    `verify` all hashes are checked before the folder gets its name."""
+    """Assemble and publish the output of workers; return its receipt. `missing`: the command that
+    makes missing files; `check` looks at the finished folder, `push` uploads it. With `verify` all
+    hashes are checked before the folder gets its name."""
     job.check(plan)
     stage = stage_of(plan, Path(execution.out))
     worked, hashed = 0.0, execution.hash == "sha256"
@@ -78,8 +78,8 @@ def finish_workers(
 def _adopt(
     plan: Plan, stage: Stage, workers: WorkerStage, head: Json, command: str, *, hashed: bool
 ) -> tuple[Json, float]:
-    """Take over what the workers made; the journal's first entry from now on, and the seconds
-    that the slowest of them took. `Refused` where files are missing."""
+    """Take over the workers' files. Returns the journal's new first entry, and the seconds that the
+    slowest worker took. `Refused` if files are missing."""
     if reason := workers.failure():
         raise job_failed(reason, workers)
     files = {shard.file: shard for shard in plan.shards}
@@ -122,7 +122,7 @@ def _adopt(
 
 
 def seconds_of(markers: Iterable[Json]) -> float:
-    """The seconds that the slowest of the workers took."""
+    """The seconds that the slowest worker took."""
     seconds = defaultdict[str, float](float)
     for entry in markers:
         seconds[entry["attempt"]] += entry["seconds"]
@@ -130,7 +130,7 @@ def seconds_of(markers: Iterable[Json]) -> float:
 
 
 def _nothing_left(plan: Plan, shards: list[OutputFile], *_: object, **__: object) -> None:
-    """The engine of a job whose files are all there."""
+    """The engine of a job whose files all exist."""
     if shards:
         raise _gone(shards[0].file)
 

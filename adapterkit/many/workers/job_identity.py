@@ -1,4 +1,4 @@
-"""What the processes that write one output have to agree on, and how a plan is handed to them."""
+"""Identify the job of several processes: the facts they must agree on, and their plan."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from adapterkit.many.workers.stage import WorkerStage, prepare
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What all processes have to agree on: the public recipe, and which files the inputs are."""
+    """The facts that all processes must agree on: the public recipe and the inputs' identity."""
 
     recipe: Json
     inputs: dict[str, list[int]]  # "number name" -> size and times of local files
@@ -26,7 +26,7 @@ class WorkerJob:
 
     @classmethod
     def of(cls, plan: Plan, hash: str) -> "WorkerJob":
-        """The job of a plan, as it is read again from a file."""
+        """The job of a plan, in the form that is read from a file."""
         inputs = {f"{n} {name}": list(known) for (n, name), known in plan.identities.items()}
         return cls(public_recipe(plan.recipe()), inputs, hash)
 
@@ -39,7 +39,7 @@ class WorkerJob:
         return digest(vars(self))
 
     def check(self, plan: Plan) -> None:
-        """`Refused` where a plan made here and now is another job, naming the first difference."""
+        """`Refused` if this process's plan is a different job, naming the first difference."""
         now = WorkerJob.of(plan, self.hash)
         if now.recipe != self.recipe:
             raise Refused(
@@ -62,8 +62,8 @@ class WorkerJob:
 
 
 def prepare_workers(plan: Plan, job: WorkerJob, how: RunOptions) -> Plan:
-    """Refuse what cannot be done, make the stage, and leave the files to workers; the plan, with
-    what workers need of the disk."""
+    """Check a job, make its stage, and leave the files to workers. Returns the plan, with the disk
+    space that workers need."""
     plan = replace(plan, placement=Placement(room=room(plan.shards)))
     stage = stage_of(plan, Path(how.out))
     options = {"resume": False, "overwrite": how.overwrite}
@@ -82,7 +82,7 @@ def prepare_workers(plan: Plan, job: WorkerJob, how: RunOptions) -> Plan:
 
 
 def check_one_kind(entries: Sequence[Json], stage: WorkerStage) -> None:
-    """`Refused` where files were, or would be, made on CPU and on CUDA, or with several torch."""
+    """`Refused` if files were, or would be, made on CPU and on CUDA, or with several torch."""
     kinds: dict[str, list[str]] = {}
     for entry in entries:
         kind = f"{entry['device']}, torch {entry['torch']}"
@@ -103,7 +103,7 @@ def check_one_kind(entries: Sequence[Json], stage: WorkerStage) -> None:
 
 
 def job_failed(reason: str, stage: WorkerStage) -> Refused:
-    """The refusal of a job that one of its workers found cannot be finished."""
+    """The refusal of a job that failed in one of its workers."""
     return Refused(
         f"the job failed: {reason}",
         expected="inputs that stay as they are, and results that fit",
@@ -114,7 +114,7 @@ def job_failed(reason: str, stage: WorkerStage) -> Refused:
 
 
 def no_stage(path: Path) -> Refused:
-    """The refusal of a plan file whose stage is not there."""
+    """The refusal of a plan file without its stage."""
     return Refused(
         "no run of this plan was found",
         expected="the folder that --plan made, or the finished output",

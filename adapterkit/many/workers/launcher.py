@@ -1,4 +1,4 @@
-"""Which of how many processes this one is: as it is told, or as the launcher's environment says."""
+"""Determine a process's number among the workers, from an option or its environment."""
 
 import os
 import re
@@ -21,9 +21,9 @@ MOST_WORKERS = 999_999  # each plans the shares of all
 
 
 def worker_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
-    """The worker, from 0, and how many there are: of a text `I/N`, or with `auto` of Slurm's,
-    torchrun's, MPI's or Kubernetes' variables; 0 of 1 without any. `Refused` where these are
-    incomplete."""
+    """The worker's number, from 0, and the number of workers: from a text `I/N`, or with `auto`
+    from the variables of Slurm, torchrun, MPI or Kubernetes; 0 of 1 without any. `Refused` if these
+    are incomplete."""
     if text == "auto":
         worker, worker_count = _from(os.environ if environment is None else environment)
         if worker_count > MOST_WORKERS:
@@ -42,8 +42,8 @@ def worker_of(text: str, environment: Mapping[str, str] | None = None) -> Number
 
 
 def _from(environment: Mapping[str, str]) -> Numbers:
-    """As the innermost launcher says, within an element of a job array: whatever is started in
-    one, it is apart from the others."""
+    """The numbers from the innermost launcher, within an element of a job array, because elements
+    are separate workers whatever each of them starts."""
     element, elements = _element(environment)
     worker, worker_count = _within(environment)
     return element * worker_count + worker, elements * worker_count
@@ -64,7 +64,7 @@ def _within(environment: Mapping[str, str]) -> Numbers:
 
 
 def _element(environment: Mapping[str, str]) -> Numbers:
-    """The element of Slurm's job array, and how many there are."""
+    """The element of Slurm's job array, and the number of elements."""
     if ARRAY + "ID" not in environment:
         return 0, 1
     number, least, most, count, step = (

@@ -1,7 +1,7 @@
-"""Large files in parts: which file is cut for how many workers, and how its parts become one file.
+"""Cut large files into parts for workers, and join the parts into one file.
 
-The first part becomes the file, the others are copied behind. Whoever joins removes each part once
-the file has its bytes: at most one of them is there twice.
+The first part becomes the file, the others are appended. The joining process removes each part once
+the file has its bytes, so at most one of them is stored twice.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ BLOCK = 4 << 20
 def units(
     shards: Sequence[OutputFile], worker_count: int, device: torch.device
 ) -> list[OutputFile]:
-    """What workers make: the files, those above a worker's fair share in parts. Files of tasks stay
-    whole, but for what is collected for them."""
+    """The units of work for workers: files, or parts of files above a worker's fair share. Files of
+    tasks stay whole, except those of collected statistics."""
     share, found = _share(shards, worker_count), list[OutputFile]()
     for shard in shards:
         if not shard.tasks and shard.size > share:
@@ -48,8 +48,8 @@ def units(
 
 
 def room(shards: Sequence[OutputFile], worker_count: int | None = None) -> int:
-    """The most bytes that parts take beside the files, for so many workers or any: a join of
-    theirs, the sums of all blocks."""
+    """The most bytes that parts take in addition to the files, for this number of workers or any:
+    those being joined, and the sums of all blocks."""
     share = LEAST if worker_count is None else _share(shards, worker_count)
     sizes = [shard.size for shard in shards if not shard.tasks and shard.size > share]
     collections = [shard.collection for shard in shards if shard.collection is not None]
@@ -58,12 +58,12 @@ def room(shards: Sequence[OutputFile], worker_count: int | None = None) -> int:
 
 
 def _share(shards: Sequence[OutputFile], worker_count: int) -> float:
-    """Bytes of a file above which it is cut."""
+    """The size in bytes above which a file is cut."""
     return max(sum(shard.size for shard in shards) / worker_count, LEAST)
 
 
 def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
-    """Whether a result that was read can be of one of the plan's files, or of a part of one."""
+    """A check that a result belongs to one of the plan's files, or to a part of one."""
     files = {shard.file: shard for shard in plan.shards}
 
     def is_of_plan(result: ShardResult) -> bool:
@@ -80,15 +80,15 @@ def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
 
 
 def _end_of(file: OutputFile) -> int:
-    """Where the last part of a file ends: bytes, or blocks; 0 where it has no parts."""
+    """The end of a file's last part, in bytes or blocks; 0 if it has no parts."""
     if file.collection is not None:
         return file.collection.blocks
     return 0 if file.tasks else file.size
 
 
 def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:
-    """Some of the ranges, one behind the other from 0 to `size`; None where there are none such.
-    Workers of several numbers may have left several tilings."""
+    """Consecutive ranges from 0 to `size`, chosen from these; None if there are none. Workers of
+    several numbers may have left several tilings."""
     ways: dict[int, list[tuple[int, int]]] = {0: []}
     for start, stop in sorted(ranges):
         if start in ways and stop not in ways:
@@ -99,8 +99,8 @@ def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]
 def join(
     stage: WorkerStage, shard: OutputFile, ranges: Sequence[tuple[int, int]], *, hashed: bool
 ) -> None:
-    """Make a file, and its marker, of its parts; a part goes when the file has its bytes, its
-    marker with the last. Goes on with what a join that was killed has made."""
+    """Make a file and its marker from its parts. Each part is removed once the file has its bytes,
+    the last one's marker at the end. Resumes a join that was killed."""
     began = time.monotonic()
     names = [part_name(shard.file, *edges) for edges in ranges]
     entries = [entry for name in names if (entry := stage.marker(name))]
@@ -139,7 +139,7 @@ def join(
 
 
 def metrics_of_parts(shard: OutputFile, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:
-    """The metrics of a file's tensors, of what was measured in its parts."""
+    """The metrics of a file's tensors, combined from those of its parts."""
     whole: dict[str, ChangeMetrics] = {}
     for table in tables:
         for key, raw in table.items():
@@ -153,7 +153,7 @@ def metrics_of_parts(shard: OutputFile, tables: Iterable[dict[str, dict]]) -> di
 
 
 class JoinedFile:
-    """An output file while it is joined: `NAME.part`."""
+    """An output file during its join: `NAME.part`."""
 
     def __init__(self, folder: Path, shard: OutputFile, *, hashed: bool):
         self.folder, self.file = folder, shard.file
@@ -163,13 +163,13 @@ class JoinedFile:
         self.digest = RunningHash(tensor_ends(shard.layout)) if hashed else None
 
     def remove(self) -> None:
-        """Remove what another join has left."""
+        """Remove the remains of another join."""
         with storage_errors(self.path):
             self.path.unlink(missing_ok=True)
             sync_folder(self.path.parent)
 
     def begin(self, part: str) -> None:
-        """Take the first part for the file's beginning."""
+        """Use the first part as the file's beginning."""
         with storage_errors(self.path):
             system.replace(self.folder / part, self.path)
             sync_folder(self.path.parent)
@@ -181,7 +181,7 @@ class JoinedFile:
                 self.digest.update(view)
 
     def append(self, part: str, start: int, stop: int) -> None:
-        """Copy a part to [start, stop), durably; what the file has from `start` on is cut off."""
+        """Copy a part to [start, stop), durably; the file is first cut off at `start`."""
         file = ShardFile(self.folder, self.file, stop, kept=start)
         try:
             at = start
@@ -215,7 +215,7 @@ class JoinedFile:
 
 
 def _blocks(path: Path, size: int) -> Iterator[memoryview]:
-    """The first bytes of a file; each block is gone when the next one comes."""
+    """Yield the first bytes of a file; a block is invalid once the next one is yielded."""
     block, left = memoryview(bytearray(min(BLOCK, size))), size
     with storage_errors(path), open(path, "rb", buffering=0) as file:
         while left:

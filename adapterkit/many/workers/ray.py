@@ -1,8 +1,8 @@
-"""Workers on a Ray cluster whose machines see one file system: the plan is prepared as for
-`--plan`, each place of the cluster runs a worker as a task, and the end is `finish`'s.
+"""Workers on a Ray cluster whose machines share one file system. The plan is prepared as for
+`--plan`, each slot of the cluster runs a worker as a task, and `finish` publishes the output.
 
-No tensor goes through Ray: the plan does, once for each worker process. The share of a lost worker
-is tried again, or its files are made by others; one that is refused is not.
+No tensors go through Ray, only the plan, once per worker process. If a worker is lost, its share is
+retried or others make its files; a refused one is not retried.
 """
 
 import contextlib
@@ -52,11 +52,11 @@ AGAIN = "run the same command with --resume"
 def run_on_ray(
     plan: Plan, how: RunOptions, check: FolderCheck | None, push: Push | None
 ) -> Receipt:
-    """Run a plan by the workers of a cluster: the one at `how.ray_address`, or the one that Ray
-    finds or starts; the connection that the process has, where it has one.
+    """Run a plan with the workers of a cluster: the process's own connection if it has one, else
+    the cluster at `how.ray_address`, or one that Ray finds or starts.
 
-    `Refused` without the package ray, where no cluster answers, and for a run to resume that was
-    one machine's.
+    `Refused` without the package ray, if no cluster answers, and for resuming a run of a single
+    machine.
     """
     job = WorkerJob.of(plan, how.hash)
     finish = partial(finish_workers, plan, job, how, "the same command with --resume", check, push)
@@ -81,7 +81,7 @@ def run_on_ray(
 
 
 def _state(plan: Plan, job: WorkerJob, how: RunOptions) -> str:
-    """'fresh', 'resume' or 'finished'; `Refused` for a run to resume that workers did not begin."""
+    """'fresh', 'resume' or 'finished'; `Refused` for resuming a run that workers did not start."""
     stage = stage_of(plan, Path(how.out))
     state = state_of(stage, job.fingerprint, resume=how.resume, overwrite=how.overwrite)
     if state == "resume" and not (stage.journal() or [{}])[0].get("ranks"):
@@ -98,7 +98,7 @@ def _state(plan: Plan, job: WorkerJob, how: RunOptions) -> str:
 
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
-    """The package ray, connected to a cluster for as long as the block runs."""
+    """The package ray, connected to a cluster within the block."""
     ray = optional(
         "ray",
         install='"adapterkit[ray]"',
@@ -134,8 +134,8 @@ class _Cluster:
     on_cuda: bool
 
     def places(self) -> tuple[int, int]:
-        """The cores of the smallest machine, or those that each GPU has, and how many such places
-        there are: each runs a worker."""
+        """The cores of the smallest machine, or per GPU, and the number of such slots; each runs a
+        worker."""
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         cores = [int(each["CPU"]) for each in resources if each.get("CPU", 0) >= 1]
         gpus = sum(int(each.get("GPU", 0)) for each in resources)
@@ -154,7 +154,7 @@ class _Cluster:
     def run_workers(
         self, plan: Plan, job: WorkerJob, how: RunOptions, cores: int, places: int
     ) -> None:
-        """Let each place run a worker; on an error, or Ctrl-C, end all that run."""
+        """Run a worker in each slot; on an error or Ctrl-C, end all of them."""
         device = "cuda" if self.on_cuda else "cpu"  # Ray says which GPU
         work = {"num_cpus": cores, "num_gpus": int(self.on_cuda), **OPTIONS}
         task = self.ray.remote(_run_worker).options(**work)
@@ -188,8 +188,7 @@ class _Cluster:
             stage.leave()
 
     def _check(self, reference: object, worker: int) -> None:
-        """Raise a worker's own error, and `Failed` where its processes were lost again and
-        again."""
+        """Raise a worker's own error, or `Failed` if its processes were lost repeatedly."""
         lost = self.ray.exceptions
         try:
             error = self.ray.get(reference)
@@ -219,7 +218,7 @@ def _run_worker(
     workers: int,
     versions: str,
 ) -> Json | None:
-    """A task: one worker; its error as data, which is not retried."""
+    """The task of one worker; its error is returned as data, so that it is not retried."""
     import ray
 
     try:

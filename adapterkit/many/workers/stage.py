@@ -1,10 +1,10 @@
-"""The stage of an output that several processes write, each some of its files.
+"""The stage of an output that several processes write, some files each.
 
-No process waits for a lock. A file is written under a name of the attempt's own; its rename wins
-over that of another attempt at the same file, which has the same bytes. Then a marker, NAME.json,
-says that it is done. All lies in `ranks/<job>/` of the control folder, so what a process of an
-older job writes late goes nowhere; `adopt` makes the stage of it from which `Stage.publish` makes
-the output, and from then on no process finds its folder.
+No process waits for a lock. An attempt writes a file under a name of its own; its rename replaces
+that of another attempt at the same file, which has the same bytes. Then a marker, NAME.json,
+records that the file is done. Everything is in `ranks/<job>/` of the control folder, so late writes
+of an older job have no effect. `adopt` turns it into the stage from which `Stage.publish` makes the
+output; after that no process finds its folder.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ HEARTBEAT = ".heartbeat"  # suffix of a file: a process says that it lives, and 
 
 
 def prepare(stage: Stage, job: str, names: Iterable[str], head: Json) -> None:
-    """Make the folders in which workers work; the journal's only entry is `head`. The caller holds
-    the stage's lock."""
+    """Make the folders of the workers; the journal's only entry is `head`. The caller owns the
+    stage's lock."""
     stage.forget()
     root = _root(stage.control, job)
     folders = {Path(), *(Path(name).parent for name in names)}
@@ -49,8 +49,8 @@ def _root(control: Path, job: str) -> Path:
 
 
 class WorkerStage:
-    """Where one process writes its share of an output's files; `job` is the digest of what is to be
-    done. `accepts`: whether a result that was read can be of one of the job's files."""
+    """The stage of one process that writes its share of an output's files. `job` is the job's
+    digest; `accepts` checks that a result belongs to one of the job's files."""
 
     def __init__(
         self, control: Path, job: str, worker: int = 0, *, accepts: Callable[[ShardResult], bool]
@@ -60,7 +60,7 @@ class WorkerStage:
         self.attempt = f"{worker}-{os.getpid()}-{secrets.token_hex(4)}"
 
     def exists(self) -> bool:
-        """Whether the output is still being written; not where a link leads elsewhere."""
+        """True if the output is still being written; False if a link leads elsewhere."""
         above = self.path.parents[:3]  # up to the control folder
         folders = (*above, self.path, self.marks)
         return all(folder.is_dir() and not folder.is_symlink() for folder in folders)
@@ -68,7 +68,7 @@ class WorkerStage:
     # -- markers -----------------------------------------------------------------------------------
 
     def marker(self, name: str) -> Json | None:
-        """What was noted when a file was done; None where it is not, or is not there any more."""
+        """The marker of a finished file; None if it is not finished or no longer exists."""
         entry = self._read(name)
         result = read_result(entry)
         if result is None or result.file != name or not self.accepts(result):
@@ -82,7 +82,7 @@ class WorkerStage:
         return {} if disk.is_linked(self.marks, path.parent) else read_entry(path)
 
     def _is_joined(self, name: str) -> bool:
-        """Whether a part's bytes are in the file that is being joined."""
+        """True if a part's bytes are in the file that is being joined."""
         part = part_of(name)
         return part is not None and part[2] <= self.joined(part[0])
 
@@ -92,7 +92,7 @@ class WorkerStage:
         return {name: entry for name, entry in found if entry is not None}
 
     def parts(self) -> dict[str, list[tuple[int, int]]]:
-        """Which parts of files are done: bytes [start, stop) by file."""
+        """The finished parts of files: bytes [start, stop) by file."""
         found: dict[str, list[tuple[int, int]]] = {}
         for path in sorted(self.marks.rglob("*@*.json")):
             name = path.relative_to(self.marks).as_posix().removesuffix(".json")
@@ -101,74 +101,74 @@ class WorkerStage:
         return found
 
     def mark(self, name: str, entry: Json) -> None:
-        """Note durably that a file, whose bytes are durable, is done."""
+        """Record durably that a file, whose bytes are durable, is done."""
         self._write(f"{name}.json", {"attempt": self.attempt, **entry})
 
     def joined(self, file: str) -> int:
-        """How many bytes of its parts a file has that is being joined, `NAME.part`."""
+        """The number of bytes of its parts in a file that is being joined, `NAME.part`."""
         name = unfinished_name(file)
         count = self._read(name).get("joined", 0)
         return count if count <= (disk.size_below(self.path, name) or 0) else 0
 
     def mark_joined(self, file: str, count: int) -> None:
-        """Note durably how many bytes of its parts a file has."""
+        """Record durably how many bytes of its parts a file has."""
         self._write(f"{unfinished_name(file)}.json", {"joined": count})
 
     def journal(self) -> list[Json]:
-        """The files that are done, as in the journal of a stage."""
+        """The finished files, in the form of a stage's journal."""
         paths = sorted(self.marks.rglob("*.json"))
         names = [path.relative_to(self.marks).as_posix().removesuffix(".json") for path in paths]
         return list(self.markers(names).values())
 
     def forget(self, name: str) -> None:
-        """Remove a file that is done, and its marker first."""
+        """Remove a finished file, its marker first."""
         with storage_errors(self.path):
             for root, file in ((self.marks, f"{name}.json"), (self.path, name)):
                 disk.check_folder(root, (root / file).parent)
                 (root / file).unlink(missing_ok=True)
 
     def wanted(self, name: str) -> bool:
-        """Whether a file is still to be made: another process may have made it meanwhile."""
+        """True if a file is not finished; another process may have made it meanwhile."""
         return self.marker(name) is None
 
     # -- what all have to know ---------------------------------------------------------------------
 
     def fail(self, reason: str) -> None:
-        """Tell all that the job cannot be finished."""
+        """Record for all workers that the job failed."""
         self._write(FAILED, {"reason": reason})
 
     def failure(self) -> str | None:
-        """Why the job cannot be finished, if so."""
+        """The reason why the job failed, or None."""
         if not os.path.lexists(self.marks / FAILED):
             return None
         return str(read_entry(self.marks / FAILED).get("reason", "for no reason that can be read"))
 
     def heartbeat(self, number: int, done: int) -> None:
-        """Say that this process lives, and how many bytes of files without a marker it has."""
+        """Record that this process lives, and its bytes of files without a marker."""
         entry = {"process": process_record(), "number": number, "done": done}
         self._write(self.attempt + HEARTBEAT, entry, durable=False)
 
     def heartbeats(self) -> dict[str, Json]:
-        """What the other processes said last, by their attempts' names."""
+        """The last heartbeats of the other processes, by their attempts' names."""
         paths = self.marks.glob("*" + HEARTBEAT)
         found = {path.name.removesuffix(HEARTBEAT): read_entry(path) for path in paths}
         return {k: one for k, one in found.items() if "process" in one and k != self.attempt}
 
     def attempts(self, name: str) -> set[str]:
-        """Who is, or was, writing a file without having finished it, other than this process."""
+        """Other processes that have started to write a file without finishing it."""
         path = self.path / name
         found = map(ATTEMPT.search, (p.name for p in path.parent.glob(f"{escape(path.name)}.*")))
         return {match[1] for match in found if match} - {self.attempt}
 
     def claim(self, name: str) -> None:
-        """Let the others see that this process is at a file, before it writes the file."""
+        """Announce that this process will write the file."""
         path = self.path / unfinished_name(name, self.attempt)
         with storage_errors(path):
             disk.check_folder(self.path, path.parent)
             os.close(system.open(path, "touch"))
 
     def leave(self) -> None:
-        """Remove what this process has not finished."""
+        """Remove this process's unfinished files."""
         with contextlib.suppress(OSError):
             (self.marks / (self.attempt + HEARTBEAT)).unlink(missing_ok=True)
             for top in (self.path, self.marks):
@@ -183,8 +183,8 @@ class WorkerStage:
 
 
 def adopt(stage: Stage, workers: WorkerStage, entries: Iterable[Json]) -> None:
-    """Make what the workers wrote the content of the stage, and these entries its journal. The
-    caller holds the stage's lock."""
+    """Make the workers' files the content of the stage, and these entries its journal. The caller
+    owns the stage's lock."""
     stage.rewrite(entries)
     with storage_errors(stage.path):
         system.replace_empty(workers.path, stage.path)
@@ -192,5 +192,5 @@ def adopt(stage: Stage, workers: WorkerStage, entries: Iterable[Json]) -> None:
 
 
 def has_ended(entry: Json) -> bool:
-    """Whether the process that said this is known not to run any more."""
+    """True if the process of this heartbeat is known to have ended."""
     return not may_run(entry["process"])

@@ -1,8 +1,8 @@
-"""One of several processes that write an output: what it makes, and what it tells the others.
+"""One of several processes that write an output: its share of the files, and its messages.
 
-Every worker plans again from the headers. It takes its share, the longest files first, then files
-of others that nobody has begun or whose worker is gone. Nobody gives orders: two processes that
-make one file write the same bytes, and the last rename wins (`many/workers/stage.py`).
+Every worker plans again from the headers. It writes its share, the longest files first, then files
+of others that nobody has started or whose worker has died. There is no coordinator: two processes
+that make one file write the same bytes, and the last rename wins (`many/workers/stage.py`).
 """
 
 import contextlib
@@ -44,7 +44,7 @@ STALLED = 90.0  # seconds without a word after which a worker on another machine
 
 
 def assigned(sizes: Iterable[tuple[str, int]], worker_count: int) -> list[list[str]]:
-    """The files of each worker: the longest first, each to the worker that has least so far."""
+    """The files of each worker: the longest first, each to the worker with the least so far."""
     shares: list[list[str]] = [[] for _ in range(worker_count)]
     loads = [0] * worker_count
     for name, size in sorted(sizes, key=lambda pair: (-pair[1], pair[0])):
@@ -56,7 +56,7 @@ def assigned(sizes: Iterable[tuple[str, int]], worker_count: int) -> list[list[s
 
 @dataclass
 class Outcome:
-    """What a worker did: files of its own, of others, and what other workers are still at."""
+    """A worker's result: its own files, those of others that it made, those still written."""
 
     worker: int
     worker_count: int
@@ -78,7 +78,7 @@ def make_share(
     wait: float = WAIT,
     dry_run: bool = False,
 ) -> Outcome:
-    """Make files of a plan as one worker, until none is left for it; what it did."""
+    """Make files of a plan as one worker, until none is left for it."""
     job.check(plan)
     plan, device = place(plan, device or how.device, own_gpu())
     made = {unit.name: unit for unit in units(plan.shards, worker_count, pick_device(device))}
@@ -115,7 +115,7 @@ def make_share(
 
 
 def _is_ended(stage: Stage, job: WorkerJob) -> bool:
-    """Whether the output is there, or made of the workers' files just now."""
+    """True if the output exists, or is being made from the workers' files."""
     try:
         state = state_of(stage, job.fingerprint, resume=True, overwrite=False)
     except Refused:
@@ -125,11 +125,11 @@ def _is_ended(stage: Stage, job: WorkerJob) -> bool:
 
 
 class _Made(Exception):
-    """Another process finished the file that this one was at."""
+    """Another process finished the file that this one was writing."""
 
 
 class _WorkerRun:
-    """One worker's run: what it has to make, and what is done."""
+    """One worker's run: its remaining and its finished files."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class _WorkerRun:
 
     def make_files(self, wait: float) -> None:
         """Make files until none is left that this worker can make. Raises `Waiting` after `wait`
-        seconds for what its own need, `Refused` where the job failed or its folder is gone."""
+        seconds for others' files, `Refused` if the job failed or its folder is gone."""
         self.marks.check(self.units)
         waited = 0.0
         with Heartbeat(self.stage, self.units, self.execution.progress) as heartbeat:
@@ -196,19 +196,19 @@ class _WorkerRun:
         return sorted(left, key=lambda name: (-self.units[name].size, name))
 
     def _is_done_otherwise(self, unit: OutputFile, parts: dict[str, list[tuple[int, int]]]) -> bool:
-        """Whether workers of another number have made it, in other parts or whole."""
+        """True if another number of workers has made it, in other parts or in one."""
         if unit.range is not None and self.stage.marker(unit.file) is not None:
             return True
         return unit.file in parts and tiling(parts[unit.file], unit.layout.size) is not None
 
     def _free(self, ready: Sequence[str]) -> str | None:
-        """A file that nobody is at: from the end, as its worker begins with the longest; workers
-        that look at the same time take different ones."""
+        """A file that nobody is writing: from the end, because its worker starts with the longest.
+        Workers that look at the same time take different ones."""
         free = [name for name in reversed(ready) if not self.watch.alive(name)]
         return free[self.stage.worker % len(free)] if free else None
 
     def _make(self, names: Sequence[str], heartbeat: "Heartbeat", *, shared: bool = False) -> None:
-        """Make files; one of another worker only until that worker has made it."""
+        """Make files; stop writing another worker's file if that worker finishes it."""
         self.marks.began = time.monotonic()
 
         def progress(done: int) -> None:
@@ -229,7 +229,7 @@ class _WorkerRun:
 
 
 class Marks:
-    """What a worker notes of each file that it has made; it goes on only where all agree."""
+    """A worker's record of each file that it has made; the worker continues only if all agree."""
 
     def __init__(self, stage: WorkerStage, outcome: Outcome, device: str):
         self.stage, self.outcome = stage, outcome
@@ -251,13 +251,13 @@ class Marks:
         self.outcome.made.append(result.file)
 
     def check(self, names: Iterable[str]) -> None:
-        """`Refused` where there is no stage of this job, or its files were made in another way."""
+        """`Refused` if there is no stage of this job, or its files were made in another way."""
         if not self.stage.exists():
             raise no_stage(self.stage.path)
         check_one_kind([*self.stage.markers(names).values(), self.kind], self.stage)
 
     def check_not_failed(self) -> None:
-        """`Refused` where another worker gave the job up, `Failed` where its folder is gone."""
+        """`Refused` if another worker failed the job, `Failed` if its folder was removed."""
         if not self.stage.exists():
             raise Failed(
                 "the output was finished, or begun again, by another process",
@@ -270,18 +270,18 @@ class Marks:
 
 
 class Liveness:
-    """Which processes are at work on a file, by what they say and whether they go on saying it."""
+    """Finds processes that are writing a file, by heartbeats and whether they advance."""
 
     def __init__(self, stage: WorkerStage):
         self.stage = stage
         self.seen: dict[str, tuple[int, float, bool]] = {}  # attempt -> word, since, not the first
 
     def alive(self, name: str) -> bool:
-        """Whether some process is at the file that is not known to be gone."""
+        """True if some process is writing the file and is not known to be dead."""
         return any(self._alive(attempt) for attempt in self.stage.attempts(name))
 
     def advancing(self, name: str) -> bool:
-        """Whether some process at the file has been seen to live."""
+        """True if a heartbeat of some process writing the file has advanced."""
         attempts = self.stage.attempts(name)
         return any(self._alive(attempt) and self.seen[attempt][2] for attempt in attempts)
 
@@ -296,7 +296,7 @@ class Liveness:
 
 
 class Heartbeat:
-    """Says every few seconds that this process lives, and shows how far all are together."""
+    """Records every few seconds that this process lives, and shows the progress of all together."""
 
     def __init__(self, stage: WorkerStage, units: dict[str, OutputFile], progress: Progress):
         self.stage, self.units, self.progress = stage, units, progress

@@ -1,1 +1,1 @@
-"""Jobs beyond one call: pipelines, plans as files, workers."""
+"""Jobs of more than one call: pipelines, plan files, workers."""

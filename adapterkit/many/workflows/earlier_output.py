@@ -1,4 +1,4 @@
-"""What is at an output's place already: the job it is of, and whether its inputs are the same."""
+"""Examine an earlier output at the same location: its job, and whether its inputs have changed."""
 
 import hashlib
 import json
@@ -33,12 +33,12 @@ class Older:
 
     @property
     def pipeline(self) -> Json:
-        """What the receipt says of the pipeline that wrote it."""
+        """The receipt's entry on the pipeline that wrote it."""
         entry = self.receipt.get("pipeline")
         return entry if isinstance(entry, dict) else {}
 
     def is_of(self, plan: Plan) -> bool:
-        """Whether it is, whole, what the plan would write of the inputs as they are now."""
+        """True if it is complete, and the plan would write the same from the current inputs."""
         if self.receipt.get("fingerprint") != fingerprint_of(plan.recipe()) or not self._is_whole():
             return False
         if "inputs" in self.pipeline:
@@ -50,7 +50,7 @@ class Older:
         return not lacking({"files": {}} | self.receipt, self.folder.files().get)
 
     def damage(self) -> str:
-        """What `verify` would say of it."""
+        """The error of `verify` on it, or ""."""
         try:
             if RECEIPT in self.folder.files():
                 read_receipt(self.folder)
@@ -62,7 +62,7 @@ class Older:
 
 
 def older_output(place: Location) -> Older | None:
-    """The older output at a place; None where there is none that adapterkit wrote."""
+    """The older output at a location; None if there is none by adapterkit."""
     if place.repository:
         return _on_hub(place)
     path = Path(place.path)
@@ -75,7 +75,7 @@ def older_output(place: Location) -> Older | None:
 
 
 def is_pushed(older: Older, there: Older | None) -> bool:
-    """Whether what is in a repository has all files of an output, and its very receipt."""
+    """True if a repository has all files of an output, and the same receipt."""
     return there is not None and there.receipt == older.receipt and there._is_whole()
 
 
@@ -109,8 +109,8 @@ def _hub_id(place: Location) -> ids.HubId:
 
 
 def can_go_on(place: Location, plan: Plan, overwrite: bool) -> bool:
-    """Whether an interrupted run of this plan can be continued. `Refused` for one of another plan,
-    or that is at work, unless it is to be overwritten."""
+    """True if an interrupted run of this plan can be continued. `Refused` for one of another plan,
+    or one that is still running, unless it is to be overwritten."""
     is_on_hub = bool(place.repository)  # made on this machine
     stage = Stage(work_output(_hub_id(place))) if is_on_hub else stage_of(plan, Path(place.path))
     entries, recipe = stage.journal(), plan.recipe()
@@ -121,14 +121,14 @@ def can_go_on(place: Location, plan: Plan, overwrite: bool) -> bool:
 
 
 def inputs_digest(plan: Plan) -> str:
-    """A short hash of the identities of all local files that a plan reads: it changes when one is
-    written again, whatever is in it."""
+    """A short hash of the identities of all local files that a plan reads. It changes when a file
+    is written again, even with the same bytes."""
     rows = [*_local_inputs(plan).values()]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def _local_inputs(plan: Plan) -> dict[tuple[int, str], Identity]:
-    """Those of the headers that it read, and of the files that it copies."""
+    """The identities of local headers that were read, and of local files that are copied."""
     copied = ((c.folder, c.name) for c in plan.files.values() if isinstance(c, CopyFile))
     more = [file for file in copied if file not in plan.identities]
     return plan.identities | identities(plan.folders, more)

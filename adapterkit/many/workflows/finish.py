@@ -1,4 +1,4 @@
-"""finish: the output of a plan file, once its workers have made the files."""
+"""finish: publish the output of a plan file once its workers have made the files."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 
 @record
 class Finish(Verb["Receipt"]):
-    """Publish the output of a plan file: the workers' files, the small ones, the receipt; the
-    receipt.
+    """Publish the output of a plan file from the workers' files, and return its receipt.
 
-    `verify` reads the output again and checks every hash, of a merge also rows of each changed
-    tensor, before it gets its name. `push` uploads it to this Hub repository, with `overwrite` in
-    place of an older output. Raises `Refused` where files are missing, with the command that makes
-    them; finished before, it says so.
+    `verify` reads the output again and checks every hash, and for a merge rows of each changed
+    tensor, before it gets its name. `push` uploads it to this Hub repository; with `overwrite` it
+    replaces an older output. Raises `Refused` if files are missing, with the command that makes
+    them. An output that is already finished is reported as such.
     """
 
     command = """Publish the output of a plan file after its workers.

@@ -1,7 +1,7 @@
-"""plan.json: a verb's call that other processes carry out: no code, no pickle, no secret.
+"""plan.json: a verb's call for other processes to carry out, without code, pickle or secret.
 
-Paths are absolute and Hub ids pinned to a commit, so that every process plans the same job; the
-recipe, and which files the inputs are, say whether it did.
+Paths are absolute and Hub ids pinned to a commit, so that every process plans the same job. The
+recipe and the identity of the inputs check that it did.
 """
 
 import json
@@ -40,7 +40,7 @@ CONTENT = records.entries({
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A plan file's content, and where it lies."""
+    """A plan file's content and its path."""
 
     path: Path
     verb: WritingVerb
@@ -48,12 +48,12 @@ class PlanFile:
 
 
 def write_plan(file: StrPath, verb: str, *sources: object, **options: object) -> Plan:
-    """Plan a verb's call for several processes: writes `file`, for `run` and `finish`, and makes
-    the stage beside the output; the plan.
+    """Plan a verb's call for several processes: write `file`, for `run` and `finish`, and make the
+    stage next to the output. Returns the plan.
 
-    `verb` is a writing verb's name, `sources` and `options` its arguments. All that the verb would
-    refuse is refused here. Raises `Refused` also for an output on the Hub, and for arguments that
-    no file can hold.
+    `verb` is a writing verb's name, `sources` and `options` its arguments. Everything that the verb
+    would refuse is refused here. Raises `Refused` also for an output on the Hub, and for arguments
+    that no file can store.
     """
     path = Path(checked("file", FILE, file)).absolute()
     record = checked("verb", VERB, verb)
@@ -84,7 +84,7 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
 
 
 def read_plan(file: StrPath) -> PlanFile:
-    """A plan file; `Refused` where it is none, or of another version."""
+    """A plan file; `Refused` if it is none, or has another version."""
     path = Path(file).absolute()
     try:
         data = nested_json(read_small(path, MAX_JSON))
@@ -116,7 +116,7 @@ def read_plan(file: StrPath) -> PlanFile:
 
 
 def _check_room(path: Path, overwrite: bool, out: Path) -> None:
-    """`Refused` where the plan file cannot be made, or would be in the output's place."""
+    """`Refused` if the plan file cannot be made, or has the output's path."""
     where = str(path)
     if out.resolve() in (path.resolve(), *path.resolve().parents):
         problem, expected = "the plan file is the output, or in it", "a plan file beside the output"
@@ -137,7 +137,7 @@ def _check_room(path: Path, overwrite: bool, out: Path) -> None:
 
 
 def _is_plan(path: Path) -> bool:
-    """Whether a file is a plan, of whatever version."""
+    """True if a file is a plan of any version."""
     try:
         data = strict_json(read_small(path, MAX_JSON))
     except (OSError, ValueError):
@@ -151,7 +151,7 @@ def _unreadable(path: Path, problem: str, hint: str = AGAIN) -> Refused:
 
 
 def _portable(verb: WritingVerb, path: Path) -> Json:
-    """The arguments that were given, as they mean the same in every process."""
+    """The given arguments, in a form with the same meaning in every process."""
     send = command("adapterkit finish", path, push=getattr(verb, "push", None) or "ORG/NAME")
     if is_on_hub(verb.out):
         raise Refused(
@@ -184,13 +184,12 @@ def _portable(verb: WritingVerb, path: Path) -> Json:
 
 
 def _portable_path(kind: str, path: StrPath) -> str:
-    """A path as every process understands it."""
+    """A path with the same meaning in every process."""
     return _pinned(path) if kind == "source" else os.path.abspath(path)
 
 
 def _pinned(source: StrPath) -> str:
-    """An absolute path, or a Hub id with its commit; another text as it is, which is refused when
-    it is opened."""
+    """An absolute path, or a Hub id with its commit; other texts stay, and are refused later."""
     text = os.fspath(source)
     if os.path.exists(text):
         return os.path.abspath(text)
@@ -202,8 +201,8 @@ def _pinned(source: StrPath) -> str:
 
 @contextmanager
 def again(verb: WritingVerb) -> Iterator[None]:
-    """Errors in this block hint at options of the plan's verb, and at the same command, which needs
-    no --resume."""
+    """Errors in this block have hints with options of the plan's verb, and with the same command,
+    which needs no --resume."""
     try:
         with own_hints(verb):
             yield

@@ -1,8 +1,8 @@
-"""A recipe of mergekit as a merge: where every input is one base, or that with an adapter.
+"""Read a recipe of mergekit as a merge, if every input is one base, alone or with an adapter.
 
-Read as mergekit 0.1.5 reads it. What weighs a tensor, or says how much of a delta stays, may differ
-by input, layer (gradients) and name (filters) there: here these are weights and densities of
-modules. What would mean another thing here is refused by name.
+It is read as mergekit 0.1.5 reads it. Weights and densities of tensors may differ by input, layer
+(gradients) and name (filters); here they become those of modules. Settings with another meaning
+here are refused by name.
 """
 
 import math
@@ -61,7 +61,7 @@ class RecipeInput:
 
 @dataclass(frozen=True)
 class RecipeSlice:
-    """The one slice of a recipe that stacks no layers anew."""
+    """The one slice of a recipe that does not stack layers."""
 
     sources: tuple[RecipeInput, ...]
     parameters: Json = field(default_factory=dict)
@@ -69,7 +69,7 @@ class RecipeSlice:
 
 @dataclass(frozen=True)
 class RecipeDocument:
-    """A recipe, as it is written."""
+    """A recipe as written."""
 
     merge_method: str
     base_model: str | None = None
@@ -85,8 +85,8 @@ class RecipeDocument:
 
 
 def merge_of(file: Path, **running: Any) -> Merge:
-    """The merge that a recipe describes, with these options of running; `Refused` with all of it
-    that is not covered."""
+    """The merge that a recipe describes, with these options of running; `Refused` with every
+    setting that is not supported."""
     folder = LocalFolder(file.absolute().parent)
     if file.name not in folder.files():
         raise Refused(
@@ -112,7 +112,7 @@ def merge_of(file: Path, **running: Any) -> Merge:
 
 
 class _Recipe:
-    """A recipe, its inputs opened; its errors get all that is not covered."""
+    """A recipe with its inputs opened; `errors` collects every unsupported setting."""
 
     def __init__(self, document: RecipeDocument, where: str):
         self.document, self.method = document, document.merge_method
@@ -131,7 +131,7 @@ class _Recipe:
 
     @property
     def layers(self) -> int:
-        """The number of the base's layers; 0 where its config does not tell."""
+        """The number of the base's layers; 0 if its config does not have it."""
         counts = {n for key in COUNTS for n in nested_values(self.config, key)}
         return counts.pop() if len(counts) == 1 else 0
 
@@ -156,7 +156,7 @@ class _Recipe:
                 self.errors.add(f"dtype {shown(dtype)}", ", ".join(DTYPES), "give one of these")
 
     def _split_references(self) -> None:
-        """The base, the adapters' paths, and of each input the number of its adapter, or None."""
+        """Set the base, the adapters' paths, and each input's adapter number or None."""
         pairs = [one.model.partition("+")[::2] for one in self.inputs]
         bases = {base for base, lora in pairs if lora} | {self.document.base_model} - {None}
         self.base, self.paths, self.numbers = self.document.base_model or "", [], []
@@ -195,7 +195,7 @@ class _Recipe:
     # -- parameters --------------------------------------------------------------------------------
 
     def _value(self, name: str, module: str, which: int | None = None) -> Any:
-        """What a parameter is on a module, of an input, or of all; None where it is not given."""
+        """A parameter's value on a module, for an input or for all; None if it is not given."""
         slices = [one.parameters for one in self.document.slices]
         own = [] if which is None else [self.inputs[which].parameters]
         found = LAYER.match(module)
@@ -219,7 +219,7 @@ class _Recipe:
         return 0.0 if number is None else number
 
     def _shared(self, name: str, default: Any, which: Sequence[int | None] = (None,)) -> Any:
-        """A parameter that has one value for all modules, of the type of its default."""
+        """A parameter with one value for all modules, of the type of its default."""
         there = (self._value(name, m, n) for n in which for own in self.modules for m in own)
         values = {repr(value) if isinstance(value, list | dict) else value for value in there}
         values = {default if value is None else value for value in values} or {default}
@@ -243,7 +243,7 @@ class _Recipe:
     # -- methods -----------------------------------------------------------------------------------
 
     def arguments(self) -> Json:
-        """The merge's arguments; `Refused` with all that is not covered."""
+        """The merge's arguments; `Refused` with every setting that is not supported."""
         make = getattr(self, f"_{self.method}", self._sparse)
         values, options = make()
         self.errors.raise_all()
@@ -260,7 +260,7 @@ class _Recipe:
         }
 
     def _inputs_of_adapters(self) -> Iterator[tuple[int, int]]:
-        """(place among the inputs, number of the adapter)."""
+        """(position among the inputs, number of the adapter)."""
         yield from ((i, n) for i, n in enumerate(self.numbers) if n is not None)
 
     def _weights(self) -> Values:
@@ -271,7 +271,7 @@ class _Recipe:
         }
 
     def _divided(self, which: Sequence[int], *, exact: bool) -> Values:
-        """The weights over the sum of those of all these inputs, whatever modules they have."""
+        """The weights, divided by the sum over all these inputs, whatever modules they have."""
         values: Values = {}
         for module in dict.fromkeys(name for own in self.modules for name in own):
             weights = {i: self._number("weight", module, i) for i in which}
@@ -354,7 +354,7 @@ class _Recipe:
         return {(n, m): 1.0 for n, own in enumerate(self.modules) for m in own}
 
     def _check_same_modules(self) -> None:
-        """Deltas of 0 have their say in mergekit, where here an adapter takes no part."""
+        """Refuse adapters of different modules: mergekit counts deltas of 0 that are missing."""
         first, *others = (set(own) for own in self.modules)
         if different := sorted({name for own in others for name in own ^ first}):
             problem = f"only some of the adapters have {listed(different)}"
@@ -384,8 +384,8 @@ class _Recipe:
 
 
 def _evaluated(setting: Any, name: str, t: float) -> Any:
-    """What a setting is for the tensor of that name, at t of the layers; None where no filter fits.
-    Numbers of a list are interpolated, others chosen."""
+    """A setting's value for the tensor of that name, at t of the layers; None if no filter fits.
+    Lists of numbers are interpolated, other lists are indexed."""
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, Sequence) or isinstance(setting, str):

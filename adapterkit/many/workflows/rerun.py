@@ -1,4 +1,4 @@
-"""rerun: an output made again from its receipt, and compared byte for byte."""
+"""rerun: make an output again from its receipt, and compare it byte for byte."""
 
 import os
 from collections.abc import Sequence
@@ -39,16 +39,16 @@ OUT = Check("a path", _out, kind="file")
 
 @record
 class Rerun(Verb[Json]):
-    """Make an output again as its receipt says, and compare its files' sha256 with the receipt's;
-    `files`, how many are the same, `command`, and `out`.
+    """Make an output again from its receipt, and compare the sha256 of its files with the
+    receipt's. Returns `files` (the number of equal ones), `command` and `out`.
 
-    Inputs are searched by name in `inputs`, folders that hold them or inputs themselves, by default
-    in the folder that holds the output. Ids of the Hub are read at the commits of the receipt. The
-    receipt may come from a stranger, so its names lead nowhere else, and nothing is sent. Headers
-    and options have to be the receipt's, and the bytes of inputs whose sha256 it has. `out` keeps
-    the output; without it nothing is kept. Raises `Refused` for a receipt without a call, with one
-    that says more than what is computed, or where the plan differs, and `Damaged` with all files
-    that differ: another version, kind of device or CPU's LAPACK gives other last bits.
+    Inputs are searched by name in `inputs`, folders that contain them or inputs themselves; the
+    default is the folder around the output. Hub ids are read at the commits of the receipt. The
+    receipt may come from a stranger, so its names lead nowhere else, and nothing is uploaded.
+    Headers, options and the bytes of inputs with a sha256 must match the receipt. `out` keeps the
+    output; without it nothing is kept. Raises `Refused` for a receipt without a call, for one with
+    more than the computation, or if the plan differs. Raises `Damaged` with all files that differ,
+    because another version, kind of device or CPU's LAPACK gives other last bits.
     """
 
     runner = "many.workflows.rerun_output:rerun_output"

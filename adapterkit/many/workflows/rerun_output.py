@@ -1,4 +1,4 @@
-"""Make an output again from its receipt: the call in it, its inputs found by name."""
+"""Make an output again from its receipt: the call in it, with its inputs found by name."""
 
 import os
 import tempfile
@@ -69,13 +69,13 @@ def _run(verb: WritingVerb, folder: Folder, receipt: Json) -> Json:
 
 
 def command_text(receipt: Json) -> str:
-    """The command that a receipt is of, with the names of its inputs."""
+    """The command that a receipt records, with the names of its inputs."""
     return command_of(*call_in(receipt, RECEIPT), "OUT")
 
 
 def call_in(receipt: Json, where: str) -> tuple[type[WritingVerb], Json]:
-    """The verb and the arguments that a receipt says its output is of: what is computed, and no
-    more. `Refused` for a receipt that says more, or nothing."""
+    """The verb and arguments in a receipt, limited to the computation. `Refused` for a receipt with
+    other arguments, or without a call."""
     call = receipt.get("call")
     if not isinstance(call, dict):
         raise Refused(
@@ -95,7 +95,7 @@ def call_in(receipt: Json, where: str) -> tuple[type[WritingVerb], Json]:
 def _verb_of(
     kind: type[WritingVerb], call: Json, inputs: "_Inputs", rerun: Rerun, out: Path
 ) -> WritingVerb:
-    """The call of a receipt with the paths of its inputs; `Refused` with all that are missing."""
+    """The call of a receipt with the paths of its inputs; `Refused` with every missing one."""
     arguments = dict(call)
     for field in fields_of(kind):
         if field.name in arguments and option_of(field).check.kind in ("source", "sources", "file"):
@@ -109,7 +109,7 @@ def _verb_of(
 
 @dataclass
 class _Inputs:
-    """Where the inputs of a receipt are: what the user named, or the folder of the output."""
+    """The inputs of a receipt, searched in the user's folders or the folder of the output."""
 
     rerun: Rerun
     commits: Mapping[str, str]
@@ -122,7 +122,7 @@ class _Inputs:
         return cls(rerun, commits, Problems(where=os.fspath(rerun.output), hint=NAME_IT))
 
     def found(self, value: Any) -> Any:
-        """Names as the paths of what is there; ids of the Hub at their commits."""
+        """Names resolved to existing paths, and Hub ids to their commits."""
         if isinstance(value, list):
             return [self.found(one) for one in value]
         if isinstance(value, float | int):  # the weight of the source before it
@@ -147,7 +147,7 @@ class _Inputs:
 
 
 def _check_same(receipt: Json, plan: Plan) -> None:
-    """`Refused` where the plan is not that of the receipt, with what differs."""
+    """`Refused` unless the plan is the receipt's, with the differences."""
     recipe = plan.recipe()
     errors = Problems(
         where=RECEIPT, hint="give the inputs and the version of the receipt", code="AK608"

@@ -1,4 +1,4 @@
-"""run: one process's share of a plan file, or the steps of a pipeline."""
+"""run: carry out one process's share of a plan file, the steps of a pipeline, or a recipe."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,18 +41,18 @@ RECIPES = (".yml", ".yaml")
 
 @record
 class Run(Verb["Outcome | Json | Receipt | Plan"]):
-    """Make the share of a plan file's output that one of several processes has, and what others
-    leave; what was done. Of a `.toml` file carry out the steps of the pipeline; the report on
-    them. Of a `.yml` or `.yaml` file, a recipe of mergekit whose inputs are one base with adapters,
-    merge these into `out`; what `merge` returns.
+    """Make one worker's share of a plan file's output, and files that other workers leave; return a
+    summary. For a `.toml` file, carry out the steps of the pipeline and return their report. For a
+    `.yml` or `.yaml` file, a recipe of mergekit whose inputs are one base with adapters, merge
+    these into `out` and return what `merge` returns.
 
-    `worker`: `I/N`, I from 0, or `auto`: as Slurm, torchrun, MPI or Kubernetes say, else 0/1.
-    `device` and `workers` (threads) in place of the plan's. `wait`: seconds for files that others
-    make and that this worker's need; then `Waiting`. Killed, run again the same: what is finished
-    stays. For a pipeline, `overwrite` replaces outputs that it did not write, `engine` says where
-    its steps run, and without `allow_push` nothing is uploaded, whatever the file says; for a
-    recipe, `overwrite` replaces an older output. Raises `Refused` where the job is not that of the
-    plan file any more; `Failed` after.
+    `worker`: `I/N`, I from 0, or `auto`: from Slurm, torchrun, MPI or Kubernetes, else 0/1.
+    `device` and `workers` (threads) override the plan's. `wait`: seconds to wait for other workers'
+    files that this worker needs, before `Waiting`. If it is killed, the same call resumes. For a
+    pipeline, `overwrite` replaces outputs that it did not write, `engine` runs its steps, and
+    without `allow_push` nothing is uploaded, whatever the file requests. For a recipe, `overwrite`
+    replaces an older output. Raises `Refused` if the job no longer matches the plan file, or
+    `Failed` later.
     """
 
     command = """Run a plan file (or a share of it), a pipeline or a recipe.
@@ -154,7 +154,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         return self.make_share()
 
     def make_share(self) -> "Outcome":
-        """Make the share that this process has of a plan file's output."""
+        """Make this process's share of a plan file's output."""
         from adapterkit.core.engine.execution import check_out
         from adapterkit.many.workers.launcher import worker_of
         from adapterkit.many.workers.worker import make_share
@@ -187,7 +187,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         return merge_of(Path(self.file), device=self.device or "auto", **running)
 
     def _refuse(self, names: tuple[str, ...], what: str) -> None:
-        """`Refused` where options are given that do not apply."""
+        """`Refused` if options are given that do not apply."""
         given = [flag_of(name) for name in names if getattr(self, name) != getattr(Run, name)]
         if given:
             options = ", ".join(given)

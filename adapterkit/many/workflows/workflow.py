@@ -1,8 +1,8 @@
-"""A pipeline: steps of a file, all planned before the first is carried out, each done once.
+"""Carry out a pipeline: steps in a file, all planned before the first one runs, each done once.
 
-A step that reads what an earlier one is still to write is planned from that one's plan, where its
-headers are known. The receipt of each output says which pipeline wrote it and from which files, so
-that a step is left as it is while neither it nor its inputs have changed.
+A step that reads the output of an earlier one is planned from that one's plan, if its headers are
+known. The receipt of each output names the pipeline and its inputs, so that a step is skipped while
+neither it nor its inputs have changed.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ FINISHED: Row = {"state": "done before", "notes": []}
 
 @dataclass(frozen=True)
 class Mode:
-    """How an output is written: `finished`: it is there."""
+    """How an output is written; `finished` means that it exists."""
 
     finished: bool = False
     sends: bool = False  # nothing else is left to do
@@ -54,7 +54,7 @@ class Mode:
 
 @dataclass
 class StepRun:
-    """One run of a step: its plan, how its output is written, what came of it."""
+    """One run of a step: its plan, the mode of its output, and the result."""
 
     step: WorkflowStep
     mode: Mode | None = None  # None: known when its inputs are there
@@ -84,15 +84,15 @@ def run_pipeline(
     progress: Progress = lambda done: None,
     tell: Callable[[Row], object] = lambda row: None,
 ) -> Json:
-    """Carry out the steps of a TOML file, in order; the report: `totals`, the number of steps in
-    each state, and `steps`.
+    """Carry out the steps of a TOML file in order. Returns the report: `totals`, the number of
+    steps in each state, and `steps`.
 
-    States: done, done before, planned, refused. Nothing is carried out where a step is refused in
-    planning; none after one that is refused or fails later. An output is replaced where this
-    pipeline wrote it, any older output of adapterkit with `overwrite`. `device`: of steps that
-    name none; `engine`: of all. `allow_push`: steps may upload; the file alone may not say so,
-    because it may come from a stranger. `tell` is called with each step's part of the report.
-    Raises `Refused` for a file that is no pipeline, and `Interrupted`; then the same call resumes.
+    States: done, done before, planned, refused. Nothing runs if planning refuses a step, and no
+    step after one that is refused or fails later. An output is replaced if this pipeline wrote it;
+    with `overwrite`, any older output of adapterkit. `device`: for steps that name none; `engine`:
+    for all. `allow_push`: steps may upload; the file alone cannot allow it, because it may come
+    from a stranger. `tell` is called with each step's row of the report. Raises `Refused` for a
+    file that is no pipeline, and `Interrupted`; then the same call resumes.
     """
     path, steps = Path(file), read_pipeline(Path(file))
     if not (allow_push or dry_run):
@@ -118,7 +118,7 @@ def run_pipeline(
 
 
 def _check_local(steps: Sequence[WorkflowStep], file: Path) -> None:
-    """`Refused` where steps send their outputs away."""
+    """`Refused` if steps upload their outputs."""
     problems = Problems(where=shown(file.name), code="AK114")
     for step in steps:
         if step.sent_to:
@@ -140,13 +140,12 @@ class _Workflow:
 
     @property
     def id(self) -> str:
-        """Tells this file from others of its name."""
+        """An id that distinguishes this file from others of its name."""
         return hashlib.sha256(os.fsencode(self.file.resolve())).hexdigest()[:16]
 
     def plan(self, steps: list[WorkflowStep]) -> list[StepRun]:
-        """All steps, planned as far as that is possible without data; refused ones say why. An
-        output that is there, and that a step to come reads, is checked as `verify` does; one that
-        is damaged is made again."""
+        """Plan all steps as far as possible without data; refused ones have a reason. An existing
+        output that a later step reads is checked as by `verify`, and made again if damaged."""
         damages: dict[int, str] = {}  # of the outputs that were checked
         while True:
             runs = self._plan_all(steps, damages)
@@ -219,8 +218,8 @@ class _Workflow:
         return step.verb(**arguments, overwrite=True)
 
     def _mode(self, run: StepRun, plan: Plan, *, changes: bool) -> Mode:
-        """How to write the output; `Refused` where something is in the way that this pipeline did
-        not write. `changes`: inputs will be other ones than now."""
+        """The mode of the output; `Refused` if this pipeline did not write what is there.
+        `changes`: earlier steps will change the inputs."""
         step = run.step
         older = older_output(step.place)
         pushed = None if step.push is None else older_output(Location("", step.push))
@@ -253,7 +252,7 @@ class _Workflow:
             )
 
     def carry_out(self, run: StepRun) -> Row:
-        """Write the step's output, unless it turns out to be there."""
+        """Write the step's output, unless it exists by now."""
         step, plan, mode = run.step, run.plan, run.mode
         verb = self._verb(step, {})
         if plan is None or mode is None or step.needs:  # of what is there by now
@@ -273,7 +272,7 @@ class _Workflow:
 
 
 def _dry_run(verb: WritingVerb) -> Plan:
-    """What a verb would do, where it would begin."""
+    """The plan of a verb, without writing anything."""
     plan = replace(verb, dry_run=True).run()
     assert isinstance(plan, Plan)
     return plan
@@ -301,7 +300,7 @@ def outcome(result: Receipt | Plan) -> Row:
 
 
 def sent(repo: str) -> str:
-    """The note on a step of which nothing but its push was left to do."""
+    """The note on a step of which only the push was left."""
     return f"finished before: only sent to {repo}"
 
 

@@ -1,5 +1,5 @@
-"""The file of a pipeline: steps, each a verb with its sources, output and options, all checked
-without a look at any source."""
+"""Read the file of a pipeline: steps, each a verb with sources, output and options, all checked
+without opening any source."""
 
 import functools
 import itertools
@@ -36,18 +36,18 @@ class Location:
 
     @property
     def text(self) -> str:
-        """As verbs take it as a source."""
+        """The text by which verbs take it as a source."""
         if not self.repository:
             return self.path
         return f"{self.repository}:{self.path}" if self.path else self.repository
 
     @property
     def out(self) -> str:
-        """As verbs take it as an output."""
+        """The text by which verbs take it as an output."""
         return f"hf://{self.text}" if self.repository else self.path
 
     def within(self, other: "Location") -> bool:
-        """Whether it is the other place, or lies in it."""
+        """True if it equals the other location, or is inside it."""
         if self.repository != other.repository:
             return False
         return not other.path or f"{self.path}/".startswith(f"{other.path}/")
@@ -55,7 +55,7 @@ class Location:
 
 @dataclass(frozen=True)
 class StepSource:
-    """A source of a verb; `weight`: as it is given behind it, PATH=0.7."""
+    """A source of a verb; `weight`: the text after it, as in PATH=0.7."""
 
     place: Location
     weight: float | None = None
@@ -63,7 +63,7 @@ class StepSource:
 
 @dataclass(frozen=True)
 class WorkflowStep:
-    """One step: a call of a verb. In its arguments `StepSource` stands for what the verb reads."""
+    """One step: a call of a verb. `StepSource` replaces each source among its arguments."""
 
     number: int  # from 1
     name: str  # the verb's
@@ -76,16 +76,16 @@ class WorkflowStep:
 
     @property
     def push(self) -> str | None:
-        """The repository to which the output goes as well."""
+        """The repository that also gets the output."""
         return self.arguments.get("push")
 
     @property
     def sent_to(self) -> list[str]:
-        """The repositories that the output goes to."""
+        """The repositories that get the output."""
         return [one for one in (self.place.repository, self.push) if one]
 
     def with_sources(self, value: Callable[[StepSource], Any]) -> Json:
-        """The arguments with something in the place of each source."""
+        """The arguments with each source replaced by the value of a function."""
 
         def put(argument: object) -> Any:
             if isinstance(argument, list):
@@ -104,7 +104,7 @@ class WorkflowDocument:
 
 @dataclass(frozen=True)
 class StepTable:
-    """A [[step]] as it is written."""
+    """A [[step]] as written."""
 
     verb: type[WritingVerb] = field(metadata={"check": VERB})
     inputs: tuple[str, ...] = field(metadata={"check": records.one_or_several(records.NAME)})
@@ -113,7 +113,7 @@ class StepTable:
 
 
 def read_pipeline(file: Path) -> list[WorkflowStep]:
-    """The steps of a pipeline; `Refused` with all that is wrong in any of them."""
+    """The steps of a pipeline; `Refused` with every problem in any of them."""
     entries, folder = _entries(file), file.absolute().parent
     errors = Problems()
     texts = [entry.get("out") for entry in entries]
@@ -132,7 +132,7 @@ def read_pipeline(file: Path) -> list[WorkflowStep]:
 
 
 def _entries(file: Path) -> list[Json]:
-    """The tables of the file; `Refused` where it is none of a pipeline."""
+    """The tables of the file; `Refused` unless it is a pipeline's."""
     where = file.name
     try:
         document = tomllib.loads(read_small(file, MAX_FILE).decode("utf-8"))
@@ -174,7 +174,7 @@ def _step(number: int, entry: Json, outs: Mapping[int, Location], folder: Path) 
 def _misnamed_options(
     fields: Mapping[str, Field], options: Json, where: str
 ) -> list[AdapterkitError]:
-    """What is wrong with the names of a step's options."""
+    """The problems with the names of a step's options."""
     own = {n: field for n, field in fields.items() if field.kw_only and n not in RESERVED}
     needed = [name for name, field in own.items() if field.default is MISSING]
     checks = {name: option_of(field).check for name, field in own.items()}
@@ -192,8 +192,7 @@ def _sources(
     where: str,
     errors: Problems,
 ) -> Json:
-    """The verb's sources by name, in its order; the last name has all that are left where it may
-    be several."""
+    """The verb's sources by name, in its order; the last name may take all remaining ones."""
     checks = {name: option_of(field).check for name, field in fields.items() if not field.kw_only}
     *single, last = checks
     several, inputs = checks[last].several, step.inputs
@@ -210,7 +209,7 @@ def _sources(
 
 
 def _located(kind: str, value: object, source: Callable[[str, str], StepSource]) -> Any:
-    """The option's value with sources in the place of texts; what is none is left to its check."""
+    """The option's value with texts of sources replaced; other values are left to their check."""
     if isinstance(value, list):
         return [_located(kind, item, source) for item in value]
     return source(kind, value) if isinstance(value, str) and value else value
@@ -236,8 +235,8 @@ def _output(text: str, folder: Path) -> Location:
 
 
 def _place(text: str, folder: Path, outs: Sequence[Location]) -> Location:
-    """Where a source is: a path in the file's folder that exists or that a step writes, a Hub id,
-    or else a path."""
+    """The location of a source: a path in the file's folder that exists or that a step writes, a
+    Hub id, or else a path."""
     here = _here(text, folder)
     if os.path.exists(here.path) or any(here.within(out) for out in outs):
         return here
@@ -270,7 +269,7 @@ def _needed(
     where: str,
     needs: dict[StepSource, int],
 ) -> Iterator[AdapterkitError]:
-    """Note which step a source comes from; errors where that is not an earlier one."""
+    """Record which step a source comes from; errors unless that is an earlier one."""
     for other, out in outs.items():
         inside, around = source.place.within(out), out.within(source.place)
         if inside and other < number:

@@ -297,7 +297,7 @@ def plan_written(
 
 
 def _notes(source: Folder, contents: Contents, written: FormatFile, file: str) -> Iterator[str]:
-    """Notes on scales and modules left out, folded or rounded, and those of the source and format."""
+    """Notes on modules and scales left out, folded or rounded, and the source's notes."""
     maker: Any = getattr(source, "maker", None)
     if left_out := getattr(maker, "left_out", ()):
         yield f"not converted: {maker.pickle} also holds {listed(left_out)}"
