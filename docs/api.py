@@ -1,4 +1,4 @@
-"""Writes docs/api.md from the signatures and docstrings of the package.
+"""Write docs/api.md from the signatures and docstrings of the package.
 
 python docs/api.py
 """

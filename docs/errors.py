@@ -1,4 +1,4 @@
-"""Writes docs/errors.md from adapterkit/errors.toml.
+"""Write docs/errors.md from adapterkit/core/errors.toml.
 
 python docs/errors.py
 """

@@ -1,5 +1,5 @@
-"""Writes the lists of docs/architecture.md: the levels of the core and what extensions need, from
-tests/hostile/test_layers.py, and the doors, from the comments of adapterkit/doors.py.
+"""Write the lists in docs/architecture.md: the levels of the core and the needs of extensions from
+tests/hostile/test_layers.py, the doors from comments in adapterkit/doors.py.
 
 python docs/layers.py
 """

@@ -1,4 +1,4 @@
-"""Writes llms.txt and SKILL.md for coding agents from the help texts; run it after changing them.
+"""Write llms.txt and SKILL.md for coding agents from the help texts; run it after changing them.
 
 python docs/skill.py
 """

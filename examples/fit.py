@@ -1,21 +1,21 @@
-"""What weights from data gain over one rule for all, and over a new LoRA on the same samples.
+"""Compare weights fitted to data with one rule for all, and with a new LoRA on the same samples.
 
     python examples/fit.py [FOLDER] [--steps 12] [--samples 4 16 48] [--seeds 0 1 2]
                            [--rows NAME...] [--unseen spanish] [--json FILE] [--show] [--short]
 
 Trains the English, French and German adapters of examples/languages.py (rank 8, STEPS steps on the
-first 12 blocks of each language) and fits weights to samples of 48 tokens, of the messages behind
-these blocks and of shorter ones. Each row of the table is a way to get one adapter for all three
-languages, with its losses on other messages (the held-out blocks of examples/lossy.py); `lora-*`
-are new adapters on the samples of the fit: `data` sees each once, `passes` has as many passes as
-the fit, stopped where the samples that are held out say so. `--unseen`: the three adapters on a
-language that none of them knows.
+first 12 blocks of each language) and fits weights to samples of 48 tokens: the messages after these
+blocks, and shorter ones. Each row of the table is a way to get one adapter for all three languages,
+with its losses on other messages (the held-out blocks of examples/lossy.py). `lora-*` are new
+adapters trained on the samples of the fit: `data` sees each once, `passes` has as many passes as
+the fit, with early stopping on held-out samples. `--unseen`: the three adapters on a language that
+none of them was trained on.
 
-What is done is in the JSON file (default: fit.json beside this file) and not done again, so that a
-long run can be split: by --steps, --samples, --seeds or --rows. `--show` prints the tables of it
-alone. `--short`: three layers, two steps and a few samples. A row takes one to ten minutes of a
-core, the three levels on 48 samples together half an hour; what is in the JSON took seven hours;
-3 GB of memory. Nothing comes from the Hub; PEFT trains.
+Finished rows are in the JSON file (default: fit.json next to this file) and are not computed again,
+so you can split a long run: by --steps, --samples, --seeds or --rows. `--show` only prints its
+tables. `--short`: three layers, two steps and a few samples. A row takes one to ten minutes of a
+core, the three levels on 48 samples together half an hour; the JSON took seven hours; 3 GB of
+memory. Nothing comes from the Hub; PEFT trains.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def collection_of(plan: Plan) -> FitCollection:
-    """What a fit's plan collects: its samples, and what runs on them."""
+    """The samples of a fit's plan, and the runner on them."""
     fit = plan.shards[0].collection
     assert isinstance(fit, FitCollection)
     return fit
@@ -157,7 +157,7 @@ class Measurement:
         return lossy.losses(self.model, self.test, adapter, scale)
 
     def given(self, row: str) -> dict[str, Any]:
-        """What needs no fit."""
+        """The rows without a fit."""
         out, three = self.folder / row, [str(adapter) for adapter in self.adapters]
         if row == "base":
             return {"test": self.losses(None)}

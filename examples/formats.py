@@ -1,13 +1,13 @@
-"""One trained adapter of a real small model, read by other programs after `adapterkit convert`.
+"""Convert one trained adapter of a real small model, and load it in other programs.
 
     python examples/formats.py [FOLDER] [--steps N] [--prompts N]
 
-SmolLM2-135M learns this Python's manual with PEFT (rank 8, all linear layers). `convert` writes the
+PEFT trains SmolLM2-135M on this Python's manual (rank 8, all linear layers). `convert` writes the
 adapter for mlx-lm, for llama.cpp (GGUF), for vLLM, and back to PEFT. Each program then predicts the
 token after the same held-out prompts, with and without the adapter. The table shows how far its
 predictions are from PEFT's (Kullback-Leibler divergence in nats), and how much the adapter changed
-them. llama.cpp runs the 4-bit file that SmolLM2 was published in, of which the other programs have
-the decoded weights.
+them. llama.cpp runs the 4-bit file in which SmolLM2 was published; the other programs use its
+decoded weights.
 
 Programs that are not installed are left out: `pip install mlx mlx-cpu mlx-lm xllamacpp`. Takes
 three minutes of processor time, 2 GB of memory, and nothing from the Hub. Exit status 1 if a
@@ -112,7 +112,7 @@ def convert(source: Path, base: Path, folder: Path) -> dict[str, Path]:
 
 
 def programs(base: Path, written: dict[str, Path]) -> dict[str, tuple[Path, Predict]]:
-    """What reads an adapter: its name, the adapter that it reads, and how it predicts."""
+    """A program that reads an adapter: its name, its adapter, and its predictions."""
     by_name: dict[str, tuple[Path, Predict]] = {
         "PEFT, vLLM's layout": (written["vllm"], lambda *job: by_peft(base, *job)),
         "PEFT, through GGUF": (written["back"], lambda *job: by_peft(base, *job)),
@@ -158,8 +158,8 @@ def has_llama_cpp() -> bool:
 
 
 def by_llama_cpp(files: list[Path], prompts: list[list[int]]) -> Tensor:
-    """Of a model's file and, behind it, an adapter's. In a process of its own: it ends the process
-    on errors."""
+    """The logits from a model's file and, after it, an adapter's. In a process of its own, because
+    llama.cpp ends the process on errors."""
     done = subprocess.run(
         [sys.executable, "-c", LLAMA_CPP, *map(str, files)],
         input=json.dumps(prompts),

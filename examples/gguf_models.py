@@ -1,17 +1,17 @@
-"""An adapter merged into GGUF files of real small models: what each rounding keeps of it, and
-whether llama.cpp computes what PEFT computes.
+"""Merge an adapter into GGUF files of real small models, measure the loss of each rounding, and
+compare llama.cpp with PEFT.
 
     python examples/gguf_models.py [FOLDER] [--models smollm2-q4_1,gemma3-q4_k_m] [--json]
 
-Takes 3 GB of memory (gemma 6) and some ten minutes on two cores; the models come from the package
-index, as do Django's French messages, on which an adapter is trained for each. All that is written
-stays in FOLDER (default: gguf-output).
+Takes 3 GB of memory (gemma 6) and some ten minutes on two cores. The models come from the package
+index, and so do Django's French messages, on which an adapter is trained for each. All outputs stay
+in FOLDER (default: gguf-output).
 
-The table has nats per token on held-out French: of the base, of the exact sum in float32, of the
+The table has nats per token on held-out French: for the base, for the exact sum in float32, for the
 merged file in its own types of blocks (rounded to nearest, stochastically, with compensation), and
-with the touched tensors in Q8_0. Then llama.cpp, if `xllamacpp` is installed, answers prompts with
-the merged file, and PEFT on the decoded base: the mean divergence between the two, and of the base
-without an adapter for comparison. Exit status 1 if a statement that must hold does not.
+with the changed tensors in Q8_0. Then llama.cpp, if `xllamacpp` is installed, answers prompts with
+the merged file, and PEFT on the decoded base. The script prints the mean divergence between the
+two, and that of the base without an adapter for comparison. Exit status 1 if a check fails.
 """
 
 import argparse
@@ -149,9 +149,9 @@ def answers(base: Path, folder: Path, held_out: Tensor) -> dict[str, float]:
 
 
 def holds(row: dict[str, Any]) -> bool:
-    """What must hold: the exact sum is better than the base, the better one of stochastic and
-    compensated rounding is as good as it, or keeps as much as rounding to nearest does, and
-    llama.cpp answers as PEFT does."""
+    """Check that the exact sum is better than the base, that the better one of stochastic and
+    compensated rounding is as good as it or as rounding to nearest, and that llama.cpp answers like
+    PEFT."""
     losses, llama = row["losses"], row["llama.cpp"]
     better = losses["exact"] < losses["base"]
     kept = min(losses["stochastic"], losses["compensated"])

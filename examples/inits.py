@@ -1,17 +1,17 @@
-"""The same small real model trained from different initializations, on the same data.
+"""Train one small real model from different initializations, on the same data.
 
     python examples/inits.py [FOLDER] [--steps N] [--layers N] [--methods NAMES]
 
-SmolLM2-135M learns this Python's manual: for each method `adapterkit init` starts an adapter of
-rank 8 on all linear layers, by statistics of training passages (`adapterkit stats`) where it needs
-some; no base is written (`--residual implicit`). All are trained by the runtime with the same
-passages, steps and learning rate. A Markdown table shows the losses of training and those of
-held-out passages; FOLDER/losses.png, where matplotlib is installed, draws the first ones beside the
+For each method `adapterkit init` starts an adapter of rank 8 on all linear layers of SmolLM2-135M,
+using statistics of training passages (`adapterkit stats`) if it needs some; no base is written
+(`--residual implicit`). The runtime trains all of them on this Python's manual with the same
+passages, steps and learning rate. A Markdown table shows the training losses and the losses on
+held-out passages. With matplotlib, FOLDER/losses.png draws the training losses relative to the
 first method's.
 
 Takes some 30 minutes of processor time, 2.5 GB of memory, 3 GB of disk in FOLDER (default:
-inits-output) and nothing from the Hub. --steps 2 --layers 2: half a minute, and losses that mean
-little. Exit status 1 if a model with an adapter that has not learned yet is another model.
+inits-output) and nothing from the Hub. --steps 2 --layers 2: half a minute, and meaningless losses.
+Exit status 1 if an untrained adapter changes the model.
 """
 
 import argparse

@@ -1,18 +1,16 @@
-"""Adapter algebra on three real adapters: one each for English, French and German, trained on a
+"""Combine, subtract and resize three real adapters, for English, French and German, trained on a
 real small model.
 
     python examples/languages.py [FOLDER]
 
 Takes some 130 seconds of processor time on at most two cores, 1.5 GB of memory and nothing from the
 Hub; needs PEFT. The texts are Django's messages (BSD-3-Clause): the same sentences in three
-languages, a quarter of them held out. All that is written stays in FOLDER (default:
-languages-output).
+languages, a quarter of them held out. All outputs stay in FOLDER (default: languages-output).
 
-It combines the three (linear, ties, dare_ties), takes what English and French share out of German
-(subtract), halves German's rank (resize), stacks the three as experts (arrow), all on the command
-line, and loads what was written with PEFT. It prints the held-out loss of each in each language and
-what inspect, diff and the experts' prototypes say. Exit status 1 if a statement that must hold does
-not.
+It combines the three (linear, ties, dare_ties), removes from German what English and French share
+(subtract), halves German's rank (resize) and stacks the three as experts (arrow), all on the
+command line, and loads the outputs with PEFT. It prints the held-out loss of each in each language,
+and the results of inspect, diff and the experts' prototypes. Exit status 1 if a check fails.
 """
 
 import json

@@ -1,17 +1,16 @@
-"""What statistics of the layers' inputs gain in lossy steps, on three real adapters.
+"""Measure the gain from statistics of the layers' inputs in lossy steps, on three real adapters.
 
     python examples/lossy.py [FOLDER] [--json FILE] [--short]
 
-Trains the English, French and German adapters of examples/languages.py (rank 8), collects the
-covariance of each layer's inputs on texts of each language, resizes each adapter to rank 4 and 2,
-and combines the three at rank 8, with the statistics and without; regmean beside linear and ties,
-and the other methods on factors, exact.
-It prints the held-out losses as Markdown tables, and writes them with --json. --short: three layers
-of the model, some seconds and losses that mean little.
+Trains the English, French and German adapters of examples/languages.py (rank 8) and collects the
+covariance of each layer's inputs on texts of each language. It resizes each adapter to rank 4 and
+2, and combines the three at rank 8, with the statistics and without: regmean next to linear and
+ties, and the other methods on factors, exact. It prints the held-out losses as Markdown tables, and
+writes them with --json. --short: three layers of the model, some seconds and meaningless losses.
 
 Takes some 6 minutes of processor time, 2.5 GB of memory, 1.5 GB of disk in FOLDER (default:
-lossy-output), and nothing from the Hub; needs PEFT for the training. Exit status 1 if factors that
-were fitted to the outputs lose more of them, by the receipts, than those that were not.
+lossy-output), and nothing from the Hub; needs PEFT for the training. Exit status 1 if, by the
+receipts, factors fitted to the outputs lose more of them than the others.
 """
 
 import argparse

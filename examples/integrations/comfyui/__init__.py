@@ -52,7 +52,7 @@ def done(path: Path) -> io.NodeOutput:
 
 
 def converted(make: Callable[[Path], object], format: str, out: Path) -> Path:
-    """What is made in the layout of the (first) LoRA, with all of its parts, in another one."""
+    """Make a LoRA in the layout of the (first) one, and convert it with all components."""
     with tempfile.TemporaryDirectory() as place:
         made = Path(place) / "made.safetensors"
         make(made)
