@@ -1,5 +1,5 @@
-"""Combining, resizing and extracting adapters: adapterkit beside PEFT and beside the full singular
-value decomposition.
+"""Compare combining, resizing and extracting adapters with PEFT and with the full singular value
+decomposition.
 
     python examples/benchmarks/combine.py                      three r=16 adapters on 22 layers of
                                                                2048, a table
@@ -9,10 +9,10 @@ value decomposition.
                                                                each difference
     python examples/benchmarks/combine.py --json combine.json
 
-adapterkit combines all layers, as a whole process (imports included) and in process; PEFT's
-`add_weighted_adapter` runs on one layer of the same shapes, built by transformers, in process: its
-time per layer is what is compared. `svd` and `ties_svd` are PEFT's names; adapterkit's results are
-the same deltas (see the tests). The full SVD is what PEFT and others do to each dense delta.
+adapterkit combines all layers, as a whole process (imports included) and in process. PEFT's
+`add_weighted_adapter` runs in process on one layer of the same shapes, built by transformers; the
+times per layer are compared. `svd` and `ties_svd` are PEFT's names; adapterkit's results are the
+same deltas (see the tests). PEFT and others apply the full SVD to each dense delta.
 """
 
 import json

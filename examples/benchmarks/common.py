@@ -1,8 +1,8 @@
-"""What the benchmarks share: a checkpoint and an adapter of a chosen size, a timed process, the
+"""Shared code of the benchmarks: a checkpoint and an adapter of a chosen size, a timed process, the
 metrics of the machine.
 
 The checkpoint is a Llama of TinyLlama's widths (hidden 2048, intermediate 5632, vocabulary 32000)
-and as many layers as the size asks for. It is generated one shard at a time and kept, so that a
+with as many layers as the size needs. It is generated one shard at a time and kept, so that a
 second run starts at once.
 """
 
@@ -314,7 +314,7 @@ def anonymous_memory(pid: int) -> int:
 
 
 def print_rows(name: str, rows: dict[str, dict[str, float]]) -> None:
-    """The times of merges of one model, beside those of cp."""
+    """Print the times of merges of one model, with those of cp."""
     print(name)
     for competitor, row in rows.items():
         ratio = row["in_process"] / rows["cp"]["in_process"]

@@ -1,15 +1,15 @@
-"""Converting an SDXL LoRA from kohya's layout to diffusers', to PEFT's and back: adapterkit beside
-`cp` and beside diffusers' own converter.
+"""Compare conversions of an SDXL LoRA between kohya's, diffusers' and PEFT's layouts with `cp` and
+with diffusers' own converter.
 
     python examples/benchmarks/convert.py                    rank 64 on all 722 modules of the UNet
                                                              that kohya's trainer takes, 340 MB
     python examples/benchmarks/convert.py --rank 4 --repeat 1 --json convert.json
 
-Each conversion is a process of its own. Its time is held against that of `cp` (with fsync, as
-adapterkit's) and of the conversion of a LoRA of one module, which is imports and little else. Its
-peak memory is measured at a quarter of the rank too. diffusers converts in one process, its time
-once with the imports and once without; it reads kohya's layout and writes its own, then reads
-that and writes kohya's. kohya's scripts are in no package index.
+Each conversion is a process of its own. Its time is compared with that of `cp` (with fsync, like
+adapterkit) and of converting a LoRA of one module, which is mostly imports. Its peak memory is also
+measured at a quarter of the rank. diffusers converts in one process, timed with and without the
+imports. It reads kohya's layout and writes its own, then reads that and writes kohya's. kohya's
+scripts are in no package index.
 """
 
 import json
@@ -130,7 +130,7 @@ def chain(source: Path, work: Path, repeat: int) -> dict[str, dict]:
 
 
 def same_tensors(a: Path, b: Path) -> bool:
-    """Whether two files hold the same tensors, byte for byte."""
+    """True if two files have the same tensors, byte for byte."""
     import torch
     from safetensors import safe_open
 

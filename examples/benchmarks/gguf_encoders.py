@@ -1,4 +1,4 @@
-"""Encoders of llama.cpp's block types beside libggml's: errors on real weights, and speed.
+"""Compare encoders of llama.cpp's block types with libggml's: errors on real weights, and speed.
 
     python examples/benchmarks/gguf_encoders.py                      all types
     python examples/benchmarks/gguf_encoders.py --types Q4_K,Q6_K --repeat 1
@@ -59,7 +59,7 @@ def libggml() -> Callable[[str, Tensor, Tensor | None], Tensor]:
 
 
 def own_weight(name: str, w: Tensor, importance: Tensor | None) -> Tensor:
-    """What libggml weighs squared errors with."""
+    """libggml's own weights of squared errors."""
     square = w.square()
     mean = square.view(len(w), -1, 256).mean(2).repeat_interleave(256, 1)
     if importance is not None:
@@ -88,7 +88,7 @@ def weights() -> tuple[Tensor, Tensor]:
 
 
 def best_seconds(repeat: int, *sides: Callable[[], Tensor]) -> list[tuple[float, Tensor]]:
-    """Of each side the least time of this thread, and its result."""
+    """The least time of this thread for each side, and its result."""
     best = [float("inf")] * len(sides)
     results = [side() for side in sides]
     for _ in range(repeat):

@@ -1,5 +1,5 @@
-"""Merging an adapter into a GGUF file, beside copying the file: seconds, and whether the memory is
-flat.
+"""Compare merging an adapter into a GGUF file with copying the file: seconds, and whether the
+memory stays flat.
 
     python examples/benchmarks/gguf_merge.py                    1 and 4 GB, Q4_K_M and Q8_0
     python examples/benchmarks/gguf_merge.py --sizes 0.2 --types Q8_0 --repeat 1    a quick look
@@ -10,7 +10,7 @@ down, and the head, in Q6_K). One adapter is of attention alone, one of all line
 copy and fsync of what it wrote. Both take turns; before each run the output is removed, the disk
 synced and the input read once. `seconds` are the wall time of the process; `in process` is the same
 without the interpreter's start and the import of torch, and
-`processor` the time that its threads ran, also beside other work. Memory is anonymous.
+`processor` the time that its threads ran, whatever else the machine does. Memory is anonymous.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The hour of a GPU: is what it computes right, the same every time, and what does it gain?
+"""Check and measure a GPU in an hour: correct results, the same bits every time, and the speed-up.
 
     python examples/benchmarks/gpu.py --json gpu.json               all steps, 16 GB, 40 minutes
     python examples/benchmarks/gpu.py --steps facts,right,races
@@ -6,9 +6,9 @@
     numactl --cpunodebind 0 --membind 0 python ...                  with `numa_of_gpu` 0 in facts
 
 Data are made in --work, which should be a memory file system. Each step is a process of its own, so
-that a GPU that was left broken by one is begun anew for the next; JSON is written after each. Each
-figure that has an expected range (gpu_expected.py) is printed beside it, with what to look at
-otherwise. On a machine without a GPU the script says so and exits with status 2.
+that a GPU left broken by one is reset for the next; JSON is written after each. Each figure with an
+expected range (gpu_expected.py) is printed with the range, and with a hint if it is outside.
+Without a GPU the script says so and exits with status 2.
 
 | step | what |
 |---|---|
@@ -17,16 +17,16 @@ otherwise. On a machine without a GPU the script says so and exits with status 2
 | races | a stream that is late; 1 to 8 workers; TF32 set; kill and resume |
 | stats | covariances here and there, also with TF32 set |
 | speed | merges by shards, hash, workers, ranks; how much overlaps; memory |
-| decompositions | SVD, QR, LoftQ, TIES, codecs beside the CPU |
-| runtime | training steps, rows of 64 adapters, beside PEFT |
+| decompositions | SVD, QR, LoftQ, TIES, codecs, compared with the CPU |
+| runtime | training steps, rows of 64 adapters, compared with PEFT |
 | limits | little memory, Ctrl-C, resume |
 | peers | loading by safetensors and others |
 
-When something is off: an exception in `right` that is no refusal is looked at before any timing; a
-step that ended with an illegal access is run again with CUDA_LAUNCH_BLOCKING=1, or its smallest
-merge under `compute-sanitizer --tool memcheck`. Beside `speed`, `py-spy dump` or `perf top` should
-show pwrite, sha256 and clear_page; `take_gil` above a tenth means too many launches. In pieces:
---steps facts,right; races,stats; speed; decompositions; runtime,limits,peers with --size 8.
+If something fails: look at an exception in `right` that is no refusal before any timing. Run a step
+that ended with an illegal access again with CUDA_LAUNCH_BLOCKING=1, or its smallest merge under
+`compute-sanitizer --tool memcheck`. During `speed`, `py-spy dump` or `perf top` should show pwrite,
+sha256 and clear_page; `take_gil` above a tenth means too many launches. In pieces: --steps
+facts,right; races,stats; speed; decompositions; runtime,limits,peers with --size 8.
 """
 
 import argparse
@@ -57,7 +57,7 @@ WORK_SPACE = 3.5  # bytes in --work for each of a timed merge
 
 @dataclass(frozen=True)
 class Settings:
-    """What the steps are given."""
+    """The settings of all steps."""
 
     device: str
     work: Path
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def missing(settings: Settings) -> str | None:
-    """What this machine lacks."""
+    """The requirements that this machine lacks."""
     import torch
 
     if settings.on_gpu and not torch.cuda.is_available():

@@ -57,7 +57,7 @@ except adapterkit.AdapterkitError as error:
 
 
 def attempt(case: Callable[[], Any]) -> Any:
-    """What a case gives; of one that fails its error, beside the figures of the others."""
+    """The result of a case, or its error, next to the figures of the others."""
     try:
         return case()
     except Exception as error:  # of any case
@@ -191,7 +191,7 @@ def tensors_of(out: Path) -> dict[str, Tensor]:
 
 
 def steps_apart(a: Tensor, b: Tensor) -> Tensor:
-    """How many numbers of their format lie between the elements of two tensors."""
+    """The number of representable values between the elements of two tensors."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
     def order(x: Tensor) -> Tensor:
@@ -247,8 +247,8 @@ def tf32_allowed() -> Iterator[None]:
 
 
 def stats(settings: "Settings") -> dict:
-    """Covariances on the device beside the CPU's, also where the process allows TF32: the largest
-    difference relative to the matrix's largest value."""
+    """Covariances on the device compared with the CPU's, also if the process allows TF32: the
+    largest difference relative to the matrix's largest value."""
     base, _ = checkpoint(settings, settings.pick(2.0, 0.02), 16)
     draws, data = random.Random(0), settings.work / "tokens.jsonl"
     length = settings.pick(256, 32)
@@ -304,7 +304,7 @@ def late_streams(settings: "Settings") -> Iterator[None]:
 
 
 def hash_of(settings: "Settings", name: str, workers: int) -> str:
-    """Of a golden job's output, in small chunks."""
+    """The hash of a golden job's output, in small chunks."""
     from tests.golden import jobs
 
     elements, rows.CUDA_ELEMENTS = rows.CUDA_ELEMENTS, 64
@@ -338,7 +338,7 @@ def checkpoint(settings: "Settings", size: float, rank: int, shards: int = 4) ->
 
 
 def stopped_and_resumed(settings: "Settings", base: Path, adapter: Path, sign: int) -> bool:
-    """Whether a merge that a signal ended after its first file goes on to the same bytes."""
+    """True if a merge stopped by a signal after its first file resumes to the same bytes."""
     whole, out = settings.work / "whole", settings.work / "stopped"
     for folder in (whole, out, out.with_name(".stopped.adapterkit")):
         shutil.rmtree(folder, ignore_errors=True)

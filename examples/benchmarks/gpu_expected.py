@@ -1,7 +1,7 @@
-"""What gpu.py expects of an H100 with 16 cores and 128 GB, and what to look at otherwise.
+"""Expected figures of gpu.py on an H100 with 16 cores and 128 GB, and hints for other results.
 
-The figures of copies and rates are what the bus, memory and sha256 of such machines give; those of
-jobs are arithmetic from these. A consumer GPU (PCIe Gen4 x16, or x8) has half of the copies, or a
+The figures of copies and rates are typical of the bus, memory and sha256 of such machines; those of
+jobs are computed from these. A consumer GPU (PCIe Gen4 x16, or x8) has half of the copies, or a
 quarter.
 """
 
@@ -18,7 +18,7 @@ SMALL = "small linear algebra or waits: profile one"
 
 @dataclass(frozen=True)
 class Range:
-    """Figures whose place in a step matches the pattern lie in [low, high]."""
+    """The range [low, high] of figures whose path in a step matches the pattern."""
 
     pattern: str
     low: float = -math.inf
@@ -29,7 +29,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A figure beside the range that was expected."""
+    """A figure with its expected range."""
 
     place: str
     value: float
@@ -125,7 +125,7 @@ EXPECTED: dict[str, tuple[Range, ...]] = {
 
 
 def verdicts(step: str, figures: Mapping[str, object]) -> list[Verdict]:
-    """Of a step's figures those of which something is expected, by the first range that matches."""
+    """The verdicts on a step's figures that have a range; the first matching range counts."""
     found = []
     for place, value in figures.items():
         if not isinstance(value, (int, float)):

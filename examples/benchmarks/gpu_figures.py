@@ -235,9 +235,8 @@ def overlap_of_merge(settings: "Settings") -> dict[str, float]:
 
 
 def overlaps(intervals: dict[str, list[Interval]]) -> dict[str, float]:
-    """Of the time between the first and the last event: in which anything runs (`busy`); of the
-    busy time: in which two of kernels and copies run at once (`two`), and copies both ways
-    (`both_ways`)."""
+    """Shares of the time between the first and the last event with any activity (`busy`), and of
+    the busy time with two kernels or copies at once (`two`) or copies both ways (`both_ways`)."""
     edges = sorted(
         (at, change, kind)
         for kind, some in intervals.items()

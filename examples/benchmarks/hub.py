@@ -1,16 +1,16 @@
-"""A merge from the Hub to the Hub on little disk, against download-all, merge, upload-all.
+"""Compare a merge from Hub to Hub on little disk with download-all, merge, upload-all.
 
     python examples/benchmarks/hub.py                        2 GB, 500 MB of disk: about 2 minutes
     python examples/benchmarks/hub.py --size 64MB            a look at whether it runs
     python examples/benchmarks/hub.py --json hub.json
 
-The Hub is the tests' own on 127.0.0.1, with Git LFS, asked by the real client. Its line is limited:
-0.68 GB/s down and 0.41 GB/s up were measured to the real one; here both are a fifth, so that two
-cores that also serve are not what is waited for. Half of the layers have an adapter, so about half
-of the shards change.
+The Hub is the tests' own on 127.0.0.1, with Git LFS, queried by the real client. Its line is
+limited: 0.68 GB/s down and 0.41 GB/s up were measured to the real one. Here both are a fifth, so
+that the two cores, which also serve, are not the bottleneck. Half of the layers have an adapter, so
+about half of the shards change.
 
-- `disk`: the most that lay on disk at any time in the client's home (its cache, the job's folder)
-  and the output; what the Hub keeps is not counted. Sampled every 20 ms.
+- `disk`: the most disk used at any time by the client's home (its cache, the job's folder) and the
+  output, without the Hub's own files. Sampled every 20 ms.
 - `memory`: the most resident anonymous memory of the process.
 - `down`, `up`: bytes of all answers and of all uploads; over the minimum, which is the shards that
   changed, and the adapter's file downwards.
@@ -56,7 +56,7 @@ HfApi().upload_folder(repo_id=target, folder_path=out)
 
 @dataclass(frozen=True)
 class Run:
-    """What one way of merging took."""
+    """The costs of one way of merging."""
 
     seconds: float
     disk: int  # bytes at the peak, as the other sizes

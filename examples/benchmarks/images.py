@@ -1,5 +1,5 @@
-"""Merging an adapter into an image model in one file, beside copying the file: seconds, and whether
-the memory is flat.
+"""Compare merging an adapter into a single-file image model with copying the file: seconds, and
+whether the memory stays flat.
 
     python examples/benchmarks/images.py                       SD 1.5 (2.1 GB) and SDXL (6.9 GB)
     python examples/benchmarks/images.py --models sd15 --repeat 1                   a quick look

@@ -1,4 +1,4 @@
-"""init and stats: adapterkit beside PEFT, and beside the forward passes of the whole model.
+"""Compare init and stats with PEFT, and with the forward passes of the whole model.
 
     python examples/benchmarks/init.py                  two layers: some minutes
     python examples/benchmarks/init.py --layers 22      all of TinyLlama's: PEFT's pissa takes 8 min
@@ -12,9 +12,9 @@ memory; adapterkit's that of the whole `init`, which reads the checkpoint and wr
 and with `written` the base. Neither counts imports, nor PEFT the loading. Both use all cores.
 
 The error is that of the singular values of a layer's factors against float64's, relative, the
-largest. Memory is the peak of anonymous memory of the whole process, sampled every 20 ms; of PEFT
-the model is in it. Stats: covariances of the layers' inputs, beside forward passes of the same
-batches in the whole model. Processes take turns; all figures are medians.
+largest. Memory is the peak of anonymous memory of the whole process, sampled every 20 ms; PEFT's
+includes the model. Stats: covariances of the layers' inputs, compared with forward passes of the
+same batches in the whole model. Processes take turns; all figures are medians.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""LoftQ and quantize: adapterkit beside bitsandbytes with the full singular value decomposition,
-and beside transformers.
+"""Compare LoftQ and quantize with bitsandbytes and the full singular value decomposition, and with
+transformers.
 
     python examples/benchmarks/loftq.py                      one LoftQ iteration on a layer of 2048,
                                                              whole commands on 2 GB
@@ -16,8 +16,8 @@ agree. Processes take turns; all figures are medians.
 
 Whole commands, imports included, on a Llama of these widths: `adapterkit loftq`,
 `adapterkit quantize`, and transformers' from_pretrained(quantization_config=...) with
-save_pretrained. Memory is anonymous memory, sampled every 20 ms; beside it is that of a dry run,
-which has planned and imported everything but read no weight.
+save_pretrained. Memory is anonymous memory, sampled every 20 ms; next to it is that of a dry
+run, which has planned and imported everything but read no weight.
 """
 
 import json

@@ -1,5 +1,4 @@
-"""Merging an adapter: adapterkit beside copying the files, PEFT and mergekit, each as a whole
-process.
+"""Compare merging an adapter with copying the files, PEFT and mergekit, each as a whole process.
 
     python examples/benchmarks/merge.py                              2 GB, three rounds, a table
     python examples/benchmarks/merge.py --exact --json merge.json    also counts wrongly rounded
@@ -16,7 +15,7 @@ process, interpreter and imports included, except in the rows `in process`, time
 torch and the tool are imported (what is imported on first use, such as the model's code in
 transformers, still counts). PEFT/this divides like by like. `x +imports` divides by copying the
 files, fsync and the imports of torch and adapterkit together. Memory is anonymous memory (no file
-mappings), sampled every 20 ms; on CUDA it leaves out what lies on the GPU. ADAPTERKIT_FSYNC=0 makes
+mappings), sampled every 20 ms; on CUDA without the memory on the GPU. ADAPTERKIT_FSYNC=0 makes
 adapterkit skip fsync: for measuring only, a power cut may then leave a checkpoint of zeros.
 """
 
@@ -93,7 +92,7 @@ def adapterkit_cli(base: Path, adapter: Path, out: Path, hash: str, device: str)
 
 
 def adapterkit_env() -> dict[str, str]:
-    """The checkout beside this script comes before an installed adapterkit."""
+    """An environment in which this script's checkout precedes an installed adapterkit."""
     return {
         "PYTHONPATH": os.pathsep.join(
             filter(None, [str(common.REPOSITORY), os.environ.get("PYTHONPATH")])

@@ -1,4 +1,4 @@
-"""Planning at real size: the headers of the largest open checkpoints, their data left out, and
+"""Measure planning at real size: headers of the largest open checkpoints without their data, and
 merges over stacks of experts.
 
     python examples/benchmarks/plan.py                            all plans and merges, two tables
@@ -7,14 +7,14 @@ merges over stacks of experts.
     python examples/benchmarks/plan.py --experts 8,32,128 --size 0.3
     python examples/benchmarks/plan.py --json plan.json
 
-Each base has the published names, shapes, dtypes and number of files; the files are holes, so five
-checkpoints of 3 TB take some MB on disk. Where a published file begins is not copied: tensors lie
-in the model's order, in files of one size. Each plan is a process of its own; first it plans a
-two-layer model of the same kind, so that imports (torch, transformers, the model's code) are paid,
-then `CPU s` (user + system) and `wall s` are measured for the real one. `peak MB` is the whole
-process, imports included. `requests` is what planning would ask a remote folder for: ranges of its
-files. Merges are over random values, through `target_parameters`, by the size of all experts,
-whatever their number.
+Each base has the published names, shapes, dtypes and number of files. The files are sparse, so five
+checkpoints of 3 TB take some MB on disk. Boundaries of published files are not copied: tensors are
+in the model's order, in files of one size. Each plan is a process of its own. It first plans a
+two-layer model of the same kind, so that imports (torch, transformers, the model's code) do not
+count, and then `CPU s` (user + system) and `wall s` are measured for the real one. `peak MB` is the
+whole process, imports included. `requests` is the number of ranges that planning would request from
+a remote folder. Merges are over random values, through `target_parameters`, by the size of all
+experts, whatever their number.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def plan_table(results: dict[str, dict]) -> None:
 
 
 def fill(folder: Path) -> None:
-    """Small random values in place of the holes of a checkpoint or an adapter."""
+    """Fill the holes of a checkpoint or an adapter with small random values."""
     import torch
 
     for path in folder.glob("*.safetensors"):

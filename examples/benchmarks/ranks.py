@@ -73,7 +73,7 @@ class Failed(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process took."""
+    """The costs of a process."""
 
     wall: float  # seconds
     cpu: float  # seconds
@@ -91,7 +91,7 @@ class Process:
         )
 
     def wait(self, status: int = 0) -> tuple[Usage, str]:
-        """What it took and what it wrote, once it has ended with that status."""
+        """Its costs and output, once it has ended with that status."""
         _, ended, used = os.wait4(self.process.pid, 0)
         wall = time.perf_counter() - self.began
         self.process.returncode = os.waitstatus_to_exitcode(ended)
@@ -188,8 +188,8 @@ def ray(job: Job) -> Run:
 
 
 def elsewhere(make: Callable[..., tuple[Path, Path]], *args: Any) -> tuple[Path, Path]:
-    """What `make` gives, made by a process of its own: the peak memory that Linux has of a process
-    is at least what its parent held when it started."""
+    """The result of `make` in a process of its own, because Linux counts the memory of a parent at
+    the start in its child's peak."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(make, *args).result()
 
@@ -203,7 +203,7 @@ def inputs(folder: Path, size: float, shard: float) -> tuple[Path, Path]:
 
 
 def ways(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[Job], Run]]]:
-    """Those that were asked for; `local` first, which the others are compared with."""
+    """The requested ways; `local` first, because the others are compared with it."""
     yield "local", local
     for name in args.only:
         if match := re.fullmatch(r"ranks-(\d+)", name):

@@ -1,5 +1,5 @@
-"""The runtime beside PEFT: training steps, prefill and decoding with one adapter, with mixed rows
-and with Arrow; loading many adapters; a large model on the meta device; memory.
+"""Compare the runtime with PEFT: training steps, prefill and decoding with one adapter, with mixed
+rows and with Arrow; loading many adapters; a large model on the meta device; memory.
 
     python examples/benchmarks/runtime.py
     python examples/benchmarks/runtime.py --only decode,prefill --repeat 3
