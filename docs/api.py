@@ -171,8 +171,8 @@ def annotation(value: object) -> str:
 
 
 def prose(docstring: str) -> Iterator[str]:
-    """A docstring as Markdown, wrapped again, so that a source that is wrapped otherwise gives
-    the same page; its indented lines, except those that continue a list, are code."""
+    """A docstring as Markdown, wrapped again, so that line breaks in the source do not change the
+    page. Its indented lines are code, except those that continue a list."""
     for paragraph in inspect.cleandoc(docstring).split("\n\n"):
         if paragraph.startswith("- "):
             items = re.split(r"\n(?=- )", paragraph)

@@ -15,7 +15,7 @@ PART = re.compile(r"(<!-- (\w+): python docs/formats.py -->\n)(.*?)(<!-- end -->
 
 
 def document(page: Path) -> str:
-    """The whole page: the text as it is, each table anew."""
+    """The whole page: its text, with each table generated again."""
     listed = list_formats()
     tables = {
         "engines": engine_table(),
@@ -27,7 +27,7 @@ def document(page: Path) -> str:
 
 
 def formats(rows: list[tuple[str, dict[str, Any]]]) -> str:
-    """What each format holds: kinds with the roles besides their factors, the scale, the file."""
+    """The contents of each format: kinds with their other roles, the scale, the file."""
     columns = ["format", "tier", "what it is", "models", "holds", "scale", "file", "read by"]
     return table(
         columns,
@@ -63,7 +63,7 @@ def kind_text(kind: str, roles: list[str]) -> str:
 
 
 def engine_table() -> str:
-    """What each engine reads, the rank that it takes, and what it does not take."""
+    """The formats that each engine reads, its largest rank, and its limits."""
     rows = [
         [
             f"[`{name}`]({one.sources[0]})",

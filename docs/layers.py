@@ -21,7 +21,7 @@ TABLE = re.compile(r"^((?:# .*\n)+)([A-Z]+) = ", re.MULTILINE)
 
 
 def document() -> str:
-    """The whole page: the text as it is, each list anew."""
+    """The whole page: its text, with each list generated again."""
     lists = {"levels": levels(), "doors": doors(), "needs": needs()}
     return PART.sub(lambda m: f"{m[1]}\n{lists[m[2]]}\n\n{m[4]}", PAGE.read_text("utf-8"))
 

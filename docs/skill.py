@@ -58,7 +58,7 @@ def summary(command: click.Command) -> str:
 
 
 def skill() -> str:
-    """The file that teaches an agent the command line."""
+    """The skill file: an agent's guide to the command line."""
     about = json.dumps(" ".join(ABOUT.split()))
     head = ["---", "name: adapterkit", f"description: {about}", "---", ""]
     lines = ["# adapterkit", "", *(f"- {rule}" for rule in RULES), "", *commands()]
