@@ -95,7 +95,7 @@ def adapter_formats() -> dict[str, Rows]:
     return groups
 
 
-# what the help of a command lists
+# lists in the help of a command
 LISTS: dict[str, Callable[[], dict[str, Rows]]] = {
     "combine": combinations,
     "convert": adapter_formats,
@@ -120,7 +120,7 @@ def command_of(verb: type[Verb]) -> click.Command:
                 print_json({"errors": [one.row() for one in getattr(error, "errors", (error,))]})
             raise
 
-    if verb.name == "convert":  # --list and --from-list stand in place of what it takes else
+    if verb.name == "convert":  # --list and --from-list replace its source
         for parameter in params:
             parameter.required = False
     return VerbCommand(

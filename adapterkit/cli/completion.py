@@ -78,7 +78,7 @@ def module_suffixes(path: str) -> list[str]:
     except (AdapterkitError, OSError):  # nothing to read: the verb will say why
         return []
     matrices = (k for k, t in tensors.items() if k.endswith(".weight") and len(t.shape) > 1)
-    # what a shell puts into its line, it runs on the next Enter
+    # the shell runs text in its line on the next Enter
     names = {key.split(".")[-2] for key in matrices}
     return sorted(name for name in names if re.fullmatch(r"[\w-]+", name, re.ASCII))
 

@@ -111,7 +111,7 @@ class ProgressBar:
         return self
 
     def expect(self, total: int) -> None:
-        self.bar.reset(total)  # of the next one, where there are several jobs
+        self.bar.reset(total)  # of the next one, if there are several jobs
 
     def __call__(self, done: int) -> None:
         with self.lock:

@@ -25,7 +25,7 @@ plan_option = click.Option(
     metavar="FILE",
     help="Write a plan file for `adapterkit run`, for example on several machines, and stop.",
 )
-# the parameters that say how a job runs, and not what it computes
+# parameters of running a job, which do not change its result
 OF_RUNNING = RUNNING - {"out"} | {"plan", "as_json", "quiet"}
 TYPES = {"integer": int, "number": float, "source": SourceType(), "sources": SourceType()}
 TYPES |= {"file": click.Path(), "targets": Targets()}

@@ -23,7 +23,7 @@ from adapterkit.core.system import system
 
 # Elsewhere an error is 1; of diff, as of diff(1), 1 is an answer
 ERROR_STATUS = {"diff": 2}
-WAITING = 3  # of run: other workers have still to make what its files need
+WAITING = 3  # of run: its files need others that workers have still to make
 
 
 def error_status(ctx: click.Context | None) -> int:

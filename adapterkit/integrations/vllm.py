@@ -38,9 +38,9 @@ LOGGER = logging.getLogger(__name__)
 MAX_RANK = 16  # vLLM's default
 SIZE = "ADAPTERKIT_LORA_CACHE_SIZE"
 LONGEST = 300  # characters of a name
-LOADING = 600  # seconds: what was used since then stays, because the server may still read it
+LOADING = 600  # seconds; adapters used since then stay, because the server may still read them
 REVISION = re.compile(r"[\w.-]+", re.ASCII)  # not refs/pr/7, which anybody can open
-CACHED = re.compile(r"\.?[0-9a-f]{64}(\.\w+)?")  # an adapter, its stage, or one that is removed
+CACHED = re.compile(r"\.?[0-9a-f]{64}(\.\w+)?")  # an adapter, its stage, or one being removed
 
 
 @dataclass(eq=False)
@@ -130,7 +130,7 @@ class AdapterkitResolver(LoRAResolver):
         for path in old:
             if over > 0:
                 over -= size[path]
-                # first under another name, because other servers would read what is left of it
+                # renamed first, because other servers would read a half-removed folder
                 with suppress(FileNotFoundError):
                     gone = path.rename(self.cache / f".{time.time_ns():064x}.gone")
                     shutil.rmtree(gone, ignore_errors=True)

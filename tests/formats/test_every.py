@@ -43,12 +43,12 @@ ROUNDING = {"F64": 2.0**-50, "F32": 2.0**-22, "F16": 2.0**-9, "BF16": 2.0**-6}
 DECODED = ("gguf/llama/q8_0.gguf",)  # in blocks, which are written as the floats that they are
 # Why a format may refuse what another one holds. Every refusal of a pair must be one of these.
 JUDGED = (
-    r"in \d+ modules: .*\n.*what .* holds",  # a kind or a role without keys
+    r"in \d+ modules: .*\n.*kinds that .* stores",  # a kind or a role without keys
     r"modules of other kinds",
     r"magnitudes, but none for",
     r"\w+ is not the same in ",  # parts of a fused module
     r"whose rows come \d+ at a time",
-    r"LoKr of \d+ modules whose matrices no one factor makes",
+    r"LoKr of \d+ modules that need different factors",
     r"\bcomponents? |modules of no component",
     r"modules have no name there",
     r"these names match none of the models",
@@ -56,12 +56,12 @@ JUDGED = (
     r"LoKr (of|with) ",  # PEFT decomposes all modules in one way
     r"experts are in another layout",
     r"an activated LoRA",
-    r"is written for one architecture, which the adapter does not tell",
+    r"is written for one architecture, which the adapter does not determine",
     # what a dialect of PEFT's layout does not read, or only the model can tell
-    r"values trained in place of the base's",
+    r"modules are fully trained",
     r"is one stack in the base's file too",
-    r"whether the model keeps its experts as",
-    r"modules are missing beside others",
+    r"the orientation of its experts is unknown",
+    r"modules are missing next to others",
     r"stacks of experts",
     r"the base is of model_type",
 )

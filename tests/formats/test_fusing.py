@@ -280,7 +280,7 @@ def test_magnitude_and_bias_are_rows() -> None:
     assert torch.equal(whole.parts["bias"].value(memory), torch.cat(biases))
     assert torch.equal(case.split(whole)[2].parts["magnitude"].value(memory), rows[2])
     del parts[1]
-    with pytest.raises(Refused, match="magnitude of .*to_q.*to_v") as caught:
+    with pytest.raises(Refused, match="magnitude only in .*to_q.*to_v") as caught:
         case.fused()
     assert caught.value.hint == "choose another format"  # this one has a place for DoRA
 
@@ -368,7 +368,7 @@ def test_full_difference_with_a_missing_part() -> None:
 def test_value_with_a_missing_part_is_refused() -> None:
     memory = Memory()
     parts = {1: module(memory, "value", "to_k", 1, 1, weight=torch.randn(UNIT, IN).double())}
-    with pytest.raises(Refused, match="weight of .*to_k.* alone") as caught:
+    with pytest.raises(Refused, match="weight only in .*to_k") as caught:
         fuse(parts, "qkv", fusion((1, 1, 1)), memory)
     assert caught.value.hint == "choose another format"
 
@@ -390,7 +390,7 @@ def test_parts_that_cannot_be_fused_are_refused() -> None:
     three = fusion((1, 1, 1))
     with pytest.raises(Refused, match="to_q.*lora.*to_k.*full") as caught:
         fuse({0: lora, 1: other}, "qkv", three, memory)
-    assert caught.value.hint == "give --rank N to make plain factors of them"
+    assert caught.value.hint == "give --rank N to make LoRA factors of them"
     with pytest.raises(
         Refused, match="the parts have these rows: transformer.to_q 2, transformer.to_k 3"
     ):
@@ -406,4 +406,4 @@ def test_parts_that_cannot_be_fused_are_refused() -> None:
     assert "extract BASE MERGED" in caught.value.hint
     with pytest.raises(Refused, match="oft with blocks") as caught:
         fuse({0: oft}, "qkv", three, memory)
-    assert caught.value.hint == "give --base and --rank N to make plain factors of them"
+    assert caught.value.hint == "give --base and --rank N to make LoRA factors of them"

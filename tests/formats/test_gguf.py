@@ -289,7 +289,7 @@ def test_copies_of_the_base_are_left_out(tmp_path: Path):
     save_file(peft_tensors(folder) | copies, folder / "adapter_model.safetensors")
     out = tmp_path / "a.gguf"
     receipt: Any = adapterkit.convert(folder, to="gguf", base=home / "base", out=out)
-    assert any("left out, as the base has them" in note for note in receipt.data["notes"])
+    assert any("left out, because the base has them" in note for note in receipt.data["notes"])
     assert tensors(out).keys() == tensors(home / "f32.gguf").keys()
 
 

@@ -146,8 +146,8 @@ def test_at_a_smaller_rank_they_are_the_best_and_the_receipt_has_the_error(kind,
 
 LOKR, VALUES = "ai-toolkit/flux2_lokr", "bfl/control"
 FIT, FIT_OR_LEAVE_OUT = (
-    "give --rank N to make plain factors of them",
-    "give --rank N to make plain factors of them; give --lossy to leave them out",
+    "give --rank N to make LoRA factors of them",
+    "give --rank N to make LoRA factors of them; give --lossy to leave them out",
 )
 
 
@@ -155,7 +155,7 @@ FIT, FIT_OR_LEAVE_OUT = (
     (LOKR, "kohya", FIT),
     (LOKR, "vllm", FIT),
     (VALUES, "ai-toolkit", "choose another format"),
-    ("lycoris/oft", "diffusers", "give --base and --rank N to make plain factors of them"),
+    ("lycoris/oft", "diffusers", "give --base and --rank N to make LoRA factors of them"),
     ("lycoris/full", "diffusers", FIT_OR_LEAVE_OUT),
     ("lycoris/full", "peft", FIT_OR_LEAVE_OUT),
 ])  # fmt: skip

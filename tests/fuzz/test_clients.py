@@ -14,7 +14,7 @@ USUAL, MANY = (0, 1, 2, 3, 37), 150  # of 37 parts share the norms of their inpu
 EXPECTED = (
     "norms of inputs that are taken over", "input_magnitude of", "LoKr of", "LoHa of",
     "one weight for embeddings and head", "magnitudes, but none for", "magnitude of lora",
-    "mixed", "low-rank factors, whose rows can be told apart", "parts of the module in whole steps",
+    "mixed", "low-rank factors, whose rows can be split", "parts of the module in whole steps",
     "the same of all", "without a name there", "is not the same in",
 )  # fmt: skip
 

@@ -137,10 +137,10 @@ def test_markers_and_files_that_are_no_files(work: Path, tmp_path: Path):
         path = ranks_folder() / place
         path.rename("kept")
         os.mkfifo(path)
-        refused(lambda: adapterkit.finish(file), "files are not there")
+        refused(lambda: adapterkit.finish(file), "files are missing")
         path.unlink()
         path.symlink_to(Path("kept").absolute())
-        refused(lambda: adapterkit.finish(file), "files are not there")
+        refused(lambda: adapterkit.finish(file), "files are missing")
     adapterkit.run(file)
     adapterkit.finish(file, verify=True)
     assert not Path("out", WEIGHTS).is_symlink()
@@ -188,7 +188,7 @@ def test_parts_that_the_plan_has_none_of(work: Path):
         path = marker.with_name(f"{part}.json")
         path.write_bytes(line_of(entry | {"shard": shard}))
         done = done.rename(done.with_name(part))
-        refused(lambda: adapterkit.finish(file), "files are not there")
+        refused(lambda: adapterkit.finish(file), "files are missing")
     assert adapterkit.run(file).made == [WEIGHTS]
     adapterkit.finish(file, verify=True)
     assert {path.name for path in Path("out").iterdir()} == {

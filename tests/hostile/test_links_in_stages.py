@@ -183,7 +183,7 @@ def test_a_linked_folder_in_that_of_ranks(home: Path, pipeline, top: str):
     (folder,) = (CONTROL / "ranks").iterdir()
     move_away(folder / top / "unet", home)
     refused(lambda: adapterkit.run("p.json", worker="0/1"), "cannot write")
-    refused(lambda: adapterkit.finish("p.json"), "files are not there")
+    refused(lambda: adapterkit.finish("p.json"), "files are missing")
     assert not Path("out").exists()
 
 
@@ -195,7 +195,7 @@ def test_a_folder_of_ranks_that_became_a_link_counts_as_empty(home: Path, pipeli
     elsewhere = home.with_name("elsewhere")
     elsewhere.mkdir()
     move_away(folder / top / "unet", elsewhere)
-    refused(lambda: adapterkit.finish("p.json"), "1 of 3 files are not there")
+    refused(lambda: adapterkit.finish("p.json"), "1 of 3 files are missing")
     assert not Path("out").exists()
 
 

@@ -200,7 +200,7 @@ def test_a_replaced_range_of_a_file_is_not_published(parts: Path, kind: str, num
         path.mkdir()
     elif kind != "missing":
         path.write_bytes(data[:-1] if kind == "short" else data + b"\0")
-    refused(lambda: adapterkit.finish("p.json"), "files are not there")
+    refused(lambda: adapterkit.finish("p.json"), "files are missing")
     if kind == "folder":
         path.rmdir()
     finished(whole)

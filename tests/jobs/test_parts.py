@@ -93,7 +93,7 @@ def test_another_number_of_ranks(large):
     bench.plan().succeeded()
     fault = {"kill": True, "calls": ["fsync"], "when": 5}
     bench.worker("0/3", fault=fault, **SMALL)
-    bench.finish().failed_cleanly("1 of 1 files are not there")
+    bench.finish().failed_cleanly("1 of 1 files are missing")
     bench.worker("1/4", **SMALL).succeeded()
     before = bench.marked()
     bench.worker("0/3", **SMALL).succeeded()
@@ -151,7 +151,7 @@ def test_a_join_goes_on_with_parts_that_are_cut_elsewhere(large):
             (bench.stage / "out").glob("*@*"), key=lambda path: int(path.name.rpartition("-")[2])
         )
         last.unlink()
-        bench.finish().failed_cleanly("1 of 1 files are not there")
+        bench.finish().failed_cleanly("1 of 1 files are missing")
         bench.worker("0/3", **SMALL).succeeded()
         fault = {"kill": True, "calls": calls, "match": "/out/", "when": 1}
         assert bench.finish(fault=fault).status == -signal.SIGKILL

@@ -52,7 +52,7 @@ def test_the_bytes_of_one_process_where_one_is_killed(
     for pid in pids:
         bench.wait(pid).succeeded()
     if ranks == 1:
-        bench.finish().failed_cleanly("files are not there")
+        bench.finish().failed_cleanly("files are missing")
         bench.worker("0/1").succeeded()
     bench.finish().succeeded()
     bench.check_done(whole)
@@ -155,7 +155,7 @@ def test_missing_files_are_named(merging):
     bench, whole = merging
     bench.plan().succeeded()
     names = [entry["file"] for entry in json.loads(bench.file.read_bytes())["shards"]]
-    bench.finish().failed_cleanly("3 of 3 files are not there", *names, f"run {bench.file}")
+    bench.finish().failed_cleanly("3 of 3 files are missing", *names, f"run {bench.file}")
     bench.worker().succeeded()
     (bench.stage / "out" / names[1]).unlink()
     bench.finish().failed_cleanly("1 of 3 files", names[1])

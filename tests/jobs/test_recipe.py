@@ -78,7 +78,7 @@ WITH = TWO.replace("}+{a}\n", "}+{a}\n    parameters: {{weight: 1}}\n").replace(
 )
 BAD = {
     "unknown method": ("merge_method: tise\n" + WITH, ["merge_method tise", "did you mean 'ties'"]),
-    "whole weights": ("merge_method: slerp\n" + WITH, ["works on whole weights", "nuslerp"]),
+    "whole weights": ("merge_method: slerp\n" + WITH, ["works on full weights", "nuslerp"]),
     "stacks": (
         "merge_method: passthrough\nslices:\n"
         "  - sources: [{{model: '{base}+{a}', layer_range: [0, 2]}}]\n"

@@ -114,7 +114,7 @@ def test_a_killed_rank_and_a_stopped_one(benches):
     fault = {"kill": True, "calls": ["fsync"], "match": ".sums.", "when": 3}
     assert bench.worker("0/2", fault=fault).status == -signal.SIGKILL
     assert not bench.sums() and [*bench.stage.rglob("*.sums.safetensors")]
-    bench.finish().failed_cleanly("1 of 1 files are not there", bench.out.name)
+    bench.finish().failed_cleanly("1 of 1 files are missing", bench.out.name)
     bench.worker("1/2").succeeded()
     assert bench.out.name in bench.sums() and len(bench.sums()) == 4
     bench.finish().succeeded()

@@ -108,7 +108,7 @@ def test_an_adapter_of_a_pipeline_is_recognized(llama, lora, tmp_path):
         lambda: adapterkit.merge(llama, [path], out=tmp_path / "out"),
         lambda: adapterkit.combine([lora, path], method="linear", out=tmp_path / "out"),
     ):
-        with pytest.raises(Refused, match="components|beside those of") as caught:
+        with pytest.raises(Refused, match="components|next to those of") as caught:
             verb()
         assert "--prefix-only" in caught.value.hint
     assert called(path)[0] == 0 and not list(tmp_path.iterdir())

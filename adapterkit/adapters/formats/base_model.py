@@ -25,7 +25,7 @@ class BaseFacts:
     text_type: str = ""  # of the language model inside a multimodal one
     heads: Heads | None = None
     experts: int | None = None
-    tied: bool | None = None  # whether the head is the embeddings; None where no base tells
+    tied: bool | None = None  # whether the head is the embeddings; None without a base
     family: str | None = None  # the architecture of an image or video model
 
     @classmethod
@@ -58,7 +58,7 @@ class NamedBase:
     experts. Both build the model on first use."""
 
     checkpoint: Checkpoint
-    task: str | None  # what the adapter was trained for
+    task: str | None  # the task that the adapter was trained for
 
     @cached_property
     def names(self) -> Names:
@@ -107,7 +107,7 @@ def architecture_of(
     }
     if base is None:
         raise Refused(
-            f"{what} is written for one architecture, which the adapter does not tell",
+            f"{what} is written for one architecture, which the adapter does not determine",
             expected="the model that it was trained on",
             where="options",
             hint="give --base MODEL",

@@ -9,7 +9,7 @@ from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.core.commands import EXTRACT, ONE_PART
 from adapterkit.core.errors import AdapterkitError, Problems, listed
 
-# what PEFT's layout holds, in dialects that say nothing else
+# kinds in PEFT's layout, unless a dialect lists its own
 IN_ADAPTER: dict[str, tuple[str, ...]] = {
     FACTORS: ("a", "b", "magnitude", "bias"),
     "embedding": ("a", "b"),
@@ -19,12 +19,12 @@ IN_ADAPTER: dict[str, tuple[str, ...]] = {
     "value": ("weight", "bias"),
 }
 OF_ONE_TYPE = ("loha", "lokr")  # kinds that are types of adapters in PEFT
-# hints: what helps
-FIT = "give --rank N to make plain factors of them"
-FIT_ON_BASE = "give --base and --rank N to make plain factors of them"
+# hints
+FIT = "give --rank N to make LoRA factors of them"
+FIT_ON_BASE = "give --base and --rank N to make LoRA factors of them"
 LEAVE_OUT = "give --lossy to leave them out"
 OTHER_FORMAT = "choose another format"
-MATRIX = f"give the base, by which a router's matrix is a module's; or {OTHER_FORMAT}"
+MATRIX = f"give the base, so that a router's matrix gets its module; or {OTHER_FORMAT}"
 
 
 def roles_by_kind(format: Format) -> dict[str, tuple[str, ...]]:
@@ -114,7 +114,7 @@ def several_components(contents: Contents, format: Format) -> list[AdapterkitErr
     return errors
 
 
-def ways_out(
+def hint_for(
     modules: Iterable[AdapterModule],
     format: Format,
     contents: Contents,

@@ -53,7 +53,7 @@ class Detection:
     format: Format
     container: Container
     config: Settings = field(default_factory=dict)
-    parts: tuple[str, ...] = ()  # folders of a pipeline's parts, of which it is the first one's
+    parts: tuple[str, ...] = ()  # folders of a pipeline's components; this is the first one's
 
 
 def detect(folder: Folder) -> Detection:
@@ -84,7 +84,7 @@ def detect(folder: Folder) -> Detection:
                 f"the file has keys of {names}",
                 expected="those of one format",
                 where=folder.label,
-                hint="take the file as its tool saved it",
+                hint="use the file as its tool saved it",
                 code="AK501",
             )
         return first
@@ -135,7 +135,7 @@ def no_model(detection: Detection, where: str) -> Refused:
         f"{name} is an adapter in the format {format.name}",
         expected="a model, or an adapter of one model",
         where=where,
-        hint="give it as the adapter, of a pipeline's one part\n"
+        hint="give it as the adapter, for a pipeline one component\n"
         + command("adapterkit merge", "ORIGINAL", where, out="merged"),
         code="AK206",
     )

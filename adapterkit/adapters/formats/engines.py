@@ -47,14 +47,14 @@ class Client:
     name: str
     title: str
     models: Literal["language", "image"]
-    format: str  # that is written for it
-    load: str  # what loads {file} onto {base}
-    version: str  # whose sources say so
+    format: str  # written for it
+    load: str  # the code that loads {file} onto {base}
+    version: str  # verified in the sources of this version
     sources: tuple[str, ...]
     inside: str = ""  # the name of that file in a converted folder; none: the folder
     rank: RankLimit = RankLimit()
     rules: tuple[ModuleRule, ...] = ()
-    like: str = ""  # another one, whose rules hold too
+    like: str = ""  # another client whose rules also apply
 
     def reads(self, format: "Format") -> bool:
         """True if it reads files of a format unchanged."""
@@ -98,7 +98,7 @@ def adapter_card(
     body += [f"- {plain(hub_id_or_name(adapter.folder))}" for adapter in adapters]
     line = f"The changes of each module, and the hash of every file, are in `{receipt}`."
     body += ["", line, ""] if receipt else []
-    body += ["To load it, in place of `ADAPTER` its folder or id:", ""]
+    body += ["To load it, replace `ADAPTER` with its folder or id:", ""]
     id = id if HUB_ID.fullmatch(id) else "BASE"
     for client in (one for one in engines().values() if one.models == "language"):
         body += [f"{client.title}:", "```", client.loading("peft", "ADAPTER", id), "```"]

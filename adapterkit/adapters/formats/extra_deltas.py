@@ -26,7 +26,7 @@ class AddedDelta:
     """A delta for some rows of a parameter of the base."""
 
     module: AdapterModule  # its name is the base's
-    leaves: tuple[str, ...]  # what the parameter may be called: the first that there is
+    leaves: tuple[str, ...]  # possible names of the parameter; the first existing one counts
     rows: range | None = None  # of the parameter; None: all
 
     def on(self, parameter: Parameter, tensors: Mapping[str, TensorSpec]) -> "PlacedDelta | None":

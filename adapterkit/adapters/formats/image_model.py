@@ -23,7 +23,7 @@ from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Refused
 
 IN_PROJ = re.compile(r"(?<=\.in_proj)_(weight|bias)$")  # of OpenCLIP's attention
-LEAST = 0.5  # share of the denoiser's modules whose names are known, of a file of the family
+LEAST = 0.5  # share of the denoiser's modules with known names in a file of the family
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def with_parts(checkpoint: Checkpoint, kind: type[Model] = SingleFileModel) -> M
             f"the file's names are those of {' and '.join(fits)}",
             expected="keys of one family of models",
             where=checkpoint.folder.label,
-            hint="take the file as its publisher has it",
+            hint="use the publisher's original file",
             code="AK502",
         )
     name = next(iter(fits))

@@ -13,7 +13,7 @@ from adapterkit.adapters.formats.files.templates import words_of
 from adapterkit.adapters.formats.image_model import SingleFileModel
 from adapterkit.adapters.formats.library import architectures
 from adapterkit.adapters.formats.modules.experts import unstacked
-from adapterkit.adapters.formats.modules.fusing import Fusion, split, telling_rows
+from adapterkit.adapters.formats.modules.fusing import Fusion, deciding_rows, split
 from adapterkit.adapters.formats.modules.kinds import (
     ALPHA,
     CORES,
@@ -70,12 +70,12 @@ WHICH = "give --base, the model it was trained on, or --architecture"
 class Reading:
     """Options for reading a source."""
 
-    alpha: float | None = None  # of all modules, where the format leaves it to the reader
+    alpha: float | None = None  # of all modules, if the format does not store it
     architecture: str | None = None
-    modules: Sequence[str] = ()  # of the base, by which underscored names are told
-    # without one, what the source's config tells
+    modules: Sequence[str] = ()  # of the base, to resolve underscored names
+    # without one, from the source's config
     base: BaseFacts = field(default_factory=BaseFacts)
-    component: str | None = None  # the only one whose values are read, where the names have it
+    component: str | None = None  # the only one to read, if the names have it
     file: SingleFileModel | None = None  # modules that are named as in it keep these names
 
 
@@ -87,7 +87,7 @@ class NamedModule:
     component: str
     names: list[str]
     fusion: Fusion | None = None  # how they share its rows
-    key: str = ""  # its name in the base's one file, where that has it
+    key: str = ""  # its name in the base's single file, if it has one
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def read(
         spec
         for module, one in found
         if one.fusion and not one.key
-        for spec in telling_rows(module, one.fusion)
+        for spec in deciding_rows(module, one.fusion)
     )
     modules: list[AdapterModule] = []
     for module, one in found:
@@ -141,7 +141,7 @@ def read(
     _check_once(modules, errors)
     if reading.alpha is not None and scales.declares:
         errors.add(
-            f"--alpha {reading.alpha:g} does not apply: the file says its alphas itself",
+            f"--alpha {reading.alpha:g} does not apply: the file has its alphas",
             "a file without alphas",
             "remove --alpha",
         )
@@ -406,8 +406,8 @@ class _Names:
         spaces = {names_of(name, LANGUAGE, first(name)[0]).inside for name in architectures} - {""}
         inner = [one.raw.head for one in resolved if one.raw.head.startswith((*spaces,))]
         texts = {
-            "taken for linear layers, which --base would tell from convolutions": bare,
-            "modules inside a larger model, which --base would tell its own names of": inner,
+            "taken for linear layers; give --base if they may be convolutions": bare,
+            "modules inside a larger model; give --base for their names in it": inner,
         }
         return [f"{text}: {listed(heads)}" for text, heads in texts.items() if heads]
 
@@ -489,6 +489,6 @@ def _check_once(modules: Sequence[AdapterModule], errors: Problems) -> None:
     for module in modules:
         key = (module.component, module.name, module.kind)
         if key in seen:
-            problem = f"{shown(module.path)} is there twice, under two names"
+            problem = f"{shown(module.path)} exists twice, under two names"
             errors.add(problem, "each module once", "remove one of them", code="AK302")
         seen.add(key)

@@ -21,7 +21,7 @@ from adapterkit.core.options import finite
 from adapterkit.core.records import Json, Settings
 from adapterkit.core.weights.plan_reader import PlanReader
 
-SETTINGS = {  # PEFT's words for what a config says
+SETTINGS = {  # PEFT's words for a config's values
     "rank": "r", "alpha": "lora_alpha", "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern", "rslora": "use_rslora",
 }  # fmt: skip
@@ -35,7 +35,7 @@ class Scales:
         format: Format,
         metadata: Settings,
         config: Settings,
-        alpha: float | None,  # where the format leaves it to the reader
+        alpha: float | None,  # if the format does not store it
         reader: PlanReader,
         where: str,
     ):
@@ -71,7 +71,7 @@ class Scales:
                         f"{words.means} is {shown(repr(value))} in the metadata",
                         expected="a finite number",
                         where=self.where,
-                        hint="take the file as it was saved",
+                        hint="use the file as it was saved",
                         code="AK504",
                     )
                 return number * (rank if words.means == "scale" else 1)
@@ -83,7 +83,7 @@ class Scales:
             return self.asked
         if words.default == "ask":
             raise Refused(
-                f"{self.format.title} does not say alpha",
+                f"{self.format.title} does not store alpha",
                 expected="--alpha A, as in training (the scale is alpha / rank)",
                 where=self.where,
                 hint="give --alpha",
@@ -101,7 +101,7 @@ class Scales:
                 f"{shown(name)} has rank {rank} in the file",
                 expected=f"rank {declared}, as {place} says",
                 where=self.where,
-                hint="take the file as it was saved",
+                hint="use the file as it was saved",
                 code="AK303",
             )
         return alpha
@@ -167,7 +167,7 @@ class Scales:
                 f"{key} in the metadata is not JSON: {shown(error)}",
                 expected="settings by component",
                 where=self.where,
-                hint="take the file as it was saved",
+                hint="use the file as it was saved",
                 code="AK204",
             ) from error
         tables: dict[str, Json] = {}

@@ -22,7 +22,7 @@ ADAPTER_LAYOUT = "adapter"  # PEFT's: read and written by `core/adapter/`
 PEFT = "peft"  # the format of that layout that is PEFT's own; others are dialects
 # rules' words that are no namings
 RULE_WORDS = ("rows", "parts", "steps", "columns", "embedding", "untied", "matrix")
-HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
+HEADS = ("heads", "kv_heads")  # shares of rows that come from a model's config
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FileSchema:
 
     container: Literal["safetensors", "gguf", "pickle"] = "safetensors"
     name: str = "adapter_model.safetensors"  # in a folder
-    # files of settings beside it: the first is written, all are read, earlier ones first
+    # config files: the first is written, all are read, earlier ones first
     config: tuple[str, ...] = ()
     carry: tuple[re.Pattern[str], ...] = ()  # other files that go along within a layout
 
@@ -68,10 +68,10 @@ class NameSchema:
     renames: Mapping[str, str] = field(default_factory=dict)
     architectures: tuple[str, ...] = ()  # none: names are the model's, of any architecture
     unlisted: bool = False  # names that the rules do not list are the model's
-    file: bool = False  # and, of a base that is given, those in its file
+    file: bool = False  # also the names in a given base's file
     absent: tuple[re.Pattern[str], ...] = ()  # unlisted ones that no client's model has
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # -> prefixes of keys
-    architecture_key: str = ""  # of the metadata: the architecture's name, which names do not tell
+    architecture_key: str = ""  # of the metadata: the architecture, if names fit several
     inside: Mapping[str, InSchema] = field(default_factory=dict)  # "in" in the file
 
 
@@ -81,12 +81,12 @@ class ScaleSchema:
 
     # shared: a word of the metadata
     place: Literal["tensor", "config", "metadata", "shared", "none"] = "none"
-    default: str | float = "rank"  # alpha where there is none: rank (scale 1), a number, ask
+    default: str | float = "rank"  # alpha if there is none: rank (scale 1), a number, ask
     means: Literal["alpha", "scale"] = "alpha"  # scale: the stored number is alpha / rank
     uniform: bool = False  # one rank and one scale for all modules
     key: str = ""  # of the metadata: PEFT's settings in JSON, by component
-    older: str = ""  # the versions that multiplied a scale by an alpha beside it
-    without: str = ""  # what the names of modules that it declares do not begin with
+    older: str = ""  # the versions that multiplied a scale by the alpha
+    without: str = ""  # prefix that names in the declaration omit
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ class AdapterSchema:
     # the side that a stack's a is over: inputs; first axis, of the matrices as the model keeps
     # them; outputs
     a_over: Literal["inputs", "first axis", "outputs"] = "inputs"
-    slowest: Literal["rank", "expert"] = "rank"  # what counts slowest in the columns of a stack's b
+    slowest: Literal["rank", "expert"] = "rank"  # the slowest index in the columns of a stack's b
     names: Literal["model", "base"] = "model"  # base: as the base's file has them
     targets: Literal["names", "ends"] = "names"  # ends: target_modules are the last words of names
     saved: tuple[str, ...] = ()  # modules trained in full that are read; none: all
-    together: tuple[tuple[str, ...], ...] = ()  # modules that are there with all others of theirs
+    together: tuple[tuple[str, ...], ...] = ()  # modules that readers need together
     settings: Settings = field(default_factory=dict)  # that are written
     refuse: Mapping[str, RefusedSchema] = field(default_factory=dict)  # by the setting
 
@@ -149,7 +149,7 @@ class Format:
     writes: bool = True
     layout: Literal["keys", "adapter"] = "keys"  # or ADAPTER_LAYOUT
     clients: tuple[str, ...] = ()
-    note: str = ""  # what to do with the file, of which {file} is the name
+    note: str = ""  # how to use the file {file}
     file: FileSchema = field(default_factory=FileSchema)
     detect: DetectSchema = field(default_factory=DetectSchema)
     names: NameSchema = field(default_factory=NameSchema)
@@ -159,7 +159,7 @@ class Format:
     only: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     ties: bool = False  # factors of embeddings act in a head that the base ties to them
     alike: tuple[str, ...] = ()  # roles that all modules of a component have, or none
-    # what no format holds, by name -> keys
+    # kinds that no format stores: name -> keys
     refused: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scale: ScaleSchema = field(default_factory=ScaleSchema)
@@ -186,7 +186,7 @@ class NamingRule:
 
     model: tuple[str, ...]
     namings: Mapping[str, str]
-    # shares of the fused rows, or of those that a model's config tells; none: equal
+    # shares of the fused rows, or names from a model's config; none: equal
     rows: tuple[int | Literal["heads", "kv_heads"], ...] = ()
     # orders of rows, and of columns, by naming: from the file to the model
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -194,9 +194,9 @@ class NamingRule:
     # the architecture's, with its rules (`modules/names.py`)
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     embedding: bool = False  # its factors are an embedding's
-    # namings in which the name is of a matrix (in, out) itself, and of no module with a weight
+    # namings that name a matrix (in, out) itself instead of a module with a weight
     matrix: tuple[str, ...] = ()
-    untied: bool = False  # adapted only where the base does not tie embeddings and head
+    untied: bool = False  # adapted only if the base does not tie embeddings and head
     parts: tuple[str, ...] = ()  # words of the config: whether each of the modules is in the file
 
 
@@ -204,10 +204,10 @@ class NamingRule:
 class ComponentSchema:
     """The modules of one component."""
 
-    include: tuple[str, ...] = ()  # architectures whose rules hold here too
+    include: tuple[str, ...] = ()  # architectures whose rules also apply here
     # regex -> replacement: names of the model that rules have in another spelling
     renames: Mapping[str, str] = field(default_factory=dict)
-    # naming -> what its names, those that no rule lists too, begin with before the rules' own
+    # naming -> prefix of all its names, also of unlisted ones, before the rules' own
     inside: Mapping[str, str] = field(default_factory=dict)
     rules: tuple[NamingRule, ...] = ()
     inputs: Mapping[str, int] = field(default_factory=dict)  # of modules that adapters may widen
@@ -220,7 +220,7 @@ class ArchitectureHints:
     """Evidence that distinguishes architectures with similar names."""
 
     metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
-    # regex of a module -> its inputs, or what they may be
+    # regex of a module -> its inputs, or the possible ones
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     # likewise -> rows and inputs in their lowest terms, of models of any width
     ratios: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -105,7 +105,7 @@ def rounded(one: ConvertedTensor, reader: TensorReader) -> tuple[Tensor, float |
         del value
         parts = (piece.value(reader) for piece in pieces)
         worst = max(loss(part, part.to(own)) for part in parts)
-    # what overflows is infinite, which the engine refuses
+    # overflow gives infinities, which the engine refuses
     if own.is_floating_point and max(LOSS, torch.finfo(own).eps) < worst < math.inf:
         raise Unrecoverable(
             f"values of {shown(one.key)} are too small for {str(own).removeprefix('torch.')}, "

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from adapterkit.adapters.formats.base_model import BaseFacts, architecture_of, model_heads
-from adapterkit.adapters.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
+from adapterkit.adapters.formats.capabilities import OTHER_FORMAT, hint_for, lacking, word_of
 from adapterkit.adapters.formats.files.templates import filled, settings_of, words_for
 from adapterkit.adapters.formats.library import architectures
 from adapterkit.adapters.formats.modules.experts import stack
@@ -145,7 +145,7 @@ def _perhaps_absent(modules: Modules, format: Format, namings: Mapping[str, str]
         if absent:
             notes.append(
                 f"{listed(absent)}: {format.title} has no such modules for "
-                f"{', '.join(known.detect.models)}; --base tells whether the model is one of these"
+                f"{', '.join(known.detect.models)}; give --base if the model is another"
             )
     return notes
 
@@ -159,7 +159,7 @@ def unsupported(
     if contents.facts.get("invocation") and "{invocation}" not in format.metadata.write.values():
         errors.add(
             "this is an activated LoRA, which acts on the tokens after its invocation only",
-            f"one that acts on all: {format.title} holds no invocation",
+            f"one that acts on all: {format.title} stores no invocation",
             OTHER_FORMAT,
         )
     absent: dict[str, list[AdapterModule]] = {}
@@ -170,10 +170,10 @@ def unsupported(
             absent.setdefault(name, []).append(module)
     for what, modules in absent.items():
         errors.add(
-            f"{format.title} cannot hold {what}, in {len(modules)} modules: "
+            f"{format.title} cannot store {what}, in {len(modules)} modules: "
             f"{listed([m.path for m in modules])}",
-            f"what {format.title} holds: {', '.join(format.kinds)}",
-            ways_out(modules, format, contents, otherwise),
+            f"kinds that {format.title} stores: {', '.join(format.kinds)}",
+            hint_for(modules, format, contents, otherwise),
         )
     return errors
 
@@ -417,7 +417,7 @@ def _unnamed(format: Format, architecture: str, tied: list[str], lacking: list[s
         errors.add(
             f"the base has one weight for embeddings and head: {listed(tied)} cannot have "
             "factors alone",
-            f"other modules: what reads {format.title} would apply it to both, or fails",
+            f"other modules, because programs that read {format.title} apply it to both, or fail",
             "merge the adapter into its base instead",
             where="--base",
         )

@@ -50,7 +50,7 @@ class LoKr:
         first, second = (_side(adapted, f"lokr_w{i}", f"lokr_t{i}", rank) for i in (1, 2))
         if len(second[0].shape) == 3:
             reason = (
-                "PEFT's product of a whole w2 on a Conv1d is not the Kronecker product: it mixes "
+                "PEFT's product of a full w2 on a Conv1d is not the Kronecker product: it mixes "
                 "kernel and outputs"
             )
             adapted.fail(reason, "linear layers, Conv2d, or a w2 of low rank", EXTRACT)

@@ -94,7 +94,7 @@ def _adopt(
     missing = [name for name, ranges in parts.items() if not ranges]
     if missing:
         raise Refused(
-            f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
+            f"{len(missing)} of {len(names)} files are missing: {', '.join(missing)}",
             expected="all files of the plan",
             where=str(workers.path),
             hint=f"run the plan again, as one worker or as all\n{command}",

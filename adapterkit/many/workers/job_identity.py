@@ -12,7 +12,7 @@ from adapterkit.core.plan import Placement, Plan
 from adapterkit.core.receipt import digest, public_recipe
 from adapterkit.core.records import Json
 from adapterkit.core.shared_options import RunOptions
-from adapterkit.many.workers.ranges import room
+from adapterkit.many.workers.ranges import part_bytes
 from adapterkit.many.workers.stage import WorkerStage, prepare
 
 
@@ -64,7 +64,7 @@ class WorkerJob:
 def prepare_workers(plan: Plan, job: WorkerJob, how: RunOptions) -> Plan:
     """Check a job, make its stage, and leave the files to workers. Returns the plan, with the disk
     space that workers need."""
-    plan = replace(plan, placement=Placement(room=room(plan.shards)))
+    plan = replace(plan, placement=Placement(room=part_bytes(plan.shards)))
     stage = stage_of(plan, Path(how.out))
     options = {"resume": False, "overwrite": how.overwrite}
     state_of(stage, job.fingerprint, **options)  # refuses before anything is made
@@ -94,7 +94,7 @@ def check_one_kind(entries: Sequence[Json], stage: WorkerStage) -> None:
         raise Refused(
             f"files were made on {' and on '.join(texts)}",
             expected="one kind of device, one version of torch, and as many threads where they are "
-            "named (--workers): others round otherwise",
+            "named (--workers), because others round differently",
             where=str(stage.marks),
             hint="run with the same ones; or remove the markers NAME.json of the fewer, and run "
             "again",

@@ -59,7 +59,7 @@ def _within(environment: Mapping[str, str]) -> Numbers:
         # of Slurm a batch script may have the first alone, task 0, and salloc's shell the second
         is_set = pair[0] != "SLURM_PROCID" or environment.get(pair[0], "0") != "0"
         if is_set and any(name in environment for name in pair):
-            _numbers(environment, *pair)  # refuses what is incomplete
+            _numbers(environment, *pair)  # refuses incomplete variables
     return 0, 1
 
 

@@ -47,7 +47,7 @@ def units(
     return found
 
 
-def room(shards: Sequence[OutputFile], worker_count: int | None = None) -> int:
+def part_bytes(shards: Sequence[OutputFile], worker_count: int | None = None) -> int:
     """The most bytes that parts take in addition to the files, for this number of workers or any:
     those being joined, and the sums of all blocks."""
     share = LEAST if worker_count is None else _share(shards, worker_count)
@@ -71,10 +71,10 @@ def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
             found = files.get(result.file)
             return found is not None and found.accepts(result, hashed=hashed)
         name, start, stop = part
-        whole = files.get(name)
-        if whole is None or not start < stop <= _end_of(whole):
+        file = files.get(name)
+        if file is None or not start < stop <= _end_of(file):
             return False
-        return replace(whole, range=(start, stop)).accepts(result, hashed=hashed)
+        return replace(file, range=(start, stop)).accepts(result, hashed=hashed)
 
     return is_of_plan
 
@@ -112,41 +112,41 @@ def join(
             hint="run the plan again\nadapterkit run PLAN",
             code="AK610",
         )
-    metrics = metrics_of_parts(shard, [entry["shard"]["metrics"] for entry in entries])
-    whole = JoinedFile(stage.path, shard, hashed=hashed)
+    metrics = merged_metrics(shard, [entry["shard"]["metrics"] for entry in entries])
+    output = JoinedFile(stage.path, shard, hashed=hashed)
     joined = stage.joined(shard.file)
     reached = max((stop for _, stop in ranges if stop <= joined), default=0)
     if not reached:
-        whole.remove()
+        output.remove()
         reached = ranges[0][1]
         stage.mark_joined(shard.file, reached)
-        whole.begin(names[0])
+        output.begin(names[0])
     elif reached < joined:  # of parts that were cut elsewhere
         stage.mark_joined(shard.file, reached)
-    whole.read(reached)
+    output.read(reached)
     for name, (start, stop) in zip(names, ranges, strict=True):
         if start >= reached:
-            whole.append(name, start, stop)
+            output.append(name, start, stop)
             stage.mark_joined(shard.file, stop)
-        whole.drop(name)
-    result = ShardResult(shard.file, shard.size, *whole.sums(), metrics)
+        output.drop(name)
+    result = ShardResult(shard.file, shard.size, *output.sums(), metrics)
     seconds = max(entry["seconds"] for entry in entries) + time.monotonic() - began
     same = {key: entries[0][key] for key in ("device", "torch", "host")}
     stage.mark(shard.file, {"shard": vars(result), **same, "seconds": round(seconds, 3)})
-    whole.publish()
-    for name in (*names, whole.path.name):
-        stage.forget(name)
+    output.publish()
+    for name in (*names, output.path.name):
+        stage.remove(name)
 
 
-def metrics_of_parts(shard: OutputFile, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:
+def merged_metrics(shard: OutputFile, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:
     """The metrics of a file's tensors, combined from those of its parts."""
-    whole: dict[str, ChangeMetrics] = {}
+    totals: dict[str, ChangeMetrics] = {}
     for table in tables:
         for key, raw in table.items():
             part = ChangeMetrics(**raw)
-            whole.setdefault(key, ChangeMetrics(delta=part.delta)).add(part)
+            totals.setdefault(key, ChangeMetrics(delta=part.delta)).add(part)
     return {
-        step.key: whole.get(step.key, ChangeMetrics()).result(step, digits=DIGITS)
+        step.key: totals.get(step.key, ChangeMetrics()).result(step, digits=DIGITS)
         for step in shard.steps
         if step.edits
     }

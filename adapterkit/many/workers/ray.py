@@ -65,11 +65,11 @@ def run_on_ray(
         return finish()
     with _connected(how.ray_address) as ray:
         cluster = _Cluster(ray, on_cuda=how.device.startswith("cuda"))
-        cores, places = cluster.places()
+        cores, slots = cluster.slots()
         if state == "fresh":
             prepare_workers(plan, job, how)
         try:
-            cluster.run_workers(plan, job, how, cores, places)
+            cluster.run_workers(plan, job, how, cores, slots)
         except Unrecoverable:  # no worker can go on
             with stage_of(plan, Path(how.out)) as stage:
                 stage.discard()
@@ -133,7 +133,7 @@ class _Cluster:
     ray: Any  # the package
     on_cuda: bool
 
-    def places(self) -> tuple[int, int]:
+    def slots(self) -> tuple[int, int]:
         """The cores of the smallest machine, or per GPU, and the number of such slots; each runs a
         worker."""
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
@@ -152,7 +152,7 @@ class _Cluster:
         return min(cores), sum(count // min(cores) for count in cores)
 
     def run_workers(
-        self, plan: Plan, job: WorkerJob, how: RunOptions, cores: int, places: int
+        self, plan: Plan, job: WorkerJob, how: RunOptions, cores: int, slots: int
     ) -> None:
         """Run a worker in each slot; on an error or Ctrl-C, end all of them."""
         device = "cuda" if self.on_cuda else "cpu"  # Ray says which GPU
@@ -163,14 +163,12 @@ class _Cluster:
         # in a list a task gets the reference
         arguments = ([self.ray.put(plan)], job, options)
         running = {
-            task.remote(*arguments, worker, places, cores, VERSIONS): worker
-            for worker in range(places)
+            task.remote(*arguments, worker, slots, cores, VERSIONS): worker
+            for worker in range(slots)
         }
-        made = {unit.name: unit for unit in units(plan.shards, places, torch.device(device))}
+        made = {unit.name: unit for unit in units(plan.shards, slots, torch.device(device))}
         known = accepts(plan, hashed=how.hash == "sha256")
-        stage = WorkerStage(
-            stage_of(plan, Path(how.out)).control, job.digest, places, accepts=known
-        )
+        stage = WorkerStage(stage_of(plan, Path(how.out)).control, job.digest, slots, accepts=known)
         try:
             with Heartbeat(stage, made, how.progress) as heartbeat:
                 while running:
@@ -225,7 +223,7 @@ def _run_worker(
         if versions != VERSIONS:
             raise Failed(
                 f"a worker has {VERSIONS}",
-                expected=f"{versions}, as here: others round otherwise",
+                expected=f"{versions}, as here, because others round differently",
                 where="the Ray cluster",
                 hint=f"install the same on all machines, then {AGAIN}",
                 code="AK610",
@@ -241,7 +239,7 @@ def _run_worker(
 def _as_data(error: AdapterkitError) -> Json:
     inner = error.errors if isinstance(error, MultipleErrors) else ()
     parts = {key: getattr(error, key) for key in ("expected", "where", "hint", "code")}
-    # the driver knows the classes of `errors`, and those of them that others are made of
+    # the driver knows the classes of `errors` and their bases
     kind = next(each.__name__ for each in type(error).__mro__ if hasattr(errors, each.__name__))
     own = {"kind": kind, "problem": error.problem, "parts": parts}
     return own | {"errors": [_as_data(one) for one in inner]}

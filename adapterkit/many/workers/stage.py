@@ -120,7 +120,7 @@ class WorkerStage:
         names = [path.relative_to(self.marks).as_posix().removesuffix(".json") for path in paths]
         return list(self.markers(names).values())
 
-    def forget(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         """Remove a finished file, its marker first."""
         with storage_errors(self.path):
             for root, file in ((self.marks, f"{name}.json"), (self.path, name)):
@@ -131,7 +131,7 @@ class WorkerStage:
         """True if a file is not finished; another process may have made it meanwhile."""
         return self.marker(name) is None
 
-    # -- what all have to know ---------------------------------------------------------------------
+    # -- facts for all workers ---------------------------------------------------------------------
 
     def fail(self, reason: str) -> None:
         """Record for all workers that the job failed."""
@@ -141,7 +141,7 @@ class WorkerStage:
         """The reason why the job failed, or None."""
         if not os.path.lexists(self.marks / FAILED):
             return None
-        return str(read_entry(self.marks / FAILED).get("reason", "for no reason that can be read"))
+        return str(read_entry(self.marks / FAILED).get("reason", "for an unreadable reason"))
 
     def heartbeat(self, number: int, done: int) -> None:
         """Record that this process lives, and its bytes of files without a marker."""

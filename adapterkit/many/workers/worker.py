@@ -39,7 +39,7 @@ from adapterkit.many.workers.ranges import accepts, tiling, units
 from adapterkit.many.workers.stage import WorkerStage, has_ended
 
 HEARTBEAT = 2.0  # seconds after which a worker says again that it lives
-POLL = 1.0  # seconds between looks at what others have done
+POLL = 1.0  # seconds between looks at others' progress
 STALLED = 90.0  # seconds without a word after which a worker on another machine counts as gone
 
 
@@ -82,7 +82,7 @@ def make_share(
     job.check(plan)
     plan, device = place(plan, device or how.device, own_gpu())
     made = {unit.name: unit for unit in units(plan.shards, worker_count, pick_device(device))}
-    # whoever is last makes what all have collected for it
+    # the last worker makes the file from all collected parts
     sizes = [(name, unit.size) for name, unit in made.items() if not unit.collection or unit.range]
     outcome = Outcome(worker, worker_count, assigned(sizes, worker_count)[worker])
     if dry_run:
@@ -234,7 +234,7 @@ class Marks:
     def __init__(self, stage: WorkerStage, outcome: Outcome, device: str):
         self.stage, self.outcome = stage, outcome
         self.kind = {"device": device, "torch": torch.__version__}
-        self.began = time.monotonic()  # the file that is made now
+        self.began = time.monotonic()  # of the current file
 
     def note(self, result: ShardResult) -> None:
         """Note durably that a file is done."""

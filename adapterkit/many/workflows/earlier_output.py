@@ -29,7 +29,7 @@ class Older:
 
     receipt: Json
     folder: Folder
-    written: int | None  # when, in nanoseconds, where that is known
+    written: int | None  # time in nanoseconds, if known
 
     @property
     def pipeline(self) -> Json:

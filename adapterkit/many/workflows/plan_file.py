@@ -31,7 +31,7 @@ from adapterkit.many.workers.job_identity import WorkerJob, prepare_workers
 
 VERSION = 1
 AGAIN = "make the plan again"
-# what is read again; shards and totals are for people
+# these keys are read again; shards and totals are for people
 CONTENT = records.entries({
     "verb": VERB, "arguments": TABLE, "fingerprint": TEXT, "recipe": TABLE, "inputs": TABLE,
     "hash": TEXT,
@@ -60,7 +60,7 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
     given = called(record, *sources, **options)
     arguments = _portable(given, path)
     call = record(**arguments, overwrite=given.overwrite)
-    _check_room(path, call.overwrite, Path(call.out))
+    _check_path(path, call.overwrite, Path(call.out))
     plan = call.plan()
     check_out(plan, call)
     job, needs = WorkerJob.of(plan, call.hash), plan.needs()
@@ -115,11 +115,11 @@ def read_plan(file: StrPath) -> PlanFile:
     return PlanFile(path, call, job)
 
 
-def _check_room(path: Path, overwrite: bool, out: Path) -> None:
+def _check_path(path: Path, overwrite: bool, out: Path) -> None:
     """`Refused` if the plan file cannot be made, or has the output's path."""
     where = str(path)
     if out.resolve() in (path.resolve(), *path.resolve().parents):
-        problem, expected = "the plan file is the output, or in it", "a plan file beside the output"
+        problem, expected = "the plan file is the output, or in it", "one outside the output"
         where, hint = f"--plan {shown(path)}", "choose another --plan"
     elif path.is_file() and overwrite and not _is_plan(path):
         problem, hint = "the file is no plan file", "move it away, or choose another --plan"
@@ -164,7 +164,7 @@ def _portable(verb: WritingVerb, path: Path) -> Json:
     if getattr(verb, "push", None) is not None:
         raise Refused(
             "--push is given with --plan",
-            expected="a plan file, which does not say where its output is sent",
+            expected="a plan file without an upload",
             where="options",
             hint=f"give it later\n{send}",
             code="AK111",
@@ -174,7 +174,7 @@ def _portable(verb: WritingVerb, path: Path) -> Json:
     lost = [name for name, value in arguments.items() if name in own or not is_data(value)]
     if lost := ", ".join(lost):
         raise Refused(
-            f"a plan file cannot hold {lost}",
+            f"a plan file cannot store {lost}",
             expected="text, numbers, lists and mappings",
             where="--plan",
             hint=f"remove {lost}, or run without --plan",

@@ -40,7 +40,7 @@ SPARSE: dict[str, dict[str, Any]] = {
 }
 DTYPES = {dtypes.CONFIG_NAME[stored]: name for name, stored in dtypes.SHORT.items()}
 OWN = {"outliers": ("gamma",), "ranks": ("epsilon",)}  # parameters of a way to prune
-WHOLE = "works on whole weights, and not on what adapters add"
+WHOLE = "works on full weights, not on the deltas of adapters"
 OTHERS = {
     "slerp": f"{WHOLE}; nuslerp with a base_model goes along the arc between deltas",
     **dict.fromkeys(("karcher", "multislerp", "model_stock", "arcee_fusion", "nearswap"), WHOLE),
@@ -143,7 +143,7 @@ class _Recipe:
             hint = did_you_mean([self.method], known.split(", ")) or "use one of these"
             self.errors.add(f"merge_method {shown(self.method)} {reason}", known, hint)
         if len(document.slices) > 1 or document.modules or not (document.models or document.slices):
-            problem = "modules, or several slices: layers of models put together anew"
+            problem = "modules, or several slices: rearranged layers"
             self.errors.add(problem, "models, or one slice of all layers", "see mergekit for these")
         for name in ("tokenizer", "chat_template"):
             if getattr(document, name) is not None:
@@ -289,14 +289,14 @@ class _Recipe:
 
     def _linear(self) -> tuple[Values, Json]:
         self._check_names(("normalize",), ("weight",))
-        places = range(len(self.inputs))
+        inputs = range(len(self.inputs))
         if self.document.base_model and None not in self.numbers:
             problem = "base_model of linear, without a weight among the models"
             self.errors.add(problem, "its weight", "add it to models, or remove base_model")
         if self._shared("normalize", True):
-            return self._divided(places, exact=True), {}
+            return self._divided(inputs, exact=True), {}
         for module in dict.fromkeys(name for own in self.modules for name in own):
-            total = math.fsum(self._number("weight", module, i) for i in places)
+            total = math.fsum(self._number("weight", module, i) for i in inputs)
             if abs(total - 1) > 1e-9:
                 problem = f"normalize: false, and weights of {shown(module)} that add up to {total}"
                 self.errors.add(problem, "1: else the base itself is scaled", "normalize them")
@@ -311,13 +311,13 @@ class _Recipe:
         rescale = self._shared("rescale", how.get("rescale", False))
         divided = self._shared("normalize", how.get("normalize", False))
         factor = self._shared("lambda", 1.0)
-        places = [i for i, _ in self._inputs_of_adapters()]
+        inputs = [i for i, _ in self._inputs_of_adapters()]
         defaults = {"gamma": 0.01, "epsilon": 0.15}
-        settings: Json = {name: self._shared(name, defaults[name], places) for name in own}
+        settings: Json = {name: self._shared(name, defaults[name], inputs) for name in own}
         values = self._weights()
         consensus = how.get("consensus", "none")
         if consensus == "none":  # then the weights may have all of it
-            values = self._divided(places, exact=False) if divided else values
+            values = self._divided(inputs, exact=False) if divided else values
             values = {key: factor * value for key, value in values.items()}
         else:
             settings |= {"consensus": consensus, "factor": factor}
@@ -372,13 +372,13 @@ class _Recipe:
             return {}, {}
         self._check_same_modules()
         values: Values = {}
-        places = [i for i, _ in self._inputs_of_adapters()]
+        inputs = [i for i, _ in self._inputs_of_adapters()]
         for module in self.modules[0]:
-            one, two = (self._number("weight", module, i) for i in places)
+            one, two = (self._number("weight", module, i) for i in inputs)
             t = two / (one + two) if abs(one + two) >= 1e-6 else 0.5
             if not 0 <= t <= 1:
                 problem = f"weights {one:g} and {two:g} on {shown(module)}"
-                self.errors.add(problem, "a place between the two", "give weights of one sign")
+                self.errors.add(problem, "a point between the two", "give weights of one sign")
             values |= {(0, module): 1 - t, (1, module): t}
         return values, {"method": "slerp"}
 

@@ -23,7 +23,7 @@ from adapterkit.core.records import Json
 from adapterkit.core.verb import VERB, WritingVerb, fields_of
 from adapterkit.many.workflows.rerun import Rerun
 
-NAME_IT = "say where it is: --inputs PATH, which ends in its name, or the folder that holds it"
+NAME_IT = "give --inputs PATH: a path that ends in its name, or the folder that contains it"
 BY_HAND = "run its command again by hand; verify checks its files"
 # of a receipt's inputs, the entries of the Hub
 AT_COMMIT = records.entries({
@@ -79,7 +79,7 @@ def call_in(receipt: Json, where: str) -> tuple[type[WritingVerb], Json]:
     call = receipt.get("call")
     if not isinstance(call, dict):
         raise Refused(
-            "the receipt does not say how its command was called",
+            "the receipt does not record its command",
             expected="a receipt of adapterkit 0.1 or later with a call",
             where=RECEIPT,
             hint=BY_HAND,

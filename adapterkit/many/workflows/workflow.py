@@ -38,7 +38,7 @@ from adapterkit.many.workflows.workflow_file import (
 )
 
 STATES = ("done", "done before", "planned", "refused")
-Row = Json  # what is known of a job, its state, and what that state has to say
+Row = Json  # facts about a job, its state, and details of that state
 FINISHED: Row = {"state": "done before", "notes": []}
 
 
@@ -58,7 +58,7 @@ class StepRun:
 
     step: WorkflowStep
     mode: Mode | None = None  # None: known when its inputs are there
-    damage: str = ""  # what is wrong with the output that is there
+    damage: str = ""  # the error of the existing output
     plan: Plan | None = None
     outcome: Row = field(default_factory=dict)
 
@@ -124,7 +124,7 @@ def _check_local(steps: Sequence[WorkflowStep], file: Path) -> None:
         if step.sent_to:
             problems.add(
                 f"step {step.number} ({step.name}) uploads its output to {listed(step.sent_to)}",
-                "steps that stay on this machine, or your word",
+                "steps without uploads, or your permission",
                 f"if you want that\n{command('adapterkit run', file, allow_push=True)}",
             )
     problems.raise_all()
@@ -255,14 +255,14 @@ class _Workflow:
         """Write the step's output, unless it exists by now."""
         step, plan, mode = run.step, run.plan, run.mode
         verb = self._verb(step, {})
-        if plan is None or mode is None or step.needs:  # of what is there by now
+        if plan is None or mode is None or step.needs:  # from the outputs that exist by now
             plan = _dry_run(verb)
             mode = self._mode(run, plan, changes=False)
         if mode.finished:
             return FINISHED
         verb = replace(verb, resume=mode.resume, overwrite=mode.overwrite, progress=self.progress)
         with pinned_inputs(verb):
-            if step.place.repository:  # one that goes on has its inputs at their first commits
+            if step.place.repository:  # a resumed one reads its inputs at their first commits
                 plan = verb.plan()
             entry = {"file": shown(self.file.name), "id": self.id, "inputs": inputs_digest(plan)}
             plan = replace(plan, decisions=plan.decided() | {"pipeline": entry})

@@ -290,6 +290,6 @@ def _overlaps(outs: Mapping[int, Location]) -> list[AdapterkitError]:
     errors = Problems(hint="choose another out", code="AK111")
     for (first, one), (second, two) in itertools.combinations(outs.items(), 2):
         if one.within(two) or two.within(one):
-            problem = f"the outputs of steps {first} and {second} are one, or one holds the other"
+            problem = f"the outputs of steps {first} and {second} are the same or nested"
             errors.add(problem, "outputs apart", where=f"step {second}")
     return errors

@@ -30,7 +30,7 @@ from adapterkit.core.records import (
 MAX_YAML = 100_000  # characters of four bytes at most; PyYAML takes a second for these
 
 
-# what a field may say, and the values that it can have
+# the words for fields, and their valid values
 WORDS: dict[str, Check] = {
     "rank": POSITIVE_INT, "alpha": FINITE, "scale": FINITE,
     "rank_pattern": table_of(TEXT, POSITIVE_INT), "alpha_pattern": table_of(TEXT, FINITE),
@@ -64,7 +64,7 @@ def read_config(folder: Folder, name: str) -> Json:
 
 def fields(
     config: Settings,
-    paths: Mapping[str, Sequence[str]],  # word -> dotted paths, of which the first that is there
+    paths: Mapping[str, Sequence[str]],  # word -> dotted paths; the first existing one counts
     where: str,
 ) -> Json:
     """The config's values by word; words without a value are missing.
@@ -144,7 +144,7 @@ def strict_yaml(text: str) -> Any:
     try:
         value = yaml.load(text, _Strict)
         check_depth(value)
-        json.dumps(value, skipkeys=True, default=str)  # no integer that is too long to be written
+        json.dumps(value, skipkeys=True, default=str)  # fails for an integer too long to write
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:

@@ -57,8 +57,8 @@ def raws_of(
         home[suffix] = (spec, roles)
     if unknown:
         errors.add(
-            f"{len(unknown)} keys are no part of {format.title}: {listed(sorted(unknown))}",
-            "keys with a role, each of them",
+            f"{len(unknown)} keys do not belong to {format.title}: {listed(sorted(unknown))}",
+            "a role for every key",
             LIST_FORMATS,
             code="AK302",
         )
@@ -86,11 +86,11 @@ def _prefixes(format: Format, candidates: Sequence[str]) -> list[str]:
 
 
 @lru_cache(maxsize=64)
-def _suffixes(form_name: str) -> list[tuple[re.Pattern[str], dict[str, str]]]:
+def _suffixes(format_name: str) -> list[tuple[re.Pattern[str], dict[str, str]]]:
     """(pattern of a key, kind -> role), the longest suffix first; `{adapter}` in it may be an
     adapter's name."""
     suffixes: dict[str, dict[str, str]] = {}
-    for kind, roles in formats()[form_name].kinds.items():
+    for kind, roles in formats()[format_name].kinds.items():
         for role, texts in roles.items():
             for text in texts:
                 suffixes.setdefault(text, {})[kind] = role
@@ -131,7 +131,7 @@ def _kinds(
         if kind in kinds
     }
     complete = {kind: roles for kind, roles in sets.items() if is_complete(kind, roles)}
-    if EXPERTS in complete:  # told from factors of one matrix by their axes
+    if EXPERTS in complete:  # the axes distinguish them from factors of one matrix
         axes = {len(complete[EXPERTS][role].shape) for role in ("a", "b")}
         one_by_one = {kind: complete[kind] for kind in complete if kind != EXPERTS}
         complete = {EXPERTS: complete[EXPERTS]} if axes == {3} else one_by_one

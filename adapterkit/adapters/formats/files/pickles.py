@@ -25,13 +25,13 @@ from adapterkit.core.commands import command
 from adapterkit.core.errors import Damaged, Problems, Refused, listed, shown
 from adapterkit.core.lazy import Tensor, torch
 
-# under which trainers put the weights beside the state of the optimizer, counters and the like
+# keys of the weights in trainers' files that also contain the optimizer's state, counters, ...
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter")
 # litgpt adds .lora
 _NAME = re.compile(rf"(.+?)({'|'.join(map(re.escape, PICKLES))})(\.lora)?", re.IGNORECASE)
 MAX_DEPTH = 4  # of wrappers inside each other
 MAX_GROWTH = 16  # times the file's size: tensors may share a storage, but not without end
-# torch's loader has no error of its own: what damaged files were seen to raise
+# torch's loader has no error of its own; damaged files raised these
 LOADER_ERRORS = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
     AttributeError, AssertionError, OverflowError, MemoryError, ImportError, OSError,
@@ -68,7 +68,7 @@ def unsafe(name: str, where: str) -> Refused:
         f"{shown(name)} is a pickle: loading it may run the code in it",
         expected="a safetensors file",
         where=where,
-        hint="where you trust it, --allow-pickle reads it with torch's loader of plain weights, or "
+        hint="where you trust it, --allow-pickle reads it with torch's weights_only loader, or "
         f"rewrite it\n{command('python -c', code)}",
         code="AK205",
     )
@@ -109,8 +109,8 @@ def _load(source: Path) -> Any:
     except LOADER_ERRORS as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise Damaged(
-            f"torch's loader of plain weights does not read it: {shown(reason[0])}",
-            expected="a file of torch.save that holds tensors only",
+            f"torch's weights_only loader does not read it: {shown(reason[0])}",
+            expected="a file of torch.save with tensors only",
             where=source.name,
             hint="save the state dict alone, or better a safetensors file, where it was trained",
             code="AK205",
@@ -127,7 +127,7 @@ def _weights(value: object, where: str, depth: int = 0) -> tuple[dict[str, Tenso
     loose = [key for key, one in value.items() if isinstance(one, Tensor)]
     if len(inner) != 1 or loose or depth == MAX_DEPTH:
         others = [key for key in value if key not in loose]
-        problem = f"tensors beside {listed(others)}" if loose else listed(others) or "nothing"
+        problem = f"tensors next to {listed(others)}" if loose else listed(others) or "nothing"
         raise _no_state_dict(problem, where)
     tensors, left_out = _weights(value[inner[0]], where, depth + 1)
     return tensors, [shown(key) for key in value if key != inner[0]] + left_out
@@ -166,7 +166,7 @@ def _problems(tensors: Mapping[str, Tensor]) -> Iterator[str]:
         if not isinstance(key, str):
             yield f"the key {shown(key)!r}, a {type(key).__name__}"
         elif not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
-            yield f"{shown(key)!r} is no plain tensor"
+            yield f"{shown(key)!r} is not a plain tensor"
         elif not dtypes.has_name(tensor.dtype):
             yield f"{shown(key)!r} is {tensor.dtype}"
 
@@ -197,7 +197,7 @@ class Unpickling:
 
     source: Folder
     pickle: str
-    left_out: list[str] = field(default_factory=list)  # what it holds besides the state dict
+    left_out: list[str] = field(default_factory=list)  # its entries other than the state dict
 
     @property
     def weights(self) -> str:

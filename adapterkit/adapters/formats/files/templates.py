@@ -83,7 +83,7 @@ def settings_of(format: Format, modules: Modules, config: Settings) -> Json | No
     if dora and plain:
         raise Refused(
             f"the adapter has magnitudes, but none for {listed(plain)}",
-            expected=f"magnitudes of all modules or none: {format.title} says it once",
+            expected=f"magnitudes of all modules or none: {format.title} has one setting for all",
             where="--to",
             hint=OTHER_FORMAT,
             code="AK503",

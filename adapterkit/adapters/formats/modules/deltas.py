@@ -38,7 +38,7 @@ class ModuleDelta(ComputedDelta):
 
     module: AdapterModule
     weight: StoredParameter | None = None  # of the base; of kinds that depend on it
-    others: tuple["ModuleDelta", ...] = ()  # over whose weights norms of inputs are taken too
+    others: tuple["ModuleDelta", ...] = ()  # modules that share its norms of inputs
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -98,7 +98,7 @@ class Stack:
     name: str
     shape: tuple[int, int, int]  # (experts, out, in)
     transposed: bool  # the model keeps the matrices (in, out)
-    pieces: tuple[ExpertRows, ...] = ()  # none where the file has the stack itself
+    pieces: tuple[ExpertRows, ...] = ()  # empty if the file has the stack itself
 
     @property
     def home(self) -> str:
@@ -167,7 +167,7 @@ def stack_experts(
         if module.kind != FACTORS or more:
             errors.add(
                 f"{shown(module.path)} has {listed(more) if more else module.kind}",
-                "a and b alone: a stack of experts has no more",
+                "only a and b, because a stack of experts stores no others",
                 "merge the adapter into its base",
             )
         groups.setdefault(homes[module.name].name, {})[module.name] = module
@@ -259,8 +259,8 @@ def split_experts(
                 f"{shown(module.path)} is one stack in the base's file too"
                 if stack is not None
                 else f"{shown(module.path)} is no stack of experts of the base",
-                "a base whose file keeps each expert's weights by themselves",
-                "convert to a format that takes stacks, or check --base",
+                "a base whose file stores each expert separately",
+                "convert to a format that stores stacks, or check --base",
             )
     errors.raise_all()
     result: list[AdapterModule] = []

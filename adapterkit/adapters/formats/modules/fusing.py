@@ -50,7 +50,7 @@ from adapterkit.core.weights.reader import TensorReader
 
 # roles whose second axis is the module's inputs
 MATRICES = ("a", "diff", "weight")
-UNKNOWN = ("magnitude", "weight")  # roles that zeros do not stand for where a part is missing
+UNKNOWN = ("magnitude", "weight")  # roles that zeros cannot replace if a part is missing
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Fusion:
                 f"{shown(module.path)}: {module.kind} with {', '.join(sorted(module.parts))}",
                 expected="factors a and b, as the file has inputs in another order",
                 where=module.path,
-                hint=_way_out([module]),
+                hint=_fusing_hint([module]),
                 code="AK503",
             )
         return model_order(steps, module.parts["a"].shape[1], self.heads, module.path)
@@ -140,7 +140,7 @@ def split(
     return parts
 
 
-def telling_rows(module: AdapterModule, fusion: Fusion) -> list[TensorSpec]:
+def deciding_rows(module: AdapterModule, fusion: Fusion) -> list[TensorSpec]:
     """The rows that `split` reads first; empty if it refuses the module."""
     products = KINDS[module.kind].products
     if fusion.is_plain or not products:
@@ -168,13 +168,13 @@ def fuse(
     if fusion.is_plain:
         return first
     shares = fusion.shares(first.path)
-    hint = _way_out(members)
+    hint = _fusing_hint(members)
     sets = fusion.rows(_fused_rows(modules, shares, hint), first)
     places = [sets[place] for place in sorted(modules)]
     _check_alike(members, name, hint)
     scale = common_scale(members)
     usual = next((m for m in members if m.scale == scale), first)
-    # what a part's factor takes; 1 where alpha / rank of different ranks is the same
+    # the ratio for a part's factor; 1 if alpha / rank is equal despite different ranks
     is_common = lambda m: math.isclose(m.scale, scale, rel_tol=1e-12)
     ratios = [1.0 if is_common(member) else member.scale / scale for member in members]
     units = _units(first, hint)
@@ -190,8 +190,8 @@ def fuse(
             parts[role] = joined([values[group[0]] for group in groups])
         elif role in units and len(members) < len(sets) and role in UNKNOWN:
             raise Refused(
-                f"there is {role} of {', '.join(shown(m.path) for m in members)} alone",
-                expected=f"{role} of all modules that {shown(name)} is in the file",
+                f"{role} only in {', '.join(shown(m.path) for m in members)}",
+                expected=f"{role} in all modules that the file fuses into {shown(name)}",
                 where=first.path,
                 hint=hint,
                 code="AK503",
@@ -218,7 +218,7 @@ def fuse(
     rank = sum(members[group[0]].rank for group in groups)
     alpha = usual.alpha if (rank, scale) == (usual.rank, usual.scale) else scale * rank
     held = usual.stored_alpha
-    if held is not None and math.isclose(alpha, held.number):  # of which this is the rounding
+    if held is not None and math.isclose(alpha, held.number):  # this is its rounding
         alpha = held.number
     return replace(usual, parts=parts, alpha=alpha, rank=rank, whole=())
 
@@ -246,7 +246,7 @@ def inputs_of(module: AdapterModule) -> int | None:
     return next((shape[1] for shape in shapes if len(shape) > 1), None)
 
 
-def _way_out(members: Modules) -> str:
+def _fusing_hint(members: Modules) -> str:
     """The hint for parts that cannot be fused. `--rank` helps if all can become standard LoRA."""
     others = [m for m in members if m.kind != FACTORS or set(m.parts) - {"a", "b"}]
     if not others or not all(map(can_be_plain, others)):
@@ -270,7 +270,7 @@ def _units(module: AdapterModule, hint: str) -> dict[str, int]:
     if not units or any(core in parts for core in CORES):
         raise Refused(
             f"{shown(module.path)}: {module.kind} with {', '.join(sorted(parts))}",
-            expected="low-rank factors, whose rows can be told apart: the model has other modules",
+            expected="low-rank factors, whose rows can be split: the model has other modules",
             where=module.path,
             hint=hint,
             code="AK503",
@@ -324,7 +324,7 @@ def _columns(
     found: list[list[range] | None] = []
     for b in (module.parts[left] for left, _ in products):
         first = torch.stack([_row(b, rows[0], reader) for rows in sets]) != 0
-        # the first rows may tell already that they share the columns
+        # the first rows may already show that they share the columns
         found.append(None if first.all() else blocks_of(b.value(reader).flatten(1), sets))
     if any(columns != found[0] for columns in found[1:]):
         return shared
@@ -349,7 +349,7 @@ def blocks_of(
         return equal
     used = {i: own.nonzero().flatten().tolist() for i, own in enumerate(is_used) if own.any()}
     spans = {i: (columns[0], columns[-1] + 1) for i, columns in used.items()}
-    groups: list[list[int]] = []  # parts whose columns overlap, in the order of the columns
+    groups: list[list[int]] = []  # parts with overlapping columns, in their order
     stop = 0
     for i in sorted(spans, key=lambda i: (spans[i][0], i)):
         if spans[i][0] < stop:
@@ -399,7 +399,7 @@ def _stored_row(spec: TensorSpec, row: int) -> TensorSpec:
 def _check_alike(members: Modules, name: str, hint: str) -> None:
     """`Refused` if parts differ in roles or inputs, because one module has the same for all."""
     errors = Problems(where=members[0].path, code="AK503")
-    expected = f"the same of all, for the one module {shown(name)} of the file"
+    expected = f"the same in all, because the file has one module {shown(name)}"
     kinds = {m.path: f"{m.kind} {'/'.join(sorted(m.parts))}" for m in members}
     inputs = {m.path: m.parts["a"].shape[1:] for m in members if "a" in m.parts}
     if len(set(kinds.values())) > 1:

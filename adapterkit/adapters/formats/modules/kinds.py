@@ -7,14 +7,14 @@ FACTORS = "lora"  # plain low-rank factors
 EXPERTS = "experts"  # factors for each matrix of a stack
 PLAIN = (FACTORS, EXPERTS)
 # in PEFT's layout: parameters trained whole, copies of the base's, rows of embeddings, and factors
-# of parameters of which the file does not tell which parameters they are
+# of parameters that the file does not identify
 VALUE, COPY, TOKENS, PARAMETER = "value", "copy", "tokens", "parameter"
 LIMITED = "oft"  # its alpha is no scale, but the limit of a norm
 ALPHA = "alpha"  # a role that no part of a module has: the scale times the rank
 SHAPE = "shape"  # of a weight that an adapter widens
 MAGNITUDES = ("magnitude", "input_magnitude")
-SIZED = (FACTORS, "loha", "lokr")  # kinds whose factors tell rows and inputs of the weight
-CORES = ("mid", "t1", "t2")  # between two factors: nobody can tell what is whose of the rank
+SIZED = (FACTORS, "loha", "lokr")  # kinds whose factors have the weight's rows and inputs
+CORES = ("mid", "t1", "t2")  # between two factors: parts cannot be separated by rank
 # roles that may be vectors or numbers
 VECTORS = (*MAGNITUDES, ALPHA, SHAPE, "bias", "rescale", "diff", "diff_b", "weight")
 
@@ -23,7 +23,7 @@ VECTORS = (*MAGNITUDES, ALPHA, SHAPE, "bias", "rescale", "diff", "diff_b", "weig
 class DeltaKind:
     """The roles of one kind."""
 
-    required: tuple[tuple[str, ...], ...]  # sets of roles, one of which is there
+    required: tuple[tuple[str, ...], ...]  # sets of roles, of which a module has one
     optional: tuple[str, ...] = ()
     # roles with the rank by which alpha is divided, and its axis; none: the delta has no scale
     rank: Mapping[str, int] = field(default_factory=dict)

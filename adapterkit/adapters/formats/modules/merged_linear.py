@@ -46,7 +46,7 @@ def ungrouped(parts: Parts, shares: tuple[int, ...], where: str) -> Parts:
 def trained(
     fusion: Fusion,
     names: list[str],
-    settings: Settings,  # what the config says, by word
+    settings: Settings,  # the config's values by word
     groups: int,
     where: str,
 ) -> tuple[Fusion, list[str]]:
@@ -61,7 +61,7 @@ def trained(
             f"the file has factors of {groups} parts",
             expected=f"factors of {len(words)}: {', '.join(words)}",
             where=where,
-            hint="keep the config that was saved with the file beside it",
+            hint="keep the config in the folder of the file",
             code="AK503",
         )
     own = [i for i, there in enumerate(is_there) if there]

@@ -12,7 +12,7 @@ from adapterkit.adapters.formats.library import architectures
 from adapterkit.adapters.formats.schema import MODEL, Architecture, ComponentSchema, NamingRule
 
 PLACE = re.compile(r"\{(\w+)\}")
-NUMBER = re.compile(r"[A-Z]")  # the places that stand for a number; others name tables
+NUMBER = re.compile(r"[A-Z]")  # placeholders of numbers; others name tables
 Values = Mapping[str, str]  # of the places of a pattern
 Tables = Mapping[str, Mapping[str, str]]
 # of any of the names; of each, with its rule and the place among the rule's modules

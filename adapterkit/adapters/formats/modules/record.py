@@ -40,7 +40,7 @@ class AdapterModule:
     depth: int = 0  # wrappers of the module's other parameters around this one's factors
     inward: bool | None = None  # of a stack: the model keeps its matrices (in, out)
     stored_alpha: StoredAlpha | None = None  # of the source's module
-    whole: tuple[str, ...] = ()  # the modules over all of which its norms of inputs are taken
+    whole: tuple[str, ...] = ()  # the modules that share its norms of inputs
 
     @property
     def scale(self) -> float:
@@ -68,7 +68,7 @@ class Contents:
     format: str
     folders: tuple[Folder, ...]  # the inputs, by the numbers in the specs
     modules: Modules
-    architectures: tuple[str, ...] = ()  # those whose names fit; none: not looked for
+    architectures: tuple[str, ...] = ()  # those with fitting names; empty: not searched
     # architecture -> component -> the column of its rules that the source's names are in
     namings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.formats.peft.eight_bits import EightBits
     from adapterkit.bases.gguf.adapter import BlockSpec
 
-Rows = range | tuple[int, ...]  # indices along an axis; a tuple where they are not consecutive
+Rows = range | tuple[int, ...]  # indices along an axis; a tuple unless they are consecutive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ def gathered(source: Expression, rows: Rows, axis: int = 0) -> Expression:
     if rows == range(source.shape[axis]):
         return source
     inner = source.inputs[0] if is_made_by(source, "reshape") and axis == 0 else None
-    if isinstance(inner, StoredTensor) and isinstance(rows, range):  # of a stack: they lie together
+    if isinstance(inner, StoredTensor) and isinstance(rows, range):  # of a stack: contiguous
         return stored(inner.spec.narrowed(source.shape, rows.start, rows.stop))
     if is_made_by(source, "cat") and source.arguments == (axis,) and isinstance(rows, range):
         at = 0

@@ -23,7 +23,7 @@ def with_heads(
     if not embeddings or tied is False:
         return list(modules), []
     if tied is None:
-        return list(modules), [_untold(embeddings, format)]
+        return list(modules), [_unknown_tying(embeddings, format)]
     return [*modules, *(_head(module) for module in embeddings)], []
 
 
@@ -35,7 +35,7 @@ def without_heads(
     embeddings = [m for m in modules if m.embedding]
     heads = [m for m in modules if m.name == HEAD]
     if base is None:
-        return list(modules), [_untold(embeddings, format)] if embeddings else []
+        return list(modules), [_unknown_tying(embeddings, format)] if embeddings else []
     if not base.tied or not (embeddings or heads):
         return list(modules), []
     pairs = list(zip(embeddings, heads, strict=False))
@@ -44,8 +44,8 @@ def without_heads(
         raise Refused(
             f"{listed([m.path for m in own])} have factors of their own, but the base has one "
             "weight for embeddings and head",
-            expected=f"the same factors of both, or of neither: what reads {format.title} applies "
-            "those of the embeddings in the head, too",
+            expected="the same factors of both, or of neither, because programs that read "
+            f"{format.title} apply those of the embeddings in the head, too",
             where="--base",
             hint="merge the adapter into its base instead",
             code="AK403",
@@ -53,10 +53,10 @@ def without_heads(
     return [m for m in modules if m.name != HEAD], []
 
 
-def _untold(embeddings: Modules, format: Format) -> str:
+def _unknown_tying(embeddings: Modules, format: Format) -> str:
     return (
-        f"{listed([m.path for m in embeddings])}: what reads {format.title} applies it in the "
-        "head, too, where the base ties the two; --base tells whether it does"
+        f"{listed([m.path for m in embeddings])}: programs that read {format.title} apply it in "
+        "the head, too, if the base ties the two; give --base to find out"
     )
 
 

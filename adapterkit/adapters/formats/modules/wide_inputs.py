@@ -45,7 +45,7 @@ def with_widths(modules: Modules, format: Format, names: Sequence[str]) -> list[
     if wide and not format.widens:
         others = [one.name for one in formats().values() if one.widens and one.writes]
         raise Refused(
-            f"there are more inputs than the base has, in {listed([m.path for m in wide])}",
+            f"modules with more inputs than in the base: {listed([m.path for m in wide])}",
             expected=f"the base's shapes: clients of {format.title} do not widen its weights",
             where="--to",
             hint=f"choose one of {', '.join(others)}, whose clients do",

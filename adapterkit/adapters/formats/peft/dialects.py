@@ -29,7 +29,7 @@ from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.weights.reader import TensorReader
 
 SINGLE = re.compile(r"\.experts\.\d+\.")  # in the name of a module of one expert
-DENOISERS = ("transformer", "unet")  # whose experts are modules, each by itself
+DENOISERS = ("transformer", "unet")  # their experts are separate modules
 GIVE_BASE = "give --base, the model that the adapter is for"
 
 
@@ -45,7 +45,7 @@ def arranged(
     if model is not None:
         modules = renamed(modules, model, in_file=False)
     modules = _experts(modules, words.experts, model, reader, contents.folders[0].label)
-    modules += _zeros_beside(modules, words.together, model, contents.folders[0].label)
+    modules += _zeros_for_missing(modules, words.together, model, contents.folders[0].label)
     if words.names == "base" and model is not None:
         modules = renamed(modules, model, in_file=True)
     elif words.names == "base":
@@ -68,9 +68,9 @@ def _uniform_notes(before: Modules, after: Modules) -> list[str]:
     folded = sum(not math.isclose(a.scale, b.scale, rel_tol=1e-12) for a, b in pairs)
     notes = []
     if padded:
-        notes.append(f"one rank, {pairs[0][1].rank}: {padded} modules have zeros up to it")
+        notes.append(f"one rank, {pairs[0][1].rank}: {padded} modules are padded with zeros")
     if folded:
-        notes.append(f"one scale, {pairs[0][1].scale:g}: that of {folded} modules is in b now")
+        notes.append(f"one scale, {pairs[0][1].scale:g}: that of {folded} modules is folded into b")
     return notes
 
 
@@ -80,7 +80,7 @@ def without_copies(modules: Modules, format: Format) -> tuple[list[AdapterModule
     copies = [m.path for m in modules if m.kind == COPY]
     if not copies or not format.kinds:
         return list(modules), []
-    note = f"left out, as the base has them: the weights of {listed(copies)}"
+    note = f"left out, because the base has them: the weights of {listed(copies)}"
     return [m for m in modules if m.kind != COPY], [note]
 
 
@@ -91,9 +91,9 @@ def _refusals(contents: Contents, format: Format, model: NamedBase | None) -> Pr
     undecided = list(dict.fromkeys(m.path for m in contents.modules if m.kind == PARAMETER))
     if undecided and contents.format != format.name:
         errors.add(
-            f"the file does not tell which factors of {listed(undecided)} are whose, and which way "
-            "round",
-            "stacks of experts that the file or the base tells apart (PEFT's keys name the "
+            f"the file leaves open which parameters the factors of {listed(undecided)} belong to, "
+            "or their orientation",
+            "stacks of experts that the file or the base identifies (PEFT's keys name the "
             "nesting, not the parameters)",
             GIVE_BASE if model is None else MERGE,
             code="AK402",
@@ -101,7 +101,7 @@ def _refusals(contents: Contents, format: Format, model: NamedBase | None) -> Pr
     for name, one in format.adapter.refuse.items():
         value = json.dumps(contents.config.get(name))
         if name in contents.config and one.value.search(value):
-            expected = f"what {format.title} reads"
+            expected = f"settings that {format.title} reads"
             errors.add(f"{name} = {shown(value)}: {one.why}", expected, one.hint)
     if not format.kinds:
         return errors
@@ -113,7 +113,7 @@ def _refusals(contents: Contents, format: Format, model: NamedBase | None) -> Pr
     ]
     if values:
         errors.add(
-            f"{len(values)} modules have values trained in place of the base's: {listed(values)}",
+            f"{len(values)} modules are fully trained: {listed(values)}",
             f"low-rank factors{''.join(f', {name}' for name in saved)}: {format.title} "
             "reads no others",
             MERGE,
@@ -136,8 +136,7 @@ def _experts(
             raise Refused(
                 f"{len(foreign)} modules of experts are in another layout: "
                 f"{listed([m.path for m in foreign])}",
-                expected="the model, whose file tells which module of an expert is which part of a "
-                "stack",
+                expected="the model, because its file maps modules of experts to rows of stacks",
                 where=where,
                 hint=GIVE_BASE,
                 code="AK402",
@@ -153,7 +152,7 @@ def _experts(
     )
 
 
-def _zeros_beside(
+def _zeros_for_missing(
     modules: Modules, together: Sequence[Sequence[str]], model: NamedBase | None, where: str
 ) -> list[AdapterModule]:
     """Zeros for modules that readers need together with others, for example k and v with q.
@@ -181,8 +180,8 @@ def _zeros_beside(
                 added.append(replace(module, name=name, parts=parts, stored_alpha=None))
     if lacking:
         raise Refused(
-            f"{len(lacking)} modules are missing beside others: {listed(lacking)}",
-            expected="them too, of zeros if need be: the server reads them together",
+            f"{len(lacking)} modules are missing next to others: {listed(lacking)}",
+            expected="these too, with zeros if necessary, because the server reads them together",
             where=where,
             hint=GIVE_BASE,
             code="AK503",
@@ -198,10 +197,10 @@ def renamed(modules: Modules, model: NamedBase, *, in_file: bool) -> list[Adapte
     result = []
     taken: dict[tuple[str, str, int], str] = {}  # -> the module's name in the adapter
     # single experts are modules of the file alone
-    places = (names,) if in_file else (names, model.checkpoint.tensors)
-    tables = [defaultdict(list) for _ in places]  # modules by the last words of their names
-    for table, place in zip(tables, places, strict=True):
-        for name in dict.fromkeys(name.rpartition(".")[0] for name in place):
+    sources = (names,) if in_file else (names, model.checkpoint.tensors)
+    tables = [defaultdict(list) for _ in sources]  # modules by the last words of their names
+    for table, source in zip(tables, sources, strict=True):
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in source):
             table[name.rpartition(".")[2]].append(name)
     for module in modules:
         own = _names_of(module, model, names, in_file)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CASTS = ("F8_E4M3", "F8_E5M2")
 CODES = (*CASTS, "I8")
-SCALES = ("scale_weight", "weight_scale")  # last words of a scale's key, in the place of `weight`
+SCALES = ("scale_weight", "weight_scale")  # last words of a scale's key, instead of `weight`
 
 
 @dataclass(frozen=True, slots=True)

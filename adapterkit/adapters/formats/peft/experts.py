@@ -24,10 +24,10 @@ from adapterkit.core.adapter.record import Adapter, Lora
 from adapterkit.core.commands import command
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 
-MOST = 4  # parameters of one module whose orders are tried
+MOST = 4  # the most parameters of one module whose orders are tried
 
 
-def homes_of(adapter: Adapter) -> dict[str, list[Lora]]:
+def factors_by_module(adapter: Adapter) -> dict[str, list[Lora]]:
     """The factors of parameters by their module: those that target_parameters names."""
     loras: dict[str, list[Lora]] = defaultdict(list)
     for lora in adapter.loras:
@@ -64,8 +64,8 @@ def read_stacks(
     else:
         if any(map(adapter.is_stack, loras)) and slowest(None):
             raise Refused(
-                f"{shown(module)}: which of its parameters the factors are of",
-                expected="the model, by which the columns of b are put in order",
+                f"{shown(module)}: its factors may belong to several parameters",
+                expected="the model, which determines the order of the columns of b",
                 where=adapter.label,
                 hint="give the model to a conversion\n"
                 + command(
@@ -184,8 +184,8 @@ def stacked_parts(
         inward = stacks[module.name].transposed if module.name in stacks else module.inward
         if inward is None:
             raise Refused(
-                f"{shown(module.path)}: whether the model keeps its experts as (in, out)",
-                expected="the model, by whose class PEFT up to 0.18 lays them out",
+                f"{shown(module.path)}: the orientation of its experts is unknown",
+                expected="the model, because PEFT up to 0.18 orients them by its class",
                 hint="give --base",
                 code="AK402",
             )

@@ -27,7 +27,7 @@ from adapterkit.core.errors import Problems, Refused, listed
 from adapterkit.core.records import Json
 
 KINDS = {"LOHA": LoHa, "LOKR": LoKr}
-# of a source's settings, what stays
+# the settings of a source that stay
 KEPT = ("base_model_name_or_path", "revision", "task_type")
 Shapes = Mapping[str, tuple[int, ...]]  # of a module's tensors by role: w1, w2_a, t2, ...
 # role -> name of the tensor
@@ -169,7 +169,7 @@ def _decomposition(modules: Mapping[str, Shapes], kernels: Mapping[str, int | No
                 settings = {"decompose_both": both, "decompose_factor": factor}
                 return settings | {"rank_dropout_scale": False}
     raise Refused(
-        f"LoKr of {len(modules)} modules whose matrices no one factor makes: {listed(list(sizes))}",
+        f"LoKr of {len(modules)} modules that need different factors: {listed(list(sizes))}",
         expected="one decompose_factor for all modules, as PEFT has it",
         where="--to",
         hint=FIT,
@@ -181,16 +181,16 @@ def _unlike(modules: Mapping[str, Shapes], both: bool) -> Problems:
     """Refuse matrices that PEFT would store full instead of as factors, or the other way round, and
     products that it computes differently."""
     unlike = {
-        "a whole w1 beside others of low rank": lambda one: (
+        "a full w1 next to others of low rank": lambda one: (
             both and "w1" in one and _rank(one) < max(one["w1"]) / 2
         ),
-        "a w1 of low rank that PEFT would have whole": lambda one: (
+        "a w1 of low rank that PEFT would store in full": lambda one: (
             "w1_a" in one and _rank(one) >= max(first for first, _ in _sizes(one)) / 2
         ),
-        "a whole w2 that PEFT would have of low rank": lambda one: (
+        "a full w2 that PEFT would factorize": lambda one: (
             "w2" in one and _rank(one) < max(one["w2"][:2]) / 2
         ),
-        "a whole w2 on a Conv1d, where PEFT's product is no Kronecker product": lambda one: (
+        "a full w2 on a Conv1d, where PEFT's product is no Kronecker product": lambda one: (
             len(one.get("w2", ())) == 3
         ),
     }

@@ -6,9 +6,9 @@ from dataclasses import replace
 from adapterkit.adapters.formats.base_model import NamedBase
 from adapterkit.adapters.formats.capabilities import (
     FIT_ON_BASE,
+    hint_for,
     kind_of,
     several_components,
-    ways_out,
 )
 from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.kinds import (
@@ -38,7 +38,7 @@ from adapterkit.adapters.formats.peft.expert_order import (
     with_given,
 )
 from adapterkit.adapters.formats.peft.experts import (
-    homes_of,
+    factors_by_module,
     read_stacks,
     stacked_keys,
     stacked_parts,
@@ -65,19 +65,19 @@ from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.errors import AdapterkitError, Problems, listed, shown
 from adapterkit.core.records import Json
 
-# of a source's settings, what a file of other factors keeps
+# the settings of a source that also apply to other factors
 KEPT = (
     "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping", "bias",
     "modules_to_save",
 )  # fmt: skip
-# what says which modules have factors of which rank and scale
+# settings of the modules with factors, their ranks and scales
 TARGETS = (
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
     "layers_pattern", "layer_replication", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
     "use_rslora",
 )  # fmt: skip
 SHAPED = {PARAMETER: FACTORS}  # kinds whose parts have the shapes of another's
-# what formats say in words of their own -> PEFT's settings
+# the formats' words -> PEFT's settings
 FACTS = {"base": "base_model_name_or_path", "invocation": "alora_invocation_tokens"}
 
 
@@ -103,12 +103,12 @@ def read_layout(
         config = in_order_of_peft(adapter.config, folder)
     modules: list[AdapterModule] = []
     nested = targets or any(lora.depth for lora in adapter.loras)
-    homes = homes_of(adapter) if nested else {}
+    by_module = factors_by_module(adapter) if nested else {}
     for lora in adapter.loras:
-        if lora.module not in homes:
+        if lora.module not in by_module:
             modules.append(_module(adapter, lora, FACTORS))
-        elif lora is homes[lora.module][0]:
-            own = homes[lora.module]
+        elif lora is by_module[lora.module][0]:
+            own = by_module[lora.module]
             known = read_stacks(adapter, lora.module, own, format.adapter, model)
             if known is None:
                 known = [_module(adapter, one, PARAMETER) for one in own]
@@ -175,9 +175,9 @@ def write_layout(
     Problems(_problems(contents, format, values=values)).raise_all()
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER)]
     experts = [m for m in contents.modules if m.kind == EXPERTS]
-    homes = Counter(m.name.rpartition(".")[0] for m in experts)
-    levels = Counter(m.name for m in loras) | homes
-    stack_keys = stacked_keys(experts, homes)
+    by_module = Counter(m.name.rpartition(".")[0] for m in experts)
+    levels = Counter(m.name for m in loras) | by_module
+    stack_keys = stacked_keys(experts, by_module)
     has_bias = any("bias" in m.parts for m in loras)
     tensors: list[ConvertedTensor] = []
     for module in contents.modules:
@@ -224,10 +224,10 @@ def _problems(contents: Contents, format: Format, *, values: bool) -> list[Adapt
     ]
     if others:
         errors.add(
-            f"{format.title} cannot hold {len(others)} modules of other kinds: "
+            f"{format.title} cannot store {len(others)} modules of other kinds: "
             f"{listed([m.path for m in others])}",
             "low-rank factors",
-            ways_out(others, format, contents),
+            hint_for(others, format, contents),
             where=where,
         )
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER, EXPERTS)]

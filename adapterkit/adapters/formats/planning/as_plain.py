@@ -79,7 +79,7 @@ def _with_others(folder: Folder, detection: Detection) -> Folder:
     plan = with_own_hints(lambda: plan_with_others(folder, read(), options))
     if plan is None:
         return folder
-    plan = replace(plan, notes=())  # on files beside it, which no merge copies
+    plan = replace(plan, notes=())  # on its other files, which no merge copies
     return converted_folder(folder, detection.format.name, detection.container.file, plan)
 
 
@@ -171,8 +171,8 @@ def open_parts(
     errors = Problems(code="AK503")
     what, expected, hint = "PEFT's layout in one file", "a folder", "give --out without an ending"
     if len(parts) > 1:
-        what = f"an adapter of one model beside those of {listed(sorted(parts - {LANGUAGE}))}"
-        expected = "adapters whose keys say of which part they are"
+        what = f"an adapter of one model next to those of {listed(sorted(parts - {LANGUAGE}))}"
+        expected = "adapters whose keys name their component"
         hint = ONE_PART
     named: list[tuple[Folder, Contents]] = []
     for source, contents in zip(sources, every, strict=True):
@@ -208,7 +208,7 @@ def _in_part(module: AdapterModule) -> AdapterModule:
     return replace(module, component=part, name=name) if part in COMPONENTS else module
 
 
-# options of `convert` that no other verb has, or has for something else; and what they are given
+# options of `convert` that other verbs lack or use otherwise, and their values in hints
 _OF_CONVERT = re.compile(r"--(alpha|architecture|allow-pickle|lossy|prefix-only|rank)\b")
 _VALUES = {"alpha": "A", "architecture": "NAME", "prefix-only": "PART", "rank": 16}
 

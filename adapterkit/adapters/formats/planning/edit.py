@@ -75,7 +75,7 @@ def _problems(edit: Edit, format: Format, name: str | None) -> Problems:
     options = (*IN_FILE, "alpha", "metadata", "strip_metadata")
     if not any(getattr(edit, option) for option in options):
         expected = f"some of {', '.join(map(flag_of, options))}"
-        errors.add("nothing to change", expected, "say what is to be changed", where="options")
+        errors.add("nothing to change", expected, "give an option for the change", where="options")
     if not format.writes or format.file.container != "safetensors":
         hint = "convert it first\nadapterkit convert ADAPTER --to peft --out converted"
         errors.add(f"{format.title} is not edited", "a format of safetensors that is written", hint)
@@ -84,7 +84,7 @@ def _problems(edit: Edit, format: Format, name: str | None) -> Problems:
         errors.add("PEFT's layout in one file", "a folder", hint, where="--out")
     has_alpha = format.layout == ADAPTER_LAYOUT or format.scale.place != "none"
     if edit.alpha is not None and not has_alpha:
-        hint = "give the strength where it is used, or convert it to a format with an alpha"
+        hint = "give the strength when you use it, or convert it to a format with an alpha"
         errors.add(f"{format.title} has no alpha", "a format with one", hint)
     return errors
 
@@ -146,7 +146,7 @@ def _parts(text: str, source: Folder) -> tuple[dict, str]:
     tags = (fields.get("tags") or []) if isinstance(fields, dict) else None
     if not isinstance(tags, list) or any(isinstance(tag, list | dict) for tag in tags):
         raise Refused(
-            f"{CARD} begins with what is no metadata: {listed([shown(head[:80])])}",
+            f"{CARD} does not begin with metadata: {listed([shown(head[:80])])}",
             expected="YAML between two lines of ---",
             where=f"{source.label}/{CARD}",
             hint="fix it, or give --strip-metadata",

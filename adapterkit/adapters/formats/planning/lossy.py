@@ -56,7 +56,7 @@ def lowered(
 
     `Refused` if the base is needed and not given, or does not fit.
     """
-    contents = with_biases(contents, format)  # first: what the format lacks depends on it
+    contents = with_biases(contents, format)  # first, because it decides what the format lacks
     modules = (
         _without_core(m) if "mid" in m.parts and lacking(m, format, contents) == ["mid"] else m
         for m in contents.modules
@@ -76,11 +76,11 @@ def with_biases(contents: Contents, format: Format) -> Contents:
     has_role, has_difference = BIAS in kinds.get(FACTORS, ()), DIFFERENCE in kinds.get(FULL, ())
     if has_role == has_difference:
         return contents
-    modules = (_together if has_role else _apart)(contents.modules)
+    modules = (_joined_biases if has_role else _separate_biases)(contents.modules)
     return replace(contents, modules=tuple(modules))
 
 
-def _apart(modules: Modules) -> list[AdapterModule]:
+def _separate_biases(modules: Modules) -> list[AdapterModule]:
     """diff_b = scale · bias as modules of their own, after those of the factors."""
     differences = {(m.component, m.name): m for m in modules if m.kind == FULL}
     result: list[AdapterModule] = []
@@ -95,7 +95,7 @@ def _apart(modules: Modules) -> list[AdapterModule]:
     return result
 
 
-def _together(modules: Modules) -> list[AdapterModule]:
+def _joined_biases(modules: Modules) -> list[AdapterModule]:
     """bias = diff_b / scale among the factors, if a module has both."""
     factors = {
         (m.component, m.name): m
@@ -210,7 +210,7 @@ def read_fitted(
     if rank is None:
         raise Refused(
             f"an adapter of type {kind.name.upper()}",
-            expected="--rank N, for plain factors of it",
+            expected="--rank N, for LoRA factors of it",
             where=folder.label,
             hint="give --rank; the receipt has the error",
             code="AK402",
@@ -252,7 +252,7 @@ def _plain_config(config: Mapping[str, Any]) -> Json:
 
 def _note(counts: Mapping[str, int], rank: int) -> str:
     what = ", ".join(f"{count} modules of {kind}" for kind, count in sorted(counts.items()))
-    return f"{what} are plain factors of rank {rank} at most: the receipt has the error"
+    return f"{what} became LoRA factors of rank {rank} at most: the receipt has the error"
 
 
 @dataclass

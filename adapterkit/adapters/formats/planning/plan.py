@@ -124,7 +124,7 @@ def plan_convert(
     options: ConvertOptions,
     base: Checkpoint | None = None,
     file: str | None = None,
-    detection: Detection | None = None,  # of the source, where it is known
+    detection: Detection | None = None,  # of the source, if known
 ) -> Plan:
     """Plan a conversion, or raise `Refused` with everything that cannot be done. `file`: the name
     of a single output file; otherwise a folder in the format's layout."""
@@ -162,7 +162,7 @@ def _check_target(format: Format, file: str) -> None:
         return
     if format.file.config:
         problem, hint = f"{format.title} in one file", "give --out without an ending"
-        expected = f"a folder, with {format.file.config[0]} beside the weights"
+        expected = f"a folder, with {format.file.config[0]} next to the weights"
     else:
         problem, expected = f"{format.title} in a file named {shown(file)}", f"a name with {ending}"
         hint = f"give --out {shown(Path(file).with_suffix(ending))}"
@@ -241,8 +241,7 @@ def _in_file(contents: Contents, format: Format, model: NamedBase | None) -> Con
     if model is None:
         raise Refused(
             f"{len(stacks)} stacks of experts: {listed(stacks)}",
-            expected="the model, whose file tells which module of an expert is which part of a "
-            "stack",
+            expected="the model, because its file maps modules of experts to rows of stacks",
             where=contents.folders[0].label,
             hint="give --base MODEL, with its weights",
             code="AK402",
@@ -273,8 +272,8 @@ def plan_written(
         safetensors_order=lay_out is None,
         lay_out=lay_out,
     )
-    beside: list[str] = []
-    files = files_of(contents, written, beside) if file is None else {}
+    file_notes: list[str] = []
+    files = files_of(contents, written, file_notes) if file is None else {}
     decisions = {
         "from": contents.format,
         "to": format.name,
@@ -291,7 +290,7 @@ def plan_written(
         shards=(shard, *more),
         files=files,
         decisions=decisions,
-        notes=(*_notes(source, contents, written, name), *beside),
+        notes=(*_notes(source, contents, written, name), *file_notes),
         models=() if base is None else (len(folders) - 1,),
     )
 
@@ -312,9 +311,9 @@ def _notes(source: Folder, contents: Contents, written: FormatFile, file: str) -
     yield from _rounded_note(written)
     if not formats()[contents.format].layout == written.format.layout == ADAPTER_LAYOUT:
         known = {file for _, file in contents.headers}
-        beside = [name for name in contents.folders[0].files() if TRAINED.fullmatch(name)]
-        if left := [name for name in beside if name not in known]:  # such as a value head
-            yield f"not converted: {listed(left)} beside the adapter"
+        other_files = [name for name in contents.folders[0].files() if TRAINED.fullmatch(name)]
+        if left := [name for name in other_files if name not in known]:  # such as a value head
+            yield f"not converted: {listed(left)} next to the adapter"
 
 
 def _rounded_note(written: FormatFile) -> list[str]:

@@ -34,7 +34,7 @@ from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.weights.plan_reader import PlanReader
 
 MATRIX = ("",)  # its name is the parameter's
-# kinds that are added as they are, and what the parameters may be called that they are of
+# kinds that are added unchanged, and the possible names of their parameters
 ADDED = ("loha", "lokr", "oft", "full", "modulation", FACTORS)
 PLAIN = (FACTORS, {"a", "b"})
 NOT_PLAIN = ("mid", "input_magnitude")

@@ -45,7 +45,7 @@ class AdapterConversion:
     detection: Detection
     options: ConvertOptions
     base: Checkpoint | None = None
-    file: SingleFileModel | None = None  # a base whose names stay
+    file: SingleFileModel | None = None  # a single-file base, to keep its names
 
     @cached_property
     def format(self) -> Format:
@@ -66,7 +66,7 @@ class AdapterConversion:
                 f"task_type {shown(repr(task))}",
                 expected="a text",
                 where=detection.container.file,
-                hint="keep the config that was saved with the file beside it",
+                hint="keep the config in the folder of the file",
                 code="AK204",
             )
         return NamedBase(base, task)
