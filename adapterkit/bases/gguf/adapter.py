@@ -50,7 +50,7 @@ class BlockSpec(TensorSpec):
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
-        """Its bytes: (blocks, bytes of one)."""
+        """The shape of its bytes: (blocks, bytes per block)."""
         shape = (self.nbytes // BLOCK_BYTES, BLOCK_BYTES)
         own = TensorSpec(self.key, "U8", shape, self.file, self.start, self.stop, self.folder)
         return (own,)
@@ -68,7 +68,7 @@ class BlockSpec(TensorSpec):
 
 
 class AdapterFile(NamedTuple):
-    """A parsed file; its tensors are in torch's order of dimensions."""
+    """A parsed adapter file; the shapes of its tensors are in torch's order."""
 
     header: GgufHeader
     metadata: Json
@@ -76,13 +76,13 @@ class AdapterFile(NamedTuple):
 
 
 def is_gguf(folder: Folder, name: str) -> bool:
-    """Whether a file begins as GGUF does."""
+    """Return whether a file begins with GGUF's magic bytes."""
     return folder.read(name, 0, len(MAGIC)) == MAGIC
 
 
 def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
-    """Parse the header of a LoRA adapter; `Damaged` or `Refused` unless file and types are as
-    llama.cpp takes them. `number`: which input of the job the folder is."""
+    """Parse the header of a LoRA adapter; `Damaged` or `Refused` unless llama.cpp accepts the file
+    and its types. `number`: the index of the folder among the job's inputs."""
     hint = "give an adapter of f32, f16, bf16 or q8_0"
     header = read_gguf(folder, name, SIZES, hint)
     errors = Problems(
@@ -123,8 +123,8 @@ def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
 def gguf_layout(
     file: str, tensors: Sequence[TensorPlan], metadata: Mapping[str, Value]
 ) -> ShardLayout:
-    """A file with these tensors in this order; the same bytes for equal arguments. `Refused` for
-    what ggml cannot hold."""
+    """The layout of a file with these tensors in this order; equal arguments give the same bytes.
+    `Refused` for tensors that ggml cannot store."""
     Problems(_errors(file, tensors)).raise_all()
     infos, offset, offsets = bytearray(), 0, []
     for tensor in tensors:
@@ -140,7 +140,7 @@ def gguf_layout(
 
 
 def _errors(file: str, tensors: Sequence[TensorPlan]) -> list[AdapterkitError]:
-    """Tensors that ggml cannot hold."""
+    """List tensors that ggml cannot store."""
     errors = Problems(where=file, code="AK207")
     for tensor in tensors:
         problem = f"{shown(tensor.key)} {tensor.dtype} {tensor.shape}"
@@ -158,7 +158,7 @@ def _errors(file: str, tensors: Sequence[TensorPlan]) -> list[AdapterkitError]:
 
 
 def _value(value: Value) -> bytes:
-    """A value of metadata behind its type."""
+    """A metadata value, after its type."""
     if isinstance(value, str):
         return struct.pack("<I", STRING) + text_bytes(value)
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Models in a GGUF file, or in the parts of a split one."""
+"""Models in a GGUF file, or in a split one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class GgufBase(Base):
         return images or open_gguf(self.files, number, by_table=True).checkpoint
 
     def read_for(self, is_enough: Callable[[Checkpoint], bool]) -> Checkpoint:
-        """Without a model where its table's names are enough."""
+        """Open without a transformers model if the table of names is enough."""
         plain = open_plain_gguf(self.files)
         return plain if plain is not None and is_enough(plain) else self.read()
 
@@ -94,8 +94,8 @@ def _images_in(files: GgufFiles, number: int = 0) -> GgufImageModel | None:
 def merged_files(
     state: "MergeState", steps: Sequence[Step], file: str | None, imatrix: ImportanceFile | None
 ) -> tuple[tuple[OutputFile, ...], Files, Mapping[str, str]]:
-    """The files of a merge's output, those beside them, and what its receipt says besides;
-    `Refused` for what would change the metadata of the base."""
+    """The weight files of a merge's output, its small files, and extra entries for its receipt;
+    `Refused` if the merge would change the base's metadata."""
     base = state.original
     assert isinstance(base, GgufCheckpoint)
     changed = {*state.config} - {"tie_word_embeddings"}
@@ -123,8 +123,8 @@ def merged_files(
 def files_beside(
     base: GgufCheckpoint, shards: Sequence[OutputFile], notes: list[str], *, asked: bool
 ) -> Files:
-    """The small files of the output, a Modelfile where it is asked for, and a note on how it is
-    loaded. `Refused` for one of an image model."""
+    """The small files of the output, including a Modelfile if requested; a note says how to load
+    it. `Refused` for a Modelfile of an image model."""
     first = shards[0].file
     if isinstance(base, SingleFileModel):
         if asked:
@@ -145,9 +145,9 @@ def files_beside(
 
 
 def modelfile(header: GgufHeader, name: str) -> bytes:
-    """The text that makes a model of the file in the same folder, with what its metadata say of
-    sampling. Ollama's templates are Go's, and the one in a GGUF file is Jinja's: `ollama create`
-    finds its own for that.
+    """The text of a Modelfile for the file in the same folder, with the sampling settings of its
+    metadata. Ollama's templates are Go's, and the one in a GGUF file is Jinja's: `ollama create`
+    finds a matching one of its own.
 
     Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx.
     """

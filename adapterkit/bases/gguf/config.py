@@ -1,8 +1,7 @@
-"""config.json of a GGUF file, as transformers reads it from the metadata, with what its tables
-lack.
+"""Build config.json of a GGUF file as transformers does from the metadata, and add settings that
+its tables lack.
 
-What transformers would ignore without a word is refused, or noted where its defaults stand in for
-it.
+Metadata that transformers would ignore silently is refused, or noted if a default replaces it.
 """
 
 import json
@@ -37,8 +36,8 @@ SUPPLEMENTS = {
 
 
 def check_counts(file: GgufFile) -> None:
-    """`Damaged` for implausible numbers of layers and experts, which decide how large a model is
-    built; `Refused` for falcon's groups, and GLM's sections of positions."""
+    """`Damaged` for implausible numbers of layers and experts, because they decide the size of the
+    model that is built; `Refused` for falcon's groups, and for GLM's sections of positions."""
     for key, value in file.header.metadata.items():
         limit = max(MAX_LAYERS, len(file.entries)) if key.endswith("block_count") else MAX_EXPERTS
         if not key.endswith(("block_count", "expert_count")):
@@ -83,8 +82,8 @@ def config_arguments(file: GgufFile) -> Json:
 
 
 def config_of(file: GgufFile, arguments: Json) -> Json:
-    """config.json of the model: what differs from its class's defaults, and what the file
-    states."""
+    """config.json of the model: the settings that differ from its class's defaults, and those that
+    the file states."""
     from transformers import AutoConfig
 
     call = file.call_transformers
@@ -136,7 +135,7 @@ def class_name_of(file: GgufFile, model_type: str) -> str:
 
 
 def _unread_metadata(file: GgufFile) -> Json:
-    """The architecture's own metadata that transformers ignores."""
+    """List metadata of the architecture that transformers ignores."""
     if file.architecture in conversion_rules():
         return {}  # its rules read all that they need, by name
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
@@ -152,15 +151,14 @@ def _unread_metadata(file: GgufFile) -> Json:
 
 
 def _own_metadata(file: GgufFile, prefix: str) -> Json:
-    """Metadata whose keys begin with the architecture and a prefix, without these."""
+    """Metadata whose keys begin with the architecture and a prefix, except these."""
     prefix = file.architecture + prefix
     metadata = file.header.metadata.items()
     return {key.removeprefix(prefix): value for key, value in metadata if key.startswith(prefix)}
 
 
 def _set_rope_scaling(file: GgufFile, config: Json) -> None:
-    """Put the scaling of rotary positions into the config, from which transformers leaves it
-    out."""
+    """Put the scaling of rotary positions into the config, because transformers leaves it out."""
     settings = {
         key: value for key, value in _own_metadata(file, ".rope.").items() if key.startswith("scal")
     }
@@ -194,8 +192,8 @@ def _set_rope_scaling(file: GgufFile, config: Json) -> None:
 
 
 def _llama3_scaling(file: GgufFile, config: Json) -> Json:
-    """Llama 3's scaling, of which a file has the factors only; `Refused` unless its settings give
-    the same ones (1e-4)."""
+    """Llama 3's scaling, whose factors alone a file stores; `Refused` unless its settings give the
+    same factors (1e-4)."""
     import numpy as np
 
     entry = file.entries[FREQUENCIES]
@@ -218,8 +216,7 @@ def _llama3_scaling(file: GgufFile, config: Json) -> Json:
 
 
 def _shortest(value: object) -> Any:
-    """Floats of a header are float32, so written with their digits: 9.999999747378752e-06 is
-    1e-05."""
+    """Shorten floats of a header, which are float32: 9.999999747378752e-06 becomes 1e-05."""
     import numpy as np
 
     if isinstance(value, dict):

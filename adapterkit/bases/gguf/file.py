@@ -1,4 +1,4 @@
-"""One opened GGUF file, and the ways to ask the `gguf` package and transformers about it."""
+"""An opened GGUF file, and calls of the `gguf` package and transformers on it."""
 
 import contextlib
 import logging
@@ -30,7 +30,7 @@ OTHER_NAMES = ("qwen2moe", "qwen3moe", "t5encoder")  # that transformers reads a
 
 @dataclass
 class GgufFile:
-    """A file with its parsed header, and what transformers is shown of it."""
+    """A file with its parsed header, and the copy of it that transformers reads."""
 
     folder: Folder
     name: str
@@ -44,7 +44,7 @@ class GgufFile:
 
     @contextlib.contextmanager
     def shown_to_transformers(self, header: bytes | None = None) -> Iterator[Path]:
-        """A file of a header, its own if there is no other, with a hole in place of the data."""
+        """Write a copy with a header (by default the file's own) and a hole instead of the data."""
         path = self.scratch / COPY
         with path.open("wb") as stream:
             stream.write(self.header.raw if header is None else header)
@@ -58,12 +58,11 @@ class GgufFile:
 
     @cached_property
     def errors(self) -> Problems:
-        """What is wrong with it."""
+        """The problems found in the file."""
         return Problems(where=self.name, hint="use the original checkpoint instead")
 
     def call_transformers(self, subject: str, function: Callable[[], Any]) -> Any:
-        """Run transformers' code on the header; it may fail in any way on metadata that it does not
-        expect."""
+        """Run transformers' code on the header; it may fail in any way on unexpected metadata."""
         import transformers
 
         try:
@@ -87,20 +86,20 @@ def gguf_package() -> Any:
 
 
 def number_of(architecture: str) -> Any:
-    """The package's number of an architecture; None if it does not know it."""
+    """The package's number for an architecture; None if the package does not know it."""
     return {name: n for n, name in gguf_package().MODEL_ARCH_NAMES.items()}.get(architecture)
 
 
 def has_head(architecture: str) -> bool | None:
-    """Whether llama.cpp loads a head beside the embedding; None of an architecture that the package
-    does not know."""
+    """Return whether llama.cpp loads a head in addition to the embedding; None for an architecture
+    that the package does not know."""
     gguf, number = gguf_package(), number_of(architecture)
     return None if number is None else gguf.MODEL_TENSOR.OUTPUT in gguf.MODEL_TENSORS[number]
 
 
 def check_models(folder: Folder, names: Iterable[str]) -> None:
-    """`Damaged` where llama.cpp does not load the models in these files: by the counts and parts
-    that they state, for a head that their architecture has not, or one of another shape."""
+    """`Damaged` if llama.cpp would not load the models in these files: their counts or splits are
+    wrong, or the head does not suit the architecture or has a wrong shape."""
     models: dict[str, list[str]] = {}
     for name in sorted(names):
         models.setdefault(model_of(name), []).append(name)
@@ -121,7 +120,7 @@ def check_models(folder: Folder, names: Iterable[str]) -> None:
 
 
 def check_types(gguf: Any, kinds: Iterable[str]) -> None:
-    """`Refused` where one of these types is decoded neither here nor by the package."""
+    """`Refused` if neither adapterkit nor the package decodes one of these types."""
     import numpy as np
 
     unknown = []
@@ -141,7 +140,7 @@ def check_types(gguf: Any, kinds: Iterable[str]) -> None:
 
 
 def conversion_rules() -> Settings:
-    """The architectures that transformers reads by conversion rules: name -> function of a
+    """The architectures that transformers reads with conversion rules: name -> function of a
     config."""
     try:
         from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
@@ -151,7 +150,7 @@ def conversion_rules() -> Settings:
 
 
 def is_read_by_transformers(architecture: str) -> bool:
-    """Whether transformers reads files of an architecture."""
+    """Return whether transformers reads files of an architecture."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     known = {name.replace("-", "_") for name in (*GGUF_SUPPORTED_ARCHITECTURES, *OTHER_NAMES)}
@@ -160,7 +159,7 @@ def is_read_by_transformers(architecture: str) -> bool:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' log messages and progress bars."""
+    """Silence transformers' log messages and progress bars."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

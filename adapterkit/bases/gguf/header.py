@@ -1,5 +1,5 @@
-"""The parser of GGUF headers: which tensor lies where, checked against the file's size before
-anything else reads the file.
+"""Parse GGUF headers, and check the offsets of tensors against the file's size before anything else
+reads the file.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. As strict as llama.cpp's own
 loader, and stricter than the reader of the `gguf` package, which trusts offsets and counts.
@@ -54,13 +54,13 @@ NAMES = {number: name for name, (number, _, _) in TYPES.items()}
 
 
 def text_bytes(text: str) -> bytes:
-    """A text as it is stored, behind its length."""
+    """A string as GGUF stores it, after its length."""
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
 def info_bytes(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
-    """What a header says of a tensor, of a type by its id and at a position in the data."""
+    """The header entry of a tensor, from its type id and its offset in the data."""
     rank = len(shape)
     return text_bytes(name) + struct.pack(f"<I{rank}QIQ", rank, *reversed(shape), kind, offset)
 
@@ -70,12 +70,12 @@ def aligned(size: int, alignment: int = ALIGNMENT) -> int:
 
 
 class Length(int):
-    """What is kept of an array."""
+    """The length of an array, which is stored instead of its items."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of the file, in torch's order of dimensions."""
+    """One tensor of the file, its shape in torch's order."""
 
     name: str
     shape: tuple[int, ...]
@@ -91,7 +91,7 @@ class Entry:
         return NAMES[self.kind]
 
     def stored(self, folder: int = 0) -> TensorSpec:
-        """Its bytes, by rows."""
+        """Its stored bytes, as rows."""
         rows = math.prod(self.shape[:-1])
         shape = (rows, (self.stop - self.start) // rows)
         return TensorSpec(self.name, "U8", shape, self.file, self.start, self.stop, folder)
@@ -99,7 +99,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A parsed header: its exact bytes, its metadata (of arrays only the length), its tensors."""
+    """A parsed header: its exact bytes, its metadata (arrays as lengths), its tensors."""
 
     raw: bytes = field(repr=False)
     metadata: Json  # an array: its length
@@ -111,7 +111,7 @@ class GgufHeader:
     spans: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def without(self, prefix: str) -> bytes:
-        """The header without the arrays whose keys begin so."""
+        """The header without arrays whose keys begin with the prefix."""
         left_out = [
             span
             for key, span in self.spans.items()
@@ -126,7 +126,7 @@ class GgufHeader:
         return bytes(raw)
 
     def counting(self, total: int) -> "GgufHeader":
-        """The header of a part of a model that has so many tensors in all its files."""
+        """The header of one file of a split model with so many tensors in all its files."""
         if type(self.metadata.get(SPLIT_TENSORS)) is not int:
             return self
         start, stop = self.spans[SPLIT_TENSORS]
@@ -140,12 +140,12 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """Empty in files of stable-diffusion.cpp, which have no metadata."""
+        """The architecture; empty in files of stable-diffusion.cpp, which have no metadata."""
         return self.metadata.get("general.architecture", "")
 
     @property
     def header(self) -> Header:
-        """The header in the form that plans use, which identify a file by its header's hash."""
+        """The header in the form that plans use to identify a file by its header's hash."""
         return Header(self.raw, (), {})
 
     @property
@@ -164,15 +164,16 @@ class _TensorInfo(NamedTuple):
 
 
 class GgufFiles(NamedTuple):
-    """A folder, and which of its files are one model: one, or all parts of a split one."""
+    """A folder, and the files in it that form one model: one, or all of a split one."""
 
     folder: Folder
     names: list[str]
 
 
 def find_gguf(folder: Folder) -> GgufFiles | None:
-    """The GGUF files of a folder, or of the model that its one file is a part of; None if there are
-    none, or safetensors beside them. `Refused` for several models, and for missing parts."""
+    """The GGUF files of a folder, or of the split model that its one file belongs to; None if there
+    are none, or if the folder has safetensors too. `Refused` for several models or missing
+    files."""
     single = getattr(folder, "single", None)
     if single and NUMBERED.fullmatch(single):
         folder = cast(SingleFile, folder).containing_folder()
@@ -206,7 +207,7 @@ def find_gguf(folder: Folder) -> GgufFiles | None:
 
 
 def is_gguf_adapter(files: GgufFiles) -> bool:
-    """Whether a file says that it is an adapter."""
+    """Return whether the metadata declares the file an adapter."""
     try:
         metadata = read_gguf(files.folder, files.names[0]).metadata
     except AdapterkitError:
@@ -215,7 +216,7 @@ def is_gguf_adapter(files: GgufFiles) -> bool:
 
 
 def _parts_of(name: str) -> list[str]:
-    """The files of the model that a file is of."""
+    """The files of the model that a file belongs to."""
     match = NUMBERED.fullmatch(name)
     if match is None:
         return [name]
@@ -224,13 +225,13 @@ def _parts_of(name: str) -> list[str]:
 
 
 def model_of(name: str) -> str:
-    """A file's name without its number among the parts of a split model."""
+    """A file's name without its number in a split model."""
     match = NUMBERED.fullmatch(name)
     return f"{match[1]}-of-{match[3]}" if match else name
 
 
 def read_model(files: GgufFiles) -> tuple[GgufHeader, dict[str, GgufHeader]]:
-    """The header of a model with the tensors of all its files, and that of each file."""
+    """The header of a model with the tensors of all its files, and each file's own header."""
     headers = {name: read_gguf(files.folder, name) for name in files.names}
     errors = _damage(files.names[0])
     for number, (name, header) in enumerate(headers.items()):
@@ -271,7 +272,7 @@ def read_gguf(
 ) -> GgufHeader:
     """Parse the header of a GGUF file; `Damaged` or `Refused` unless it and the data are complete.
 
-    `block_sizes`: (values, bytes) of a block of each type id; `hint`: for a type without one.
+    `block_sizes`: (values, bytes) of a block of each type id; `hint`: for unknown types.
     """
     size = folder.files()[name]
     raw = folder.read(name, 0, min(FIRST_READ, size))
@@ -295,7 +296,7 @@ class _Incomplete(Exception):
 
 
 def _damage(name: str) -> Problems:
-    """What shows that a file is damaged."""
+    """A `Damaged` error for a file."""
     return Problems(where=name, hint="download or copy the file again", kind=Damaged)
 
 
@@ -394,7 +395,7 @@ class _Parser:
         return metadata
 
     def value(self, kind: int) -> Any:
-        """A value of metadata that is no array."""
+        """A metadata value that is not an array."""
         if kind in SCALARS:
             return self.unpack(SCALARS[kind])[0]
         if kind == STRING:
@@ -402,7 +403,7 @@ class _Parser:
         self.errors.fail(f"a value of type {kind}", "one of 13 types", code="AK207")
 
     def array(self, key: str) -> Length:
-        """The length of an array; its items are skipped, but for a few numbers."""
+        """The length of an array; its items are skipped, except for short arrays of numbers."""
         inner, count = self.unpack("IQ")
         if inner in SCALARS:
             code = SCALARS[inner]
@@ -418,7 +419,8 @@ class _Parser:
         return Length(count)
 
     def skip_texts(self, count: int) -> None:
-        """Vocabularies have some hundred thousand: most are looked at by this short loop."""
+        """Skip strings. Vocabularies have hundreds of thousands, so this short loop handles
+        most."""
         raw, at, length_at = self.raw, self.at, struct.Struct("<Q").unpack_from
         try:
             for _ in range(count):
@@ -451,8 +453,8 @@ class _Parser:
     def entries(
         self, infos: list[_TensorInfo], data_start: int, alignment: int
     ) -> tuple[Entry, ...]:
-        """The tensors with their positions; refused unless they tile the rest of the file, each
-        aligned behind the one before."""
+        """The tensors with their offsets; refused unless they fill the rest of the file, each
+        aligned after the one before."""
         errors = self.errors
         entries, names = [], set()
         for name, shape, kind, offset, at in infos:

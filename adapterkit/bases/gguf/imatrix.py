@@ -1,5 +1,5 @@
-"""Importance matrices of llama.cpp's `llama-imatrix`: for each tensor the sums of the squares of
-its inputs, in a GGUF file or in the older binary one.
+"""Read importance matrices of llama.cpp's `llama-imatrix`: for each tensor the sums of the squares
+of its inputs, in a GGUF file or in the older binary one.
 
 Sources: https://github.com/ggml-org/llama.cpp/blob/master/tools/imatrix/imatrix.cpp and
 https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/quantize.cpp.
@@ -32,7 +32,7 @@ class ImportanceFile:
 
 
 def read_importance(text: StrPath) -> ImportanceFile:
-    """`Refused` or `Damaged` for what is no such file."""
+    """Read an importance matrix; `Refused` or `Damaged` for other files."""
     folder = open_source(text)
     names = [name for name in folder.files() if "/" not in name]
     if len(names) != 1:
@@ -47,8 +47,8 @@ def read_importance(text: StrPath) -> ImportanceFile:
 
 
 def read_imatrix(folder: Folder, name: str) -> Importance:
-    """The weights of the columns of each tensor; a factor of a whole matrix has no meaning.
-    `Refused` or `Damaged` for other files, and for sums that are no weights."""
+    """The weights of the columns of each tensor; a factor common to a matrix does not matter.
+    `Refused` or `Damaged` for other files, and for sums that cannot be weights."""
     is_gguf = folder.read(name, 0, len(MAGIC)) == MAGIC
     found = dict(_of_gguf(folder, name) if is_gguf else _of_binary(folder, name))
     errors = Problems(

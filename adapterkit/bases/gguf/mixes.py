@@ -1,4 +1,4 @@
-"""llama.cpp's mixes of types, but for Falcon, ternary models and MXFP4.
+"""llama.cpp's mixes of types, except those for Falcon, ternary models and MXFP4.
 
 Source: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-quant.cpp.
 """
@@ -56,7 +56,7 @@ PLAIN = ("q3_k_l", "q4_0", "q4_1", "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "
 
 
 def types_of(header: GgufHeader, mix: str, *, weighed: bool) -> dict[str, str]:
-    """The types that the matrices of a model get in a mix, by name. `weighed`: there is an
+    """The types that a mix gives the matrices of a model, by name. `weighed`: there is an
     importance matrix."""
     default, number = MIXES[mix]
     mix = next(name for name in reversed(MIXES) if MIXES[name][1] == number)  # its whole name
@@ -114,7 +114,7 @@ IMAGE_STAY = re.compile(  # numbered, and no blocks
 
 
 def image_types_of(entries: Iterable[Entry], mix: str) -> dict[str, str]:
-    """The types that matrices in blocks of an image model get in a mix, by name."""
+    """The types that a mix gives the matrices in blocks of an image model, by name."""
     default, number = MIXES[mix]
     mix = next(name for name in reversed(MIXES) if MIXES[name][1] == number)  # its whole name
     seen, found = Counter[str](), dict[str, str]()
@@ -130,14 +130,14 @@ def image_types_of(entries: Iterable[Entry], mix: str) -> dict[str, str]:
 
 
 def _number(header: GgufHeader, key: str) -> int:
-    """A number of the architecture's metadata, 0 without it; of one for each layer the first."""
+    """A number in the architecture's metadata, or 0; the first if there is one per layer."""
     key = f"{header.architecture}.{key}"
     value = header.arrays.get(key, (header.metadata.get(key),))[0]
     return value if isinstance(value, int) else 0
 
 
 def with_number(header: GgufHeader, number: int) -> GgufHeader:
-    """The header of a file with the number of a mix, where it has one."""
+    """The header with the number of a mix, if it stores one."""
     raw, (start, end) = bytearray(header.raw), header.spans.get(FILE_TYPE, (0, 0))
     if end - start == 8 + len(FILE_TYPE) + 8:  # a length, the key, a type and 32 bits
         struct.pack_into("<II", raw, end - 8, UINT32, number)

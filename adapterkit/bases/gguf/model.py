@@ -1,10 +1,11 @@
-"""A GGUF file as a checkpoint: config, parameters and tokenizer as transformers reads them, blocks
-decoded by the `gguf` package. What transformers would leave out without a word is refused.
+"""Open a GGUF file as a checkpoint: config, parameters and tokenizer as transformers reads them,
+blocks decoded by the `gguf` package. Tensors and metadata that transformers would ignore are
+refused.
 
-Without transformers' model: where a table names all parameters, because by transformers' sources
-the names of a checkpoint are those of the loaded model; and image and video models, as
-ComfyUI-GGUF (loader.py, tools/convert.py) and stable-diffusion.cpp (src/model_io/gguf_io.cpp) write
-them: the publisher's names, shapes turned around, no metadata of a model.
+Two kinds need no transformers model. For some architectures a table names all parameters, because
+their checkpoints use the loaded model's names. Image and video models have the publisher's names,
+reversed shapes and no metadata, as ComfyUI-GGUF (loader.py, tools/convert.py) and
+stable-diffusion.cpp (src/model_io/gguf_io.cpp) write them.
 """
 
 import json
@@ -60,8 +61,7 @@ SHAPE = "comfy.gguf.orig_shape."  # of a tensor that is kept in rows of 256 valu
 
 @dataclass(frozen=True)
 class GgufCheckpoint(SlottedCheckpoint):
-    """The model of one GGUF file, or of the parts of a split one: its parameters are
-    `GgufWeight`s."""
+    """The model of one GGUF file, or of a split one; its parameters are `GgufWeight`s."""
 
     headers: dict[str, GgufHeader] = field(default_factory=dict)  # by file
 
@@ -82,7 +82,7 @@ class GgufCheckpoint(SlottedCheckpoint):
 
 
 class GgufModel(NamedTuple):
-    """A GGUF file as a checkpoint, and the files of a model's folder that it stands for."""
+    """A GGUF file as a checkpoint, and the files of the model folder that it replaces."""
 
     checkpoint: GgufCheckpoint
     # to write it in: BF16 for blocks, whose own error exceeds the rounding; else the file's first
@@ -96,11 +96,13 @@ class GgufModel(NamedTuple):
 def open_gguf(
     files: GgufFiles, number: int = 0, *, tokenizer: bool = False, by_table: bool = False
 ) -> GgufModel:
-    """Read a GGUF file as a checkpoint; `Refused` or `Damaged`, all at once, where that cannot be
-    done in full. `number`: which input of the job it is; `tokenizer`: make its files, too.
+    """Open a GGUF file as a checkpoint; `Refused` or `Damaged` with all problems if it cannot be
+    read completely. `number`: its index among the job's inputs; `tokenizer`: create the tokenizer's
+    files too.
 
-    `by_table`: where transformers does not read an architecture, its parameters are those of the
-    table, other tensors have their own names, and the config is not one to run the model."""
+    `by_table`: if transformers does not read the architecture, use the table's parameters, keep the
+    names of other tensors, and return a config that cannot run the model.
+    """
     gguf = gguf_package()
     header, headers = read_model(files)
     kinds = {entry.type for entry in header.tensors}
@@ -143,8 +145,8 @@ def _read(
 
 
 def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
-    """The files of the tokenizer that transformers makes from the metadata; none, with a note,
-    where it cannot."""
+    """The tokenizer files that transformers creates from the metadata; none, with a note, if it
+    cannot."""
     from transformers import AutoTokenizer
 
     if "tokenizer.ggml.model" not in file.header.metadata:
@@ -174,7 +176,7 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
 
 
 def _squares(header: GgufHeader) -> int:
-    """The sum of each token's length squared: steps in which transformers makes merges of them."""
+    """The sum of squared token lengths, which is the cost of transformers' search for merges."""
     key, total = "tokenizer.ggml.tokens", 0
     at, stop = header.spans.get(key, (0, 0))
     at += 8 + len(key) + 16  # its name; types, and how many there are
@@ -185,7 +187,7 @@ def _squares(header: GgufHeader) -> int:
 
 
 def loads_in_float32(model: object, key: str, dtype: str) -> bool:
-    """Whether transformers loads a parameter in float32 whatever the model's dtype."""
+    """Return whether transformers loads a parameter in float32, regardless of the model's dtype."""
     names = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     if dtype == "F16":
         names |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
@@ -193,11 +195,12 @@ def loads_in_float32(model: object, key: str, dtype: str) -> bool:
 
 
 def open_plain_gguf(files: GgufFiles) -> GgufCheckpoint | None:
-    """A GGUF file as a checkpoint, with the parameters that its architecture's table names; other
-    tensors have their own names. None where a model has to say more: of stacks of experts, of keys
-    that the loader renames, of types that are only read.
+    """Open a GGUF file with the parameters that its architecture's table names; other tensors keep
+    their names. None if a model is needed: for stacks of experts, for keys that the loader renames,
+    and for types that are only read.
 
-    The config has the sizes of the file alone."""
+    The config has only the sizes in the file.
+    """
     header, headers = read_model(files)
     table = table_of(header.architecture)
     if table is None or not all(is_written(entry.type) for entry in header.tensors):
@@ -231,9 +234,9 @@ def _plain_config(header: GgufHeader, model_type: str) -> Json | None:
 
 
 def open_image_gguf(files: GgufFiles, number: int = 0) -> GgufCheckpoint | None:
-    """A file's tensors under their own names, as input `number` of the job; None for a model of
-    llama.cpp's, whose metadata has its number of blocks. `Refused` for types that nothing
-    decodes, and for shapes of another size."""
+    """A file's tensors under their own names, as input `number` of the job; None for a llama.cpp
+    model, whose metadata has a number of blocks. `Refused` for types that nothing decodes, and for
+    shapes of another size."""
     header, headers = read_model(files)
     if f"{header.architecture}.block_count" in header.metadata:
         return None

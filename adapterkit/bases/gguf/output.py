@@ -1,5 +1,5 @@
-"""Output files of a model in GGUF: those of the base, with new values of some tensors, laid out as
-they were, or anew where tensors get another type or are added."""
+"""Write a model as GGUF files: the base's files with new values of some tensors. The layout stays
+the same unless tensors change type or are added."""
 
 import math
 import struct
@@ -49,7 +49,7 @@ def nbytes(kind: str, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where each tensor of a file lies; the `LayOut` of its output."""
+    """The layout of an output file: the offset of each tensor."""
 
     header: bytes = field(repr=False)  # up to the first tensor
     starts: Mapping[str, int]
@@ -73,9 +73,9 @@ def plan_gguf_files(
     importance: Importance,
     name: str | None,
 ) -> tuple[OutputFile, ...]:
-    """The files of a model after these steps; `touched_as`: the type of changed tensors in blocks,
-    where it is not their own; `keep_scales` of blocks whose values fit; `importance` of
-    columns, by tensor. `name`: of a model's one file, if it is not the base's."""
+    """The files of a model after these steps. `touched_as`: the type of changed tensors in blocks,
+    if not their own; `keep_scales` of blocks whose values fit; `importance` of columns, by tensor;
+    `name`: of a single file, if not the base's."""
 
     def encoded_so(step: Step) -> Step:
         if not isinstance(step.source, GgufWeight):
@@ -94,7 +94,7 @@ def plan_gguf_files(
 def gguf_files(
     base: GgufCheckpoint, tasks: Sequence[Task], formats: Sequence[GgufWeight], name: str | None
 ) -> tuple[OutputFile, ...]:
-    """The files of a model in which these tasks write weights of these formats."""
+    """The files of a model whose weights these tasks write in these formats."""
     files, written = [], {part.key for weight in formats for part in weight.parts}
     for file, header in base.headers.items():
         layout = _layout(base, header, formats, is_last=file == [*base.headers][-1])
@@ -109,7 +109,8 @@ def gguf_files(
 
 
 def weighed(weight: GgufWeight, importance: Importance) -> GgufWeight:
-    """The weight with the importance of its columns; `Refused` where that is of another model."""
+    """The weight with the importance of its columns; `Refused` if the matrix is of another
+    model."""
     sums = tuple(importance.get(part.key) for part in weight.parts)
     misfits = [
         f"{shown(part.key)} {tuple(found.shape)}"
@@ -128,7 +129,7 @@ def weighed(weight: GgufWeight, importance: Importance) -> GgufWeight:
 
 
 def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWeight:
-    """How the result of a step is stored."""
+    """The storage format of a step's result."""
     source, weights = step.source, base.tensors.values()
     tied = (w for w in weights if isinstance(w, GgufWeight) and w.parts[0].key == EMBEDDING)
     weight = source if isinstance(source, GgufWeight) else base.tensors.get(step.key)
@@ -140,7 +141,8 @@ def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWei
 
 
 def _renamed(tied: TensorSpec | None, key: str, base: GgufCheckpoint) -> GgufWeight:
-    """The format of a head that the base does not store, like that of what it was tied to."""
+    """The format of a head that the base does not store, taken from the embedding it was tied
+    to."""
     if key not in HEADS or not isinstance(tied, GgufWeight):
         raise Refused(
             f"{shown(key)} is not in the file",
@@ -210,7 +212,7 @@ def _task(step: Step, format: GgufWeight) -> Task:
 
 
 def _tasks_in(layout: FileLayout, tasks: Sequence[Task]) -> list[Task]:
-    """What is computed for one file; of a stack whose parts are in two files each its own."""
+    """The tasks that write to one file; a stack split over two files contributes to each."""
     found = []
     for task in tasks:
         keys = [one.key for one in task.max_outputs]
@@ -223,7 +225,7 @@ def _tasks_in(layout: FileLayout, tasks: Sequence[Task]) -> list[Task]:
 def _layout(
     base: GgufCheckpoint, header: GgufHeader, formats: Iterable[GgufWeight], *, is_last: bool
 ) -> FileLayout:
-    """Where the tensors of a file are in its output; new ones go into the last file."""
+    """The output positions of a file's tensors; new ones go into the last file."""
     known = {entry.name for one in base.headers.values() for entry in one.tensors}
     parts = {
         part.key: NewTensor(part.key, shape, name)
@@ -246,8 +248,8 @@ def _layout(
 def laid_out_anew(
     header: GgufHeader, types: Mapping[str, str], added: Sequence[NewTensor]
 ) -> FileLayout:
-    """The layout of the file with other types of some tensors, by name, and with more of them at
-    its end; the order of the others stays."""
+    """The layout of the file with other types for some tensors, by name, and new tensors at its
+    end; the order of the others stays."""
     raw = bytearray(header.raw)
     raw[TENSOR_COUNT : TENSOR_COUNT + 8] = struct.pack("<Q", len(header.tensors) + len(added))
     offset, offsets = 0, {}

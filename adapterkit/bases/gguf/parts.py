@@ -1,6 +1,6 @@
-"""Parameters that lie in GGUF tensors otherwise than as rows of their own: llama.cpp may join
-queries, keys and values, or experts' gate and up; it splits what makes keys and values of latents,
-and turns the experts of some models."""
+"""Find parameters that GGUF joins, splits or transposes: llama.cpp may join queries, keys and
+values, or experts' gate and up; it splits the projection of latents to keys and values, and
+transposes the experts of some models."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +21,8 @@ HYBRID = ".ssm_"  # of layers whose attention is linear; there attn_qkv is one m
 
 
 def is_joined(table: NameTable, entries: Entries) -> bool:
-    """Whether a file has tensors in one that transformers and the table have one by one."""
+    """Return whether a tensor of the file joins parameters that transformers and the table
+    separate."""
     is_hybrid = any(HYBRID in name for name in entries)
     joined = (
         (name, name.replace(whole, part))
@@ -33,7 +34,7 @@ def is_joined(table: NameTable, entries: Entries) -> bool:
 
 
 def find_slots(names: TableNames, entries: Entries) -> Slots:
-    """The parameters that lie in tensors under these tensors' own names."""
+    """The parameters that are stored as slices of joined or split tensors."""
     slots: dict[str, tuple[Slot, ...]] = {}
     for name, entry in entries.items():
         block, _, leaf = name.rpartition(".attn_qkv.")
@@ -46,7 +47,7 @@ def find_slots(names: TableNames, entries: Entries) -> Slots:
 
 
 def seen_so(tensors: Mapping[str, TensorSpec], slots: Slots) -> dict[str, TensorSpec]:
-    """The tensors in the shapes that the slots see them in."""
+    """The tensors in the shapes that the slots expect."""
     found = dict(tensors)
     for slot in (slot for each in slots.values() for slot in each):
         weight = found[slot.key]
@@ -56,7 +57,7 @@ def seen_so(tensors: Mapping[str, TensorSpec], slots: Slots) -> dict[str, Tensor
 
 
 def _of_qkv(names: TableNames, entry: Entry, block: str, leaf: str) -> Slots:
-    """Rows of queries, keys and values, each in its order, one after the other."""
+    """Rows of queries, keys and values, concatenated in their own orders."""
     slots, first = {}, 0
     for part in "qkv":
         name = f"{block}.attn_{part}.{leaf}"
@@ -73,8 +74,8 @@ def _of_qkv(names: TableNames, entry: Entry, block: str, leaf: str) -> Slots:
 
 
 def _of_latents(names: TableNames, entries: Entries, block: str) -> Slots:
-    """kv_b of keys (heads, latents, keys), which are turned, and values (heads, values, latents): a
-    head of each after the other."""
+    """kv_b from transposed keys (heads, latents, keys) and values (heads, values, latents),
+    concatenated head by head."""
     k, v = (entries.get(f"{block}.attn_{part}_b.weight") for part in "kv")
     key = names.target(f"{block}.attn_kv_b.weight")
     if k is None or v is None or key is None:
@@ -94,7 +95,7 @@ def _of_latents(names: TableNames, entries: Entries, block: str) -> Slots:
 
 
 def _of_experts(names: TableNames, entries: Entries, block: str) -> Slots:
-    """Stacks that a table names as one, and gate and up in one tensor of others."""
+    """Stacks that a table names as one, and gate and up that share a tensor."""
     found: dict[str, tuple[Slot, ...]] = {}
     for kinds in (("gate", "up"), ("down",)):
         whole, *apart = (f"{block}.ffn_{kind}_exps.weight" for kind in ("_".join(kinds), *kinds))
@@ -108,7 +109,7 @@ def _of_experts(names: TableNames, entries: Entries, block: str) -> Slots:
 
 
 def _of_stacks(names: TableNames, key: str, stored: list[Entry]) -> Slots:
-    """A stack of rows of these tensors (experts, out, in), one after the other."""
+    """A stack of these tensors' rows (experts, out, in), concatenated."""
     slots, first, turned = [], 0, names.architecture in TURNED
     for entry in stored:
         experts, rows, width = entry.shape

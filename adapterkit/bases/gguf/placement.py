@@ -1,8 +1,8 @@
-"""Where each row of a GGUF tensor lies in the parameter that is built of it: the way back from
-transformers' names and layouts.
+"""Map rows of GGUF tensors to rows of the parameters built from them, so that transformers' names
+and layouts can be inverted.
 
-transformers' code only reads, so its layout is found by what it does to numbers: zeros tell what is
-added, counted elements which row of which tensor becomes which row of the parameter.
+transformers' code only reads, so tests with numbers reveal its layout: zeros reveal the added
+constant; numbered elements reveal which tensor row becomes which parameter row.
 """
 
 import math
@@ -24,9 +24,9 @@ NARROW = 4  # or as many
 
 @dataclass(frozen=True)
 class RowPlacement:
-    """A parameter as rows of GGUF tensors: `transposed` in its last two axes, then row `rows[i]` of
-    it is row i of the tensors, one after the other, and column `columns[i]` of a row is its column
-    i; `shift` was added to each value."""
+    """A parameter as rows of GGUF tensors: after `transposed` of the last two axes, row `rows[i]`
+    is row i of the concatenated tensors, and column `columns[i]` is column i; `shift` was added to
+    each value."""
 
     shapes: tuple[tuple[int, ...], ...]
     rows: Tensor | None = None  # int64; None: in their order
@@ -36,7 +36,7 @@ class RowPlacement:
 
     @property
     def plain(self) -> bool:
-        """Whether the parameter is one GGUF tensor as it is."""
+        """Return whether the parameter equals one GGUF tensor."""
         return (
             len(self.shapes) == 1
             and self.rows is self.columns is None
@@ -46,8 +46,8 @@ class RowPlacement:
 
     @cached_property
     def block(self) -> int | None:
-        """The least number of rows such that each block of so many is one in the parameter and in
-        the tensor; None for several tensors, and other than matrices but for plain stacks."""
+        """The smallest number of rows that form a block in both parameter and tensor; None for
+        several tensors, and for other shapes than matrices and plain stacks."""
         shape, *others = self.shapes
         if self.plain:
             return 1 if len(shape) > 1 else None
@@ -61,7 +61,7 @@ class RowPlacement:
         return next(size for size in sizes if bool(ends[size - 1 :: size].all()))
 
     def of_rows(self, first: int, last: int) -> "RowPlacement":
-        """That of some blocks as a parameter of its own."""
+        """The placement of some blocks as a parameter of its own."""
         rows = None if self.rows is None else self.rows[first:last] - first
         return replace(self, shapes=((last - first, self.shapes[0][-1]),), rows=rows)
 
@@ -71,7 +71,7 @@ class RowPlacement:
         return [None if order is None else torch.argsort(order) for order in orders]
 
     def join(self, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """The parameter, of this shape, of the values of the GGUF tensors, as (rows, columns)."""
+        """Build the parameter of this shape from the values of the GGUF tensors (rows, columns)."""
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         for axis, order in enumerate(self._inverses):
             rows = rows if order is None else rows.index_select(axis, order.to(rows.device))
@@ -81,7 +81,7 @@ class RowPlacement:
         return rows.view(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1).contiguous()
 
     def split(self, weight: Tensor) -> list[Tensor]:
-        """The values of the GGUF tensors, as (rows, columns), of a value of the parameter."""
+        """Split a value of the parameter into the values of the GGUF tensors (rows, columns)."""
         if self.plain:
             return [weight.reshape(-1, self.shapes[0][-1])]  # of some rows, too
         rows = (weight.transpose(-2, -1) if self.transposed else weight).reshape(
@@ -94,8 +94,8 @@ class RowPlacement:
 
 
 def find_placement(shapes: Shapes, build: Build) -> RowPlacement | None:
-    """The placement of a parameter that `build` makes of GGUF tensors of these shapes; None where
-    it does more than move rows and add a number."""
+    """The placement of a parameter that `build` makes of GGUF tensors of these shapes; None if
+    `build` does more than move rows and add a number."""
     if len({shape[-1] for shape in shapes.values()}) > 1:
         return None
     return _of_rows(shapes, build) or _of_columns(shapes, build)
@@ -128,7 +128,7 @@ def _of_rows(shapes: Shapes, build: Build) -> RowPlacement | None:
 
 
 def _of_columns(shapes: Shapes, build: Build) -> RowPlacement | None:
-    """A placement of one matrix that moves columns, found by a few rows."""
+    """A placement of one matrix that moves columns, found with a few rows."""
     (name, *others), shape = shapes, next(iter(shapes.values()))
     if others or len(shape) != 2 or min(shape) == 0:
         return None
@@ -145,7 +145,7 @@ def _of_columns(shapes: Shapes, build: Build) -> RowPlacement | None:
 
 
 def _built(build: Build, arrays: Mapping[str, np.ndarray]) -> Tensor | None:
-    """The parameter of these arrays; None if transformers' code refuses them."""
+    """The parameter built from these arrays; None if transformers' code refuses them."""
     try:
         return build(arrays.__getitem__)
     except Exception:  # of any kind; without a placement a change is refused, by name
@@ -153,7 +153,7 @@ def _built(build: Build, arrays: Mapping[str, np.ndarray]) -> Tensor | None:
 
 
 def _counted(shapes: Shapes) -> dict[str, np.ndarray]:
-    """Arrays whose elements are numbered, one after the other."""
+    """Arrays whose elements are numbered consecutively."""
     arrays, first = {}, 0
     for name, shape in shapes.items():
         count = math.prod(shape)
@@ -166,8 +166,8 @@ def _rows(
     numbers: Tensor,  # (..., width) float64
     width: int,
 ) -> Tensor | None:  # (rows,) int64
-    """For each row of the GGUF tensors the parameter's; None unless all are there, whole and
-    once."""
+    """The parameter's row for each row of the GGUF tensors; None unless every row appears complete
+    and once."""
     if numbers.shape[-1:] != (width,):
         return None
     rows = numbers.reshape(-1, width)

@@ -1,4 +1,4 @@
-"""GGUF files in other types of blocks, and as floats."""
+"""Requantize GGUF files to other types of blocks, or decode them to floats."""
 
 import re
 from dataclasses import replace
@@ -37,7 +37,7 @@ UNFIT = ("skip", "block_size", "double_quant", "stats")
 
 
 def plan_gguf_quantization(kind: GgufBase, options: Quantize) -> Plan:
-    """Everything that is done to a GGUF file: its matrices in the types of a mix."""
+    """Plan a GGUF file with its matrices in the types of a mix."""
     files, model = kind.files, kind.images
     check_fit(options, [*MIXES], UNFIT, FIRST)
     header, headers = read_model(files)
@@ -73,8 +73,7 @@ def plan_gguf_quantization(kind: GgufBase, options: Quantize) -> Plan:
 
 
 def plan_gguf_dequantization(kind: GgufBase, options: Dequantize) -> Plan:
-    """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded
-    once."""
+    """Plan a file with every parameter decoded, moved into its layout and rounded once."""
     if kind.images is not None:
         return _plan_images(kind.images, options)
     model, dtype = open_gguf(kind.files, tokenizer=True), options.dtype
@@ -100,8 +99,8 @@ def plan_gguf_dequantization(kind: GgufBase, options: Dequantize) -> Plan:
 
 
 def _plan_images(base: GgufImageModel, options: Dequantize) -> Plan:
-    """An image model in GGUF as one file of safetensors: blocks decoded, in BF16 or `dtype`; what
-    is of floats keeps its own."""
+    """An image model in GGUF as one safetensors file: blocks decoded, in BF16 or `dtype`; floats
+    keep their dtype."""
     name = _safetensors_file(options.out)
     given = dtypes.parse(options.dtype) if options.dtype else "BF16"
     steps, count = [], 0
@@ -126,7 +125,7 @@ def _plan_images(base: GgufImageModel, options: Dequantize) -> Plan:
 
 
 def _safetensors_file(out: StrPath) -> str:
-    """The name of an output that is one file of safetensors; `Refused` for other names."""
+    """The name of an output that is one safetensors file; `Refused` for other names."""
     name = re.split(r"[/\\:]", str(out))[-1]
     if not name.lower().endswith(SAFETENSORS):
         raise Refused(

@@ -1,9 +1,8 @@
-"""Names and layouts of architectures that transformers does not read from GGUF: by the tables of
-`convert --to gguf`, read backwards, and transformers' model of a config of which the metadata say
-some sizes.
+"""Names and layouts of architectures that transformers does not read from GGUF: the tables of
+`convert --to gguf`, inverted, and transformers' model for a config with the metadata's sizes.
 
-Such a model is good for the names and classes of its modules. Shapes are the file's, and nothing
-can run by such a config.
+Such a model provides the names and classes of modules. Shapes come from the file, and the config
+cannot run the model.
 """
 
 import re
@@ -54,8 +53,8 @@ SIZES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class TablePlace:
-    """A tensor in a checkpoint of transformers: its key, with `EXPERT` for each matrix of a stack,
-    and the orders of its rows in the file."""
+    """A tensor in a transformers checkpoint: its key, with `EXPERT` for each matrix of a stack, and
+    the orders of its rows in the file."""
 
     key: str
     steps: tuple[str, ...] = ()
@@ -64,7 +63,7 @@ class TablePlace:
 
 @cache
 def table_of(architecture: str) -> "NameTable | None":
-    """The table of an architecture by its name in GGUF; None without one."""
+    """The table of an architecture by its name in GGUF, or None."""
     format = format_named(FORMAT).names
     if architecture not in format.architectures:
         return None
@@ -80,8 +79,8 @@ class NameTable:
     namings: tuple[ComponentNames, ...]
 
     def places(self, name: str) -> list[TablePlace]:
-        """Where a tensor of that name may be, by rules for one module: parts of several would not
-        be told apart."""
+        """Possible places of a tensor of that name, by rules for one module, because slices of
+        several could not be distinguished."""
         stem, _, leaf = name.rpartition(".")
         found = []
         for names in self.namings:
@@ -96,15 +95,15 @@ class NameTable:
         return found
 
     def rows(self, place: TablePlace, size: int, config: Json) -> Tensor | None:
-        """For each of so many rows of the model its row in the file; None: in their order.
-        `Refused` without a number of heads that the steps need."""
+        """The file's row for each of so many rows of the model; None: the same order. `Refused`
+        without a number of heads that the steps need."""
         if not place.steps:
             return None
         return torch.tensor(model_order(place.steps, size, model_heads(config), place.key))
 
 
 def sizes_of(header: GgufHeader) -> dict[str, int]:
-    """The sizes that the metadata say, by all their names in configs."""
+    """The sizes in the metadata, by all their names in configs."""
     stated = ((header.metadata.get(f"{header.architecture}.{key}"), SIZES[key]) for key in SIZES)
     return {name: value for value, names in stated if type(value) is int for name in names}
 
@@ -130,21 +129,21 @@ def table_config(file: GgufFile, model_type: str) -> Json:
 
 
 class TableNames:
-    """A way of reading an architecture: by a table, then as transformers' loader does."""
+    """Names of an architecture, from a table and then from transformers' loader."""
 
     def __init__(self, table: NameTable, model: Skeleton, architecture: str):
         self.table, self.model, self.architecture = table, model, architecture
 
     def place(self, name: str) -> TablePlace | None:
-        """Where a tensor is among those of the model, or what the table says first of one that is
-        no stack: the config may lack its layer's kind."""
+        """The place of a tensor in the model. Otherwise the table's first place that is no stack,
+        because the config may lack the layer's kind."""
         places = [*self.table.places(name), *self._norms.get(name, ())]
         found = (one for one in places if self._target(one)[0] in self.model.state)
         return next(found, next((one for one in places if EXPERT not in one.key), None))
 
     @cached_property
     def _norms(self) -> dict[str, list[TablePlace]]:
-        """Norms, by what the gguf package calls them."""
+        """Norms by their names in the gguf package."""
         import gguf
 
         number = number_of(self.architecture)
@@ -164,7 +163,7 @@ class TableNames:
         return None if place is None else self._target(place)[0]
 
     def shape(self, build: Build, entries: list[Entry]) -> tuple[int, ...] | None:
-        """The shape of what is built; None where it is not found out by a few columns of it."""
+        """The shape of the built parameter; None if a few columns do not reveal it."""
         import numpy as np
 
         widths = {entry.shape[-1] for entry in entries if len(entry.shape) > 1}
@@ -202,8 +201,8 @@ class _PlacedTensor:
 
 @dataclass(frozen=True)
 class _Tabled:
-    """A parameter of tensors that are put where a checkpoint of transformers has them, and then
-    loaded as its loader does."""
+    """A parameter built from tensors in their checkpoint layout, as transformers' loader builds
+    it."""
 
     key: str
     sources: tuple[_PlacedTensor, ...]
@@ -234,8 +233,8 @@ class _Tabled:
 
 
 def model_by_table(file: GgufFile, table: NameTable, checkpoint: Checkpoint) -> Skeleton:
-    """The first of the table's models that transformers can build in the sizes of a file;
-    `Refused` with the first problem."""
+    """The first of the table's models that transformers can build in the sizes of a file; `Refused`
+    with the first problem."""
     problem: AdapterkitError | None = None
     for model_type in table.models:
         try:

@@ -1,8 +1,8 @@
 """The parameters of a GGUF file's model, each with the GGUF tensors that it is built from.
 
 llama.cpp changes names and layouts (q and k permuted for llama, 1 added to Gemma's norms, experts
-stacked). transformers undoes that in two ways: a table of names with `TENSOR_PROCESSORS`, and for
-newer architectures conversion rules.
+stacked). transformers inverts that in two ways: with a table of names and `TENSOR_PROCESSORS`, and
+for newer architectures with conversion rules.
 """
 
 import math
@@ -26,7 +26,8 @@ from adapterkit.core.weights.skeleton import Skeleton
 
 
 def tensor_names(file: GgufFile, model: Skeleton, arguments: dict[str, Any]) -> "_Table | _Rules":
-    """transformers' way of reading the file; `arguments`: of its config, as it read them."""
+    """transformers' name mapping for the file; `arguments`: of its config, as transformers read
+    them."""
     rules = conversion_rules()
 
     import gguf
@@ -54,8 +55,8 @@ class _Table:
     names: Mapping[str, str]
 
     def target(self, name: str) -> str | None:
-        """The parameter that a GGUF tensor is, or is a part of; None if transformers has none.
-        Stacks of experts have no `.weight`."""
+        """The parameter of a GGUF tensor, or the one it is a slice of; None if transformers has
+        none. Stacks of experts have no `.weight`."""
         return self.names.get(name) or self.names.get(name.removesuffix(".weight"))
 
     def build(self, key: str, names: list[str]) -> Build:
@@ -64,7 +65,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Processed:
-    """A parameter as a processor of arrays gives it."""
+    """A parameter from a processor of arrays."""
 
     table: _Table
     key: str
@@ -124,7 +125,7 @@ class _Renamed:
 
 @dataclass(frozen=True)
 class _Converted:
-    """A parameter as a converter of tensors gives it."""
+    """A parameter from a converter of tensors."""
 
     converter: Any
     key: str
@@ -191,8 +192,8 @@ def model_tensors(
 def tensors_by_table(
     file: GgufFile, names: TableNames, number: int, kept: Container[str]
 ) -> dict[str, TensorSpec]:
-    """The parameters that a table names, of input `number` of the job; others, those that do not
-    come out of their tensors, and `kept` have the names that they have in the file."""
+    """The parameters that a table names, of input `number` of the job. Tensors without a table
+    entry, those that do not give their parameter, and `kept` keep their names."""
     groups: dict[str, list[Entry]] = {}
     for entry in file.header.tensors:
         target = None if entry.name in kept else names.target(entry.name)
@@ -212,8 +213,8 @@ def tensors_by_table(
 
 
 class _Layouts:
-    """How parameters come out of GGUF tensors, found once for each kind: their shape, on zeros (of
-    the largest ones only the number of values), and their placement."""
+    """The ways to build parameters from GGUF tensors, found once for each kind: their shape, on
+    zeros (for the largest only the number of values), and their placement."""
 
     def __init__(self, file: str, number: int):
         self.file, self.number = file, number
@@ -223,7 +224,7 @@ class _Layouts:
     def weight(
         self, key: str, shape: tuple[int, ...], entries: list[Entry], build: Build
     ) -> GgufWeight:
-        """The record of a parameter; `Damaged` where it does not come out in its shape."""
+        """The record of a parameter; `Damaged` if it cannot be built in its shape."""
         shapes = {entry.name: entry.shape for entry in entries}
         # layers may have the same tensors in another order
         names = tuple(re.sub(r"\d+", "#", name) for name in (key, *shapes))
@@ -254,7 +255,7 @@ class _Layouts:
 
 
 def _comes_out(build: Build, shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> bool:
-    """Whether a parameter of that shape is built from GGUF tensors of these."""
+    """Return whether GGUF tensors of these shapes build a parameter of that shape."""
     import numpy as np
 
     count = sum(map(math.prod, shapes.values()))
@@ -276,7 +277,7 @@ def as_stored(
     shape: tuple[int, ...] = (),
     number: int = 0,
 ) -> GgufWeight:
-    """A tensor as it is in the file, under its own name, or as a parameter of other `rows` or of
+    """A tensor as it is in the file, under its own name or as a parameter with other `rows` or
     another `shape` of the same order; of input `number` of the job."""
     return GgufWeight.of(
         (entry.stored(number),),
@@ -291,6 +292,6 @@ def as_stored(
 
 
 def _is_ignored(model: Skeleton, key: str, rule: str) -> bool:
-    """Whether transformers' loader passes over a key by that rule of the model's class."""
+    """Return whether transformers' loader ignores a key by that rule of the model's class."""
     patterns = getattr(model.model, rule, None) or ()
     return any(re.search(pattern, key) for pattern in patterns)

@@ -1,5 +1,5 @@
-"""A parameter of a model that is stored in a GGUF file: rows of its tensors, in floats or in
-blocks, as float32 and back."""
+"""A parameter stored in a GGUF file, decoded to float32 and encoded again: rows of its tensors, in
+floats or in blocks."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from adapterkit.kernels.quant.stochastic import Draws, round_to
 
 
 def is_written(name: str) -> bool:
-    """Whether values can be encoded as that type of ggml."""
+    """Return whether values can be encoded as that ggml type."""
     return name in FLOATS or name in ggml.TYPES
 
 
@@ -45,7 +45,7 @@ def encode_rows(
     rows: Tensor,  # (rows, columns) float32
     importance: Tensor | None = None,  # (columns,)
 ) -> Tensor:  # (rows, bytes) uint8
-    """The rows in a type, with new scales. Raises ValueError for values that are not finite."""
+    """Encode rows in a type, with new scales. Raises ValueError for values that are not finite."""
     if name not in FLOATS:
         return ggml.encode(name, rows, importance)
     check_finite(rows)
@@ -62,7 +62,7 @@ def requantize_rows(
     stay: bool = False,
     importance: Tensor | None = None,
 ) -> Tensor:  # (rows, bytes) uint8
-    """New bytes of rows that were stored in a type; what does not change keeps its bytes."""
+    """New bytes of rows that were stored in a type; unchanged blocks keep their bytes."""
     if name not in FLOATS:
         how = {"draws": draws, "keep": keep, "stay": stay, "importance": importance}
         return ggml.requantize(name, old, rows, **how)
@@ -73,14 +73,14 @@ def requantize_rows(
 
 
 def column_rounder(name: str, stored: Tensor) -> RoundColumn:
-    """Rounds columns of rows of a type to nearest, with the scales that are stored."""
+    """Round columns of rows of a type to nearest, with the stored scales."""
     if name in FLOATS:
         return compensated.float_rounder(dtypes.torch_dtype(name))
     return ggml.round_column(name, stored)
 
 
 def of_several(rounders: list[Callable], heights: list[int], order: Tensor | None) -> RoundColumn:
-    """The rounding of columns whose values, in this order, belong to several tensors."""
+    """Round columns whose values, in this order, belong to several tensors."""
 
     def round_column(w: Tensor, column: int | None) -> Tensor:
         at = None if order is None else order.to(w.device)
@@ -93,15 +93,15 @@ def of_several(rounders: list[Callable], heights: list[int], order: Tensor | Non
 
 
 def as_tensor(array: object) -> Tensor:
-    """An array that transformers' code has made."""
+    """An array of transformers' code as a tensor."""
     import numpy as np
 
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def converted(converter: Any, key: str, parts: Iterable[tuple[str, str | None, Tensor]]) -> Tensor:
-    """The parameter that a converter of transformers' loader makes of tensors, each with its name
-    and the converter's pattern that it matches."""
+    """The parameter that a converter of transformers' loader builds from tensors, each with its
+    name and the converter's pattern that it matches."""
     converter = deepcopy(converter)
     for name, pattern, tensor in parts:
         converter.add_tensor(key, name, pattern, tensor)
@@ -110,7 +110,7 @@ def converted(converter: Any, key: str, parts: Iterable[tuple[str, str | None, T
 
 
 def _moved(rounder: RoundColumn, columns: Tensor) -> RoundColumn:
-    """The rounding of a parameter's columns, which the file has in this order."""
+    """A column rounder of a parameter whose columns the file stores in this order."""
     place = torch.argsort(columns)
     numbers = place.tolist()
 
@@ -188,7 +188,7 @@ class GgufWeight(QuantizedWeight):
         return self._built(rows)
 
     def _built(self, rows: list[Tensor]) -> Tensor:
-        """The parameter as transformers' code makes it, on the CPU."""
+        """The parameter as transformers' code builds it, on the CPU."""
         import numpy as np
 
         arrays = {
@@ -223,8 +223,8 @@ class GgufWeight(QuantizedWeight):
     def _encoded(
         self, number: int, rows: Tensor, encode: Callable[[Tensor, slice, Tensor | None], Tensor]
     ) -> Tensor:
-        """What `encode` makes of rows of part `number`, of the slice of these and the importance of
-        their columns: of each matrix by itself where each has its own."""
+        """Encode rows of tensor `number` with the importance of their columns, matrix by matrix if
+        each has its own."""
         sums = self.importance[number] if self.importance else None
         count = 1 if sums is None else len(sums)
         each = len(rows) // count

@@ -1,9 +1,8 @@
-"""Where an output goes on the Hub: a repository, a branch of it, a folder there; what is refused
-before a byte is sent, and what is created.
+"""Outputs on the Hub: a repository, a branch and a folder, checked before a byte is sent, and
+created if missing.
 
-The rule is that of folders on this machine (`core/output/folder_output.py`): an output never takes
-the place of an input, nor of what adapterkit did not write, and that of an older output with
---overwrite.
+The rule is that of local folders (`core/output/folder_output.py`): an output never replaces an
+input or foreign files, and an older output only with --overwrite.
 """
 
 import re
@@ -34,9 +33,8 @@ FILES = (".safetensors", ".gguf")
 
 
 def parse_output(out: str, *, endings: Collection[str] = ("",)) -> HubId:
-    """The place that `hf://org/name[@branch][:folder]` is, where "" is one of the `endings`, or of
-    a file of another one, in `hf://org/name[@branch]:path/file.safetensors`; `Refused` for another
-    text."""
+    """Parse `hf://org/name[@branch][:folder]`, if "" is one of the `endings`, or a file with one of
+    the others, `hf://org/name[@branch]:path/file.safetensors`; `Refused` for another text."""
     hub_id = place_on_hub(out)
     suffix = PurePosixPath(hub_id.subfolder).suffix if hub_id else ""
     if hub_id is None or COMMIT.fullmatch(hub_id.revision or ""):
@@ -60,7 +58,7 @@ def parse_output(out: str, *, endings: Collection[str] = ("",)) -> HubId:
 
 
 def _why_private(sources: Collection[str]) -> str | None:
-    """Why what is made of these repositories is not for everybody; None where it is."""
+    """The reason to make the output of these repositories private; None if all are public."""
     from huggingface_hub import HfApi
 
     if len(sources) > MOST_SOURCES:
@@ -76,15 +74,15 @@ def _why_private(sources: Collection[str]) -> str | None:
 
 
 def _role() -> str | None:
-    """What the account's token may do, where the Hub says it."""
+    """The role of the account's token, if the Hub states it."""
     from huggingface_hub import HfApi
 
     return HfApi().whoami().get("auth", {}).get("accessToken", {}).get("role")
 
 
 def check_apart(hub_id: HubId, folders: Iterable[Folder], head: str = "") -> None:
-    """`Refused` where the output would take the place of an input; `head`: the commit of its
-    branch, which an input may be named by too."""
+    """`Refused` if the output would replace an input; `head`: the commit of its branch, which may
+    also name an input."""
     place = replace(hub_id, revision=hub_id.revision or "main")
     for folder in map(original, folders):
         if not isinstance(folder, HubFolder):
@@ -105,11 +103,12 @@ def check_apart(hub_id: HubId, folders: Iterable[Folder], head: str = "") -> Non
 
 
 class Destination:
-    """A place on the Hub that files are written to. `exists`: the repository and the branch.
+    """A repository, branch and folder on the Hub that files are written to. `exists`: the
+    repository and the branch.
 
-    `sources`: repositories whose weights go into it (`repositories`); a new one is private where
-    one of them is, or cannot be seen. `inputs`: what the output is made of.
-    `Refused` where HF_HUB_OFFLINE is set, and where the place is an input's.
+    `sources`: repositories whose weights go into it (`repositories`); a new one is private if one
+    of them is, or cannot be seen. `inputs`: of the job. `Refused` if HF_HUB_OFFLINE is set, and if
+    the destination is an input.
     """
 
     def __init__(
@@ -181,10 +180,9 @@ class Destination:
         job: str = "",
         is_there: Callable[[str, RemoteEntry], bool] = lambda name, entry: False,
     ) -> None:
-        """`Refused` where these files would take the place of some that adapterkit did not write,
-        or lie beside such weights; of an older output's without `overwrite`, unless it is of this
-        `job` (a fingerprint). `is_there`: whether a file is there with the same content. `look`
-        comes first."""
+        """`Refused` if these files would replace foreign ones, or if a loader might pick foreign
+        weights in their folders. Older outputs need `overwrite`, or the same `job` (a fingerprint).
+        `is_there`: whether the Hub has a file with the same content. Call `look` first."""
         older = parse_receipt(self.receipt())
         written = {*older["files"], self.receipt_name} if older else set[str]()
         folders = {str(PurePosixPath(name).parent) for name in names}
@@ -225,7 +223,7 @@ class Destination:
         return f"{command('hf repos branch create', repo, branch)} && {deletion}"
 
     def receipt(self) -> bytes:
-        """The receipt that is there; empty without one."""
+        """The receipt on the Hub; empty without one."""
         if self._receipt is None:
             entry, self._receipt = self.before.get(self.receipt_name), b""
             if entry is not None:
@@ -234,8 +232,8 @@ class Destination:
         return self._receipt
 
     def look(self) -> None:
-        """List what is there: of a branch that is still to be made, what it would begin with.
-        `Refused` where that is an input, or a file."""
+        """List the files of the branch; if it does not exist yet, those it would start with.
+        `Refused` if the destination is an input, or a file."""
         from huggingface_hub import HfApi
 
         repo, branch, api = self.hub_id.repo, self.hub_id.revision, HfApi()
@@ -261,7 +259,7 @@ class Destination:
             )
 
     def create(self) -> None:
-        """The repository and the branch, where they are missing; `Refused` where this account may
+        """Create the repository and the branch if they are missing; `Refused` if this account may
         not."""
         from huggingface_hub import HfApi
 

@@ -1,4 +1,4 @@
-"""What the library's errors mean, in plain words and without tokens, signed addresses or
+"""Explain errors of huggingface_hub in plain words, without tokens, signed addresses or
 tracebacks."""
 
 import logging

@@ -1,8 +1,8 @@
 """A folder of a model repository, read by ranges or file by file.
 
-A `HubFolder` is pinned to one commit for its whole life: what is planned from it is what is read
-from it, wherever its branch moves meanwhile. Ranges of weights are read without a cache, whole
-files go through huggingface_hub's own.
+A `HubFolder` is pinned to one commit for its whole life, so a plan and its run read the same files
+even if the branch moves. Ranges of weights are read without a cache, whole files go through
+huggingface_hub's own.
 """
 
 import copy
@@ -33,11 +33,10 @@ log = logging.getLogger(__name__)
 
 
 class HubFolder:
-    """A folder of a model repository, or one file of it as a folder that holds nothing else, pinned
-    to one commit; see `Folder`.
+    """A folder of a model repository, or a single file of it, pinned to one commit; see `Folder`.
 
-    Raises `Refused` when the repository, revision or folder is not there for this account, and
-    `Failed` when the Hub is in trouble. Without a network the local cache stands in for it.
+    Raises `Refused` if this account cannot see the repository, revision or folder, and `Failed` if
+    the Hub fails. Without a network the local cache is used.
     """
 
     def __init__(self, hub_id: HubId):
@@ -63,8 +62,8 @@ class HubFolder:
         self._set_up_downloads()
 
     def only(self, parts: dict[str, list[tuple[int, int]]]) -> "HubFolder":
-        """The folder for a job that reads of these files no more than these ranges: `path` is then
-        a file with holes, for this job alone."""
+        """A view for a job that reads at most these ranges of these files; `path` returns a file
+        with holes, for this job alone."""
         folder = copy.copy(self)
         folder.parts = parts
         return folder
@@ -74,21 +73,21 @@ class HubFolder:
         return HubFolder(replace(self.pinned, subfolder=self.pinned.path(name)))
 
     def without(self, names: Collection[str]) -> "HubFolder":
-        """It as if these files were not there."""
+        """A view without these files."""
         folder = HubFolder(self.pinned)
         folder._entries = {name: one for name, one in self._entries.items() if name not in names}
         return folder
 
     def containing_folder(self) -> "HubFolder":
-        """The folder that holds the file."""
+        """The folder that contains the file."""
         return HubFolder(self.pinned)
 
     def next_to(self) -> set[str]:
-        """The names of the files in the file's folder, its own too."""
+        """The names of all files in the file's folder."""
         return {name for name in self.containing_folder().files() if "/" not in name}
 
     def as_weights(self, name: str) -> "HubFolder":
-        """As of a `LocalFolder`."""
+        """As in a `LocalFolder`."""
         assert self.single is not None
         folder = self.containing_folder()
         here = {n: entry for n, entry in folder._entries.items() if "/" not in n}
@@ -202,7 +201,7 @@ class HubFolder:
                     self._queue.clear()
 
     def _claim(self, name: str) -> tuple["Future[Path]", bool]:
-        """The future of a file, and whether it is the caller who has to fill it."""
+        """The future of a file, and whether the caller has to fill it."""
         with self._lock:
             future = self._downloads.setdefault(name, Future())
             is_taken = future.running() or future.done()

@@ -1,6 +1,5 @@
-"""Listings: the commit that a revision stands for, and the files of it; from the local cache
-without a network. The commits of a job's inputs are noted, and a run that resumes it reads the same
-ones, wherever the branches are by then."""
+"""List the commit of a revision and its files; without a network, from the local cache. A job notes
+the commits of its inputs, so a run that resumes it reads the same ones even if branches moved."""
 
 import logging
 import re
@@ -38,7 +37,7 @@ class RemoteEntry(NamedTuple):
 def list_files(hub_id: HubId) -> tuple[str, dict[str, RemoteEntry]]:
     """The commit of a Hub id and its files; from the local cache when there is no network.
 
-    Of an id that names a file, that one alone, under the name "".
+    If the id names a file, only that one, under the name "".
     """
     if offline():
         return _list_cache(hub_id, "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
@@ -62,8 +61,7 @@ def list_files(hub_id: HubId) -> tuple[str, dict[str, RemoteEntry]]:
 
 
 def list_remote(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str, RemoteEntry]]:
-    """The commit of a Hub id and its files, as `list_files` names them; those with a dot in front
-    only if `hidden`.
+    """The commit of a Hub id and its files, named as in `list_files`; dot files only if `hidden`.
 
     Raises `Refused` for a repository or revision that is not there, `Failed` for a failing server.
     """
@@ -158,7 +156,7 @@ def cache_folder(hub_id: HubId) -> Path:
 
 
 def offline() -> bool:
-    """Whether HF_HUB_OFFLINE is set."""
+    """Return whether HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
@@ -166,7 +164,7 @@ def offline() -> bool:
 
 @contextmanager
 def pinned(commits: Pins) -> Iterator[Pins]:
-    """Revisions in `commits` are read at these commits; others that are read join them."""
+    """Read revisions in `commits` at these commits; record others in it as they are read."""
     token = _pins.set(commits)
     try:
         yield commits
@@ -175,7 +173,7 @@ def pinned(commits: Pins) -> Iterator[Pins]:
 
 
 def are_pinned() -> bool:
-    """Whether a job has begun to note what it reads."""
+    """Return whether a job records the commits that it reads."""
     return _pins.get() is not None
 
 
@@ -185,13 +183,13 @@ def current_pins() -> Pins:
 
 
 def pinned_id(hub_id: HubId) -> HubId:
-    """The Hub id at its commit where that is known."""
+    """The Hub id at its commit, if that is known."""
     commit = (_pins.get() or {}).get(_name(hub_id))
     return HubId(hub_id.repo, commit, hub_id.subfolder) if commit else hub_id
 
 
 def note_commit(hub_id: HubId, commit: str) -> None:
-    """The commit that was found for a Hub id."""
+    """Record the commit that was found for a Hub id."""
     pins = _pins.get()
     if pins is not None:
         pins.setdefault(_name(hub_id), commit)

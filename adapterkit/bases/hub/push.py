@@ -1,4 +1,4 @@
-"""Uploading an output to a model repository, as one commit."""
+"""Upload an output to a model repository, as one commit."""
 
 import hashlib
 from collections.abc import Callable, Collection
@@ -27,8 +27,8 @@ def check_push(
     overwrite: bool,
     job: str,
 ) -> None:
-    """`Refused` where a job's output of files of these names could not be pushed: before they are
-    made. `job`: its fingerprint; `inputs`: what it is made of; `receipt`: the name of its
+    """`Refused` if the output files of a job could not be pushed under these names; called before
+    they are made. `job`: its fingerprint; `inputs`: its sources; `receipt`: the name of its
     receipt."""
     destination = Destination(HubId(repository(repo)), inputs=inputs, receipt_name=receipt)
     with quiet_library():
@@ -38,7 +38,7 @@ def check_push(
 
 
 def send(output: Path, repo: str, *, overwrite: bool = False) -> Json:
-    """`push` of an output that is finished: its errors say how to go on."""
+    """`push` for a finished output: its errors say how to repeat the upload."""
     try:
         return push(output, repo, overwrite=overwrite, of_receipt=True)
     except AdapterkitError as error:
@@ -54,16 +54,15 @@ def push(
     of_receipt: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Json:
-    """Upload a folder, or a file with its receipt, as one commit to a model repository. One that is
-    created is private where one of those is that the output was made of, as its receipt says.
+    """Upload a folder, or a file with its receipt, as one commit to a model repository. A new
+    repository is private if one of the sources in the receipt is.
 
     `overwrite` replaces an older output of adapterkit. `of_receipt`: only files that the receipt
-    lists, as others may lie there by now. A link that leaves the folder is refused. Returns the
+    lists, because the folder may have others. A link that leaves the folder is refused. Returns the
     receipt's `pushed`: repo, revision, url, notes. `progress(done, total)` counts bytes. Raises
-    `Refused` for a folder, a
-    name or an account that will not do, or for a repository with other files of these names, and
-    `Failed` when the upload broke or the repository changed meanwhile: nothing is committed then,
-    and a second run uploads only what is missing.
+    `Refused` for an unsuitable folder, name or account, or for a repository with other files of
+    these names, and `Failed` if the upload broke or the repository changed meanwhile. Then nothing
+    is committed, and a second run uploads only missing files.
     """
     target = HubId(checked("push", Check("a repository", repository), repo))
     folder, receipt_name = Path(output), RECEIPT
@@ -98,7 +97,7 @@ def push(
 
 
 def _is_there(file: Path, entry: RemoteEntry) -> bool:
-    """Whether a file of the Hub has the content of one here."""
+    """Return whether a file on the Hub has the content of a local one."""
     if file.stat().st_size != entry.size:
         return False
     if entry.sha256 is not None:
@@ -108,7 +107,7 @@ def _is_there(file: Path, entry: RemoteEntry) -> bool:
 
 
 def _finished_files(output: Path, receipt: str) -> dict[str, int]:
-    """An output's files and sizes; `Refused` unless it is that of a finished job."""
+    """An output's files and sizes; `Refused` unless a job finished it."""
     next_to = output.with_name(receipt)
     if output.is_file() and next_to.is_file():
         return {path.name: path.stat().st_size for path in (output, next_to)}

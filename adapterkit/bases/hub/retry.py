@@ -1,4 +1,4 @@
-"""Requests that are repeated while the server is busy, unreachable or answers something else.
+"""Repeat requests while the server is busy, unreachable or answers something else.
 
 huggingface_hub's own `http_backoff` and `http_stream_backoff` do not serve here (tried with
 2.4): they wrap one request, not the API methods that send most of ours, and they look at the status

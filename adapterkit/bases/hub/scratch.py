@@ -1,9 +1,8 @@
-"""Folders on the Hub whose large files come into a folder of the job, by ranges, several at a time,
-checked against the Hub's sha256 as they come, and go when the job is through with them; the cache
-that programs share is read, and gets nothing.
+"""Download large Hub files into a folder of the job, by ranges in parallel, checked against the
+Hub's sha256, and remove them after use. The shared cache is read but never written.
 
-A bounded one takes so many bytes of disk: each file comes when it is read, and those that were read
-longest ago go where there is no room left.
+A bounded folder takes a fixed number of bytes: files are downloaded when they are read, and the
+least recently used ones are removed to make space.
 """
 
 import hashlib
@@ -32,12 +31,12 @@ BLOCK = 4 << 20  # bytes that are hashed at a time
 
 
 def in_scratch(folder: Folder, place: Path) -> Folder:
-    """A folder of the Hub with its large files in a folder of the job; others as they are."""
+    """A Hub folder with its large files in a folder of the job; other folders unchanged."""
     return ScratchFolder(folder, place) if isinstance(folder, HubFolder) else folder
 
 
 class ScratchFolder:
-    """A `Folder` of the Hub for a job on little disk; `download` before `path`, `drop` after.
+    """A Hub `Folder` for a job with little disk; `download` before `path`, `drop` after.
 
     Small files that the Hub keeps in git are read through the shared cache.
     """
@@ -57,19 +56,18 @@ class ScratchFolder:
         pass
 
     def disk(self, name: str) -> int:
-        """Bytes that the file takes here once it is downloaded: none where it is cached, or git's
-        own."""
+        """Bytes of disk that the downloaded file takes: 0 if it is cached, or stored in git."""
         if name not in self.hashes or self.source.cached(name) is not None:
             return 0
         parts = self.parts.get(name)
         return self.files()[name] if parts is None else sum(stop - at for at, stop in parts)
 
     def download(self, name: str, stopped: Callable[[], bool]) -> None:
-        """Fetch the file; raises what `download` does."""
+        """Download the file; raises the errors of `download`."""
         download(self.source, name, self.place / name, stopped)
 
     def path(self, name: str) -> Path:
-        """The file, downloaded before; of one that takes no disk here, the one in the cache."""
+        """The downloaded file; the cached one if it takes no disk here."""
         here = self.place / name
         if not here.is_file() and self.disk(name):
             raise AssertionError(f"{self.label}/{name} is read, and was not asked for")
@@ -81,7 +79,7 @@ class ScratchFolder:
 
 
 class BoundedFolder(ScratchFolder):
-    """A `ScratchFolder` whose files take `room` bytes together, or what the largest one takes."""
+    """A `ScratchFolder` whose files take at most `room` bytes together, or the largest one's."""
 
     def __init__(self, source: HubFolder, place: Path, room: int):
         super().__init__(source, place)
@@ -89,14 +87,14 @@ class BoundedFolder(ScratchFolder):
 
 
 class ShardCache:
-    """Which of the files are here, by when they were read last; `sizes` in bytes."""
+    """An LRU list of the files on disk; `sizes` in bytes."""
 
     def __init__(self, sizes: Mapping[str, int], room: int):
         self.sizes, self.room = sizes, room
         self._here: dict[str, None] = {}
 
     def read(self, name: str) -> list[str] | None:
-        """Take a file in: those that go for it; None where it is here already."""
+        """Record that a file is read: return the files to remove for it; None if it was on disk."""
         is_here = name in self._here
         self._here.pop(name, None)
         gone = []
@@ -113,8 +111,8 @@ class ShardCache:
 
 
 class BoundedSources(Sources):
-    """The `Sources` of a job that reads one `BoundedFolder`, by one thread; its files are removed
-    at the end."""
+    """The `Sources` of a job that reads one `BoundedFolder` in one thread; its files are removed at
+    the end."""
 
     def __init__(self, folder: BoundedFolder):
         super().__init__((folder,), {})
@@ -142,7 +140,7 @@ class BoundedSources(Sources):
 
 
 class Stopped(Failed):
-    """The job has ended, and does not want the file any more."""
+    """The job has ended and no longer needs the file."""
 
     code = "AK704"
 
@@ -153,8 +151,8 @@ class Stopped(Failed):
 def download(
     folder: HubFolder, name: str, file: Path, stopped: Callable[[], bool] = lambda: False
 ) -> None:
-    """Download one large file; under its name it is whole and has the Hub's sha256, or has those
-    `parts` of it that the folder's job reads, and holes.
+    """Download one large file. Under its final name it is complete and matches the Hub's sha256, or
+    has only the `parts` that the folder's job reads, and holes.
 
     Raises `Failed` without right bytes, and `Stopped`.
     """
@@ -187,7 +185,7 @@ def download(
 
 
 def pieces_of(size: int) -> list[tuple[int, int]]:
-    """The ranges of a file that are asked for one by one."""
+    """The ranges of a file, one per request."""
     length = min(max(PIECES[0], -(-size // STREAMS)), PIECES[1])
     return [(at, min(at + length, size)) for at in range(0, size, length)]
 
@@ -199,7 +197,8 @@ def _fetched(
     ranges: list[tuple[int, int]],
     stopped: Callable[[], bool],
 ) -> str:
-    """Fetch these ranges; the sha256 of their bytes, taken in their order while later ones come."""
+    """Fetch these ranges; return the sha256 of their bytes, computed in order during later
+    downloads."""
     digest, pool = hashlib.sha256(), ThreadPoolExecutor(STREAMS, "download")
     block = memoryview(bytearray(BLOCK))
     try:
@@ -225,7 +224,7 @@ def _fetch(
     stop: int,
     stopped: Callable[[], bool],
 ) -> None:
-    """Write bytes [start, stop); a try goes on where the one before it broke off."""
+    """Write bytes [start, stop); a retry resumes at the last byte received."""
     at = start
 
     def request() -> None:

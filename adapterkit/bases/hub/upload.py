@@ -1,5 +1,4 @@
-"""Uploads: the large files first, in groups, then one commit of everything, which is looked at
-afterwards."""
+"""Upload large files in groups, then commit everything at once and check the commit."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on disk that is to go into a commit; `sha256` where it is known already."""
+    """A file on disk for a commit; `sha256` if it is known already."""
 
     name: str  # in the output
     path: Path
@@ -32,7 +31,7 @@ class LocalFile:
 
 
 class Uploaded(NamedTuple):
-    """A large file that the repository's storage has, for a commit to come."""
+    """A large file in the repository's storage, for a later commit."""
 
     file: str
     size: int
@@ -56,7 +55,7 @@ class Commit(NamedTuple):
 
 
 def groups(files: Iterable[LocalFile]) -> Iterable[list[LocalFile]]:
-    """The files in their order, as many together as are sent at once."""
+    """The files in order, grouped as they are sent together."""
     group: list[LocalFile] = []
     for file in files:
         group.append(file)
@@ -68,10 +67,10 @@ def groups(files: Iterable[LocalFile]) -> Iterable[list[LocalFile]]:
 
 
 def upload(target: HubId, files: Sequence[LocalFile]) -> list[Uploaded]:
-    """Send those of the files that the Hub keeps apart from git, without a commit; which they are.
+    """Upload the files that the Hub stores outside git, without a commit; return them.
 
-    The others go into the commit itself. Raises `Failed` where the repository would leave one out,
-    and what the Hub refuses.
+    The others go into the commit itself. Raises `Failed` if the repository would leave one out, and
+    the Hub's refusals.
     """
     from huggingface_hub import HfApi
 
@@ -96,8 +95,8 @@ def commit(
     copied: Iterable[CopiedFile],
     files: Sequence[LocalFile],
 ) -> Commit:
-    """One commit of files that are uploaded, of files of other repositories, and of files on disk,
-    without those of an older output; checked afterwards. The one that is there where it has all.
+    """Commit uploaded files, files of other repositories and files on disk, and remove those of an
+    older output; return the existing commit if it has everything. Checked afterwards.
 
     Raises `Failed` when the repository has changed meanwhile; then nothing is committed.
     """
@@ -133,10 +132,10 @@ def commit(
 
 
 def copy_storage(target: HubId, files: Sequence[CopiedFile]) -> list[CopiedFile]:
-    """Give the repository the large files of others, on the Hub; those that it has now.
+    """Copy large files of other repositories on the Hub; return those that the repository now has.
 
-    Not all can be had so: files of another region, of a repository that may only be read, or kept
-    in the older storage. Nor where the Hub fails: what it does not copy is uploaded.
+    The Hub does not copy files of another region, of read-only repositories, or in the older
+    storage. Files that it does not copy, also because it fails, are uploaded.
     """
     by_source: dict[HubId, list[CopiedFile]] = {}
     for file in files:
@@ -157,7 +156,7 @@ def _duplicated(target: HubId, source: HubId, files: list[CopiedFile]) -> list[C
 
 
 def _duplicate(target: HubId, source: HubId, files: list[CopiedFile]) -> list[CopiedFile]:
-    """As the library does while it commits: too late for another way."""
+    """Copy as the library does while it commits, but early enough to upload instead."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -174,7 +173,7 @@ def _duplicate(target: HubId, source: HubId, files: list[CopiedFile]) -> list[Co
     }
 
     def duplicate() -> set[str]:
-        """The sha256 of those that cannot be had."""
+        """Copy files; return the sha256 of those that could not be copied."""
         url = f"{constants.ENDPOINT}/api/models/{source.repo}/lfs-files/duplicate"
         response = get_session().post(url, headers=build_hf_headers(), json=body)
         hf_raise_for_status(response)
@@ -196,8 +195,8 @@ def _addition(target: HubId, file: LocalFile):
 
 
 def _sent(target: HubId, file: Uploaded):
-    """The operation of a file that is no longer on disk, as the library leaves it after an upload
-    with `free_memory`: it has no public way to one."""
+    """The operation for a file no longer on disk, as the library leaves it after an upload with
+    `free_memory`, because it has no public constructor for one."""
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 

@@ -1,9 +1,9 @@
-"""The engine of a job that ends on the Hub: while one output file is made, the inputs of the next
-ones are downloaded and those before it are sent, on no more disk than is allowed.
+"""Run a job whose output is on the Hub: while one file is computed, inputs of the next are
+downloaded and finished ones are uploaded, within a limit on disk.
 
-The disk for a file and its inputs is taken before they are downloaded, in the order of the files;
-what is made and sent later takes none, so the files before always give theirs back. Inputs go when
-no later file reads them, an output when the Hub has it.
+Disk for a file and its inputs is reserved before the download, in the order of the files. Computing
+and uploading reserve nothing, so earlier files always release theirs. Inputs are removed after
+their last use, an output once the Hub has it.
 """
 
 import queue
@@ -41,8 +41,8 @@ CheckFile = Callable[[Path, Plan, ShardResult], None]
 
 @dataclass(frozen=True)
 class HubEngine:
-    """An `Engine` over that of this machine: copies on the Hub what is there already, then makes
-    the others. `limit`: bytes of disk; `held`: files stay until all are done."""
+    """An `Engine` around the local one: copies files that the Hub already has, then computes the
+    others. `limit`: bytes of disk; `held`: files stay until all are done."""
 
     local: Engine
     limit: int | None
@@ -87,7 +87,7 @@ class DiskBudget:
         self.size, self._changed = size, threading.Condition()
 
     def take(self, size: int, stop: threading.Event) -> None:
-        """Wait for that much; `Stopped` when the job ends first."""
+        """Wait for that much; `Stopped` if the job ends first."""
         with self._changed:
             while self.size < size:
                 if stop.is_set():
@@ -102,7 +102,7 @@ class DiskBudget:
 
 
 class _HubRun:
-    """One job: this thread makes the files, one downloads for it, some send what is made."""
+    """One job: this thread computes files, another downloads, others upload."""
 
     def __init__(self, engine, plan, transfers, stage, output, hashed, finished, progress):
         self.engine: HubEngine = engine
@@ -152,14 +152,14 @@ class _HubRun:
         return start_thread(run)
 
     def _end(self, *threads: "Future[None]") -> None:
-        """Let the threads see that it is over: what is sent just now is noted still."""
+        """Stop the threads; uploads in progress are still recorded."""
         self.stop.set()
         self.outgoing.put(None)
         for thread in threads:
             thread.exception()
 
     def _send_what_is_left(self) -> None:
-        """Files that an earlier run made and did not send any more."""
+        """Upload files that an earlier run made but did not send."""
         if self.engine.held:
             return
         todo, gone = set(self.ready), self.output.gone(self.stage)
@@ -238,7 +238,7 @@ class _HubRun:
                 self.room.give(file.size)
 
     def _next_group(self) -> list[LocalFile]:
-        """The files that wait, as many as are sent together; none at the end."""
+        """Waiting files, as many as one upload takes; none at the end."""
         group: list[LocalFile] = []
         while len(group) < upload.GROUP_FILES and (
             sum(file.size for file in group) < upload.GROUP_BYTES

@@ -1,5 +1,4 @@
-"""An output that goes to the Hub: files leave the stage as they are finished, and one commit
-publishes them."""
+"""An output on the Hub: finished files leave the stage, and one commit publishes them."""
 
 import json
 from collections.abc import Collection, Iterable, Sequence
@@ -20,8 +19,8 @@ INPUTS = "inputs"
 
 
 def work_output(hub_id: HubId) -> FolderOutput:
-    """Where the work for a place on the Hub is until it is there: in a hidden folder beside
-    this name, `HF_HOME/adapterkit/.org--name[@branch][:folder].adapterkit`."""
+    """The name of the local work: the stage is a hidden folder next to
+    `HF_HOME/adapterkit/.org--name[@branch][:folder].adapterkit`."""
     from huggingface_hub import constants
 
     home = Path(constants.HF_HOME).expanduser() / "adapterkit"
@@ -29,7 +28,7 @@ def work_output(hub_id: HubId) -> FolderOutput:
 
 
 def pins_before(hub_id: HubId) -> Pins:
-    """The commits of the inputs of an interrupted run; none where there is none."""
+    """The input commits of an interrupted run; none without one."""
     journal = Stage(work_output(hub_id)).journal()
     return journal[0].get("pins", {}) if journal else {}
 
@@ -37,11 +36,11 @@ def pins_before(hub_id: HubId) -> Pins:
 class HubOutput(StagedOutput):
     """A folder of a repository on the Hub.
 
-    The journal has, besides the finished shards, `{"uploaded": ...}` for files that the Hub's
-    storage has, and `{"copied": name}` for those that it has taken from another repository. Such an
-    entry counts only for a file of the plan with the sha256 that was noted when it was made, or
-    for one of `copies`, those that the plan takes over. `limit`: bytes of disk that the job takes
-    at most. `converted`: adapters that are converted before it begins. `names`: the output's files.
+    In addition to finished shards the journal has `{"uploaded": ...}` for files in the Hub's
+    storage, and `{"copied": name}` for those taken from another repository. An entry counts only
+    for a file of the plan with the sha256 recorded when it was made, or for one of `copies`, which
+    the plan takes over. `limit`: the job's bytes of disk. `converted`: adapters to convert first.
+    `names`: the output's files.
     """
 
     has_history = True
@@ -92,14 +91,15 @@ class HubOutput(StagedOutput):
         return self.limit  # with the inputs, and never all together
 
     def has(self, stage: Stage, name: str, sha256: str | None) -> bool:
-        """Where the sha256 is not known: a file of that name that is not in the stage any more."""
+        """Return whether the Hub has the file; if its sha256 is unknown, whether it was sent and
+        the stage no longer has it."""
         file = self.gone(stage).get(name)
         if file is None or sha256 is None:
             return file is not None and not (stage.path / name).exists()
         return file.sha256 == sha256
 
     def gone(self, stage: Stage) -> dict[str, Uploaded | CopiedFile]:
-        """The files that the Hub's storage has, by name: sent, or taken from elsewhere there."""
+        """The files that the Hub's storage has, by name: uploaded, or copied on the Hub."""
         if self._gone is None:
             self._gone = {}
             for entry in stage.journal():
@@ -111,12 +111,13 @@ class HubOutput(StagedOutput):
         return self._gone
 
     def note_copied(self, stage: Stage, file: CopiedFile) -> None:
-        """Note a file that the Hub has taken from elsewhere."""
+        """Record a file that the Hub copied."""
         stage.note({"copied": file.file})
         self.gone(stage)[file.file] = file
 
     def upload(self, stage: Stage, files: list[LocalFile]) -> list[str]:
-        """Send files together, and note those that the Hub keeps apart from git; their names."""
+        """Upload files together and record those that the Hub stores outside git; return their
+        names."""
         sent = upload(self.destination.hub_id, files)
         for file in sent:
             stage.note({"uploaded": file._asdict()})
@@ -124,7 +125,7 @@ class HubOutput(StagedOutput):
         return [file.file for file in sent]
 
     def publish(self, stage: Stage) -> None:
-        """Send what is still here, and commit everything."""
+        """Upload the remaining files and commit everything."""
         receipt = json.loads((stage.path / RECEIPT).read_bytes())
         sums: dict[str, str | None] = {n: entry["sha256"] for n, entry in receipt["files"].items()}
         sums[self.destination.receipt_name] = None
@@ -148,7 +149,7 @@ class HubOutput(StagedOutput):
         }
 
     def _here(self, stage: Stage, name: str, sha256: str | None) -> LocalFile:
-        """A file of the stage, and no link to another; `Failed` where there is none."""
+        """A file of the stage, not a link; `Failed` without one."""
         here = RECEIPT if name == self.destination.receipt_name else name
         path = stage.path / here
         size = size_below(stage.path, here)

@@ -1,5 +1,5 @@
-"""What a job that ends on the Hub reads, in folders of the job: weights file by file, adapters of
-other tools as what they are converted to."""
+"""Inputs of a job whose output is on the Hub, in folders of the job: weights file by file, and
+converted adapters of other tools."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +24,8 @@ MOST_PARTS = 64  # ranges of one file, each a request or more
 
 
 def plan_in_scratch(plan: Plan, place: Path) -> Plan:
-    """The plan with the large files of its inputs on the Hub in a folder of the job; adapters that
-    are converted first in another, as they stay to the end."""
+    """The plan with the large Hub files of its inputs in a folder of the job, and converted
+    adapters in another, because they stay to the end."""
     folders: list[Folder] = []
     for number, folder in enumerate(plan.folders):
         conversion, kept = conversion_of(folder), place.with_name(CONVERTED) / str(number)
@@ -43,8 +43,8 @@ def plan_in_scratch(plan: Plan, place: Path) -> Plan:
 
 
 def plan_in_parts(plan: Plan) -> Plan:
-    """The plan without what it does not read of its files on the Hub, where that is most of them:
-    one component of several."""
+    """The plan without the unread tensors of its Hub files, if these are most of them: for example,
+    one component is read of several."""
     wanted: dict[int, dict[str, list[TensorSpec]]] = {}
     for file in plan.shards:
         for part in _parts_read(file):
@@ -66,7 +66,7 @@ def plan_in_parts(plan: Plan) -> Plan:
 
 
 def _ranges(specs: list[TensorSpec]) -> list[tuple[int, int]]:
-    """The places of tensors in a file, those near each other in one."""
+    """The byte ranges of tensors in a file; nearby ones are joined."""
     ranges: list[tuple[int, int]] = []
     for start, stop in sorted((spec.start, spec.stop) for spec in specs):
         if ranges and start <= ranges[-1][1] + FAR:
@@ -77,7 +77,7 @@ def _ranges(specs: list[TensorSpec]) -> list[tuple[int, int]]:
 
 
 def inputs_of(file: OutputFile) -> list[Input]:
-    """The input files that an output file reads, each once, in the order of reading."""
+    """The input files that an output file reads, each once, in reading order."""
     return list(dict.fromkeys((part.folder, part.file) for part in _parts_read(file)))
 
 
@@ -91,13 +91,13 @@ def _parts_read(file: OutputFile) -> Iterator[TensorSpec]:
 
 @dataclass(frozen=True)
 class ConversionInScratch(Conversion):
-    """A conversion that stays to the end of the job; its source goes when it is done."""
+    """A conversion that stays to the end of the job; its source is removed afterwards."""
 
     place: Path
 
     @property
     def download_size(self) -> int:
-        """Bytes that come for it."""
+        """Bytes that it downloads."""
         return sum(folder.disk(name) for folder, name in self._inputs())
 
     def _inputs(self) -> list[tuple[ScratchFolder, str]]:
@@ -120,7 +120,7 @@ class ConversionInScratch(Conversion):
 
 
 def conversions_in(plan: Plan) -> list[tuple[Overlay, ConversionInScratch]]:
-    """The inputs of a plan that are converted in folders of the job, and what does it."""
+    """The inputs of a plan that are converted in folders of the job, with their conversions."""
     makers = ((folder, conversion_of(folder)) for folder in plan.folders)
     return [
         (cast(Overlay, folder), maker)

@@ -24,8 +24,7 @@ from adapterkit.core.shared_options import RunOptions
 
 
 def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[object]:
-    """Revisions of inputs are read at the commits of the run that is resumed; those of a new run
-    are noted."""
+    """Read input revisions at the commits of the run that is resumed; record those of a new run."""
     if are_pinned():
         return nullcontext()
     hub_id = place_on_hub(out)
@@ -35,12 +34,12 @@ def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[objec
 def run_to_hub(
     plan: Plan, execution: RunOptions, check: FolderCheck | None = None
 ) -> Receipt | Plan:
-    """Run a plan whose output is a place on the Hub, or with `dry_run` return it, once the place
-    and the account are such that the job would begin.
+    """Run a plan whose output is on the Hub; with `dry_run`, return it after checking the
+    destination and the account.
 
-    Weights are downloaded file by file and sent as they are made; files that are the Hub's own
-    already are copied there. Raises `Refused` before any weights move, `Failed` after: then nothing
-    is committed, and `resume` goes on with what is done.
+    Weights are downloaded file by file and sent as they are made; files that the Hub already has
+    are copied there. Raises `Refused` before any weights move, `Failed` after: then nothing is
+    committed, and `resume` keeps the finished files.
     """
     from adapterkit.core.engine.local import local
     from adapterkit.core.verify.row_checks import RowCheck
@@ -105,8 +104,8 @@ def run_to_hub(
 
 
 def open_destination(hub_id: HubId, plan: Plan) -> Destination:
-    """The folder on the Hub that the output of a plan goes to; `Refused` for an account that may
-    not write there, and for the place of an input."""
+    """The destination of a plan's output on the Hub; `Refused` if the account may not write there,
+    or if it is an input."""
     folder, receipt = hub_id, RECEIPT
     if plan.is_file:
         folder, receipt = hub_id.parent, receipt_name_of(hub_id.subfolder.rpartition("/")[2])

@@ -1,5 +1,5 @@
-"""What a job moves between the Hub and this machine, planned before a byte of weights moves: output
-files that are the Hub's own already, the inputs that each of the others takes, and the disk."""
+"""Plan the transfers of a job between the Hub and this machine before a byte of weights moves:
+files that the Hub already has, the inputs of each of the others, and the disk."""
 
 import hashlib
 import math
@@ -22,8 +22,8 @@ RECORDS = (64 << 10, 800)  # bytes of journal and receipt, and those of each ten
 
 @dataclass(frozen=True)
 class MadeFile:
-    """One output file to make: the large files of the Hub that it reads, and the disk that it takes
-    while it is made."""
+    """One output file to make: the large Hub files that it reads, and the disk that it takes
+    meanwhile."""
 
     shard: OutputFile
     inputs: tuple[Input, ...]
@@ -32,7 +32,7 @@ class MadeFile:
 
 @dataclass(frozen=True)
 class Transfers:
-    """The files of a job in the order in which they are made, and those that are not."""
+    """The files that a job makes, in their order, and those that it copies."""
 
     made: tuple[MadeFile, ...]
     copied: tuple[CopiedFile, ...]
@@ -44,15 +44,16 @@ class Transfers:
     held: bool = False  # outputs stay until all are done, for a look at the whole
 
     def without(self, done: Sequence[str]) -> "Transfers":
-        """What is left to do when these files are there."""
+        """The transfers that remain after these files."""
         return replace(self, made=tuple(file for file in self.made if file.shard.file not in done))
 
     def last_uses(self) -> dict[Input, int]:
-        """The number of the last file made that reads each input."""
+        """The index of the last file made that reads each input."""
         return {each: number for number, file in enumerate(self.made) for each in file.inputs}
 
     def least_disk(self) -> tuple[int, str]:
-        """Bytes without which one of the files cannot be made, and which one that is."""
+        """The least bytes of disk that every file can be made with, and the file that needs
+        them."""
         last, present, most = self.last_uses(), set[Input](), (self.rest, "the files beside")
         held = 0
         for number, file in enumerate(self.made):
@@ -65,7 +66,7 @@ class Transfers:
         return most
 
     def disk(self, limit: int | None) -> int:
-        """Bytes of disk that the job takes at most."""
+        """Upper bound of the disk that the job takes, in bytes."""
         everything = self.rest + sum(self.sizes.values()) + sum(file.disk for file in self.made)
         if limit is None:
             # one file that is made, one that is downloaded, one that is sent
@@ -77,7 +78,7 @@ class Transfers:
         return min(limit, everything)
 
     def check(self, limit: int | None) -> None:
-        """`Refused` where one of the files does not fit into the limit."""
+        """`Refused` if one of the files does not fit into the limit."""
         least, file = self.least_disk()
         reason = ", all outputs together, which are looked at before they go" * self.held
         check_limit(
@@ -88,7 +89,7 @@ class Transfers:
         )
 
     def totals(self, limit: int | None) -> dict[str, int]:
-        """What a dry run prints of them."""
+        """The sizes that a dry run prints."""
         return {
             "bytes_down": sum(self.sizes.values()) + self.converted,
             "bytes_up": self.small + sum(file.shard.size for file in self.made),
@@ -98,8 +99,8 @@ class Transfers:
 
 
 def check_limit(limit: int | None, least: int, problem: str, parts: str) -> None:
-    """`Refused` where a job takes at least so many bytes of disk, and that is more than allowed;
-    `parts`: what takes them."""
+    """`Refused` if a job takes at least so many bytes of disk, and the limit is lower; `parts`:
+    what takes them."""
     if limit is not None and least > limit:
         raise Refused(
             f"{limit:,} bytes of disk, and {problem}",
@@ -112,8 +113,8 @@ def check_limit(limit: int | None, least: int, problem: str, parts: str) -> None
 
 
 def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> Transfers:
-    """The transfers of a plan whose folders on the Hub are `ScratchFolder`s; `uncopied`: files that
-    are to be made here even where the Hub has them."""
+    """The transfers of a plan whose Hub folders are `ScratchFolder`s; `uncopied`: files to make
+    here even if the Hub has them."""
     copied = {
         shard.file: file
         for shard in plan.shards
@@ -138,7 +139,7 @@ def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> T
 
 
 def _copied_file(plan: Plan, shard: OutputFile) -> CopiedFile | None:
-    """The file on the Hub whose bytes the output's are, header and all."""
+    """The file on the Hub with the same bytes as the output, including the header."""
     if not shard.steps or not all(s.copied for s in shard.steps):
         return None
     sources = {(step.source.folder, step.source.file) for step in shard.steps}
@@ -166,13 +167,13 @@ def _copied_file(plan: Plan, shard: OutputFile) -> CopiedFile | None:
 
 
 def _disk(plan: Plan, which: Input) -> int:
-    """Bytes that an input takes here once it is downloaded."""
+    """Bytes of disk that a downloaded input takes."""
     folder = plan.folders[which[0]]
     return folder.disk(which[1]) if isinstance(folder, ScratchFolder) else 0
 
 
 def _handoffs(plan: Plan) -> int:
-    """Bytes of what files hand on at most: it stays to the end."""
+    """The largest number of bytes that files hand on; they stay to the end."""
     factors = [
         math.prod(stored.shape)
         for shard in plan.shards
@@ -192,8 +193,8 @@ def _handoffs(plan: Plan) -> int:
 
 
 def plan_bounded(plan: Plan, file: OutputFile, place: Path, limit: int | None) -> tuple[Plan, int]:
-    """The plan of a file that is collected, the files of its base on the Hub one after another; and
-    the bytes of disk that it takes. `Refused` where these are more than `limit`."""
+    """The plan of a collected file with a bounded folder for its base, and the bytes of disk that
+    it takes. `Refused` if these exceed `limit`."""
     totals, (folder,), collection = plan.totals(), plan.folders, file.collection
     assert collection is not None
     sizes = dict[str, int]()  # of what is downloaded
