@@ -1,4 +1,4 @@
-"""Image and video models in their publisher's names, in one file or a folder of files."""
+"""Image and video models with their publisher's names, in one file or a folder of files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,7 @@ OF_FOLDERS = ("max_shard_size", "tokenizer")
 
 @dataclass(frozen=True)
 class ImageBase(Base):
-    """Safetensors whose config names no model of transformers: an image model where its keys are
-    those of one."""
+    """Safetensors whose config names no transformers model; an image model if its keys fit one."""
 
     does: ClassVar = {
         "quantize": "bases.images.quantize:plan_image_quantization",
@@ -57,8 +56,7 @@ def _in_safetensors(checkpoint: Checkpoint) -> "SingleFileModel | None":
 
 
 def images_in(checkpoint: Checkpoint, kind: "type[Model]") -> "Model | None":
-    """The checkpoint as that of an image or video model in its publisher's names; None for
-    others."""
+    """The checkpoint as an image or video model with its publisher's names; None for others."""
     from adapterkit.adapters.formats.image_model import with_parts
     from adapterkit.adapters.formats.schema import MODEL
 
@@ -69,8 +67,8 @@ def images_in(checkpoint: Checkpoint, kind: "type[Model]") -> "Model | None":
 
 
 def prepare_images(state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
-    """`Refused` with these errors for modules of the pipeline that are not in the file, or parts of
-    it; notes on the file join the job's."""
+    """`Refused` with these errors, and for modules or components that the file lacks; notes on the
+    file join the job's."""
     from adapterkit.adapters.formats.extra_deltas import added_deltas
     from adapterkit.adapters.formats.image_model import SingleFileModel
     from adapterkit.adapters.formats.library import architectures
@@ -101,7 +99,7 @@ def prepare_images(state: "MergeState", errors: Sequence[AdapterkitError]) -> No
 
 
 def file_notes(model: "SingleFileModel") -> list[str]:
-    """What is to be said of the file."""
+    """Notes about the file."""
     parts = ", ".join(
         f"{name} ({part.prefix or 'no prefix'})" for name, part in model.parts.items()
     )

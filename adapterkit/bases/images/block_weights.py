@@ -1,4 +1,4 @@
-"""Weights of the blocks of an image model as people have them: numbers and presets of
+"""Weights of the blocks of an image model, in the forms in use: numbers and presets of
 sd-webui-lora-block-weight and of ComfyUI's Inspire Pack, prefixes of names in ComfyUI's nodes,
 nested settings of diffusers' `set_adapters`."""
 
@@ -35,7 +35,7 @@ Factor = Callable[["ModuleNames"], float | None]
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """A module of a base: its part, its name in the loaded model, and its publisher's name."""
+    """A module of a base: its component, its name in the loaded model, and its publisher's name."""
 
     part: str
     model: str
@@ -63,11 +63,12 @@ class ModelNames:
 
     @property
     def denoiser(self) -> str:
-        """What the architecture calls its denoiser."""
+        """The architecture's name for its denoiser."""
         return next(iter(single_file_format().components(self.architecture)))
 
     def of(self, module: str) -> list[ModuleNames]:
-        """What a module of the base is; several that the file fuses, none for one of no part."""
+        """The model's modules behind one module of the base: several if the file fuses them, none
+        outside the components."""
         if isinstance(self.base, SingleFileModel):
             found = self.base.found(module)
             pairs = [(part, part, names.models(match)) for part, names, match in found]
@@ -84,7 +85,7 @@ class ModelNames:
         return ModuleNames(part, model, named[1] if named else model, component)
 
     def all(self, part: str) -> Iterator[ModuleNames]:
-        """The modules of a part."""
+        """The modules of a component."""
         if isinstance(self.base, SingleFileModel):
             modules = sorted(self.base.modules)
         else:
@@ -96,7 +97,7 @@ class ModelNames:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """The factor of an adapter's weight on each module."""
+    """The factors of an adapter's weight, by module."""
 
     names: ModelNames
     of_module: Factor  # None: the module is in no block
@@ -104,15 +105,16 @@ class BlockWeights:
 
     @staticmethod
     def of(text: str, names: ModelNames) -> "BlockWeights":
-        """What a preset, a list of numbers or settings in JSON mean for a base; `Refused` where
-        they are none, or do not fit it."""
+        """Parse a preset, a list of numbers or JSON settings for a base; `Refused` if invalid, or
+        unsuitable for the base."""
         if names.architecture is None:
             raise _unknown_family(None)
         make = _of_settings if text.lstrip().startswith("{") else _of_numbers
         return BlockWeights(names, make(text, names), text)
 
     def factor(self, module: str) -> float | None:
-        """The factor on a module of the base; `Refused` for one that fuses several of others."""
+        """The factor on a module of the base; `Refused` if it fuses modules with different
+        factors."""
         factors = {self.of_module(one) for one in self.names.of(module)} or {None}
         if len(factors) > 1:
             raise Refused(
@@ -126,7 +128,7 @@ class BlockWeights:
 
 
 def inlined(text: str) -> str:
-    """The text of an option with what the file says that it names, `[N:]FILE[:PRESET]`."""
+    """The text of an option with the contents of the file that it names, `[N:]FILE[:PRESET]`."""
     number = re.match(r"\d+:", text)
     head, rest = text[: number.end()] if number else "", text[number.end() :] if number else text
     if rest.lstrip().startswith("{"):
@@ -169,7 +171,8 @@ def _content(path: str) -> str:
 
 
 def _presets(content: str) -> dict[str, str]:
-    """The presets of a file: `NAME:NUMBERS` each line; later ones count, # and @ begin others."""
+    """The presets of a file, one `NAME:NUMBERS` per line; the last of a name counts, # and @ begin
+    other lines."""
     lines = (line.strip() for line in content.splitlines())
     pairs = (line.split(":") for line in lines if ":" in line and line[0] not in "#@")
     return {name.strip(): numbers.strip() for name, numbers, *_ in pairs}
@@ -190,7 +193,7 @@ def _unknown_family(name: str | None) -> Refused:
 
 
 def _of_numbers(text: str, names: ModelNames) -> Factor:
-    """The weight of each block by a preset or a list; blocks that a list lacks have none."""
+    """The weight of each block from a preset or a list; blocks missing from a list have none."""
     words = architectures()[str(names.architecture)].blocks
     if not words.lists:
         raise _unknown_family(names.architecture)
@@ -238,7 +241,7 @@ def _weights_of(text: str, words: BlockSchema) -> dict[str, float]:
 
 
 def _of_settings(text: str, names: ModelNames) -> Factor:
-    """Factors by parts, as diffusers' `set_adapters` has them, or by prefixes of names."""
+    """Factors by component, as in diffusers' `set_adapters`, or by prefixes of names."""
     try:
         settings = nested_json(text)
     except ValueError as error:
@@ -266,7 +269,7 @@ def _number(value: object, where: str) -> float:
 
 
 def _of_prefixes(settings: Json, names: ModelNames, default: float | None = None) -> Factor:
-    """The weight of the longest prefix of a module's original name, as ComfyUI's nodes have them:
+    """The weight of the longest prefix of a module's original name, as in ComfyUI's nodes:
     `double_blocks.0.`, `input_blocks.1.`, `middle_block.`."""
     weights = {prefix: _number(value, prefix) for prefix, value in settings.items()}
     modules = [one for part in names.parts for one in names.all(part)]
@@ -283,7 +286,8 @@ def _of_prefixes(settings: Json, names: ModelNames, default: float | None = None
 
 
 def _of_selected(settings: Json, names: ModelNames) -> Factor:
-    """The blocks that a node selects; others have no weight, nor has what its filter names."""
+    """The blocks that a node selects; others get weight 0, and so do names that its filter
+    matches."""
     wrong = {*settings} - {SELECTED, FILTER}
     if wrong or not isinstance(settings[SELECTED], dict):
         raise _wrong(f"{listed(sorted(wrong))}", f"{SELECTED}, {FILTER}", "take what the node has")
@@ -293,7 +297,7 @@ def _of_selected(settings: Json, names: ModelNames) -> Factor:
 
 
 def _of_parts(settings: Json, names: ModelNames) -> Factor:
-    """A number for each part, of the denoiser also one for each block: 1 where none is said."""
+    """A number for each component, for the denoiser optionally one per block; the default is 1."""
     if unknown := sorted({*settings} - {*names.parts}):
         hint = "leave them out"
         raise _wrong(f"no parts {listed(unknown)}", f"some of {', '.join(names.parts)}", hint)
@@ -326,8 +330,8 @@ def _of_parts(settings: Json, names: ModelNames) -> Factor:
 
 
 def _of_unet(settings: Json, names: ModelNames) -> dict[str, float]:
-    """The weight of each attention of a U-Net, by its name, of {"down": {"block_1": [1, 0.5]},
-    "mid": 1, "up": 0.5}: 1 where none is said."""
+    """The weight of each attention of a U-Net, by its name, from {"down": {"block_1": [1, 0.5]},
+    "mid": 1, "up": 0.5}; the default is 1."""
     found = {m[0] for one in names.all(UNET) if (m := ATTENTION.match(one.model))}
     count = Counter(place.partition(".attentions.")[0] for place in found)
     errors, weights = Problems(where="options", code="AK101"), {}
@@ -369,7 +373,7 @@ def _check_used(
 
 
 def with_files(lbw: Iterable[str]) -> tuple[str, ...]:
-    """Texts of the option with what their files say; `Refused` for all that cannot be read."""
+    """The option's texts with the contents of their files; `Refused` with all unreadable ones."""
     errors, texts = Problems(), []
     for text in lbw:
         with errors.collected():

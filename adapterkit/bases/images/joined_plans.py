@@ -1,4 +1,4 @@
-"""Plans of the parts of a pipeline as one plan, whose base is the whole pipeline."""
+"""Join plans of a pipeline's components into one plan whose base is the whole pipeline."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -23,9 +23,9 @@ CARD = "README.md"
 
 
 def joined(pipeline: Pipeline, plans: Mapping[str, Plan], card: str) -> Plan:
-    """One plan of the plans of some parts, by name: their files in the parts' folders, all other
-    parts and files of the pipeline as they are. Its options, notes of its own and decisions are the
-    caller's."""
+    """One plan from plans of components, by name: their files in the components' folders, and all
+    other files of the pipeline unchanged. The caller gives its options, its own notes and
+    decisions."""
     joint = _Joint([pipeline.folder])
     for name, part in pipeline.parts.items():
         if name in plans:
@@ -44,8 +44,7 @@ def joined(pipeline: Pipeline, plans: Mapping[str, Plan], card: str) -> Plan:
 
 
 def in_folders(pipelines: Sequence[Pipeline], plans: Mapping[str, Plan], card: str) -> Plan:
-    """One plan of plans, by part, that each write into a folder what they make of that part of
-    these pipelines."""
+    """One plan from plans of components of these pipelines, each of which writes into a folder."""
     joint = _Joint([pipeline.folder for pipeline in pipelines])
     for name, plan in plans.items():
         joint.add(name, plan)
@@ -54,7 +53,7 @@ def in_folders(pipelines: Sequence[Pipeline], plans: Mapping[str, Plan], card: s
 
 @dataclass
 class _Joint:
-    """What the parts are put together to; its first folders are the pipelines that they are of."""
+    """The plan that components are added to; its first folders are their pipelines."""
 
     folders: list[Folder]
     shards: list[OutputFile] = field(default_factory=list)
@@ -67,7 +66,7 @@ class _Joint:
         self.pipelines = len(self.folders)
 
     def plan(self, plans: Mapping[str, Plan], files: Files) -> Plan:
-        """All of it, with these last files."""
+        """The joint plan, with these last files."""
         folders = tuple(self.folders)
         return replace(
             next(iter(plans.values())),
@@ -83,8 +82,8 @@ class _Joint:
         )
 
     def add(self, name: str, plan: Plan) -> None:
-        """The plan of a part, its models the folders of that name, its other inputs behind those
-        that are there."""
+        """Add the plan of a component: its models get the folders of that name, and its other
+        inputs follow the existing ones."""
         move = _Move(name, self.pipelines, len(self.folders) - self.pipelines)
         self.folders += plan.folders[self.pipelines :]
         self.headers |= {move.file(*file): sha256 for file, sha256 in plan.headers.items()}
@@ -101,7 +100,7 @@ class _Joint:
         self.notes += plan.notes_of(name)
 
     def leave(self, part: PipelineComponent, plan: Plan) -> None:
-        """Note the weights of a part that its plan does not read."""
+        """Note the weights of a component that its plan does not read."""
         used = {*plan.files, *(file for number, file in plan.headers if number == 0)}
         self.left_out += [
             f"{part.name}/{name}"
@@ -110,13 +109,13 @@ class _Joint:
         ]
 
     def _files_of(self, part: PipelineComponent) -> list[str]:
-        """All files of a part, of all variants."""
+        """All files of a component, of all variants."""
         start, files = f"{part.name}/", part.pipeline.files()
         return [name.removeprefix(start) for name in files if name.startswith(start)]
 
     def copy(self, part: PipelineComponent) -> None:
-        """A part whose weights stay as they are: those that are read of several variants; pickles
-        alone."""
+        """Copy a component without change; of several weight variants only those that are read, and
+        pickles only if there is nothing else."""
         files = part.folder.files()
         names = {*files}
         if weight_files(part.folder):
@@ -138,7 +137,8 @@ class _Joint:
                 self.files[f"{part.name}/{name}"] = CopyFile(0, f"{part.name}/{name}")
 
     def copy_rest(self, pipeline: Pipeline) -> None:
-        """What belongs to no part, but for other weights: of the same models in one file."""
+        """Copy files outside the components, except other weights, such as single files of the same
+        models."""
         parts = tuple(f"{name}/" for name in pipeline.parts)
         for name in pipeline.folder.files():
             if name.startswith(parts) or name in (RECEIPT, CARD, INDEX):
@@ -151,7 +151,7 @@ class _Joint:
 
 @dataclass(frozen=True)
 class _Move:
-    """The inputs of a plan as those of the joint one."""
+    """A move of a plan's inputs to the numbers of the joint plan."""
 
     part: str
     pipelines: int  # whose folders come first
@@ -165,7 +165,7 @@ class _Move:
         return folder, name if folder < 0 else f"{self.part}/{name}"
 
     def value(self, value: Any) -> Any:
-        """A record of a plan, with all tensors that it names; what is shared stays so."""
+        """A record of a plan with all tensors that it names; shared objects stay shared."""
         if isinstance(value, (str, int, float, bool, bytes, TensorPlan)) or value is None:
             return value
         if id(value) not in self.done:

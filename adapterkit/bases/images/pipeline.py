@@ -1,5 +1,5 @@
-"""A pipeline of diffusers: a folder of models, each in a folder of its own, which model_index.json
-names."""
+"""A diffusers pipeline: a folder of models, each in a folder of its own, named by
+model_index.json."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -44,7 +44,7 @@ class PipelineComponent:
 
     @property
     def has_variant(self) -> bool:
-        """Whether there are weights of the variant that is asked for."""
+        """Return whether there are weights of the requested variant."""
         files = cast(WithSubfolders, self.pipeline).subfolder(self.name).files()
         return bool(self.variant) and self.variant in map(_variant, files)
 
@@ -58,12 +58,12 @@ class PipelineComponent:
 
     @cached_property
     def as_base(self) -> Checkpoint:
-        """What conversions of its adapters ask; its names are the model's."""
+        """The component as a base for converting adapters; its names are the model's."""
         return open_checkpoint(self.folder, 1)
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Errors in this block name the part."""
+        """Errors in this block name the component."""
         try:
             yield
         except AdapterkitError as error:
@@ -74,7 +74,8 @@ class PipelineComponent:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline's folder, its models by name, and what its index names and is not there."""
+    """A pipeline's folder, its models by name, and the models that its index names but that are
+    missing."""
 
     folder: Folder
     parts: Mapping[str, PipelineComponent]
@@ -82,14 +83,14 @@ class Pipeline:
 
     @property
     def denoiser(self) -> Checkpoint | None:
-        """The model that most adapters are for; None where none has the name and can be read."""
+        """The model that most adapters are for; None if no model has the name and can be read."""
         for part in filter(lambda part: part.is_denoiser, self.parts.values()):
             with suppress(AdapterkitError):
                 return part.as_base
         return None
 
     def part(self, name: str) -> PipelineComponent:
-        """`Refused` for a name that is none of a part with weights."""
+        """A component with weights by its name; `Refused` for other names."""
         if name in self.parts:
             return self.parts[name]
         state = "is not there, though its index names it" if name in self.absent else "has none"
@@ -106,16 +107,16 @@ class Pipeline:
 
 
 def _variant(name: str) -> str | None:
-    """Of which variant a file of weights, or their index, is; "" for the one without a name, None
-    for other files."""
+    """The variant of a weight file or its index; "" for the unnamed variant, None for other
+    files."""
     match = VARIANT.fullmatch(name)
     return None if match is None else next(filter(None, match.groups()), "")
 
 
 def read_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
-    """The pipeline in a folder, with the weights of a variant where parts have it; `Refused` or
-    `Damaged` for an index that names no models, and for parts that are links: what they lead to is
-    not the pipeline's."""
+    """Read the pipeline in a folder, with the weights of a variant where components have it;
+    `Refused` or `Damaged` if the index names no models, and for components that are links, because
+    these lead out of the pipeline."""
     index, files, errors = (
         read_json(folder, INDEX),
         folder.files(),

@@ -1,4 +1,4 @@
-"""Adapters for a pipeline of diffusers: which part each is for."""
+"""Assign adapters to the components of a diffusers pipeline."""
 
 import math
 import os
@@ -31,8 +31,7 @@ class _Shaped(Protocol):
 
 
 def base_of_conversion(source: Folder, pipeline: Pipeline, component: str | None) -> Checkpoint:
-    """The part that tells of an adapter what its conversion asks of a base: that of the one
-    component, else the denoiser."""
+    """The base that converts an adapter: its only component, otherwise the denoiser."""
     if component is None:
         contents = contents_of(source, pipeline.denoiser)
         names = contents.components if contents is not None else ()
@@ -47,8 +46,8 @@ def base_of_conversion(source: Folder, pipeline: Pipeline, component: str | None
 
 
 def split_adapters(adapters: Sources, pipeline: Pipeline) -> Split:
-    """The adapters for a pipeline by its parts; `Refused` with all that cannot be read, or that fit
-    none."""
+    """The adapters for a pipeline by component; `Refused` with every one that cannot be read or
+    does not fit."""
     split: Split = []
     errors = Problems()
     for source, weight in weighted(adapters):
@@ -61,10 +60,10 @@ def split_adapters(adapters: Sources, pipeline: Pipeline) -> Split:
 
 
 def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
-    """An adapter for a pipeline as one in PEFT's layout for each part that it changes: in files of
-    a pipeline by their names, in folders `unet/`, `text_encoder/`, ... by these; of a single model
-    for the part that is told (`transformer_2:ADAPTER`), or whose names and shapes alone fit.
-    `Refused` for parts that the pipeline does not have, and where several or none fit."""
+    """An adapter for a pipeline in PEFT's layout, by component. Files of a pipeline assign it by
+    their names, folders `unet/`, `text_encoder/`, ... by these. For one model, the option
+    (`transformer_2:ADAPTER`) names the component, or names and shapes fit only one. `Refused` for
+    components that the pipeline lacks, and if several or none fit."""
     named = PART.fullmatch(os.fspath(source))
     named = named if named and named[1] in pipeline.parts else None
     folder, name = open_unconverted(named[2] if named else source), named[1] if named else None
@@ -92,7 +91,7 @@ def _parts_of(source: StrPath, pipeline: Pipeline) -> dict[str, Folder]:
 
 
 def _folders(folder: Folder) -> tuple[str, ...]:
-    """The folders of an adapter that has one for each part."""
+    """The folders of an adapter that has one for each component."""
     names = part_folders(folder)
     if not names:
         raise Refused(
@@ -106,7 +105,7 @@ def _folders(folder: Folder) -> tuple[str, ...]:
 
 
 def _for_named(folder: Folder, contents: Contents | None, part: PipelineComponent) -> Folder:
-    """An adapter for the part that it is said to be for."""
+    """An adapter for the component that the option names."""
     if contents is None or len(contents.components) != 1:
         names = _folders(folder) if contents is None else contents.components
         raise Refused(
@@ -131,8 +130,8 @@ def _in_layout(folder: Folder, part: PipelineComponent) -> Folder:
 
 
 def _shapes_of(folder: Folder, contents: Contents | None) -> Shapes:
-    """What an adapter of one model changes, in PEFT's layout where there are no contents; `Refused`
-    for one that cannot be read."""
+    """The shapes that an adapter of one model changes, in PEFT's layout if there are no contents;
+    `Refused` if it cannot be read."""
     if contents is not None:
         return {m.name: _shape(m.parts.get("a"), m.parts.get("b")) for m in contents.modules}
     adapter, scan, _ = scan_adapter(folder)
@@ -142,13 +141,13 @@ def _shapes_of(folder: Folder, contents: Contents | None) -> Shapes:
 
 
 def _shape(a: _Shaped | None, b: _Shaped | None) -> tuple[int, ...]:
-    """The shape of the delta of two factors; () where it is not known."""
+    """The shape of the delta of two factors; () if unknown."""
     return () if a is None or b is None else (b.shape[0], *a.shape[1:])
 
 
 def _fitting(folder: Folder, shapes: Shapes, pipeline: Pipeline, *, of_a_kind: bool = False) -> str:
-    """The one part that has all these modules, or else the most of them; its merge tells which it
-    lacks. `of_a_kind`: any of several denoisers will do."""
+    """The one component that has all these modules, otherwise most of them, whose merge then names
+    the missing ones. `of_a_kind`: any of several denoisers will do."""
     counts = {name: _count(part, shapes) for name, part in pipeline.parts.items()}
     most = [name for name, count in counts.items() if count == max(counts.values()) > 0]
     are_alike = of_a_kind and all(pipeline.parts[name].is_denoiser for name in most)
@@ -166,7 +165,7 @@ def _fitting(folder: Folder, shapes: Shapes, pipeline: Pipeline, *, of_a_kind: b
 
 
 def _count(part: PipelineComponent, shapes: Shapes) -> int:
-    """How many of these modules the part has, by its keys, or by the names of its model."""
+    """Count those of these modules that the component has, by its keys or its model's names."""
     try:
         base = decoded_view(open_checkpoint(part.folder))
     except AdapterkitError:

@@ -1,5 +1,4 @@
-"""Pipelines of diffusers: each model in a folder is a base of its own, and the plans of some are
-joined."""
+"""Diffusers pipelines: each model is a base of its own, and the models' plans are joined."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -64,7 +63,7 @@ class PipelineBase(Base):
 
 
 def opened_adapters(base: Base, adapters: Sources, variant: str | None = None) -> Split:
-    """The adapters by the pipeline's parts, with their weights."""
+    """The adapters by the pipeline's components, with their weights."""
     return split_adapters(adapters, read_pipeline(base.folder, variant))
 
 
@@ -73,7 +72,7 @@ def part_of_conversion(base: Base, source: Folder, component: str | None) -> Che
 
 
 def adapters_on_parts(base: Base, adapter: StrPath) -> Iterator[tuple[Folder, Checkpoint]]:
-    """The adapter of each part, and that part."""
+    """The adapter of each component, and that component."""
     pipeline = read_pipeline(base.folder)
     ((parts, _),) = split_adapters([(adapter, 1.0)], pipeline)
     yield from ((own, pipeline.part(name).as_base) for name, own in parts.items())
@@ -83,8 +82,7 @@ def adapters_on_parts(base: Base, adapter: StrPath) -> Iterator[tuple[Folder, Ch
 
 
 def plan_pipeline_merge(base: Base, merge: Merge, options: MergeOptions) -> Plan:
-    """The plan of a merge as it is asked for; `Refused` for sources that a pipeline has no use
-    for."""
+    """The plan of a merge with its options; `Refused` for sources that pipelines do not support."""
     errors = Problems(
         where="options", hint="merge into one part: the folder of a model", code="AK102"
     )
@@ -107,8 +105,8 @@ def plan_merge_into_parts(
     weights: WeightsFile | None = None,
     **__: object,
 ) -> Plan:
-    """The plan of a merge into a pipeline, part by part; in a file of weights modules have their
-    part's name in front. `Refused` or `Damaged` with all problems of all parts."""
+    """The plan of a merge into a pipeline, by component; a weights file prefixes modules with their
+    component's name. `Refused` or `Damaged` with all problems of all components."""
     from adapterkit.core.merge.plan import plan_merge
     from adapterkit.verbs.combine.module_methods import ModuleWeights, added_by
 
@@ -185,8 +183,8 @@ def _rows(plans: Mapping[str, Plan]) -> list[Merged]:
 
 
 def plan_pipeline_quantization(base: Base, options: "Quantize") -> Plan:
-    """The quantization of a pipeline's denoisers and text encoders, but for those that `--skip`
-    matches; `Refused` with all problems of all parts."""
+    """The quantization of a pipeline's denoisers and text encoders, except modules that `--skip`
+    matches; `Refused` with all problems of all components."""
     from adapterkit.bases.quantized.planning.quantize import check_fit, plan_model_quantization
 
     pipeline = read_pipeline(base.folder)
@@ -218,7 +216,7 @@ def plan_pipeline_quantization(base: Base, options: "Quantize") -> Plan:
 
 
 def plan_pipeline_dequantization(base: Base, options: "Dequantize") -> Plan:
-    """The dequantization of all parts of a pipeline that are quantized."""
+    """The dequantization of all quantized components of a pipeline."""
     from adapterkit.bases.quantized.planning.dequantize import (
         nothing_quantized,
         plan_model_dequantization,
@@ -240,8 +238,8 @@ def plan_pipeline_dequantization(base: Base, options: "Dequantize") -> Plan:
 
 
 def plan_pipeline_extraction(base: Base, tuned: Base, options: "Extract") -> Plan:
-    """The extraction between two pipelines: a folder in PEFT's layout for each part that differs.
-    Reads parts of equal headers, to compare them."""
+    """The extraction between two pipelines: a folder in PEFT's layout for each component that
+    differs. Reads components with equal headers to compare them."""
     from adapterkit.verbs.combine.planning.extract import plan_model_extraction
 
     old, new = read_pipeline(base.folder), read_pipeline(tuned.folder)

@@ -1,4 +1,4 @@
-"""Image models in their publisher's names in the formats of ComfyUI."""
+"""Quantize image models with their publisher's names to ComfyUI's formats."""
 
 import re
 from dataclasses import replace
@@ -24,8 +24,8 @@ UNFIT = ("block_size", "double_quant", "stats", "imatrix", "modelfile")
 
 
 def plan_image_quantization(base: Base, options: Quantize) -> Plan:
-    """Everything that is done to an image model in one file: the linear layers in its denoiser's
-    blocks in one of ComfyUI's formats."""
+    """Plan an image model in one file with the linear layers of its denoiser's blocks in one of
+    ComfyUI's formats."""
     check_fit(options, written_formats("image_targets"), UNFIT, "give one of these formats")
     model = base.images
     assert model is not None
@@ -66,8 +66,8 @@ def plan_image_quantization(base: Base, options: Quantize) -> Plan:
 
 
 def is_in_block(model: SingleFileModel, module: str) -> bool:
-    """Whether it is a linear layer in a numbered block of the denoiser, or a kernel that a GGUF
-    file has as a matrix."""
+    """Return whether the module is a linear layer in a numbered block of the denoiser, or a kernel
+    that a GGUF file stores as a matrix."""
     spec = model.tensors.get(f"{module}.weight")
     if spec is None or spec.dtype not in dtypes.FLOATS:
         return False

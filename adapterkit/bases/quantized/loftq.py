@@ -1,5 +1,4 @@
-"""LoftQ (arXiv:2310.08659): one weight quantized together with the factors that make up for its
-error."""
+"""LoftQ (arXiv:2310.08659): quantize a weight together with factors that compensate its error."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ Accept = Callable[[str, Tensor, Tensor], bool]  # (module, a, b) -> whether to k
 
 @dataclass(frozen=True)
 class LoftQWeight(PackedWeight):
-    """One weight quantized together with the factors that compensate its error; they are handed on
+    """A weight quantized together with factors that compensate its error; the factors are passed on
     to the adapter's file."""
 
     module: str
@@ -91,7 +90,7 @@ def alternate(
     """The best of `iterations` rounds of Q = encode(W - L), L = the best approximation of W - Q of
     that rank; round 0 is L = 0.
 
-    Norms are those of W·root (in, in) where it is given. `transposed`: the weight is (in, out).
+    With `root` (in, in), norms are those of W·root. `transposed`: the weight is (in, out).
     """
     size = norm(_weighted(weight.T if transposed else weight, root)) or 1.0
     best: Round | None = None
@@ -131,8 +130,8 @@ def _product(svd: Svd) -> Tensor:
 
 @dataclass(frozen=True)
 class LoftQFactors(RankedFactors):
-    """One module's factors for a quantized weight that is not changed: the best approximation of
-    W - decode(Q), in one step, padded with zeros where the weight has a lower rank."""
+    """A module's factors for an unchanged quantized weight: the best approximation of W -
+    decode(Q), in one step, padded with zeros if the weight has a lower rank."""
 
     original: TensorSpec = field(metadata=READ)
     packed: QuantizedWeight = field(metadata=READ)
@@ -166,7 +165,7 @@ class LoftQFactors(RankedFactors):
 
 
 def finalize_accepted(accept: Accept, tasks: Sequence[Task]) -> Finalize:
-    """Ask of one module after the other, so that each answer can depend on those before."""
+    """Call `accept` for one module after another, so each decision can depend on those before."""
     return partial(_ask_each, accept, [cast(FactorsTask, task) for task in tasks])
 
 
@@ -175,7 +174,7 @@ def _ask_each(accept: Accept, tasks: Sequence[FactorsTask], metrics: list[dict])
 
 
 def _ask(accept: Accept, task: FactorsTask, result: TaskResult) -> TaskResult:
-    """The factors, or b = 0 where they are not accepted."""
+    """The factors, with b = 0 if they are not accepted."""
     a, b = task.place.pair(result.tensors)
     if accept(task.name, a, b):
         return TaskResult(result.tensors, result.metrics | {"accepted": True})

@@ -1,2 +1,2 @@
-"""Formats of quantized weights: each a record of one weight, found by what its files and config
-say. One file is one format."""
+"""Formats of quantized weights: each is a record of one weight, found from the files and config.
+One module defines one format."""

@@ -19,8 +19,8 @@ from adapterkit.kernels.quant.stochastic import Draws
 
 @dataclass(frozen=True, kw_only=True)
 class Awq(QuantizedWeight):
-    """W[out, in] = (code - zero) * scale, stored [in, out / 8] with the eight codes of a word out
-    of order; of gemv [out, in / 8], with scales and zeros of more groups than there are."""
+    """W[out, in] = (code - zero) * scale, stored [in, out / 8], the eight codes of a word in AWQ's
+    order; gemv: [out, in / 8], with scales and zeros padded to more groups."""
 
     name = "awq"
     tier = "core"
@@ -60,7 +60,7 @@ class Awq(QuantizedWeight):
     def encode(
         self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
     ) -> Parts:
-        """A group takes its old scale and zero, or new ones if those are nearer to W."""
+        """Encode; a group keeps its scale and zero, or gets new ones if those are nearer to W."""
         assert stored is not None
         old = self._tensors(stored)
         how = {"keep_zeros": self.symmetric, "draws": draws}
@@ -96,7 +96,7 @@ def _versions(scan: CheckpointScan) -> list[str]:
 
 
 def _is_known(scan: CheckpointScan) -> bool:
-    """Whether the config is of the gemm or the gemv layout; else errors are noted."""
+    """Return whether the config has the gemm or the gemv layout; errors are noted otherwise."""
     settings, known, versions = scan.settings, True, _versions(scan)
     if versions not in ([], ["gemm"], ["gemv"]):
         scan.errors.add(
@@ -120,7 +120,7 @@ def _group_size(scan: CheckpointScan) -> Any:
 
 
 def _groups_of_gemv(scan: CheckpointScan, codes: TensorSpec) -> int | None:
-    """How many groups a row has in the gemv layout; None in the other."""
+    """Groups per row in the gemv layout; None in the other."""
     size = _group_size(scan)
     return (1 if size == -1 else 8 * codes.shape[1] // size) if "gemv" in _versions(scan) else None
 

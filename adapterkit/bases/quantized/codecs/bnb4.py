@@ -1,5 +1,5 @@
-"""bnb4: bitsandbytes' 4-bit weights (nf4, fp4), as transformers stores them; their scales plain, or
-quantized once more."""
+"""bnb4: bitsandbytes' 4-bit weights (nf4, fp4), as transformers stores them; their scales in
+float32 or quantized too."""
 
 import json
 import math
@@ -44,8 +44,9 @@ class Bnb4(QuantizedWeight):
     """W = map[code] * absmax, `block` values with one absmax; `double`:
     absmax = map8[code] * nested_absmax + offset.
 
-    Its parts: codes, absmax, map, with `double` nested_absmax and map8, and the state, a JSON text.
-    That is as long as its offset has digits, so its size is a guess until it is written.
+    Its tensors: codes, absmax, map, with `double` nested_absmax and map8, and the state, a JSON
+    text. Its length depends on the digits of its offset, so its size is estimated until it is
+    written.
     """
 
     name = "bnb4"
@@ -270,7 +271,7 @@ class Bnb4(QuantizedWeight):
         return replace(self, double=False, parts=parts), tensors
 
     def join_nested(self, stored: Parts) -> Parts:
-        """All parts, from the codes and their scales in float32."""
+        """All tensors, from the codes and their scales in float32."""
         keys = [part.key for part in self.parts]
         codes, absmax = stored[keys[0]], stored[keys[1]]
         tensors = {keys[0]: codes, keys[2]: blockwise.quant_map(self.kind, codes.device)}
@@ -289,8 +290,7 @@ class Bnb4(QuantizedWeight):
         """New scales for blocks with a value beyond their largest code, if that makes the expected
         squared error smaller.
 
-        Of quantized scales the code, or where their group cannot hold that either, the whole
-        group's.
+        Quantized scales get a new code, or a new group if theirs cannot represent the scale.
         """
         key, absmax = self.parts[1].key, self._scales(stored)
         w = blockwise.in_blocks(weight, self.block)
@@ -338,7 +338,7 @@ class Bnb4(QuantizedWeight):
 
 
 class _State(NamedTuple):
-    """What the text of a state says."""
+    """The fields of a state's text."""
 
     shape: tuple[int, ...]  # as stored
     dtype: str
@@ -348,7 +348,7 @@ class _State(NamedTuple):
 
     @classmethod
     def of(cls, state: Json, kind: str) -> "_State | None":
-        """None where bitsandbytes writes no such state."""
+        """Parse a state; None if bitsandbytes writes no such state."""
         shape = pair_in(state.get("shape"))
         dtype = dtypes.HEADER_NAME.get(str(state.get("dtype")).removeprefix("torch."))
         block, double = state.get("blocksize"), "nested_offset" in state
@@ -369,7 +369,7 @@ def _is_map(table: np.ndarray, kind: Literal["nf4", "fp4"]) -> bool:
 
 
 def _parts_fit(parts: list[TensorSpec], count: int, block: int, transposed_scales: bool) -> bool:
-    """Whether parts have the dtypes and shapes of a weight with `count` elements."""
+    """Return whether tensors have the dtypes and shapes of a weight with `count` elements."""
     codes, absmax, table, *nested = parts
     blocks = math.ceil(count / block)
     fits = codes.nbytes == (count + 1) // 2 and codes.dtype in CODE_DTYPES

@@ -1,9 +1,9 @@
-"""comfyui: the quantized layers of ComfyUI's one-file models: FP8 with a scale, MXFP8, NVFP4 and
+"""comfyui: the quantized layers of ComfyUI's single-file models: FP8 with a scale, MXFP8, NVFP4 and
 int8.
 
-Which layers, and how, is said by JSON beside each (`comfy_quant`), by the header's
-`_quantization_metadata`, or, of older files, by names (`scale_weight`, `scaled_fp8`).
-Source: ComfyUI's QUANTIZATION.md, comfy/quant_ops.py and comfy/ops.py; comfy-kitchen.
+Each layer's JSON tensor (`comfy_quant`) or the header's `_quantization_metadata` gives its format;
+older files use names (`scale_weight`, `scaled_fp8`). Source: ComfyUI's QUANTIZATION.md,
+comfy/quant_ops.py and comfy/ops.py; comfy-kitchen.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Comfy(QuantizedWeight):
     def encode(
         self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
     ) -> Parts:
-        """int8 takes the old scale if that is nearer to W than a new one is; NVFP4 keeps
-        weight_scale_2 as long as the largest value allows."""
+        """Encode; int8 keeps the old scale if it is nearer to W than a new one, and NVFP4 keeps
+        weight_scale_2 while the largest value fits."""
         parts = self._encode(weight.reshape(self.matrix_shape), stored, draws)
         if self.settings and stored is None:
             text = bytearray(self.settings.encode())
@@ -126,12 +126,12 @@ class Comfy(QuantizedWeight):
         return (out if math.prod(self.parts[1].shape) == 1 else 1, width)
 
     def _in_rows(self, stored: Parts) -> Tensor:
-        """The bytes of its scales, of each row one after another."""
+        """The bytes of its scales, row by row."""
         out, width = self.shape
         return untiled(stored[self.parts[1].key].view(torch.uint8), out, width // self._block[1])
 
     def _scales(self, stored: Parts) -> Tensor:
-        """Those of FP8, a row of them for each row of blocks."""
+        """The scales of FP8, one row for each row of blocks."""
         if self.kind == MXFP8:
             return self._in_rows(stored)
         return self.values(stored)[1].reshape(-1, 1)
@@ -163,7 +163,7 @@ class Comfy(QuantizedWeight):
         return self.as_parts(*fp8.requantize_fp8(matrix, block, old, draws, **how))
 
     def _integers(self, matrix: Tensor, stored: Parts | None, draws: Draws | None) -> Parts:
-        """All rows as one where they have one scale."""
+        """Integers, as a single row if they share one scale."""
         scale, dtype = self.parts[1], dtypes.torch_dtype(self.parts[1].dtype)
         lines = matrix.reshape(1, -1) if math.prod(scale.shape) == 1 else matrix
 
@@ -177,12 +177,12 @@ class Comfy(QuantizedWeight):
 
 @dataclass(frozen=True)
 class StoredLayers:
-    """The quantized layers of a file: what is said of them, and their tensors."""
+    """The quantized layers of a file: their declared formats and their tensors."""
 
     scan: CheckpointScan
 
     def kinds(self) -> dict[str, str]:
-        """The kind of each layer, by module; others are errors."""
+        """The format of each layer, by module; unknown ones are errors."""
         kinds: dict[str, str] = {}
         others: dict[str, list[str]] = {}
         for module, declared in self._declared().items():
@@ -211,7 +211,7 @@ class StoredLayers:
         return declared
 
     def _of_header(self, text: str | None) -> dict[str, Json]:
-        """The layers that the header names, with the prefix of its keys or without it."""
+        """The layers that the header names, with or without the prefix of its keys."""
         try:
             layers = nested_json(text or "{}").get("layers", {}).items()
         except (ValueError, AttributeError):
@@ -231,7 +231,7 @@ class StoredLayers:
         return declared
 
     def parts(self, module: str, kind: str) -> tuple[TensorSpec, ...] | None:
-        """The tensors of a layer; None, with an error, if they do not fit its kind."""
+        """The tensors of a layer; None, with an error, if they do not fit its format."""
         scan, codes = self.scan, self.scan.tensors.get(f"{module}.weight")
         if codes is None or scan.is_scaled_for_inputs(f"{module}.pre_quant_scale"):
             return None
@@ -250,7 +250,7 @@ class StoredLayers:
         return (codes, *siblings, *scan.present(f"{module}.", INPUT_SCALES), *mine)
 
     def _fits(self, kind: str, codes: TensorSpec, scale: TensorSpec, *factor: TensorSpec) -> bool:
-        """Whether shapes and dtypes do; else an error is noted."""
+        """Return whether shapes and dtypes fit; an error is noted otherwise."""
         shape, out = codes.shape, codes.shape[0] if codes.shape else 0
         fits = codes.dtype == CODES[kind] and 0 not in shape and len(shape) >= 2
         fits = fits and (len(shape) == 2 or kind in (E4M3, E5M2))
@@ -274,7 +274,7 @@ class StoredLayers:
 
 
 def _declared_kind(text: bytes) -> str:
-    """`_kind` of a layer's own text; the text where that is no object."""
+    """`_kind` of a layer's own text; the text if it is no JSON object."""
     try:
         return _kind(nested_json(text))
     except (ValueError, AttributeError):
@@ -282,15 +282,14 @@ def _declared_kind(text: bytes) -> str:
 
 
 def _kind(declared: Json) -> str:
-    """The format of a layer, with what else changes its values."""
+    """The format of a layer, with its other settings that affect values."""
     more = declared.get("params")
     more = declared | more if isinstance(more, dict) else declared
     return f"{declared.get('format')}{' with convrot' if more.get('convrot') else ''}"
 
 
 def _swapped(codes: Tensor) -> Tensor:
-    """Pairs of FP4 values with the first one in the other half: comfy-kitchen has it in the high
-    one."""
+    """Pairs of FP4 values exchanged, because comfy-kitchen stores the first in the high half."""
     return codes << 4 | codes >> 4
 
 

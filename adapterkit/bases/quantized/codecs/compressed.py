@@ -1,4 +1,5 @@
-"""compressed-tensors: what llm-compressor writes and vLLM reads: integers, FP8, NVFP4 and MXFP4."""
+"""compressed-tensors, as llm-compressor writes and vLLM reads it: integers, FP8, NVFP4 and
+MXFP4."""
 
 from __future__ import annotations
 
@@ -82,7 +83,7 @@ class Compressed(QuantizedWeight):
 
     @classmethod
     def config(cls, modules: QuantizedModules) -> Json:
-        """A group for each scheme, with its modules by name if there are several."""
+        """A config group for each scheme, which names its modules if there are several schemes."""
         groups: dict[tuple, list[str]] = {}
         for module, weight in modules.packed.items():
             assert isinstance(weight, Compressed)
@@ -176,9 +177,10 @@ class Compressed(QuantizedWeight):
     ) -> Parts:
         """New scales as compressed-tensors computes them, from the largest values.
 
-        Integers take each group's old scale if that is nearer to W than a new one is, so that codes
-        are stable. NVFP4 keeps the weight's global scale, which fused layers share, as long as the
-        largest value allows."""
+        Integers keep a group's old scale if it is nearer to W than a new one, so that codes stay
+        stable. NVFP4 keeps the weight's global scale, which fused layers share, while the largest
+        value fits.
+        """
         if self._is_integer:
             return self._encode_integers(weight, stored, draws)
         old, dtype = self.stored_scale(stored), dtypes.torch_dtype(self.parts[1].dtype)
@@ -249,8 +251,7 @@ class Compressed(QuantizedWeight):
 
     @property
     def _lines(self) -> tuple[int, int]:
-        """The weight so that the groups of a row follow each other: with one scale for all it is
-        one row."""
+        """The weight with consecutive groups in each row; a single row if there is one scale."""
         if self.block == self.shape and self.shape[0] > 1:
             return 1, math.prod(self.shape)
         return self.shape[0], self.shape[1]
@@ -284,7 +285,7 @@ class Compressed(QuantizedWeight):
 
 
 def _is_unused(index: Tensor) -> bool:
-    """Whether an index assigns no column to a group."""
+    """Return whether an index assigns no column to a group."""
     return bool((index == -1).all())
 
 

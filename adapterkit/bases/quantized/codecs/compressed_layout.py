@@ -1,5 +1,5 @@
-"""compressed-tensors as it is stored: the config's groups of modules, each with its scheme and the
-format of its codes, and the tensors of one module, checked against its scheme."""
+"""Stored layout of compressed-tensors: the config's groups of modules with their schemes and code
+formats, and the tensors of a module, checked against its scheme."""
 
 import math
 from collections.abc import Callable
@@ -93,7 +93,7 @@ def schemes(scan: CheckpointScan) -> Callable[[str], Scheme | None] | None:
 
 
 def _check_settings(scan: CheckpointScan) -> None:
-    """Note errors for weights that are not stored compressed, or are changed in other ways too."""
+    """Note errors for weights that are not stored compressed, or are also changed in other ways."""
     settings = scan.settings
     status, sparsity = settings.get("quantization_status"), settings.get("sparsity_config")
     if status != "compressed":
@@ -112,8 +112,8 @@ def _check_settings(scan: CheckpointScan) -> None:
 
 
 def _target(target: str, where: str) -> tuple[int, Callable[[str], bool]]:
-    """How unspecific a target is (a name 0, a pattern 1, a class of layers 2), and which modules it
-    may mean."""
+    """The rank of a target (a name 0, a pattern 1, a class of layers 2), and the modules it may
+    match."""
     if target.startswith("re:"):
         return 1, matcher(target[3:], f"{where}/config.json", "^(?:{})")
     if target[:1].isupper() and "." not in target:
@@ -132,7 +132,7 @@ class StoredModule:
     scheme: Scheme
 
     def layout(self) -> Json | None:
-        """The parts, shape and arithmetic of its weight; None, with an error, if they do not fit
+        """The tensors, shape and arithmetic of its weight; None, with an error, if they do not fit
         the scheme."""
         weights, kind = self.scheme["weights"], self._kind()
         if kind is None or not self._bits_fit(weights, kind):
@@ -167,7 +167,7 @@ class StoredModule:
         return self.scan.check(self.codes.key, fits, problem, expected)
 
     def _kind(self) -> str | None:
-        """The kind of codes by their dtypes, which must be one of the config's format."""
+        """The format of codes from their dtypes, which must be one of the config's."""
         codes, scale = self.codes.dtype, self.scale.dtype
         powers = scale in POWERS
         if self.codes.key.endswith("_packed"):
@@ -187,7 +187,7 @@ class StoredModule:
         return self._check(fits, problem, "bits that its codes have")
 
     def _shape(self, kind: str, bits: int) -> tuple[tuple[int, ...] | None, tuple[TensorSpec, ...]]:
-        """The weight's (out, in), and the tensor that says it."""
+        """The weight's (out, in), and the tensor that gives it."""
         stored = self.codes.shape
         if not self._check(len(stored) == 2 and 0 not in stored, f"shape {stored}", "a matrix"):
             return None, ()
@@ -242,7 +242,7 @@ class StoredModule:
         return self._check(fits, problem, f"{' or '.join(known)} {grid}")
 
     def _global_scale(self, kind: str) -> list[TensorSpec] | None:
-        """The scale of NVFP4's scales; all are to be checked for their values."""
+        """The scale of NVFP4's scales; the values of all such scales are checked."""
         scales: list[TensorSpec] | None = []
         if kind == "nvfp4":
             scales = self.scan.siblings(self.module, ".weight_global_scale")

@@ -20,8 +20,8 @@ SCALES = ("scale", "scales", "scale_weight", "qscale_weight")  # names beside `w
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Cast(QuantizedWeight):
-    """W = code, of any shape; beyond the largest code that one. Only of models without a config or
-    with diffusers', and where nothing is called a scale: elsewhere codes alone mean nothing."""
+    """W = code, of any shape; larger values saturate. Only for models without a config or with
+    diffusers', and if no tensor is named like a scale: otherwise codes alone are ambiguous."""
 
     name = "fp8-cast"
     methods = ()
@@ -43,7 +43,7 @@ class Fp8Cast(QuantizedWeight):
     def encode(
         self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
     ) -> Parts:
-        """Beyond the largest code that one."""
+        """Encode; larger values saturate."""
         matrix, one = weight.reshape(self.matrix_shape), _one(weight)
         encoded = fp8.encode_fp8(matrix, self.matrix_shape, one, draws=draws, dtype=self.code_dtype)
         return self.as_parts(encoded.codes)
@@ -63,7 +63,7 @@ class Fp8Cast(QuantizedWeight):
 
 
 def _scales(scan: CheckpointScan, key: str) -> list[TensorSpec]:
-    """What may be the scales of a tensor."""
+    """Candidate scales of a tensor."""
     module, _, leaf = key.rpartition(".")
     next_to = scan.present(f"{module}.", SCALES) if leaf == "weight" else []
     return next_to + scan.present(key, ("_scale", "_scale_inv"))

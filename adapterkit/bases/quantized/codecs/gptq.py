@@ -22,8 +22,8 @@ VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(QuantizedWeight):
-    """W[out, in] = (code - zero) * scale, stored [in, out]; g_idx says which group a row of it is
-    in."""
+    """W[out, in] = (code - zero) * scale, stored [in, out]; g_idx gives the group of each stored
+    row."""
 
     name = "gptq"
     tier = "core"
@@ -77,7 +77,7 @@ class Gptq(QuantizedWeight):
     def encode(
         self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
     ) -> Parts:
-        """A group takes its old scale and zero, or new ones if those are nearer to W."""
+        """Encode; a group keeps its scale and zero, or gets new ones if those are nearer to W."""
         assert stored is not None
         old, bits, _, group, version = self._layout(stored)
         new = gptq.requantize_gptq(
@@ -105,14 +105,14 @@ class Gptq(QuantizedWeight):
 
 
 def _is_symmetric(scan: CheckpointScan) -> bool:
-    """Whether zeros have to stay, as kernels for symmetric weights do not read them: unless the
-    config says sym: false, of all modules."""
+    """Return whether zeros must stay, because kernels for symmetric weights do not read them: true
+    unless the config has sym: false for all modules."""
     rules = scan.settings.get("dynamic")
     return scan.settings.get("sym") is not False or '"sym"' in json.dumps(rules)
 
 
 def _version(scan: CheckpointScan) -> int | None:
-    """How zeros are stored, by the config; None, with errors, for other layouts."""
+    """The storage of zeros according to the config; None, with errors, for other layouts."""
     settings, known = scan.settings, True
     keys = ("checkpoint_format", "format")
     formats = {str(settings[key]).lower() for key in keys if settings.get(key)} or {"gptq"}
@@ -136,8 +136,7 @@ def _version(scan: CheckpointScan) -> int | None:
 def _bits(
     scan: CheckpointScan, codes: TensorSpec, zeros: TensorSpec, scale: TensorSpec
 ) -> int | None:
-    """The bits that the shapes have, which must be the config's, unless that says that modules
-    differ."""
+    """The bits implied by the shapes, which must be the config's unless modules may differ."""
     stated: Any = scan.settings.get("bits")
     bits = None
     fits = codes.dtype == zeros.dtype == "I32" and scale.dtype in ("F16", "BF16", "F32")

@@ -1,4 +1,5 @@
-"""hqq: Half-Quadratic Quantization's integers, described by tensors beside them; read only."""
+"""hqq: Half-Quadratic Quantization's integers, described by tensors of the same module; read
+only."""
 
 import math
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ OTHERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Hqq(QuantizedWeight):
-    """W = (code - zero) * scale, of W seen as rows of groups or columns of them."""
+    """W = (code - zero) * scale, for W reshaped to rows or columns of groups."""
 
     name = "hqq"
     methods = ("hqq",)
@@ -78,8 +79,8 @@ class Hqq(QuantizedWeight):
 def _fits(
     scan: CheckpointScan, packing: str, shape: tuple[int, ...], specs: list[TensorSpec]
 ) -> bool:
-    """Whether the words hold so many codes, and each row or column of them has a scale and a
-    zero."""
+    """Return whether the words have enough bits for the codes, and each row or column of them has a
+    scale and a zero."""
     words, scale, zero, *_ = specs
     if packing not in PACKINGS:
         scan.errors.add(

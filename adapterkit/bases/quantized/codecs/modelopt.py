@@ -61,8 +61,8 @@ class Modelopt(QuantizedWeight):
     def encode(
         self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
     ) -> Parts:
-        """The whole weight's factor, which fused layers share, stays as long as the largest value
-        allows."""
+        """Encode; the weight's global factor, which fused layers share, stays while the largest
+        value fits."""
         if not self._is_nvfp4:
             old = self.stored_scale(stored)
             return self.as_parts(*fp8.requantize_fp8(weight, self._block, old, draws))
@@ -90,7 +90,7 @@ class Modelopt(QuantizedWeight):
 
 
 def _algorithm(scan: CheckpointScan) -> str | None:
-    """The layout that the configs agree on; None, with errors, if it is not known."""
+    """The layout that the configs agree on; None, with errors, if it is unknown."""
     stated: list[object] = []
     if scan.method == "modelopt":
         stated.append(scan.settings.get("quant_algo"))
@@ -110,8 +110,8 @@ def _algorithm(scan: CheckpointScan) -> str | None:
 
 
 def _fits(scan: CheckpointScan, codes: TensorSpec, siblings: list[TensorSpec]) -> bool:
-    """Whether shapes and dtypes fit; else an error is noted. The scales' values are checked
-    later."""
+    """Return whether shapes and dtypes fit; an error is noted otherwise. The values of scales are
+    checked later."""
     scale, *tensor_scales = siblings
     shape = codes.shape
     fits = len(shape) == 2 and 0 not in shape

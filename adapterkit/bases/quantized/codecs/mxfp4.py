@@ -1,5 +1,5 @@
-"""mxfp4: OpenAI's GPT-OSS, experts in blocks of 32 FP4 values with a power of 2: `X_blocks` and
-`X_scales` hold the stack X."""
+"""mxfp4: OpenAI's GPT-OSS, experts in blocks of 32 FP4 values with a power of 2; `X_blocks` and
+`X_scales` store the stack X."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class Mxfp4(QuantizedWeight):
     def encode(
         self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
     ) -> Parts:
-        """As triton_kernels and so transformers quantize: nothing saturates."""
+        """Encode as triton_kernels, and so transformers, quantize: nothing saturates."""
         rows = weight.transpose(-2, -1).contiguous()
         draws = draws and draws.by_columns(*weight.shape[-2:])
         return self.as_parts(*fp4.requantize_mxfp4(rows, self.stored_scale(stored), "up", draws))

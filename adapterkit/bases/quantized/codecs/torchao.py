@@ -127,7 +127,7 @@ def _scales_fit(
     scale: TensorSpec,
     zeros: list[TensorSpec],
 ) -> bool:
-    """Whether there is a scale for each block, and as many zeros if there are any."""
+    """Return whether there is a scale for each block, and a zero for each if there are any."""
     if any(n % size for n, size in zip(shape, block, strict=True)):
         return False
     rows, columns = shape[0] // block[0], shape[1] // block[1]

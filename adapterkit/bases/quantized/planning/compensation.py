@@ -1,4 +1,4 @@
-"""Which tensors of a merge are rounded with compensation, and with which covariances."""
+"""Choose the tensors of a merge that are rounded with compensation, and their covariances."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ UNSEEN = "NonDynamicallyQuantizableLinear"  # attention's out_proj, which is nev
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the outputs of a linear layer lie on a stored tensor."""
+    """The position of a linear layer's outputs in a stored tensor."""
 
     module: str
     width: int
@@ -30,8 +30,9 @@ class _Place:
 def with_compensation(
     state: MergeState, steps: Mapping[str, list[Step]], stats: Checkpoint
 ) -> dict[str, list[Step]]:
-    """The steps; those that round changed weights of linear layers with covariances of their
-    inputs. `Refused` for layers without one, or stored so that a row is no output or input."""
+    """The steps, where changed weights of linear layers are rounded with covariances of their
+    inputs. `Refused` for layers without one, and for layouts whose rows are neither outputs nor
+    inputs."""
     changes = _changes_by_key(state)
     places: dict[str, list[_Place]] = {}
     others: list[str] = []
@@ -72,7 +73,7 @@ def _changes_by_key(state: MergeState) -> dict[str, list[tuple[Change, Slot]]]:
 
 
 def _places(state: MergeState, step: Step, changes: list[tuple[Change, Slot]]) -> list[_Place]:
-    """The changed linear layers that a step's tensor holds."""
+    """The changed linear layers in a step's tensor."""
     source = step.source
     packed = isinstance(source, QuantizedWeight) and not state.options.dequantize
     turned = isinstance(source, QuantizedWeight) and source.transposed
@@ -84,7 +85,7 @@ def _places(state: MergeState, step: Step, changes: list[tuple[Change, Slot]]) -
 
 
 def _is_linear(state: MergeState, change: Change) -> bool:
-    """Whether the parameter is the weight of a linear layer, and factors change it."""
+    """Return whether the parameter is the weight of a linear layer and changed by factors."""
     parameter = change.parameter
     if not change.additions or len(parameter.shape) != 2 or not parameter.name.endswith(".weight"):
         return False
@@ -96,7 +97,7 @@ def _is_linear(state: MergeState, change: Change) -> bool:
 
 
 def _place(step: Step, change: Change, slot: Slot) -> _Place:
-    """Raises `Refused` where inputs are not all on one axis, in order."""
+    """The position of a layer; `Refused` unless inputs are on one axis, in order."""
     parameter = change.parameter
     flip = change.additions[0].flip
     outputs, inputs = slot.axes[::-1] if flip else slot.axes

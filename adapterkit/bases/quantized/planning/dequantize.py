@@ -1,4 +1,4 @@
-"""dequantize: a quantized checkpoint into floats."""
+"""dequantize: decode a quantized checkpoint to floats."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from adapterkit.core.weights.decoded import decoded_view, quantization_files, qu
 
 
 def plan_dequantize(options: Dequantize) -> Plan:
-    """Everything a dequantization will do, or `Refused`."""
+    """Plan a dequantization, or raise `Refused`."""
     base = kind_of(open_model(options.base))
     if own := base.own("dequantize"):
         return own(base, options)
@@ -43,7 +43,7 @@ def nothing_quantized(folder: Folder) -> Refused:
 def plan_model_dequantization(
     original: Checkpoint, options: Dequantize, name: str | None = None
 ) -> Plan:
-    """The dequantization of one model of safetensors; `name`: of an output that is one file."""
+    """The dequantization of one safetensors model; `name`: of a single output file."""
     base = decoded_view(original)
     packed = quantized_weights(base.tensors)
     if not packed:

@@ -1,4 +1,4 @@
-"""loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ,
+"""loftq: quantize a base and compute the adapter that compensates the loss (LoftQ,
 arXiv:2310.08659)."""
 
 from collections.abc import Collection
@@ -38,7 +38,7 @@ SUMMARY = "LoftQ: for its quantized base alone, not for the original"
 
 
 def plan_loftq(options: Loftq) -> Plan:
-    """Everything LoftQ will do, or `Refused`."""
+    """Plan LoftQ, or raise `Refused`."""
     quantized = if_given(open_model, options.quantized)
     stats = if_given(open_statistics, options.stats)
     base = open_checkpoint(open_model(options.base))
@@ -71,8 +71,8 @@ def plan_loftq(options: Loftq) -> Plan:
 def _plan_base_and_adapter(
     base: Checkpoint, stats: Checkpoint | None, options: Loftq
 ) -> tuple[tuple[OutputFile, ...], Json, list[str], Json]:
-    """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
-    metrics of the plan."""
+    """The files of the packed base and of its adapter: computed ones, others, notes, and metrics of
+    the plan."""
     rules = read_rules(BITS_FOR, options.bits_for, integer_of(*MIXED))
     to = (MIXED if options.bits_for else BITS)[options.bits]
     formats = {pattern: MIXED[bits] for pattern, bits in pattern_table(rules).items()}
@@ -178,7 +178,7 @@ def _plan_fixed_base(
 
 
 def _warnings(metrics: dict[str, dict]) -> list[str]:
-    """Modules that factors did not help."""
+    """Warnings for modules that factors did not improve."""
     worse = sorted(
         key
         for key, metric in metrics.items()

@@ -1,4 +1,4 @@
-"""quantize: a checkpoint's linear layers into a quantized format."""
+"""quantize: encode a checkpoint's linear layers in a quantized format."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,7 +24,7 @@ OF_GGUF = ("imatrix", "modelfile")
 
 
 def plan_quantize(options: Quantize) -> Plan:
-    """Everything a quantization will do, or `Refused`."""
+    """Plan a quantization, or raise `Refused`."""
     Problems(missing_statistics(options.rounding, options.stats)).raise_all()
     stats = if_given(open_statistics, options.stats)
     base = kind_of(open_model(options.base))
@@ -40,7 +40,8 @@ def plan_model_quantization(
     skip: str | Callable[[str], bool] | None,
     stats: Folder | None = None,
 ) -> Plan:
-    """The quantization of one model; `skip`: a pattern of modules, or what tells them."""
+    """The quantization of one model; `skip`: a pattern of modules, or a function that matches
+    them."""
     check_not_quantized(base)
     how = {"to": options.to, **vars(options.only(BlockOptions)), "skip": skip}
     quantization = plan_quantization(base, how)
@@ -72,8 +73,8 @@ def check_fit(
     unfit: Sequence[str] = OF_GGUF,
     hint: str = "give a GGUF file, or one of an image model",
 ) -> None:
-    """`Refused` for other formats than those that are known of a kind of base, of a model's if none
-    are given, and for options that it has no use for."""
+    """`Refused` for formats that this kind of base does not support (by default a model's), and for
+    options that do not apply to it."""
     known = written_formats() if known is None else known
     wrong = [flag_of(name) for name in unfit if getattr(options, name)]
     if wrong or options.to not in known:

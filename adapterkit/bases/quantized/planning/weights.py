@@ -1,4 +1,4 @@
-"""The quantized weights of a model: modules, format, and the config for it."""
+"""The quantized weights of a model: modules, format, and the resulting config."""
 
 import re
 from collections.abc import Callable, Collection
@@ -33,8 +33,8 @@ NO_EXCEPTIONS = Exceptions({}, "")
 
 
 def targets() -> dict[str, list[Format]]:
-    """The formats that can be written, by their names in `--to`; of several formats of one name the
-    one for rarer modules is first."""
+    """The formats that can be written, by their names in `--to`; if several share a name, the one
+    for rarer modules is first."""
     formats: dict[str, list[Format]] = {}
     for record in sorted(members("codecs").values(), key=lambda record: "Linear" in record.modules):
         for target in record.targets:
@@ -44,7 +44,7 @@ def targets() -> dict[str, list[Format]]:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """The weights of a base that are quantized: its linear layers, without those that transformers'
+    """The weights of a base to quantize: its linear layers, except those that transformers'
     quantizers exclude and those that `--skip` matches."""
 
     base: Checkpoint
@@ -69,8 +69,8 @@ class QuantizationPlan:
     unquantized: list[str] = field(default_factory=list)
 
     def size_notes(self) -> list[str]:
-        """A note on the bytes that are not quantized, by cause; none where all of them are in
-        embeddings, the head and norms."""
+        """A note on the bytes that are not quantized, by cause; none if they are all embeddings,
+        head and norms."""
         assert self.names.model is not None
         state = self.names.model.state
         stacks = [name for name, weight in state.items() if is_stack(name, weight)]
@@ -97,7 +97,7 @@ class QuantizationPlan:
         ]
 
     def upcast_to_fp32(self) -> dict[str, Task]:
-        """Tasks for weights that transformers makes float32 when it quantizes, but not when it
+        """Tasks for weights that transformers casts to float32 when it quantizes, but not when it
         loads the result, such as T5's wo in float16; by key."""
         assert self.names.model is not None
         names: dict[str, str] = {}
@@ -133,7 +133,8 @@ def plan_quantization(
     """The quantization of a base into the format options["to"] (None: only its linear layers are
     listed). `exceptions`: modules that get another target, of the same format.
 
-    `Refused` with all problems of weights that are to be quantized."""
+    `Refused` with all problems of these weights.
+    """
     to, notes = options["to"], []
     _check_options(options, exceptions)
     names = known_model(base, notes)
@@ -183,7 +184,7 @@ def plan_quantization(
 
 
 def _nothing(plan: QuantizationPlan, to: str | None) -> Refused:
-    """No layer is left for a format."""
+    """An error: the format applies to no layer."""
     kinds = {type(plan.model.get_submodule(name)).__name__ for name in plan.excluded}
     derived = ", ".join(sorted(kinds - {*LINEAR}))
     reason = f": transformers loads no quantized {derived}" if derived else ""
@@ -197,7 +198,7 @@ def _nothing(plan: QuantizationPlan, to: str | None) -> Refused:
 
 
 def known_model(base: Checkpoint, notes: list[str]) -> Names:
-    """The names of a model that transformers or diffusers builds; `Refused` where none knows it."""
+    """The names of a model that transformers or diffusers builds; `Refused` if neither knows it."""
     names = Names(base, build_model=True, notes=notes, of_diffusers=True)
     if names.model is None:
         raise Refused(
@@ -235,7 +236,7 @@ def _check_experts(base: Checkpoint, to: str | None, record: Format | None, stat
 
 
 def _add_weight(plan: QuantizationPlan, name: str, kind: str) -> None:
-    """Add a weight of a module of this class to the plan; `Refused` where it cannot be changed."""
+    """Add a weight of a module of this class to the plan; `Refused` if it cannot be changed."""
     module = name.removesuffix(".weight")
     parameter = plan.names.parameter(name)
     if parameter is None or parameter.is_alias:
@@ -261,7 +262,7 @@ def _add_weight(plan: QuantizationPlan, name: str, kind: str) -> None:
 
 
 def _plain_weight(plan: QuantizationPlan, parameter: Parameter, module: str) -> PlainWeight:
-    """The stored weight; `Refused` where it is no single float tensor."""
+    """The stored weight; `Refused` unless it is a single float tensor."""
     if not parameter.is_whole:
         raise Refused(
             f"{shown(parameter.name)} is stored in another layout than the model's",
@@ -289,7 +290,8 @@ def _plain_weight(plan: QuantizationPlan, parameter: Parameter, module: str) -> 
 
 
 def _is_upcast(model: object, name: str, dtype: str) -> bool:
-    """Whether transformers makes a parameter of this dtype float32 (its `_get_dtype_plan`)."""
+    """Return whether transformers converts a parameter of this dtype to float32 (its
+    `_get_dtype_plan`)."""
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     patterns = {
         "F16": {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *strict},
@@ -299,9 +301,9 @@ def _is_upcast(model: object, name: str, dtype: str) -> bool:
 
 
 def convertible_weights(model: Any, classes: Collection[str]) -> dict[str, str]:
-    """Weights of modules of these classes, no subclasses, with the class, without those that
-    transformers' quantizers exclude. Linear layers have one weight; of others it is every parameter
-    of three axes."""
+    """Weights of modules of these classes (not subclasses), with the class, except those that
+    transformers' quantizers exclude. A linear layer has one weight; in other classes every
+    parameter with three axes counts."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     excluded, weights = excluded_modules(model), {}
@@ -319,13 +321,13 @@ def convertible_weights(model: Any, classes: Collection[str]) -> dict[str, str]:
 
 
 def is_stack(name: str, weight: Any) -> bool:
-    """Whether a parameter is the weights of several experts."""
+    """Return whether a parameter contains the weights of several experts."""
     return weight.dim() == 3 and "experts" in name
 
 
 def excluded_modules(model: object) -> list[str]:
-    """The modules that transformers' quantizers exclude by themselves: the output layer, tied ones,
-    the last one; those of diffusers exclude none of these."""
+    """The modules that transformers' quantizers exclude by default: the output layer, tied ones,
+    the last one; diffusers' quantizers exclude none of these."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()

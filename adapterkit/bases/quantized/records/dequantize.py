@@ -1,4 +1,4 @@
-"""dequantize: a quantized checkpoint into floats."""
+"""dequantize: decode a quantized checkpoint to floats."""
 
 from adapterkit.core.options import SOURCE, StrPath, argument, record
 from adapterkit.core.shared_options import dtype_option, shard_size_option
@@ -7,18 +7,17 @@ from adapterkit.core.verb import WritingVerb, function_of
 
 @record
 class Dequantize(WritingVerb):
-    """Decode a quantized checkpoint: W = round(code * scale), in `dtype` (default: what its library
-    computes in).
+    """Decode a quantized checkpoint: W = round(code * scale), in `dtype` (default: the compute
+    dtype of its library).
 
-    Every format of which the command's help tells is read, also several in one checkpoint; tensors
-    that are not quantized stay as they are. The files are the base's, or with `max_shard_size`
-    (5GB) of that size at most. Raises `Refused` before anything is written.
+    Reads every format in the command's help, also several in one checkpoint; tensors that are not
+    quantized do not change. The output has the base's files, or with `max_shard_size` (5GB) files
+    up to that size. Raises `Refused` before anything is written.
 
     A GGUF model file (`pip install "adapterkit[gguf]"`) becomes a checkpoint of transformers' names
-    and layouts, with config and tokenizer, in files of 5 GB at most. Its `dtype` is bf16 where it
-    has blocks: W = code * scale has an error of its own that is larger than the rounding; a file of
-    plain floats keeps its dtype. One of an image model becomes one file of safetensors in its own
-    names.
+    and layouts, with config and tokenizer, in files of 5 GB at most. The default `dtype` is bf16
+    for blocks, because their quantization error is larger than its rounding; a file of floats keeps
+    its dtype. An image model becomes one safetensors file with its own names.
     """
 
     planner = "bases.quantized.planning.dequantize:plan_dequantize"

@@ -1,4 +1,4 @@
-"""loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ,
+"""loftq: quantize a base and compute the adapter that compensates the loss (LoftQ,
 arXiv:2310.08659)."""
 
 from collections.abc import Sequence
@@ -35,23 +35,22 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all
     rounds, plain quantization included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept.
     `OUT/base` is the packed base (`bits` 4: nf4, with `double_quant`; 8: int8), which transformers
-    loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `REGEX=BITS`, other bits for
+    loads directly, and `OUT/adapter` the adapter for it. `bits_for`: `REGEX=BITS`, other bits for
     modules whose name, or the end of it, matches; bitsandbytes has one width for a model, so the
-    base is then compressed-tensors' (w4a16, w8a16). `targets`: which modules get factors,
-    `all-linear`, ends of their names with commas between, or a regex for whole names (default: all
-    that are quantized). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
+    base is then compressed-tensors' (w4a16, w8a16). `targets`: the modules that get factors:
+    `all-linear`, comma-separated ends of names, or a regex for whole names (default: every
+    quantized module). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
     default. The receipt has each module's relative error before and after. Raises `Refused` before
     anything is written.
 
-    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each module that gets
-    factors saw (CorDA's, unscaled or scaled); then errors are those of its outputs,
-    ‖(W - Q - scale·b@a) C^½‖_F, in the choice of the factors, of the round and in the receipt;
-    `damping` is what was added to C, relative to its diagonal's mean.
+    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of the inputs of each module
+    that gets factors (CorDA's, unscaled or scaled). Factors and round are then chosen by the error
+    of the outputs, ‖(W - Q - scale·b@a) C^½‖_F, which the receipt has too; `damping` was added to
+    C, relative to its diagonal's mean.
 
-    With `quantized`, a quantized checkpoint of the same base, that one is kept, and `OUT` is the
-    adapter alone, from one step on W - decode(Q). There `accept(module, a, b)` is asked of each
-    module in turn, in the order of the file, whether its factors are kept; where not, b becomes
-    zero.
+    With `quantized`, a quantized checkpoint of the same base, Q does not change, and `OUT` is the
+    adapter alone, from one step on W - decode(Q). `accept(module, a, b)` then decides for each
+    module, in the order of the file, whether its factors are kept; if not, b is zero.
 
     Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the
     base is written packed, and the best round is kept, not the last.

@@ -1,4 +1,4 @@
-"""quantize: a checkpoint's linear layers into a quantized format."""
+"""quantize: encode a checkpoint's linear layers in a quantized format."""
 
 from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
 from adapterkit.core.registry import load, written_formats
@@ -15,7 +15,7 @@ from adapterkit.verbs.shared.options import BlockOptions
 
 
 def targets() -> list[str]:
-    """The formats that are written, those of image models, and the mixes of a GGUF file."""
+    """The formats that can be written, those of image models, and the mixes of a GGUF file."""
     mixes = load(CONTAINERS[".gguf"]["mixes"])
     return [*written_formats(), *written_formats("image_targets"), *mixes]
 
@@ -27,26 +27,26 @@ class Quantize(WritingVerb, BlockOptions):
     `to`: nf4, fp4 (bitsandbytes 4-bit, `block_size` values with one scale, `double_quant`: the
     scales quantized too), int8 (bitsandbytes), fp8 (blocks of 128 x 128), w4a16 and w8a16
     (compressed-tensors' int4 in groups of `block_size`, 128 where that divides the width, and int8
-    in rows), mxfp4 (GPT-OSS: its experts, as OpenAI stores them; else compressed-tensors'). What
-    transformers' `from_pretrained(quantization_config=...)` leaves alone is left alone: the output
-    layer, what is tied to it, embeddings, norms; `skip`: a regex on modules that are too. The files
-    are those that transformers saves, bit for bit where bitsandbytes defines them. The receipt has
-    each weight's relative error. Raises `Refused` before anything is written.
+    in rows), mxfp4 (GPT-OSS: its experts, as OpenAI stores them; else compressed-tensors'). As with
+    transformers' `from_pretrained(quantization_config=...)`, the output layer, weights tied to it,
+    embeddings and norms do not change; `skip` is a regex for further modules. The files equal those
+    of transformers, bit for bit for bitsandbytes' formats. The receipt has each weight's relative
+    error. Raises `Refused` before anything is written.
 
     `rounding="compensated"` carries the rounding error of each input of a layer into the inputs
     that follow, so that ‖(W - Q) C^½‖_F is small (GPTQ, arXiv:2210.17323); `stats` is a file with
-    `<module>.covariance`, C = E[x xᵀ], of every layer that is quantized. Scales are those of
-    rounding to nearest; stacks of experts are rounded so.
+    `<module>.covariance`, C = E[x xᵀ], of every quantized layer. Scales are those of rounding to
+    nearest, which stacks of experts always use.
 
-    Of a pipeline of diffusers the denoisers and the text encoders are quantized, of diffusers'
-    models in nf4, fp4 or int8; `skip` matches modules with their part in front, and parts.
+    In a diffusers pipeline, the denoisers and the text encoders are quantized, diffusers' models to
+    nf4, fp4 or int8; `skip` matches components, and modules after their component's name.
 
-    Of an image or video model in one file the linear layers in the denoiser's blocks become
-    ComfyUI's comfy-fp8, comfy-mxfp8, comfy-nvfp4 or comfy-int8, and all else stays.
+    In a single-file image or video model, the linear layers in the denoiser's blocks become
+    ComfyUI's comfy-fp8, comfy-mxfp8, comfy-nvfp4 or comfy-int8; other tensors do not change.
 
-    Matrices of a GGUF file, also a split one, get the types of a mix of llama.cpp's (q8_0, q4_k_m,
-    ...), of an image model those that ComfyUI-GGUF gives; all else stays. `imatrix` weighs the
-    errors, `modelfile` writes a Modelfile.
+    The matrices of a GGUF file, also a split one, get the types of a llama.cpp mix (q8_0, q4_k_m,
+    ...), in an image model those of ComfyUI-GGUF; other tensors do not change. `imatrix` weights
+    the errors, `modelfile` writes a Modelfile.
     """
 
     planner = "bases.quantized.planning.quantize:plan_quantize"
