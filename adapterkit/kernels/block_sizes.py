@@ -1,4 +1,4 @@
-"""How many elements a kernel works on at once."""
+"""The number of elements that a kernel processes at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ GPU = 1 << 23
 
 
 def piece(device: torch.device, cached: int) -> int:
-    """`cached`, which a CPU keeps in its cache; on a GPU, which waits for its launches, many."""
+    """The number of elements per piece: `cached` on a CPU, whose cache they fit; many on a GPU,
+    because each launch waits."""
     return cached if device.type == "cpu" else GPU
 
 
 def padded(x: Tensor, widths: Sequence[int], value: float = 0) -> Tensor:
-    """x with more elements at its ends, as `pad` counts them; itself where there are none, which
-    `pad` copies."""
+    """x padded as by `pad`; x itself if there is nothing to pad, because `pad` would copy it."""
     return torch.nn.functional.pad(x, list(widths), value=value) if any(widths) else x

@@ -1,7 +1,7 @@
-"""CMA-ES (Hansen, arXiv:1604.00772): a minimum of a function of few variables by its values alone.
+"""CMA-ES (Hansen, arXiv:1604.00772): minimize a function of few variables without gradients.
 
-A generation is asked for and told its values. Its draws are those of the seed and its number, so
-the same values lead to the same points, whatever interrupts them.
+The search proposes a generation and then receives its values. Draws depend only on the seed and the
+generation's number, so an interrupted search repeats the same points.
 """
 
 import math
@@ -15,9 +15,9 @@ from adapterkit.kernels import dense
 
 @dataclass
 class Cma:
-    """The search: points are drawn from N(mean, step² C), and the better half of them, weighed by
-    their ranks, moves the mean and shapes C; paths of the mean's moves lengthen or shorten the
-    step. Points outside the bounds are moved onto them, and counted there."""
+    """The search: points are drawn from N(mean, step² C), and the better half of them, weighted by
+    rank, moves the mean and shapes C; paths of the mean's moves lengthen or shorten the step.
+    Points outside the bounds are clipped to them, and evaluated there."""
 
     mean: Tensor  # (n,) float64
     step: float

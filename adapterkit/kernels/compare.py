@@ -1,10 +1,10 @@
 """Measures of the difference of two tensors: sums over blocks of both, and the singular values of
 their difference from a sketch.
 
-A difference D (n, m) is never held whole. Up to 512 columns its Gram matrix DᵀD is summed, which is
-exact. Above, two passes over its rows (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, on the row
-side): Z = Ω D with 128 Gaussian rows, Q = orth(Zᵀ), then the singular values of D Q. They are exact
-where min(n, m) <= 128 and never above the true ones elsewhere.
+A difference D (n, m) is never in memory at once. Up to 512 columns its Gram matrix DᵀD is summed,
+which is exact. Above, two passes over its rows (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, on
+the row side): Z = Ω D with 128 Gaussian rows, Q = orth(Zᵀ), then the singular values of D Q. They
+are exact if min(n, m) <= 128, and otherwise never above the true ones.
 """
 
 import math
@@ -21,13 +21,13 @@ EXACT = 512  # columns up to which DᵀD is summed instead
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether all values are equal, a NaN equal to a NaN."""
+    """Return whether all values are equal, with NaN equal to NaN."""
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def rounds_to(a: Tensor, b: Tensor) -> bool:
-    """Whether b is a rounded to b's dtype; a finite value that became infinite was not rounded but
-    lost."""
+    """Return whether b is a rounded to b's dtype; finite values that became infinite do not
+    count."""
     rounded = a.to(b.dtype)
     return same_values(rounded, b) and bool((rounded.isinf() == a.isinf()).all())
 
@@ -37,8 +37,8 @@ def base_and_difference(
     b: Tensor,  # (n, m)
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """A and B - A in `dtype`; where both are the same NaN or infinity, both are 0: what is equal
-    takes no part."""
+    """A and B - A in `dtype`; both are 0 where A and B are the same NaN or infinity, so that equal
+    values do not count."""
     a, b = a.to(dtype), b.to(dtype)
     difference = b - a
     if not math.isfinite(float(difference.sum())):
@@ -76,34 +76,33 @@ class PairSums:
 
     @property
     def relative(self) -> float:
-        """‖D‖ / ‖A‖: 0 where nothing differs, infinite where A is zero."""
+        """‖D‖ / ‖A‖: 0 if nothing differs, infinite if A is zero."""
         return relative(math.sqrt(self.error), math.sqrt(self.squares))
 
     @property
     def cosine(self) -> float:
-        """⟨A, B⟩ / (‖A‖ ‖B‖), NaN where one of them is zero."""
+        """⟨A, B⟩ / (‖A‖ ‖B‖), NaN if one of them is zero."""
         return cosine(
             self.squares, self.squares + self.dot, self.squares + 2 * self.dot + self.error
         )
 
 
 def relative(error: float, norm: float) -> float:
-    """error / norm, 0 / 0 being 0 and anything else / 0 infinite."""
+    """error / norm, with 0 / 0 = 0, and infinite for other divisions by 0."""
     if error == 0 or norm == 0:
         return error if error == 0 or math.isnan(error) else math.inf
     return error / norm
 
 
 def cosine(squares: float, inner: float, other_squares: float) -> float:
-    """inner / (‖A‖ ‖B‖) from ‖A‖², ⟨A, B⟩ and ‖B‖², within [-1, 1]; NaN where one of them is
-    zero."""
+    """inner / (‖A‖ ‖B‖) from ‖A‖², ⟨A, B⟩ and ‖B‖², within [-1, 1]; NaN if one of them is zero."""
     norms = math.sqrt(max(squares, 0.0)) * math.sqrt(max(other_squares, 0.0))
     return max(-1.0, min(1.0, inner / norms)) if norms > 0 and math.isfinite(inner) else math.nan
 
 
 class Sketch:
-    """Z = Ω D summed over blocks of D's rows; each block's part of Ω is drawn from its first row's
-    number."""
+    """Z = Ω D summed over blocks of D's rows; the number of a block's first row seeds its rows of
+    Ω."""
 
     def __init__(self, columns: int, dtype: torch.dtype):
         self.z = torch.zeros(SKETCH, columns, dtype=dtype)
@@ -138,8 +137,8 @@ class Gram:
 
 
 def singular_values(product: Product) -> Tensor:
-    """The singular values of left @ right, from the two triangles of its QR decompositions; NaNs
-    where a value is not finite."""
+    """The singular values of left @ right, from the triangles of two QR decompositions; NaNs if a
+    value is not finite."""
     s = torch.linalg.qr(product.left, mode="r").R
     t = torch.linalg.qr(product.right.T, mode="r").R
     core = s @ t.T
@@ -151,8 +150,8 @@ def singular_values(product: Product) -> Tensor:
 
 
 def pool_spectra(spectra: Sequence[Tensor]) -> Tensor:
-    """One spectrum for several matrices that get one rank: the root of the sum of squares, place by
-    place."""
+    """One spectrum for several matrices that share a rank: the root of the elementwise sum of
+    squares."""
     longest = max(map(len, spectra))
     return sum(
         (torch.nn.functional.pad(s.square(), (0, longest - len(s))) for s in spectra),

@@ -1,8 +1,8 @@
-"""Decompositions of small squares and of thin matrices, where each runs best.
+"""Decompose small square matrices and thin matrices on the faster device for each.
 
-A GPU takes a millisecond for what LAPACK does in a tenth of that, waits for each, and its libraries
-fail on matrices of zeros: small ones, zeros, and what a GPU gives up on are sent to the host and
-back. A thin QR is Cholesky's decomposition there, twice.
+A GPU needs a millisecond for what LAPACK does in a tenth of that, synchronizes for each, and its
+libraries fail on matrices of zeros. So small matrices, zeros, and those on which a GPU fails go to
+the host and back. On a GPU, a thin QR is two Cholesky decompositions.
 """
 
 from collections.abc import Callable
@@ -46,8 +46,8 @@ def svdvals(x: Tensor) -> Tensor:
 def qr(
     x: Tensor,  # (n, k)
 ) -> tuple[Tensor, Tensor]:  # (n, k) orthonormal columns, (k, k) upper triangular; of min(n, k)
-    """On a GPU of thin matrices Cholesky's, in float64, and Householder's where columns depend on
-    each other."""
+    """The QR decomposition; for thin matrices on a GPU by Cholesky in float64, by Householder if
+    columns are dependent."""
     if x.device.type != "cpu" and x.shape[0] >= THIN * x.shape[1] > 0:
         wide = x.double()
         one = torch.eye(x.shape[1], dtype=wide.dtype, device=x.device)

@@ -59,15 +59,16 @@ def top_k_threshold(
     subsample: Callable[[], Iterable[Tensor]] | None = None,
     device: torch.device = CPU,
 ) -> Threshold:
-    """The threshold that keeps exactly `keep` of `size` elements, or all that are not 0.
+    """The threshold that keeps exactly `keep` of `size` elements, or all nonzero ones if these are
+    fewer.
 
-    `read()` yields all blocks at each call; they are overwritten. `subsample()` yields some rows
-    of every part, where that costs less: the first estimate comes from them.
+    `read()` yields all blocks at each call; they are overwritten. `subsample()` yields some rows of
+    every tensor, if that is cheaper: the first estimate comes from them.
 
-    A sample brackets the threshold; one pass counts what is above the bracket and collects what is
-    inside, and the threshold is selected among that. A bracket that misses, or holds too much,
+    A sample brackets the threshold; one pass counts magnitudes above the bracket and collects those
+    inside, among which the threshold is selected. A bracket that misses or contains too many
     narrows the search, and bisection in between bounds the number of passes. A GPU selects among
-    all elements where they are not too many.
+    all elements if they are not too many.
     """
     if keep >= size:
         return Threshold(-1.0)
@@ -100,8 +101,8 @@ def top_k_threshold(
 
 
 def _sample(blocks: Iterable[Tensor], size: int) -> Tensor:
-    """Magnitudes of at most about SAMPLE elements, descending; the stride has no factor in common
-    with the width of the rows, so no column is preferred."""
+    """Magnitudes of at most about SAMPLE elements, descending; the stride is coprime to the row
+    width, so no column is preferred."""
     stride, parts = max(1, size // SAMPLE), []
     for block in blocks:
         while math.gcd(stride, block.shape[1]) > 1:
@@ -113,8 +114,8 @@ def _sample(blocks: Iterable[Tensor], size: int) -> Tensor:
 def _bracket(
     sample: Tensor, low: float, high: float, share: float, spread: float
 ) -> tuple[float, float]:
-    """(bottom, top] within (low, high] that likely contains the smallest of the largest `share`:
-    `spread` standard deviations wide on each side, or with 0 a single value."""
+    """An interval (bottom, top] within (low, high] that likely contains the smallest of the largest
+    `share`: `spread` standard deviations wide on each side, or a single value with 0."""
     sample = sample[(sample > low) & (sample <= high)]
     if not len(sample):
         return low, _middle(low, high, sample.dtype)
@@ -129,8 +130,8 @@ def _bracket(
 def _collect(
     blocks: Iterable[Tensor], bottom: float, top: float, room: int
 ) -> tuple[int, int, Tensor]:
-    """How many magnitudes are above `top`, how many in (bottom, top], and the first `room` of the
-    latter."""
+    """The number of magnitudes above `top`, the number in (bottom, top], and the first `room` of
+    the latter."""
     above, inside, values = 0, 0, []
     for block in blocks:
         over, within = _mask(torch.gt, block.abs_(), top), _mask(torch.gt, block, bottom)
@@ -174,7 +175,7 @@ def _descending(x: Tensor) -> Tensor:
 
 
 def _kth_smallest(x: Tensor, k: int) -> float:
-    """The k-th smallest value, from 0."""
+    """The k-th smallest value, counted from 0."""
     if x.device.type != "cpu":  # kthvalue would run on one processor of many
         upper = 2 * k >= len(x)
         values, _ = x.topk(len(x) - k if upper else k + 1, largest=upper, sorted=False)
@@ -212,8 +213,8 @@ def drop(
     *,
     divided: bool = True,
 ) -> None:
-    """x ← x / p with probability p, else 0: the expectation is x; x ← x or 0 where it is not
-    `divided`. One draw an element, row by row."""
+    """x ← x / p with probability p, else 0, so that the expectation is x; not `divided`: x ← x or
+    0. One draw per element, row by row."""
     each, flat = piece(x.device, DRAWN), x.view(-1)
     for first in range(0, len(flat), each):
         part, here = flat[first : first + each], draws.at(first)
@@ -230,8 +231,8 @@ def drop(
 def ranks(
     x: Tensor,  # (n, cols)
 ) -> Tensor:  # (n, cols)
-    """The rank of each magnitude in its row, from 0 (smallest) to 1, equal ones by column; 1/2 in a
-    row of one."""
+    """The rank of each magnitude in its row, from 0 (smallest) to 1, equal ones in the order of
+    columns; 1/2 in a row of one."""
     cols = x.shape[1]
     if cols == 1:
         return torch.full_like(x, 0.5)
@@ -264,12 +265,12 @@ def elect(
     *,
     divided: bool = True,
 ) -> tuple[int, int]:
-    """out = Σ keepᵢ·shareᵢ·wᵢ·xᵢ / Σ keepᵢ·shareᵢ (0 where nothing is kept), keepᵢ = 1 where
-    sign(xᵢ) is the majority's, else 0; the sum itself where it is not `divided`.
+    """out = Σ keepᵢ·shareᵢ·wᵢ·xᵢ / Σ keepᵢ·shareᵢ (0 if nothing is kept), keepᵢ = 1 if sign(xᵢ) is
+    the majority's, else 0; not `divided`: the numerator alone.
 
     The majority is the sign of Σ xᵢ (total) or of Σ sign(xᵢ) (frequency), without the weights; 0
-    counts as +. Returns how many positions have two or more nonzero values, and at how many of
-    these the signs differ.
+    counts as +. Returns the number of positions with two or more nonzero values, and the number of
+    these where signs differ.
     """
     overlaps = conflicts = 0
     for stripe in _stripes(out):
@@ -323,7 +324,7 @@ def _elect(
 
 
 def _total(blocks: Sequence[Tensor] | Tensor) -> Tensor:
-    """Σ xᵢ in float64: exact in practice, so that no order of the adapters changes a sign."""
+    """Σ xᵢ in float64: exact in practice, so the order of the adapters does not change a sign."""
     total = blocks[0].to(torch.float64, copy=True)
     for x in blocks[1:]:
         if x.device.type == "cpu":
@@ -335,7 +336,7 @@ def _total(blocks: Sequence[Tensor] | Tensor) -> Tensor:
 
 
 def _votes(compare: Callable, blocks: Sequence[Tensor] | Tensor, dtype: torch.dtype) -> Tensor:
-    """By position the number of blocks that are above, or below, 0."""
+    """The number of blocks above 0, or below 0, at each position."""
     if isinstance(blocks, Tensor):
         return compare(blocks, 0).sum(0, dtype=dtype)
     votes = torch.zeros(blocks[0].shape, dtype=dtype, device=blocks[0].device)
@@ -348,7 +349,7 @@ def deviation(
     blocks: Sequence[Tensor],  # the same rows of each delta, (n, cols)
     out: Tensor,  # (n, cols), overwritten
 ) -> None:
-    """out = sqrt(Σ (xᵢ - mean)² / k), computed in float64: 0 exactly where all are equal."""
+    """out = sqrt(Σ (xᵢ - mean)² / k), computed in float64: exactly 0 where all are equal."""
     for stripe in _stripes(out):
         parts = [x[stripe].double() for x in blocks]
         mean = torch.stack(parts).sum(0).div_(len(parts))
@@ -359,6 +360,6 @@ def deviation(
 
 
 def _stripes(x: Tensor) -> Iterator[slice]:
-    """Rows of a block, few enough at a time to stay in cache."""
+    """Rows of a block, in stripes that fit the cache."""
     step = max(1, piece(x.device, CACHED) // x.shape[1])
     return (slice(first, first + step) for first in range(0, len(x), step))

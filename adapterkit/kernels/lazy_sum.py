@@ -1,7 +1,7 @@
-"""A weight plus low-rank products, in the place of their sum while a module's own code multiplies
+"""A weight plus low-rank products, which replaces their sum while a module's own code multiplies
 with it.
 
-Indices, transposes, slices and casts of the sum are sums again; products with a tensor are taken
+Indices, transposes, slices and casts of the sum are sums again; products with a tensor are computed
 factor by factor. Every other operation runs on the summed tensor, which is computed once.
 """
 
@@ -37,8 +37,8 @@ class LowRankSum:
     """weight + sum(scale * left @ right), (..., n, m).
 
     x @ sum = x @ weight + scale * ((x @ left) @ right), the second summand in the factors' dtype
-    and rounded once, to that of the first. No Tensor: a custom autograd function and a kernel in
-    another language need `value()`.
+    and rounded once, to that of the first. It is not a Tensor: a custom autograd function and a
+    kernel in another language need `value()`.
     """
 
     def __init__(self, weight: Tensor, terms: Sequence[Term]):
@@ -64,8 +64,8 @@ class LowRankSum:
         return self._value
 
     def items(self) -> list["LowRankSum"]:
-        """The sums along the first axis. Unbound together: the gradient of a single index would be
-        a tensor of the whole size."""
+        """The sums along the first axis, unbound together because the gradient of a single index
+        would be as large as the whole."""
         if self._items is None:
             terms = [
                 [
@@ -149,8 +149,8 @@ def summed(
     weight: Tensor,  # (..., n, m)
     terms: Sequence[Term],
 ) -> Tensor:
-    """weight + sum(scale * left @ right) in the weight's dtype, of 8-bit floats within their range
-    (as PEFT)."""
+    """weight + sum(scale * left @ right) in the weight's dtype, for 8-bit floats clamped to their
+    range (as PEFT)."""
     with torch.autocast(weight.device.type, enabled=False):
         if weight.ndim == 3 and {t.dtype for term in terms for t in term[:2]} == {weight.dtype}:
             for left, right, scale in terms:
@@ -172,8 +172,8 @@ def _plus(
     total: LowRankSum,
     operands: Callable[[Term], tuple[Tensor, Tensor]],  # (..., n, r), (..., r, m)
 ) -> Tensor:
-    """y + sum(scale * u @ v) over the terms; the product is fused with the addition where the
-    dtypes and axes allow."""
+    """y + sum(scale * u @ v) over the terms; product and addition are fused if dtypes and axes
+    allow."""
     for term in total.terms:
         u, v = operands(term)
         alike = y.dtype == u.dtype == v.dtype and y.ndim == u.ndim == v.ndim
@@ -292,7 +292,7 @@ def _cast(func: Callable, total: Value, *args: object, **kwargs: object) -> Valu
 
 
 def _item(total: Value, index: object) -> Value:
-    """One expert by its number, or several; of a matrix several rows."""
+    """One expert by its number, or several; for a matrix, several rows."""
     if not isinstance(total, LowRankSum) or not isinstance(index, int | slice | Tensor):
         return NotImplemented
     if isinstance(index, bool) or (isinstance(index, Tensor) and index.dtype == torch.bool):
@@ -321,7 +321,7 @@ def _functions(names: str) -> Iterator[Callable]:
 
 
 def _register(handler: Callable, names: str, *, passes: bool = False) -> None:
-    """The handler of functions; `passes`: it takes the function itself first."""
+    """Register the handler of functions; `passes`: it receives the function itself first."""
     for func in _functions(names):
         HANDLERS[func] = partial(handler, func) if passes else handler
 

@@ -1,14 +1,14 @@
 """Low-rank products of several adapters in one batch: y[i] += scale·b·a·x[i] of row i's adapter.
 
-Two forms with one result. Dense multiplies every row by all adapters' factors side by side and
-masks what is another row's: two products, at a cost that grows with the number of adapters.
-Grouped has the rows of one adapter together, in groups of one size with one copy of the factors
-each: two batched products. The larger the groups are, the fewer factors are read; rows that do not
-lie together are copied for them, and groups are filled up. Rows of the base have a mask, or
-factors, of zeros, or are in no group.
+Two forms give the same result. The dense form multiplies every row with the concatenated factors of
+all adapters and masks other rows' columns: two products, whose cost grows with the number of
+adapters. The grouped form gathers the rows of one adapter in groups of one size, each with a copy
+of the factors: two batched products. Larger groups read fewer factors, but scattered rows are
+copied, and groups are padded. Rows of the base have a mask, or factors, of zeros, or are in no
+group.
 
-All factors are put side by side once, whatever the rows; what says which are a row's (masks, picks)
-is made on the host and moved once for all layers with the same ranks.
+All factors are concatenated once, whatever the rows; masks and indices of rows are made on the host
+and moved once for all layers with the same ranks.
 """
 
 from collections.abc import Sequence
@@ -29,17 +29,17 @@ def dense_is_better(
     columns: int,  # the sum of the ranks
     device: torch.device,
 ) -> bool:
-    """Whether the dense form is the faster one. On a CPU measured on one thread at ranks of 16 and
-    widths of 1024, 2 to 64 rows, 1 to 64 adapters and 1 to 128 tokens a row; on a GPU reading the
-    factors decides as long as there are few tokens."""
+    """Return whether the dense form is faster. CPU: measured on one thread at rank 16 and width
+    1024, 2 to 64 rows, 1 to 64 adapters, 1 to 128 tokens per row; GPU: for few tokens reading the
+    factors dominates."""
     if device.type != "cpu" and rows * tokens * columns <= LIMIT:
         return True
     return adapters == 1 or adapters * tokens <= 2
 
 
 def group_size(index: Index, tokens: int) -> int:
-    """The number of rows in a group for which least is read and multiplied; `index`: for each row
-    its factors, -1 for none. Never more than 8 copies of an adapter's factors on average."""
+    """The number of rows per group with the least reads and multiplications; `index`: the factors
+    of each row, -1 for none. On average at most 8 copies of an adapter's factors."""
     counts = [index.count(i) for i in sorted(set(index) - {-1})]
 
     def cost(size: int) -> float:
@@ -55,13 +55,13 @@ def group_size(index: Index, tokens: int) -> int:
 
 
 def _is_in_order(index: Index, size: int) -> bool:
-    """Whether the rows lie in full groups as they are."""
+    """Return whether the rows form full groups in their order."""
     groups = [index[i : i + size] for i in range(0, len(index), size)]
     return all(len(g) == size and set(g) == {g[0]} and g[0] >= 0 for g in groups)
 
 
 class SideBySide(NamedTuple):
-    """Factors of several adapters side by side; R: the sum of their ranks."""
+    """Concatenated factors of several adapters; R: the sum of their ranks."""
 
     a: Tensor  # (R, in)
     b: Tensor  # (R, out)
@@ -70,7 +70,7 @@ class SideBySide(NamedTuple):
 
 
 def side_by_side(factors: Sequence[tuple[Tensor, Tensor, float]]) -> SideBySide:
-    """Of a (r, in), b (out, r) and the scale of each adapter."""
+    """Concatenate a (r, in), b (out, r) and the scale of each adapter."""
     a, b, scales = zip(*factors, strict=True)
     if b[0].device.type == "cpu":
         stacked_b = torch.cat([one.T for one in b])
@@ -95,7 +95,7 @@ def dense_mask(
 
 
 class Grouping(NamedTuple):
-    """Which rows are in which groups of `size`, and which factors each group has."""
+    """The rows of groups of `size`, and the factors of each group."""
 
     size: int
     # (groups · r,) of the factors side by side, R where there are zeros; None: all in their order
@@ -138,7 +138,7 @@ def grouping(
 
 
 def _filled(index: Index, size: int) -> tuple[list[int], list[int], list[int]]:
-    """The rows of groups, filled up with their first ones; which of them are no filling; each
+    """The rows of groups, padded with their first ones; flags of rows that are no padding; each
     group's factors."""
     rows, used, own = list[int](), list[int](), list[int]()
     for i in dict.fromkeys(index):
@@ -160,7 +160,7 @@ class Groups(NamedTuple):
 
 
 def grouped_factors(side: SideBySide, groups: Grouping) -> Groups:
-    """Each group's factors, of these that are side by side."""
+    """Each group's factors, gathered from the concatenated ones."""
     a, b, picks = side.a, side.b, groups.picks
     if picks is not None:
         if groups.is_padded:  # with a row of zeros

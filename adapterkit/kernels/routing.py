@@ -1,8 +1,8 @@
 """Routing tokens to low-rank experts: softmax over the largest |x·p| (Arrow, arXiv:2405.11157).
 
 The experts of one module are two matrices: `down` (E·r + E, in), the rows of every a and then the
-prototypes, and `up` (E·r, out), the rows of every bᵀ. No expert's output is computed for tokens
-that it does not get.
+prototypes, and `up` (E·r, out), the rows of every bᵀ. An expert computes outputs only for tokens
+routed to it.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class Routing(NamedTuple):
-    """The experts of a module and how tokens are routed between them; all of one dtype."""
+    """The experts of a module and the settings of their routing; all of one dtype."""
 
     down: Tensor
     up: Tensor
@@ -36,7 +36,7 @@ def route(
 
 
 def route_one(similarity: list[float], top_k: int, temperature: float) -> list[tuple[int, float]]:
-    """As `route` for one token, without tensors, whose calls take longer than the arithmetic."""
+    """`route` for one token without tensors, whose calls take longer than the arithmetic."""
     sizes = [abs(value) for value in similarity]
     top = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[:top_k]
     powers = [math.exp((sizes[expert] - sizes[top[0]]) / temperature) for expert in top]
@@ -58,10 +58,10 @@ def add_routed(
 ) -> Tensor:
     """y + weight·Σ_e coefficient_e·scale_e·b_e·a_e·x for each token; all of one dtype.
 
-    Chosen by time at width 1024 and rank 16 on a CPU. By expert takes for one token 0.5 of what all
-    at once takes (3 of 10 experts) or 0.07 (3 of 64), for 256 tokens 0.35 (3 of 64); with fewer
-    experts many small products wait for each other's threads. Gathered: for one token 0.15 (3 of
-    64).
+    The form is chosen by times at width 1024 and rank 16 on a CPU, relative to all experts at once.
+    By expert: for one token 0.5 (3 of 10 experts) or 0.07 (3 of 64), for 256 tokens 0.35 (3 of 64);
+    with fewer experts many small products wait for each other's threads. Gathered: for one token
+    0.15 (3 of 64).
     """
     if not in_place and not torch.is_grad_enabled():
         y, in_place = y.clone(), True
@@ -81,7 +81,8 @@ def by_expert_is_faster(tokens: int, count: int, top_k: int) -> bool:
 
 
 def by_expert_(y: Tensor, x: Tensor, routing: Routing) -> None:
-    """Each expert on its own tokens, into y: k/E of the arithmetic. Waits for the routing."""
+    """Each expert on its own tokens, added to y: k/E of the arithmetic. Synchronizes with the
+    routing."""
     down, up, scales, top_k, temperature, weight = routing
     count, width = scales.shape[0], up.shape[0]
     rank = width // count
@@ -110,7 +111,7 @@ def by_expert_(y: Tensor, x: Tensor, routing: Routing) -> None:
 
 
 def gathered(y: Tensor, x: Tensor, routing: Routing) -> Tensor:
-    """Each token's experts side by side, as one of rank k·r: for few tokens."""
+    """Each token's experts concatenated as one of rank k·r: for few tokens."""
     down, up, scales, top_k, temperature, weight = routing
     count, width = scales.shape[0], up.shape[0]
     coefficients, experts = route(F.linear(x, down[width:]), top_k, temperature)
@@ -122,7 +123,7 @@ def gathered(y: Tensor, x: Tensor, routing: Routing) -> Tensor:
 
 
 def dense(y: Tensor, x: Tensor, routing: Routing, *, in_place: bool) -> Tensor:
-    """All experts' factors at once; experts that a token does not get have the coefficient 0."""
+    """All experts' factors at once; unselected experts have the coefficient 0."""
     down, up, scales, top_k, temperature, weight = routing
     count, width = scales.shape[0], up.shape[0]
     products = F.linear(x, down)

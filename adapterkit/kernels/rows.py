@@ -1,5 +1,5 @@
-"""What merging does to rows of a weight: low-rank additions, weight decomposition, and one rounding
-at the end.
+"""Operations of merging on rows of a weight: low-rank additions, weight decomposition, and one
+rounding at the end.
 
 All functions work on a block of whole rows `w (n, cols)`, in place, in the dtype of `w` (float32 or
 float64): each row's result depends on that row alone, so any way of cutting a weight into blocks
@@ -10,12 +10,12 @@ from adapterkit.core.lazy import Tensor, torch
 
 
 def rows_of_chunk(columns: int, elements: int) -> int:
-    """How many rows have about that many elements, one at least."""
+    """The number of rows with about that many elements, at least one."""
     return max(1, elements // max(columns, 1))
 
 
 def row_ranges(rows: int, columns: int, elements: int) -> list[tuple[int, int]]:
-    """Rows [first, last), in order, of about that many elements, one row at least."""
+    """Ranges of rows [first, last), in order, with about that many elements, at least one row."""
     step = rows_of_chunk(columns, elements)
     return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 

@@ -1,4 +1,4 @@
-"""Sums of a tensor: its norm in float64, and whether all of it is finite."""
+"""Sums of a tensor: its norm in float64, and a test that all values are finite."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ PIECE = 1 << 15  # elements that are float64 at a time: they stay in cache, and 
 
 
 def square_sums(x: Tensor) -> list[Tensor]:
-    """‖part‖² in float64 of each part of x, none of them waited for: eight times as fast as a norm
+    """‖part‖² in float64 of each part of x, without synchronizing; eight times as fast as a norm
     that converts on the way."""
     flat = x.T.reshape(-1) if x.dim() == 2 and x.stride(0) == 1 else x.reshape(-1)
     parts = map(torch.Tensor.double, flat.split(piece(x.device, PIECE)))
@@ -18,7 +18,7 @@ def square_sums(x: Tensor) -> list[Tensor]:
 
 
 def floats(values: Sequence[Tensor]) -> list[float]:
-    """Of tensors without dimensions; a GPU is waited for once."""
+    """Tensors without dimensions as floats, with one synchronization of a GPU."""
     if len(values) > 1 and values[0].device.type != "cpu":
         return torch.stack([value.double() for value in values]).tolist()
     return [float(value) for value in values]
@@ -30,7 +30,7 @@ def squared_norm(x: Tensor) -> float:
 
 
 def exact_sum(values: Iterable[float]) -> float:
-    """NaN where there is none: of infinities of both signs, and where it overflows."""
+    """The exact sum; NaN if infinities of both signs or an overflow leave none."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):
@@ -38,13 +38,14 @@ def exact_sum(values: Iterable[float]) -> float:
 
 
 def are_finite(sums: Sequence[Tensor]) -> bool:
-    """Whether sums of a tensor's parts are: then all of its values are."""
+    """Return whether sums of a tensor's parts are finite, which implies that all of its values
+    are."""
     return all(map(math.isfinite, floats(sums)))
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite: then neither is their sum, which takes a fortieth of the
-    time of a test of each."""
+    """Return whether no value is NaN or infinite. A finite sum proves it in a fortieth of the time
+    of testing each value."""
     return math.isfinite(float(x.sum())) or bool(x.isfinite().all())
 
 

@@ -1,4 +1,4 @@
-"""Matrices of low rank: products that are never multiplied out, and decompositions into them.
+"""Low-rank products that are never multiplied out, and decompositions into them.
 
 | of | what is wanted | function |
 |---|---|---|

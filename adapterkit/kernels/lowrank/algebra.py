@@ -1,5 +1,5 @@
-"""Algebra on products left @ right that are never multiplied out: norms, inner products, singular
-values, refits.
+"""Operations on products left @ right that are never multiplied out: norms, inner products,
+singular values, refits.
 
 A product is a pair `left (n, R)`, `right (R, m)`; a delta scale * b @ a is one, and a sum of deltas
 is the stack of its parts. All arithmetic is float64: the matrices are thin, and their cores a few
@@ -62,7 +62,7 @@ def as_product(delta: Product | Tensor) -> Product:
 
 
 def stack_products(products: Sequence[Product], weights: Sequence[float] | None = None) -> Product:
-    """Σ weight * left @ right as one product of rank Σ R; exact but for the scaling of each
+    """Σ weight * left @ right as one product of rank Σ R; exact except for the scaling of each
     left."""
     weights = [1.0] * len(products) if weights is None else weights
     return Product(
@@ -86,9 +86,9 @@ def svd(product: Product) -> Svd:
 def _triangular(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The triangle R of x = Q R, and y -> Q y.
 
-    Where x is tall and well conditioned R comes from Cholesky's decomposition of xᵀx and Q y = x
-    (R⁻¹ y): a few matrix products, twice as fast as Householder's way. Its error is the square of
-    x's condition times 1e-16, so the condition is looked at first.
+    If x is tall and well conditioned, R comes from Cholesky's decomposition of xᵀx and Q y = x (R⁻¹
+    y): a few matrix products, twice as fast as Householder's way. Its error is the square of x's
+    condition times 1e-16, so the condition is checked first.
     """
     if x.shape[0] > 2 * x.shape[1]:
         r, failed = torch.linalg.cholesky_ex(x.T @ x, upper=True)
@@ -126,9 +126,9 @@ def gram(products: Sequence[Product]) -> Tensor:
 def rank_for_energy(s: Tensor, energy: float, total: float | None = None) -> int:
     """The smallest k >= 1 with Σ_{i<=k} s² >= energy * Σ s².
 
-    `total` is Σ s² over all singular values where `s` holds only the first ones; then all of `s`
-    may be too few, and the answer is len(s) + 1. Values below float64's noise of the largest one
-    count as zero; equal values that keep the share exactly, but for rounding, are enough.
+    `total` is Σ s² over all singular values if `s` has only the first ones; if these are too few,
+    the result is len(s) + 1. Values below float64's noise of the largest one count as zero; values
+    that keep the share exactly, up to rounding, are enough.
     """
     squares = s.double().square()
     squares = torch.where(squares <= squares.max() * 1e-28, 0, squares) if len(s) else squares
@@ -147,7 +147,7 @@ def refit(svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
     """Factors a (rank, m), b (n, rank) of the best approximation of that rank, their norms
     balanced: b = U √s, a = √s Vᵀ.
 
-    A rank above the number of singular values is filled with zeros. PEFT puts s into b alone; the
+    Ranks above the number of singular values are padded with zeros. PEFT puts s into b alone; the
     product is the same.
     """
     root = svd.s[:rank].sqrt()
@@ -165,7 +165,7 @@ def balanced_factors(svd: Svd, rank: int, scale: float) -> tuple[Tensor, Tensor]
 
 
 def balance(product: Product) -> tuple[Tensor, Tensor]:
-    """Factors a, b of the same product, each rank-one part's norms made equal: exact but for
+    """Factors a, b of the same product with equal norms in each rank-one term; exact up to
     rounding."""
     left, right = product.left.norm(dim=0), product.right.norm(dim=1)
     ratio = torch.where((left > 0) & (right > 0), (right / left).sqrt(), 1.0)
@@ -173,6 +173,5 @@ def balance(product: Product) -> tuple[Tensor, Tensor]:
 
 
 def fix_sign(vector: Tensor) -> Tensor:
-    """The vector or its negative: the one whose element of largest magnitude, the first of equals,
-    is positive."""
+    """The vector or its negative, so that the (first) element of largest magnitude is positive."""
     return -vector if len(vector) and vector[vector.abs().argmax()] < 0 else vector

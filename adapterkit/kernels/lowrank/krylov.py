@@ -1,5 +1,5 @@
-"""Block Krylov subspaces of a dense matrix (Musco and Musco, arXiv:1504.05477): products with it at
-any scale, first blocks, and the directions that a block adds to a basis.
+"""Block Krylov subspaces of a dense matrix (Musco and Musco, arXiv:1504.05477): scaled products
+with it, first blocks, and new directions of a block.
 
 Three methods use them, with a stopping rule each: `truncated` (triplets to a tolerance; vectors are
 rows), `leading` (values to a tolerance) and `subspace` (the error of the approximation), whose
@@ -24,8 +24,8 @@ FLOOR = {  # of the largest singular value of a block: what is below is rounding
 
 
 class Matrix(NamedTuple):
-    """half² · w, w (n, m), n <= m. A product applies half before and half after, so that 1e30
-    fits."""
+    """half² · w, w (n, m), n <= m. A product applies half before and half after, so that 1e30 does
+    not overflow."""
 
     w: Tensor
     half: float
@@ -76,7 +76,7 @@ class Space(NamedTuple):
         return cls(zeros(n, 0), zeros(0, m), zeros(0, 0, dtype=torch.float64))
 
     def add(self, u: Tensor, new: Tensor) -> "Space":
-        """Also the columns u; `new`: uᵀ w."""
+        """Add to the basis, with the columns u; `new`: uᵀ w."""
         b = torch.cat([self.b, new])
         cross = b.double() @ new.T.double()
         size = len(self.gram)
@@ -85,11 +85,10 @@ class Space(NamedTuple):
 
 
 def wide(w: Tensor) -> tuple[Matrix, bool]:
-    """w or wᵀ, whichever is wide, as a view; half² is a power of 2 that brings the largest element
-    near 1 where products would leave float32's range, else 1; whether it is wᵀ.
+    """Return w or wᵀ, the wide one, as a view; half², a power of 2 that brings the largest element
+    near 1 if products would leave float32's range, else 1; and whether it is wᵀ.
 
-    Raises ValueError for other than non-empty float32 or float64 matrices, and for values that are
-    not finite.
+    Raises ValueError unless it is a non-empty float32 or float64 matrix of finite values.
     """
     if w.dtype not in FLOOR or w.ndim != 2 or not w.numel():
         raise ValueError(
@@ -118,7 +117,7 @@ def long_side(svd: Svd, transposed: bool) -> Tensor:  # (k, m)
 
 
 def generator(matrix: Matrix) -> Generator:
-    """The random numbers of first blocks: a function of the shape."""
+    """The random generator of first blocks, a function of the shape."""
     n, m = matrix.w.shape
     return torch.Generator().manual_seed(n * 1_000_003 + m)
 
@@ -139,8 +138,8 @@ class Expansion(NamedTuple):
 
 
 def expand(basis: Tensor, panel: Tensor, top: float) -> Expansion:
-    """panel (b, m) = inside @ basis (K, m) + beyond @ rows, the rows orthonormal, also to the
-    basis; directions that are rounding beside the panel's largest, or beside `top`, are dropped."""
+    """panel (b, m) = inside @ basis (K, m) + beyond @ rows, with rows orthonormal, also to the
+    basis; directions at the rounding level of the panel's largest, or of `top`, are dropped."""
     inside = panel @ basis.T
     remainder = torch.addmm(panel, inside, basis, alpha=-1)
     rows, beyond = _frame(remainder, FLOOR[panel.dtype], top)
@@ -151,8 +150,8 @@ def expand(basis: Tensor, panel: Tensor, top: float) -> Expansion:
 
 
 def _frame(panel: Tensor, noise: float, top: float) -> tuple[Tensor, Tensor]:
-    """rows (r, m) orthonormal, t (b, r) float64, panel = t @ rows but for directions below
-    noise · max(top, the largest)."""
+    """rows (r, m) orthonormal, t (b, r) float64, panel = t @ rows up to directions below noise ·
+    max(top, the largest)."""
     q, r = dense.qr(panel.T.double())
     x, s, yh = dense.svd(r.T)
     keep = int((s > noise * s[:1].clamp(min=top)).sum())
@@ -163,11 +162,11 @@ def new_directions(
     basis: Tensor,  # (n, K), orthonormal columns
     panel: Tensor,  # (n, b)
 ) -> Tensor:  # (n, r), r <= b, orthonormal columns, also to the basis
-    """What the panel's columns span beside the basis: as `expand`, but without its coefficients and
-    in the panel's dtype, a few times as fast.
+    """The directions that the panel's columns add to the basis: as `expand`, but without
+    coefficients, in the panel's dtype, and a few times as fast.
 
-    Of columns that depend on the others only rounding is left, which lies in the basis's span too:
-    they are dropped, and the others, which may then depend on each other, orthogonalized again.
+    Dependent columns leave only rounding, which is in the basis's span too. They are dropped, and
+    the others, which may then depend on each other, are orthogonalized again.
     """
     u, clean = dense.qr(panel - basis @ (basis.T @ panel))[0], False
     while not clean:

@@ -1,12 +1,12 @@
-"""The leading singular triplets of a weight, their values to a tolerance: as fast for flat spectra,
-whose leading values nearly touch, as for decaying ones.
+"""The leading singular triplets of a weight, with a tolerance for their values: as fast for flat
+spectra, whose leading values are close, as for decaying ones.
 
-Randomized block Krylov on the short side (Musco and Musco, arXiv:1504.05477): blocks u₁ = w g,
-uᵢ₊₁ = w wᵀ uᵢ, triplets from Rayleigh-Ritz. It ends when the values no longer grow: a bound by
-residuals, as in `truncated`, asks for half as much again where the spectrum is flat. Where many
-blocks are needed those in the middle are multiplied in bfloat16 (twice as fast, or more, where the
-processor has instructions for it): a Krylov space bears inexact products, and what they add to it
-is orthogonalized and tested in float32.
+Randomized block Krylov on the short side (Musco and Musco, arXiv:1504.05477): blocks u₁ = w g, uᵢ₊₁
+= w wᵀ uᵢ, triplets from Rayleigh-Ritz. It stops when the values no longer grow, because a bound by
+residuals, as in `truncated`, needs half as many blocks again for flat spectra. If many blocks are
+needed, the middle ones are multiplied in bfloat16 (at least twice as fast if the processor supports
+it): a Krylov space tolerates inexact products, and their new directions are orthogonalized and
+tested in float32.
 """
 
 import math
@@ -30,7 +30,7 @@ MULTIPLE = 16  # of a block's width: others are multiplied at half the speed in 
 
 
 class _Growth:
-    """What the k largest squared values still lack, by their last two gains."""
+    """Estimates the missing growth of the k largest squared values from their last two gains."""
 
     def __init__(self, k: int, tolerance: float) -> None:
         self.k, self.tolerance = k, tolerance
@@ -38,7 +38,7 @@ class _Growth:
         self.ratio, self.gain = 0.5, math.inf  # the gain as a multiple of the tolerance
 
     def lack(self, squares: Tensor) -> float:
-        """As a multiple of the tolerance; squares (K,) falling."""
+        """The missing growth relative to the tolerance; squares (K,) falling."""
         squares = squares[: self.k].clamp(min=0)
         before, self.squares = self.squares, squares
         if before is None or len(before) < self.k:
@@ -76,7 +76,7 @@ def randomized_triplets(
     rank: int,
     rounds: int,
 ) -> Svd:
-    """What `torch.svd_lowrank` gives for a seed of 0, on a CPU bit for bit: a random block of that
+    """The result of `torch.svd_lowrank` for seed 0, on a CPU bit for bit: a random block of that
     width (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, algorithm 4.4), so many rounds with wᵀ
     and w."""
     tall = w if w.shape[0] >= w.shape[1] else w.T
@@ -93,7 +93,7 @@ def randomized_triplets(
 
 
 def _search(matrix: Matrix, k: int, block: int, tolerance: float) -> Svd | None:
-    """None where half of the short side is not enough."""
+    """Search; None if half of the short side is not enough."""
     n, m = matrix.w.shape
     first = matrix.right(krylov.gaussian(matrix, block, m, krylov.generator(matrix)))
     space, lack = _expand(matrix, k, first, tolerance, int(MAX_SHARE * n) // block, EXACT_BLOCKS)
@@ -111,8 +111,8 @@ def _search(matrix: Matrix, k: int, block: int, tolerance: float) -> Svd | None:
 def _expand(
     matrix: Matrix, k: int, panel: Tensor, tolerance: float, most: int, patience: float
 ) -> tuple[Space, float]:
-    """The space, and what its values lack as a multiple of the tolerance: at most 1, or more after
-    `most` blocks, or where from block `patience` on many more are needed."""
+    """The space, and the missing growth of its values relative to the tolerance: at most 1, or more
+    after `most` blocks, or if block `patience` finds that many more are needed."""
     space, growth = Space.empty(matrix), _Growth(k, tolerance)
     lack = math.inf
     for count in range(1, most + 1):
@@ -131,8 +131,8 @@ def _expand(
 
 
 def _inexact(matrix: Matrix, k: int, space: Space, block: int, tolerance: float) -> Tensor | None:
-    """Block Lanczos on bfloat16 products from the space on: the `block` leading Ritz vectors
-    (n, block); None where half of the short side is not enough."""
+    """Block Lanczos on bfloat16 products from the space on: the `block` leading Ritz vectors (n,
+    block); None if half of the short side is not enough."""
     n, size = space.q.shape
     rough = Matrix(matrix.w.bfloat16(), matrix.half)
     most = int(MAX_SHARE * n)

@@ -1,5 +1,5 @@
-"""The sum of given deltas whose outputs are nearest to those of each on the inputs that it saw:
-Σⱼ cⱼ Δⱼ of least Σᵢ wᵢ E‖Σⱼ cⱼ Δⱼ xᵢ - Δᵢ xᵢ‖², from factors and Cᵢ = E[xᵢ xᵢᵀ], in float64."""
+"""The linear combination of deltas whose outputs are nearest to each delta's on its own inputs: Σⱼ
+cⱼ Δⱼ of least Σᵢ wᵢ E‖Σⱼ cⱼ Δⱼ xᵢ - Δᵢ xᵢ‖², from factors and Cᵢ = E[xᵢ xᵢᵀ], in float64."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Normal(NamedTuple):
         return Normal(self.g + other.g, self.h + other.h, self.energy + other.energy)
 
     def error(self, c: Tensor) -> float:
-        """The root of what is minimized, relative to the outputs of the deltas; 0 for zeros."""
+        """The root of the minimized sum, relative to the outputs of the deltas; 0 for zeros."""
         left = self.energy - 2 * float(self.h @ c) + float(c @ self.g @ c)
         return (max(left, 0.0) / self.energy) ** 0.5 if self.energy > 0 else 0.0
 
@@ -34,8 +34,8 @@ def normal_equations(
     shares: Sequence[float],
     covariances: Callable[[int], Tensor],  # (in, in) of an adapter's inputs, read when asked for
 ) -> Normal:
-    """From the factors: tr(Δⱼ C Δₗᵀ) = ⟨bⱼᵀ bₗ, aⱼ C aₗᵀ⟩; a delta is never multiplied out, and no
-    matrix of the inputs' width inverted."""
+    """Normal equations from the factors: tr(Δⱼ C Δₗᵀ) = ⟨bⱼᵀ bₗ, aⱼ C aₗᵀ⟩; no delta is multiplied
+    out, and no matrix of the inputs' width inverted."""
     own = [i for i, product in enumerate(products) if product is not None]
     both = stack_products([product for product in products if product is not None])
     gram = both.left.T @ both.left
@@ -56,8 +56,8 @@ def normal_equations(
 
 
 def solve(normal: Normal, ridge: float) -> Tensor:  # (k,)
-    """The shortest c of (G + ridge · diag G) c = h, each delta measured by its outputs: equal ones
-    get equal numbers, those without outputs 0."""
+    """The shortest c of (G + ridge · diag G) c = h, with each delta measured by its outputs: equal
+    deltas get equal numbers, those without outputs 0."""
     size = normal.g.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(size > 0, 1 / size, 0)
     unit = inverse[:, None] * normal.g * inverse
@@ -70,8 +70,8 @@ def span_weights(
     shares: Sequence[float],
     ridge: float,
 ) -> dict[str, tuple[Tensor, float]]:
-    """c (k,) of each group of modules, and the error that it leaves; `modules`: of each its group,
-    its deltas and the covariances of what each adapter's saw."""
+    """Return c (k,) of each group of modules, and the remaining error; `modules`: for each its
+    group, its deltas and the covariances of each adapter's inputs."""
     sums: dict[str, Normal] = {}
     for group, products, covariances in modules:
         own = normal_equations(products, shares, covariances)

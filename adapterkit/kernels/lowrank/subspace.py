@@ -1,5 +1,5 @@
-"""A low-rank approximation whose error is near the least possible, of matrices whose singular
-values are close together, as those of quantization errors: single triplets are not asked for."""
+"""Approximate a matrix of close singular values, such as a quantization error, with nearly the
+least possible error. Single triplets are not accurate."""
 
 import math
 
@@ -30,10 +30,10 @@ def near_optimal_svd(
     """u s vᵀ of that rank with ‖w - u s vᵀ‖_F about (1 + excess) times the least possible, or
     float32's rounding if that is more.
 
-    Randomized block Krylov (Musco and Musco, arXiv:1504.05477): q spans blocks u₁ = w g,
-    uᵢ₊₁ = w wᵀ uᵢ, and the triplets are those of q qᵀ w. It ends when the energy that further
-    blocks would add, by the last two gains, is less than `excess` allows, or when they have no new
-    direction. Raises ValueError for values that are not finite.
+    Randomized block Krylov (Musco and Musco, arXiv:1504.05477): q spans blocks u₁ = w g, uᵢ₊₁ = w
+    wᵀ uᵢ, and the triplets are those of q qᵀ w. It stops if further blocks would add less energy
+    than `excess` allows, estimated from the last two gains, or no new direction. Raises ValueError
+    for values that are not finite.
     """
     matrix, transposed = krylov.wide(w)
     total = matrix.squares(squared_norm(w) if squares is None else squares)
@@ -71,7 +71,7 @@ def _approximate(
 
 
 def _first_block(matrix: Matrix, size: int, start: Tensor | None) -> Tensor:
-    """g (size, m), random but for the start."""
+    """g (size, m), random except for the start."""
     m = matrix.w.shape[1]
     g = krylov.gaussian(matrix, size, m, krylov.generator(matrix))
     if start is not None:

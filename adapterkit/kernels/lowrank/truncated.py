@@ -1,5 +1,5 @@
-"""The leading singular triplets of a dense matrix: block Krylov, or a full decomposition where that
-costs no more. By them the trailing ones, the leading ones of the inverse, and principal components.
+"""The leading singular triplets of a dense matrix: block Krylov, or a full decomposition if that
+is as cheap. Trailing triplets, those of the inverse, and principal components use them.
 
 Block Golub-Kahan iteration with full reorthogonalization and Rayleigh-Ritz extraction (Musco and
 Musco, arXiv:1504.05477). Vectors are rows: u (K, n) and v (K', m) orthonormal, u @ w = core @ v,
@@ -137,7 +137,7 @@ def leading_svd(
     start: Svd | None = None,  # as in `truncated_svd`
 ) -> tuple[Svd, float]:
     """The leading triplets of w, and ‖w‖_F² (float64): `max_rank` of them, or at most that many:
-    those that keep the share `energy` of it, or those down to s₁ / `ratio`."""
+    those with the share `energy` of it, or those down to s₁ / `ratio`."""
     if energy is not None:
         return svd_for_energy(w, energy, max_rank)
     if ratio is not None:
@@ -163,10 +163,10 @@ def _krylov(
     start: Tensor | None = None,
 ) -> Tensor | None:
     """The first k = `count`(squared values) left vectors (k, n) float64, fewer if w's rank is
-    lower; None where `share` of the cost of a full decomposition is not enough.
+    lower; None if `share` of the cost of a full decomposition is not enough.
 
-    All squared values from the k-th on are below `least`; of ‖w‖_F², `total`, nothing that large
-    remains. A block is wider than k, or it would miss some of equal or nearly equal values.
+    All squared values from the k-th on are below `least`, which the rest of `total`, ‖w‖_F²,
+    proves. A block is wider than k, because it would otherwise miss some of (nearly) equal values.
     """
     n, m = matrix.w.shape
     device, dtype = matrix.w.device, matrix.w.dtype
@@ -217,31 +217,31 @@ def _krylov(
 
 
 def _full_cost(n: int, m: int) -> float:
-    """Time of `_full` in operations of a large float32 product, as EIGH."""
+    """The time of `_full` in operations of a large float32 product, as EIGH."""
     return 2.0 * n * n * m + EIGH * n**3
 
 
 def _cost(n: int, m: int, block: int, size: int) -> float:
-    """Time of a step from `size` vectors a side, in the same unit: two products with w, two
-    orthogonalizations a side, four thin QRs, calls. Skinny products run at half the speed of large
-    ones (measured)."""
+    """The time of a step with `size` vectors per side, in the same unit: two products with w, two
+    orthogonalizations per side, four thin QRs, calls. Skinny products run at half the speed of
+    large ones (measured)."""
     return 8.0 * n * m * block + (n + m) * (16.0 * size + 60.0 * block) * block + 3e7
 
 
 def _ritz(core: Tensor, beyond: Tensor) -> _Ritz:
-    """The singular values of u @ w = core @ v, and the residuals ‖beyondᵀ x_last‖: how far wᵀ u is
-    outside v's span, x_last the vectors' part in the last block."""
+    """The singular values of u @ w = core @ v, and the residuals ‖beyondᵀ x_last‖: the distance of
+    wᵀ u from v's span, where x_last are the vectors' components in the last block."""
     squares, vectors = dense.eigh(core @ core.T)
     squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)
     return _Ritz(squares, vectors, (beyond.T @ vectors[len(core) - len(beyond) :]).square().sum(0))
 
 
 def _excess(ritz: _Ritz, k: int, push: float, tolerance: float) -> float:
-    """The errors of the first k values over what is allowed: at most 1 where all ‖wᵀ u - s v‖ are
-    below tolerance · s₁, or where the values lack little, an error of second order.
+    """The errors of the first k values relative to the allowed ones: at most 1 if all ‖wᵀ u - s v‖
+    are below tolerance · s₁, or if the values' error, which is of second order, is small.
 
-    For each p >= i, with push the norm of the last block's step,
-    σᵢ² - θᵢ² <= push² Σ_{j<=p} rⱼ² / (θ_p² - θ_{p+1}²).
+    For each p >= i, with push the norm of the last block's step, σᵢ² - θᵢ² <= push² Σ_{j<=p} rⱼ² /
+    (θ_p² - θ_{p+1}²).
     """
     squares, residuals = ritz.squares, ritz.residuals
     scale = tolerance * squares[0].sqrt()
@@ -252,8 +252,8 @@ def _excess(ritz: _Ritz, k: int, push: float, tolerance: float) -> float:
 
 
 def _above(ritz: _Ritz, k: int, push: float, least: float) -> float:
-    """What value k, the first one beyond, may lack over what it may lack to stay below `least`: by
-    its residual, or by `_lack`, which bounds little where the values behind it are flat."""
+    """The possible error of value k, the first after the wanted ones, relative to its distance from
+    `least`: from its residual, or from `_lack`, which is weak if the next values are flat."""
     room, lack = least - float(ritz.squares[k]), _lack(ritz, push)[k:]
     if not 0 < room < math.inf:  # no limit, or more than k values within it
         return 0.0
@@ -261,14 +261,14 @@ def _above(ritz: _Ritz, k: int, push: float, least: float) -> float:
 
 
 def _lack(ritz: _Ritz, push: float) -> Tensor:
-    """An upper bound of how much each squared value but the last is too small."""
+    """An upper bound of the missing growth of each squared value except the last."""
     gaps = (ritz.squares[:-1] - ritz.squares[1:]).clamp(min=1e-300)
     lack = push**2 * ritz.residuals.cumsum(0)[:-1] / gaps
     return lack.flip(0).cummin(0).values.flip(0)
 
 
 def _reach(squares: Tensor, rank: int) -> float:
-    """An upper bound of Σ s² over the first `rank` values, by the first half of the Ritz values,
+    """An upper bound of Σ s² over the first `rank` values, from the first half of the Ritz values,
     which have nearly converged."""
     p = len(squares) // 2
     return float(squares[:p].sum() + squares[p] * max(rank - p, 0))
@@ -279,8 +279,8 @@ def _full(matrix: Matrix, count: Callable[[Tensor], int]) -> Tensor:
     (n, n), w's short side, in float64.
 
     Its rounding, 1e-16 s₁², blurs only vectors of values below 1e-8 s₁, less than float32 resolves,
-    and `triplets` computes the values from w itself. At 2048 x 5632 on one thread this takes 2.5 s
-    where LAPACK's float32 svd takes 9.5 s.
+    and `triplets` computes the values from w itself. At 2048 x 5632 on one thread this takes 2.5 s,
+    LAPACK's float32 svd 9.5 s.
     """
     n = matrix.w.shape[0]
     gram = torch.zeros(n, n, dtype=torch.float64, device=matrix.w.device)
@@ -299,8 +299,8 @@ def _exact(matrix: Matrix, k: int) -> Svd:
 
 
 def triplets(matrix: Matrix, left: Tensor, k: int) -> Svd:
-    """The k triplets of leftᵀ left w, float64. Householder's QR returns orthonormal vectors also
-    where some are missing or zero."""
+    """The k triplets of leftᵀ left w, float64. Householder's QR returns orthonormal vectors even if
+    some are missing or zero."""
     left, _ = dense.qr(pad(left, (0, 0, 0, k - len(left))).T)
     q, r = dense.qr(matrix.rows(left.T.to(matrix.w.dtype)).T.double())
     x, s, yh = dense.svd(r.T)
@@ -316,8 +316,8 @@ def trailing_svd(
 ) -> Svd:
     """The triplets of the min(rank, n, m) smallest singular values of w, falling, in float64.
 
-    w or wᵀ = q l with l square: the smallest values of l are the reciprocals of l⁻¹'s largest, and
-    those `truncated_svd` finds; where l is singular to float64's rounding, LAPACK decomposes it.
+    w or wᵀ = q l with l square: the smallest values of l are the reciprocals of l⁻¹'s largest,
+    which `truncated_svd` finds; if l is singular to float64's rounding, LAPACK decomposes it.
     Raises ValueError for a rank below 1.
     """
     if rank < 1:
@@ -355,11 +355,12 @@ def principal_components(
     mean: Tensor,  # (in,) E[x], float64
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(components (k, in), variances (k,), variance (1,)) in float32: of C - m mᵀ the leading
-    k = min(count, in) eigenvectors as rows, their eigenvalues by falling size, and the trace.
+    """Return components (k, in), variances (k,) and variance (1,) in float32: the leading k =
+    min(count, in) eigenvectors of C - m mᵀ as rows, their eigenvalues in falling order, and the
+    trace.
 
-    Of a few components block Krylov iteration finds them to 1e-7 of the largest variance. The sign
-    is such that the largest element of each row is positive. Computed in float64.
+    For few components block Krylov iteration finds them to 1e-7 of the largest variance. The sign
+    makes the largest element of each row positive. Computed in float64.
     """
     centered = torch.addr(covariance.double(), mean.double(), mean.double(), alpha=-1)
     width = len(centered)

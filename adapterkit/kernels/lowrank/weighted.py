@@ -29,7 +29,7 @@ NOT_POSITIVE = "not positive semidefinite"
 def normalized(
     c: Tensor,  # (n, n)
 ) -> Tensor:  # (n, n) float64
-    """C / mean(diag C). Raises ValueError for what is no covariance: not symmetric, all zeros, or a
+    """C / mean(diag C). Raises ValueError if C is no covariance: not symmetric, all zeros, or a
     negative mean."""
     check(c)
     wide = c.double()
@@ -53,8 +53,8 @@ def cholesky(
     """s with s sᵀ = C / mean(diag C) + d·1, and d, the least of DAMPING with which Cholesky's
     decomposition succeeds: n³/3 operations.
 
-    Raises ValueError for what is no covariance: as `normalized`, or not positive semidefinite, as
-    one may be that was rounded to 16 bits.
+    Raises ValueError as `normalized`, and if C is not positive semidefinite, for example after
+    rounding to 16 bits.
     """
     unit = normalized(c)
     for damping in DAMPING:
@@ -69,8 +69,8 @@ def cholesky(
 def check(
     c: Tensor,  # (n, n)
 ) -> None:
-    """Raises ValueError for what is not finite, all zeros, not symmetric, or has a negative
-    diagonal."""
+    """Raises ValueError for values that are not finite, all zeros, an asymmetric matrix, or a
+    negative diagonal."""
     largest = float(c.abs().amax())
     if not largest or not math.isfinite(largest):
         raise ValueError("zeros" if not largest else "values that are not finite")
@@ -90,15 +90,15 @@ def project(
 
 
 class Energies(NamedTuple):
-    """‖X‖_F² of a matrix, and the shares of it that the rank-one parts of an approximation have:
-    of the first k, ‖X - L‖_F² = total - Σ parts[:k]."""
+    """‖X‖_F² of a matrix, and the shares of the rank-one terms of an approximation: for the first
+    k, ‖X - L‖_F² = total - Σ parts[:k]."""
 
     parts: Tensor  # (k,)
     total: float
 
 
 class Decomposition(NamedTuple):
-    """The leading singular triplets of Δ·root, and ‖Δ·root‖_F²; of Δ where there is no root."""
+    """The leading singular triplets of Δ·root, and ‖Δ·root‖_F²; without a root, of Δ."""
 
     svd: Svd
     total: float
@@ -107,13 +107,13 @@ class Decomposition(NamedTuple):
 
     @property
     def energies(self) -> Mapping[str, Energies]:
-        """By the error's name; first those of the norm in which the fit is the best."""
+        """Energies by the error's name; the norm in which the fit is best comes first."""
         own = Energies(self.svd.s.double().square(), self.total)
         return {"error": own} if self.compared is None else {"output_error": own, **self.compared}
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """a (rank, in) and b (out, rank) of the best approximation of that rank, the norms of each
-        rank-one part equal; zeros beyond the triplets that there are."""
+        """Factors a (rank, in) and b (out, rank) of the best approximation of that rank, with equal
+        norms in each rank-one term; zeros beyond the available triplets."""
         if self.right is None:
             return algebra.refit(self.svd, rank)
         a, b = algebra.balance(Product(self.svd.u[:, :rank], self.right[:rank]))
@@ -146,8 +146,8 @@ def decompose_dense(
     start: Svd | None = None,
     root: Tensor | None = None,  # (in, in) float32
 ) -> Decomposition:
-    """The leading triplets of Δ·root, as many as `truncated.leading_svd` says. With a root Δ's own
-    are computed too, for the comparison."""
+    """The leading triplets of Δ·root, as many as `truncated.leading_svd` finds. With a root, Δ's
+    own are computed too, for the comparison."""
     if root is None:
         return Decomposition(*leading_svd(delta, max_rank, energy, ratio, start))
     outputs = delta @ root
@@ -161,8 +161,8 @@ def decompose_dense(
 def _compared(
     right: Tensor, total: float, s: Tensor, by_plain: Tensor, squares: float
 ) -> dict[str, Energies]:
-    """Errors of Δ, and in both norms those of the plain fit, which is the best one of Δ. `total`
-    and `s`: ‖Δ‖_F² and the singular values of Δ; `by_plain`: its left vectors' Δ·root; `squares`:
+    """Errors of Δ, and in both norms those of the plain fit, the best fit of Δ. `total` and `s`:
+    ‖Δ‖_F² and the singular values of Δ; `by_plain`: its left vectors' Δ·root; `squares`:
     ‖Δ·root‖_F²."""
     row_squares = lambda rows: rows.double().square().sum(1)
     return {

@@ -1,4 +1,4 @@
-"""Quantized formats, and what rounds to them: values and codes, as tensors."""
+"""Quantized formats: values and codes as tensors, and rounding to them."""
 
 from adapterkit.core.lazy import submodules
 

@@ -1,9 +1,8 @@
-"""nf4 and fp4 of bitsandbytes, with scales of blocks that may be quantized once more, to float32
-and back.
+"""nf4 and fp4 of bitsandbytes, to float32 and back; the scales of blocks may be quantized too.
 
 Encoding gives the bytes of bitsandbytes 0.50 on a CPU, which transformers stores, for float32,
-float16 and bfloat16 alike: they are converted to float32 first. Its CUDA kernels give others for a
-few values; the functions say for which.
+float16 and bfloat16 alike: they are converted to float32 first. Its CUDA kernels differ for a few
+values, which the functions name.
 
 A weight is one row of elements, cut into blocks of `blocksize` (the last may be shorter); two
 elements are in a byte, the first in the high nibble. Each block can be encoded alone. Values that
@@ -67,7 +66,7 @@ class Nested(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockGrid(Grid):
-    """table[rank] · absmax, of blocks as rows; a rank counts values from the lowest."""
+    """table[rank] · absmax, with blocks as rows; a rank counts values from the lowest."""
 
     kind: Kind
     width: int = 0  # elements of a row of the weight whose columns are rounded
@@ -96,7 +95,7 @@ class BlockGrid(Grid):
 
 @functools.cache
 def quant_map(kind: Kind, device: torch.device | str = "cpu") -> Tensor:  # (16,) float32
-    """The value of each code, as stored: fp4's 8 is 0 here, and -0 where it is decoded."""
+    """The value of each code, as stored: fp4's code 8 is 0 here, but decodes to -0."""
     return (torch.tensor(TABLES[kind]) + 0.0).to(device)
 
 
@@ -105,12 +104,12 @@ def quantize_4bit(
     kind: Kind,
     blocksize: int = 64,
 ) -> Blocks:
-    """absmax = the largest magnitude of a block; code = the nearest to w · (1 / absmax), of two
-    equally near ones that of the lower value.
+    """absmax = the largest magnitude of a block; code = the nearest to w · (1 / absmax), in a tie
+    that of the lower value.
 
     As bitsandbytes: a shorter last block is divided by its absmax instead, which is at least 1e-38;
     whole blocks below 1e-38 are scaled by 1e38 (zeros: nf4 7, fp4 0). An odd n is padded with the
-    code of 0. fp4 has code 8 for what rounds to 0 from above, 0 from below.
+    code of 0. fp4 has code 8 for values that round to 0 from above, 0 from below.
 
     CUDA gives zero blocks code 0, multiplies in the last block too, by a reciprocal that may be an
     ulp off, and in fp4 has the two zeros exchanged, thresholds up to 14 ulp away and ties towards
@@ -141,8 +140,8 @@ def encode_4bit(
     """The codes of quantize_4bit for these scales; with draws stochastically one of the two
     neighbors.
 
-    fp4's -0 has code 8, so that all codes come back that were decoded with a scale of 1e-38 or
-    more; with 0 none can. Raises ValueError for a wrong number of scales.
+    fp4's -0 has code 8, so that all codes decoded with a scale of at least 1e-38 come back; with 0
+    none can. Raises ValueError for a wrong number of scales.
     """
     w = weight.detach().reshape(-1)
     packed = _empty_bytes(w)
@@ -171,7 +170,7 @@ def grid_of(
     width: int = 0,
     divides: bool = False,
 ) -> BlockGrid:
-    """That of a row for each block."""
+    """The grid of a row per block."""
     absmax, block = absmax.float()[:, None], (1, blocksize)
     # what scaled values are divided by, or multiplied
     by = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))
@@ -208,7 +207,7 @@ def decode_4bit(
 
 
 def _parts(size: int, blocksize: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Ranges of whole blocks, as large pieces, then of the shorter last block."""
+    """Ranges of whole blocks, in large pieces, then of the shorter last block."""
     if blocksize not in BLOCKS:
         raise ValueError(f"expected a block size of {', '.join(map(str, BLOCKS))}, not {blocksize}")
     for blocks in pieces((size // blocksize, blocksize), device, large=True):
@@ -225,8 +224,8 @@ def _ranks(
     x: Tensor,  # float32
     kind: Kind,
 ) -> Tensor:  # uint8; int32 on a GPU
-    """How many thresholds are below. Comparing with each is faster than a search: numpy does 16 at
-    a time."""
+    """The number of thresholds below each value. Comparing with each is faster than a search,
+    because numpy does 16 at a time."""
     thresholds = _thresholds(kind, x.device)
     if x.device.type != "cpu":
         return torch.bucketize(x, thresholds, out_int32=True)
@@ -309,8 +308,8 @@ def quantize_absmax(
     values: Tensor | None = None,  # (256,) float32, rising; None: dynamic_map
 ) -> Nested:
     """Double quantization: d = absmax - mean, each 256 of them scaled by 1 / max |d| and looked up
-    in a table of 65536 equal cells of [-1, 1] that hold the nearest value of the map: values nearer
-    to 0 than half a cell are not distinguished.
+    in a table of 65536 equal cells of [-1, 1] with the nearest value of the map; values nearer to 0
+    than half a cell are not distinguished.
 
     The mean is torch's of float32 in one thread; in several, as in bitsandbytes, its last bit can
     differ above 32768 blocks. On CUDA it always can, and the map itself is searched.
@@ -348,7 +347,7 @@ def decode_absmax(
 
 
 def _number(value: Tensor | float, device: torch.device) -> Tensor:  # () float32
-    """On the device, without a copy that it waits for."""
+    """A number on the device, without a blocking copy."""
     if isinstance(value, Tensor):
         return value.to(device, torch.float32)
     return torch.full((), value, dtype=torch.float32, device=device)

@@ -32,8 +32,8 @@ class Factor(NamedTuple):
 def factorize(
     c: Tensor,  # (n, n) float32
 ) -> Factor:
-    """The factor of a covariance: float64, n³/3 operations. Raises ValueError for what is none: as
-    `normalized`, or not positive semidefinite."""
+    """The factor of a covariance: float64, n³/3 operations. Raises ValueError as `normalized`, and
+    if it is not positive semidefinite."""
     order = torch.argsort(c.diagonal(), descending=True, stable=True)
     turned = order.flip(0)  # a lower factor of the reversed matrix, reversed, is an upper one
     damped = normalized(c)[turned][:, turned]
@@ -45,7 +45,7 @@ def factorize(
 
 
 def float_rounder(dtype: torch.dtype) -> RoundColumn:
-    """To a dtype of floats."""
+    """A rounder to a float dtype."""
     return lambda w, column: w.to(dtype).float()
 
 
@@ -81,7 +81,7 @@ def unrounded(
     q: Tensor,  # (out, in) float64: what it was rounded to
     factor: Factor,
 ) -> Tensor:  # (out, in) float64
-    """What each element was when `round_weight` rounded it to q: q + e u_ii with e = (W - q) r,
+    """The value of each element when `round_weight` rounded it to q: q + e u_ii with e = (W - q) r,
     without the sums of float32."""
     errors = (weight - q)[:, factor.order] @ factor.r
     before = errors.div_(factor.r.diagonal())

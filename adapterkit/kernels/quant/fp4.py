@@ -73,8 +73,8 @@ def decode_mxfp4(
 ) -> Tensor:  # (..., groups · 32) float32
     """code · 2^(scale - 127); scale 255 is NaN (OCP MX 1.0, 5.4.1), 0 is the subnormal 2^-127.
 
-    transformers does this in the weight's dtype, which gives the same rounded to it but for scale
-    255: an infinity there.
+    transformers does this in the weight's dtype, which gives the same rounded to it, except that
+    scale 255 is an infinity there.
     """
     _check_sizes(blocks, scales, MX_GROUP // 2)
     return _decode(blocks, mxfp4_grid(scales)).view(*scales.shape[:-1], -1)
@@ -89,7 +89,7 @@ def encode_mxfp4(
     """code = w / 2^(scale - 127).
 
     With 2^e ≤ amax < 2^(e+1) the scale is
-    - floor (OCP MX 1.0, 6.3, and torchao): 2^(e-2), so that what is above 1.5 · 2^e saturates;
+    - floor (OCP MX 1.0, 6.3, and torchao): 2^(e-2), so that values above 1.5 · 2^e saturates;
     - even (compressed-tensors): 2^(e-1) from amax = 1.75 · 2^e on, else 2^(e-2);
     - up (triton_kernels, so transformers): the least 2^k ≥ amax / 6, so that nothing saturates.
 
@@ -105,7 +105,7 @@ def encode_mxfp4(
 def requantize_mxfp4(
     w: Tensor, scales: Tensor | None, rule: MxRule, draws: Draws | None
 ) -> Encoded:
-    """Codes sampled with the stored scales, or new ones where `loses_less`; without scales or draws
+    """Sample codes with the stored scales, or new ones if `loses_less`; without scales or draws,
     the nearest with new ones."""
     if scales is None or draws is None:
         return encode_mxfp4(w, rule=rule)
@@ -116,7 +116,7 @@ def requantize_mxfp4(
 
 
 def _mx_scale(amax: Tensor, rule: MxRule) -> Tensor:
-    """Biased exponents: a float32's own bias is E8M0's."""
+    """Biased exponents; float32 and E8M0 have the same bias."""
     amax = amax / FP4_MAX if rule == "up" else amax
     bits = amax.view(torch.int32)
     exponent = (bits + {"floor": 0, "even": 1 << 21, "up": (1 << 23) - 1}[rule]) >> 23
@@ -129,15 +129,15 @@ def _mx_scale(amax: Tensor, rule: MxRule) -> Tensor:
 
 class TensorScale(NamedTuple):
     """One value for a weight: compressed-tensors divides the scales of groups by it
-    (`weight_global_scale`), modelopt multiplies them (`weight_scale_2`)."""
+    (`weight_global_scale`), modelopt multiplies them by it (`weight_scale_2`)."""
 
     value: Tensor  # float32
     divides: bool
 
     @classmethod
     def fitting(cls, amax: Tensor, divides: bool) -> Self:
-        """With 448 for the scale of the largest group: 448 · 6 / amax of the weight, 1 where that
-        overflows; or amax / (6 · 448), 1 for zeros."""
+        """448 · 6 / amax of the weight, so that the largest group's scale is 448, or 1 if that
+        overflows; multiplied: amax / (6 · 448), 1 for zeros."""
         if divides:
             amax = amax.float().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
             value = FP8_MAX * FP4_MAX / amax
@@ -147,8 +147,8 @@ class TensorScale(NamedTuple):
 
     @classmethod
     def kept(cls, old: "TensorScale | None", amax: Tensor, divides: bool) -> "TensorScale":
-        """The old one, which fused layers share, as long as the weight's largest value allows, with
-        room for roundings; else a fitting one."""
+        """The old scale, which fused layers share, while the weight's largest value fits with a
+        margin for rounding; otherwise a fitting one."""
         largest = FP4_MAX * FP8_MAX * (1 + 2.0**-20)
         if old is not None:
             value = float(old.value)
@@ -158,12 +158,12 @@ class TensorScale(NamedTuple):
         return cls.fitting(amax, divides)
 
     def of_groups(self, scale: Tensor) -> Tensor:
-        """What each code of a group is multiplied by, float32."""
+        """The factor of each code of a group, float32."""
         return scale.float() / self.value if self.divides else scale.float() * self.value
 
     def scale_for(self, amax: Tensor) -> Tensor:
-        """Of groups by their largest value. Of zeros what the tools write: 0.125 or 1; a scale that
-        rounds to 0 is that too, or at least 2^-9."""
+        """The scales of groups from their largest values. For zeros as the tools write: 0.125 or 1;
+        a scale that rounds to 0 is replaced likewise, or by at least 2^-9."""
         check_finite(amax)
         if self.divides:
             scale = (amax / FP4_MAX * self.value).clamp_(max=FP8_MAX)
@@ -201,8 +201,8 @@ def encode_nvfp4(
     """code = w / (scale / divisor) with scale = amax / 6 · divisor, or w / (scale · factor) with
     scale = amax / (6 · factor).
 
-    compressed-tensors writes code 0 for -0, not 8. Raises ValueError where a scale is to be
-    computed from values that are not finite.
+    compressed-tensors writes code 0 for -0, not 8. Raises ValueError if a scale would be computed
+    from values that are not finite.
     """
     if scale is None:
         scale = tensor_scale.scale_for(_group_amax(w, NV_GROUP))
@@ -215,9 +215,8 @@ def requantize_nvfp4(
     tensor_scale: TensorScale,
     draws: Draws,
 ) -> NvFp4:
-    """Codes sampled with the stored scales, or new ones where `loses_less`; by the same rule the
-    scale of the whole weight is computed again, and all others with it, where a group needs more
-    than it allows."""
+    """Sample codes with the stored scales, or new ones if `loses_less`; if a group needs more than
+    the weight's global scale allows, that scale and all others are computed again."""
     x, amax = _matrix(w), _group_amax(w, NV_GROUP)
     old, new = nvfp4_grid(scale, tensor_scale), tensor_scale.scale_for(amax)
     better = loses_less(x, old, nvfp4_grid(new, tensor_scale))
@@ -244,8 +243,8 @@ def renew_nvfp4(
     *,
     divides: bool,
 ) -> NvFp4:
-    """Sampled with the old scales, or to nearest with new ones; the scale of the whole weight stays
-    as long as its largest value allows."""
+    """Encode, sampled with the old scales or to nearest with new ones; the global scale stays while
+    its largest value fits."""
     if old is not None and draws is not None:
         return requantize_nvfp4(w, *old, draws)
     amax = _group_amax(w, NV_GROUP)
@@ -293,7 +292,7 @@ def _values(device: torch.device) -> Tensor:  # (16,) float32
 
 @functools.cache
 def _thresholds(device: torch.device) -> Tensor:  # (7,) float32, rising
-    """The middles of magnitudes, those that are rounded up a little lower."""
+    """The middles of magnitudes; those that round up are a little lower."""
     values = torch.tensor(E2M1)
     middles = (values[:-1] + values[1:]) / 2
     middles[1::2] = torch.nextafter(middles[1::2], torch.tensor(0.0))

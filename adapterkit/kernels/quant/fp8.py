@@ -5,7 +5,7 @@ back for every code (-0 and NaN included) whose product with its scale stays wit
 computed again may differ for the same values. Codes are rounded to nearest, ties to even, or with
 `draws` stochastically, and saturate.
 
-A weight is whole rows. A part of its rows can be encoded alone where it begins with a block.
+A weight is whole rows. A range of rows can be encoded alone if it begins with a block.
 """
 
 import functools
@@ -37,8 +37,7 @@ Fp8Rule = Literal["divide", "multiply", "power"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Grid(Grid):
-    """code · scale; a second scale is the factor that values are multiplied by, else they are
-    divided by the first."""
+    """code · scale; values are multiplied by a second scale, or else divided by the first."""
 
     ends: tuple[int, int] = (0, 0x7E)  # 0x7F is NaN
     dtype: torch.dtype = torch.float8_e4m3fn
@@ -65,7 +64,7 @@ def grids(
     factor: Tensor | None = None,  # of "multiply", where it is not 1 / scale
     dtype: torch.dtype = torch.float8_e4m3fn,  # of codes
 ) -> list[Fp8Grid]:
-    """Those of the matrices of a weight."""
+    """The grids of the matrices of a weight."""
     scales, ends = _by_block(scale_as_float(scale), shape, block), ENDS[dtype]
     if rule != "multiply":
         return [Fp8Grid(scales=(one,), block=block, ends=ends, dtype=dtype) for one in scales]
@@ -113,13 +112,13 @@ def encode_fp8(
     """code = w / scale.
 
     - divide (compressed-tensors): scale = amax / 448 rounded to `scale_dtype`; for zeros its eps.
-      Of E5M2 57344 is in place of 448.
+      E5M2 has 57344 instead of 448.
     - multiply (transformers' fp8): f = 448 / amax, scale = 1 / f, code = w · f; for zeros 1.
       With a scale as argument f = 1 / scale.
     - power (transformers' fp8 with scale_fmt ue8m0): that scale, raised to a power of 2.
 
-    A scale of 0 as argument holds zeros, whatever w. Raises ValueError where a scale is to be
-    computed from values that are not finite.
+    A scale of 0 as argument holds zeros, whatever w. Raises ValueError if a scale would be computed
+    from values that are not finite.
     """
     factor = None
     if scale is None:
@@ -142,7 +141,7 @@ def requantize_fp8(
     dtype: torch.dtype = torch.float8_e4m3fn,  # of codes
     new_dtype: torch.dtype = torch.float32,  # of new scales
 ) -> Encoded:
-    """Codes sampled with the stored scales, or new ones where `loses_less`; without scales or draws
+    """Sample codes with the stored scales, or new ones if `loses_less`; without scales or draws,
     the nearest with new ones."""
     if scale is None or draws is None:
         return encode_fp8(w, block, rule=rule, scale_dtype=new_dtype, dtype=dtype)
@@ -159,7 +158,7 @@ def requantize_fp8(
 def _fp8_scale(
     amax: Tensor, rule: Fp8Rule, dtype: torch.dtype, codes: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The scale that is stored and the factor that "multiply" uses."""
+    """The stored scale and the factor that "multiply" uses."""
     check_finite(amax)
     largest = torch.finfo(codes).max
     if rule == "divide":
@@ -175,8 +174,8 @@ def _fp8_scale(
 
 
 def _by_block(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> Tensor:
-    """The scales of all blocks of a weight of this shape: (matrices, ceil(out/h), ceil(in/w)). Of
-    whole rows they may lack the last axis."""
+    """The scales of all blocks of a weight of this shape: (matrices, ceil(out/h), ceil(in/w)). With
+    blocks of whole rows the last axis may be missing."""
     grid = (*shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1]))
     of_rows = grid[-1] == 1 and scale.shape == grid[:-1]
     if scale.numel() > 1 and scale.shape != grid and not of_rows:
@@ -191,5 +190,5 @@ def _by_block(scale: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> 
 
 @functools.cache
 def _values(dtype: torch.dtype, device: torch.device) -> Tensor:  # (256,) float32
-    """The value of each byte: faster than torch's own conversion from E4M3."""
+    """The value of each byte; faster than torch's own conversion from E4M3."""
     return torch.arange(256, dtype=torch.uint8).view(dtype).float().to(device)

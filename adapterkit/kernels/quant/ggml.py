@@ -1,6 +1,6 @@
 """ggml's quantized types, the tensors of GGUF files, to float32 and back.
 
-A weight is rows of whole blocks, which encode without each other.
+A weight is rows of whole blocks, which encode independently.
 """
 
 from collections.abc import Callable
@@ -40,8 +40,8 @@ __all__ = ["TYPES", "decode", "encode", "requantize", "round_column"]
 
 @dataclass(frozen=True, kw_only=True)
 class GgmlGrid(Grid):
-    """level · scale - minimum or table[level] · scale, of parts of rows; without a second scale the
-    minimum is 0."""
+    """level · scale - minimum or table[level] · scale, one row per sub-block; without a second
+    scale the minimum is 0."""
 
     table: tuple[int, ...] = ()
 
@@ -73,7 +73,7 @@ def decode(
     name: str,
     blocks: Tensor,  # (..., n · nbytes) uint8
 ) -> Tensor:  # (..., n · values) float32
-    """Bit for bit gguf-py's `dequantize`, of NaN but for sign and payload."""
+    """Decode bit for bit as gguf-py's `dequantize`, except for sign and payload of NaN."""
     kind = TYPES[name]
     count, rest = divmod(blocks.shape[-1], kind.nbytes)
     if rest:
@@ -91,10 +91,10 @@ def encode(
     w: Tensor,  # (rows, in) float32
     importance: Tensor | None = None,  # (in,) float32, ≥ 0: weights of squared errors
 ) -> Tensor:  # (rows, in / values · nbytes) uint8
-    """The best scales that `search` finds, and the nearest codes.
+    """Encode with the best scales that `search` finds, and the nearest codes.
 
-    Where a block has no importance but 0 all of its values have the same. Raises ValueError for
-    values that are not finite, and for such importances and those below 0.
+    A block whose importances are all 0 is weighted equally. Raises ValueError for values that are
+    not finite, and for importances that are not finite or below 0.
     """
     kind = TYPES[name]
     out = torch.empty(_packed_shape(kind, w), dtype=torch.uint8, device=w.device)
@@ -117,14 +117,14 @@ def requantize(
     keep: bool = False,
     stay: bool = False,
 ) -> Tensor:  # uint8, as old
-    """Each block with its old scales, with these fitted again, or with new ones: those with the
-    least Σ importance · (w - value)², the old ones if there is none. New ones are searched where
-    that is not far below the error of rounding (`SETTLED`). With `keep` or draws there are new ones
-    only where a value lies beyond the old ones, with `stay` none; with draws codes are sampled, and
-    errors expected.
+    """Encode each block with its old scales, with these fitted again, or with new ones: those with
+    the least Σ importance · (w - value)², in a tie the old ones. New ones are searched unless the
+    old error is near the error of rounding (`SETTLED`). With `keep` or draws, only blocks with
+    values beyond the old scales get new ones, with `stay` none; with draws codes are sampled, and
+    errors are expected ones.
 
-    A value that is what its old code decodes to keeps this code, and a block of such values all of
-    its bytes, whatever they are.
+    A value that equals its decoded old code keeps this code, and a block of such values keeps all
+    of its bytes.
     """
     kind = TYPES[name]
     if old.shape != _packed_shape(kind, w):
@@ -175,7 +175,7 @@ def _renewed(
 
 @dataclass(frozen=True)
 class _Trial:
-    """Values of n blocks that other scales are tried on."""
+    """Values of n blocks whose scales are searched."""
 
     name: str
     x: Tensor  # (n, values)
@@ -189,13 +189,13 @@ class _Trial:
         return scales, self.broken.new_empty(0, dtype=torch.int64)
 
     def beyond(self, scales: BlockScales) -> tuple[BlockScales, Tensor]:
-        """New ones of blocks with values beyond the old ones, where these are better: all scales,
+        """New scales of blocks with values beyond the old ones, where these are better: all scales,
         and the numbers of those blocks."""
         beyond = _grid(TYPES[self.name], scales).overflows(self.x).any(1)
         return self._searched(scales, (self.broken | beyond).nonzero()[:, 0])
 
     def nearest(self, scales: BlockScales) -> tuple[BlockScales, Tensor]:
-        """The best ones."""
+        """The best scales."""
         kind = TYPES[self.name]
         parts = Parts.of(kind, self.x, self.importance, self.memory)
         if is_searched_fast(self.name, self.importance):
@@ -223,7 +223,7 @@ class _Trial:
         return self.broken | ~(self._errors(new, self.importance) >= before)
 
     def _changes(self) -> Tensor | None:
-        """The importances for old scales, where some values stay what they are with these."""
+        """The importances for old scales, because some values do not change with these."""
         if self.stays is None:
             return None
         return (~self.stays).float() if self.importance is None else self.importance * ~self.stays
@@ -246,8 +246,8 @@ class _Trial:
 
 
 def _are_distinct(kind: BlockType, scales: BlockScales, codes: Tensor) -> bool:
-    """Whether the nearest code of each value is the one that it was decoded from. A scale of 0 does
-    not tell it, nor one that is small beside its minimum; some codes are never written."""
+    """Return whether each value's nearest code is surely the code it was decoded from. That is
+    unknown if a scale is 0 or much smaller than its minimum; some codes are never written."""
     scale, *minimum = scales.effective
     least = minimum[0].abs() * DISTINCT if minimum else torch.zeros(())
     if "e" in kind.fields or not bool((scale.abs() > least).all()):
@@ -260,14 +260,14 @@ def round_column(
     name: str,
     old: Tensor,  # (rows, in / values · nbytes) uint8
 ) -> RoundColumn:
-    """To nearest with the scales of these blocks; `requantize` encodes what it gave."""
+    """Round to nearest with the scales of these blocks; `requantize` encodes the result."""
     kind = TYPES[name]
     scales = unpack_scales(kind, old.reshape(-1, kind.nbytes))
     return _grid(kind, scales, rows=len(old)).round_column
 
 
 def _grid(kind: BlockType, scales: BlockScales, rows: int | None = None) -> Grid:
-    """Of blocks as rows, or of this many rows of them."""
+    """The grid of blocks as rows, or of this many rows of them."""
     by_part = scales.effective
     if rows is not None:
         by_part = tuple(each.reshape(rows, -1) for each in by_part)
@@ -303,14 +303,14 @@ def _values(
 
 
 def _blocks(kind: BlockType, w: Tensor) -> Tensor:  # (n, values)
-    """Raises ValueError for values that are not finite."""
+    """The values as blocks. Raises ValueError for values that are not finite."""
     if not all_finite(w):
         raise ValueError(NOT_FINITE)
     return w.reshape(-1, kind.values)
 
 
 def _memory(w: Tensor) -> Tensor:
-    """Of three temporaries of a piece: new memory takes as long as what is done with it."""
+    """Memory for three temporaries of a piece, because allocating it takes as long as using it."""
     first = next(pieces(w.shape, w.device, large=True), slice(0, 0))
     return torch.empty(3, first.stop * w.shape[1], device=w.device)
 
@@ -323,7 +323,7 @@ def _packed_shape(kind: BlockType, w: Tensor) -> tuple[int, int]:
 
 
 def _checked(kind: BlockType, importance: Tensor | None, size: int) -> Tensor | None:
-    """An importance (1, in) whose mean is 1, ones where a block has none."""
+    """Importances (1, in), normalized to mean 1; ones where a block has none."""
     if importance is None:
         return None
     if importance.shape != (size,):
@@ -336,7 +336,7 @@ def _checked(kind: BlockType, importance: Tensor | None, size: int) -> Tensor | 
 
 
 def _tiled(importance: Tensor | None, x: Tensor) -> Tensor | None:
-    """Of each value of blocks of whole rows."""
+    """A value per element of blocks, for whole rows."""
     if importance is None:
         return None
     return importance.expand(x.numel() // importance.shape[1], -1).reshape(x.shape)

@@ -1,8 +1,8 @@
 """Blocks of ggml's quantized types as bytes: codes, float16 scales, and in super-blocks the
-quantized scales of their parts.
+quantized scales of sub-blocks.
 
-A value is (code - zero) · scale - min, or table[code] · scale. In a super-block scale and min are a
-part's integers times a float16.
+A value is (code - zero) · scale - min, or table[code] · scale. In a super-block, scale and min are
+a sub-block's integers times a float16.
 """
 
 import functools
@@ -21,7 +21,7 @@ TRITS, POWERS = 5, (1, 3, 9, 27, 81)  # base-3 digits in a byte
 
 
 class Plane(NamedTuple):
-    """Bits of codes in a field: a byte holds those of codes that lie `run` apart, the first in the
+    """Bits of codes in a field: a byte has those of codes at distance `run`, the first in the
     lowest."""
 
     field: str
@@ -30,7 +30,7 @@ class Plane(NamedTuple):
 
 
 class PartScales(NamedTuple):
-    """How a super-block stores its parts' integers, those of scales and then those of minima."""
+    """The layout of a super-block's integers, first those of scales and then those of minima."""
 
     planes: tuple[Plane, ...]
     ends: tuple[int, int]
@@ -66,7 +66,7 @@ class BlockType:
 
 @dataclass(frozen=True)
 class BlockScales:
-    """The scales of n blocks as they are stored."""
+    """The stored scales of n blocks."""
 
     d: Tensor  # (n, 1) float16; of MXFP4 uint8, exponents
     m: Tensor | None = None  # (n, 1) float16
@@ -74,11 +74,11 @@ class BlockScales:
     min: Tensor | None = None  # (n, parts) int16
 
     def at(self, blocks: Tensor) -> "BlockScales":
-        """Those of some blocks, by number or a mask."""
+        """The scales of some blocks, by number or a mask."""
         return self._each(lambda x: x[blocks])
 
     def without(self, blocks: Tensor) -> "BlockScales":
-        """With 0 for these blocks, by number."""
+        """The scales with 0 for these blocks, by number."""
         return self._each(lambda x: x.index_fill(0, blocks, 0)) if len(blocks) else self
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "BlockScales":
@@ -86,7 +86,7 @@ class BlockScales:
         return BlockScales(change(self.d), some(self.m), some(self.scale), some(self.min))
 
     def replaced(self, blocks: Tensor, new: "BlockScales") -> "BlockScales":
-        """With others for these blocks, by number."""
+        """The scales with others for these blocks, by number."""
         if not len(blocks):
             return self
         put = lambda x, y: None if x is None or y is None else x.index_copy(0, blocks, y)
@@ -97,7 +97,7 @@ class BlockScales:
 
     @cached_property
     def effective(self) -> tuple[Tensor, ...]:  # (n, parts) float32
-        """What codes are multiplied by, and what is subtracted then, if anything is."""
+        """The factor of codes, and the value subtracted afterwards, if there is one."""
         if self.d.dtype == torch.uint8:
             return (_half_powers(self.d.device)[self.d.int()],)
         scale = self.d.float()
@@ -209,7 +209,7 @@ def _fields(kind: BlockType, blocks: Tensor) -> dict[str, Tensor]:
 
 
 def _unsigned(codes: Tensor, zero: int) -> Tensor:
-    """Bytes whose 0 is code 128 are of two's complement; either form to the other."""
+    """Codes with 0 stored as 128, from two's complement or back."""
     return codes ^ 128 if zero == 128 else codes
 
 
@@ -246,7 +246,7 @@ def _pack(planes: tuple[Plane, ...], fields: Mapping[str, Tensor], codes: Tensor
 
 
 def _words(x: Tensor, run: int) -> Tensor:
-    """Bytes as the largest integers that a run of them is made of."""
+    """Bytes as the largest integers that divide their run."""
     dtype = next(t for t in (torch.int64, torch.int32, torch.uint8) if run % t.itemsize == 0)
     return x.clone(memory_format=torch.contiguous_format).view(dtype)  # aligned
 
@@ -259,7 +259,8 @@ SIX, FOUR, HIGH = (_repeated(byte, torch.int32) for byte in (63, 15, 3 << 4))
 
 
 def _six_bits(packed: Tensor) -> Tensor:  # (n, 12) -> (n, 16): 8 scales, 8 mins
-    """Of the last four of each the high bits are above the first four's; four bytes at a time."""
+    """Unpack six-bit integers, four bytes at a time; the high bits of the last four are in the high
+    bits of the first four."""
     first, second, low = packed.clone().view(torch.int32).unbind(1)
     scale, last_scale = first & SIX, first >> 2 & HIGH | low & FOUR
     minimum, last_minimum = second & SIX, second >> 2 & HIGH | low >> 4 & FOUR
@@ -315,7 +316,7 @@ def table_values(table: tuple[int, ...], device: torch.device) -> Tensor:  # flo
 
 @functools.cache
 def _half_powers(device: torch.device) -> Tensor:  # (256,) float32
-    """2^(e - 128), to the subnormals."""
+    """2^(e - 128), including the subnormals."""
     return (
         torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - 128)
         .float()

@@ -1,7 +1,6 @@
-"""The scales of ggml's blocks with the least squared error. Of each part a few are tried with their
-nearest codes; the best is fitted to its codes by least squares. In super-blocks the same is done
-with the integers and the float16 that parts' scales are made of.
-"""
+"""Search the scales of ggml's blocks with the least squared error. For each sub-block a few are
+tried with their nearest codes; the best is fitted to its codes by least squares. In super-blocks
+the same happens with the integers and the float16 that make up the scales."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ CROSS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
 
 
 class SearchParams(NamedTuple):
-    """What a search tries."""
+    """The candidates of a search."""
 
     # of a part its range, or its value of largest magnitude, in units of a scale
     units: tuple[float, ...]
@@ -66,7 +65,7 @@ TRIED: Mapping[str, SearchParams] = {
 
 
 class CodeSums(NamedTuple):
-    """Of each part, with the values l of its codes."""
+    """Sums of each sub-block, with the values l of its codes."""
 
     first: Tensor  # Σ w l
     second: Tensor  # Σ w l²
@@ -77,8 +76,8 @@ class CodeSums(NamedTuple):
 class Parts:
     """Values that share a scale, and their weights.
 
-    Products with a vector of ones would take half the time of these sums, but depend on the number
-    of rows.
+    Products with a vector of ones take half the time, but their rounding depends on the number of
+    rows.
     """
 
     x: Tensor  # (parts, sub)
@@ -119,7 +118,7 @@ class Parts:
         return error.sum(1).view(scale.shape)
 
     def _levels(self, scale: Tensor, minimum: Tensor | None) -> Tensor:
-        """The values of the nearest codes, in the first memory."""
+        """The values of the nearest codes, in the first buffer."""
         level = self.memory[0, : self.x.numel()].view(self.x.shape)
         x = self.x if minimum is None else torch.add(self.x, minimum.view(-1, 1), out=level)
         return self.nearest(torch.mul(x, _inverse(scale).view(-1, 1), out=level))
@@ -134,7 +133,7 @@ class Parts:
         return self.weight.sum(1)
 
     def sums(self, scale: Tensor, minimum: Tensor | None = None, *, line: bool = False) -> CodeSums:
-        """With the nearest codes for these scales (parts,); the first only for a line."""
+        """The sums with the nearest codes for these scales (parts,); the first only for a line."""
         level = self._levels(scale, minimum)
         other, weighted = (each[: self.x.numel()].view(self.x.shape) for each in self.memory[1:])
         weighted = level if self.weight is None else torch.mul(level, self.weight, out=weighted)
@@ -144,7 +143,7 @@ class Parts:
 
 
 class _Best:
-    """Of what is tried that with the least error, each by itself."""
+    """The candidate with the least error so far, for each sub-block."""
 
     def __init__(self):
         self.values: tuple[Tensor, ...] = ()  # the error is the first
@@ -163,10 +162,11 @@ def search(
     importance: Tensor | None,  # as x
     memory: Tensor,  # (3, at least as many elements as x)
 ) -> BlockScales:
-    """Scales of n blocks, those with the least Σ w (x - value)² of what is tried.
+    """The scales of n blocks with the least Σ w (x - value)² among the candidates.
 
-    w = importance · (4 + x² / mean x²)^½, for MXFP4 importance alone; else (2 + x² / mean x²)^p.
-    ggml's are between these and x²; it loses more, by its weights and without any.
+    w = importance · (4 + x² / mean x²)^½, for MXFP4 importance alone; without importance (2 + x² /
+    mean x²)^p. ggml's weights are between these and x²; it loses more, by its weights and without
+    any.
     """
     kind = TYPES[name]
     if "e" in kind.fields:
@@ -216,8 +216,8 @@ def fit_scales(parts: Parts, tried: Sequence[float], fits: int) -> Tensor:  # (p
 def fit_lines(
     parts: Parts, tried: Sequence[float], fits: int, *, signed: bool
 ) -> tuple[Tensor, Tensor]:
-    """scale and minimum (parts,) of scale · l - minimum; `tried`: the range of a part, with 0 in it
-    unless minima are signed, in units of a scale."""
+    """scale and minimum (parts,) of scale · l - minimum; `tried`: the range of a sub-block, with 0
+    in it unless minima are signed, in units of a scale."""
     high, low = parts.x.amax(1), parts.x.amin(1)
     low = low if signed else low.clamp_(max=0)
     if not fits:
@@ -238,8 +238,8 @@ def fit_lines(
 
 
 def _line(sums: CodeSums, weights: Tensor, total: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """scale and minimum with the least Σ w (x - scale · l + minimum)²; a signed minimum is a
-    float16."""
+    """scale and minimum with the least Σ w (x - scale · l + minimum)²; a signed minimum is rounded
+    to float16."""
     first, second, product = sums
     det = weights * second - first * first
     minimum = _ratio(first * product - second * total, det)
@@ -256,8 +256,9 @@ def refit(
     scales: BlockScales,
     changes: Tensor | None,  # (n, values)
 ) -> tuple[Tensor, BlockScales, Tensor]:  # (n,), bool (n,)
-    """The error of blocks with their scales; those with other float16 that fit the nearest codes
-    best; and where these are better. `changes`: weights for the first, where they are others."""
+    """Return the error of blocks with their scales; scales with another float16 that best fits the
+    nearest codes; and a mask of blocks where these are better. `changes`: other weights for the
+    first error."""
     scale, *rest = scales.effective
     minimum = rest[0] if rest else None
     sums, error = parts.fit(scale, minimum, parts.weight if changes is None else changes)
@@ -292,12 +293,12 @@ def _beside_squares(
 
 
 def is_searched_fast(name: str, importance: Tensor | None) -> bool:
-    """Whether new scales take no longer than the errors of old ones."""
+    """Return whether a search takes no longer than computing the errors of old scales."""
     return name not in TRIED or (importance is None and not TRIED[name].fits)
 
 
 def rounding_error(kind: BlockType, parts: Parts, scales: BlockScales) -> Tensor:  # (n,)
-    """Σ w (x - value)² of values that lie anywhere between codes."""
+    """Σ w (x - value)² of values at random between codes."""
     step = scales.effective[0].abs()
     if kind.table:
         step = step * ((max(kind.table) - min(kind.table)) / (len(kind.table) - 1))
@@ -366,7 +367,7 @@ def nest_lines(
 def _two_halves(
     sums: CodeSums, weights: Tensor, total: Tensor, i: Tensor, j: Tensor
 ) -> tuple[Tensor, Tensor]:  # (n, 1)
-    """d and m with the least Σ w (x - d i l + m j)²."""
+    """d and m of least Σ w (x - d i l + m j)²."""
     first, second, product = sums
     a, b, c = _sum(i * i * second), _sum(i * j * first), _sum(j * j * weights)
     p, q = _sum(i * product), _sum(j * total)
@@ -380,7 +381,7 @@ STEPS = (-2.0, -1.25, -0.5, 0.0, 0.5, 1.25)
 
 
 def _unit(x: Tensor, weight: Tensor, low: int, high: int) -> Tensor:  # (n, 1)
-    """A float16 of which scales are integers, with the least squared error of several."""
+    """The float16 unit of integer scales with the least squared error, from a few."""
     most, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     extreme, end = (most, high) if low == 0 else (torch.where(most > -least, most, least), low)
     best = _Best()
@@ -419,17 +420,17 @@ def _exponents(x: Tensor, importance: Tensor | None) -> Tensor:  # (n, 1) uint8
 
 
 def half(x: Tensor) -> Tensor:
-    """The nearest float16 in float32, never infinite."""
+    """The nearest float16 as float32, never infinite."""
     return x.clamp(-HALF_MAX, HALF_MAX).half().float()
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """1 / x; of what is nearly 0 0."""
+    """1 / x; 0 for values near 0."""
     return torch.where(x.abs() < TINY, 0.0, x.reciprocal())
 
 
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    """x / y of y ≥ 0; of what is nearly 0 as if it were a little more."""
+    """x / y of y ≥ 0; values near 0 are replaced by a slightly larger one."""
     return x / y.clamp(min=TINY)
 
 

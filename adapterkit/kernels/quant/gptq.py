@@ -1,7 +1,7 @@
 """Weights of GPTQ and AWQ: integers in words of 32 bits, stored (in, out), with a scale and a zero
 for each group of columns.
 
-Encoded again, a group keeps its scale and zero, or gets new ones where those lose less.
+When it is encoded again, a group keeps its scale and zero, or gets new ones if those lose less.
 """
 
 import functools
@@ -54,11 +54,11 @@ def gptq_grid(
     group: Tensor | None = None,  # (in,) int32: g_idx
     version: int = 1,  # 2 where the config has checkpoint_format gptq_v2
 ) -> IntegerGrid:
-    """(code - zero) · scale, of codes and zeros without the middle one, 2^(bits-1). Version 1
-    stores zero - 1, subtracted from whole words: so 1 is added to whole words.
+    """(code - zero) · scale, with codes and zeros relative to the middle, 2^(bits-1). Version 1
+    stores zero - 1, subtracted from whole words, so 1 is added to whole words.
 
-    Codes of 3 bits lie one after another in three words; gptqmodel's planar layout gptq_p of 3, 5,
-    6 and 7 bits is another one. Raises ValueError for other numbers of bits and versions.
+    Codes of 3 bits are consecutive in three words; gptqmodel's planar layout gptq_p of 3, 5, 6 and
+    7 bits differs. Raises ValueError for other numbers of bits and versions.
     """
     if bits not in BITS:
         raise ValueError(f"expected 2, 3, 4 or 8 bits, not {bits}")
@@ -69,7 +69,7 @@ def gptq_grid(
 def decode_gptq(
     old: WordTensors, bits: int, size: int, group: Tensor | None = None, version: int = 1
 ) -> Tensor:  # (out, in) float32
-    """As `gptq_grid`."""
+    """Decode as `gptq_grid`."""
     grid = gptq_grid(old, bits, size, group, version)
     out = torch.empty(old.words.shape[1], size, device=old.words.device)
     middle = 1 << (bits - 1)
@@ -86,8 +86,8 @@ def requantize_gptq(
     keep_zeros: bool,  # those of a symmetric weight, which some kernels do not read
     draws: Draws | None = None,
 ) -> WordTensors:
-    """As `requantize_integers`, with searched scales; what does not change keeps its bits. New
-    zeros are such that all readers of version 1 agree on them: none is 0."""
+    """Encode as `requantize_integers`, with searched scales; unchanged groups keep their bits. New
+    zeros are never 0, so that all readers of version 1 agree on them."""
     zero = _gptq_zero(old, bits, version)
     result = _requantized(
         w,
@@ -140,7 +140,7 @@ def awq_grid(
 
 
 def decode_awq(old: WordTensors) -> Tensor:  # (out, in) float32
-    """As `awq_grid`."""
+    """Decode as `awq_grid`."""
     grid = awq_grid(old)
     out = torch.empty(old.scale.shape[1], len(old.words), device=old.words.device)
     for octets in pieces((old.words.shape[1], 8 * len(old.words)), out.device):
@@ -158,7 +158,7 @@ def requantize_awq(
     keep_zeros: bool,
     draws: Draws | None = None,
 ) -> WordTensors:
-    """As `requantize_gptq`."""
+    """Encode as `requantize_gptq`."""
     result = _requantized(
         w,
         Integers(_awq_rows(old.words), old.scale.T, _awq_zero(old)),
@@ -205,7 +205,7 @@ def gemv_grid(
 
 
 def decode_gemv(old: WordTensors, groups: int) -> Tensor:  # (out, in) float32
-    """As `gemv_grid`."""
+    """Decode as `gemv_grid`."""
     out = torch.empty(len(old.words), 8 * old.words.shape[1], device=old.words.device)
     expand = lambda rows, x: expand_codes(old.words[rows], 4, x, 8)
     return gemv_grid(old, groups).decode(out, expand)
@@ -219,7 +219,7 @@ def requantize_gemv(
     keep_zeros: bool,
     draws: Draws | None = None,
 ) -> WordTensors:
-    """As `requantize_gptq`; what is beyond the groups stays."""
+    """Encode as `requantize_gptq`; padding after the groups does not change."""
     lowest = None if keep_zeros else 0
     codes, zero = unpack(old.words, 4, w.shape[1]), _gemv_zero(old, groups)
     stored = Integers(codes, old.scale[:, :groups], zero)
@@ -247,7 +247,7 @@ def _requantized(
     lowest: int | None,
     draws: Draws | None,
 ) -> Integers:
-    """`lowest`: of new zeros, from 0; None if they stay."""
+    """Encode; `lowest`: of new zeros, from 0; None if they stay."""
 
     assert old.zero is not None
     new_scale = functools.partial(
@@ -275,8 +275,8 @@ def search_scales(
     lowest: int | None,  # of new zeros, from 0; None: they stay
     sampled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales in `dtype`, and zeros: for sampled codes the smallest with which no value is beyond
-    the ends, else those of the least squared error of a few."""
+    """Scales in `dtype`, and zeros: for sampled codes the smallest that cover all values, else
+    those with the least squared error of a few."""
     scale, new = torch.empty(zero.shape, dtype=dtype, device=w.device), zero.clone()
     low, high = code_ends(bits)
     for rows in pieces(w.shape, w.device):
@@ -306,7 +306,7 @@ def _fitted(
     zeros: Tensor,  # (zeros, n, groups)
     whole: Tensor,  # as zeros: the scales with which all values are held
 ) -> tuple[Tensor, Tensor]:  # (tried · zeros, n, groups)
-    """Parts of each scale with their nearest codes, fitted to these, and the squared errors."""
+    """Scales fitted to the nearest codes of candidates, and the squared errors."""
     low, high = ((end - zeros)[..., None] for end in code_ends(bits))
     scales, products, squares, errors = [], [], [], []
     for part in TRIED[bits]:
@@ -324,6 +324,6 @@ def _fitted(
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest scale above 0 that can be stored, in float32."""
+    """The nearest storable scale above 0, in float32."""
     info = torch.finfo(dtype)
     return scale.clamp(info.smallest_normal, info.max).to(dtype).float()

@@ -1,7 +1,8 @@
-"""One grid under all quantized formats: the values that codes can hold with the scales of blocks.
+"""The common grid of all quantized formats: the values that codes can take with the scales of
+blocks.
 
-A format says how values are scaled, which code is nearest, and what a code is worth. Rounding to
-nearest, stochastic rounding, errors, scales that are kept, and columns by themselves are here.
+A format defines the scaling of values, the nearest code, and the value of a code. This module has
+rounding to nearest, stochastic rounding, errors, kept scales, and rounding by columns.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Encoded(NamedTuple):
 
 
 class Neighbors(NamedTuple):
-    """Of each value the nearest code and the next one on the value's side."""
+    """The nearest code of each value, and the code on the value's other side."""
 
     level: Tensor  # integers: codes in the order of their values
     other: Tensor
@@ -42,7 +43,7 @@ class Neighbors(NamedTuple):
     gap: Tensor  # |value of other - value of level|; 0 where no code lies beyond
 
     def sample(self, draws: Draws) -> Tensor:
-        """The other code with probability distance / gap, else the nearest."""
+        """Sample the other code with probability distance / gap, else the nearest."""
         uniform = draws.uniform(self.level.numel(), self.level.device).view(self.level.shape)
         up = uniform.mul_(self.gap) < self.distance
         return torch.where(up & (self.gap > 0), self.other, self.level)
@@ -57,8 +58,8 @@ class Neighbors(NamedTuple):
 class Grid:
     """The values of a matrix (out, in) in one format, by the scales of its blocks.
 
-    A code is a level, an integer in the order of the values; with `sign`, a bit, a level of
-    magnitudes and that bit. Here it is that integer times the first scale.
+    A code is a level, an integer in the order of the values; with `sign`, it is a level of
+    magnitudes and a sign bit. The default value is that integer times the first scale.
     """
 
     scales: tuple[Tensor, ...]  # (ceil(out/h), ceil(in/w)); codes are multiplied by the first
@@ -70,7 +71,7 @@ class Grid:
     large: ClassVar[bool] = False  # whether its pieces are
 
     def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
-        """Values in units of their scales, in memory of their own."""
+        """Values in units of their scales, in new memory."""
         return x / torch.where(scales[0] == 0, 1.0, scales[0])
 
     def nearest(self, x: Tensor) -> Tensor:
@@ -78,19 +79,20 @@ class Grid:
         return x.round_().clamp_(*self.ends)
 
     def level(self, code: Tensor) -> Tensor:
-        """What codes are worth at scale 1, in float32: of floats in their memory."""
+        """The values of codes at scale 1, in float32; float codes are overwritten."""
         return code.float()
 
     def multiplied(self, level: Tensor, *scales: Tensor) -> Tensor:
-        """Levels by their scales, in their memory."""
+        """Levels times their scales, in place."""
         return level.mul_(scales[0])
 
     def value(self, code: Tensor, *scales: Tensor) -> Tensor:
-        """The values of codes in float32, bit for bit as decoding, so that decoded values stay."""
+        """The values of codes in float32, bit for bit as in decoding, so that decoded values
+        stay."""
         return self.multiplied(self.level(code), *scales)
 
     def decode(self, out: Tensor, expand: Callable[[slice, Tensor], object]) -> Tensor:
-        """The values of codes in `out`, where `expand` writes the levels of some rows."""
+        """The values of codes in `out`, for which `expand` writes the levels of some rows."""
         for rows in pieces(out.shape, out.device, large=self.large):
             expand(rows, out[rows])
             x, scales = self.place(out[rows], rows)
@@ -98,7 +100,7 @@ class Grid:
         return out
 
     def place(self, x: Tensor, rows: slice) -> tuple[Tensor, list[Tensor]]:
-        """These rows of the matrix in blocks, and their scales so that the two broadcast."""
+        """The rows of the matrix in blocks, and their scales, shaped to broadcast."""
         (height, width), count = self.block, self.scales[0].shape[1]
         at = rows if height == 1 else _numbers(rows, height, x.device)
         scales = [scale[at] for scale in self.scales]
@@ -114,8 +116,8 @@ class Grid:
         return [scale[:, at].repeat_interleave(height)[:rows] for scale in self.scales]
 
     def encode(self, w: Tensor, draws: Draws | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """The codes of some rows after those of others: the nearest, with draws sampled. After the
-        last it raises ValueError if values are not finite."""
+        """Encode some rows after the previous ones: to nearest, sampled with draws. After the last
+        it raises ValueError if values are not finite."""
         sums: list[Tensor] = []
         for rows in pieces(w.shape, w.device, large=self.large):
             x, scales = self.place(w[rows], rows)
@@ -130,13 +132,13 @@ class Grid:
             raise ValueError(NOT_FINITE)
 
     def encoded(self, w: Tensor, out: Tensor, draws: Draws | None = None) -> Tensor:
-        """`out` with the codes, as `encode` gives them."""
+        """`out` with the codes of `encode`."""
         for rows, code in self.encode(w, draws):
             out[rows] = code
         return out
 
     def round_column(self, w: Tensor, number: int | None) -> Tensor:
-        """A `RoundColumn`."""
+        """Round a column; see `RoundColumn`."""
         if number is not None:
             scales = self.column(number, len(w))
             return self.value(self.nearest(self.scaled(w, *scales)), *scales)
@@ -148,7 +150,7 @@ class Grid:
         return out
 
     def neighbors(self, x: Tensor, code: Tensor, scales: Sequence[Tensor]) -> Neighbors:
-        """The codes on both sides of each value, of which these are the nearest; of magnitudes if
+        """The codes on both sides of each value, the nearest of which are given; of magnitudes if
         there is a sign."""
         x, code, scales = self._magnitudes(x, code, scales)
         falling = scales[0] < 0
@@ -170,8 +172,8 @@ class Grid:
         return x.abs(), code & ~self.sign, [scale.abs() for scale in scales]
 
     def errors(self, w: Tensor, sampled: bool = True, weight: Tensor | None = None) -> Tensor:
-        """The squared error of each block: expected where codes are sampled, or of the nearest;
-        with weights of the elements."""
+        """The squared error of each block: expected if codes are sampled, else of the nearest; with
+        weights of the elements."""
         (height, width), count = self.block, self.scales[0].shape[1]
         total = torch.zeros(self.scales[0].shape, device=w.device)
         for rows in pieces(w.shape, w.device, large=self.large):
@@ -190,7 +192,7 @@ class Grid:
         return total
 
     def overflows(self, w: Tensor) -> Tensor:  # bool
-        """Which blocks hold a value beyond their lowest or highest one."""
+        """Blocks with values beyond their lowest or highest one."""
         if self.sign:
             return block_amax(w, self.block) > self._end(1).abs()
         x, low, high = w.reshape(*self.scales[0].shape, -1), self._end(0), self._end(1)
@@ -202,27 +204,28 @@ class Grid:
 
 
 def loses_less(w: Tensor, old: Grid, new: Grid) -> Tensor:  # bool
-    """Which blocks hold a value beyond those of the old scale, and have a smaller expected error
-    with the new one: all others keep theirs, so that values that do not change keep their codes."""
+    """Blocks with values beyond the old scale's, and a smaller expected error with the new one; all
+    others keep theirs, so that unchanged values keep their codes."""
     beyond = old.overflows(w)
     return beyond & (new.errors(w) < old.errors(w)) if bool(beyond.any()) else beyond
 
 
 def chosen(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """The new scales where they are better, bit for bit, also of dtypes that torch only stores."""
+    """The new scales where they are better, bit for bit, also in dtypes that torch can only
+    store."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[old.dtype.itemsize]
     return torch.where(better, new.view(bits), old.view(bits)).view(old.dtype)
 
 
 def pieces(shape: Sequence[int], device: torch.device, *, large: bool = False) -> Iterator[slice]:
-    """Slices of rows with about PIECE elements, or LARGE_PIECE, or what a GPU works on."""
+    """Slices of rows with about PIECE elements, LARGE_PIECE, or a GPU's number."""
     rows, columns = shape
     step = max(1, piece(device, LARGE_PIECE if large else PIECE) // max(1, columns))
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 def matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The matrices in the last two axes of each, side by side."""
+    """The matrices in the last two axes, concatenated."""
     return zip(*(t.reshape(-1, *t.shape[-2:]) for t in tensors), strict=True)
 
 
@@ -230,7 +233,7 @@ def block_amax(
     w: Tensor,  # (..., out, in)
     block: tuple[int, int],
 ) -> Tensor:  # (..., ceil(out/h), ceil(in/w))
-    """The largest magnitude of each block; NaN where it holds one."""
+    """The largest magnitude of each block; NaN if it has one."""
     (height, width), (out, columns) = block, w.shape[-2:]
     amax = w.new_empty(*w.shape[:-2], math.ceil(out / height), math.ceil(columns / width))
     for x, target in matrices(w.contiguous(), amax):
@@ -247,7 +250,7 @@ def block_amax(
 
 
 def scale_as_float(scale: Tensor) -> Tensor:
-    """float32 of any float dtype; uint8 holds exponents (E8M0)."""
+    """Scales of any float dtype as float32; uint8 means exponents (E8M0)."""
     return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
 
 

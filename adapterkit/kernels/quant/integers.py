@@ -1,8 +1,8 @@
-"""Weights of packed integers: compressed-tensors, torchao, and what GPTQ and AWQ share with them.
+"""Weights of packed integers: compressed-tensors, torchao, and code shared with GPTQ and AWQ.
 
 A weight is (code - zero) · scale in float32. The difference is exact, so the product is the only
-rounding. The tools compute in the dtype of their scales: where that is fp16 or bf16, the product is
-exact in float32, and rounding it to that dtype gives their result.
+rounding. The tools compute in the dtype of their scales: for fp16 or bf16, the product is exact in
+float32, and rounding it to that dtype gives their result.
 """
 
 import functools
@@ -36,7 +36,7 @@ class Integers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerGrid(Grid):
-    """(code - zero) · scale, of groups of columns; without a second scale the zero is 0."""
+    """(code - zero) · scale, by groups of columns; without a second scale the zero is 0."""
 
     index: Tensor | None = None  # (in,) the group of each column, where they are not in order
 
@@ -71,7 +71,8 @@ def grid_of(
     group: Tensor | None = None,  # (in,) the group of each column; None: equal parts
     bits: int = 8,
 ) -> IntegerGrid:
-    """Raises ValueError where the columns do not divide into equal groups and `group` is None."""
+    """The grid of groups. Raises ValueError if the columns do not divide into equal groups and
+    `group` is None."""
     (out, size), one = shape, scale.numel() == 1
     scale = scale.float().reshape(1 if one else out, -1).contiguous()
     count = scale.shape[1]
@@ -101,7 +102,7 @@ def pack(
     """Bits of code + 2^(bits-1), one code after another from the lowest bit, across words; 0 after
     the last.
 
-    Older versions of compressed-tensors left bits unused where `bits` does not divide 32.
+    Older versions of compressed-tensors left bits unused if `bits` does not divide 32.
     """
     _check_bits(bits)
     n, m = codes.shape
@@ -144,7 +145,7 @@ def unsigned_codes(words: Tensor, bits: int, m: int) -> Tensor:  # (n, m) int16
 
 @functools.cache
 def nibble_pairs(values: tuple[float, ...], device: torch.device) -> Tensor:  # (256,) int32
-    """For each byte the values of its low and its high nibble: two float16 in one int32."""
+    """The values of the low and high nibble for each byte: two float16 in one int32."""
     half = torch.tensor(values, dtype=torch.float16)
     pairs = torch.stack([half.repeat(16), half.repeat_interleave(16)], 1)
     return pairs.view(torch.int32).flatten().to(device)
@@ -163,7 +164,7 @@ def expand_nibbles(
 def pack_nibbles(
     codes: Tensor,  # (n, 2m), 0 to 15
 ) -> Tensor:  # (n, m) uint8
-    """Two codes in a byte, the first in the low nibble."""
+    """Pack two codes per byte, the first in the low nibble."""
     codes = codes.to(torch.uint8, memory_format=torch.contiguous_format)
     pairs = codes.view(torch.int16)  # second << 8 | first
     return (pairs | pairs >> 4).to(torch.uint8)
@@ -173,7 +174,7 @@ def pack_nibbles(
 
 
 def are_groups(index: Tensor | np.ndarray, count: int) -> bool:  # (in,)
-    """Whether all of an index are numbers of groups."""
+    """Return whether all entries of an index are numbers of groups."""
     return bool(((index >= 0) & (index < count)).all())
 
 
@@ -208,7 +209,7 @@ def unpack_zeros(
     bits: int,
     out: int,
 ) -> Tensor:  # (out, groups) int8
-    """weight_zero_point of pack-quantized, which is packed along `out`, unlike the weight."""
+    """weight_zero_point of pack-quantized, packed along `out`, unlike the weight."""
     return unpack(words.T, bits, out).T.contiguous()
 
 
@@ -236,10 +237,10 @@ def encode_integers(
 
     Computed scales: 2 · amax / (2^bits - 1); asymmetric, (max - min) / (2^bits - 1), the two
     widened to include 0, with zero = -2^(bits-1) - min / scale. For zeros it is the eps of
-    `scale_dtype`. All as compressed-tensors does with a float32 weight; a bf16 weight with a bf16
-    scale it divides in bf16, which rounds once more.
+    `scale_dtype`. compressed-tensors does the same with a float32 weight; it divides a bf16 weight
+    by a bf16 scale in bf16, which rounds once more.
 
-    A scale of 0 holds zeros, whatever w. Raises ValueError for values that are not finite.
+    A scale of 0 encodes zeros, whatever w. Raises ValueError for values that are not finite.
     """
     _check_bits(bits)
     w = w.contiguous()
@@ -260,8 +261,8 @@ def requantize_integers(
     new_scale: NewScale,
     draws: Draws | None = None,
 ) -> Integers:
-    """Codes with each group's stored scale or a new one, whichever is nearer to w; with draws
-    sampled, and a new one only for a group with values beyond the old one's."""
+    """Codes with each group's stored scale or a new one, whichever is nearer to w; with draws codes
+    are sampled, and only groups with values beyond the old scale get a new one."""
     w = w.contiguous()
     if scale is None:
         scale, zero = new_scale(w)
@@ -287,8 +288,8 @@ def requantize_integers(
 
 
 def _in_groups(w: Tensor, group: Tensor, count: int) -> Tensor | None:  # (out, count · size)
-    """The columns in equal parts, by their groups; shorter groups end with 0, which every grid
-    holds. None where that takes more than twice the columns: such groups keep their scales."""
+    """The columns gathered by their groups, padded with 0, which every grid can represent. None if
+    that takes more than twice the columns: such groups keep their scales."""
     width, sizes = w.shape[1], torch.bincount(group, minlength=count)
     size = int(sizes.max())
     if count * size > 2 * width:
@@ -365,7 +366,7 @@ def expand_codes(
 
 
 def dense(x: Tensor) -> Tensor:
-    """A copy whose last axis has stride 1: contiguous() does not promise that where an axis has one
+    """A copy whose last axis has stride 1; contiguous() does not guarantee that for axes of one
     element."""
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -383,6 +384,6 @@ def decode_hqq(
     fields: int,  # codes in a word
     rows: int,
 ) -> Tensor:  # (rows, columns) float32
-    """(code - zero) · scale; the first rows are the highest bits of the words."""
+    """(code - zero) · scale; the first rows are in the highest bits of the words."""
     parts = [words >> bits * i & (1 << bits) - 1 for i in reversed(range(fields))]
     return torch.cat(parts)[:rows].float().sub_(zero.float()).mul_(scale.float())

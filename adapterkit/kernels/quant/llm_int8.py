@@ -20,7 +20,7 @@ NOT_FINITE = "the matrix holds values that are not finite in float16"
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Grid(Grid):
-    """code · scale · (1/127), of rows; the second scale is what values are multiplied by."""
+    """code · scale · (1/127), by rows; values are multiplied by the second scale."""
 
     ends: tuple[int, int] = (-127, 127)
     refuses = False  # quantize_int8 does, of float16
@@ -33,7 +33,7 @@ class Int8Grid(Grid):
         return level.mul_(scales[0]).mul_(1 / 127)
 
     def round_column(self, w: Tensor, number: int | None) -> Tensor:
-        """By way of float16, as `quantize_int8`."""
+        """Round by way of float16, as `quantize_int8`."""
         largest = torch.finfo(torch.float16).max
         return super().round_column(w.clamp(-largest, largest).half().float(), number)
 
@@ -59,9 +59,8 @@ def quantize_int8(
     float16 first, as LLM.int8 does. With draws w is not, and codes are rounded stochastically.
 
     Magnitudes from 65520 on are infinite in float16 and so refused; bitsandbytes stores zeros for
-    their rows. A scale of 0 holds zeros. Scales and codes of decode_int8 come back where a row has
-    a code of ±127, as all have whose scales were computed so from values above float16's
-    subnormals.
+    their rows. A scale of 0 encodes zeros. Scales and codes of decode_int8 come back if a row has a
+    code of ±127, which is so for scales computed from values above float16's subnormals.
     """
     w = weight.detach()
     if scale is not None:
@@ -89,7 +88,7 @@ def requantize_int8(
     scale: Tensor | None,  # (out,) float32, as stored
     draws: Draws | None,
 ) -> Encoded:
-    """Codes sampled with the stored scales, or new ones where `loses_less`; without scales or draws
+    """Sample codes with the stored scales, or new ones if `loses_less`; without scales or draws,
     the nearest with new ones."""
     if scale is None or draws is None:
         return quantize_int8(weight)
@@ -103,6 +102,6 @@ def decode_int8(
     scale: Tensor,  # (out,) float32: SCB
 ) -> Tensor:  # (out, in) float32
     """code · scale · (1/127), two roundings, as bitsandbytes' int8_vectorwise_dequant; any rows of
-    both."""
+    codes and scales."""
     out = torch.empty(codes.shape, device=codes.device)
     return grid_of(scale, codes.shape[1]).decode(out, lambda rows, x: x.copy_(codes[rows]))

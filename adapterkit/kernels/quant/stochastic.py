@@ -1,9 +1,9 @@
-"""Stochastic rounding: up or down at random so that E[round(x)] = x, where rounding to nearest
-loses what is below half a step.
+"""Stochastic rounding: up or down at random so that E[round(x)] = x, whereas rounding to nearest
+loses changes below half a step.
 
-The random numbers come from a counter: splitmix64 (Steele, Lea and Flood 2014) of a tensor's key
-and an element's position in it. They are a function of those alone: the same on every device, in
-whatever pieces and order the elements are rounded.
+The random numbers are splitmix64 (Steele, Lea and Flood 2014) of a tensor's key and an element's
+position in it. They depend on nothing else, so they are the same on every device, for any pieces
+and order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXPONENT = {4: ("int32", 0xFF << 23), 8: ("int64", 0x7FF << 52)}  # bytes of a f
 class Draws:
     """Random numbers of the elements of one tensor, from element `first` on.
 
-    `transposed`: the elements are read by columns, from number `local` on, of a stack of matrices
+    `transposed`: the elements are read by columns, from number `local` on, from a stack of matrices
     of this shape (rows, columns).
     """
 
@@ -38,18 +38,18 @@ class Draws:
 
     @classmethod
     def of(cls, seed: int, name: str) -> Draws:
-        """Those of a tensor by its key; other seeds and other names give independent ones."""
+        """The draws of a tensor by its key; different seeds and names give independent ones."""
         digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
         return cls(int.from_bytes(digest, "little"))
 
     def at(self, position: int) -> Draws:
-        """Those from `position` on."""
+        """The draws from `position` on."""
         if self.transposed:
             return replace(self, local=self.local + position)
         return replace(self, first=self.first + position)
 
     def by_columns(self, rows: int, columns: int) -> Draws:
-        """The same numbers for the same elements, of matrices that are stored transposed."""
+        """The same numbers for the same elements, if matrices are stored transposed."""
         return replace(self, transposed=(rows, columns))
 
     def halves(self, count: int, device: torch.device) -> Tensor:  # (count,) int16
@@ -57,22 +57,22 @@ class Draws:
         return self._lanes(count, device, torch.int16)
 
     def below(self, probability: float, count: int, device: torch.device) -> Tensor:  # bool
-        """True with that probability, a multiple of 2^-32 and at least that."""
+        """True with that probability, which is a multiple of 2^-32 and at least that."""
         last = max(round(probability * 2.0**32), 1) - (1 << 31) - 1
         return self._lanes(count, device, torch.int32) <= last
 
     def uniform(
         self, count: int, device: torch.device, dtype: torch.dtype | None = None
     ) -> Tensor:  # (count,) float32
-        """Numbers strictly between 0 and 1: the middles of 2^23 equal parts; for bfloat16 of 2^16,
-        the higher the lower the numbers of `halves`."""
+        """Numbers strictly between 0 and 1: the middles of 2^23 equal intervals; for bfloat16 of
+        2^16, decreasing with the numbers of `halves`."""
         if dtype == torch.bfloat16:
             return (32767.5 - self.halves(count, device).float()).mul_(2.0**-16)
         numbers = (self._lanes(count, device, torch.int32) >> 9).float()
         return numbers.mul_(2.0**-23).add_(0.5 + 2.0**-24)
 
     def _lanes(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The bits of the words, some for each element."""
+        """The bits of the words, some per element."""
         each = 8 // dtype.itemsize
         if self.transposed:
             position = self._positions(count, device)
@@ -101,8 +101,8 @@ class Draws:
 
 
 class Zeros(Draws):
-    """Numbers with which no value of a quantized format becomes its nearest one, if it has two
-    neighbors."""
+    """Numbers that round every value of a quantized format away from its nearest code, if it has
+    two neighbors."""
 
     def uniform(self, count: int, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(count, device=device)
@@ -122,7 +122,7 @@ def _signed(word: int) -> int:
 
 
 def _shifted(words: Tensor, count: int) -> Tensor:
-    """A logical shift to the right, of int64."""
+    """A logical right shift of int64."""
     return (words >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
@@ -131,11 +131,11 @@ def round_to(
     dtype: torch.dtype,  # bfloat16, float16 or float32
     draws: Draws,
 ) -> Tensor:
-    """Of the two neighbors of x in `dtype` the one that is farther from 0, with probability
-    (|x| - lower) / (upper - lower), else the other.
+    """The neighbor of x in `dtype` that is farther from 0, with probability (|x| - lower) / (upper
+    - lower), else the other.
 
-    What `dtype` holds stays, zeros with their sign. Beyond its largest number x is rounded to
-    nearest, and so are infinities and NaN.
+    Values of `dtype` stay, zeros with their sign. Beyond its largest number x is rounded to
+    nearest; infinities and NaN stay.
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     flat, rounded = x.contiguous().view(-1), out.view(-1)
@@ -153,7 +153,7 @@ def round_to(
 
 
 def _to_bfloat16(x: Tensor, out: Tensor, draws: Draws) -> None:
-    """Adds a random number to the bits that are dropped; the carry is the step up."""
+    """Add a random number to the dropped bits; the carry is the step up."""
     bits = draws.halves(len(x), x.device).to(torch.int32).add_(1 << 15).add_(x.view(torch.int32))
     out.view(torch.int16).copy_(bits.view(torch.int16)[1::2])
 
