@@ -1,4 +1,4 @@
-"""The runtime: train and run PyTorch models with adapters, beside the base and never inside it."""
+"""Train and run PyTorch models with adapters, while the base's own values never change."""
 
 from adapterkit.runtime.handle import Adapters, attach, create_arrow_model, load, load_arrow
 from adapterkit.runtime.quantized import register_quantized

@@ -1,4 +1,4 @@
-"""Arrow routers on a live model: read, built, changed and written as `adapterkit arrow` writes
+"""Load, create, change and save Arrow routers on a live model, as `adapterkit arrow` writes
 them."""
 
 import os
@@ -56,7 +56,7 @@ ROLES = ("a", "b", "scale", "prototype")  # of the tensors of a module; `expert`
 
 @dataclass
 class ArrowRouter(Attached):
-    """A router on the model, and what it takes to write it and to add experts."""
+    """A router on the model, and the data needed to save it and to add experts."""
 
     settings: Json = field(default_factory=dict)  # its arrow.json
     experts: list[str] = field(default_factory=list)  # names, in the order of the numbers
@@ -80,8 +80,7 @@ def load(
     top_k: int | None = None,
     temperature: float | None = None,
 ) -> None:
-    """Add a router from its folder; `Refused` with all that does not fit, before anything
-    changes."""
+    """Add a router from its folder; `Refused` with every mismatch before anything changes."""
     state.unused(name)
     folder = open_source(source)
     settings = read_settings(folder)
@@ -113,7 +112,7 @@ def create(
     compat: str | None,
     seed: int | None,
 ) -> None:
-    """Add a router over adapters: folders, Hub ids, names of loaded ones."""
+    """Create a router over adapters: folders, Hub ids, names of loaded ones."""
     state.unused(name)
     experts = checked("adapters", UNWEIGHTED, sources)
     generals = checked("general", UNWEIGHTED, general)
@@ -136,7 +135,7 @@ def create(
 def _put(
     state: State, name: str, settings: Json, experts: list[str], modules: Mapping[str, Experts]
 ) -> ArrowRouter:
-    """Add a router that was read; `Refused` where it does not fit the model."""
+    """Add a router that was read; `Refused` if it does not fit the model."""
     check_modules(state, modules)
     router = ArrowRouter(
         name,
@@ -163,8 +162,8 @@ def part_at(state: State, router: ArrowRouter, path: str, experts: Experts) -> R
 def stacked(
     state: State, experts: Sequence[StrPath], general: Sequence[StrPath], options: Mapping[str, Any]
 ) -> Iterator[Folder]:
-    """The folder that `adapterkit arrow` writes of these sources, temporary, as are those of the
-    loaded adapters among them."""
+    """The temporary folder that `adapterkit arrow` writes from these sources; loaded adapters among
+    them are saved to temporary folders first."""
     with tempfile.TemporaryDirectory(prefix="adapterkit-") as root:
         paths: list[StrPath] = []
         for number, source in enumerate([*experts, *general]):
@@ -180,7 +179,8 @@ def stacked(
 
 
 def is_loaded(state: State, source: StrPath) -> bool:
-    """Whether a source is the name of a loaded adapter; a folder of that name is `./name`."""
+    """Return whether a source is the name of a loaded adapter; a folder of that name is
+    `./name`."""
     return isinstance(source, str) and source in state.adapters
 
 
@@ -190,8 +190,8 @@ def is_loaded(state: State, source: StrPath) -> bool:
 def add_expert(
     state: State, source: StrPath, *, name: str, arrow: str, general: Sources | None = None
 ) -> None:
-    """Add an expert, its prototype and what is subtracted from it as `adapterkit arrow` computes
-    them. `Refused` before anything changes."""
+    """Add an expert; `adapterkit arrow` computes its prototype and the subtraction. `Refused`
+    before anything changes."""
     router = find(state, arrow)
     check_new(router, name)
     generals = general_sources(router, general)
@@ -230,7 +230,7 @@ def add_expert(
 
 
 def remove_expert(state: State, name: str, *, arrow: str) -> None:
-    """Take an expert out of a router."""
+    """Remove an expert from a router."""
     router = find(state, arrow)
     if name not in router.experts or len(router.experts) == 1:
         only = name in router.experts
@@ -285,7 +285,7 @@ def check_new(router: ArrowRouter, name: str) -> None:
 
 
 def general_sources(router: ArrowRouter, general: Sources | None) -> list[StrPath]:
-    """Where the general adapters are that are subtracted from each expert."""
+    """The sources of the general adapters that are subtracted from each expert."""
     names = router.settings.get("general") or []
     sources = list(router.general) if general is None else checked("general", UNWEIGHTED, general)
     if len(sources) != len(names):
@@ -302,7 +302,7 @@ def general_sources(router: ArrowRouter, general: Sources | None) -> list[StrPat
 
 
 def check_general(router: ArrowRouter, stored: Sequence[Mapping[str, object]]) -> None:
-    """`Refused` for general adapters that are not those of the router's other experts."""
+    """`Refused` for other general adapters than those of the router's existing experts."""
     known = router.settings.get("sources", [])[len(router.experts) :]
     wrong = [
         str(new["name"])
@@ -346,7 +346,7 @@ def save(state: State, folder: StrPath, name: str) -> None:
 
 
 def read_settings(folder: Folder) -> Json:
-    """arrow.json; `Refused` for another folder, `Damaged` for settings that cannot be."""
+    """arrow.json; `Refused` for another folder, `Damaged` for invalid settings."""
     missing = [name for name in (CONFIG, WEIGHTS) if name not in folder.files()]
     if missing:
         raise Refused(
@@ -409,7 +409,7 @@ def read(folder: Folder, names: list[str]) -> dict[str, Experts]:
 
 
 def problems(path: str, specs: Mapping[str, TensorSpec]) -> Iterator[AdapterkitError]:
-    """What is wrong with the tensors of a module."""
+    """Find errors in the tensors of a module."""
     if set(specs) - {"expert"} != set(ROLES):
         yield Damaged(
             f"{shown(path)} with {listed(sorted(specs))}", expected=listed(ROLES), code="AK806"
@@ -435,14 +435,14 @@ def problems(path: str, specs: Mapping[str, TensorSpec]) -> Iterator[AdapterkitE
 
 
 def locate(errors: Sequence[AdapterkitError], folder: Folder) -> None:
-    """Raise these, if any, as errors of the folder's tensors."""
+    """Raise these errors, if any, with the folder's tensors as their location."""
     for error in errors:
         error.where, error.hint = f"{folder.label}/{WEIGHTS}", "run `adapterkit arrow` again"
     Problems(list(errors)).raise_all()
 
 
 def check_modules(state: State, modules: Mapping[str, Experts]) -> None:
-    """`Refused` for modules that the model has not, or has in another size."""
+    """`Refused` for modules that the model lacks or that differ in size."""
     errors = Problems(code="AK806")
     for path, experts in modules.items():
         host = state.modules.get(path)

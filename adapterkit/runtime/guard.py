@@ -1,8 +1,8 @@
-"""What would go wrong without a word: libraries that save or restore a model's state dict, in which
-the adapters are not, code that changes modules with adapters, and values that do nothing.
+"""Guards against silent failures: libraries that save or restore a model's state dict without the
+adapters, code that changes modules with adapters, and adapters that do nothing.
 
-What the code of a class shows is refused before (`core/weights/layers.py`); here is
-what only runs show."""
+Problems that a class's code shows are refused earlier (`core/weights/layers.py`); these checks find
+problems that only a run shows."""
 
 import re
 import sys
@@ -24,15 +24,15 @@ FUSED = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
 
 
 class Hosts:
-    """The modules of a model's sites, looked at before each forward: what was remembered when all
-    was well is compared, which takes microseconds."""
+    """The modules of a model's sites, compared before each forward with their state at the last
+    success, which takes microseconds."""
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site]):
         self.model, self.sites = model, sites
         self.forget()
 
     def forget(self) -> None:
-        """Look at the model again."""
+        """Compare with the model again from scratch."""
         self._links: list[tuple[dict, str, nn.Module]] = []  # children, name, which it is
         self._sizes: list[tuple[dict, str, int]] = []  # attributes, name, value
         self._fusable: list[Site] = []
@@ -88,8 +88,8 @@ class Hosts:
                 self._fusable.append(site)
 
     def _is_fused(self, site: Site) -> bool:
-        """Whether diffusers runs a fused layer: new attentions have a flag, in older ones, whose
-        flag stays, the processor tells."""
+        """Return whether diffusers runs a fused layer: new attentions have a flag; for older ones,
+        whose flag stays set, the processor's class shows it."""
         if site.path.rpartition(".")[2] not in FUSED:
             return False
         try:
@@ -113,8 +113,8 @@ OWNER = "_adapterkit_models"  # of a Trainer or Accelerator that saves the adapt
 class Guard:
     """Hooks on a model while adapters act.
 
-    Who asks for the state dict is read from the stack: a library's save gets it by the same call
-    as anything that only looks at the base."""
+    The stack shows which library requests the state dict, because a save and a mere read of the
+    base make the same call."""
 
     def __init__(
         self, model: nn.Module, sites: Mapping[str, Site], acting: Callable[[], Collection[str]]
@@ -125,7 +125,8 @@ class Guard:
         self._hooks: list[RemovableHandle] = []
 
     def watch(self, *, on: bool) -> None:
-        """Watch the model, or no longer: torch's fused layers run in modules without hooks only."""
+        """Start or stop watching the model: torch's fused layers run only in modules without
+        hooks."""
         if on and not self._hooks:
             model = self.model
             self._hooks = [
@@ -146,7 +147,7 @@ class Guard:
             self._before_step()
 
     def _before_step(self) -> None:
-        """Refuse a Trainer that will save the base alone, before the first step."""
+        """Refuse a Trainer that will save only the base, before the first step."""
         for library, name, owner in _callers():
             if name != "training_step" or library != "transformers" or self._saves(owner):
                 continue
@@ -181,12 +182,13 @@ class Guard:
         )
 
     def _saves(self, owner: object) -> bool:
-        """Whether a Trainer or Accelerator saves and restores this model's adapters."""
+        """Return whether a Trainer or Accelerator saves and restores this model's adapters."""
         return any(model is self.model for model in getattr(owner, OWNER, ()))
 
 
 def _callers() -> Iterator[tuple[str, str, object]]:
-    """The functions of libraries on the stack, innermost first: library, name, and whose method."""
+    """The library functions on the stack, innermost first: library, name, and the `self` of a
+    method."""
     frame = sys._getframe(1)
     while frame is not None:
         library = str(frame.f_globals.get("__name__")).partition(".")[0]
@@ -200,7 +202,7 @@ STEPS = 8  # of optimizers, after which gradients are not waited for any longer
 
 
 class FirstCallWatch:
-    """What is seen of one adapter in the first call of the model, and in the first step."""
+    """Checks of one adapter in the model's first call, and at the first optimizer step."""
 
     def __init__(
         self,
@@ -227,7 +229,7 @@ class FirstCallWatch:
         ]
 
     def release(self) -> None:
-        """Look no longer."""
+        """Stop watching."""
         self._end_call()
         for hook in self._hooks:
             hook.remove()
@@ -264,8 +266,8 @@ class FirstCallWatch:
         )
 
     def _idle(self) -> Iterator[str]:
-        """Paths of modules that were not called. Where the one around was not either, such as an
-        expert, this says nothing; values shared with a module that was called act there."""
+        """Paths of modules that were not called. Modules whose parent was not called either, such
+        as an expert's, are left out, and so are values shared with a module that was called."""
         acting = {id(p) for site, part in self.parts if site.called for p in part.parameters()}
         for site, part in self.parts:
             own = {*map(id, part.parameters())}
@@ -281,7 +283,7 @@ class FirstCallWatch:
         self._inner = []
 
     def step(self, owned: Set[int]) -> None:
-        """Look at the gradients of what an optimizer has, by id."""
+        """Check the gradients of an optimizer's parameters, by id."""
         trained = [
             (site.path, [p for _, p in part.trained() if p.requires_grad])
             for site, part in self.parts

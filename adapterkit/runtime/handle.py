@@ -1,4 +1,4 @@
-"""The handle on a model's adapters: train, run, combine and save them."""
+"""The handle of a model's adapters: train, run, combine and save them."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,18 +50,18 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """The adapters that are loaded, in the order in which they came."""
+        """The loaded adapters, in the order of loading."""
         return list(self.state.adapters)
 
     @property
     def active(self) -> dict[str, float]:
-        """The adapters that act, with their weights; `activate` and `merge` take it, weights of
-        modules and directions with it."""
+        """The active adapters with their weights, including weights of modules and directions;
+        `activate` and `merge` accept it."""
         return dict(self.state.active)
 
     @property
     def merged(self) -> dict[str, float]:
-        """The adapters that are in the base's weights, with their weights."""
+        """The adapters that are merged into the base's weights, with their weights."""
         return dict(self.state.merged)
 
     def attach(
@@ -75,7 +75,7 @@ class Adapters:
         stats: Stats | None = None,
         strict: bool = False,
     ) -> None:
-        """Add a new, trainable adapter; what is active stays."""
+        """Attach a new, trainable adapter; active adapters do not change."""
         self.state.own_weights("attach")
         creation.attach(
             self.state,
@@ -99,8 +99,8 @@ class Adapters:
         pad_rank: int | None = None,
         strict: bool = False,
     ) -> None:
-        """Add an adapter from a folder, a file or the Hub; what is active stays. `pad_rank`: the
-        highest rank that `swap` is to bring."""
+        """Load an adapter from a folder, a file or the Hub; active adapters do not change.
+        `pad_rank`: the highest rank for a later `swap`."""
         self.state.own_weights("load")
         reading.load(
             self.state,
@@ -116,10 +116,10 @@ class Adapters:
     def swap(self, name: str, source: StrPath) -> None:
         """Give an adapter the weights, ranks and scales of another one from disk, in place.
 
-        Loaded with `pad_rank`, compiled code needs no new compilation, and optimizers keep their
-        parameters. Modules that the new adapter lacks do nothing. `Refused`, before anything
+        If it was loaded with `pad_rank`, compiled code is not compiled again, and optimizers keep
+        their parameters. Modules that the new adapter lacks do nothing. `Refused`, before anything
         changes, for further modules, other kinds (DoRA, biases) and ranks above `pad_rank`. PEFT's
-        hotswap takes one rank and one alpha for all modules, whatever the patterns say."""
+        hotswap uses one rank and one alpha for all modules and ignores the patterns."""
         swapping.swap(self.state, name, source)
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
@@ -132,11 +132,11 @@ class Adapters:
         yield from dict.fromkeys(parameter for part in parts for _, parameter in part.trained())
 
     def activate(self, names: Names, *, weights: StrPath | None = None) -> None:
-        """Let these adapters act, with weights where a map is given; None: the base alone.
-        `Refused` while adapters are merged.
+        """Activate these adapters, with weights if a map is given; None: the base alone. `Refused`
+        while adapters are merged.
 
-        `weights`: a file of weights, of modules and directions too, whose adapters these are, in
-        its order. The trainable ones among them are trained from here on."""
+        `weights`: a file with weights of modules and directions for these adapters, in its order.
+        The trainable ones among them are trained from here on."""
         self.state.outside_rows("activate")
         self.state.own_weights("activate")
         try:
@@ -153,7 +153,7 @@ class Adapters:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base alone, bit for bit."""
+        """Run the base alone, bit for bit."""
         with rows.without_rows(self.state), merging.without_merge(self.state):
             active = self.active
             self.state.select({})
@@ -163,41 +163,41 @@ class Adapters:
                 self.state.select(active)
 
     def rows(self, names: Iterable[str | None]) -> AbstractContextManager[None]:
-        """Row i of each batch gets the adapter names[i], None: the base; one pass for all rows.
+        """Run row i of each batch with the adapter names[i], None: the base; one pass for all rows.
 
         `Refused` for unknown names, inside other rows and while merged; in the call, for a batch of
         another size (`generate` repeats the names for beams), for modules that get no rows (one
-        expert's, an image encoder's in a language model), and for training. Factors are put side by
-        side at the first call: values that are written after it act in the next `rows`. Unlike
-        PEFT's adapter_names: DoRA too, and adapters with copies of modules that others lack.
+        expert's, an image encoder's in a language model), and for training. Factors are
+        concatenated at the first call, so values written later take effect in the next `rows`.
+        Unlike PEFT's adapter_names: DoRA too, and adapters with copies of modules that others lack.
         """
         return rows.rows(self.state, names)
 
     def store(self, folder: StrPath, *, max_loaded: int) -> Store:
-        """Let `activate` and `rows` load adapters that are not there from a folder, by the names of
-        its subfolders; at most `max_loaded` of them stay loaded."""
+        """Let `activate` and `rows` load missing adapters from a folder, by the names of its
+        subfolders; at most `max_loaded` of them stay loaded."""
         self.state.store = store = Store(self.state, folder, max_loaded)
         return store
 
     def merge(self, names: Names = None) -> None:
-        """Put adapters (None: what is active) into the base's weights: W + Σ weight·scale·b·a,
+        """Merge adapters (None: the active ones) into the base's weights: W + Σ weight·scale·b·a,
         computed in float32 and rounded once.
 
-        Until `unmerge` what acts stays as it is: the other calls that change it are refused. Tied
-        weights are untied. `Refused` for what no weight equals (aLoRA, Arrow) and for a second
-        merge, before anything changes."""
+        Until `unmerge`, calls that change the active adapters are refused. Tied weights are untied.
+        `Refused` for adapters without an equal weight (aLoRA, Arrow) and for a second merge, before
+        anything changes."""
         self.state.outside_rows("merge")
         merging.merge(self.state, self.active if names is None else weights_of(self.state, names))
 
     def unmerge(self) -> None:
-        """Give the base its weights back, bit for bit; what was active before is again."""
+        """Restore the base's weights, bit for bit, and the previously active adapters."""
         self.state.outside_rows("unmerge")
         merging.unmerge(self.state)
 
     def combine(
         self, adapters: Mapping[str, float], *, name: str, method: str = "linear", **options: Any
     ) -> None:
-        """Add a combination of adapters, not active: the methods and options of
+        """Add an inactive combination of adapters: the methods and options of
         `adapterkit.combine`."""
         self.state.own_weights("combine")
         self.state.unused(name)
@@ -236,22 +236,22 @@ class Adapters:
         """Add an expert to a router, as `adapterkit arrow` over all experts would; `source`: a
         folder, a Hub id, or the name of a loaded adapter.
 
-        `general`: where the general adapters are that the router subtracts; None where
-        `create_arrow_model` was told. `Refused` before anything changes."""
+        `general`: the sources of the general adapters that the router subtracts; None if
+        `create_arrow_model` had them. `Refused` before anything changes."""
         self.state.outside_rows("add_expert")
         self.state.own_weights("add_expert")
         arrows.add_expert(self.state, source, name=name, arrow=arrow, general=general)
 
     @experimental
     def remove_expert(self, name: str, *, arrow: str = "arrow") -> None:
-        """Take an expert out of a router; `top_k` becomes the number of those left where that is
-        smaller. `Refused` for the only one."""
+        """Remove an expert from a router; `top_k` becomes at most the number that remains.
+        `Refused` for the only one."""
         self.state.outside_rows("remove_expert")
         self.state.own_weights("remove_expert")
         arrows.remove_expert(self.state, name, arrow=arrow)
 
     def rescale(self, factor: float, *, name: str) -> None:
-        """Multiply an adapter's scale; `save` writes it so."""
+        """Multiply an adapter's scale; `save` writes the product."""
         self.state.outside_rows("rescale")
         self.state.own_weights("rescale")
         self.state.known([name])
@@ -269,13 +269,13 @@ class Adapters:
             site.renew()
 
     def report(self) -> ModuleTable:
-        """A row for each module with adapters; prints in three lines, `.table()` has all rows.
-        `.trainable`, `.total` and `.share`: how many parameters are trained, how many there are,
-        and the part of them."""
+        """Report the modules with adapters in a row each; prints in three lines, `.table()` has all
+        rows. `.trainable`, `.total` and `.share`: the numbers of trained and of all parameters, and
+        their ratio."""
         return report(self.state)
 
     def delete(self, name: str) -> None:
-        """Take an adapter off the model; `Refused` while it is active or merged."""
+        """Delete an adapter from the model; `Refused` while it is active or merged."""
         self.state.outside_rows("delete")
         self.state.known([name])
         for table, word, hint in (
@@ -293,7 +293,7 @@ class Adapters:
         self.state.remove(name)
 
     def detach(self) -> None:
-        """Take all adapters off; the model is bit for bit what it was before."""
+        """Remove all adapters; the model is bit for bit as before."""
         self.state.outside_rows("detach")
         if self.state.merge is not None:
             self.unmerge()
@@ -307,7 +307,7 @@ class Adapters:
         """Write an adapter in PEFT's layout; PEFT, vLLM and `adapterkit merge` read it. A router is
         written as `adapterkit arrow` does.
 
-        `name`: may be left out where one adapter is active, or there is one only."""
+        `name`: optional if one adapter is active, or there is only one."""
         writing.check_local(folder, "save")
         name = name or self._only_name("save")
         if isinstance(self.state.adapters.get(name), arrows.ArrowRouter):
@@ -319,17 +319,16 @@ class Adapters:
         """A subclass of a transformers Trainer (also Seq2SeqTrainer, TRL's SFTTrainer) for this
         model.
 
-        Checkpoints and `save_model` hold the active trainable adapters as `save` writes them, in
+        Checkpoints and `save_model` contain the active trainable adapters as `save` writes them, in
         the folder itself, or several in folders of their names; never the base. Resuming and
         `load_best_model_at_end` read them; everything else is the Trainer's. Quantized bases are
-        accepted (the stock Trainer refuses them). `Refused` without an active trainable
-        adapter."""
+        accepted (the stock Trainer refuses them). `Refused` without an active trainable adapter."""
         return trainer.trainer(self.state, cls)
 
     def accelerate(self, accelerator: object) -> None:
         """Let `save_state` and `load_state` of accelerate save and restore the active trainable
-        adapters, as `trainer` does, in place of the base. Call it once, before or after
-        `prepare`. `Refused` without an active trainable adapter."""
+        adapters, as `trainer` does, instead of the base. Call it once, before or after `prepare`.
+        `Refused` without an active trainable adapter."""
         trainer.accelerate(self.state, accelerator)
 
     def _only_name(self, where: str) -> str:
@@ -358,14 +357,14 @@ def attach(
 ) -> Adapters:
     """Attach a new, trainable adapter to a model, active; the base is frozen.
 
-    y = x·Wᵀ + scale·(x·aᵀ)·bᵀ at each target. `config`: adapterkit's, PEFT's, or a map of the names
-    of either. `dtype`: of the factors, None for that of the base's
-    weight. `stats`: what the inits `corda`, `eva` and `lora_ga` start from, as `collect` returns
-    it, or its file. `ephemeral_gpu_offload`: norms of DoRA are computed on the accelerator, where
-    there is one, while the model is on the CPU. `strict`: what does nothing in the model's first
-    call, or has no gradient at the first step, is an error, not a warning. `Refused` for a model
-    that has adapters (use `adapters.attach`), before anything changes. Unlike PEFT, the model is
-    not wrapped and none of its names change.
+    y = x·Wᵀ + scale·(x·aᵀ)·bᵀ at each target. `config`: adapterkit's, PEFT's, or a map with the
+    names of either. `dtype`: of the factors, None for the dtype of the base's weight. `stats`:
+    statistics for the inits `corda`, `eva` and `lora_ga`, from `collect`, or their file.
+    `ephemeral_gpu_offload`: compute norms of DoRA on an available accelerator while the model is on
+    the CPU. `strict`: factors that do nothing in the model's first call, or have no gradient at the
+    first step, are an error, not a warning. `Refused` for a model that has adapters (use
+    `adapters.attach`), before anything changes. Unlike PEFT, the model is not wrapped and none of
+    its names change.
     """
     with _first(model, name) as adapters:
         adapters.attach(
@@ -394,11 +393,11 @@ def load(
 ) -> Adapters:
     """Load an adapter (a folder, a file, a Hub id) onto a model, active; the base is frozen.
 
-    `weights`: a file of weights; its adapters are loaded, from where it says or from `source`, by
+    `weights`: a file of weights; its adapters are loaded, from its paths or from `source`, under
     the names of their folders (the second of a name as `name-2`), and act with these weights.
     `dtype`: of the factors, None for the stored one, at least float32. `pad_rank`: the highest rank
-    that `swap` is to bring. `strict`: what does nothing in the model's first call is an error, not
-    a warning. `Refused` with all that does not fit the model, before anything changes.
+    for a later `swap`. `strict`: factors that do nothing in the model's first call are an error,
+    not a warning. `Refused` with every mismatch, before anything changes.
     """
     sources: Json = {name: source} if weights is None else named_sources(source, weights)
     with _first(model, [*sources], weights) as adapters:
@@ -427,9 +426,9 @@ def load_arrow(
     """Load the router that `adapterkit arrow` wrote: y + Σ_e coefficient_e·scale_e·b_e·a_e·x.
 
     For each token, e are the `top_k` experts with the largest |x·prototype_e|, x not normalized,
-    and the coefficients their softmax at `temperature` (None: as stored); arXiv:2405.11157. Active,
-    or beside what is active where the model has adapters already. Factors are float32 or wider.
-    `Refused` before anything changes. PEFT cannot load a router that it saved.
+    and the coefficients their softmax at `temperature` (None: as stored); arXiv:2405.11157. The
+    router is active, and adapters that were active stay so. Factors are float32 or wider. `Refused`
+    before anything changes. PEFT cannot load a router that it saved.
     """
     with _further(model, name) as adapters:
         arrows.load(adapters.state, folder, name, top_k=top_k, temperature=temperature)
@@ -448,12 +447,12 @@ def create_arrow_model(
     seed: int | None = None,
     name: str = "arrow",
 ) -> Adapters:
-    """Route between adapters, each of them an expert: `adapterkit.arrow`, then `load_arrow`.
+    """Route between adapters as experts: `adapterkit.arrow`, then `load_arrow`.
 
-    `sources`, `general`: folders, Hub ids, or names of adapters that the model has. `general` ones
-    are subtracted from each expert (GenKnowSub): exactly, where PEFT subtracts means of factors.
+    `sources`, `general`: folders, Hub ids, or names of loaded adapters. `general` adapters are
+    subtracted from each expert (GenKnowSub): exactly, whereas PEFT subtracts means of factors.
     `compat="peft"`: PEFT's prototypes and subtraction, from `seed`. `top_k` None: 3, or all experts
-    where they are fewer. `Refused` before anything changes.
+    if there are fewer. `Refused` before anything changes.
     """
     with _further(model, name) as adapters:
         arrows.create(
@@ -471,7 +470,8 @@ def create_arrow_model(
 
 @contextmanager
 def _further(model: nn.Module, name: str) -> Iterator[Adapters]:
-    """The handle of a model, to which the block adds an adapter; without others it is active."""
+    """The handle of a model, to which the block adds an adapter; it is active if it is the only
+    one."""
     adapters = getattr(model, ATTRIBUTE, None)
     if adapters is None:
         with _first(model, name) as adapters:
@@ -484,7 +484,7 @@ def _further(model: nn.Module, name: str) -> Iterator[Adapters]:
 
 @contextmanager
 def _first(model: nn.Module, names: Names, weights: StrPath | None = None) -> Iterator[Adapters]:
-    """The new handle of a model, to which the block adds its first adapters; they are active."""
+    """The new handle of a model, to which the block adds its first adapters; they become active."""
     if hasattr(model, ATTRIBUTE):
         raise Refused(
             f"{type(model).__name__} has adapters already",

@@ -1,5 +1,5 @@
-"""Merging on a live model: W + Σ weight·scale·b·a in float32, rounded once; the old weights are
-kept, so that unmerging is exact."""
+"""Merge adapters on a live model: W + Σ weight·scale·b·a in float32, rounded once; the old weights
+are kept, so that unmerging is exact."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,14 +21,14 @@ from adapterkit.runtime.state import State
 
 @dataclass
 class ReplacedWeights:
-    """Weights of a model that were replaced, and what they were."""
+    """The weights of a model that a merge replaced, with their old values."""
 
     active: dict[str, float]  # what acted before
     replaced: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     tied: bool | None = None  # the config's tie_word_embeddings, where a tie was broken
 
     def swap(self) -> None:
-        """Exchange the merged and the original weights; the model may have moved since."""
+        """Exchange the merged and the original weights, also if the model has moved since."""
         if any(tensors_of(host, leaf)[leaf].is_meta for host, leaf, _ in self.replaced):
             raise Refused(
                 "weights that were offloaded after the merge",
@@ -44,7 +44,7 @@ class ReplacedWeights:
 
 
 class HostWeights(dict[str, Tensor]):
-    """A host's parameters by name, float32, read when they are asked for; parts change them."""
+    """A host's parameters by name, in float32, read on first use; parts change them."""
 
     def __init__(self, host: nn.Module):
         super().__init__()
@@ -66,7 +66,7 @@ class HostWeights(dict[str, Tensor]):
 @torch.no_grad()
 @float32_products()
 def merge(state: State, table: Mapping[str, float]) -> None:
-    """Put adapters into the base's weights; `Refused` for what cannot be, before a change."""
+    """Merge adapters into the base's weights; `Refused` if impossible, before a change."""
     check(state, table)
     done = ReplacedWeights(dict(state.active))
     merged: dict[int, list[Tensor]] = {}  # parameters by the original's id
@@ -110,7 +110,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
 
 
 def unmerge(state: State) -> None:
-    """Give the base its own weights back, bit for bit; what acted before the merge acts again."""
+    """Restore the base's own weights, bit for bit, and the previously active adapters."""
     if state.merge is None:
         raise Refused(
             "nothing is merged",
@@ -132,7 +132,7 @@ def unmerge(state: State) -> None:
 
 @contextmanager
 def without_merge(state: State) -> Iterator[None]:
-    """The base's own weights while the block runs."""
+    """Restore the base's own weights while the block runs."""
     if state.merge is None:
         yield
         return
@@ -144,7 +144,7 @@ def without_merge(state: State) -> Iterator[None]:
 
 
 def check(state: State, table: Mapping[str, float]) -> None:
-    """`Refused` for adapters that are merged, or have parts that no weight equals."""
+    """`Refused` for merged adapters, and for parts that no weight equals."""
     errors = Problems(where="merge", code="AK802")
     if not table:
         errors.add("no adapter", "one or more", "name the adapters")
@@ -180,7 +180,7 @@ def _unmergeable(site: Site, part: Part, weight: float) -> str | None:
 
 
 def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> None:
-    """Refuse values that go on acting in place of what the merge would change."""
+    """Refuse values that would still replace weights that the merge changes."""
     for name in state.active.keys() - table.keys():
         paths = [
             site.path
@@ -198,7 +198,8 @@ def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> 
 
 
 def _breaks_ties(state: State, done: ReplacedWeights, merged: Mapping[int, list[Tensor]]) -> bool:
-    """Whether a replaced weight is another module's too, which keeps it or gets another value."""
+    """Return whether a replaced weight is tied to a module that keeps it or gets a different
+    value."""
     places = {(id(module), leaf) for module, leaf, _ in done.replaced}
     left = any(
         id(parameter) in merged and (id(module), leaf) not in places
@@ -209,7 +210,7 @@ def _breaks_ties(state: State, done: ReplacedWeights, merged: Mapping[int, list[
 
 
 def _check_untying(model: nn.Module) -> None:
-    """`Refused` where a model's code does more by the config's switch than tie."""
+    """`Refused` if the model's code uses the config's switch for more than tying."""
     if not getattr(getattr(model, "config", None), SWITCH, False):
         return
     configs: list[Any] = [copy.deepcopy(model.config) for _ in range(2)]
@@ -230,8 +231,8 @@ def _check_untying(model: nn.Module) -> None:
 
 
 def _untie(model: nn.Module, done: ReplacedWeights) -> None:
-    """Say in the config that the model is tied no longer, or a save and a load would put one weight
-    in both places."""
+    """Set the config to untied, because a save and a load would otherwise restore one weight for
+    both."""
     config = getattr(model, "config", None)
     if config is not None and getattr(config, SWITCH, False):
         done.tied = getattr(config, SWITCH)
@@ -263,7 +264,7 @@ def conflicts(state: State, names: Iterable[str], where: str) -> list[Adapterkit
 
 
 def _special(state: State, names: list[str]) -> dict[str, list[Part]]:
-    """By module the parts of these adapters that do more than add to the module's output."""
+    """The parts of these adapters that do more than add to a module's output, by module."""
     special: dict[str, list[Part]] = {}
     for name in names:
         for site, part in state.adapters[name].parts():
@@ -273,7 +274,7 @@ def _special(state: State, names: list[str]) -> dict[str, list[Part]]:
 
 
 def _inside(state: State, names: list[str], path: str, copy: Part) -> Iterable[tuple[str, str]]:
-    """The adapters other than the copy's with parts inside a module, and where."""
+    """The other adapters with parts inside a module that is copied, and the paths."""
     for name in names:
         if name != copy.adapter:
             for inner in state.adapters[name].sites:

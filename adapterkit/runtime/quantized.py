@@ -1,7 +1,7 @@
-"""Quantized layers: how their weights are read, and written again after a merge.
+"""Read the weights of quantized layers, and write them again after a merge.
 
 Any layer with in_features and out_features takes factors. DoRA's norms, and merging, read the
-weight too; `register_quantized` says how, for classes that are not here.
+weight too; `register_quantized` adds classes that are not listed here.
 """
 
 import copy
@@ -24,7 +24,7 @@ Requantize = Callable[[Host, Tensor], Mapping[str, nn.Parameter]]
 
 @dataclass(frozen=True)
 class Quantization:
-    """How layers of one kind hold their weights."""
+    """Functions that read and write the weights of one kind of layers."""
 
     matches: str | Callable[[nn.Module], bool]
     dequantize: Dequantize
@@ -44,7 +44,7 @@ def register_quantized(
     dequantize: Dequantize,
     requantize: Requantize | None = None,
 ) -> None:
-    """Say how the weights of quantized layers are read; later calls come first.
+    """Register functions for the weights of quantized layers; later calls have precedence.
 
     `matches`: a class's name (of a parent too), or a test of a module. `dequantize(module)`: the
     weight (out, in), any float dtype. `requantize(module, weight)`: the module's new parameters by
@@ -53,13 +53,13 @@ def register_quantized(
 
 
 def quantization_of(host: nn.Module) -> Quantization | None:
-    """How a layer is quantized; None if it is not, or nobody knows."""
+    """The quantization of a layer; None if it has none, or an unknown one."""
     return next((known for known in REGISTERED if known.holds(host)), None)
 
 
 def weight_of(host: nn.Module) -> Tensor:
-    """A layer's own weight, or what stands in its place, also while adapters are merged into it; of
-    a quantized one (out, in) float32. `Refused` where nobody knows how to read it."""
+    """A layer's own weight, or the value that replaces it, also while adapters are merged into it;
+    a quantized one as (out, in) float32. `Refused` for unknown quantizations."""
     with _unmerged(host):
         known = quantization_of(host)
         if known is not None:
@@ -77,14 +77,14 @@ def weight_of(host: nn.Module) -> Tensor:
 
 
 def unreadable(host: nn.Module) -> str | None:
-    """Why `weight_of` has no answer; None if it has one."""
+    """The reason why `weight_of` cannot read a weight, or None."""
     if quantization_of(host) is not None or _plain(host) is not None:
         return None
     return f"the weight of a {type(host).__name__} cannot be read (see register_quantized)"
 
 
 def unmergeable(host: nn.Module) -> str | None:
-    """Why nothing can be merged into a layer's weight; None if something can."""
+    """The reason why nothing can be merged into a layer's weight, or None."""
     known = quantization_of(host)
     if known is None or known.requantize is not None:
         return unreadable(host)
@@ -93,12 +93,12 @@ def unmergeable(host: nn.Module) -> str | None:
 
 
 def tensors_of(module: nn.Module, leaf: str) -> Json:
-    """The parameters of a module, or the buffers, if these have that name."""
+    """The parameters of a module, or the buffers if they have that name."""
     return module._buffers if leaf in module._buffers else module._parameters
 
 
 def rounded(module: nn.Module, leaf: str, value: Tensor) -> Mapping[str, Tensor]:
-    """New tensors by name that give a module this value, rounded or quantized as its own are."""
+    """New tensors by name that give a module this value, rounded or quantized like its own."""
     known = quantization_of(module) if leaf == "weight" else None
     if known is not None:
         assert known.requantize is not None
@@ -111,7 +111,7 @@ def rounded(module: nn.Module, leaf: str, value: Tensor) -> Mapping[str, Tensor]
 
 @torch.no_grad()
 def fitted(value: Tensor, own: Tensor) -> Tensor:
-    """A parameter or buffer in the dtype and on the device that another one has by now."""
+    """A parameter or buffer in another one's current dtype and on its device."""
     dtype = own.dtype if own.is_floating_point() and value.is_floating_point() else value.dtype
     if own.is_meta or (value.dtype, value.device) == (dtype, own.device):
         return value
@@ -120,7 +120,7 @@ def fitted(value: Tensor, own: Tensor) -> Tensor:
 
 
 def exchange(module: nn.Module, leaf: str, value: Tensor) -> Any:
-    """Put a parameter or buffer, fitted to it, in the place of another one, which is returned."""
+    """Replace a parameter or buffer by another, fitted to it, and return the old one."""
     tensors = tensors_of(module, leaf)
     own, state = tensors[leaf], getattr(module, "state", None)
     value = fitted(value, own)
@@ -137,8 +137,8 @@ def exchange(module: nn.Module, leaf: str, value: Tensor) -> Any:
 
 
 def decompress(model: nn.Module) -> None:
-    """Decompress the layers of compressed-tensors in memory now: the first forward of the model
-    would do it, and take the forwards of its layers for functions of the layers."""
+    """Decompress the layers of compressed-tensors in memory now, because the model's first forward
+    would do it and replace the forwards of its layers."""
     handle: Any = getattr(model, "ct_decompress_hook", None)
     if handle is not None:
         model._forward_pre_hooks[handle.id](model, ())
@@ -148,10 +148,10 @@ PACKS = "support_avx512bf16_for_cpu"  # of a Linear4bit, whether it may pack its
 
 
 def keep_unpacked(model: nn.Module) -> list[nn.Module]:
-    """Let no 4-bit layer be packed, and unpack those that are; returns these layers.
+    """Keep 4-bit layers from being packed, and unpack those that are; returns these layers.
 
     On a CPU with AVX-512 BF16 the first forward of a Linear4bit in evaluation packs its weight,
-    with scales rounded to bfloat16; from then on no gradient goes through it (bitsandbytes 0.50).
+    with scales rounded to bfloat16; after that no gradient flows through it (bitsandbytes 0.50).
     """
     layers = [module for module in model.modules() if getattr(module, PACKS, False)]
     for layer in layers:
@@ -163,25 +163,26 @@ def keep_unpacked(model: nn.Module) -> list[nn.Module]:
 
 
 def allow_packed(layers: list[nn.Module]) -> None:
-    """The end of `keep_unpacked`."""
+    """Undo `keep_unpacked`."""
     for layer in layers:
         setattr(layer, PACKS, True)
 
 
 def stored(host: nn.Module) -> list[Tensor]:
-    """The tensors that hold a layer's weight."""
+    """The tensors that store a layer's weight."""
     with _unmerged(host):
         tensors = chain(host._parameters.items(), host._buffers.items())
         return [value for leaf, value in tensors if value is not None and leaf != "bias"]
 
 
 def plainly_stored(host: nn.Module) -> Sequence[Tensor | None]:
-    """As `stored`; one None where the layer is quantized: its scales may be anywhere."""
+    """As `stored`; a single None if the layer is quantized, because its scales may be anywhere."""
     return stored(host) if quantization_of(host) is None else [None]
 
 
 def _plain(host: nn.Module) -> Tensor | None:
-    """A weight that is its values: not integers, bytes, 8-bit floats or a quantized subclass."""
+    """A weight whose elements are its values: not integers, bytes, 8-bit floats or a quantized
+    subclass."""
     weight = host._parameters.get("weight")
     if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
         return None
@@ -224,8 +225,8 @@ def _is_packed(state: object) -> bool:
 
 
 def _unpacked(values: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """What a Linear4bit held before the first forward without gradients on a CPU with AVX-512 BF16
-    packed it, except that its scales were rounded to bfloat16 then."""
+    """The weight and state of a Linear4bit before it was packed by its first forward without
+    gradients on a CPU with AVX-512 BF16; its scales stay rounded to bfloat16."""
     functional = _bnb()
 
     scales = state.absmax.T.reshape(-1).float()

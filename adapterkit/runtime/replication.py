@@ -1,5 +1,5 @@
 """layer_replication on a live model: its list of layers in another order, some of them twice, as in
-SOLAR (arXiv:2312.15166). The copies share the base's parameters; adapters tell them apart."""
+SOLAR (arXiv:2312.15166). The copies share the base's parameters, but have their own adapters."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ Ranges = Sequence[Sequence[int]]
 class Replication:
     """A model whose layers are stacked in another order, until `undo`.
 
-    A layer stays itself where it comes first; later on it is a copy with the same parameters and
-    buffers. Unlike PEFT, which makes copies of all of them, and changes no lists of the config."""
+    The first occurrence of a layer is the layer itself; later ones are copies with the same
+    parameters and buffers. PEFT copies all of them, and does not change lists in the config."""
 
     def __init__(self, state: State, ranges: Ranges):
         path, layers = _layers(state)
@@ -62,7 +62,7 @@ class Replication:
         table[key] = value
 
     def undo(self) -> None:
-        """Give the model its own layers and config back."""
+        """Restore the model's own layers and config."""
         self._owner._modules[self._leaf] = self._own
         for table, key, value in self._undone:
             table[key] = value
@@ -70,7 +70,7 @@ class Replication:
 
 
 def replicate(state: State, ranges: Ranges | None, where: str) -> None:
-    """Stack the layers as an adapter needs them; `Refused` where others need another order."""
+    """Stack the layers in an adapter's order; `Refused` if other adapters need another order."""
     wanted = tuple(map(tuple, ranges or ()))
     present = () if state.replication is None else state.replication.ranges
     if wanted == present:
@@ -88,7 +88,7 @@ def replicate(state: State, ranges: Ranges | None, where: str) -> None:
 
 @contextmanager
 def replicating(state: State) -> Iterator[None]:
-    """Undo a replication of the layers that happens in a block that raises."""
+    """Undo a replication in the block if it raises."""
     before = state.replication
     try:
         yield
@@ -123,7 +123,7 @@ def _layers(state: State) -> tuple[str, nn.ModuleList]:
 
 
 def _configs(state: State, path: str) -> list[Any]:
-    """The configs of the modules around a list of layers that tell the list's length."""
+    """The configs of the modules around a list of layers that contain the list's length."""
     parts, found = path.split("."), {}
     for i in range(len(parts)):
         config = getattr(state.modules[".".join(parts[:i])], "config", None)

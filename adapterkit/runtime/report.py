@@ -1,4 +1,4 @@
-"""What adapters a model has, module by module."""
+"""Report a model's adapters, module by module."""
 
 import math
 from collections import Counter
@@ -55,7 +55,7 @@ class ModuleTable(list[Row]):
 
     @property
     def share(self) -> float:
-        """The part of all parameters that is trained."""
+        """The share of trained parameters."""
         return self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class ModuleTable(list[Row]):
     __repr__ = __str__
 
     def table(self) -> str:
-        """All rows as a text."""
+        """All rows as text."""
         cells: list[tuple[str, ...]] = [
             ("module", "kind", "adapter", "part", "rank", "scale", "norm", "active")
         ]

@@ -1,7 +1,7 @@
 """Mixed batches: each row of a batch with its own adapter, one pass of the model for all rows.
 
-At a module where the rows differ, the site gets a router: `LinearRows` for linear layers,
-`run_groups` for every other kind of part. Where they do not differ, it runs as with `activate`.
+If the rows differ at a module, its site gets a router: `LinearRows` for linear layers, `run_groups`
+for every other kind of part. Otherwise it runs as with `activate`.
 """
 
 import re
@@ -36,7 +36,7 @@ SEQUENCE_FIRST = ("xlnet",)  # model types whose hidden states are (tokens, rows
 
 @contextmanager
 def rows(state: State, names: Iterable[str | None]) -> Iterator[None]:
-    """Let row i of each batch have the adapter names[i], None: the base alone."""
+    """Run row i of each batch with the adapter names[i], None: the base alone."""
     batch = Rows(state, _checked(state, names))
     batch.enter()
     try:
@@ -47,7 +47,7 @@ def rows(state: State, names: Iterable[str | None]) -> Iterator[None]:
 
 @contextmanager
 def without_rows(state: State) -> Iterator[None]:
-    """The routers of a mixed batch, where there is one, do nothing while the block runs."""
+    """Disable the routers of a mixed batch, if there is one, while the block runs."""
     batch = state.rows
     if batch is None:
         yield
@@ -60,7 +60,7 @@ def without_rows(state: State) -> Iterator[None]:
 
 
 class Rows:
-    """A mixed batch: which adapter each row has, and how many rows the call in progress has."""
+    """A mixed batch: the adapter of each row, and the number of rows in the current call."""
 
     def __init__(self, state: State, names: tuple[str | None, ...]):
         self.state, self.names = state, names
@@ -112,7 +112,7 @@ class Rows:
             model.__dict__["generate"] = self._generate
 
     def route(self, *, on: bool) -> None:
-        """Let each site act as its rows ask, or as the base."""
+        """Set each site to run its rows' adapters, or the base."""
         self.on = on
         for site, names in self.routes.items():
             router = self.routers.get(site) if on else None
@@ -185,7 +185,7 @@ class Rows:
 
     @contextmanager
     def narrowed(self, rows: Sequence[int], size: int) -> Iterator[None]:
-        """Some of the rows run: these of the group, of a module's `size` inputs."""
+        """Run only some of the rows: the group's, among a module's `size` inputs."""
         before, invocations = (self.group, self.batch), self.state.invocations
         if self.batch is not None:
             self.batch = self.batch // len(self.group) * len(rows)
@@ -202,7 +202,7 @@ class Rows:
             self.group, self.batch = before
 
     def check(self, site: Site, x: Tensor, axis: int) -> None:
-        """`Refused` where a module's input is not the batch's rows, in their order."""
+        """`Refused` if a module's input is not the batch's rows, in their order."""
         size, batch = x.shape[axis], self.batch or len(self.group)
         # (rows * tokens, hidden), as routers of experts get it, or (rows * windows, tokens, hidden)
         flat = self.batch is not None and size and size % batch == 0 and axis == 0
@@ -219,7 +219,7 @@ class Rows:
 
 
 class Router:
-    """What a site does for the rows of a mixed batch."""
+    """Runs a site for the rows of a mixed batch."""
 
     def __init__(self, batch: Rows, site: Site, names: tuple[str | None, ...]):
         self.batch, self.names = batch, names
@@ -247,7 +247,7 @@ class Router:
 
 
 def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...]:
-    """The names of the rows; `Refused` for what is no list of them, and where rows cannot be."""
+    """The names of the rows; `Refused` unless they are a list, and if rows are not possible now."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise Refused(
             f"names {names!r}",
@@ -284,7 +284,8 @@ def _check_sites(state: State, sites: Iterable[Site]) -> None:
 
 
 def _unfit(state: State, site: Site, text: list[str]) -> str | None:
-    """What the inputs of a module are in place of the batch's rows; `text`: of `_text_paths`."""
+    """The reason why a module's inputs are not the batch's rows, or None; `text`: of
+    `_text_paths`."""
     stacks = [p for parts in site.parts.values() for p in parts.values() if is_stack(p)]
     if REGROUPED.search(site.path) or (stacks and not takes_indices(site.host)):
         return "get the tokens that are routed to them, not the batch's rows"
@@ -298,8 +299,8 @@ def _unfit(state: State, site: Site, text: list[str]) -> str | None:
 
 
 def _text_paths(state: State) -> list[str]:
-    """The language model and its head in a model that puts images or sounds among the tokens; of
-    another model all of it."""
+    """The language model and its head in a model that puts images or sounds among the tokens; for
+    another model the whole."""
     model, config = state.model, getattr(state.model, "config", None)
     kinds = (
         f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")
@@ -334,7 +335,7 @@ def _batch_first(module: nn.Module) -> bool:
 
 
 def _axis(state: State, path: str) -> int:
-    """The axis of a module's inputs on which the rows are."""
+    """The axis of the rows in a module's inputs."""
     while path:
         if not _batch_first(state.modules[path]):
             return 1
@@ -351,7 +352,7 @@ ATTENTION = (
 def run_groups(
     site: Site, names: tuple[str | None, ...], axis: int, args: Args, kwargs: Kwargs, batch: Rows
 ) -> Any:
-    """Run the site on the rows of one adapter at a time, and put the outputs together."""
+    """Run the site on the rows of one adapter at a time, and join the outputs."""
     if isinstance(site.host, nn.MultiheadAttention):
         args, kwargs = (), {**dict(zip(ATTENTION, args, strict=False)), **kwargs}
     if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
@@ -388,7 +389,7 @@ def run_groups(
 def row_groups(
     names: Sequence[str | None], repeat: int, device: torch.device
 ) -> dict[str | None, tuple[tuple[int, ...], Tensor]]:
-    """By adapter its rows, and where these are among inputs, of which each row has `repeat`."""
+    """The rows of each adapter, and their indices among inputs with `repeat` per row."""
     rows: dict[str | None, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name, []).append(row)
@@ -405,7 +406,7 @@ def row_groups(
 def row_order(
     names: Sequence[str | None], repeat: int, device: torch.device, tokens: int
 ) -> Tensor:
-    """Where each row is in the groups one after the other, `tokens` vectors for each input."""
+    """The position of each row in the concatenated groups, with `tokens` vectors per input."""
     groups = row_groups(names, repeat, torch.device("cpu")).values()
     order = torch.cat([index for _, index in groups]).argsort()
     return (order[:, None] * tokens + torch.arange(tokens, device="cpu")).flatten().to(device)
@@ -433,7 +434,7 @@ def run_alone(site: Site, name: str | None, args: Args, kwargs: Kwargs) -> Any:
 
 
 def select(value: object, index: Tensor, size: int, axis: int) -> Any:
-    """The rows of every tensor with that many rows, in lists and maps too."""
+    """The rows of every tensor with that many rows, also in lists and maps."""
     if isinstance(value, Tensor):
         if value.ndim <= axis or value.shape[axis] != size:
             return value
@@ -452,7 +453,7 @@ def join(
     axis: int,
     path: str,
 ) -> Any:
-    """The outputs of all groups as one: tensors row by row, in tuples and maps too."""
+    """Join the outputs of all groups: tensors row by row, also in tuples and maps."""
     first = outputs[0]
     if isinstance(first, Tensor):
         sizes = [output.shape[axis] if output.ndim > axis else 0 for output in outputs]
@@ -489,7 +490,7 @@ class AdapterTerm:
 
 
 def share_of(site: Site, parts: Mapping[str, Part]) -> AdapterTerm | None:
-    """The share of an adapter whose only part here is a linear layer's factors, else None."""
+    """The term of an adapter whose only part here is a linear layer's factors, else None."""
     part = parts.get("delta")
     if len(parts) != 1 or not isinstance(part, FactorsPart) or not part.mixes_rows:
         return None
@@ -523,7 +524,7 @@ class LinearRows:
         self._groups: mixed.Groups | None = None
 
     def _rows(self, values: Sequence[Tensor | None], default: float) -> Tensor | None:
-        """(rows, 1, out), the default for rows without a value; None where no row has one."""
+        """(rows, 1, out), with the default for rows without a value; None if no row has one."""
         given = next((value for value in values if value is not None), None)
         if given is None:
             return None
@@ -582,7 +583,7 @@ class LinearRows:
 
 
 def linear_rows(site: Site, names: Sequence[str | None], kept: MadeOnce) -> LinearRows | None:
-    """All rows at once, where each adapter has the factors of a linear layer here; else None."""
+    """All rows at once if each adapter has the factors of a linear layer here; else None."""
     adapters = [name for name in dict.fromkeys(names) if name is not None]
     index = tuple(-1 if name is None else adapters.index(name) for name in names)
     shares = []

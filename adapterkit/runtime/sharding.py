@@ -1,4 +1,4 @@
-"""Tensors that FSDP2 spreads over processes."""
+"""Tensors that FSDP2 shards over processes."""
 
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -9,17 +9,17 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor is spread over processes."""
+    """Return whether a tensor is sharded over processes."""
     return hasattr(tensor, "device_mesh")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor, gathered on each process where it is sharded."""
+    """A tensor, gathered on each process if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def spread(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, the same on each process, sharded as another is."""
+    """Shard a full tensor, the same on each process, like another one."""
     if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor

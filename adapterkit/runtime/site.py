@@ -36,7 +36,7 @@ _probes = itertools.count()
 
 
 class Unsaved(nn.Module):
-    """A module whose parameters and buffers are in no state dict."""
+    """A module whose parameters and buffers are excluded from state dicts."""
 
     def state_dict(self, *args: object, destination: object = None, **kwargs: object) -> Any:
         return {} if destination is None else destination
@@ -45,8 +45,8 @@ class Unsaved(nn.Module):
         return
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As `nn.Module`'s, but `to_empty`, with which a base arrives from the meta device, leaves
-        the adapters' values as they are."""
+        """As `nn.Module`'s, except that `to_empty`, which moves a base from the meta device, keeps
+        the adapters' values."""
         # numbers that every float dtype holds, others each time: new memory may hold older ones
         count = next(_probes)
         probe = torch.tensor([1.0 + (count >> i & 1) for i in range(64)])
@@ -61,7 +61,7 @@ class Part(Unsaved):
 
     A delta part changes the output y so far: `forward(y, weight, x, ...) -> y`. A weight part
     changes the module's parameters while its forward runs: `change(values, weight)`. A replacing
-    part runs in place of the module: `run(site, x, ...) -> y`, where `site.base` is the module.
+    part runs instead of the module: `run(site, x, ...) -> y`, where `site.base` is the module.
     """
 
     role: str = "delta"  # how it begins tells which: delta, weight, or another word
@@ -73,7 +73,7 @@ class Part(Unsaved):
 
     @classmethod
     def place(cls, path: str) -> str:
-        """The path of the site for such a part of the module `path`."""
+        """The path of the site for a part of the module `path`."""
         return path
 
     @property
@@ -88,32 +88,32 @@ class Part(Unsaved):
         return site
 
     def named(self, path: str) -> str:
-        """The module or parameter that weights name; `path`: the site's."""
+        """The module or parameter as weights name it; `path`: the site's."""
         return path
 
     def undirected(self, weights: Sequence[float]) -> str | None:
-        """Why it cannot act with these weights of its delta's directions; None if it can."""
+        """The reason why it cannot act with these weights of its delta's directions, or None."""
         return "it has no low-rank factors"
 
     def directed(self, weights: tuple[float, ...]) -> "Part":
-        """What acts in its stead with these weights of its delta's directions; asked of parts that
-        `undirected` has nothing against."""
+        """The part that acts with these weights of its delta's directions; called only if
+        `undirected` gives no reason."""
         raise NotImplementedError
 
     def weighted(self, weight: float) -> "tuple[Part, float]":
-        """What acts with an adapter's weight, and the weight that it has here."""
+        """The part that acts with an adapter's weight, and its own weight."""
         own = weight_on(weight, self.named(self.site.path))
         return (self.directed(own), 1.0) if isinstance(own, tuple) else (self, own)
 
     def change(self, values: "Values", weight: float) -> None:
-        """Change parameters of the host, for one call of its forward."""
+        """Change parameters of the host during one call of its forward."""
         raise NotImplementedError
 
     def check(self, values: "Values") -> None:
-        """Look at the parameters that it changed, after the call."""
+        """Check the parameters that it changed, after the call."""
 
     def fix(self, *names: str) -> None:
-        """Train these parameters no longer."""
+        """Stop training these parameters."""
         self.fixed |= set(names)
         for name in names:
             parameter = self.get_parameter(name)
@@ -139,19 +139,20 @@ class Part(Unsaved):
         raise NotImplementedError
 
     def clash(self, other: "Part") -> str | None:
-        """Why it cannot act together with another adapter's part of the same module."""
+        """The reason why it cannot act together with another adapter's part of the same module, or
+        None."""
         return None
 
     def covers(self, other: "Part") -> bool:
-        """Whether its values hide what another part merges into the host's own."""
+        """Return whether its values hide another part's merged changes to the host."""
         return self.replaces and not other.replaces
 
     def values_in(self, other: "Part") -> dict[str, Tensor]:
-        """What its parameters and buffers would be as in another part, as it was read."""
+        """Another part's values, as it was read, in the form of its own parameters and buffers."""
         return other.tensors()
 
     def fits(self, other: "Part") -> bool:
-        """Whether `take` can take another part's values."""
+        """Return whether `take` accepts another part's values."""
         own, values = self.tensors(), self.values_in(other)
         return {name for name, _ in self.named_parameters()} <= values.keys() <= own.keys() and all(
             value.shape == own[name].shape for name, value in values.items()
@@ -159,13 +160,13 @@ class Part(Unsaved):
 
     @torch.no_grad()
     def take(self, other: "Part") -> None:
-        """Take the values of another part, as it was read."""
+        """Copy the values of another part, as it was read."""
         own = self.tensors()
         for name, value in self.values_in(other).items():
             own[name].copy_(spread(value.to(own[name]), own[name]))
 
     def own_value(self, name: str) -> Tensor | None:
-        """A parameter of what runs in place of the host."""
+        """A parameter of the module that runs instead of the host."""
         return None
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
@@ -173,11 +174,12 @@ class Part(Unsaved):
         raise NotImplementedError
 
     def unmergeable(self, site: "Site", weight: float) -> str | None:
-        """Why no weights of the host give this part's output with that weight; None if some do."""
+        """The reason why no weights of the host give this part's output with that weight, or
+        None."""
         return None
 
     def rescale(self, factor: float) -> None:
-        """Multiply its scale, where it has one."""
+        """Multiply its scale, if it has one."""
 
     def stored(self, path: str) -> dict[str, Tensor]:
         """Its tensors by their keys in a file; `path`: the module's."""
@@ -185,7 +187,7 @@ class Part(Unsaved):
 
 
 class Values(Json):
-    """Parameters of a module by name, as one call of its forward finds them."""
+    """Parameters of a module by name, as they are in one call of its forward."""
 
     def __init__(self, host: nn.Module):
         super().__init__()
@@ -197,13 +199,13 @@ class Values(Json):
 
 
 def owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a parameter of the host, and the name there."""
+    """The module that owns a parameter of the host, and the name there."""
     path, _, leaf = name.rpartition(".")
     return host.get_submodule(path), leaf
 
 
 def sizes_of(host: nn.Module) -> dict[str, int]:
-    """The sizes that a layer says it has: its parameters' shapes differ where they are sharded."""
+    """The sizes in a layer's attributes, because parameters' shapes differ if they are sharded."""
     own = vars(host)
     return {name: own[name] for name in SIZES if name in own}
 
@@ -216,7 +218,7 @@ Changing = tuple[tuple[Part, float], ...]
 
 
 class Steps(dict[str, nn.Module]):
-    """The children of a Sequential: the site is one of them, and no step that it runs."""
+    """The children of a Sequential without the site, which is no step to run."""
 
     def values(self) -> Any:
         return [module for name, module in self.items() if name != CHILD]
@@ -226,7 +228,7 @@ class Steps(dict[str, nn.Module]):
 
 
 class Site(Unsaved):
-    """The adapters of one module, the host: which parts it has, and which of them act."""
+    """The adapters of one module, the host: its parts, and which of them act."""
 
     _host: tuple[nn.Module]
     replacing: Replacing  # what acts; each of these around those before it
@@ -257,8 +259,8 @@ class Site(Unsaved):
         return self._host[0]
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Its parts; none for accelerate's hooks, which offload what they find here, and bring it
-        back from the state dict, which has nothing of it."""
+        """Its parts; none for accelerate's hooks, which offload these and would restore them from
+        the state dict, where they are missing."""
         caller = sys._getframe(1).f_globals.get("__name__")
         return iter(()) if caller == "accelerate.hooks" else super().named_children()
 
@@ -275,12 +277,12 @@ class Site(Unsaved):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the output so far is nn.Linear's own, of which nobody has another reference."""
+        """Return whether the output so far is nn.Linear's own, with no other reference to it."""
         return type(self._host[0]) is nn.Linear and self.own_forward is None and not self.replacing
 
     def run(self, replacing: Replacing, changing: Changing, *args: object, **kwargs: object) -> Any:
-        """The last of the replacing parts around the others, and these around the host's own
-        forward with what the weight parts change."""
+        """Run the outermost replacing part around the others, and these around the host's own
+        forward with the changes of weight parts."""
         if replacing:
             *others, outer = replacing
             inside = Inside(self, tuple(others), changing) if others or changing else self
@@ -306,7 +308,7 @@ class Site(Unsaved):
         return y if y.dtype == dtype else y.to(dtype)
 
     def _changed(self, changing: Changing, *args: object, **kwargs: object) -> Any:
-        """The host's own forward with the parameters that the weight parts give it."""
+        """The host's own forward with the parameters changed by weight parts."""
         if torch.compiler.is_compiling():  # traced by one thread
             return self._exchanged(changing, *args, **kwargs)
         with _exchange:
@@ -348,7 +350,7 @@ class Site(Unsaved):
             del self._modules[_child_name(part)]
 
     def select(self, active: Mapping[str, float]) -> None:
-        """Let the parts of these adapters act, each with its weight, in this order."""
+        """Activate the parts of these adapters, each with its weight, in this order."""
         adding, changing, replacing = [], [], []
         self.active = dict(active)
         for name in [name for name in self._modules if name.endswith(DIRECTED)]:
@@ -373,12 +375,12 @@ class Site(Unsaved):
             self.keep_unfused()
 
     def keep_unfused(self) -> None:
-        """Have a hook: torch's fused layers read the weights of modules that have none."""
+        """Add a hook, because torch's fused layers read the weights of modules that have none."""
         if not self._forward_pre_hooks:
             self.register_forward_pre_hook(nothing)
 
     def renew(self) -> None:
-        """Let other stand-ins act for parts whose values are others by now."""
+        """Replace directed copies of parts whose values have changed."""
         if not self.directed:
             return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -389,8 +391,8 @@ class Site(Unsaved):
 
     @property
     def standing(self) -> dict[str, Tensor]:
-        """What stands for parameters of the host before anything is added to them: values that act
-        in their place, and those that a merge replaced."""
+        """Values that replace parameters of the host before anything is added: those of parts, and
+        the originals during a merge."""
         values = Values(self.host)
         for part, weight in self.changing:
             if part.replaces:
@@ -399,16 +401,16 @@ class Site(Unsaved):
 
     @property
     def acts(self) -> bool:
-        """Whether its forward is another than the host's own."""
+        """Return whether its forward differs from the host's own."""
         return bool(self.router or self.replacing or self.changing or self.adding)
 
     def slots(self) -> list[str]:
-        """The host's attributes that are this site's forward; none where another wrapped it."""
+        """The host's attributes that are this site's forward; none if another wrapped it."""
         own = vars(self.host)
         return [slot for slot in ("forward", OLD_FORWARD) if own.get(slot) == self.forward]
 
     def leave(self) -> None:
-        """Give the host its own forward back."""
+        """Restore the host's own forward."""
         host = self.host
         del host._modules[CHILD]
         if isinstance(host._modules, Steps):
@@ -417,7 +419,7 @@ class Site(Unsaved):
 
 
 def give_forward(host: nn.Module, slots: Iterable[str], forward: Callable[..., Any] | None) -> None:
-    """Set a module's forward where a site's was; None: that of its class."""
+    """Restore a module's forward that a site replaced; None: that of its class."""
     for slot in slots:
         if forward is None and slot == "forward":
             del host.forward
@@ -427,7 +429,7 @@ def give_forward(host: nn.Module, slots: Iterable[str], forward: Callable[..., A
 
 @dataclass(frozen=True)
 class Inside:
-    """A site as the outer one of its replacing parts finds it."""
+    """A site as seen by the outer one of its replacing parts."""
 
     site: Site
     replacing: Replacing
@@ -438,7 +440,7 @@ class Inside:
         return self.site.host
 
     def value(self, name: str) -> Tensor | None:
-        """A parameter of the host as its forward, or that of a copy in its place, finds it."""
+        """A parameter of the host as its forward, or that of its copy, sees it."""
         for part in reversed(self.replacing):
             if (value := part.own_value(name)) is not None:
                 return value
@@ -448,7 +450,7 @@ class Inside:
         return values[name]
 
     def base(self, *args: object, **kwargs: object) -> Any:
-        """What the outer part replaces."""
+        """The forward that the outer part replaces."""
         return self.site.run(self.replacing, self.changing, *args, **kwargs)
 
 
@@ -458,8 +460,8 @@ def nested(parts: Iterable[Part]) -> Replacing:
 
 
 def _child_name(part: Part) -> str:
-    """The adapter's name, where it can be a child's: no dots, no attribute of the site; each role
-    but the plain one is appended."""
+    """The adapter's name, if it can be a child's: no dots, no attribute of the site; every role
+    except the plain one is appended."""
     name = part.adapter.translate(ESCAPED)
     if part.role != "delta":
         return f"{name}:{part.role.replace('.', '%2E')}"

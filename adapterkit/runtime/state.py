@@ -1,4 +1,4 @@
-"""The adapters of a model: which there are, on which modules, and which of them act."""
+"""The adapters of a model: their modules, and which of them act."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -49,7 +49,7 @@ class Attached:
 class State:
     """A model with its sites and adapters; the functions of the runtime change it.
 
-    From here on the base's parameters are frozen; `release` sets their flags as they were.
+    The base's parameters are frozen until `release` restores their flags.
     """
 
     def __init__(self, model: nn.Module):
@@ -87,7 +87,7 @@ class State:
 
     @cached_property
     def base_fingerprint(self) -> str | None:
-        """Of the folder that a transformers model was loaded from; None where there is none."""
+        """The fingerprint of the folder that a transformers model was loaded from, or None."""
         path = self.base_name
         try:
             if not isinstance(path, str) or not os.path.isfile(os.path.join(path, "config.json")):
@@ -107,7 +107,7 @@ class State:
             self.replication = None
 
     def site(self, path: str) -> Site:
-        """The site of a module, made if it has none."""
+        """The site of a module, created if needed."""
         host = self.modules[path]
         site = host._modules.get(CHILD)
         if site is None:
@@ -142,7 +142,7 @@ class State:
         self.adapters[adapter.name] = adapter
 
     def remove(self, name: str) -> None:
-        """Take an adapter off all its modules; sites without parts go."""
+        """Remove an adapter from all its modules; sites without parts are removed too."""
         adapter = self.adapters.pop(name)
         if adapter.watch is not None:
             adapter.watch.release()
@@ -157,7 +157,7 @@ class State:
             self.unreplicate()
 
     def take(self, adapter: Attached, path: str) -> None:
-        """Take an adapter off one module."""
+        """Remove an adapter from one module."""
         site = adapter.sites.pop(path)
         site.remove(adapter.name)
         if site.parts:
@@ -168,7 +168,7 @@ class State:
             self.guard.hosts.forget()
 
     def select(self, active: Mapping[str, float]) -> None:
-        """Let these adapters act; the trainable ones among them are trained."""
+        """Activate these adapters; the trainable ones among them are trained."""
         before, self.active = self.active, dict(active)
         for name in {**before, **self.active}:
             adapter = self.adapters.get(name)
@@ -191,12 +191,12 @@ class State:
         self.guard.watch(on=bool(self.active))
 
     def pad_encoders(self) -> None:
-        """Let torch's encoders keep rows padded where sites in them act."""
+        """Make torch's encoders keep rows padded if sites inside them act."""
         if self.encoders.modules:
             self.encoders.keep_padded([site.host for site in self.sites.values() if site.acts])
 
     def known(self, names: Collection[str]) -> None:
-        """`Refused` for names that are no adapter's."""
+        """`Refused` for names without an adapter."""
         unknown = [name for name in names if name not in self.adapters]
         if unknown:
             raise Refused(
@@ -208,13 +208,13 @@ class State:
             )
 
     def provide(self, names: Collection[str], *, beside_active: bool) -> None:
-        """Load what a store has of these names; `Refused` for those that are no adapter's."""
+        """Load those of these names that a store has; `Refused` for names without an adapter."""
         if self.store is not None:
             self.store.provide(names, beside_active=beside_active)
         self.known(names)
 
     def outside_rows(self, where: str) -> None:
-        """`Refused` inside a mixed batch, for what would change it."""
+        """`Refused` inside a mixed batch, for calls that would change it."""
         if self.rows is not None:
             raise Refused(
                 f"{where} inside rows",
@@ -225,7 +225,8 @@ class State:
             )
 
     def own_weights(self, where: str, names: Collection[str] | None = None) -> None:
-        """`Refused` while adapters, or one of `names`, are merged: it needs the base itself."""
+        """`Refused` while adapters, or one of `names`, are merged, because the caller needs the
+        base itself."""
         merged = [name for name in self.merged if names is None or name in names]
         if merged:
             raise Refused(
@@ -237,7 +238,7 @@ class State:
             )
 
     def unused(self, name: str) -> None:
-        """`Refused` for the name of an adapter that is there."""
+        """`Refused` for the name of an existing adapter."""
         errors = Problems(where="name", code="AK802")
         if not isinstance(name, str) or not name:
             errors.add(f"name {name!r}", "a text")
@@ -258,14 +259,14 @@ class State:
 
 
 class Encoders:
-    """The encoders of a model, which keep rows padded while adapters in them act."""
+    """The encoders of a model, which keep rows padded while adapters inside them act."""
 
     def __init__(self, model: nn.Module):
         self.modules = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
         self.hooks: list[RemovableHandle] = []
 
     def keep_padded(self, acting: Collection[nn.Module]) -> None:
-        """Do so where one of these modules is inside; the others are as they were."""
+        """Keep rows padded in encoders that contain one of these modules; restore the others."""
         for hook in self.hooks:
             hook.remove()
         hosts = set(acting)
@@ -285,7 +286,7 @@ def _begin(encoder: Host, *_: object) -> None:
 
 
 def _end(encoder: Host, args: Args, kwargs: Kwargs, y: Tensor | None) -> Tensor | None:
-    """Without gradients the padding gets zeros, as from nested tensors."""
+    """Zero the padding without gradients, as nested tensors would."""
     encoder.use_nested_tensor = True
     mask = args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")
     if y is None or mask is None or torch.is_grad_enabled():

@@ -1,5 +1,6 @@
-"""What a config means on a live model: the modules and parameters that get factors, those trained
-in full, and the rows of tokens; and why factors on a module would not do as its weight does."""
+"""Resolve a config on a live model: the modules and parameters that get factors, fully trained
+modules, and rows of tokens; and reasons why factors on a module would not act as its weight
+does."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ LISTS_OF_MODULES = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.Parameter
 
 class LiveResolver(Resolver):
     """A config on a live model: layers may be quantized, and those that PEFT takes for stacks of
-    experts get the factors that a file has as their weights'."""
+    experts get the factors that a file stores for their weights."""
 
     def __init__(self, model: nn.Module, config: LoraConfig):
         super().__init__(model, own_modules(model), config)
@@ -102,7 +103,7 @@ class LiveResolver(Resolver):
         return unfit_as_parameter(path, self.modules[path], self.config)
 
     def saved(self) -> list[str]:
-        """Paths of the modules that are trained in full.
+        """Paths of the fully trained modules (`modules_to_save`).
 
         As in PEFT, an entry means every module whose name ends with it: `norm` also `q_norm`.
         `Refused` with all entries that match nothing or cannot be copied."""
@@ -138,11 +139,11 @@ class LiveResolver(Resolver):
         return outer
 
     def tokens(self) -> dict[str, tuple[int, ...]]:
-        """Embedding (or head) -> the rows that are trained. Without a name it is the model's input
+        """Embedding (or head) -> its trained rows. Without a name it is the model's input
         embedding.
 
-        `Refused` with all names that match no embedding or head, or one that is trained in full,
-        and all rows that they have not."""
+        `Refused` with all names that match no embedding or head, or a fully trained one, and all
+        rows that they lack."""
         tokens, rows = self.config.trainable_tokens, dict[str, tuple[int, ...]]()
         if tokens is None:
             return {}
@@ -183,12 +184,12 @@ class LiveResolver(Resolver):
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules below itself, without the adapters; a shared one by its first name."""
+    """The model's own modules, without the adapters; a shared one by its first name."""
     return dict(_below(model, "", {model}))
 
 
 def _below(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, whose walk through all adapters would make each load slower."""
+    """As `named_modules`, which would walk through all adapters and so slow each load."""
     for name, child in module._modules.items():
         if child is not None and name != CHILD and child not in seen:
             seen.add(child)
@@ -197,9 +198,9 @@ def _below(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tup
 
 
 def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Refused | None:
-    """Why factors and rows, which act on a module's output, would not do as its weight does: the
-    code around it reads that and does not call the module, or an embedding's forward is its own;
-    None if they do."""
+    """The reason why factors and rows, which act on a module's output, would not act as its weight
+    does, or None: the code around it reads the weight and does not call the module, or an embedding
+    has its own forward."""
     cls, hint = type(modules[path]), "exclude it from targets; modules_to_save trains it whole"
     if looks_up_otherwise(cls.__mro__):
         return Refused(
@@ -224,14 +225,14 @@ def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Ref
 
 
 def weight_reader(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> str | None:
-    """The class around a module that multiplies by its weight itself; None if it calls it."""
+    """The class around a module that multiplies by its weight directly; None if it calls it."""
     parent, _, leaf = path.rpartition(".")
     return reader_of(type(modules.get(parent, model)).__mro__, leaf, model_type(model))
 
 
 def unfit_as_parameter(path: str, host: nn.Module, config: LoraConfig) -> Refused | None:
-    """Why PEFT cannot have the factors of a linear layer as those of its weight, as a file has them
-    where PEFT takes the layer's name for a stack of experts; None if it can."""
+    """The reason why PEFT cannot read a linear layer's factors as those of its weight, as a file
+    stores them if PEFT takes the layer's name for a stack of experts; None if it can."""
     settings = ("dora", "lora_bias", "invocation_tokens")
     wrong = [name for name in settings if getattr(config, name)]
     if quantization_of(host) is not None:

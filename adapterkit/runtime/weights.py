@@ -1,4 +1,4 @@
-"""Weights of active adapters: one number, or those that a file has for modules and directions."""
+"""Weights of active adapters: one number, or a file's weights for modules and directions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ModuleWeight(float):
-    """An adapter's weight by a file; as a number that of modules which the file does not name."""
+    """An adapter's weight from a file; its number is for modules that the file does not name."""
 
     def __new__(cls, file: WeightsFile, number: int) -> ModuleWeight:
         self = super().__new__(cls, file.default[number])
@@ -38,7 +38,8 @@ class ModuleWeight(float):
         return ModuleWeight, (self.file, self.number)
 
     def on(self, module: str) -> Weight:
-        """The weight on a module or parameter: one, or those of its delta's directions."""
+        """The weight on a module or parameter: one number, or one for each direction of its
+        delta."""
         return self.file.weights_of(self.number, module)
 
 
@@ -48,7 +49,7 @@ def weight_on(weight: float, module: str) -> Weight:
 
 
 def named(names: object) -> Json:
-    """Names with their weights, unchecked; `Refused` for what says neither."""
+    """Names with their weights, unchecked; `Refused` for other values."""
     if names is None or isinstance(names, str):
         return {} if names is None else {names: 1.0}
     items = list(names) if isinstance(names, Iterable) else [names]
@@ -64,7 +65,7 @@ def named(names: object) -> Json:
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """Names, the second `checkpoint-9` as `checkpoint-9-2`."""
+    """Unique names: the second `checkpoint-9` becomes `checkpoint-9-2`."""
     result: list[str] = []
     for name in names:
         numbered = (f"{name}-{number}" for number in itertools.count(2))
@@ -73,9 +74,9 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def named_sources(sources: Sources, weights: StrPath) -> dict[str, StrPath]:
-    """The adapters of a file of weights by the names of their folders, the second `checkpoint-9` as
-    `checkpoint-9-2`, in its order, where they are; `sources`: where, if not where the file says.
-    `Refused` for others than its adapters."""
+    """The sources of a weights file's adapters by the names of their folders, the second
+    `checkpoint-9` as `checkpoint-9-2`, in its order; `sources`: other locations than the file's.
+    `Refused` for other adapters than the file's."""
     folder = open_source(weights)
     file, errors = read_weights(folder), Problems(where=folder.label)
     names: list[str] = []
@@ -90,8 +91,8 @@ def named_sources(sources: Sources, weights: StrPath) -> dict[str, StrPath]:
 
 
 def by_module(state: State, names: Sequence[str], weights: StrPath) -> dict[str, float]:
-    """The weights of adapters that are loaded, in the file's order; `Refused` for what cannot have
-    those of directions, and for modules that none of them has."""
+    """The weights of loaded adapters, in the file's order; `Refused` for weights of directions on
+    unsuitable modules, and for modules that none of the adapters has."""
     folder = open_source(weights)
     file, errors = read_weights(folder), Problems(where=folder.label, code="AK112")
     if len(names) != len(file.adapters):
@@ -149,7 +150,7 @@ def undirected(state: State, table: Mapping[str, float], where: str) -> Problems
 
 
 def as_file(state: State, table: Mapping[str, float]) -> WeightsFile | None:
-    """The file of weights that says the same as a table; None where numbers alone say it."""
+    """The weights file equal to a table; None if numbers alone express it."""
     files = [weight.file for weight in table.values() if isinstance(weight, ModuleWeight)]
     if not files:
         return None
@@ -160,6 +161,6 @@ def as_file(state: State, table: Mapping[str, float]) -> WeightsFile | None:
 
 
 def _modules_of(state: State, names: Iterable[str]) -> set[str]:
-    """The modules of adapters, as a file of weights names them."""
+    """The modules of adapters, as a weights file names them."""
     parts = [pair for name in names for pair in state.adapters[name].parts()]
     return {part.named(site.path) for site, part in parts}

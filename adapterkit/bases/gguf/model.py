@@ -101,8 +101,7 @@ def open_gguf(
     files too.
 
     `by_table`: if transformers does not read the architecture, use the table's parameters, keep the
-    names of other tensors, and return a config that cannot run the model.
-    """
+    names of other tensors, and return a config that cannot run the model."""
     gguf = gguf_package()
     header, headers = read_model(files)
     kinds = {entry.type for entry in header.tensors}
@@ -199,8 +198,7 @@ def open_plain_gguf(files: GgufFiles) -> GgufCheckpoint | None:
     their names. None if a model is needed: for stacks of experts, for keys that the loader renames,
     and for types that are only read.
 
-    The config has only the sizes in the file.
-    """
+    The config has only the sizes in the file."""
     header, headers = read_model(files)
     table = table_of(header.architecture)
     if table is None or not all(is_written(entry.type) for entry in header.tensors):

@@ -17,8 +17,7 @@ def weighted(product: Product, weights: Sequence[float]) -> Product:
     """Σₖ cₖ σₖ uₖ vₖᵀ = U diag(c) Uᵀ left @ right, the triplets of `algebra.svd`, σ falling.
 
     `right` does not change. With equal σ the directions are ambiguous, and c of σ = 0 has no
-    effect.
-    """
+    effect."""
     u = algebra.svd(product).u
     c = u.new_tensor(weights)
     return Product(u @ (c[:, None] * (u.T @ product.left)), product.right)

@@ -1,5 +1,5 @@
-"""The kinds of layers that take factors: each is a class of one file here, which says all that the
-runtime asks of its kind; see `FactorsPart`."""
+"""The kinds of layers that take factors: each is a class in its own file, which implements the
+runtime's interface `FactorsPart`."""
 
 import importlib
 import pkgutil
@@ -21,14 +21,15 @@ KINDS: dict[str, type[FactorsPart]] = {
 
 
 def kind_of(host: nn.Module) -> type[FactorsPart] | None:
-    """The kind of layer that a module is, None for one that takes no factors."""
+    """The kind of a layer, None if it takes no factors."""
     if (known := stored_kind_of(host)) is not None:
         return KINDS[known]
     return next((part for part in KINDS.values() if part.matches(host)), None)
 
 
 def part_class(kind: type[FactorsPart], config: LoraConfig) -> type[FactorsPart]:
-    """The class of an adapter's parts on layers of a kind; `Refused` where an aLoRA cannot act."""
+    """The class of an adapter's parts on layers of a kind; `Refused` if an aLoRA cannot act
+    there."""
     if not config.invocation_tokens:
         return kind
     if kind not in INVOKED:

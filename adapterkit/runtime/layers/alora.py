@@ -1,6 +1,6 @@
 """aLoRA (arXiv:2504.12397): factors of a linear layer that act from an invocation sequence on.
 
-The tokens before it, and so their keys and values in a cache, are the base's, bit for bit.
+Tokens before it, and therefore their cached keys and values, are the base's, bit for bit.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ MEMORY = "_adapterkit_invocations"  # of a cache
 
 @dataclass(frozen=True)
 class Memory:
-    """What a cache knows of its tokens."""
+    """Invocation starts and last tokens of a cache."""
 
     starts: dict[str, Tensor]  # where each aLoRA began to act; (rows,), -1 where it did not
     tail: Tensor  # the last tokens, fewer than the longest sequence has
@@ -30,11 +30,11 @@ class Memory:
 
 
 class Invocations:
-    """Where each aLoRA of a model starts to act, found in the tokens of every call of the model.
+    """Finds the start of each aLoRA of a model in the tokens of every call.
 
-    A start is the position, counted with the cached tokens, at which the sequence occurs last in
-    the tokens of a call. It stays with the cache: later calls without the sequence act on all their
-    tokens. A cache that is copied keeps it; one that is cut before it, or reset, does not.
+    A start is the position, counted with the cached tokens, of the sequence's last occurrence in
+    the tokens of a call. The cache keeps it: in later calls without the sequence all tokens are
+    after the start. A copied cache keeps it; one that is cut before it, or reset, does not.
     """
 
     def __init__(self, model: nn.Module, acting: Callable[[], Collection[str]]):
@@ -69,10 +69,10 @@ class Invocations:
             self.shape, self._rows = before
 
     def count(self, adapter: str) -> tuple[int, ...]:
-        """How many tokens of each row, from the end, an adapter acts on.
+        """The number of tokens of each row, from the end, that an adapter acts on.
 
-        While gradients are computed, a checkpointed layer runs again: the call is then the one that
-        recorded them. `Refused` where there were several with different starts."""
+        With gradient checkpointing a layer runs again in backward: its call is then the one that
+        recorded gradients. `Refused` if there were several with different starts."""
         if torch._C._current_graph_task_id() == -1:
             counts = self._counts[adapter]
             return counts if self._rows is None else tuple(counts[row] for row in self._rows)
@@ -88,7 +88,7 @@ class Invocations:
         return self._recorded[adapter]
 
     def last(self, counts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
-        """Flags (rows, length) of the last tokens of each row, as many as counts say."""
+        """Flags (rows, length) of the last tokens of each row, whose number counts give."""
         return self._kept(_last, counts, length, device)
 
     def _before(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -142,13 +142,13 @@ class Invocations:
 
 
 def _cache(values: Iterable[Any]) -> Any:
-    """The cache of keys and values among these; its argument's name differs between versions of
-    transformers."""
+    """The cache of keys and values among these, because its argument's name differs between
+    versions of transformers."""
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
 def _memory(cache: object, length: int, ids: Tensor) -> Memory | None:
-    """What a cache of this length knows of these rows."""
+    """The memory of a cache of this length, if it fits these rows."""
     memory: Memory | None = getattr(cache, MEMORY, None)
     if memory is None or not length or memory.tail.shape[0] != ids.shape[0]:
         return None
@@ -166,7 +166,7 @@ def _on_device(tokens: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _numbers(counts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Tensors (rows,) as numbers, for which a GPU is waited for once."""
+    """Tensors (rows,) as numbers, with one synchronization of a GPU."""
     table = torch.stack([*counts.values()]).tolist() if counts else []
     return {name: tuple(row) for name, row in zip(counts, table, strict=True)}
 
@@ -175,7 +175,7 @@ def last_start(
     ids: Tensor,  # (rows, tokens)
     sequence: Tensor,  # (n,)
 ) -> Tensor:  # (rows,)
-    """The position at which the sequence occurs last in each row, -1 where it does not."""
+    """The position of the sequence's last occurrence in each row, -1 without one."""
     rows, length = ids.shape
     if length < len(sequence):
         return torch.full((rows,), -1, device=ids.device)
@@ -186,7 +186,7 @@ def last_start(
 
 
 class InvokedPart(LinearPart):
-    """Factors that act on the last tokens of each row, as many as the invocation says."""
+    """Factors that act on the last tokens of each row, as many as follow the invocation."""
 
     mixes_rows = False
     invocations: Invocations
@@ -225,7 +225,7 @@ class InvokedPart(LinearPart):
 
 
 class InvokedConv1DPart(InvokedPart, Conv1DPart):
-    """The same on GPT-2's Conv1D."""
+    """An `InvokedPart` on GPT-2's Conv1D."""
 
 
 INVOKED: dict[type[FactorsPart], type[InvokedPart]] = {

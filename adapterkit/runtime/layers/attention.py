@@ -1,4 +1,4 @@
-"""Factors of nn.MultiheadAttention, whose projections are no modules that it calls."""
+"""Factors of nn.MultiheadAttention, which does not call its projections as modules."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ OUTPUT = "out_proj"  # the child that the attention reads and does not call
 class AttentionPart(FactorsPart):
     """in_proj_weight (3·E, E) + weight·scale·b·a while the attention runs: a (r, E), b (3·E, r).
 
-    The sum is taken in float32 or wider and rounded once. As in PEFT dropout, which acts on the
-    input of factors, does nothing."""
+    The sum is computed in float32 or wider and rounded once. As in PEFT, dropout does nothing,
+    because it acts on the input of factors."""
 
     kind, role = "attention", "weight"
     parameter = "in_proj_weight"
@@ -77,7 +77,7 @@ class AttentionOutputPart(AttentionPart):
         return f"{path}.{OUTPUT}"
 
     def target(self, path: str) -> str:
-        """The attention, where both projections have factors, as PEFT adapts them; else itself."""
+        """The attention if both projections have factors, as PEFT adapts them; otherwise itself."""
         site: Host = self.host._modules[CHILD]
         has_other = AttentionPart.role in site.parts[self.adapter]
         return path if has_other else self.module(path)

@@ -14,7 +14,7 @@ class ConvPart(FactorsPart):
     *kernel).
 
     a has the host's stride, padding, its mode, and dilation: exactly the convolution with the delta
-    (PEFT 0.21 drops dilation and the padding's mode). With groups, as PEFT's: a joins all inputs, b
+    (PEFT 0.21 drops dilation and the padding's mode). With groups, as in PEFT, a has all inputs, b
     (out, r / groups, 1, ...) has groups, and no weight of the host equals it.
     """
 

@@ -10,10 +10,10 @@ from adapterkit.runtime.site import Host, Site
 class EmbeddingPart(FactorsPart):
     """y + weight·scale·aᵀ[x]·bᵀ: a (r, V), b (D, r), delta (V, D) = (b·a)ᵀ.
 
-    Times the host's own factor where it has one (Gemma's `embed_scale`). Dropout of ids means
-    nothing, here as in PEFT. Unlike PEFT, a host's `max_norm` does not rescale a's columns in
-    place, and files have no copy of the host's weight: rows that were added to it are the base's,
-    and are trained and saved with modules_to_save or trainable_tokens."""
+    The delta is multiplied by the host's own factor, such as Gemma's `embed_scale`. As in PEFT,
+    dropout has no effect on ids. Unlike PEFT, a host's `max_norm` does not rescale a's columns in
+    place, and files have no copy of the host's weight: added rows belong to the base, and are
+    trained and saved with modules_to_save or trainable_tokens."""
 
     kind, stored_as, axis = "embedding", "embedding", 1
     takes = ("dora",)

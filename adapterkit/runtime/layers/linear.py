@@ -39,7 +39,8 @@ class LinearPart(FactorsPart):
         return y
 
     def _is_plain(self) -> bool:
-        """Whether the output so far is that of nn.Linear's own forward, and b·a is all to add."""
+        """Return whether the output so far comes from nn.Linear's own forward, and only b·a is
+        added."""
         return (
             self.magnitude is self.bias is self.padded is self._buffers["initial_a"] is None
             and not (self.dropout and self.training)

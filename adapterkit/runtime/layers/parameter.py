@@ -28,12 +28,12 @@ HINT = "write the peft_version that trained it into adapter_config.json"
 
 
 class ParameterPart(FactorsPart):
-    """W + weight·scale·b·a in place of one parameter W of a module while that runs.
+    """Replaces a parameter W of a module by W + weight·scale·b·a while the module runs.
 
-    W (out, in): a (r, in), b (out, r). Experts W (E, out, in): a (E, r, in), b (E, out, r), each
-    expert's factors together for their products; with `is_transposed` experts are (E, in, out) and
-    the delta is (b·a)ᵀ. A file has a (E·r, in), the expert slowest, and b (out, r·E), the expert
-    fastest (PEFT 0.19). Unlike PEFT the sum is not computed where the module multiplies with its
+    W (out, in): a (r, in), b (out, r). Experts W (E, out, in): a (E, r, in), b (E, out, r), so that
+    each expert's factors are contiguous; with `is_transposed` experts are (E, in, out) and the
+    delta is (b·a)ᵀ. A file has a (E·r, in), the expert slowest, and b (out, r·E), the expert
+    fastest (PEFT 0.19). Unlike PEFT, the sum is not computed if the module only multiplies with its
     parameter, and factors keep their dtype.
     """
 
@@ -78,7 +78,8 @@ class ParameterPart(FactorsPart):
             values[self.leaf] = summed(value, [term])
 
     def check(self, values: Values) -> None:
-        """`Refused` where the host never read its parameter: others that do get it unchanged."""
+        """`Refused` if the host never read its parameter, because another module then reads it
+        unchanged."""
         self.is_read = self.is_read or getattr(values[self.leaf], "is_read", True)
         if not self.is_read:
             name = type(self.host).__name__
@@ -117,25 +118,26 @@ class ParameterPart(FactorsPart):
 
 
 def is_stack(part: Part) -> bool:
-    """Whether a part is on experts' matrices."""
+    """Return whether a part is on experts' matrices."""
     return isinstance(part, ParameterPart) and part.a.ndim == 3
 
 
 def takes_indices(host: nn.Module) -> bool:
-    """Whether experts get all tokens in their order, and an index of experts for each; others get
-    the tokens sorted by expert, or once for each expert."""
+    """Return whether experts get all tokens in order with an index of experts for each; others get
+    tokens sorted by expert, or run once per expert."""
     names = list(inspect.signature(type(host).forward).parameters)
     return any(name.endswith(("_index", "_indices")) for name in names[2:])
 
 
 def _multiplies(host: nn.Module) -> bool:
-    """Whether a module's code is operations of torch."""
+    """Return whether a module's code uses only operations of torch."""
     implementation = getattr(getattr(host, "config", None), "_experts_implementation", None)
     return implementation in PLAIN_EXPERTS
 
 
 def is_transposed(host: nn.Module, leaf: str) -> bool:
-    """Whether the matrices of a parameter are (in, out): of a stack the module's class says it."""
+    """Return whether the matrices of a parameter are (in, out); for a stack the module's class
+    decides."""
     parameter = host._parameters[leaf]
     assert parameter is not None
     return parameter.ndim == 3 and bool(getattr(host, "is_transposed", False))
@@ -153,7 +155,8 @@ class ModelParameters:
 
 
 def of_parameter(factors: Factors, host: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b as the part has them; of experts a (E * r, in) and b (out, r * E) in the file."""
+    """a and b in the part's layout; a file stores those of experts as a (E * r, in) and b (out, r *
+    E)."""
     parameter = host._parameters[factors.leaf or ""]
     assert parameter is not None
     if parameter.ndim == 3:
@@ -166,8 +169,8 @@ def of_parameter(factors: Factors, host: nn.Module, a: Tensor, b: Tensor) -> tup
 def split_parameters(
     adapter: Adapter, model: nn.Module, modules: Mapping[str, nn.Module], errors: Problems
 ) -> tuple[list[Lora], list[Factors]]:
-    """An adapter's factors of modules, and those of parameters; those that do not fit the model's
-    parameters are added to the errors."""
+    """Split an adapter's factors into those of modules and those of parameters; factors that do not
+    fit the model's parameters are added to the errors."""
     of_modules: list[Lora] = []
     of_parameters: list[Factors] = []
     parameters = ModelParameters(model, modules)
@@ -191,8 +194,8 @@ def split_parameters(
 
 
 def _stored(adapter: Adapter, site: JoinedSite, host: nn.Module) -> Factors:
-    """A file's factors of one parameter, with whether in and out are to be exchanged: PEFT up to
-    0.18 had them so."""
+    """A file's factors of one parameter, and whether to exchange in and out, as PEFT up to 0.18
+    stored them."""
     factors = site.members[0]
     assert site.leaf is not None
     parameter, transposed = host._parameters[site.leaf], is_transposed(host, site.leaf)

@@ -1,4 +1,4 @@
-"""Experts of a linear layer between which tokens are routed (Arrow, arXiv:2405.11157)."""
+"""Experts of a linear layer, and routing of tokens to them (Arrow, arXiv:2405.11157)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from adapterkit.runtime.site import Part, Site
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of one module as `adapterkit arrow` stores them, ranks filled with zeros."""
+    """The experts of one module as `adapterkit arrow` stores them, ranks padded with zeros."""
 
     names: tuple[str, ...]
     a: Tensor  # (E, r, in)
@@ -31,7 +31,7 @@ class Experts:
         return Experts(self.names, a, b, self.scales, prototypes)
 
     def followed_by(self, others: "Experts") -> "Experts":
-        """These experts and then others, of the larger rank."""
+        """These experts followed by others, padded to the larger rank."""
         rank = max(self.a.shape[1], others.a.shape[1])
         return Experts(
             self.names + others.names,
@@ -42,7 +42,7 @@ class Experts:
         )
 
     def without(self, name: str) -> "Experts | None":
-        """These experts but one, None where none is left; ranks that only it had are gone."""
+        """These experts except one, or None if none remains; unused ranks are removed."""
         rest = [i for i, other in enumerate(self.names) if other != name]
         if not rest:
             return None
@@ -62,7 +62,8 @@ class RoutedPart(Part):
     """y + weight·Σ_e coefficient_e·scale_e·b_e·a_e·x, e the `top_k` experts with the largest
     |x·prototype_e| and the coefficients their softmax at `temperature`, for each token.
 
-    x in the factors' dtype, not normalized. Modules that fewer experts have route between these.
+    x in the factors' dtype, not normalized. Modules that only some experts have route between
+    these.
     """
 
     down: nn.Parameter  # (E·r + E, in): every a, then the prototypes
@@ -75,7 +76,7 @@ class RoutedPart(Part):
         self.hold(experts)
 
     def hold(self, experts: Experts) -> None:
-        """Have these experts, in place of others."""
+        """Replace the experts."""
         down = torch.cat([experts.a.flatten(0, 1), experts.prototypes])
         up = experts.b.transpose(1, 2).flatten(0, 1).contiguous()
         self.names, self.scales = experts.names, experts.scales
@@ -135,7 +136,7 @@ class RoutedPart(Part):
 
     @property
     def rank(self) -> int:
-        """Of the expert of the largest rank."""
+        """The largest rank of the experts."""
         return self.up.shape[0] // len(self.names)
 
     def norms(self) -> Sequence[float]:

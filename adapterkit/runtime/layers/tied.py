@@ -16,8 +16,8 @@ from adapterkit.runtime.site import Part
 class TiedHeadPart(LinearPart):
     """The embedding's delta (V, D) on the head's output: a is its bᵀ (r, D), b its aᵀ (V, r).
 
-    It has no parameters of its own, so both stay one while they are trained, in any dtype (PEFT's
-    become two where it casts bf16 and fp16 to float32), and merging adds the delta once to each."""
+    It has no parameters of its own, so both stay shared during training in any dtype (PEFT's
+    separate when it casts bf16 and fp16 to float32), and merging adds the delta once to each."""
 
     mixes_rows = False
     _source: tuple[EmbeddingPart]
@@ -49,16 +49,16 @@ class TiedHeadPart(LinearPart):
         return twin
 
     def rescale(self, factor: float) -> None:
-        """The embedding's part does."""
+        """Do nothing, because the embedding's part does it."""
 
     def take(self, other: Part) -> None:
-        """The embedding's part does."""
+        """Do nothing, because the embedding's part does it."""
 
     def pad(self, rank: int) -> None:
-        """The embedding's part does."""
+        """Do nothing, because the embedding's part does it."""
 
     def set_own(self, rank: int, scale: float) -> None:
-        """The embedding's part does."""
+        """Do nothing, because the embedding's part does it."""
 
     def _apply(self, fn: object, recurse: bool = True) -> Any:
         return self
@@ -67,7 +67,7 @@ class TiedHeadPart(LinearPart):
 def share(
     parts: Sequence[tuple[str, Part]], heads: Mapping[str, str], dropout: float
 ) -> list[tuple[str, Part]]:
-    """The parts by path, in which those of `heads` share the factors of their embeddings."""
+    """The parts by path, with parts of `heads` that share the factors of their embeddings."""
     sources = {path: part for path, part in parts if isinstance(part, EmbeddingPart)}
     return [
         (path, TiedHeadPart(sources[heads[path]], dropout))
@@ -80,8 +80,8 @@ def share(
 def shared_heads(
     parts: Sequence[tuple[str, Part]], modules: Mapping[str, nn.Module]
 ) -> dict[str, str]:
-    """Head -> the embedding that it shares its weight with, where the values of their factors are
-    the same, and all that they have: magnitudes of DoRA are those of other axes."""
+    """Head -> the embedding that it shares its weight with, if their factors have equal values and
+    no magnitudes, because DoRA's are on different axes."""
     return {
         head: embedding
         for head, part, embedding, source in both_sides(parts, modules)
@@ -94,7 +94,7 @@ def shared_heads(
 def both_sides(
     parts: Sequence[tuple[str, Part]], modules: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, LinearPart, str, EmbeddingPart]]:
-    """Factors of heads, and of the embeddings whose weights are theirs."""
+    """Factors of heads, and of the embeddings that they share weights with."""
     weights = {path: modules[path]._parameters.get("weight") for path, _ in parts}
     heads = [(path, part) for path, part in parts if isinstance(part, LinearPart)]
     sources = [(path, part) for path, part in parts if isinstance(part, EmbeddingPart)]

@@ -1,1 +1,1 @@
-"""Adapters onto a live model, made or read, and back to disk."""
+"""Put new or stored adapters onto a live model, and write them to disk."""

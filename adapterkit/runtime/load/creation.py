@@ -1,4 +1,4 @@
-"""New adapters on a live model: what they start as, by the methods of `init`."""
+"""Create adapters on a live model, with initial values from the methods of `init`."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ Statistics = Callable[..., dict[str, Tensor]]
 
 
 def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
-    """The record of a config's init; `Refused` for one that cannot start these adapters."""
+    """The record of a config's init; `Refused` if it cannot start these adapters."""
     name = "random" if config.init is False else str(config.init)
     name, _, niter = name.partition("_niter_")  # PEFT's pissa_niter_4
     errors = Problems(where="LoraConfig", code="AK801")
@@ -78,7 +78,7 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
 def statistics_for(
     method: Initialization, targets: Sequence[Target], stats: Stats | None
 ) -> Iterator[Statistics]:
-    """The statistics that an init needs of its targets; `Refused` with all that are missing."""
+    """The statistics that an init needs for its targets; `Refused` with all missing ones."""
     kinds = [kind for kind in method.needs if kind != "weight"]
     if bool(kinds) != (stats is not None):
         what = "covariance" if not kinds else "pca" if "components" in kinds else kinds[0]
@@ -112,8 +112,8 @@ def statistics_for(
 def redistributed(
     method: Initialization, config: LoraConfig, targets: Sequence[Target], statistics: Statistics
 ) -> tuple[LoraConfig, Sequence[Target]]:
-    """The targets with the ranks that the statistics give them, without those of rank 0, and the
-    config that names these; `Refused` with all of which there are not enough components."""
+    """The targets with the ranks from the statistics, without those of rank 0, and the config that
+    names these; `Refused` with all targets that have too few components."""
     if not isinstance(method, RedistributingInit):
         return config, targets
     spectra = [statistics(target.path, "variances", "variance") for target in targets]
@@ -176,7 +176,7 @@ def start(
 
 
 def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPart], host: Host) -> Tensor:
-    """The weight (out, in); without values where the method needs none."""
+    """The weight (out, in), without values if the method does not need them."""
     if "weight" not in method.needs:
         (_, width), (out, _) = kind.shapes(host, target.rank)
         return torch.empty(out, width, device="meta")
@@ -198,7 +198,7 @@ def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPart], host:
 def start_parameter(
     method: Initialization, target: Target, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """a and b of a parameter, float32; of a stack those of a linear layer for each expert."""
+    """a and b of a parameter, float32; for a stack, a linear layer's for each expert."""
     leaf, host = target.leaf, target.module
     assert leaf is not None and isinstance(method, DrawnInit)
     parameter = host._parameters[leaf]
@@ -281,7 +281,7 @@ def _new_factors(
 
 
 def _check_dora(targets: Sequence[Target]) -> None:
-    """`Refused` for layers without a DoRA, and for weights that cannot be read yet, or at all."""
+    """`Refused` for layers without a DoRA, and for weights that cannot be read (yet)."""
     errors = Problems(
         where="attach", hint="exclude these layers, or attach without dora", code="AK801"
     )
@@ -301,9 +301,9 @@ def _why_no_dora(target: Target) -> str | None:
 def _other_values(
     state: State, resolver: LiveResolver, targets: Sequence[str]
 ) -> OtherValues[Tensor]:
-    """What a config asks for besides the factors of its targets: copies of modules, biases and rows
-    of tokens, which start as the base's. `Refused` for values that the base, on the meta device,
-    has not yet."""
+    """Values of a config other than factors of targets: copies of modules, biases and rows of
+    tokens, which start as the base's. `Refused` if the base has none yet, because it is on the meta
+    device."""
     config, modules = resolver.config, resolver.modules
     saved, rows = resolver.saved(), resolver.tokens()
     if rows:

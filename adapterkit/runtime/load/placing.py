@@ -1,4 +1,4 @@
-"""The values of an adapter, new ones or those of its files, as parts at the modules of a model."""
+"""Make the parts of an adapter at the modules of a model from new or stored values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OtherValues(Generic[T]):
-    """An adapter's values besides factors, by the model's names: tensors, or where they are."""
+    """An adapter's values other than factors, by the model's names: tensors, or specs of stored
+    ones."""
 
     copies: Mapping[str, Mapping[str, T]]  # path -> name in it; {}: present values
     biases: Mapping[str, T]  # trained
@@ -97,8 +98,8 @@ class PartMaker:
         values: OtherValues[Tensor],
         heads: Mapping[str, str] | None = None,
     ) -> list[tuple[str, Part]]:
-        """All parts by their modules: factors first. `heads`: by head the embedding with whose
-        factors it is tied, None: those whose factors are the same."""
+        """All parts by their modules, factors first. `heads`: the embedding that each head shares
+        factors with; None: those with equal factors."""
         model, modules, whole = self.state.model, self.state.modules, own_modules(self.state.model)
         parts: list[tuple[str, Part]] = [*factors]
         if self.config.tie:
@@ -130,7 +131,7 @@ class PartMaker:
 
 @torch.no_grad()
 def _fill(module: nn.Module, name: str, value: Tensor) -> None:
-    """Set a parameter or buffer of a copy, in its dtype; a new one where it is on meta."""
+    """Set a parameter or buffer of a copy, in its dtype; a new one if it is on meta."""
     inner, leaf = owner(module, name)
     own = getattr(inner, leaf)
     if not own.is_meta:
@@ -142,8 +143,8 @@ def _fill(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def factor_device(host: nn.Module) -> torch.device:
-    """Where a host's factors live: beside its weight; where it runs if accelerate offloads it; on
-    the CPU while it is on meta."""
+    """The device for a host's factors: its weight's device; the execution device if accelerate
+    offloads it; otherwise the CPU."""
     tensor: Tensor | None = next(host.parameters(), None)
     if tensor is None:
         tensor = next(host.buffers(), None)
@@ -157,7 +158,8 @@ def factor_device(host: nn.Module) -> torch.device:
 def find_values(
     state: State, adapter: Adapter, config: LoraConfig, errors: Problems
 ) -> OtherValues[TensorSpec]:
-    """Where a file has the values that are no factors; those that do not fit join the errors."""
+    """Find the values other than factors in a file; those that do not fit are added to the
+    errors."""
     copied: dict[str, dict[str, TensorSpec]] = {}
     biases: dict[str, TensorSpec] = {}
     weights: dict[str, TensorSpec] = {}
@@ -200,8 +202,8 @@ def read_values(
     read: Callable[[TensorSpec], Tensor],
     read_trained: Callable[[TensorSpec], Tensor],  # biases and rows
 ) -> OtherValues[Tensor]:
-    """The values of a file; copies and weights have the base's dtypes. Weights that are the base's
-    own are left out."""
+    """Read the values of a file; copies and weights get the base's dtypes. Weights equal to the
+    base's own are left out."""
     weights = {}
     for name, spec in values.weights.items():
         own = known_parameter(state.modules, name)

@@ -1,4 +1,4 @@
-"""Adapters from disk onto a live model."""
+"""Load adapters from disk onto a live model."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ from adapterkit.verbs.shared.lora_config import LoraConfig
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter's files, joined with the model: for each part its kind and tensors."""
+    """An adapter's files, matched with the model: the kind and tensors of each part."""
 
     adapter: Adapter
     config: LoraConfig
@@ -61,7 +61,7 @@ def load(
     pad_rank: int | None = None,
     strict: bool = False,
 ) -> None:
-    """Add an adapter from disk; `Refused` with all that does not fit, before anything changes."""
+    """Add an adapter from disk; `Refused` with every mismatch, before anything changes."""
     state.unused(name)
     with replicating(state):
         stored, parts = read(
@@ -100,7 +100,7 @@ def read(
 
 
 def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
-    """Note which base a stored adapter is for; a warning where the model's has other values."""
+    """Record the base that a stored adapter is for; warn if the model has other values."""
     adapter.base, adapter.base_fingerprint = base_id(stored), stored.base_fingerprint
     made_for = stored.base_fingerprint
     if made_for and difference(made_for, state.base_fingerprint or made_for) == "values":
@@ -114,8 +114,9 @@ def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
 def join_folder(
     state: State, folder: Folder, number: int = 0, *, is_second: bool = False
 ) -> StoredAdapter:
-    """Read an adapter's headers and find the module of each of its tensors. `number`: among several
-    adapters. `is_second`: of initial factors, for the layers as their adapter has them."""
+    """Read an adapter's headers and find the module of each tensor. `number`: its index among
+    several adapters. `is_second`: for initial factors, match the layers as their adapter has
+    them."""
     adapter = read_adapter(folder, number, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
     if not is_second:
@@ -154,7 +155,7 @@ def join_folder(
 
 
 def read_parts(maker: PartMaker, stored: StoredAdapter) -> list[tuple[str, Part]]:
-    """The parts of an adapter with their values; without a dtype at least float32."""
+    """The parts of an adapter with their values; the default dtype is at least float32."""
     folders = (stored.adapter.folder,)
     with Sources(folders, identities(folders, header_hashes([stored.adapter]))) as sources:
         read = LocalReader(sources, torch.device("cpu"), dtype=None).tensor
@@ -189,7 +190,7 @@ def _read_factors(
 def _ignored(
     state: State, adapter: Adapter, parts: Sequence[tuple[str, Part]]
 ) -> Iterator[AdapterkitError]:
-    """Why factors would not act, but for zeros, as PEFT's training leaves those."""
+    """Refusals of factors that would not act, except zeros, which PEFT's training leaves there."""
     for path, part in parts:
         problem = unread(state.model, state.modules, path)
         if problem is None or not isinstance(part, FactorsPart) or part.place(path) != path:
@@ -206,7 +207,7 @@ def _ignored(
 
 
 def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
-    """Give factors room for a rank; `Refused` for higher ones, and for layers without room."""
+    """Pad factors to a rank; `Refused` for higher ones, and for layers that cannot be padded."""
     errors = Problems(where="pad_rank", code="AK108")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise Refused(
@@ -227,7 +228,8 @@ def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
 
 
 def _fits(lora: Lora, host: nn.Module, kind: type[FactorsPart], errors: Problems) -> bool:
-    """Whether factors have the names and shapes of those of a module; if not errors say why."""
+    """Return whether factors have the names and shapes of a module's; otherwise errors are
+    added."""
     shapes = kind.shapes(host, lora.a.shape[0])
     if lora.kind != kind.stored_as:
         problem = f"{shown(lora.a.key)} for a {type(host).__name__}"
@@ -273,8 +275,8 @@ def _add_no_module(state: State, lora: Lora, host: object, errors: Problems) -> 
 
 
 def _subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str, Part]]) -> None:
-    """Give parts trained on a changed base the factors that it lacks: those beside the adapter, or
-    the same as before by the method; `Refused` where there are neither."""
+    """Subtract the changed base's initial factors from parts trained on it: those in the adapter's
+    folder, or the method's again; `Refused` if there are neither."""
     init = stored.adapter.changed_base()
     if init is None:
         return
@@ -304,7 +306,7 @@ def _subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str
 def _subtract_stored(
     state: State, adapter: Adapter, folder: Folder, parts: list[tuple[str, Part]]
 ) -> None:
-    """Give parts the initial factors of the folder beside their adapter."""
+    """Give parts the initial factors in their adapter's folder."""
     stored = join_folder(state, folder, is_second=True)
     initial = read_parts(PartMaker(state, "initial", stored.config, None), stored)
     own, others = (

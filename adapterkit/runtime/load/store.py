@@ -1,4 +1,4 @@
-"""Adapters of a folder, loaded when they are asked for; the least recently used ones go."""
+"""Load adapters of a folder on demand, and unload the least recently used ones."""
 
 from collections.abc import Collection
 from itertools import islice
@@ -23,9 +23,9 @@ class Store:
     """The adapters of a folder by the names of its subfolders: `name` or `org/name`, or in the
     layout of the Hub's cache, `models--org--name/snapshots/...`.
 
-    At most `max_loaded` of them are on the model; where that is not enough for what is asked for,
-    those used longest ago go. Never those in use, and none that changed since it was loaded.
-    Loading one does not depend on how many there are.
+    At most `max_loaded` of them are on the model; if more are requested, the least recently used
+    ones are removed, but never adapters in use or changed since loading. The cost of loading one
+    does not depend on their number.
     """
 
     def __init__(self, state: State, folder: StrPath, max_loaded: int):
@@ -50,11 +50,11 @@ class Store:
 
     @property
     def loaded(self) -> list[str]:
-        """The adapters that it has on the model, the last one used last."""
+        """The adapters that it loaded, the most recently used last."""
         return [name for name in self._stamps if name in self.state.adapters]
 
     def path(self, name: str) -> Path | None:
-        """The folder of an adapter; None where there is none."""
+        """The folder of an adapter, or None."""
         if not isinstance(name, str) or not is_plain_path(name):
             return None
         cached = self.folder / f"models--{name.replace('/', '--')}"
@@ -67,9 +67,9 @@ class Store:
         return next((path for path in snapshots if (path / CONFIG).is_file()), None)
 
     def provide(self, names: Collection[str], *, beside_active: bool) -> None:
-        """Load what is missing of these names, which are to be in use together, and with what is
-        active where that stays; `Refused` for unknown ones, and for more than may be loaded,
-        before anything changes."""
+        """Load the missing ones of these names, which will be used together, and with the active
+        adapters if those stay; `Refused` for unknown ones, and for more than may be loaded, before
+        anything changes."""
         missing = {n: self.path(n) for n in names if n not in self.state.adapters}
         unknown = [name for name, path in missing.items() if path is None]
         if unknown:
@@ -103,7 +103,7 @@ class Store:
             self._stamps[name] = self._stamp(name)
 
     def trim(self, limit: int | None = None, keep: Collection[str] = ()) -> None:
-        """Take those used longest ago off the model, down to the limit; none that is in use."""
+        """Remove the least recently used adapters down to the limit, except those in use."""
         surplus = len(self.loaded) - (self.max_loaded if limit is None else limit)
         for name in self.loaded:
             used = name in self.state.active or name in keep
@@ -113,7 +113,7 @@ class Store:
                 surplus -= 1
 
     def _is_kept(self, name: str) -> bool:
-        """Whether it must stay, in use or not."""
+        """Return whether it must stay even if unused."""
         is_trained = self.state.adapters[name].trainable
         if name in self.state.merged or is_trained:
             return True

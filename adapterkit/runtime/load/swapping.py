@@ -1,4 +1,4 @@
-"""New weights under an old name: values change in place, so that compiled code goes on as it is."""
+"""Swap an adapter's weights in place, so that compiled code keeps working."""
 
 import torch
 
@@ -17,8 +17,8 @@ VALUES = ("bias", "magnitude", "initial_a", "initial_b")  # what factors have or
 
 @torch.no_grad()
 def swap(state: State, name: str, source: StrPath) -> None:
-    """Give an adapter the weights, ranks and scales of another one from disk; `Refused` with all
-    that does not fit, before anything changes. Modules that the new one lacks get zeros."""
+    """Give an adapter the weights, ranks and scales of another one from disk; `Refused` with every
+    mismatch, before anything changes. Modules that the new one lacks get zeros."""
     state.known([name])
     state.outside_rows("swap")
     state.own_weights("swap")
@@ -69,7 +69,8 @@ def _copy_factors(part: FactorsPart, new: Part | None) -> None:
 
 
 def _check(old: Parts, new: Parts, where: str) -> None:
-    """`Refused` for modules that the old adapter lacks, other kinds, and ranks without room."""
+    """`Refused` for modules that the old adapter lacks, other kinds, and ranks above the
+    padding."""
     errors = Problems(where=where, hint="load it under a name of its own", code="AK803")
     for key, (path, part) in new.items():
         if key in old:

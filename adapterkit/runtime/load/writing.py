@@ -1,4 +1,4 @@
-"""An adapter of a live model as files in PEFT's layout."""
+"""Write an adapter of a live model as files in PEFT's layout."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ CARD = "README.md"
 
 
 def check_local(out: StrPath, where: str) -> None:
-    """`Refused` where an output is on the Hub: a live model is written to this machine."""
+    """`Refused` for an output on the Hub, because a live model is written to local disk."""
     if is_on_hub(out):
         raise Refused(
             "an output on the Hub",
@@ -52,9 +52,9 @@ def check_local(out: StrPath, where: str) -> None:
 
 def save(state: State, folder: StrPath, name: str, *, every_process: bool = False) -> None:
     """Write an adapter: adapter_model.safetensors, adapter_config.json and a card; each file
-    replaces an older one of its name in one step. `Refused` while it is merged.
+    atomically replaces an older one. `Refused` while it is merged.
 
-    Of a distributed job only the first process writes, with `every_process` each one."""
+    In a distributed job only the first process writes, with `every_process` each one."""
     state.known([name])
     state.own_weights("save", [name])
     adapter = state.adapters[name]
@@ -141,8 +141,8 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
 
 
 def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
-    """The linear layers that PEFT would take for stacks of experts, and drop, were they target
-    modules: their weights are written as target parameters. `Refused` for what these have not."""
+    """The linear layers that PEFT as target modules would take for stacks of experts, and drop:
+    their weights are written as target parameters. `Refused` for features that these lack."""
     paths, errors = set[str](), Problems()
     kind = model_type(model)
     for site, part in adapter.parts():
@@ -157,7 +157,7 @@ def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
 
 
 def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
-    """Names of modules trained in full, and of those with rows, as PEFT reads them."""
+    """Names for PEFT of fully trained modules (`modules_to_save`), and of modules with rows."""
     config, names = adapter.config, {}
     if config.modules_to_save:
         copies = [(site.path, p) for site, p in adapter.parts() if isinstance(p, CopyPart)]
@@ -187,8 +187,8 @@ def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
 def scale_settings(
     scales: Mapping[str, tuple[int, float]], config: Mapping[str, object]
 ) -> dict[str, object]:
-    """r, lora_alpha and their patterns for each module's rank and scale; the commonest ones have no
-    pattern, the others anchored ones."""
+    """r, lora_alpha and their patterns for each module's rank and scale; the commonest values have
+    no pattern, the others anchored ones."""
 
     def alpha(rank: int, scale: float) -> float:
         value = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -209,19 +209,19 @@ def scale_settings(
 
 
 def target_list(paths: list[str], modules: Collection[str]) -> list[str]:
-    """The last parts of the paths, where they match these modules alone; else the paths."""
+    """The last components of the paths, if they match these modules alone; otherwise the paths."""
     ends = sorted({path.rpartition(".")[2] for path in paths})
     matching = {name for name in modules if name.rpartition(".")[2] in ends}
     return ends if matching == set(paths) else sorted(paths)
 
 
 def stored_value(value: Tensor) -> Tensor:
-    """A tensor as the file holds it: gathered where it is sharded, dense and of its own memory."""
+    """A tensor as a file stores it: gathered if sharded, contiguous and with its own memory."""
     return full_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def writes() -> bool:
-    """Whether this process writes: the first one of a distributed job."""
+    """Return whether this process writes, as the first one of a distributed job does."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or (
         distributed.get_rank() == 0
@@ -229,7 +229,7 @@ def writes() -> bool:
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name and rename it; the umask decides who may read it."""
+    """Write a file under another name and rename it; the umask determines its permissions."""
     other = path.with_name(f".{path.name}.part")
     other.unlink(missing_ok=True)
     other.touch()
@@ -241,8 +241,8 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def resized_embeddings(state: State, base: str | None) -> dict[str, Tensor]:
-    """Parameters of the input embedding and the head by name, where the base's config tells another
-    size; nothing where that config is neither in a folder nor in the Hub's cache."""
+    """Parameters of the input embedding and the head by name, if the base's config has another
+    size; nothing if that config is neither in a folder nor in the Hub's cache."""
     model = state.model
     config = _stored_config(base) if base and hasattr(model, "get_input_embeddings") else {}
     sizes = vocabulary_sizes(config)

@@ -1,1 +1,1 @@
-"""What acts at a module of any kind: factors, copies, rows of tokens, DoRA."""
+"""Parts that act at modules of any kind: factors, copies, rows of tokens, DoRA."""

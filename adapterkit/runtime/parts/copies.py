@@ -1,5 +1,5 @@
-"""Values trained in full: copies of modules (modules_to_save), biases, and weights that a file has
-in place of the base's. They act beside the base, whose own values never change."""
+"""Fully trained values: copies of modules (modules_to_save), biases, and stored weights that differ
+from the base's. They act instead of the base's values, which never change."""
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -61,12 +61,12 @@ class CopyPart(Part):
 
 
 class ValuePart(Part):
-    """A value that acts in place of one parameter of the host: a trained bias, or the weight that
-    the adapter's base had.
+    """A value that replaces one parameter of the host: a trained bias, or the weight that the
+    adapter's base had.
 
-    `leaf`: the parameter's name in the host; that of the value ends as it, because optimizers give
-    biases no decay by their names. PEFT trains the base's own biases, so its `disable_adapter` does
-    not restore them."""
+    `leaf`: the parameter's name in the host; the value's name ends with it, because optimizers
+    exclude biases from decay by name. PEFT trains the base's own biases, so its `disable_adapter`
+    does not restore them."""
 
     replaces = True
 
@@ -115,8 +115,8 @@ class ValuePart(Part):
 
 
 class MirrorPart(ValuePart):
-    """A value of a trained copy, where the code around the module reads it: the copy's own, which
-    the `CopyPart` saves and merges."""
+    """A value of a trained copy for code around the module that reads it; the `CopyPart` saves and
+    merges it."""
 
     def __init__(self, adapter: str, leaf: str, value: nn.Parameter):
         super().__init__(adapter, leaf, value, saved=False)
@@ -126,7 +126,7 @@ class MirrorPart(ValuePart):
 
 
 def widened(value: Tensor) -> Tensor:
-    """A new tensor; of floats in float32 or wider."""
+    """A new tensor; floats in float32 or wider."""
     if not value.is_floating_point():
         return value.clone()
     return value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
@@ -135,7 +135,7 @@ def widened(value: Tensor) -> Tensor:
 def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy of a module, without the adapters on it and inside it.
 
-    What the memo holds is shared. Hooks inside it stay the same objects."""
+    Objects in the memo are shared. Hooks inside stay the same objects."""
     hosts = [host for host in module.modules() if isinstance(host._modules.get(CHILD), Site)]
     for host in hosts:
         site = host._modules[CHILD]
@@ -157,7 +157,7 @@ def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def mirrors(
     modules: Mapping[str, nn.Module], parts: Iterable[tuple[str, Part]]
 ) -> list[tuple[str, MirrorPart]]:
-    """Parts for the values of copies that the code around their modules reads."""
+    """Parts for the values of copies that code around their modules reads."""
     return [
         (host, MirrorPart(part.adapter, leaf, value))
         for path, part in parts
@@ -169,8 +169,8 @@ def mirrors(
 
 
 def outermost(name: str, entries: Iterable[str]) -> str | None:
-    """The outermost module around a parameter that an entry of modules_to_save means, as PEFT reads
-    them: by the end of the name, also within a component."""
+    """The outermost module around a parameter that an entry of modules_to_save matches as in PEFT:
+    by the end of the name, also within a component."""
     parts = name.split(".")
     paths = (".".join(parts[:i]) for i in range(1, len(parts)))
     return next((path for path in paths if any(map(path.endswith, entries))), None)
@@ -179,16 +179,16 @@ def outermost(name: str, entries: Iterable[str]) -> str | None:
 def entries_for_peft(
     entries: Iterable[str], paths: Collection[str], modules: Iterable[str]
 ) -> list[str]:
-    """Names that mean these modules alone to PEFT, which matches any end of a name: the entries
-    where they do, else the paths."""
+    """Names that match only these modules in PEFT, which matches any end of a name: the entries if
+    they do, otherwise the paths."""
     entries = list(entries)
     meant = {path for path in modules if any(map(path.endswith, entries))}
     return entries if meant == set(paths) else sorted(paths)
 
 
 def reader(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
-    """The module whose forward reads a parameter, the outermost one of several, and the parameter's
-    name in it; for most their own module."""
+    """The outermost module whose forward reads a parameter, usually its own, and the parameter's
+    name in it."""
     parts = name.split(".")
     owner = type(modules[name.rpartition(".")[0]]).__mro__
     for i in range(len(parts) - 1):
@@ -210,7 +210,7 @@ def value_parts(
     trained: bool,
     copied: Iterable[str] = (),  # modules that copies run in place of
 ) -> list[tuple[str, ValuePart]]:
-    """Parts for values in place of parameters: one for each use of a shared parameter."""
+    """Parts for values that replace parameters: one for each use of a shared parameter."""
     by_id: dict[int, nn.Parameter] = {}
     by_name: dict[str, nn.Parameter] = {}
     for name, value in values.items():
@@ -237,7 +237,7 @@ def value_parts(
 
 
 def parameter_of(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter | None:
-    """The model's parameter of that name, None if it has none."""
+    """The model's parameter of that name, or None."""
     path, _, leaf = name.rpartition(".")
     return modules[path]._parameters.get(leaf) if path in modules else None
 

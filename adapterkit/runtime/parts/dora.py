@@ -1,13 +1,13 @@
-"""DoRA (arXiv:2402.09353): the rows of W + delta get trained lengths.
+"""DoRA (arXiv:2402.09353): trained lengths for the rows of W + delta.
 
 y = g·(W + delta)·x + bias with g = magnitude / ‖W + delta‖, one per output; the norm is a constant
-for autograd (section 4.3). It comes without the dense sum, from
+for autograd (section 4.3). It is computed without the dense sum, from
 
     ‖W + s·b·a‖² = ‖W‖² + 2s·⟨W·aᵀ, b⟩ + s²·⟨b·(a·aᵀ), b⟩    per row,
 
-in float32 products summed in float64. In a forward W·aᵀ is what torch makes of float32 there: where
-the process allows TF32, to three digits, of a term that is small beside ‖W‖². PEFT forms the dense
-sum at every step, and rounds new magnitudes to the base's dtype; here they are float32.
+in float32 products summed in float64. In a forward W·aᵀ has torch's float32 precision: three digits
+if the process allows TF32, in a term that is small relative to ‖W‖². PEFT forms the dense sum at
+every step, and rounds new magnitudes to the base's dtype; here they are float32.
 """
 
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ SMALLEST = 2.0**-100  # the norm of a row of zeros, so that there is a ratio
 
 
 class RowNorms:
-    """‖W + s·b·a‖ of each output; what depends on W alone, or on W and a, is computed once.
+    """‖W + s·b·a‖ of each output; terms that depend only on W, or on W and a, are computed once.
 
-    `offload`: on the accelerator, where there is one, and not on the factors' device."""
+    `offload`: compute on an available accelerator, not on the factors' device."""
 
     def __init__(self, *, offload: bool = False):
         self.offload = offload
@@ -63,7 +63,7 @@ class RowNorms:
 
 
 class _Rows:
-    """A host's weight as float32 rows, one for each output, read when they are needed."""
+    """A host's weight as float32 rows, one for each output, read on demand."""
 
     def __init__(self, host: nn.Module, axis: int, where: torch.device):
         self.host, self.axis, self.where = host, axis, where
@@ -92,7 +92,7 @@ class _Rows:
 
 
 def problem(host: nn.Module, axis: int | None) -> str | None:
-    """Why a layer cannot have magnitudes; None if it can."""
+    """The reason why a layer cannot have magnitudes, or None."""
     if axis is None:
         return f"a {type(host).__name__} has no DoRA"
     if getattr(host, "groups", 1) != 1:
@@ -101,7 +101,7 @@ def problem(host: nn.Module, axis: int | None) -> str | None:
 
 
 def magnitude_shape(b_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """(out,); of a convolution (1, out, 1, ...), as files have it."""
+    """(out,); for a convolution (1, out, 1, ...), as files store it."""
     spatial = len(b_shape) - 2
     return (1, b_shape[0], *(1,) * spatial) if spatial else (b_shape[0],)
 
@@ -112,5 +112,5 @@ def ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 
 def on_outputs(vector: Tensor, behind: int) -> Tensor:
-    """(out,) to be multiplied with a tensor that has `behind` axes behind that of its outputs."""
+    """(out,) shaped to multiply a tensor with `behind` axes after that of its outputs."""
     return vector.view(-1, *(1,) * behind) if behind else vector

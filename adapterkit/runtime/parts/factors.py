@@ -1,4 +1,4 @@
-"""Low-rank factors of one adapter on one module: the part that all kinds of layers share."""
+"""Low-rank factors of one adapter on one module: the base class of all kinds of layers."""
 
 import copy
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ class FactorsPart(Part):
     """y + weight·scale·b(a(dropout(x))) of one adapter on one module.
 
     a (r, in) and b (out, r) as in the file, float32 unless the caller says otherwise. Subclasses
-    say what b·a means for their layer, and those with a `kind` all that the runtime asks of it.
-    `initial`: factors that the base lacks (PiSSA and the like): their product is subtracted, so the
-    base itself never changes. `magnitude`: DoRA, see `dora`; with a weight w it gives
-    y + w·(DoRA's output - y).
+    define b·a for their layer, and those with a `kind` the runtime's interface to it. `initial`:
+    factors that the base lacks (for example PiSSA's); their product is subtracted, so the base
+    itself never changes. `magnitude`: DoRA, see `dora`; with a weight w it gives y + w·(DoRA's
+    output - y).
     """
 
     kind: ClassVar[str]  # how targets call it
@@ -66,12 +66,12 @@ class FactorsPart(Part):
 
     @property
     def stored_rank(self) -> int:
-        """The rank of the file: with the initial factors, without padding."""
+        """The rank in a file: with the initial factors, without padding."""
         initial = 0 if self.initial_a is None else self.initial_a.shape[self.rank_axes[0]]
         return self._used_rank() + initial
 
     def _used_rank(self) -> int:
-        """The rank, or all rows where training has reached the padding."""
+        """The rank, or all rows if training has changed the padding."""
         rank = self.rank
         if self.padded is None:
             return rank
@@ -92,17 +92,17 @@ class FactorsPart(Part):
 
     @classmethod
     def matches(cls, host: nn.Module) -> bool:
-        """Whether a module is of this kind, where `weights.layers` knows none for it."""
+        """Return whether a module is of this kind, if `weights.layers` has none for it."""
         return False
 
     @classmethod
     def members(cls, path: str) -> "list[tuple[str, type[FactorsPart]]]":
-        """The modules, with their kinds, that have factors where `path` is a target."""
+        """The modules, with their kinds, that get factors if `path` is a target."""
         return [(path, cls)]
 
     @classmethod
     def refusal_reason(cls, host: Host, rank: int) -> tuple[str, str] | None:
-        """What a host does not take, and what is expected; None for nothing."""
+        """The reason why a host takes no factors, and an expected one; None if it takes them."""
         return None
 
     @classmethod
@@ -139,8 +139,8 @@ class FactorsPart(Part):
     def _rescaled(
         self, y: Tensor, weight: float, x: Tensor, whole: Tensor, dropped: Tensor
     ) -> Tensor:
-        """As PEFT: g·(y - bias) + bias + g·s·b·a·x; with dropout g - 1 scales W·dropout(x), without
-        what other adapters added."""
+        """As in PEFT: g·(y - bias) + bias + g·s·b·a·x; with dropout g - 1 scales W·dropout(x),
+        without the outputs of other adapters."""
         f, a, b = self.folded(weight)
         assert f is not None
         is_whole, acting = dropped is whole, Inside(self.site, (), self.site.changing)
@@ -157,7 +157,7 @@ class FactorsPart(Part):
         return y - change * (self.scale * weight)
 
     def _own_bias(self) -> Tensor | None:
-        """The host's bias, as its forward has it, before anything is added to it."""
+        """The host's bias as in its forward, before anything is added to it."""
         own = self.host._parameters.get("bias")
         return None if own is None else self.site.standing.get("bias", own).to(own)
 
@@ -176,13 +176,14 @@ class FactorsPart(Part):
 
     @property
     def has_room(self) -> bool:
-        """Whether a and b may have more rows than the adapter; grouped convolutions have not."""
+        """Return whether a and b can have more rows than the adapter, which those of grouped
+        convolutions cannot."""
         a_axis, b_axis = self.rank_axes
         return self.a.shape[a_axis] == self.b.shape[b_axis]
 
     def pad(self, rank: int) -> None:
-        """Give a and b room for a rank, zeros behind their own rows, and make the scale a tensor:
-        compiled code reads other factors and another scale without a new compilation."""
+        """Pad a and b with zeros to a rank, and make the scale a tensor, so that compiled code
+        reads other factors and scales without a new compilation."""
         own = self.rank, self.stored_scale
         for name, axis in zip("ab", self.rank_axes, strict=True):
             room = padded(getattr(self, name).detach(), axis, rank)
@@ -192,7 +193,7 @@ class FactorsPart(Part):
         self.set_own(*own)
 
     def set_own(self, rank: int, scale: float) -> None:
-        """Say what the rank and the scale are; rows of a and b behind the rank are zeros."""
+        """Set the rank and the scale; rows of a and b after the rank are zeros."""
         self.padded = (rank, scale) if rank < self.a.shape[self.rank_axes[0]] else None
         if isinstance(self.scale, Tensor):
             self.padded = rank, scale
@@ -207,7 +208,7 @@ class FactorsPart(Part):
         return module
 
     def stored_factors(self) -> tuple[Tensor, Tensor]:
-        """a and b as a file has them: with the initial ones, without padding."""
+        """a and b as a file stores them: with the initial ones, without padding."""
         if self.padded is None:
             return self.joined()
         rank = self._used_rank()
@@ -240,7 +241,7 @@ class FactorsPart(Part):
         return self.norms(host, self.axis, a, b, self.scale)
 
     def decompose(self, host: nn.Module, dtype: torch.dtype | None) -> None:
-        """Make it a DoRA whose output is, so far, that of the factors alone."""
+        """Make it a DoRA whose initial output is that of the factors alone."""
         norms = self.row_norms(host).view(dora.magnitude_shape(self.b.shape))
         self.magnitude = nn.Parameter(norms.to(dtype), requires_grad=False)
 
@@ -298,14 +299,14 @@ class FactorsPart(Part):
         )
 
     def _matrices(self) -> tuple[list[Tensor], list[Tensor]]:
-        """b (out, r) and a (r, in), of experts each one's."""
+        """b (out, r) and a (r, in), for experts each one's."""
         a, b = self.stored_factors()
         if self.rank_axes == (-2, -1) and a.ndim == 3:
             return list(b), list(a)
         return [b.flatten(1)], [a.flatten(1)]
 
     def _direct(self, weights: tuple[float, ...]) -> "FactorsPart":
-        """A copy with other values of b; what is trained is this one alone."""
+        """A copy with other values of b, in which only b is trained."""
         a, b = self.stored_factors()
         pairs = list(zip(*self._matrices(), strict=True))
         each = len(weights) // len(pairs)
@@ -330,15 +331,16 @@ class FactorsPart(Part):
         self.set_own(self.rank, self.stored_scale * factor)
 
     def module(self, path: str) -> str:
-        """The module that it is for; `path`: the site's."""
+        """The module that it is on; `path`: the site's."""
         return path
 
     def target(self, path: str) -> str:
-        """The module or parameter that targets and patterns name; `path`: the site's."""
+        """The module or parameter as targets and patterns name it; `path`: the site's."""
         return path
 
     def stored(self, path: str) -> dict[str, Tensor]:
-        """Initial factors join the trained ones, which is right on the original base."""
+        """Its tensors for a file; initial factors join the trained ones, which is right for the
+        original base."""
         a, b = self.stored_factors()
         values = {"a": a, "b": b, "bias": self.bias, "magnitude": self.magnitude}
         if not a.shape[0]:
@@ -347,7 +349,8 @@ class FactorsPart(Part):
         return {keys[role]: value for role, value in values.items() if value is not None}
 
     def values_in(self, other: Part) -> dict[str, Tensor]:
-        """A file has the initial factors behind the trained ones, see `joined`, and no padding."""
+        """Values of another part as stored: initial factors follow the trained ones, see `joined`,
+        without padding."""
         values = super().values_in(other)
         if not {"a", "b"} <= values.keys():
             return values
@@ -363,7 +366,7 @@ class FactorsPart(Part):
         return values
 
     def take(self, other: Part) -> None:
-        """Take another part's values, rank and scale, as it was read."""
+        """Copy another part's values, rank and scale, as it was read."""
         assert isinstance(other, FactorsPart)
         super().take(other)
         initial = 0 if self.initial_a is None else self.initial_a.shape[self.rank_axes[0]]
@@ -375,7 +378,7 @@ class FactorsPart(Part):
 
 
 def padded(value: Tensor, axis: int, size: int) -> Tensor:
-    """A value with zeros behind its own on an axis."""
+    """A value padded with zeros at the end of an axis."""
     shape = list(value.shape)
     shape[axis] = size - shape[axis]
     return torch.cat([value, value.new_zeros(shape)], axis)

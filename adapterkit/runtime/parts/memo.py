@@ -1,8 +1,8 @@
-"""Results of functions that are kept: the last one of tensors, some of plain values.
+"""Cache results of functions: the last one of tensors, some of plain values.
 
-Not every write to a tensor counts a version: those through `.data`, of fused optimizers and FSDP,
-and to what was made under `inference_mode` do not. So a result is kept by the tensors' bits alone,
-for which they are read once. A GPU would be waited for: there it is computed each time.
+Some writes to a tensor do not count a version: those through `.data`, of fused optimizers and FSDP,
+and to tensors made under `inference_mode`. So a cached result is checked against the tensors' bits,
+which are read once. Reading would synchronize a GPU, so there the result is computed each time.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -20,8 +20,8 @@ APART = 65537  # words whose sum a larger tensor is known by: a prime, or rows c
 class Memo(Generic[T]):
     """Keeps one result until the bits of a tensor that it was computed from change.
 
-    `waits`: also on a GPU, because the computation waits for it too. Under autograd what is trained
-    is computed each time."""
+    `waits`: also on a GPU, because the computation synchronizes too. Under autograd, results of
+    trained tensors are computed each time."""
 
     def __init__(self, *, waits: bool = False) -> None:
         self.waits = waits
@@ -36,8 +36,8 @@ class Memo(Generic[T]):
     def __call__(
         self, compute: Callable[[], T], tensors: Sequence[Tensor | None], *settings: Hashable
     ) -> T:
-        """`compute()`, or its last result where the tensors and settings are the same still; None:
-        a tensor that is not known."""
+        """`compute()`, or its last result if the tensors and settings are still the same; None: a
+        tensor that is not known."""
         given = [tensor for tensor in tensors if tensor is not None]
         trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         is_read = not trained and len(given) == len(tensors)
@@ -59,8 +59,8 @@ class Memo(Generic[T]):
 
 
 def bits_of(tensors: Sequence[Tensor], *, wait: bool) -> Tensor | None:
-    """int64 that change with the values of tensors; None where these cannot be read: in tensors
-    inside tensors, on the meta device or, unless `wait`, on another one than the CPU."""
+    """int64 that change with the values of tensors; None if these cannot be read: tensors inside
+    tensors, on the meta device or, unless `wait`, outside the CPU."""
     for tensor in tensors:
         nested = getattr(tensor, "__tensor_flatten__", None) is not None
         if nested or tensor.is_meta or not (wait or tensor.device.type == "cpu"):
@@ -70,7 +70,7 @@ def bits_of(tensors: Sequence[Tensor], *, wait: bool) -> Tensor | None:
 
 
 def same(bits: Tensor | None, others: Tensor | None) -> bool:
-    """Whether both were read, and are equal."""
+    """Return whether both could be read, and are equal."""
     return bits is not None and others is not None and torch.equal(bits, others)
 
 
@@ -88,8 +88,8 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 class MadeOnce:
-    """Keeps what functions make of plain values, such as masks and indices on a device: made anew
-    in each forward, each would be a copy that a GPU waits for."""
+    """Caches results for plain values, such as masks and indices on a device: a new one in each
+    forward would be a copy that synchronizes a GPU."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[Hashable, ...], object] = {}

@@ -1,5 +1,4 @@
-"""Trained rows of embeddings, one for each of some tokens, and of the heads that are tied to
-them."""
+"""Trained rows of embeddings, one for each of some tokens, and of the heads tied to them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,11 +15,11 @@ from adapterkit.verbs.shared.targets import tied_modules
 
 
 class TokensPart(Part):
-    """Rows (n, d) in place of those rows of the host's weight (V, d).
+    """Replaces rows of the host's weight (V, d) by trained rows (n, d).
 
-    Of an embedding: y[ids = indices[i]] = rows[i], times the factor of scaled embeddings. Of a
-    head: logits[..., indices[i]] = x·rows[i] + bias[i]; PEFT drops the bias. The weight is never
-    copied."""
+    Embedding: y[ids = indices[i]] = rows[i], times the factor of scaled embeddings. Head:
+    logits[..., indices[i]] = x·rows[i] + bias[i]; PEFT drops the bias. The weight is never copied.
+    """
 
     role, replaces = "tokens", True
     indices: Tensor
@@ -102,9 +101,9 @@ def token_parts(
 ) -> list[tuple[str, TokensPart]]:
     """Parts for rows; those of the input embedding are also its tied heads'.
 
-    As in PEFT, a head that has the same indices shares them, and with other indices both have rows
-    of their own; rows of a head alone leave the embedding as it is. A head whose weight the code
-    around it reads itself has none."""
+    As in PEFT, a head with the same indices shares them, and with other indices both have their own
+    rows; rows of a head alone do not change the embedding. A head gets none if code around it reads
+    its weight directly."""
     parts = []
     for path, (indices, values) in rows.items():
         shared = nn.Parameter(values, requires_grad=False)
@@ -125,7 +124,7 @@ def own_rows(
     embedding: str | None,
     tie: bool,
 ) -> dict[str, tuple[int, ...]]:
-    """The rows without those that a tied head shares with the embedding; `Refused` where tie is set
+    """The rows without those that a tied head shares with the embedding; `Refused` if tie is set
     and a head has others."""
     if embedding is None or embedding not in rows:
         return dict(rows)

@@ -1,1 +1,1 @@
-"""What training needs: optimizers, trainers' hooks, statistics."""
+"""Optimizers, trainers' hooks and statistics for training."""

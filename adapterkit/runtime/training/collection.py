@@ -1,4 +1,5 @@
-"""Statistics of the layers of a live model: of what they see, and of their weights' gradients."""
+"""Collect statistics of the layers of a live model: of their inputs, and of their weights'
+gradients."""
 
 import json
 import warnings
@@ -48,31 +49,31 @@ def collect(
     out: StrPath | None = None,
 ) -> dict[str, Tensor]:
     """Statistics `<module>.<kind>` of each linear layer while `run_model()` runs, float32 on the
-    CPU: what `attach(stats=)` and the `--stats` of the verbs take.
+    CPU, for `attach(stats=)` and `--stats`.
 
-    `what`, several with commas between: `covariance` E[x xᵀ] (in, in) of the layer's inputs; `mean`
-    E[x] (in,); `pca`, the principal directions of the centered inputs, `components` (k, in) with
+    `what`, separated by commas: `covariance` E[x xᵀ] (in, in) of the layer's inputs; `mean` E[x]
+    (in,); `pca`, the principal directions of the centered inputs, `components` (k, in) with
     `variances` (k,) and the total `variance` (1,), at most `components` of them; `gradient`
-    dLoss/dW (out, in), the mean over the backward passes that run_model() makes, without an
-    optimizer: each gradient is taken when it is computed, and freed. Sums are in float32 over
-    blocks, then in float64.
+    dLoss/dW (out, in), the mean over the backward passes of run_model(), without an optimizer: each
+    gradient is added when it is computed, and freed. Sums are in float32 over blocks, then in
+    float64.
 
-    Inputs count where attention_mask and labels of the model's call say so (not 0, not -100).
-    `mask`, a function of the arguments of the model's forward by name, says it otherwise: flags
-    (batch, length), None for all, of an encoder-decoder a pair. Tokens are followed through the
-    model's operations, in whatever order a layer sees them; vectors of no token, as of an image,
-    count. Layers called outside of the model's own forward count all.
+    Inputs count if attention_mask is not 0 and labels are not -100 in the model's call. `mask`, a
+    function of the arguments of the model's forward by name, returns other flags (batch, length),
+    None for all, for an encoder-decoder a pair. Tokens are tracked through the model's operations,
+    even if a layer reorders them; vectors without a token, for example of an image, count. Layers
+    called outside of the model's own forward count all.
 
     `targets`: as in LoraConfig, None for all linear layers. `out`: a safetensors file to write as
-    well, in which layers that always saw the same input have one set of statistics; the mapping has
-    a copy for each. Layers that saw nothing are left out. Active adapters act: leave them out with
-    `disabled()`. The model, its mode and its gradients are left as they were.
+    well, where layers that always get the same input share one set of statistics; the mapping has a
+    copy for each. Layers without input are left out. Active adapters act; disable them with
+    `disabled()`. The model, its mode and its gradients do not change.
 
     `compat="peft"`: a covariance is the mean over calls of x xᵀ / max(x)², of all tokens
     (`preprocess_corda`, arXiv:2406.05223; one row at a time, `Failed` for a batch of several), and
     gradients are divided by the calls of each layer (`preprocess_loraga`, arXiv:2407.05000).
     `Refused` for targets that are no linear layers, or that have no gradient, before anything runs;
-    `Failed` for values that are not finite, and where it is not known which vectors count."""
+    `Failed` for values that are not finite, and if it is unknown which vectors count."""
     if out is not None:
         check_local(out, "collect")
     kinds = _kinds(what, compat)
@@ -113,7 +114,8 @@ def collect(
 
 
 def _warn_of_memory(targets: Sequence[Target]) -> None:
-    """Say before the run where sums, even with their totals on the host, may find no room."""
+    """Warn before the run if sums, even with their totals on the host, may not fit a GPU's
+    memory."""
     needed = Counter[torch.device]()
     for target in targets:
         width = KINDS[target.kind].shapes(target.module, 1)[0][1]
@@ -192,7 +194,7 @@ def _targets(
 
 
 def _is_plain(target: Target) -> bool:
-    """Whether a layer's weight gets gradients."""
+    """Return whether a layer's weight gets gradients."""
     weight = target.module._parameters.get("weight")
     return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
 
@@ -207,7 +209,7 @@ def _watch(
 
 
 def _check_run(sums: Sums | None, gradients: Gradients | None, layers: int) -> None:
-    """`Failed` for a run that gives nothing of one of both."""
+    """`Failed` if a run gave no inputs, or no gradients."""
     errors = Problems(where="collect", code="AK902")
     if sums is not None and not sums.by_module:
         errors.add(

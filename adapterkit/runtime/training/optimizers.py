@@ -1,6 +1,7 @@
-"""Optimizers that know an adapter's factors: LoRA+, LoRA-FA and Riemannian preconditioning.
+"""Optimizers for an adapter's factors: LoRA+, LoRA-FA and Riemannian preconditioning.
 
-Each takes all trainable adapters of a handle, active or not, and what else of the model is trained.
+Each takes all trainable adapters of a handle, active or not, and the model's other trained
+parameters.
 """
 
 # torch's functions of lists of tensors, one launch on a GPU for all, begin with an underscore
@@ -44,8 +45,8 @@ def loraplus(
     """LoRA+ (arXiv:2402.12354): b learns at lr·ratio, a at lr, factors of embeddings at
     embedding_lr.
 
-    Magnitudes and other vectors learn as b, matrices that are no factors as a; vectors other than
-    magnitudes have no weight decay. bitsandbytes' optimizers keep 32-bit states for factors of
+    Magnitudes and other vectors learn like b, matrices that are no factors like a; vectors other
+    than magnitudes have no weight decay. bitsandbytes' optimizers keep 32-bit states for factors of
     embeddings. Unlike PEFT, weights of RMS norms count as vectors, and magnitudes of convolutions
     as magnitudes. `Refused` without trainable adapters."""
     _check(
@@ -75,7 +76,7 @@ def loraplus(
 
 
 def _kind(site: Site, part: Part, name: str, parameter: nn.Parameter) -> str:
-    """Which of LoRA+'s rates a parameter has."""
+    """The group of LoRA+'s rates that a parameter belongs to."""
     if isinstance(part, FactorsPart):
         if name in ("a", "b"):
             return "embedding" if isinstance(site.host, nn.Embedding) else name
@@ -90,7 +91,7 @@ class LoraFA(Optimizer):
 
     ĝ = g_b·(a aᵀ + 1e-8·I)⁺ / scale²,  a (r, in) frozen, b (out, r), in float32 or wider,
 
-    whose step of scale·b·a is the closest one to that of the whole weight; on what is no b plain
+    whose step of scale·b·a is the closest to that of the full weight; other parameters get plain
     AdamW. Weight decay is decoupled, after the step. `names`: adapters, None for all trainable
     ones. Make it before DDP wraps the model, and after FSDP2 shards it. `Refused` without trainable
     adapters, before a is frozen.
@@ -145,7 +146,7 @@ class LoraFA(Optimizer):
         return loss
 
     def _update(self, parameters: Sequence[Tensor], gradients: list[Tensor], group: Json) -> None:
-        """AdamW's step, each operation of all these parameters at once."""
+        """AdamW's step, with each operation on all these parameters at once."""
         states = [self._state_of(parameter) for parameter in parameters]
         steps, m, v = ([one[key] for one in states] for key in ("step", "exp_avg", "exp_avg_sq"))
         (beta1, beta2), lr = group["betas"], group["lr"]
@@ -169,7 +170,7 @@ class LoraFA(Optimizer):
         return state
 
     def _projected(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-        """g_b·(a aᵀ + 1e-8·I)⁺ / scale² of each b; where the scale is 0, so is the gradient."""
+        """g_b·(a aᵀ + 1e-8·I)⁺ / scale² of each b; with a scale of 0 the gradient is 0."""
         projected: dict[nn.Parameter, Tensor] = {}
         for parts in _alike(self._factors[b] for b in parameters if b in self._factors):
             gradients = [_gradient(part.b) for part in parts]
@@ -180,7 +181,7 @@ class LoraFA(Optimizer):
         return projected
 
     def _inverses(self, parts: Sequence[FactorsPart]) -> Tensor:
-        """(a aᵀ + 1e-8·I)⁺ of each part; a is frozen: computed once, as a rule."""
+        """(a aᵀ + 1e-8·I)⁺ of each part; usually computed once, because a is frozen."""
         stamps, kept = {part: _stamp(part.a) for part in parts}, self._projections
         old = [part for part in parts if not same(stamps[part], kept.get(part.b, (None,))[0])]
         if old:
@@ -192,7 +193,8 @@ class LoraFA(Optimizer):
 
 
 def _stamp(a: Tensor) -> Tensor | None:
-    """Changes with a; on a GPU with the writes that count a version: to compare bits would wait."""
+    """A stamp that changes with a; on a GPU only with writes that count a version, because
+    comparing bits would synchronize."""
     bits = bits_of([full_tensor(a)], wait=False)
     return torch.tensor([a.data_ptr(), a._version]) if bits is None else bits
 
@@ -201,15 +203,15 @@ def _stamp(a: Tensor) -> Tensor | None:
 def Riemannian(
     h: Adapters, optimizer_class: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: object
 ) -> Optimizer:
-    """An optimizer whose steps first precondition the gradients of linear layers' factors, and of
+    """An optimizer that first preconditions the gradients of linear layers' factors, and of
     parameters':
 
     g_a ← (bᵀb + reg·I)⁺·g_a,  g_b ← g_b·(a aᵀ + reg·I)⁺,  a (r, in), b (out, r),
 
-    in float32 or wider (arXiv:2402.02347), with a reg at least what the products are rounded by.
-    All else is as `optimizer_class` does it, factors of other layers too, as in PEFT. `Refused`
-    without trainable factors of linear layers, and for optimizers that evaluate the loss
-    themselves: they would see other gradients."""
+    in float32 or wider (arXiv:2402.02347), with a reg of at least the rounding error of the
+    products. `optimizer_class` updates the rest as usual, including factors of other layers, as in
+    PEFT. `Refused` without trainable factors of linear layers, and for optimizers that evaluate the
+    loss themselves, because they would see other gradients."""
     closure = inspect.signature(optimizer_class.step).parameters.get("closure")
     _check(
         optimizer_class=(
@@ -257,7 +259,7 @@ def Riemannian(
 
 
 def _precondition(parts: Sequence[FactorsPart], name: str, reg: float) -> None:
-    """Of parts that are alike the gradients of a, or of b."""
+    """Precondition the gradients of a, or of b, of parts with equal shapes."""
     gradients = [_gradient(getattr(part, name)) for part in parts]
     stack = stacked(parts, gradients)
     if name == "a":
@@ -276,7 +278,8 @@ def _precondition(parts: Sequence[FactorsPart], name: str, reg: float) -> None:
 def _together(
     values: Iterable[T], kind: Callable[[T], tuple], size: Callable[[T], int]
 ) -> Iterator[list[T]]:
-    """Values of one kind, whose first item is the device, as many as are computed with at once."""
+    """Batches of values of one kind, whose first item is the device, as many as are computed at
+    once."""
     kinds: dict[tuple, list[T]] = {}
     for value in values:
         kinds.setdefault(kind(value), []).append(value)
@@ -293,7 +296,7 @@ def _together(
 
 
 def _place(tensor: Tensor) -> tuple:
-    """Its device, and the processes that it is spread over."""
+    """Its device, and the processes that it is sharded over."""
     return tensor.device, tensor.device_mesh if is_sharded(tensor) else None
 
 
@@ -303,7 +306,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _alike(parts: Iterable[FactorsPart]) -> Iterator[list[FactorsPart]]:
-    """Parts whose factors have the same shapes, to be stacked."""
+    """Parts whose factors have equal shapes, to be stacked."""
 
     def kind(part: FactorsPart) -> tuple:
         a, b = part.a, part.b
@@ -314,14 +317,14 @@ def _alike(parts: Iterable[FactorsPart]) -> Iterator[list[FactorsPart]]:
 
 
 def stacked(parts: Sequence[FactorsPart], values: Sequence[Tensor]) -> Tensor:
-    """The a of parts that are alike as (n, r, in), or b as (n, out, r), or their gradients, float32
-    or wider: one matrix each, of experts one for each of them, of a convolution one a group."""
+    """a of parts with equal shapes as (n, r, in), or b as (n, out, r), or their gradients, float32
+    or wider: one matrix per part, expert, or group of a convolution."""
     matrices = joined([_matrices(*pair) for pair in zip(parts, values, strict=True)])
     return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
 
 
 def _matrices(part: FactorsPart, value: Tensor) -> Tensor:
-    """As `stacked` one part's, gathered where it is sharded."""
+    """As `stacked` for one part, gathered if it is sharded."""
     value = full_tensor(value.detach())
     if isinstance(part, ParameterPart) and value.ndim == 3:
         return value
@@ -347,8 +350,8 @@ def damped_inverses(
     factors: Tensor,  # (n, r, in)
     damping: float,
 ) -> Tensor:  # (n, r, r)
-    """(f fᵀ + damping·I)⁺ of each f, with a damping above 0 by Cholesky's decomposition, which no
-    device waits for: the damping is then at least what f fᵀ is rounded by."""
+    """(f fᵀ + damping·I)⁺ of each f; a damping above 0 uses Cholesky's decomposition, which does
+    not synchronize a device: the damping is then at least the rounding error of f fᵀ."""
     grams = damped_grams(factors, damping)
     if not damping:
         return torch.linalg.pinv(grams, hermitian=True)
@@ -363,7 +366,7 @@ def damped_inverses(
 
 
 def shaped_as(value: Tensor, other: Tensor) -> Tensor:
-    """A value with another's shape and dtype, sharded as it is."""
+    """A value with another's shape and dtype, sharded like it."""
     return spread(value.reshape(other.shape).to(other.dtype), other)
 
 
@@ -394,14 +397,14 @@ def trained(
 
 
 def unfrozen(h: Adapters) -> list[nn.Parameter]:
-    """Parameters of the model that are trained and no adapter's."""
+    """Trained parameters of the model that belong to no adapter."""
     adapters = h.state.adapters.values()
     own = {p for adapter in adapters for _, part in adapter.parts() for p in part.parameters()}
     return [p for p in h.model.parameters() if p.requires_grad and p not in own]
 
 
 def _check(**options: tuple[object, bool, str]) -> None:
-    """`Refused` with all invalid options: their values, whether they are valid, what is needed."""
+    """`Refused` with all invalid options: their values, whether they are valid, and valid ones."""
     errors = Problems(where="optimizer", code="AK805")
     for name, (value, is_valid, expected) in options.items():
         if not is_valid:

@@ -1,4 +1,5 @@
-"""transformers' Trainer on a model with adapters: checkpoints hold the adapters, not the base."""
+"""transformers' Trainer on a model with adapters: checkpoints contain the adapters, not the
+base."""
 
 import inspect
 import sys
@@ -26,7 +27,8 @@ ARGUMENTS = "training_args.bin"  # transformers' name
 
 
 def trainer(state: State, cls: type) -> type:
-    """A subclass of a Trainer whose checkpoints hold what is trained; see `Adapters.trainer`."""
+    """A subclass of a Trainer whose checkpoints contain the trained adapters; see
+    `Adapters.trainer`."""
     trained(state)
 
     class AdapterTrainer(cls):
@@ -74,7 +76,7 @@ def trainer(state: State, cls: type) -> type:
 
 
 def accelerate(state: State, accelerator: Any) -> None:
-    """Let an Accelerator save and restore what is trained; see `Adapters.accelerate`."""
+    """Let an Accelerator save and restore the trained adapters; see `Adapters.accelerate`."""
     trained(state)
 
     def own(models: list[nn.Module]) -> list[int]:
@@ -98,8 +100,8 @@ def accelerate(state: State, accelerator: Any) -> None:
 
 
 def trained(state: State) -> list[str]:
-    """The adapters that are trained: active and trainable; `Refused` if there are none, or if
-    several have names that are no folders'."""
+    """The active trainable adapters; `Refused` if there are none, or if several have names that
+    cannot be folders'."""
     names = [name for name in state.active if state.adapters[name].trainable]
     errors = Problems(where="trainer", code="AK805")
     if not names:
@@ -119,8 +121,8 @@ def trained(state: State) -> list[str]:
 
 @torch.no_grad()
 def restore(state: State, folder: StrPath) -> None:
-    """Give the adapters that are trained the values of a checkpoint; `Refused` where it does not
-    fit, before anything changes."""
+    """Restore the trained adapters from a checkpoint; `Refused` if it does not fit, before anything
+    changes."""
     pairs = []
     errors = Problems(
         hint="attach the adapter as it was when the checkpoint was written", code="AK805"
@@ -148,7 +150,8 @@ def restore(state: State, folder: StrPath) -> None:
 
 
 def _places(state: State, folder: Path) -> dict[str, Path]:
-    """Where a checkpoint has the trained adapters: one in the folder itself, several by name."""
+    """The folders of the trained adapters in a checkpoint: a single one in the folder itself,
+    several by name."""
     names = trained(state)
     return {name: folder if len(names) == 1 else folder / name for name in names}
 
@@ -176,7 +179,7 @@ def _check_model(state: State, model: object) -> None:
 
 @contextmanager
 def _accepted(model: object) -> Iterator[None]:
-    """Let a Trainer take a quantized model: it asks for PEFT's adapters."""
+    """Make a Trainer accept a quantized model, for which it requires PEFT's adapters."""
     name = "_hf_peft_config_loaded"
     before = vars(model).get(name)
     setattr(model, name, True)
@@ -195,10 +198,10 @@ Values = list[tuple[Part, str, Tensor]]  # names of parameters and buffers in pa
 
 
 class Reference(nn.Module):
-    """A model with what its adapters were: calls run the model with those values.
+    """A model with the initial values of its adapters: calls run the model with those values.
 
-    It has no parameters. TRL changes the forward of what it takes for a model of its own: that of
-    the model itself, which it has changed as well, is run."""
+    It has no parameters. TRL changes the forward of a model that it considers its own; this runs
+    the model's own forward, which TRL has changed as well."""
 
     def __init__(self, model: nn.Module, values: Values):
         super().__init__()
@@ -217,7 +220,7 @@ class Reference(nn.Module):
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
-        """The versions of the parameters stay, which backward compares."""
+        """Keep the versions of the parameters, which backward compares."""
         # by name: FSDP2 puts other parameters into the parts
         before = [(_tensor(part, name), value) for part, name, value in self._values]
         present = [_exchange(now, value) for now, value in before]
@@ -229,7 +232,7 @@ class Reference(nn.Module):
 
 
 def values_of(parts: list[Part]) -> Values:
-    """What parts have now; no copies."""
+    """The current values of parts; no copies."""
     return [(part, name, value.data) for part in parts for name, value in part.tensors().items()]
 
 
@@ -238,7 +241,7 @@ def _tensor(part: Part, name: str) -> Tensor:
 
 
 def _exchange(tensor: Tensor, value: Tensor) -> Tensor:
-    """Give a tensor a whole value, and return what it had."""
+    """Set a tensor to a full value, and return the old one."""
     if is_sharded(tensor):
         own: Tensor = full_tensor(tensor.detach()).clone()
         new: Any = spread(value.to(tensor.device), tensor)
@@ -251,8 +254,8 @@ def _exchange(tensor: Tensor, value: Tensor) -> Tensor:
 
 @contextmanager
 def in_place_of_loaded(model: Any, cls: type, parts: list[Part]) -> Iterator[None]:
-    """While a trainer of TRL is made, the reference that it would load is the model itself, as its
-    adapters are now."""
+    """While a TRL trainer is created, replace the reference that it would load by the model itself
+    with its adapters' current values."""
     values = values_of(parts)
     own_path = getattr(getattr(model, "config", None), "_name_or_path", "")
     loaders = [(vars(module), vars(module)[LOADER]) for module in _modules(cls, LOADER)]
@@ -272,7 +275,7 @@ def in_place_of_loaded(model: Any, cls: type, parts: list[Part]) -> Iterator[Non
 
 
 def check_reference(state: State, cls: type, arguments: object) -> None:
-    """`Refused` for settings with which a trainer of TRL would pass the adapters over."""
+    """`Refused` for settings with which a TRL trainer would ignore the adapters."""
     errors = Problems(where="trainer", code="AK805")
     if getattr(arguments, "use_vllm", False):
         errors.add(
@@ -318,12 +321,12 @@ def prepare_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Make a base ready for QLoRA (arXiv:2305.14314), in place: parameters are frozen, those in 16
-    bits become float32, and, where layers are quantized, checkpoints save memory.
+    bits become float32, and, if layers are quantized, gradient checkpointing saves memory.
 
-    Layers of bitsandbytes cast what they are given, and those of other tools do not: with these
-    all parameters keep their dtype. Adapters that are there already stay as they are. `Refused` for
-    a model that has no checkpointing. Unlike PEFT's prepare_model_for_kbit_training, checkpoints
-    are not reentrant unless the keywords say so."""
+    With other tools than bitsandbytes all parameters keep their dtype, because only its layers cast
+    their inputs. Existing adapters do not change. `Refused` for a model without gradient
+    checkpointing. Unlike PEFT's prepare_model_for_kbit_training, checkpoints are not reentrant
+    unless the keywords say so."""
     layers = [known for known in map(quantization_of, model.modules()) if known is not None]
     transformer: Any = model
     # its name before transformers 5.24
@@ -356,6 +359,6 @@ def prepare_for_kbit_training(
 
 
 def _method(model: nn.Module) -> str | None:
-    """The tool that transformers says quantized the model."""
+    """The quantization method of the model according to transformers."""
     method = getattr(model, "quantization_method", None)
     return None if method is None else str(getattr(method, "value", method))

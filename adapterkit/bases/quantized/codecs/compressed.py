@@ -179,8 +179,7 @@ class Compressed(QuantizedWeight):
 
         Integers keep a group's old scale if it is nearer to W than a new one, so that codes stay
         stable. NVFP4 keeps the weight's global scale, which fused layers share, while the largest
-        value fits.
-        """
+        value fits."""
         if self._is_integer:
             return self._encode_integers(weight, stored, draws)
         old, dtype = self.stored_scale(stored), dtypes.torch_dtype(self.parts[1].dtype)

@@ -133,8 +133,7 @@ def plan_quantization(
     """The quantization of a base into the format options["to"] (None: only its linear layers are
     listed). `exceptions`: modules that get another target, of the same format.
 
-    `Refused` with all problems of these weights.
-    """
+    `Refused` with all problems of these weights."""
     to, notes = options["to"], []
     _check_options(options, exceptions)
     names = known_model(base, notes)
