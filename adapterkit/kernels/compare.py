@@ -26,8 +26,7 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 
 def rounds_to(a: Tensor, b: Tensor) -> bool:
-    """Return whether b is a rounded to b's dtype; finite values that became infinite do not
-    count."""
+    """Return whether b is a rounded to b's dtype, with no finite value become infinite."""
     rounded = a.to(b.dtype)
     return same_values(rounded, b) and bool((rounded.isinf() == a.isinf()).all())
 
@@ -101,8 +100,7 @@ def cosine(squares: float, inner: float, other_squares: float) -> float:
 
 
 class Sketch:
-    """Z = Ω D summed over blocks of D's rows; the number of a block's first row seeds its rows of
-    Ω."""
+    """Z = Ω D summed over blocks of D's rows; a block's first row number seeds its rows of Ω."""
 
     def __init__(self, columns: int, dtype: torch.dtype):
         self.z = torch.zeros(SKETCH, columns, dtype=dtype)
@@ -150,8 +148,7 @@ def singular_values(product: Product) -> Tensor:
 
 
 def pool_spectra(spectra: Sequence[Tensor]) -> Tensor:
-    """One spectrum for several matrices that share a rank: the root of the elementwise sum of
-    squares."""
+    """One spectrum for several matrices that share a rank: the root of their summed squares."""
     longest = max(map(len, spectra))
     return sum(
         (torch.nn.functional.pad(s.square(), (0, longest - len(s))) for s in spectra),

@@ -130,8 +130,8 @@ def _bracket(
 def _collect(
     blocks: Iterable[Tensor], bottom: float, top: float, room: int
 ) -> tuple[int, int, Tensor]:
-    """The number of magnitudes above `top`, the number in (bottom, top], and the first `room` of
-    the latter."""
+    """The numbers of magnitudes above `top` and in (bottom, top], and the first `room` of the
+    latter."""
     above, inside, values = 0, 0, []
     for block in blocks:
         over, within = _mask(torch.gt, block.abs_(), top), _mask(torch.gt, block, bottom)

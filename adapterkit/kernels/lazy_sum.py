@@ -1,5 +1,4 @@
-"""A weight plus low-rank products, which replaces their sum while a module's own code multiplies
-with it.
+"""A weight plus low-rank products, which replaces their sum while a module multiplies with it.
 
 Indices, transposes, slices and casts of the sum are sums again; products with a tensor are computed
 factor by factor. Every other operation runs on the summed tensor, which is computed once.
@@ -172,8 +171,7 @@ def _plus(
     total: LowRankSum,
     operands: Callable[[Term], tuple[Tensor, Tensor]],  # (..., n, r), (..., r, m)
 ) -> Tensor:
-    """y + sum(scale * u @ v) over the terms; product and addition are fused if dtypes and axes
-    allow."""
+    """y + sum(scale * u @ v) over the terms, in fused operations if dtypes and axes allow."""
     for term in total.terms:
         u, v = operands(term)
         alike = y.dtype == u.dtype == v.dtype and y.ndim == u.ndim == v.ndim

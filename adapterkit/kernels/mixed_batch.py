@@ -4,8 +4,7 @@ Two forms give the same result. The dense form multiplies every row with the con
 all adapters and masks other rows' columns: two products, whose cost grows with the number of
 adapters. The grouped form gathers the rows of one adapter in groups of one size, each with a copy
 of the factors: two batched products. Larger groups read fewer factors, but scattered rows are
-copied, and groups are padded. Rows of the base have a mask, or factors, of zeros, or are in no
-group.
+copied, and groups are padded. Rows of the base have zero masks or factors, or no group.
 
 All factors are concatenated once, whatever the rows; masks and indices of rows are made on the host
 and moved once for all layers with the same ranks.

@@ -38,8 +38,7 @@ def exact_sum(values: Iterable[float]) -> float:
 
 
 def are_finite(sums: Sequence[Tensor]) -> bool:
-    """Return whether sums of a tensor's parts are finite, which implies that all of its values
-    are."""
+    """Return whether sums of a tensor's parts, and therefore its values, are finite."""
     return all(map(math.isfinite, floats(sums)))
 
 

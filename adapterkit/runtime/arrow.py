@@ -1,5 +1,4 @@
-"""Load, create, change and save Arrow routers on a live model, as `adapterkit arrow` writes
-them."""
+"""Load, create, change and save Arrow routers on a live model."""
 
 import os
 import tempfile
@@ -179,8 +178,7 @@ def stacked(
 
 
 def is_loaded(state: State, source: StrPath) -> bool:
-    """Return whether a source is the name of a loaded adapter; a folder of that name is
-    `./name`."""
+    """Return whether a source names a loaded adapter; a folder of that name is `./name`."""
     return isinstance(source, str) and source in state.adapters
 
 

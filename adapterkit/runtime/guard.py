@@ -125,7 +125,7 @@ class Guard:
         self._hooks: list[RemovableHandle] = []
 
     def watch(self, *, on: bool) -> None:
-        """Start or stop watching the model: torch's fused layers run only in modules without
+        """Watch the model, or stop, because torch's fused layers run only in modules without
         hooks."""
         if on and not self._hooks:
             model = self.model
@@ -187,8 +187,7 @@ class Guard:
 
 
 def _callers() -> Iterator[tuple[str, str, object]]:
-    """The library functions on the stack, innermost first: library, name, and the `self` of a
-    method."""
+    """Library functions on the stack, innermost first: library, name, and a method's `self`."""
     frame = sys._getframe(1)
     while frame is not None:
         library = str(frame.f_globals.get("__name__")).partition(".")[0]

@@ -470,8 +470,7 @@ def create_arrow_model(
 
 @contextmanager
 def _further(model: nn.Module, name: str) -> Iterator[Adapters]:
-    """The handle of a model, to which the block adds an adapter; it is active if it is the only
-    one."""
+    """The handle of a model, to which the block adds an adapter, active if it is the only one."""
     adapters = getattr(model, ATTRIBUTE, None)
     if adapters is None:
         with _first(model, name) as adapters:

@@ -198,8 +198,7 @@ def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> 
 
 
 def _breaks_ties(state: State, done: ReplacedWeights, merged: Mapping[int, list[Tensor]]) -> bool:
-    """Return whether a replaced weight is tied to a module that keeps it or gets a different
-    value."""
+    """Return whether a replaced weight is tied to a module that keeps it or gets another value."""
     places = {(id(module), leaf) for module, leaf, _ in done.replaced}
     left = any(
         id(parameter) in merged and (id(module), leaf) not in places
@@ -231,8 +230,8 @@ def _check_untying(model: nn.Module) -> None:
 
 
 def _untie(model: nn.Module, done: ReplacedWeights) -> None:
-    """Set the config to untied, because a save and a load would otherwise restore one weight for
-    both."""
+    """Set the config to untied, because saving and loading would otherwise tie the weights
+    again."""
     config = getattr(model, "config", None)
     if config is not None and getattr(config, SWITCH, False):
         done.tied = getattr(config, SWITCH)

@@ -181,8 +181,7 @@ def plainly_stored(host: nn.Module) -> Sequence[Tensor | None]:
 
 
 def _plain(host: nn.Module) -> Tensor | None:
-    """A weight whose elements are its values: not integers, bytes, 8-bit floats or a quantized
-    subclass."""
+    """A weight whose elements are its values: no integers, 8-bit floats or quantized subclass."""
     weight = host._parameters.get("weight")
     if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
         return None

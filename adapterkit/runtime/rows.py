@@ -284,8 +284,7 @@ def _check_sites(state: State, sites: Iterable[Site]) -> None:
 
 
 def _unfit(state: State, site: Site, text: list[str]) -> str | None:
-    """The reason why a module's inputs are not the batch's rows, or None; `text`: of
-    `_text_paths`."""
+    """The reason why a module's inputs are not the batch's rows; `text`: of `_text_paths`."""
     stacks = [p for parts in site.parts.values() for p in parts.values() if is_stack(p)]
     if REGROUPED.search(site.path) or (stacks and not takes_indices(site.host)):
         return "get the tokens that are routed to them, not the batch's rows"

@@ -139,8 +139,7 @@ class Part(Unsaved):
         raise NotImplementedError
 
     def clash(self, other: "Part") -> str | None:
-        """The reason why it cannot act together with another adapter's part of the same module, or
-        None."""
+        """The reason why it cannot act together with another part of the same module, or None."""
         return None
 
     def covers(self, other: "Part") -> bool:
@@ -174,8 +173,7 @@ class Part(Unsaved):
         raise NotImplementedError
 
     def unmergeable(self, site: "Site", weight: float) -> str | None:
-        """The reason why no weights of the host give this part's output with that weight, or
-        None."""
+        """The reason why no weights of the host give this part's weighted output, or None."""
         return None
 
     def rescale(self, factor: float) -> None:

@@ -225,8 +225,8 @@ class State:
             )
 
     def own_weights(self, where: str, names: Collection[str] | None = None) -> None:
-        """`Refused` while adapters, or one of `names`, are merged, because the caller needs the
-        base itself."""
+        """`Refused` while adapters (of `names`) are merged, because the caller needs the base
+        itself."""
         merged = [name for name in self.merged if names is None or name in names]
         if merged:
             raise Refused(

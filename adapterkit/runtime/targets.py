@@ -1,6 +1,5 @@
-"""Resolve a config on a live model: the modules and parameters that get factors, fully trained
-modules, and rows of tokens; and reasons why factors on a module would not act as its weight
-does."""
+"""Resolve a config on a live model: modules and parameters that get factors, fully trained modules,
+and rows of tokens; and reasons why factors on a module would not act as its weight does."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

@@ -38,8 +38,7 @@ class ModuleWeight(float):
         return ModuleWeight, (self.file, self.number)
 
     def on(self, module: str) -> Weight:
-        """The weight on a module or parameter: one number, or one for each direction of its
-        delta."""
+        """The weight on a module or parameter: one number, or one per direction of its delta."""
         return self.file.weights_of(self.number, module)
 
 

@@ -140,8 +140,7 @@ def check_types(gguf: Any, kinds: Iterable[str]) -> None:
 
 
 def conversion_rules() -> Settings:
-    """The architectures that transformers reads with conversion rules: name -> function of a
-    config."""
+    """Architectures that transformers reads with conversion rules: name -> function of a config."""
     try:
         from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
     except ImportError:  # an older transformers, which has the table of names only

@@ -171,9 +171,8 @@ class GgufFiles(NamedTuple):
 
 
 def find_gguf(folder: Folder) -> GgufFiles | None:
-    """The GGUF files of a folder, or of the split model that its one file belongs to; None if there
-    are none, or if the folder has safetensors too. `Refused` for several models or missing
-    files."""
+    """The GGUF files of a folder, or of its one file's split model; None if there are none, or if
+    the folder has safetensors too. `Refused` for several models or missing files."""
     single = getattr(folder, "single", None)
     if single and NUMBERED.fullmatch(single):
         folder = cast(SingleFile, folder).containing_folder()
@@ -419,8 +418,7 @@ class _Parser:
         return Length(count)
 
     def skip_texts(self, count: int) -> None:
-        """Skip strings. Vocabularies have hundreds of thousands, so this short loop handles
-        most."""
+        """Skip strings, most in a short loop because vocabularies have hundreds of thousands."""
         raw, at, length_at = self.raw, self.at, struct.Struct("<Q").unpack_from
         try:
             for _ in range(count):

@@ -1,6 +1,5 @@
 """Open a GGUF file as a checkpoint: config, parameters and tokenizer as transformers reads them,
-blocks decoded by the `gguf` package. Tensors and metadata that transformers would ignore are
-refused.
+blocks decoded by the `gguf` package. Tensors and metadata that it would ignore are refused.
 
 Two kinds need no transformers model. For some architectures a table names all parameters, because
 their checkpoints use the loaded model's names. Image and video models have the publisher's names,
@@ -97,8 +96,7 @@ def open_gguf(
     files: GgufFiles, number: int = 0, *, tokenizer: bool = False, by_table: bool = False
 ) -> GgufModel:
     """Open a GGUF file as a checkpoint; `Refused` or `Damaged` with all problems if it cannot be
-    read completely. `number`: its index among the job's inputs; `tokenizer`: create the tokenizer's
-    files too.
+    read completely. `number`: its index among the job's inputs; `tokenizer`: create its files too.
 
     `by_table`: if transformers does not read the architecture, use the table's parameters, keep the
     names of other tensors, and return a config that cannot run the model."""
@@ -144,8 +142,8 @@ def _read(
 
 
 def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
-    """The tokenizer files that transformers creates from the metadata; none, with a note, if it
-    cannot."""
+    """The tokenizer files that transformers creates from metadata; none, with a note, if it
+    fails."""
     from transformers import AutoTokenizer
 
     if "tokenizer.ggml.model" not in file.header.metadata:

@@ -109,8 +109,7 @@ def gguf_files(
 
 
 def weighed(weight: GgufWeight, importance: Importance) -> GgufWeight:
-    """The weight with the importance of its columns; `Refused` if the matrix is of another
-    model."""
+    """The weight with its columns' importance; `Refused` if the matrix is of another model."""
     sums = tuple(importance.get(part.key) for part in weight.parts)
     misfits = [
         f"{shown(part.key)} {tuple(found.shape)}"
@@ -141,8 +140,7 @@ def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWei
 
 
 def _renamed(tied: TensorSpec | None, key: str, base: GgufCheckpoint) -> GgufWeight:
-    """The format of a head that the base does not store, taken from the embedding it was tied
-    to."""
+    """The format of a head that the base does not store, from the embedding it was tied to."""
     if key not in HEADS or not isinstance(tied, GgufWeight):
         raise Refused(
             f"{shown(key)} is not in the file",

@@ -21,8 +21,7 @@ HYBRID = ".ssm_"  # of layers whose attention is linear; there attn_qkv is one m
 
 
 def is_joined(table: NameTable, entries: Entries) -> bool:
-    """Return whether a tensor of the file joins parameters that transformers and the table
-    separate."""
+    """Return whether a file's tensor joins parameters that transformers and the table separate."""
     is_hybrid = any(HYBRID in name for name in entries)
     joined = (
         (name, name.replace(whole, part))

@@ -166,8 +166,8 @@ def _rows(
     numbers: Tensor,  # (..., width) float64
     width: int,
 ) -> Tensor | None:  # (rows,) int64
-    """The parameter's row for each row of the GGUF tensors; None unless every row appears complete
-    and once."""
+    """The parameter's row for each row of the GGUF tensors; None unless all appear intact and
+    once."""
     if numbers.shape[-1:] != (width,):
         return None
     rows = numbers.reshape(-1, width)

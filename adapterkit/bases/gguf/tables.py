@@ -201,8 +201,7 @@ class _PlacedTensor:
 
 @dataclass(frozen=True)
 class _Tabled:
-    """A parameter built from tensors in their checkpoint layout, as transformers' loader builds
-    it."""
+    """A parameter built as by transformers' loader, from tensors in their checkpoint layout."""
 
     key: str
     sources: tuple[_PlacedTensor, ...]

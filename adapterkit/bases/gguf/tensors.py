@@ -26,8 +26,8 @@ from adapterkit.core.weights.skeleton import Skeleton
 
 
 def tensor_names(file: GgufFile, model: Skeleton, arguments: dict[str, Any]) -> "_Table | _Rules":
-    """transformers' name mapping for the file; `arguments`: of its config, as transformers read
-    them."""
+    """transformers' name mapping for the file; `arguments`: of its config as transformers read
+    it."""
     rules = conversion_rules()
 
     import gguf

@@ -124,8 +124,7 @@ def _moved(rounder: RoundColumn, columns: Tensor) -> RoundColumn:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufWeight(QuantizedWeight):
-    """One parameter, of one GGUF tensor or of several (experts' gate and up), stored as bytes of
-    rows."""
+    """One parameter, from one or several GGUF tensors (experts' gate and up), stored as rows."""
 
     name = "gguf"
     searches_scales = True

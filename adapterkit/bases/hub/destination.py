@@ -259,8 +259,7 @@ class Destination:
             )
 
     def create(self) -> None:
-        """Create the repository and the branch if they are missing; `Refused` if this account may
-        not."""
+        """Create a missing repository and branch; `Refused` if this account may not."""
         from huggingface_hub import HfApi
 
         repo, branch, api = self.hub_id.repo, self.hub_id.revision, HfApi()

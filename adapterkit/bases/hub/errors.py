@@ -1,4 +1,4 @@
-"""Explain errors of huggingface_hub in plain words, without tokens, signed addresses or
+"""Explain huggingface_hub's errors in plain words, without tokens, signed addresses or
 tracebacks."""
 
 import logging

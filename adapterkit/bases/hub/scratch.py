@@ -111,8 +111,8 @@ class ShardCache:
 
 
 class BoundedSources(Sources):
-    """The `Sources` of a job that reads one `BoundedFolder` in one thread; its files are removed at
-    the end."""
+    """The `Sources` of a job that reads one `BoundedFolder` in one thread and then removes its
+    files."""
 
     def __init__(self, folder: BoundedFolder):
         super().__init__((folder,), {})

@@ -113,8 +113,7 @@ class BlockWeights:
         return BlockWeights(names, make(text, names), text)
 
     def factor(self, module: str) -> float | None:
-        """The factor on a module of the base; `Refused` if it fuses modules with different
-        factors."""
+        """The factor on a module; `Refused` if it fuses modules with different factors."""
         factors = {self.of_module(one) for one in self.names.of(module)} or {None}
         if len(factors) > 1:
             raise Refused(
@@ -171,8 +170,8 @@ def _content(path: str) -> str:
 
 
 def _presets(content: str) -> dict[str, str]:
-    """The presets of a file, one `NAME:NUMBERS` per line; the last of a name counts, # and @ begin
-    other lines."""
+    """The presets of a file, one `NAME:NUMBERS` per line, last of a name; # and @ begin other
+    lines."""
     lines = (line.strip() for line in content.splitlines())
     pairs = (line.split(":") for line in lines if ":" in line and line[0] not in "#@")
     return {name.strip(): numbers.strip() for name, numbers, *_ in pairs}
@@ -286,8 +285,7 @@ def _of_prefixes(settings: Json, names: ModelNames, default: float | None = None
 
 
 def _of_selected(settings: Json, names: ModelNames) -> Factor:
-    """The blocks that a node selects; others get weight 0, and so do names that its filter
-    matches."""
+    """The blocks that a node selects; others, and names that its filter matches, get weight 0."""
     wrong = {*settings} - {SELECTED, FILTER}
     if wrong or not isinstance(settings[SELECTED], dict):
         raise _wrong(f"{listed(sorted(wrong))}", f"{SELECTED}, {FILTER}", "take what the node has")

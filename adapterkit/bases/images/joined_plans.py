@@ -24,8 +24,7 @@ CARD = "README.md"
 
 def joined(pipeline: Pipeline, plans: Mapping[str, Plan], card: str) -> Plan:
     """One plan from plans of components, by name: their files in the components' folders, and all
-    other files of the pipeline unchanged. The caller gives its options, its own notes and
-    decisions."""
+    other files of the pipeline unchanged. The caller gives its options, notes and decisions."""
     joint = _Joint([pipeline.folder])
     for name, part in pipeline.parts.items():
         if name in plans:
@@ -137,8 +136,7 @@ class _Joint:
                 self.files[f"{part.name}/{name}"] = CopyFile(0, f"{part.name}/{name}")
 
     def copy_rest(self, pipeline: Pipeline) -> None:
-        """Copy files outside the components, except other weights, such as single files of the same
-        models."""
+        """Copy files outside the components, except other weights, such as single-file models."""
         parts = tuple(f"{name}/" for name in pipeline.parts)
         for name in pipeline.folder.files():
             if name.startswith(parts) or name in (RECEIPT, CARD, INDEX):

@@ -74,8 +74,7 @@ class PipelineComponent:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline's folder, its models by name, and the models that its index names but that are
-    missing."""
+    """A pipeline's folder, its models by name, and missing models of its index."""
 
     folder: Folder
     parts: Mapping[str, PipelineComponent]
@@ -107,8 +106,7 @@ class Pipeline:
 
 
 def _variant(name: str) -> str | None:
-    """The variant of a weight file or its index; "" for the unnamed variant, None for other
-    files."""
+    """The variant of a weight file or its index; "" for the unnamed one, None for other files."""
     match = VARIANT.fullmatch(name)
     return None if match is None else next(filter(None, match.groups()), "")
 

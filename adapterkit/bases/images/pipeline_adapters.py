@@ -46,8 +46,8 @@ def base_of_conversion(source: Folder, pipeline: Pipeline, component: str | None
 
 
 def split_adapters(adapters: Sources, pipeline: Pipeline) -> Split:
-    """The adapters for a pipeline by component; `Refused` with every one that cannot be read or
-    does not fit."""
+    """The adapters for a pipeline by component; `Refused` with every unreadable or unsuitable
+    one."""
     split: Split = []
     errors = Problems()
     for source, weight in weighted(adapters):

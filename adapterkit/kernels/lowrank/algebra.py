@@ -62,8 +62,7 @@ def as_product(delta: Product | Tensor) -> Product:
 
 
 def stack_products(products: Sequence[Product], weights: Sequence[float] | None = None) -> Product:
-    """Σ weight * left @ right as one product of rank Σ R; exact except for the scaling of each
-    left."""
+    """Σ weight * left @ right as one product of rank Σ R; only the scaling of left rounds."""
     weights = [1.0] * len(products) if weights is None else weights
     return Product(
         torch.cat([p.left * w for p, w in zip(products, weights, strict=True)], 1),
@@ -165,8 +164,7 @@ def balanced_factors(svd: Svd, rank: int, scale: float) -> tuple[Tensor, Tensor]
 
 
 def balance(product: Product) -> tuple[Tensor, Tensor]:
-    """Factors a, b of the same product with equal norms in each rank-one term; exact up to
-    rounding."""
+    """Factors a, b of the same product, up to rounding, with equal norms in each rank-one term."""
     left, right = product.left.norm(dim=0), product.right.norm(dim=1)
     ratio = torch.where((left > 0) & (right > 0), (right / left).sqrt(), 1.0)
     return product.right / ratio[:, None], product.left * ratio

@@ -24,8 +24,8 @@ FLOOR = {  # of the largest singular value of a block: what is below is rounding
 
 
 class Matrix(NamedTuple):
-    """half² · w, w (n, m), n <= m. A product applies half before and half after, so that 1e30 does
-    not overflow."""
+    """half² · w, w (n, m), n <= m. A product applies half before and after, so 1e30 does not
+    overflow."""
 
     w: Tensor
     half: float

@@ -29,8 +29,8 @@ NOT_POSITIVE = "not positive semidefinite"
 def normalized(
     c: Tensor,  # (n, n)
 ) -> Tensor:  # (n, n) float64
-    """C / mean(diag C). Raises ValueError if C is no covariance: not symmetric, all zeros, or a
-    negative mean."""
+    """C / mean(diag C). Raises ValueError if C is not symmetric, all zeros, or has a negative
+    mean."""
     check(c)
     wide = c.double()
     mean = float(wide.diagonal().mean())

@@ -21,8 +21,7 @@ TRITS, POWERS = 5, (1, 3, 9, 27, 81)  # base-3 digits in a byte
 
 
 class Plane(NamedTuple):
-    """Bits of codes in a field: a byte has those of codes at distance `run`, the first in the
-    lowest."""
+    """Bits of codes in a field: a byte has those of codes `run` apart, the first in the lowest."""
 
     field: str
     bits: int

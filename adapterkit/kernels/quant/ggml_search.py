@@ -165,8 +165,7 @@ def search(
     """The scales of n blocks with the least Σ w (x - value)² among the candidates.
 
     w = importance · (4 + x² / mean x²)^½, for MXFP4 importance alone; without importance (2 + x² /
-    mean x²)^p. ggml's weights are between these and x²; it loses more, by its weights and without
-    any.
+    mean x²)^p. ggml's weights are between these and x²; it loses more, by its weights or none.
     """
     kind = TYPES[name]
     if "e" in kind.fields:
@@ -238,8 +237,7 @@ def fit_lines(
 
 
 def _line(sums: CodeSums, weights: Tensor, total: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """scale and minimum with the least Σ w (x - scale · l + minimum)²; a signed minimum is rounded
-    to float16."""
+    """scale and minimum of least Σ w (x - scale · l + minimum)²; signed minima become float16."""
     first, second, product = sums
     det = weights * second - first * first
     minimum = _ratio(first * product - second * total, det)

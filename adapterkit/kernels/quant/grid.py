@@ -1,5 +1,4 @@
-"""The common grid of all quantized formats: the values that codes can take with the scales of
-blocks.
+"""The common grid of quantized formats: the values that codes can take with blocks' scales.
 
 A format defines the scaling of values, the nearest code, and the value of a code. This module has
 rounding to nearest, stochastic rounding, errors, kept scales, and rounding by columns.
@@ -87,8 +86,7 @@ class Grid:
         return level.mul_(scales[0])
 
     def value(self, code: Tensor, *scales: Tensor) -> Tensor:
-        """The values of codes in float32, bit for bit as in decoding, so that decoded values
-        stay."""
+        """The float32 values of codes, bit for bit as in decoding, so that decoded values stay."""
         return self.multiplied(self.level(code), *scales)
 
     def decode(self, out: Tensor, expand: Callable[[slice, Tensor], object]) -> Tensor:
@@ -211,8 +209,7 @@ def loses_less(w: Tensor, old: Grid, new: Grid) -> Tensor:  # bool
 
 
 def chosen(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """The new scales where they are better, bit for bit, also in dtypes that torch can only
-    store."""
+    """The new scales where they are better, bit for bit, even in dtypes that torch only stores."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[old.dtype.itemsize]
     return torch.where(better, new.view(bits), old.view(bits)).view(old.dtype)
 

@@ -366,8 +366,8 @@ def expand_codes(
 
 
 def dense(x: Tensor) -> Tensor:
-    """A copy whose last axis has stride 1; contiguous() does not guarantee that for axes of one
-    element."""
+    """A copy whose last axis has stride 1, which contiguous() does not ensure for single
+    elements."""
     return x.clone(memory_format=torch.contiguous_format)
 
 

@@ -28,8 +28,7 @@ def kind_of(host: nn.Module) -> type[FactorsPart] | None:
 
 
 def part_class(kind: type[FactorsPart], config: LoraConfig) -> type[FactorsPart]:
-    """The class of an adapter's parts on layers of a kind; `Refused` if an aLoRA cannot act
-    there."""
+    """The class of an adapter's parts on layers of a kind; `Refused` if an aLoRA cannot act."""
     if not config.invocation_tokens:
         return kind
     if kind not in INVOKED:

@@ -39,8 +39,7 @@ class LinearPart(FactorsPart):
         return y
 
     def _is_plain(self) -> bool:
-        """Return whether the output so far comes from nn.Linear's own forward, and only b·a is
-        added."""
+        """Return whether nn.Linear's own forward gave the output, and only b·a is added."""
         return (
             self.magnitude is self.bias is self.padded is self._buffers["initial_a"] is None
             and not (self.dropout and self.training)

@@ -78,7 +78,7 @@ class ParameterPart(FactorsPart):
             values[self.leaf] = summed(value, [term])
 
     def check(self, values: Values) -> None:
-        """`Refused` if the host never read its parameter, because another module then reads it
+        """`Refused` if the host did not read its parameter, because another module reads it
         unchanged."""
         self.is_read = self.is_read or getattr(values[self.leaf], "is_read", True)
         if not self.is_read:
@@ -136,8 +136,7 @@ def _multiplies(host: nn.Module) -> bool:
 
 
 def is_transposed(host: nn.Module, leaf: str) -> bool:
-    """Return whether the matrices of a parameter are (in, out); for a stack the module's class
-    decides."""
+    """Return whether a parameter's matrices are (in, out), for a stack by the module's class."""
     parameter = host._parameters[leaf]
     assert parameter is not None
     return parameter.ndim == 3 and bool(getattr(host, "is_transposed", False))
@@ -155,8 +154,7 @@ class ModelParameters:
 
 
 def of_parameter(factors: Factors, host: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b in the part's layout; a file stores those of experts as a (E * r, in) and b (out, r *
-    E)."""
+    """a and b in the part's layout; a file stores experts' as a (E * r, in) and b (out, r * E)."""
     parameter = host._parameters[factors.leaf or ""]
     assert parameter is not None
     if parameter.ndim == 3:
@@ -194,8 +192,8 @@ def split_parameters(
 
 
 def _stored(adapter: Adapter, site: JoinedSite, host: nn.Module) -> Factors:
-    """A file's factors of one parameter, and whether to exchange in and out, as PEFT up to 0.18
-    stored them."""
+    """A file's factors of one parameter, and whether in and out are exchanged, as by PEFT up to
+    0.18."""
     factors = site.members[0]
     assert site.leaf is not None
     parameter, transposed = host._parameters[site.leaf], is_transposed(host, site.leaf)

@@ -302,8 +302,7 @@ def _other_values(
     state: State, resolver: LiveResolver, targets: Sequence[str]
 ) -> OtherValues[Tensor]:
     """Values of a config other than factors of targets: copies of modules, biases and rows of
-    tokens, which start as the base's. `Refused` if the base has none yet, because it is on the meta
-    device."""
+    tokens, which start as the base's. `Refused` while the base is on the meta device."""
     config, modules = resolver.config, resolver.modules
     saved, rows = resolver.saved(), resolver.tokens()
     if rows:

@@ -39,8 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OtherValues(Generic[T]):
-    """An adapter's values other than factors, by the model's names: tensors, or specs of stored
-    ones."""
+    """An adapter's values other than factors, by the model's names: tensors, or their specs."""
 
     copies: Mapping[str, Mapping[str, T]]  # path -> name in it; {}: present values
     biases: Mapping[str, T]  # trained
@@ -158,8 +157,7 @@ def factor_device(host: nn.Module) -> torch.device:
 def find_values(
     state: State, adapter: Adapter, config: LoraConfig, errors: Problems
 ) -> OtherValues[TensorSpec]:
-    """Find the values other than factors in a file; those that do not fit are added to the
-    errors."""
+    """Find the values other than factors in a file, and add those that do not fit to the errors."""
     copied: dict[str, dict[str, TensorSpec]] = {}
     biases: dict[str, TensorSpec] = {}
     weights: dict[str, TensorSpec] = {}

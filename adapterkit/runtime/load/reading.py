@@ -115,8 +115,7 @@ def join_folder(
     state: State, folder: Folder, number: int = 0, *, is_second: bool = False
 ) -> StoredAdapter:
     """Read an adapter's headers and find the module of each tensor. `number`: its index among
-    several adapters. `is_second`: for initial factors, match the layers as their adapter has
-    them."""
+    several adapters. `is_second`: match initial factors to their adapter's layers."""
     adapter = read_adapter(folder, number, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
     if not is_second:
@@ -228,8 +227,7 @@ def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
 
 
 def _fits(lora: Lora, host: nn.Module, kind: type[FactorsPart], errors: Problems) -> bool:
-    """Return whether factors have the names and shapes of a module's; otherwise errors are
-    added."""
+    """Return whether factors have a module's names and shapes; otherwise errors are added."""
     shapes = kind.shapes(host, lora.a.shape[0])
     if lora.kind != kind.stored_as:
         problem = f"{shown(lora.a.key)} for a {type(host).__name__}"

@@ -69,8 +69,7 @@ def _copy_factors(part: FactorsPart, new: Part | None) -> None:
 
 
 def _check(old: Parts, new: Parts, where: str) -> None:
-    """`Refused` for modules that the old adapter lacks, other kinds, and ranks above the
-    padding."""
+    """`Refused` for modules that the old adapter lacks, other kinds, and higher ranks."""
     errors = Problems(where=where, hint="load it under a name of its own", code="AK803")
     for key, (path, part) in new.items():
         if key in old:

@@ -115,8 +115,8 @@ class ValuePart(Part):
 
 
 class MirrorPart(ValuePart):
-    """A value of a trained copy for code around the module that reads it; the `CopyPart` saves and
-    merges it."""
+    """A value of a trained copy, read by code around the module; the `CopyPart` saves and merges
+    it."""
 
     def __init__(self, adapter: str, leaf: str, value: nn.Parameter):
         super().__init__(adapter, leaf, value, saved=False)

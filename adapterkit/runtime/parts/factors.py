@@ -339,8 +339,7 @@ class FactorsPart(Part):
         return path
 
     def stored(self, path: str) -> dict[str, Tensor]:
-        """Its tensors for a file; initial factors join the trained ones, which is right for the
-        original base."""
+        """Its tensors for a file; initial factors join the trained ones, for the original base."""
         a, b = self.stored_factors()
         values = {"a": a, "b": b, "bias": self.bias, "magnitude": self.magnitude}
         if not a.shape[0]:

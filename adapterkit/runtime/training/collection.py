@@ -1,5 +1,4 @@
-"""Collect statistics of the layers of a live model: of their inputs, and of their weights'
-gradients."""
+"""Collect statistics of a live model's layers: of their inputs, and of their weights' gradients."""
 
 import json
 import warnings
@@ -114,8 +113,7 @@ def collect(
 
 
 def _warn_of_memory(targets: Sequence[Target]) -> None:
-    """Warn before the run if sums, even with their totals on the host, may not fit a GPU's
-    memory."""
+    """Warn before the run if sums, even with totals on the host, may not fit a GPU's memory."""
     needed = Counter[torch.device]()
     for target in targets:
         width = KINDS[target.kind].shapes(target.module, 1)[0][1]

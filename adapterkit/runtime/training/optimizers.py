@@ -1,7 +1,6 @@
 """Optimizers for an adapter's factors: LoRA+, LoRA-FA and Riemannian preconditioning.
 
-Each takes all trainable adapters of a handle, active or not, and the model's other trained
-parameters.
+Each takes all trainable adapters of a handle, active or not, and other trained parameters.
 """
 
 # torch's functions of lists of tensors, one launch on a GPU for all, begin with an underscore
@@ -278,8 +277,7 @@ def _precondition(parts: Sequence[FactorsPart], name: str, reg: float) -> None:
 def _together(
     values: Iterable[T], kind: Callable[[T], tuple], size: Callable[[T], int]
 ) -> Iterator[list[T]]:
-    """Batches of values of one kind, whose first item is the device, as many as are computed at
-    once."""
+    """Batches of values of one kind, whose first item is the device, for one computation."""
     kinds: dict[tuple, list[T]] = {}
     for value in values:
         kinds.setdefault(kind(value), []).append(value)

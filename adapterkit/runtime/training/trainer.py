@@ -1,5 +1,4 @@
-"""transformers' Trainer on a model with adapters: checkpoints contain the adapters, not the
-base."""
+"""transformers' Trainer on a model with adapters: checkpoints contain only the adapters."""
 
 import inspect
 import sys
@@ -121,8 +120,7 @@ def trained(state: State) -> list[str]:
 
 @torch.no_grad()
 def restore(state: State, folder: StrPath) -> None:
-    """Restore the trained adapters from a checkpoint; `Refused` if it does not fit, before anything
-    changes."""
+    """Restore the trained adapters from a checkpoint; `Refused` before anything changes."""
     pairs = []
     errors = Problems(
         hint="attach the adapter as it was when the checkpoint was written", code="AK805"

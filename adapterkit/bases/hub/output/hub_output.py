@@ -116,7 +116,7 @@ class HubOutput(StagedOutput):
         self.gone(stage)[file.file] = file
 
     def upload(self, stage: Stage, files: list[LocalFile]) -> list[str]:
-        """Upload files together and record those that the Hub stores outside git; return their
+        """Upload files together; record those that the Hub stores outside git, and return their
         names."""
         sent = upload(self.destination.hub_id, files)
         for file in sent:

@@ -22,8 +22,7 @@ RECORDS = (64 << 10, 800)  # bytes of journal and receipt, and those of each ten
 
 @dataclass(frozen=True)
 class MadeFile:
-    """One output file to make: the large Hub files that it reads, and the disk that it takes
-    meanwhile."""
+    """One output file to make: the large Hub files that it reads, and the disk that it takes."""
 
     shard: OutputFile
     inputs: tuple[Input, ...]
@@ -52,7 +51,7 @@ class Transfers:
         return {each: number for number, file in enumerate(self.made) for each in file.inputs}
 
     def least_disk(self) -> tuple[int, str]:
-        """The least bytes of disk that every file can be made with, and the file that needs
+        """The least bytes of disk with which each file can be made, and the file that needs
         them."""
         last, present, most = self.last_uses(), set[Input](), (self.rest, "the files beside")
         held = 0

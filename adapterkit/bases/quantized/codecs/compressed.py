@@ -1,5 +1,4 @@
-"""compressed-tensors, as llm-compressor writes and vLLM reads it: integers, FP8, NVFP4 and
-MXFP4."""
+"""compressed-tensors, as llm-compressor writes and vLLM reads it: integers, FP8 and FP4."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _check_settings(scan: CheckpointScan) -> None:
 
 
 def _target(target: str, where: str) -> tuple[int, Callable[[str], bool]]:
-    """The rank of a target (a name 0, a pattern 1, a class of layers 2), and the modules it may
+    """The precedence of a target (name 0, pattern 1, class of layers 2), and modules it may
     match."""
     if target.startswith("re:"):
         return 1, matcher(target[3:], f"{where}/config.json", "^(?:{})")
@@ -132,8 +132,8 @@ class StoredModule:
     scheme: Scheme
 
     def layout(self) -> Json | None:
-        """The tensors, shape and arithmetic of its weight; None, with an error, if they do not fit
-        the scheme."""
+        """The tensors, shape and arithmetic of its weight; None, with an error, for another
+        scheme."""
         weights, kind = self.scheme["weights"], self._kind()
         if kind is None or not self._bits_fit(weights, kind):
             return None

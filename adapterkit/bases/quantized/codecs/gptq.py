@@ -22,8 +22,7 @@ VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(QuantizedWeight):
-    """W[out, in] = (code - zero) * scale, stored [in, out]; g_idx gives the group of each stored
-    row."""
+    """W[out, in] = (code - zero) * scale, stored [in, out]; g_idx: the group of each stored row."""
 
     name = "gptq"
     tier = "core"

@@ -1,5 +1,4 @@
-"""hqq: Half-Quadratic Quantization's integers, described by tensors of the same module; read
-only."""
+"""hqq: Half-Quadratic Quantization's integers, described by tensors of their module; read only."""
 
 import math
 from collections.abc import Iterator

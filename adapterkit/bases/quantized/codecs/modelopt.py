@@ -61,8 +61,8 @@ class Modelopt(QuantizedWeight):
     def encode(
         self, weight: Tensor, stored: Parts | None = None, draws: Draws | None = None
     ) -> Parts:
-        """Encode; the weight's global factor, which fused layers share, stays while the largest
-        value fits."""
+        """Encode; the global factor, which fused layers share, stays while the largest value
+        fits."""
         if not self._is_nvfp4:
             old = self.stored_scale(stored)
             return self.as_parts(*fp8.requantize_fp8(weight, self._block, old, draws))

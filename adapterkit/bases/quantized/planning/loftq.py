@@ -71,8 +71,8 @@ def plan_loftq(options: Loftq) -> Plan:
 def _plan_base_and_adapter(
     base: Checkpoint, stats: Checkpoint | None, options: Loftq
 ) -> tuple[tuple[OutputFile, ...], Json, list[str], Json]:
-    """The files of the packed base and of its adapter: computed ones, others, notes, and metrics of
-    the plan."""
+    """The files of the packed base and of its adapter: computed ones, others, notes, and
+    metrics."""
     rules = read_rules(BITS_FOR, options.bits_for, integer_of(*MIXED))
     to = (MIXED if options.bits_for else BITS)[options.bits]
     formats = {pattern: MIXED[bits] for pattern, bits in pattern_table(rules).items()}

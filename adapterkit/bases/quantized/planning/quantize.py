@@ -40,8 +40,7 @@ def plan_model_quantization(
     skip: str | Callable[[str], bool] | None,
     stats: Folder | None = None,
 ) -> Plan:
-    """The quantization of one model; `skip`: a pattern of modules, or a function that matches
-    them."""
+    """The quantization of one model; `skip`: a pattern of modules, or their matcher."""
     check_not_quantized(base)
     how = {"to": options.to, **vars(options.only(BlockOptions)), "skip": skip}
     quantization = plan_quantization(base, how)
