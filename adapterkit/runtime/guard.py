@@ -42,7 +42,7 @@ class Hosts:
         """Refusals of sites whose module was replaced or resized, or is not run."""
         if self._known and self._as_before():
             return []
-        hint = "change the model first, then attach or load; detach gives it back as it is"
+        hint = "change the model first, then attach or load; detach removes the adapters"
         errors = Problems(where=where, hint=hint, code="AK805")
         for reason, paths in by_reason(self._lost(sites)).items():
             errors.add(f"{listed(paths)}: {reason}", "the modules that the adapters were put on")
@@ -69,7 +69,7 @@ class Hosts:
         if sizes_of(site.host) != site.sizes:
             sizes = ", ".join(f"{name} {size}" for name, size in site.sizes.items())
             return f"resized since, before {sizes}"
-        return "fused with others since, and not run" if self._is_fused(site) else None
+        return "fused with other layers since, and not run" if self._is_fused(site) else None
 
     def _remember(self) -> None:
         self._known, seen = True, set()

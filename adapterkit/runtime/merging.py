@@ -188,11 +188,11 @@ def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> 
             if part.replaces and any(part.covers(p) for m in table for p in site.own_parts(m))
         ]
         if paths:
-            values = f"has values in place of {listed(paths)}"
+            values = f"replaces values of {listed(paths)}"
             errors.add(
-                f"{shown(name)}, which stays beside them, {values}",
+                f"{shown(name)}, which stays active, {values}",
                 "merged weights that act",
-                "merge it too, or activate the others alone first",
+                "merge it too, or activate only the other adapters first",
                 code="AK802",
             )
 

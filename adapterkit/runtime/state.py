@@ -218,7 +218,7 @@ class State:
         if self.rows is not None:
             raise Refused(
                 f"{where} inside rows",
-                expected="adapters that stay as they are",
+                expected="adapters that do not change",
                 where=where,
                 hint="leave the rows first",
                 code="AK802",
@@ -231,7 +231,7 @@ class State:
         if merged:
             raise Refused(
                 f"{listed(merged)} {'are' if len(merged) > 1 else 'is'} merged",
-                expected="adapters beside their base",
+                expected="adapters that are not merged",
                 where=where,
                 hint="unmerge first",
                 code="AK802",

@@ -168,7 +168,10 @@ class LiveResolver(Resolver):
             return
         if self.saved_with(path):
             self.errors.add(
-                f"{of} is trained in full", "one of both", "remove one of them", code="AK801"
+                f"{of} is fully trained (modules_to_save)",
+                "one of the two",
+                "remove one of them",
+                code="AK801",
             )
         if has_rows:
             self.errors.add(

@@ -421,5 +421,5 @@ def test_ranks_make_it_and_finish_pushes_it(place, standing, expected):
     assert "nothing was sent" in client(finish)["notes"][-1]
     (standing[2] / "alone.safetensors").write_bytes(files[made])
     client("from pathlib import Path\nfrom adapterkit.bases.hub.push import push")
-    with pytest.raises(ClientError, match="a file with its receipt beside it"):
+    with pytest.raises(ClientError, match="a file with its receipt next to it"):
         client(f"push(Path('alone.safetensors'), {out!r})")

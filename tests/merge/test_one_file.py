@@ -344,7 +344,7 @@ def test_a_projection_that_the_file_keeps_as_a_matrix(home, tmp_path):
     tensors[f"{query}.dora_scale"] = torch.ones(8, 1)
     save_file(tensors, tmp_path / "dora.safetensors")
     text = refusal(base, tmp_path / "dora.safetensors", tmp_path / "no.safetensors")
-    assert "1 modules that the file does not hold" in text and "--exclude" in text
+    assert "1 modules that the file does not have" in text and "--exclude" in text
     left = merged(base, [tmp_path / "dora.safetensors"], out, exclude="text_projection")
     assert torch.equal(left[key], before[key])
 
@@ -415,8 +415,8 @@ def test_parts_that_the_file_does_not_hold(home, tmp_path):
     factors = factors_of("sdxl", every=9)
     adapter = write_adapter(factors, tmp_path / "lora.safetensors")
     text = refusal(tmp_path / "unet.safetensors", adapter, tmp_path / "out.safetensors")
-    assert "modules of text_encoder, which the file does not hold" in text
-    assert "modules of text_encoder_2, which the file does not hold" in text
+    assert "modules of text_encoder, which the file does not have" in text
+    assert "modules of text_encoder_2, which the file does not have" in text
     assert '--exclude "^text_encoder[.]"' in text
     out = tmp_path / "out.safetensors"
     after = merged(tmp_path / "unet.safetensors", [adapter], out, exclude=r"^text_encoder(_2)?[.]")

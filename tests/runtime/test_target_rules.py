@@ -342,7 +342,7 @@ def test_rows_of_tokens():
         with pytest.raises(Refused) as caught:
             rows(tokens)
         assert text in str(caught.value)
-    with pytest.raises(Refused, match="embed_tokens is trained in full"):
+    with pytest.raises(Refused, match="embed_tokens is fully trained"):
         rows([1], modules_to_save=["embed_tokens"])
     plain = nn.ModuleDict({"embed_tokens": nn.Embedding(4, 2), "q": linear()})
     config = LoraConfig(targets=["q"], trainable_tokens=[1])

@@ -103,7 +103,7 @@ def merged_files(
     if changed:
         raise Refused(
             f"the merge changes {', '.join(changed)} of the model",
-            expected="a merge that leaves the metadata of the file as they are",
+            expected="a merge that does not change the file's metadata",
             where=base.name,
             hint="merge into the original checkpoint, and convert that with llama.cpp's own tool",
             code="AK404",

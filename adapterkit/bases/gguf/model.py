@@ -243,7 +243,10 @@ def open_image_gguf(files: GgufFiles, number: int = 0) -> GgufCheckpoint | None:
     for entry in header.tensors:
         shape = header.arrays.get(SHAPE + entry.name, entry.shape)
         if math.prod(shape) != math.prod(entry.shape) or min(shape, default=0) < 1:
-            errors.add(f"{shown(entry.name)} {entry.shape} is said to be {shape}", "as many values")
+            errors.add(
+                f"{shown(entry.name)} has {entry.shape} values, and its metadata state {shape}",
+                "as many values",
+            )
         tensors[entry.name] = as_stored(entry, shape=shape, number=number)
     Problems(errors[:MAX_ERRORS]).raise_all()
     return GgufCheckpoint.of(files.folder, headers, tensors)

@@ -159,7 +159,7 @@ def model_tensors(
             unknown.append(entry.name)
     if unknown:
         some = ", ".join(map(shown, unknown[:6]))
-        problem = f"{len(unknown)} tensors that transformers has no place for: {some}"
+        problem = f"{len(unknown)} tensors that transformers does not load: {some}"
         errors.add(problem, f"the tensors of {model.class_name}", code="AK207")
     tied = model.tied
     missing = [

@@ -194,7 +194,7 @@ class Destination:
         if foreign:
             raise Refused(
                 f"files that adapterkit did not write are there already: {listed(foreign)}",
-                expected="a new place, or that of an older output"
+                expected="a new destination, or that of an older output"
                 + "; a loader might pick the old weights" * bool(beside.intersection(foreign)),
                 where=str(self.hub_id),
                 hint="push to another repository or a new branch, or delete them first\n"
@@ -205,7 +205,7 @@ class Destination:
         if not replaces and (replaced := sorted(filter(differs, there))):
             raise Refused(
                 f"an older output is there: {listed(replaced)}",
-                expected="a new place",
+                expected="a new destination",
                 where=str(self.hub_id),
                 hint="choose another repository or a new branch, or give --overwrite to replace it",
                 code="AK705",

@@ -56,7 +56,7 @@ MEANINGS: dict[str | int, Meaning] = {  # by the name of its class, or by the st
     "RemoteEntryNotFoundError": (
         Damaged,
         "no such file in this revision",
-        "a file that the repository holds",
+        "a file of the repository",
         "see {page}/tree/{revision}",
     ),
     "HFValidationError": (

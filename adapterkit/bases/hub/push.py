@@ -113,7 +113,7 @@ def _finished_files(output: Path, receipt: str) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in (output, next_to)}
     if not output.is_dir():
         raise Refused(
-            "this is not a folder, nor a file with its receipt beside it",
+            "this is neither a folder nor a file with its receipt next to it",
             expected="an output to upload",
             where=str(output),
             hint="check the path",

@@ -70,7 +70,7 @@ class ScratchFolder:
         """The downloaded file; the cached one if it takes no disk here."""
         here = self.place / name
         if not here.is_file() and self.disk(name):
-            raise AssertionError(f"{self.label}/{name} is read, and was not asked for")
+            raise AssertionError(f"{self.label}/{name} is read but was not requested")
         return here if here.is_file() else self.source.path(name)
 
     def drop(self, name: str) -> None:

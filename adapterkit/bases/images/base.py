@@ -87,7 +87,7 @@ def prepare_images(state: "MergeState", errors: Sequence[AdapterkitError]) -> No
             if own:
                 which = "that" if part in model.parts else f"of {part}, which"
                 errors.add(
-                    f"{adapter.name} trains {len(own)} modules {which} the file does not hold: "
+                    f"{adapter.name} trains {len(own)} modules {which} the file does not have: "
                     f"{listed(own)}",
                     f"modules of {', '.join(model.parts)} ({model.architecture})",
                     "leave them out with --exclude"
@@ -107,7 +107,7 @@ def file_notes(model: "SingleFileModel") -> list[str]:
     copies = sum(key.startswith(AVERAGES) for key in model.tensors)
     if copies:
         notes.append(
-            f"{copies} tensors {AVERAGES}* are averages of the weights, which stay as they are: "
+            f"{copies} tensors {AVERAGES}* are averages of the weights, which do not change: "
             "nothing is merged into them"
         )
     return notes

@@ -46,7 +46,7 @@ def plan_image_quantization(base: Base, options: Quantize) -> Plan:
     if not quantized:
         raise Refused(
             f"no linear layer for {options.to}",
-            expected="layers in blocks of the denoiser, of sizes that the format can hold",
+            expected="layers in the denoiser's blocks, with sizes that the format supports",
             where=model.name,
             hint="check --skip, or use another format",
             code="AK105",

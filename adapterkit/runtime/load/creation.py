@@ -67,7 +67,7 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
     if method.changes_base and config.invocation_tokens:
         errors.add(
             f"init {name} of an activated LoRA",
-            "an init that leaves the base as it is before the invocation",
+            "an init that does not change the base before the invocation",
             "give another init",
         )
     errors.raise_all()

@@ -219,7 +219,7 @@ def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
             problem, expected = f"rank {part.rank} at {shown(path)}", f"at most {rank}"
         else:
             continue
-        hint = "pad_rank: the highest rank that is to come, of factors of whole layers"
+        hint = "give pad_rank the highest rank that you will swap in"
         errors.add(problem, expected, hint)
     errors.raise_all()
     for _, part in parts:

@@ -113,5 +113,5 @@ def _compare(path: str, old: Part, new: Part, errors: Problems) -> None:
     room = old.a.shape[old.rank_axes[0]] if old.has_room else old.rank
     if new.rank > room or (new.rank < room and not old.has_room):
         expected = f"at most {room}" if old.has_room else f"{room}"
-        hint = "load the first one with pad_rank=, the highest rank that is to come"
+        hint = "load the first one with pad_rank= the highest rank that you will swap in"
         errors.add(f"rank {new.rank} {at}", expected, hint, code="AK803")

@@ -145,9 +145,9 @@ def _kinds(what: str | Sequence[str], compat: str | None) -> list[str]:
     if others:
         raise Refused(
             f"compat={compat!r} of {', '.join(others)}",
-            expected="compat='peft', of covariance and gradient",
+            expected="covariance and gradient, with compat='peft'",
             where="collect",
-            hint="collect the others by themselves, without compat",
+            hint="collect these in another call, without compat",
             code="AK902",
         )
     return names
@@ -177,7 +177,7 @@ def _targets(
         errors.add(
             f"{listed(others)}: no linear layer" if others else "no layer",
             "linear layers of the model",
-            "name others",
+            "name linear layers, or leave targets out",
             where="targets",
         )
     if fixed:

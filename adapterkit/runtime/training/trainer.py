@@ -112,7 +112,7 @@ def trained(state: State) -> list[str]:
     for name in names:
         if len(names) > 1 and (Path(name).name != name or "\\" in name):
             hint = "each of several trained adapters has a folder of its name in a checkpoint"
-            problem = f"an adapter {shown(name)} beside others"
+            problem = f"an adapter {shown(name)} among several"
             errors.add(problem, "a name that can be a folder's", hint)
     errors.raise_all()
     return names

@@ -38,7 +38,7 @@ class Transfers:
     sizes: dict[Input, int]  # of the inputs that are downloaded
     # bytes of what stays to the end: small files, handoffs, journal and receipt, converted adapters
     rest: int
-    small: int  # bytes of the files beside the weights
+    small: int  # bytes of the other files than weights
     converted: int = 0  # bytes that are downloaded for adapters that are converted first
     held: bool = False  # outputs stay until all are done, for a look at the whole
 
@@ -53,7 +53,7 @@ class Transfers:
     def least_disk(self) -> tuple[int, str]:
         """The least bytes of disk with which each file can be made, and the file that needs
         them."""
-        last, present, most = self.last_uses(), set[Input](), (self.rest, "the files beside")
+        last, present, most = self.last_uses(), set[Input](), (self.rest, "the small files")
         held = 0
         for number, file in enumerate(self.made):
             present |= set(file.inputs)

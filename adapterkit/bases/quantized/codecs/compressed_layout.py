@@ -209,7 +209,7 @@ class StoredModule:
             return None, ()
         each = 32 // bits
         ambiguous = 32 % bits != 0 and shape[1] > each and math.ceil(shape[1] / each) == words
-        expected = "a size that tells whether codes run across words (older versions' do not)"
+        expected = "a size that shows whether codes run across words (older versions' do not)"
         if not self._check(not ambiguous, problem, expected):
             return None, ()
         return (shape[0], shape[1]), (spec,)

@@ -112,7 +112,7 @@ def _place(step: Step, change: Change, slot: Slot) -> _Place:
 
 def _layout_error(step: Step, name: str) -> Refused:
     return Refused(
-        f"{shown(name)} lies in {shown(step.key)} in a way that errors cannot be carried along",
+        f"{shown(name)} is stored in {shown(step.key)} so that errors cannot be passed on",
         expected="all inputs of the layer, in order, on one axis of the stored tensor",
         where="--rounding compensated",
         hint="exclude it with --exclude, or use another rounding",

@@ -104,7 +104,7 @@ def _plan_base_and_adapter(
     made_for = planned_fingerprint(shards)
     adapter = adapter_output.new_adapter(base, factors, options, SUMMARY, "adapter", made_for)
     names = " and ".join(dict.fromkeys((to, *exceptions.values)))
-    files = model.files(f"quantized to {names} by LoftQ: use it with the adapter beside it")
+    files = model.files(f"quantized to {names} by LoftQ: use it with the adapter next to it")
     files |= adapter.files(notes)
     decisions = {
         "left_out": sorted(quantization.skipped),
