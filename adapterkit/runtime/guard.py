@@ -45,7 +45,9 @@ class Hosts:
         hint = "change the model first, then attach or load; detach removes the adapters"
         errors = Problems(where=where, hint=hint, code="AK805")
         for reason, paths in by_reason(self._lost(sites)).items():
-            errors.add(f"{listed(paths)}: {reason}", "the modules that the adapters were put on")
+            errors.add(
+                f"{listed(paths)}: {reason}", "the modules that the adapters were attached to"
+            )
         return errors
 
     def _as_before(self) -> bool:
@@ -174,10 +176,10 @@ class Guard:
     def _refused(self, problem: str, where: str) -> Refused:
         return Refused(
             f"{problem} without {listed(list(self.acting()))}",
-            expected="a save of what acts",
+            expected="a save of the active adapters",
             where=where,
             hint="adapters.trainer(Trainer), adapters.accelerate(accelerator) or adapters.save; "
-            "the base alone inside `with adapters.disabled()`, both in one after merge",
+            "to save the base alone, use `with adapters.disabled()`, or merge first",
             code="AK805",
         )
 

@@ -220,8 +220,8 @@ def _check_untying(model: nn.Module) -> None:
         both = [type(model)(config) for config in configs]
     if has_other_effects(*both):
         raise Refused(
-            f"a side of tied weights of a {type(model).__name__}, whose code does more by {SWITCH} "
-            "than tie",
+            f"one side of the tied weights of a {type(model).__name__}, whose code does more "
+            f"with {SWITCH} than tie",
             expected="a change of both sides, or of neither",
             where="merge",
             hint="run it unmerged, or exclude the embedding and the head from targets",
@@ -255,7 +255,7 @@ def conflicts(state: State, names: Iterable[str], where: str) -> list[Adapterkit
         for part in parts:
             if part.role == "copy":
                 for other, inner in _inside(state, names, path, part):
-                    reason = f"a trained copy of {shown(path)}, and the other one adapts"
+                    reason = f"a trained copy of {shown(path)}, and modules inside it"
                     clashes.setdefault((part.adapter, other, reason), []).append(inner)
     for (first, second, reason), paths in clashes.items():
         errors.add(f"{shown(first)} and {shown(second)} have {reason}: {listed(paths)}", expected)

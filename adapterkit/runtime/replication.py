@@ -80,7 +80,7 @@ def replicate(state: State, ranges: Ranges | None, where: str) -> None:
             f"layer_replication {list(map(list, wanted)) or None}",
             expected=f"{list(map(list, present)) or None}, as the model's other adapters have it",
             where=where,
-            hint="use a model of its own",
+            hint="load it onto another instance of the model",
             code="AK801",
         )
     state.replication = Replication(state, wanted)

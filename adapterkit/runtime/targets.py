@@ -64,8 +64,8 @@ class LiveResolver(Resolver):
         taken = [one.path for one in targets if one.leaf is None and self._is_taken(one.path)]
         if taken and self.config.dropout:
             warnings.warn(
-                f"dropout of {listed(taken)} is not saved: a file has these as parameters, as PEFT "
-                "takes their names for stacks of experts",
+                f"dropout of {listed(taken)} is not saved, because a file has these as parameters: "
+                "PEFT takes their names for stacks of experts",
                 stacklevel=2,
             )
         return targets
@@ -203,7 +203,7 @@ def unread(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> Ref
     """The reason why factors and rows, which act on a module's output, would not act as its weight
     does, or None: the code around it reads the weight and does not call the module, or an embedding
     has its own forward."""
-    cls, hint = type(modules[path]), "exclude it from targets; modules_to_save trains it whole"
+    cls, hint = type(modules[path]), "exclude it from targets; modules_to_save trains it fully"
     if looks_up_otherwise(cls.__mro__):
         return Refused(
             f"{shown(path)} is a {cls.__name__}, with a forward of its own",
@@ -243,7 +243,7 @@ def unfit_as_parameter(path: str, host: nn.Module, config: LoraConfig) -> Refuse
         return None
     return Refused(
         f"{' and '.join(wrong)} on {shown(path)}, which PEFT takes for a stack of experts",
-        expected="plain factors, which a file has as those of the layer's weight",
+        expected="standard factors, which a file stores for the layer's weight",
         where=WHERE,
         hint="exclude the layer, or remove the setting",
         code="AK801",

@@ -48,7 +48,7 @@ JUDGED = (
         r"parameters: '(down_proj|gate_up_proj|gate\.weight)' matches none",
     ),
     ("PEFT saves an attention's output projection twice", r"out_proj\..* name the same tensor"),
-    ("the code does more by the switch than tie", r"more by tie_word_embeddings than tie"),
+    ("the code does more by the switch than tie", r"more with tie_word_embeddings than tie"),
 )
 
 

@@ -226,7 +226,7 @@ def test_a_repository_that_is_no_longer_visible_counts_as_private(place):
     assert not hub.repos.pop(OUT).private
     del hub.repos["org/public"]
     _, (note,) = client(merge(base="first"))
-    assert note.endswith("private: org/public, of which it was made, cannot be seen")
+    assert note.endswith("private: its source org/public cannot be seen")
     assert hub.repos[OUT].private
 
 
@@ -250,7 +250,7 @@ def test_more_sources_than_are_asked_for_are_taken_for_private(place):
     names = [f"org/x{number}" for number in range(101)]
     (root / "adapter" / "adapterkit.json").write_text(json.dumps({"repositories": names}))
     _, (note,) = client(merge())
-    assert note.endswith("private: it was made of more than 100 repositories")
+    assert note.endswith("private: it was made from more than 100 repositories")
     assert hub.repos[OUT].private and not hub.asked("GET", "org/x")
 
 

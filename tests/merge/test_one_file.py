@@ -745,7 +745,7 @@ def test_prefixes_of_names(home, tmp_path):
     after = merged(base, [adapter], out, lbw=[text])
     assert_close(after, expected("flux", scaled(factors, weight)))
     text = refusal(base, adapter, tmp_path / "no.safetensors", lbw=['{"double_block.": 1}'])
-    assert "no module is of" in text
+    assert "no module matches" in text
     base, factors = base_of("wan_t2v", home), factors_of("wan_t2v")
     adapter = write_adapter(factors, tmp_path / "wan.safetensors")
     (tmp_path / "blocks.json").write_text(

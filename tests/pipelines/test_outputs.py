@@ -128,7 +128,7 @@ def test_a_dtype_is_of_the_parts_that_change(place, tmp_path):
     receipt = adapterkit.merge(
         place / "base", place / "lora.safetensors", dtype="bf16", out=tmp_path / "out"
     )
-    assert any("--dtype: not of parts" in note for note in receipt.data["notes"])
+    assert any("--dtype does not apply to" in note for note in receipt.data["notes"])
     dtypes = {
         part: {v.dtype for v in load_file(tmp_path / "out" / part / file_of(part)).values()}
         for part in ("unet", "vae")

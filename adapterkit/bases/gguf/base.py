@@ -134,7 +134,7 @@ def files_beside(
             )
         notes.append(
             "to load it: ComfyUI-GGUF's node Unet Loader (GGUF), from models/diffusion_models; "
-            f"stable-diffusion.cpp: {line(['--diffusion-model', first])}, -m where it has all parts"
+            f"stable-diffusion.cpp: {line(['--diffusion-model', first])}, -m for all parts"
         )
         return {}
     how = f"ollama create NAME -f {MODELFILE}" if asked else "Ollama: a Modelfile (--modelfile)"

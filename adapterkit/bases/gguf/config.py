@@ -52,7 +52,9 @@ def check_counts(file: GgufFile) -> None:
         file.errors.add(problem, "falcon with one", code="AK405")
     # of models that see, for which llama.cpp sorts the rows of q and k
     if file.architecture == "glm4" and "glm4.rope.dimension_sections" in file.header.metadata:
-        file.errors.add("glm4 with sections of positions", "a language model without", code="AK405")
+        file.errors.add(
+            "glm4 with sections of positions", "a language model without them", code="AK405"
+        )
     file.errors.raise_all()
 
 
@@ -113,7 +115,7 @@ def config_of(file: GgufFile, arguments: Json) -> Json:
     ]
     if ignored:
         names = ", ".join(map(shown, ignored[:20]))
-        file.notes.append(f"transformers' own defaults stand in the config for: {names}")
+        file.notes.append(f"the config has transformers' defaults for: {names}")
     return config
 
 
@@ -185,7 +187,7 @@ def _set_rope_scaling(file: GgufFile, config: Json) -> None:
         pairs = ", ".join(
             f"{shown(key)} is {shown(value)}" for key, value in {**settings, **scaling}.items()
         )
-        expected = "linear or yarn by a factor, or as Llama 3's"
+        expected = "linear or yarn scaling by a factor, or Llama 3's"
         file.errors.fail(f"positions scaled by rope.{pairs}", expected, code="AK405")
     if scaling and isinstance(parameters, dict):
         parameters.update({key: _shortest(value) for key, value in scaling.items()})

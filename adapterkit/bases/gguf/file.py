@@ -81,7 +81,7 @@ class GgufFile:
 
 def gguf_package() -> Any:
     """The `gguf` package, an optional dependency."""
-    expected = "gguf 0.17 or later, by which transformers reads the metadata"
+    expected = "gguf 0.17 or later, with which transformers reads the metadata"
     return optional("gguf", install='"adapterkit[gguf]"', expected=expected)
 
 

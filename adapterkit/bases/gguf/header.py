@@ -190,7 +190,7 @@ def find_gguf(folder: Folder) -> GgufFiles | None:
             f"the folder has {len(models)} GGUF models: {', '.join(map(shown, models[:6]))}",
             expected="one",
             where=folder.name,
-            hint="give the path of the file itself, of a split model its first",
+            hint="give the path of the file itself, or of the first file of a split model",
             code="AK207",
         )
     expected = _parts_of(files[0])
@@ -345,7 +345,7 @@ class _Parser:
 
     @property
     def capacity(self) -> str:
-        return f"what fits into {self.size} bytes"
+        return f"at most what fits into {self.size} bytes"
 
     def unpack(self, codes: str) -> tuple:
         """Read little-endian numbers by their struct codes."""

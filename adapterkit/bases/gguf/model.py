@@ -152,7 +152,7 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     out = file.scratch / "tokenizer"
     try:
         if (work := _squares(file.header)) > MOST_SQUARES:
-            raise ValueError(f"its tokens are too long, of {work:,} letters squared in all")
+            raise ValueError(f"its tokens are too long: their squared lengths sum to {work:,}")
         with file.shown_to_transformers() as copy:
             source = str(file.scratch)
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=copy.name, **LOCAL)
@@ -160,7 +160,8 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     except (Exception, RecursionError) as error:  # transformers' code, on any metadata
         kind = shown(file.header.metadata["tokenizer.ggml.model"])
         file.notes.append(
-            f"{WARNING}no tokenizer, as transformers cannot make one of kind {kind}: {shown(error)}"
+            f"{WARNING}no tokenizer, because transformers cannot make one of kind {kind}: "
+            f"{shown(error)}"
         )
         return {}
     texts = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file()}

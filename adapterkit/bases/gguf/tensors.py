@@ -154,7 +154,7 @@ def model_tensors(
             groups.setdefault(key, []).append(entry)
         elif key is not None and _is_ignored(model, key, "_keys_to_ignore_on_load_unexpected"):
             name = shown(entry.name)
-            file.notes.append(f"left out, as transformers has no such part: {name}")
+            file.notes.append(f"left out, because transformers has no such parameter: {name}")
         elif entry.name != FREQUENCIES:
             unknown.append(entry.name)
     if unknown:

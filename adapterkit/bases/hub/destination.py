@@ -42,10 +42,10 @@ def parse_output(out: str, *, endings: Collection[str] = ("",)) -> HubId:
         hint = "give your account's or organization's name, the repository's, and a branch of it"
     elif "" not in endings and suffix not in endings:
         problem = "this is no name of a file"
-        hint = f"give a name that ends in {' or '.join(endings)} behind the colon"
+        hint = f"give a name that ends in {' or '.join(endings)} after the colon"
     elif suffix in FILES and suffix not in endings:
         problem = "this is the name of a file"
-        hint = "give its folder: the file is named as its format has it"
+        hint = "give its folder, because the format determines the file name"
     else:
         return hub_id
     raise Refused(
@@ -62,12 +62,12 @@ def _why_private(sources: Collection[str]) -> str | None:
     from huggingface_hub import HfApi
 
     if len(sources) > MOST_SOURCES:
-        return f"it was made of more than {MOST_SOURCES} repositories"
+        return f"it was made from more than {MOST_SOURCES} repositories"
     for source in sources:
         try:
             info = retry(lambda source=source: HfApi().model_info(source), HubId(source))
         except Refused:  # gone, or of others
-            return f"{source}, of which it was made, cannot be seen"
+            return f"its source {source} cannot be seen"
         if info.private:
             return f"{source} is private"
     return None

@@ -323,7 +323,7 @@ class HubFolder:
             "the file is not in the local Hub cache, and HF_HUB_OFFLINE is set",
             expected="a cached copy, or a network",
             where=location(self.pinned, name),
-            hint=f"unset HF_HUB_OFFLINE, or where there is a network\n{download}",
+            hint=f"unset HF_HUB_OFFLINE, or run with a network\n{download}",
             code="AK703",
         )
 

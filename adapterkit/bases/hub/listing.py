@@ -141,7 +141,7 @@ def _list_cache(hub_id: HubId, reason: str, hint: str) -> tuple[str, dict[str, R
         f"no such file or folder here, nor in the local Hub cache, and {reason}",
         expected="a path that exists, a cached copy, or a network",
         where=str(hub_id),
-        hint=f"{hint}, or where there is a network\n{download}",
+        hint=f"{hint}, or run with a network\n{download}",
         code="AK703",
     )
 

@@ -117,8 +117,8 @@ class BlockWeights:
         factors = {self.of_module(one) for one in self.names.of(module)} or {None}
         if len(factors) > 1:
             raise Refused(
-                f"{LBW}: {shown(module)} of the file is several modules with other weights",
-                expected="one weight for what the file fuses",
+                f"{LBW}: {shown(module)} of the file fuses modules with different weights",
+                expected="one weight for all modules that the file fuses",
                 where="options",
                 hint="give weights of blocks, or merge into the pipeline of diffusers",
                 code="AK101",
@@ -224,7 +224,7 @@ def _weights_of(text: str, words: BlockSchema) -> dict[str, float]:
         known = ", ".join(words.presets)
         hint = f"for {next(iter(words.lists.values()))}"
         if letters := sorted(LETTERS & {*numbers}):
-            hint = f"give numbers for {', '.join(letters)}, which nodes draw or ask for"
+            hint = f"give numbers for {', '.join(letters)}, which only a node sets"
         raise Refused(
             f"{LBW} {shown(text)!r}" + f": {len(values)} numbers" * (None not in values),
             expected=f"{known}, or {lengths}" if known else lengths,
@@ -288,7 +288,9 @@ def _of_selected(settings: Json, names: ModelNames) -> Factor:
     """The blocks that a node selects; others, and names that its filter matches, get weight 0."""
     wrong = {*settings} - {SELECTED, FILTER}
     if wrong or not isinstance(settings[SELECTED], dict):
-        raise _wrong(f"{listed(sorted(wrong))}", f"{SELECTED}, {FILTER}", "take what the node has")
+        raise _wrong(
+            f"{listed(sorted(wrong))}", f"{SELECTED}, {FILTER}", "copy the settings of the node"
+        )
     words = [word.strip() for word in str(settings.get(FILTER) or "").split(",")]
     inside = _of_prefixes(settings[SELECTED], names, 0.0)
     return lambda one: 0.0 if any(w in one.original for w in words if w) else inside(one)
@@ -366,8 +368,8 @@ def _check_used(
 ) -> None:
     unused = [word for word in weights if not any(fits(module, word) for module in modules)]
     if unused:
-        hint = f"names are such as {listed(modules)}"
-        raise _wrong(f"no module is of {listed(unused)}", "names of the base's modules", hint)
+        hint = f"names are for example {listed(modules)}"
+        raise _wrong(f"no module matches {listed(unused)}", "names of the base's modules", hint)
 
 
 def with_files(lbw: Iterable[str]) -> tuple[str, ...]:

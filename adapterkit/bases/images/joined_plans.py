@@ -35,9 +35,9 @@ def joined(pipeline: Pipeline, plans: Mapping[str, Plan], card: str) -> Plan:
                 joint.copy(part)
     joint.copy_rest(pipeline)
     if joint.left_out:
-        joint.notes.append(f"not copied: {listed(joint.left_out)}: weights of other variants")
+        joint.notes.append(f"not copied: weights of other variants: {listed(joint.left_out)}")
     if pipeline.absent:
-        joint.notes.append(f"{WARNING}{INDEX} names {listed(pipeline.absent)}: not there")
+        joint.notes.append(f"{WARNING}{INDEX} names missing models: {listed(pipeline.absent)}")
     joint.headers[0, INDEX] = sha256_of_small_file(pipeline.folder, INDEX)
     return joint.plan(plans, {CARD: card.encode(), INDEX: CopyFile(0, INDEX)})
 

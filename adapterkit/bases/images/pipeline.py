@@ -92,7 +92,7 @@ class Pipeline:
         """A component with weights by its name; `Refused` for other names."""
         if name in self.parts:
             return self.parts[name]
-        state = "is not there, though its index names it" if name in self.absent else "has none"
+        state = "lacks it, though its index names it" if name in self.absent else "has none"
         raise self.unknown(f"{shown(name)}: the pipeline {state}")
 
     def unknown(self, problem: str) -> Refused:
@@ -128,7 +128,7 @@ def read_pipeline(folder: Folder, variant: str | None = None) -> Pipeline:
             if weight_files(part.folder) or pickles(part.folder):
                 parts[name] = part
         elif isinstance(folder, LocalFolder) and (folder.root / inside(name, INDEX)).is_symlink():
-            hint = "copy the pipeline with what its links lead to: cp -rL PIPELINE COPY"
+            hint = "copy the pipeline with the targets of its links: cp -rL PIPELINE COPY"
             errors.add(f"{shown(name)} is a link", "folders of the pipeline itself", hint)
         else:
             absent.append(name)

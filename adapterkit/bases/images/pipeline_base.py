@@ -150,7 +150,7 @@ def plan_merge_into_parts(
     others = [name for name in pipeline.parts if name not in plans]
     for name in ("dtype", "max_shard_size") if others else ():
         if getattr(options, name):
-            note = f"{flag_of(name)}: not of parts that no adapter changes: {', '.join(others)}"
+            note = f"{flag_of(name)} does not apply to unchanged components: {', '.join(others)}"
             plan = replace(plan, notes=(*plan.notes, note))
     warn = partial(rounding_warnings, compat=options.compat)
     return replace(plan, options=receipt, decisions=decisions, warn=warn)

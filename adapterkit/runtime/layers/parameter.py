@@ -87,7 +87,7 @@ class ParameterPart(FactorsPart):
                 f"{name} does not read {shown(self.leaf)} in its forward",
                 expected="parameters that their own module multiplies with",
                 where="parameters",
-                hint="remove it from parameters: the module that reads it gets it without the "
+                hint="remove it from parameters, because another module reads it without the "
                 "adapter",
                 code="AK801",
             )

@@ -61,7 +61,7 @@ def method_of(config: LoraConfig, targets: Sequence[Target]) -> Initialization:
         if others:
             errors.add(
                 f"init {name} on {', '.join(map(shown, others[:6]))}",
-                "linear layers (PEFT starts other layers in another way, silently)",
+                "linear layers (PEFT silently uses another init for other layers)",
                 "exclude them from targets, or give another init",
             )
     if method.changes_base and config.invocation_tokens:
@@ -168,7 +168,7 @@ def start(
     except ValueError as error:
         raise Unrecoverable(
             f"statistics of {shown(target.path)}: {error}",
-            expected=f"what init {method.name} takes",
+            expected=f"statistics for init {method.name}",
             where="stats",
             hint="collect them on texts that reach this module, in float32",
             code="AK106",
@@ -319,7 +319,7 @@ def _other_values(
     if missing:
         raise Refused(
             f"{listed(missing)} on the meta device",
-            expected="values, with which those of the adapter start",
+            expected="values, because the adapter starts with them",
             where="attach",
             hint="load the base's weights first",
             code="AK801",

@@ -242,7 +242,7 @@ def _check_rows(state: State, tokens: Tokens, errors: Problems) -> None:
         return
     if unread := why_unread(state.model, state.modules, tokens.module):
         problem = f"trained rows that do nothing: {unread.problem}"
-        errors.add(problem, unread.expected, "take them out of the file", code="AK803")
+        errors.add(problem, unread.expected, "remove them from the file", code="AK803")
     outside = [index for index in tokens.indices if index >= len(own)]
     if outside:
         problem = f"trained rows {outside} of {shown(name)}, which has {len(own)}"
@@ -261,7 +261,7 @@ def _add_unknown(state: State, name: str, errors: Problems) -> None:
     hint = similar_names(name, list(state.modules))
     if any(has_end(name, head) for heads in TASK_HEADS.values() for head in heads):
         hint = "load the model in the class with this head"
-    problem = f"values of {shown(name)}, which the model has not"
+    problem = f"values of {shown(name)}, which the model does not have"
     errors.add(problem, "modules of the model", hint, code="AK803")
 
 

@@ -76,7 +76,7 @@ def load(
                     f"dora with tie on {shown(head)}, to be trained",
                     expected="a linear head without dora",
                     where=stored.adapter.label,
-                    hint="load it without trainable; PEFT keeps the two sides one while they train",
+                    hint="load it without trainable, because PEFT keeps both sides tied in training",
                     code="AK803",
                 )
     adapter = Attached(name, stored.config, trainable, strict=strict)
@@ -200,7 +200,7 @@ def _ignored(
                 f"factors that do nothing: {problem.problem}",
                 expected="factors of layers that are called",
                 where=adapter.label,
-                hint="take them out; `adapterkit merge` has --exclude",
+                hint="remove them from the file; `adapterkit merge` has --exclude",
                 code="AK803",
             )
 
@@ -262,7 +262,7 @@ def _add_no_module(state: State, lora: Lora, host: object, errors: Problems) -> 
     if host is None:
         hint = similar_names(lora.module, list(state.modules))
         errors.add(
-            f"factors of {name}, which the model has not",
+            f"factors of {name}, which the model does not have",
             "modules of the model",
             hint,
             code="AK803",

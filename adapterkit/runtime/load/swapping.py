@@ -75,7 +75,7 @@ def _check(old: Parts, new: Parts, where: str) -> None:
         if key in old:
             _compare(path, old[key][1], part, errors)
         else:
-            problem = f"{shown(path)}, where the old adapter has nothing of this kind"
+            problem = f"{shown(path)}is not in the old adapter"
             errors.add(problem, "modules of the old adapter, all or some")
     for key, (path, part) in old.items():
         if key not in new and not isinstance(part, FactorsPart):

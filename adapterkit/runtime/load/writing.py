@@ -44,7 +44,7 @@ def check_local(out: StrPath, where: str) -> None:
             "an output on the Hub",
             expected="a path on this machine",
             where=where,
-            hint="save it here, then send it, as huggingface_hub does a file\n"
+            hint="save it here, then upload it\n"
             "adapterkit convert FOLDER --to peft --out hf://ORG/NAME",
             code="AK601",
         )

@@ -123,7 +123,7 @@ def restore(state: State, folder: StrPath) -> None:
     """Restore the trained adapters from a checkpoint; `Refused` before anything changes."""
     pairs = []
     errors = Problems(
-        hint="attach the adapter as it was when the checkpoint was written", code="AK805"
+        hint="attach the adapter with the config that it had at the checkpoint", code="AK805"
     )
     for name, place in _places(state, Path(folder)).items():
         own = {
@@ -283,8 +283,8 @@ def check_reference(state: State, cls: type, arguments: object) -> None:
         )
     if getattr(arguments, "sync_ref_model", False):
         errors.add(
-            "sync_ref_model: the reference is the model with the adapters as they were",
-            "a reference that stays",
+            "sync_ref_model: the reference is the model with the initial values of its adapters",
+            "a fixed reference",
             "remove sync_ref_model, or give ref_model= another model",
         )
     if _modules(cls, HEAD) and _acts_on_head(state):

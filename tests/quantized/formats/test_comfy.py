@@ -356,7 +356,7 @@ def test_formats_that_are_not_known(said: dict, home: Path, tmp_path: Path) -> N
     base = write("int8", tmp_path / "base.safetensors")
     _change(base, {Q + "comfy_quant": said_of(said)})
     adapter, _ = lora(home / "unknown-lora.safetensors")
-    with pytest.raises(AdapterkitError, match="take the file in 16 bits"):
+    with pytest.raises(AdapterkitError, match="use the file in 16 bits"):
         adapterkit.merge(base, [adapter], out=tmp_path / "out.safetensors")
 
 

@@ -79,12 +79,12 @@ class Transfers:
     def check(self, limit: int | None) -> None:
         """`Refused` if one of the files does not fit into the limit."""
         least, file = self.least_disk()
-        reason = ", all outputs together, which are looked at before they go" * self.held
+        reason = " for all outputs together, which are checked before the upload" * self.held
         check_limit(
             limit,
             least,
             f"{shown(file)} takes {least:,}{reason}",
-            "the inputs of one file, the file, and what stays to the end",
+            "the inputs of one file, the file, and files that stay to the end",
         )
 
     def totals(self, limit: int | None) -> dict[str, int]:
@@ -210,7 +210,7 @@ def plan_bounded(plan: Plan, file: OutputFile, place: Path, limit: int | None) -
         limit,
         least,
         f"the job takes {least:,}",
-        "what waits for its end, the file of statistics, and the largest file of the base",
+        "files that stay to the end, the file of statistics, and the largest file of the base",
     )
     disk = disk if limit is None else min(most, limit)
     down = bytes_down((name for name in collection.reads if name in sizes), sizes, disk - own)

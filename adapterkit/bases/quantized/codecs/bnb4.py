@@ -209,7 +209,7 @@ class Bnb4(QuantizedWeight):
         if found == own:
             return None
         problem = f"{shown(spec.key)}: the state {shown(state)}"[:300]
-        return problem, f"that of a weight as those of its name: {own}"
+        return problem, f"the state for the tensor's dtype and shape: {own}"
 
     def decode(self, stored: Parts) -> Tensor:
         codes, absmax, count = stored[self.key], self._scales(stored), math.prod(self.shape)

@@ -192,7 +192,7 @@ class StoredLayers:
             else:
                 others.setdefault(kind, []).append(module)
         for kind, modules in others.items():
-            hint = "take the file in 16 bits, or in one of these formats"
+            hint = "use the file in 16 bits, or in one of these formats"
             problem = f"{listed(modules)}: ComfyUI's format {shown(kind)}"
             self.scan.errors.add(problem, ", ".join(KINDS), hint, code="AK404")
         return kinds

@@ -165,7 +165,7 @@ def _plan_fixed_base(
     errors.raise_all()
     if not factors:
         raise Refused(
-            "no quantized weights to make up for",
+            "no quantized weights to compensate",
             expected="one or more",
             where=quantized.name,
             hint="check --targets",

@@ -226,7 +226,7 @@ def _check_experts(base: Checkpoint, to: str | None, record: Format | None, stat
     if record is not None and not record.allows_plain_experts and stack is not None:
         raise Refused(
             f"{to} with experts ({shown(stack)})",
-            expected="a model without: transformers takes all experts of such a checkpoint for "
+            expected="a model without experts, because transformers takes all of them for "
             "quantized",
             where=base.name,
             hint="use another format",
