@@ -179,7 +179,7 @@ class Guard:
             expected="a save of the active adapters",
             where=where,
             hint="adapters.trainer(Trainer), adapters.accelerate(accelerator) or adapters.save; "
-            "to save the base alone, use `with adapters.disabled()`, or merge first",
+            "save the base alone inside `with adapters.disabled()`, or both in one after merge",
             code="AK805",
         )
 

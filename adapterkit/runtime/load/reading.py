@@ -76,7 +76,7 @@ def load(
                     f"dora with tie on {shown(head)}, to be trained",
                     expected="a linear head without dora",
                     where=stored.adapter.label,
-                    hint="load it without trainable, because PEFT keeps both sides tied in training",
+                    hint="load it without trainable, because PEFT trains both sides as one",
                     code="AK803",
                 )
     adapter = Attached(name, stored.config, trainable, strict=strict)
