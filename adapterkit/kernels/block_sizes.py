@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from adapterkit.core.lazy import Tensor, torch
 
-# What a launch and its wait cost is little beside the work on so many; 32 MB in float32.
+# So many that a launch and its wait cost little in comparison; 32 MB in float32.
 GPU = 1 << 23
 
 

@@ -208,7 +208,7 @@ def _middle(low: float, high: float, dtype: torch.dtype) -> float:
 
 def drop(
     x: Tensor,  # (n, cols), changed in place
-    probability: float | Tensor,  # of each element to stay
+    probability: float | Tensor,  # the probability that an element stays
     draws: Draws,
     *,
     divided: bool = True,

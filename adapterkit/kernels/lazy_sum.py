@@ -339,7 +339,7 @@ _register(
     _cast, "to type type_as float half bfloat16 double cpu cuda contiguous clone", passes=True
 )
 _register(_item, "__getitem__")
-# what the sum has in common with its weight
+# attributes that the sum shares with its weight
 METADATA = frozenset(
     _functions(
         "shape dtype device ndim layout itemsize nbytes is_cuda is_cpu is_meta is_quantized "

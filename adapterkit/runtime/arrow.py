@@ -60,7 +60,7 @@ class ArrowRouter(Attached):
     settings: Json = field(default_factory=dict)  # its arrow.json
     experts: list[str] = field(default_factory=list)  # names, in the order of the numbers
     dtype: torch.dtype = torch.float32  # of the stored factors
-    general: tuple[StrPath, ...] = ()  # where the general adapters are, if known
+    general: tuple[StrPath, ...] = ()  # sources of the general adapters, if known
 
     def routed(self) -> Iterator[tuple[str, RoutedPart]]:
         for site, part in self.parts():

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
 from adapterkit.runtime.site import Part, Site, sizes_of
 
-# what diffusers' fuse_qkv_projections runs one layer in place of
+# layers that diffusers' fuse_qkv_projections replaces by one
 FUSED = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
 
 
@@ -109,7 +109,7 @@ LIBRARIES = {
 }  # fmt: skip
 SAVES = re.compile(r"save|get_state_dict|dump_checkpoint")  # in the names of their functions
 LOADS = re.compile(r"_load_from_checkpoint|_load_best_model|load_state$|restore_model")
-OWNER = "_adapterkit_models"  # of a Trainer or Accelerator that saves the adapters of these models
+OWNER = "_adapterkit_models"  # set on a Trainer or Accelerator that saves these models' adapters
 
 
 class Guard:
@@ -199,7 +199,7 @@ def _callers() -> Iterator[tuple[str, str, object]]:
 
 
 GIVEN = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs")  # in a module's place
-STEPS = 8  # of optimizers, after which gradients are not waited for any longer
+STEPS = 8  # optimizer steps that wait for gradients
 
 
 class FirstCallWatch:
@@ -215,8 +215,8 @@ class FirstCallWatch:
         strict: bool,
     ):
         self.name, self.parts, self.strict, self.steps = name, list(parts), strict, STEPS
-        self.acts = True  # whether the adapter does now
-        self.looks = False  # whether it did when the call began, in which all modules had a part
+        self.acts = True  # whether the adapter acts now
+        self.looks = False  # whether it acted when the call began, for all modules
         self.around: set[int] = set()  # modules around their hosts
         self._parents = {
             site: parent

@@ -23,7 +23,7 @@ from adapterkit.runtime.state import State
 class ReplacedWeights:
     """The weights of a model that a merge replaced, with their old values."""
 
-    active: dict[str, float]  # what acted before
+    active: dict[str, float]  # the active adapters before
     replaced: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     tied: bool | None = None  # the config's tie_word_embeddings, where a tie was broken
 
@@ -75,7 +75,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
     for site in sites.values():
         values = HostWeights(site.host)
         parts = [(p, w) for name, w in table.items() for p in site.own_parts(name)]
-        site.select(table)  # for what stands in place of the host's values
+        site.select(table)  # for parts that replace the host's values
         standing = site.standing
         try:
             for part, weight in sorted(parts, key=lambda pair: not pair[0].replaces):
@@ -88,7 +88,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
             for other, new in rounded(module, leaf, value).items():
                 original = tensors_of(module, other)[other]
                 if type(original) is nn.Parameter:  # a quantized one has more than its values
-                    # what was tied stays so where the values are the same
+                    # weights stay tied if their values are the same
                     others = merged.setdefault(id(original), [])
                     new = next((tied for tied in others if torch.equal(tied, new)), new)
                     others.append(new)

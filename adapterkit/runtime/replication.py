@@ -38,7 +38,7 @@ class Replication:
             )
         parent, _, self._leaf = path.rpartition(".")
         self._owner, self._own = state.modules[parent], layers
-        self._undone: list[tuple[Json, str, Any]] = []  # what `undo` sets again
+        self._undone: list[tuple[Json, str, Any]] = []  # restored by `undo`
         for config in _configs(state, path):
             settings = dict(vars(config))
             for key, value in stacked(settings, len(layers), order).items():

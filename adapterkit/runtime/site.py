@@ -21,7 +21,7 @@ from adapterkit.runtime.weights import weight_on
 
 CHILD = "adapterkit"  # the name of the child
 DIRECTED = ":directions"  # how the name of a part's stand-in ends
-OLD_FORWARD = "_old_forward"  # what accelerate's hooks call
+OLD_FORWARD = "_old_forward"  # called by accelerate's hooks
 ESCAPED = str.maketrans({"%": "%25", ".": "%2E", ":": "%3A"})  # in children's names
 RESERVED = {  # the site's attributes
     "parts", "path", "unmerged", "router", "replacing", "changing", "adding", "training", "sizes",
@@ -64,9 +64,9 @@ class Part(Unsaved):
     part runs instead of the module: `run(site, x, ...) -> y`, where `site.base` is the module.
     """
 
-    role: str = "delta"  # how it begins tells which: delta, weight, or another word
+    role: str = "delta"  # its beginning is the kind: delta, weight, or another word
     adapter: str  # its name
-    replaces: bool = False  # whether its values take the place of the host's own
+    replaces: bool = False  # whether its values replace the host's own
     called: bool = True  # whether its host is called, as far as the code around it shows
     fixed: frozenset[str] = frozenset()  # parameters that are never trained
     _host: tuple[nn.Module]
@@ -229,7 +229,7 @@ class Site(Unsaved):
     """The adapters of one module, the host: its parts, and which of them act."""
 
     _host: tuple[nn.Module]
-    replacing: Replacing  # what acts; each of these around those before it
+    replacing: Replacing  # active parts, each around those before it
     changing: Changing
     adding: tuple[tuple[Part, float], ...]
 
@@ -239,7 +239,7 @@ class Site(Unsaved):
         object.__setattr__(self, "_host", (host,))
         self.path, self.sizes = path, sizes_of(host)
         self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
-        self.unmerged: dict[str, Tensor] = {}  # what merged parameters were added to
+        self.unmerged: dict[str, Tensor] = {}  # the values before the merge
         self.watched = self.called = False  # see `FirstCallWatch`
         self.active: Mapping[str, float] = {}
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`

@@ -37,7 +37,7 @@ class Attached:
     base: str | None = None  # the base's id, as its config says
     sites: dict[str, Site] = field(default_factory=dict)  # by path
     base_fingerprint: str | None = None
-    strict: bool = False  # what does nothing is an error, not a warning
+    strict: bool = False  # parts that do nothing are an error, not a warning
     watch: FirstCallWatch | None = None  # since it was active first
 
     def parts(self) -> Iterator[tuple[Site, Part]]:
@@ -59,7 +59,7 @@ class State:
         self.adapters: dict[str, Attached] = {}
         self.active: dict[str, float] = {}
         self.merged: dict[str, float] = {}
-        self.merge: ReplacedWeights | None = None  # what `merged` replaced
+        self.merge: ReplacedWeights | None = None  # weights that `merged` replaced
         self.rows: Rows | None = None  # the mixed batch in progress
         self.store: Store | None = None  # of adapters that are not loaded
         self.invocations: Invocations | None = None  # while there is an aLoRA

@@ -59,7 +59,7 @@ def named(names: object) -> Json:
             where="weights",
             code="AK802",
         )
-    # what a map of the caller holds, `weights_of` checks; its type says nothing
+    # `weights_of` checks the values of a caller's map, whose type is unknown
     return dict(names) if isinstance(names, Mapping) else dict.fromkeys(items, 1.0)  # type: ignore[arg-type]
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = {name: TYPES[name][0] for name in ("F32", "F16", "BF16")}  # ggml's type ids of floats
-# of Q8_0: 32 integers of 8 bits behind a scale of 16 bits
+# Q8_0: a 16-bit scale, then 32 integers of 8 bits
 Q8_0, _, BLOCK_BYTES = TYPES["Q8_0"]
 SIZES = {TYPES[name][0]: TYPES[name][1:] for name in (*KINDS, "Q8_0")}
 MAX_NAME = 63  # bytes of a tensor's name in ggml

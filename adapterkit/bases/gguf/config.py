@@ -50,7 +50,7 @@ def check_counts(file: GgufFile) -> None:
     if file.architecture == "falcon" and heads != 1:
         problem = f"falcon with {shown(heads)} groups of keys"
         file.errors.add(problem, "falcon with one", code="AK405")
-    # of models that see, for which llama.cpp sorts the rows of q and k
+    # of vision-language models, whose rows of q and k llama.cpp reorders
     if file.architecture == "glm4" and "glm4.rope.dimension_sections" in file.header.metadata:
         file.errors.add(
             "glm4 with sections of positions", "a language model without them", code="AK405"
@@ -139,7 +139,7 @@ def class_name_of(file: GgufFile, model_type: str) -> str:
 def _unread_metadata(file: GgufFile) -> Json:
     """List metadata of the architecture that transformers ignores."""
     if file.architecture in conversion_rules():
-        return {}  # its rules read all that they need, by name
+        return {}  # its rules read every key they need by name
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
     plain = lambda name: name.replace("_", "").replace("-", "")

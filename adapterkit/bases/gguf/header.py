@@ -31,7 +31,7 @@ MAX_AXES = 5  # in files: of kernels of video models in ComfyUI-GGUF's
 MAX_ERRORS = 20  # reported at once
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)")
 SPLIT_TENSORS = "split.tensors.count"  # in all files of a model
-MAX_ITEMS = 1 << 16  # of an array whose numbers are kept
+MAX_ITEMS = 1 << 16  # the longest array whose numbers are kept
 # struct codes of the scalar types of metadata, by their id
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY, UINT32 = 8, 9, 4
@@ -387,7 +387,7 @@ class _Parser:
             self.spans[key] = start, self.at
         name = metadata.get("general.architecture")
         if name is None and (metadata.get("split.no") or not metadata):
-            return metadata  # the first part has what is said of the model
+            return metadata  # only the first file has the model's metadata
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name):
             problem = f"general.architecture {shown(name)!r}"
             self.errors.fail(problem, "the name of an architecture", code="AK207")
@@ -430,7 +430,7 @@ class _Parser:
         except (struct.error, UnicodeDecodeError):
             pass
         self.at = at
-        for _ in range(count):  # what ends too early, or is no text: with its problem
+        for _ in range(count):  # raises for a string that is cut off or not UTF-8
             self.text()
 
     def tensor_info(self) -> _TensorInfo:

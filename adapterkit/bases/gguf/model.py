@@ -52,7 +52,7 @@ from adapterkit.core.weights.parameters import SlottedCheckpoint
 from adapterkit.core.weights.safe_config import LOCAL, closed
 from adapterkit.core.weights.skeleton import Skeleton
 
-UNSIZED = ("gemma4",)  # of which transformers reads files of one model's sizes, and no experts
+UNSIZED = ("gemma4",)  # transformers reads their files only in one model's sizes, without experts
 MOST_SQUARES = 1_000_000_000  # which takes half a second
 LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # of a tokenizer's config
 SHAPE = "comfy.gguf.orig_shape."  # of a tensor that is kept in rows of 256 values

@@ -58,7 +58,7 @@ class TablePlace:
 
     key: str
     steps: tuple[str, ...] = ()
-    shift: int = 0  # what the file has more in each value
+    shift: int = 0  # the constant that the file adds to each value
 
 
 @cache

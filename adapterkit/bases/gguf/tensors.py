@@ -39,7 +39,7 @@ def tensor_names(file: GgufFile, model: Skeleton, arguments: dict[str, Any]) -> 
 
         processor = utils.TENSOR_PROCESSORS.get(file.architecture, utils.TensorProcessor)
         processor = processor(config=arguments)
-        # made anew for each module otherwise, which takes half a minute
+        # otherwise made again for each module, which takes half a minute
         once = cache(gguf.get_tensor_name_map)
         with mock.patch.object(gguf, "get_tensor_name_map", once):
             return _Table(processor, utils.get_gguf_hf_weights_map(model.model, processor))

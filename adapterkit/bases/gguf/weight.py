@@ -268,6 +268,6 @@ class GgufWeight(QuantizedWeight):
         rounder = of_several(rounders, [len(part) for part in values], self.placement.rows)
         if self.row_width != self.shape[-1]:  # only as a whole
             return lambda w, column: rounder(w.reshape(-1, self.row_width), column).view(w.shape)
-        if self.placement.columns is not None:  # of each of the parameter's the number in the file
+        if self.placement.columns is not None:  # the file's column numbers
             return _moved(rounder, self.placement.columns)
         return (lambda w, column: rounder(w - shift, column) + shift) if shift else rounder

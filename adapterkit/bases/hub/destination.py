@@ -20,12 +20,12 @@ from adapterkit.core.commands import command
 from adapterkit.core.errors import Refused, listed, shown
 from adapterkit.core.output.stage import RECEIPT, parse_receipt
 
-# Weights that a loader picks by their name alone: old ones beside new ones are silently wrong.
+# Weights that a loader picks by name alone, so that old ones next to new ones are silently wrong.
 LOADABLE = re.compile(
     r"((diffusion_)?pytorch_model|adapter_model|model)[^/]*\.(safetensors|bin)(\.index\.json)?"
 )
 
-MOST_SOURCES = 100  # of which the Hub is asked whether they are private
+MOST_SOURCES = 100  # sources whose visibility is checked
 
 FOLDER = "hf://org/name[@branch][:folder]"
 FILE = "hf://org/name[@branch]:path/file"
@@ -135,7 +135,7 @@ class Destination:
         self.before: dict[str, RemoteEntry] = {}  # the files of that commit in the folder
         self.outdated: list[str] = []  # files of an older output that go with the commit
         self.notes: list[str] = []  # for the receipt: what was created, and how
-        self._repo_exists: bool | None = None  # None: not asked yet
+        self._repo_exists: bool | None = None  # None: unknown
         self._receipt: bytes | None = None  # None: not read yet
 
     def _has_repo(self) -> bool:
@@ -274,7 +274,7 @@ class Destination:
                     self.notes.append(f"{repo} is new, and private: {reason}")
             if branch is not None:
                 retry(lambda: api.create_branch(repo, branch=branch, exist_ok=True), self.hub_id)
-            self.is_new = self._has_repo()  # of a new one, others may have been faster
+            self.is_new = self._has_repo()  # another writer may have committed to a new one
         self.parent, self.before = list_remote(self.hub_id, hidden=True)
         self.exists = True
 

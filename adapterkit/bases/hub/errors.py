@@ -20,7 +20,7 @@ class Unreachable(Failed):
     code = "AK703"
 
 
-# What an error of the library means: class, problem, expected, hint
+# Meanings of the library's errors: class, problem, expected, hint
 Meaning = tuple[type[AdapterkitError], str, str, str]
 NOT_A_HUB: Meaning = (
     Failed,
@@ -147,7 +147,7 @@ def _meaning(error: BaseException) -> Meaning:
         expected = "YAML that the Hub accepts at the head of the model card"
         return Refused, summary(error), expected, "fix README.md"
     if status == 400 and "LFS pointer" in summary(error):
-        # what no commit names is deleted after a while
+        # the Hub deletes files without a commit after a while
         hint = "give --overwrite: the Hub has forgotten files that were sent some time ago"
         return Failed, summary(error), "files that were sent before", hint
     if status:

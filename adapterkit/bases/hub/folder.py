@@ -108,7 +108,7 @@ class HubFolder:
         self._downloads: dict[str, Future[Path]] = {}  # queued, running or done
         self._queue: list[str] = []
         self._thread: threading.Thread | None = None
-        # what several readers ask for: the starts of files, with their headers, and small tensors
+        # requested by several readers: the starts of files, with their headers, and small tensors
         self._starts: dict[str, bytes] = {}
         self._small: dict[tuple[str, int, int], bytes] = {}
         self._holed: str | None = None  # a folder of files with holes
@@ -170,7 +170,7 @@ class HubFolder:
             return future.result()
         finally:
             if future.done() and future.exception() is not None:
-                with self._lock:  # the next call tries anew
+                with self._lock:  # the next call tries again
                     if self._downloads.get(name) is future:
                         del self._downloads[name]
 

@@ -38,7 +38,7 @@ def retry(request: Callable[[], T], hub_id: HubId, file: str = "") -> T:
             return request()
         except AdapterkitError:
             raise
-        except Exception as error:  # of any library below; what is not transient is raised
+        except Exception as error:  # from any library below
             wait = seconds_to_wait(error, attempt)
             if wait is None or attempt == TRIES:
                 raise explain(error, hub_id, file) from None

@@ -61,7 +61,7 @@ def images_in(checkpoint: Checkpoint, kind: "type[Model]") -> "Model | None":
     from adapterkit.adapters.formats.schema import MODEL
 
     model = with_parts(checkpoint, kind)
-    # of a pipeline's folder the names are the model's
+    # in a pipeline's folder the names are the model's
     is_plain = bool(checkpoint.config) and model and {*model.namings.values()} == {MODEL}
     return None if is_plain else model
 

@@ -40,7 +40,7 @@ class ModuleNames:
     part: str
     model: str
     original: str
-    component: str  # what the architecture calls the part
+    component: str  # the component's name in the architecture
 
 
 class ModelNames:
@@ -76,7 +76,7 @@ class ModelNames:
             assert isinstance(self.base, Pipeline)
             part, _, name = module.partition(".")
             own = self.base.parts.get(part)
-            # of Wan 2.2 both are transformers
+            # both denoisers of Wan 2.2 are transformers
             pairs = [(part, self.denoiser if own and own.is_denoiser else part, [name])]
         return [self._named(part, component, one) for part, component, m in pairs[:1] for one in m]
 
@@ -318,8 +318,8 @@ def _of_parts(settings: Json, names: ModelNames) -> Factor:
         weights = by_part.get(one.part, 1.0)
         if not isinstance(weights, Mapping):
             return weights
-        # as diffusers does: the first whose name is in the module's; what is beside an attention,
-        # a resnet or a sampler, has the weight of the one that has its number
+        # as diffusers does: the first whose name is in the module's;
+        # resnets and samplers get the weight of the attention with their number
         inside = next((weight for name, weight in weights.items() if name in one.model), None)
         words = one.model.split(".")
         if inside is not None or len(words) < 4:

@@ -153,7 +153,7 @@ class _Move:
 
     part: str
     pipelines: int  # whose folders come first
-    by: int  # what the numbers of the others grow by
+    by: int  # the offset of other inputs' numbers
     done: dict[int, tuple[object, object]] = field(default_factory=dict)  # by id, with the value
 
     def file(self, folder: int, name: str) -> tuple[int, str]:

@@ -17,7 +17,7 @@ from adapterkit.kernels.lowrank.algebra import Svd
 
 OVERSAMPLING = 8  # vectors of a block beyond the rank: the gap behind them decides the speed
 SAFE_RANGE = (1e-9, 1e9)  # largest magnitudes whose products float32 holds
-FLOOR = {  # of the largest singular value of a block: what is below is rounding, not a direction
+FLOOR = {  # of a block's largest singular value: smaller ones are rounding, not directions
     torch.float32: 2.0**-22,
     torch.float64: 1e-9,
 }

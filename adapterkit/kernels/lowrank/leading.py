@@ -20,13 +20,13 @@ from adapterkit.kernels.lowrank.algebra import Svd
 from adapterkit.kernels.lowrank.krylov import OVERSAMPLING, Matrix, Space
 from adapterkit.kernels.lowrank.truncated import SMALL_SIDE, triplets, truncated_svd
 
-EXACT_BLOCKS = 3  # before it is asked whether many more are needed
+EXACT_BLOCKS = 3  # blocks before estimating whether many more are needed
 MANY_BLOCKS = 6  # more: bfloat16
 CHECK_EVERY = 2  # blocks; the eigenvalues of the projection cost as much as half a block
-MAX_SHARE = 0.5  # of the short side that the blocks may fill
-SMALL = 1e-2  # of the largest value: what is below is as exact as a value of that size
-MAX_RATIO = 0.9  # of two gains: more would say nothing of how much is still to come
-MULTIPLE = 16  # of a block's width: others are multiplied at half the speed in bfloat16
+MAX_SHARE = 0.5  # share of the short side that the blocks may fill
+SMALL = 1e-2  # of the largest value: smaller ones are as exact as a value of that size
+MAX_RATIO = 0.9  # of two gains: a larger ratio does not predict the remaining growth
+MULTIPLE = 16  # of a block's width: other widths have half the speed in bfloat16
 
 
 class _Growth:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapterkit.kernels.lowrank.algebra import Product, stack_products
 
-ROUNDING = 1e-10  # of an eigenvalue relative to the largest: deltas that are the same
+ROUNDING = 1e-10  # smallest relative eigenvalue: below, deltas are the same
 BLOCK = 1024  # rows of a covariance that are widened to float64 at a time
 
 
@@ -32,7 +32,7 @@ class Normal(NamedTuple):
 def normal_equations(
     products: Sequence[Product | None],  # None: an adapter that lacks the module
     shares: Sequence[float],
-    covariances: Callable[[int], Tensor],  # (in, in) of an adapter's inputs, read when asked for
+    covariances: Callable[[int], Tensor],  # (in, in) of an adapter's inputs, read on demand
 ) -> Normal:
     """Normal equations from the factors: tr(Δⱼ C Δₗᵀ) = ⟨bⱼᵀ bₗ, aⱼ C aₗᵀ⟩; no delta is multiplied
     out, and no matrix of the inputs' width inverted."""

@@ -17,14 +17,14 @@ MIN_BLOCKS = (
     3  # the first gain comes from the start, or from outliers: it does not predict the next
 )
 MAX_GAIN_RATIO = 0.9  # the next block is expected to gain at most this share of the last gain
-NOISE = 1e-9  # of all energy: less is float32's rounding
+NOISE = 1e-9  # share of all energy: less is float32's rounding
 
 
 def near_optimal_svd(
     w: Tensor,  # (n, m) float32
     rank: int,
-    excess: float = 5e-5,  # of the error of the best approximation: what this one's may be larger
-    start: Svd | None = None,  # of a matrix like this one: the search begins with its vectors
+    excess: float = 5e-5,  # allowed excess over the error of the best approximation
+    start: Svd | None = None,  # from a similar matrix: the search begins with its vectors
     squares: float | None = None,  # ‖w‖_F², where it is known
 ) -> Svd:
     """u s vᵀ of that rank with ‖w - u s vᵀ‖_F about (1 + excess) times the least possible, or

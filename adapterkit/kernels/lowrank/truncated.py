@@ -22,17 +22,17 @@ from adapterkit.kernels.lowrank.krylov import FLOOR, OVERSAMPLING, Matrix, expan
 from adapterkit.kernels.sums import squared_norm
 
 CHUNK = 1 << 20  # elements converted to float64 at a time on a CPU
-# what the approximation may add to the squared error of the best one: 2e-5 is 1 + 1e-5 of the norm
+# allowed excess over the best squared error: 2e-5 is 1 + 1e-5 of the norm
 EXCESS = 1e-5
 # an eigh of size K takes as long as 25 K³ operations of a float32 product (20 to 36, K 192 to 2048)
 EIGH = 25
-NOISE_SHARE = 0.1  # of a first block that begins with `start`: random directions beside it
-# shorter sides up to this are decomposed in full at once: 8 to 20 ms, no more than the iteration
+NOISE_SHARE = 0.1  # random directions after `start` in a first block
+# up to this shorter side, full decompositions take 8 to 20 ms, as long as the iteration
 SMALL_SIDE = 256
 # trailing triplets: of the largest value of the inverse that is asked for, the smallest one;
-# beyond, float64 does not resolve it beside the largest
+# beyond, float64 does not resolve it next to the largest
 SPREAD = 1e-6
-# of 1 / condition: below, the inverse has no correct digits to speak of
+# of 1 / condition: below, the inverse has hardly a correct digit
 SINGULAR = 1e-13
 FULL = 0.125  # share of the components from which on a full decomposition takes less time
 
@@ -50,7 +50,7 @@ def truncated_svd(
     rank: int,
     *,
     tolerance: float = 1e-6,  # of the triplets, relative to s₁
-    start: Svd | None = None,  # vectors near whose span the triplets may lie: a shorter search
+    start: Svd | None = None,  # vectors whose span may be near the triplets: a shorter search
 ) -> Svd:
     """The leading min(rank, n, m) triplets of w, in w's dtype.
 
@@ -177,7 +177,7 @@ def _krylov(
     u, v = (torch.zeros(0, size, dtype=dtype, device=device) for size in (n, m))
     core = torch.zeros(0, 0, dtype=torch.float64, device=device)
     first = krylov.gaussian(matrix, block, m, numbers)
-    if start is not None:  # some noise, for what lies beside its span
+    if start is not None:  # some noise, for directions outside its span
         mixed = krylov.gaussian(matrix, block, len(start), numbers) @ start.to(dtype)
         first = first.mul_(NOISE_SHARE * float(mixed.norm()) / float(first.norm())).add_(mixed)
     rows, top, spent, checked = expand(v, first, 0.0).rows, 0.0, 0.0, 0.0
@@ -345,7 +345,7 @@ def _inverted(triangle: Tensor, k: int) -> Svd | None:
     svd = truncated_svd(inverse, k, tolerance=1e-7)
     if not float(svd.s[-1]) > SPREAD * float(svd.s[0]):
         return None
-    # once more: what the iteration left of large values in v counts beside the small ones
+    # once more, because residues of large values in v matter for the small ones
     v, s, xh = dense.svd(inverse @ svd.vh.T)
     return Svd((svd.vh.T @ xh.T).flip(1), 1 / s.flip(0), v.T.flip(0))
 

@@ -172,7 +172,7 @@ def grid_of(
 ) -> BlockGrid:
     """The grid of a row per block."""
     absmax, block = absmax.float()[:, None], (1, blocksize)
-    # what scaled values are divided by, or multiplied
+    # the divisor or factor of values
     by = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))
     scales = absmax, by if divides else by.reciprocal_()
     return BlockGrid(scales=scales, block=block, kind=kind, width=width, divides=divides)

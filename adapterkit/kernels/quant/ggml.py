@@ -32,8 +32,8 @@ from adapterkit.kernels.quant.grid import NOT_FINITE, Grid, RoundColumn, pieces
 from adapterkit.kernels.quant.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
 
-SETTLED = 1 / 8  # of the error of rounding: what other scales would hardly better
-DISTINCT = 2.0**-18  # of a minimum: scales that are larger lose no code to it
+SETTLED = 1 / 8  # of the error of rounding: below, other scales hardly improve it
+DISTINCT = 2.0**-18  # of a minimum: with larger scales no code is lost
 
 __all__ = ["TYPES", "decode", "encode", "requantize", "round_column"]
 

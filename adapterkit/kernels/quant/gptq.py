@@ -304,7 +304,7 @@ def _fitted(
     bits: int,
     dtype: torch.dtype,
     zeros: Tensor,  # (zeros, n, groups)
-    whole: Tensor,  # as zeros: the scales with which all values are held
+    whole: Tensor,  # as zeros: the scales that cover all values
 ) -> tuple[Tensor, Tensor]:  # (tried · zeros, n, groups)
     """Scales fitted to the nearest codes of candidates, and the squared errors."""
     low, high = ((end - zeros)[..., None] for end in code_ends(bits))

@@ -19,7 +19,7 @@ from adapterkit.kernels.sums import all_finite, are_finite
 # (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored;
 # (values (out, in), None), of all columns at once, where blocks are not rows of the grid
 RoundColumn = Callable[[Tensor, int | None], Tensor]
-# of formats with few operations: with fewer elements threads wait for Python's lock too long
+# for formats with few operations: with fewer elements threads wait too long for Python's lock
 LARGE_PIECE = 1 << 19
 # of formats: values with one scale, scales with one scale, bits of a word of codes
 MX_GROUP, NV_GROUP, NESTED, WORD = 32, 16, 256, 32
@@ -39,7 +39,7 @@ class Neighbors(NamedTuple):
     level: Tensor  # integers: codes in the order of their values
     other: Tensor
     distance: Tensor  # |value - value of level|
-    gap: Tensor  # |value of other - value of level|; 0 where no code lies beyond
+    gap: Tensor  # |value of other - value of level|; 0 without a code beyond
 
     def sample(self, draws: Draws) -> Tensor:
         """Sample the other code with probability distance / gap, else the nearest."""
@@ -67,7 +67,7 @@ class Grid:
 
     sign: ClassVar[int] = 0
     refuses: ClassVar[bool] = True  # whether values that are not finite raise ValueError
-    large: ClassVar[bool] = False  # whether its pieces are
+    large: ClassVar[bool] = False  # whether its pieces are large
 
     def scaled(self, x: Tensor, *scales: Tensor) -> Tensor:
         """Values in units of their scales, in new memory."""

@@ -226,8 +226,8 @@ def encode_integers(
     bits: int,
     size: int | None = None,  # columns with one scale; None: all of a row
     scale: Tensor | None = None,  # (out, groups), (out, 1) or one value; None: computed from w
-    zero: Tensor | None = None,  # as scale, int8; only beside a scale
-    group: Tensor | None = None,  # (in,) int32; only beside a scale
+    zero: Tensor | None = None,  # as scale, int8; only with a scale
+    group: Tensor | None = None,  # (in,) int32; only with a scale
     symmetric: bool = True,  # a computed scale has no zero
     scale_dtype: torch.dtype = torch.float32,
     draws: Draws | None = None,

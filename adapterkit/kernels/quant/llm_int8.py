@@ -53,7 +53,7 @@ def grid_of(
 def quantize_int8(
     weight: Tensor,  # (out, in), any float dtype
     scale: Tensor | None = None,  # (out,) float32: SCB; None: the amax of each row
-    draws: Draws | None = None,  # only beside a scale
+    draws: Draws | None = None,  # only with a scale
 ) -> Encoded:  # codes (out, in) int8, scale (out,) float32
     """scale = amax of a row, code = w · (127 / scale) to nearest, ties to even; w is rounded to
     float16 first, as LLM.int8 does. With draws w is not, and codes are rounded stochastically.

@@ -31,7 +31,7 @@ class EmbeddingPart(FactorsPart):
 
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         host: Host = self.host
-        # not `sparse`: a lies the other way round, and its gradient is dense
+        # not `sparse`: a is transposed, and its gradient is dense
         rows = F.embedding(
             x, a.T, padding_idx=host.padding_idx, scale_grad_by_freq=host.scale_grad_by_freq
         )

@@ -95,7 +95,7 @@ class RoutedPart(Part):
         return Experts(self.names, a, b, self.scales, down[width:])
 
     def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # what is near each other stays in order
+        if torch.is_autocast_enabled(x.device.type):  # neighbors stay in order
             with torch.autocast(x.device.type, enabled=False):
                 return self._add(y, weight, x)
         return self._add(y, weight, x)

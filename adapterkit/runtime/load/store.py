@@ -15,7 +15,7 @@ from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.memo import bits_of, same
 from adapterkit.runtime.state import State
 
-# what changes where an adapter's values or scales change, or another one has its name
+# changes with an adapter's values or scales, or if another one gets its name
 Stamp = tuple[list[float], Tensor | None]
 
 

@@ -12,7 +12,7 @@ from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import State
 
 Parts = dict[tuple[int, str], tuple[str, Part]]  # by host and role, with the module's path
-VALUES = ("bias", "magnitude", "initial_a", "initial_b")  # what factors have or have not
+VALUES = ("bias", "magnitude", "initial_a", "initial_b")  # optional attributes of factors
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     # whatever the init was, the factors are for the original base
     plain = dataclasses.replace(adapter.config, init="default", init_options={})
     config = plain.to_peft(adapter.base)
-    # PEFT asks for it, though the layer's class tells
+    # PEFT requires it, although the layer's class determines it
     config["fan_in_fan_out"] = any(isinstance(part, Conv1DPart) for _, part in adapter.parts())
     config |= _names_for_peft(state, adapter)
     config |= scale_settings(scales, config)

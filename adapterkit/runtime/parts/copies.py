@@ -208,7 +208,7 @@ def value_parts(
     values: Mapping[str, Tensor],  # by the parameters' names; of a shared one the last counts
     *,
     trained: bool,
-    copied: Iterable[str] = (),  # modules that copies run in place of
+    copied: Iterable[str] = (),  # modules that copies replace
 ) -> list[tuple[str, ValuePart]]:
     """Parts for values that replace parameters: one for each use of a shared parameter."""
     by_id: dict[int, nn.Parameter] = {}

@@ -20,7 +20,7 @@ from adapterkit.runtime.parts.memo import Memo
 from adapterkit.runtime.quantized import plainly_stored, unreadable, weight_of
 
 BLOCK = 2**24  # values that are widened to float32 at a time
-SHARE = 2.0**-40  # of ‖W‖² + ‖delta‖²: what cancels to less is rounding
+SHARE = 2.0**-40  # of ‖W‖² + ‖delta‖²: a smaller difference is rounding
 SMALLEST = 2.0**-100  # the norm of a row of zeros, so that there is a ratio
 
 

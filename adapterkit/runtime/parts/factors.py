@@ -270,7 +270,7 @@ class FactorsPart(Part):
             g = dora.ratio(self.magnitude, self.row_norms(self.host))
             values["weight"].mul_(dora.on_outputs(g, values["weight"].ndim - 1 - self.axis))
             bias = self._own_bias()
-            if "bias" in values and bias is not None:  # what others added to it is rescaled
+            if "bias" in values and bias is not None:  # outputs of other adapters are rescaled
                 values["bias"].sub_(bias).mul_(g).add_(bias)
 
     def unmergeable(self, site: Site, weight: float) -> str | None:

@@ -33,7 +33,7 @@ from adapterkit.verbs.stats.sums import COMPONENTS, Sums
 GRADIENT = "gradient"
 WHAT = (*INPUTS, GRADIENT)
 SUMMED = 4 * 9 / 16  # bytes of an element of a covariance in a block's sums
-COMPAT = {"peft": ("covariance", GRADIENT)}  # what has another arithmetic there
+COMPAT = {"peft": ("covariance", GRADIENT)}  # kinds with another definition there
 
 
 def collect(

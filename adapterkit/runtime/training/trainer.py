@@ -49,7 +49,7 @@ def trainer(state: State, cls: type) -> type:
             if not self.is_fsdp_enabled:
                 super().save_model(output_dir, _internal_call=_internal_call)
                 return
-            self._save(output_dir)  # what is sharded is gathered there, without the base
+            self._save(output_dir)  # gathers sharded adapters, without the base
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -83,7 +83,7 @@ def accelerate(state: State, accelerator: Any) -> None:
         return [i for i, each in enumerate(bare) if each is state.model]
 
     def save(models: list[nn.Module], weights: list[object], folder: str) -> None:
-        for i in own(models)[: len(weights)]:  # of sharded models there are none
+        for i in own(models)[: len(weights)]:  # sharded models have none
             del weights[i]
         for name, place in _places(state, Path(folder)).items():
             writing.save(state, place, name)

@@ -190,7 +190,7 @@ class _HubRun:
 
     def _folder(self, number: int) -> ScratchFolder:
         folder = self.plan.folders[number]
-        assert isinstance(folder, ScratchFolder)  # of others nothing is downloaded
+        assert isinstance(folder, ScratchFolder)  # the others need no download
         return folder
 
     # -- here --------------------------------------------------------------------------------------

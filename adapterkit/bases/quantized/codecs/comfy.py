@@ -50,7 +50,7 @@ class Comfy(QuantizedWeight):
     image_targets = ("comfy-fp8", "comfy-mxfp8", "comfy-nvfp4", "comfy-int8")
 
     kind: str
-    settings: str = ""  # the JSON that is written beside a new weight
+    settings: str = ""  # the JSON that is written for a new weight
 
     @classmethod
     def for_encoding(cls, target: str, weight: PlainWeight, options: Json) -> Comfy | None:

@@ -15,7 +15,7 @@ from adapterkit.kernels.quant.grid import Grid
 from adapterkit.kernels.quant.stochastic import Draws
 
 CODES = ("F8_E4M3", "F8_E5M2")
-SCALES = ("scale", "scales", "scale_weight", "qscale_weight")  # names beside `weight`
+SCALES = ("scale", "scales", "scale_weight", "qscale_weight")  # names next to `weight`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ class Gptq(QuantizedWeight):
 
     @property
     def rows_per_block(self) -> int | None:
-        # zeros lie in words along the rows
+        # zeros are packed along the rows
         return WORD // math.gcd(WORD, self.bits)
 
     @property

@@ -12,7 +12,7 @@ from adapterkit.core.weights.codec import Parts, QuantizedWeight
 from adapterkit.core.weights.decoded import CheckpointScan
 from adapterkit.kernels.quant import integers
 
-# what hqq calls a layout -> bits of a code, codes in a word, dtype of words
+# hqq's name of a layout -> bits of a code, codes in a word, dtype of words
 PACKINGS = {
     "8bit_u8": (8, 1, "U8"),  # of 5 and 6 bits too
     "4bit_u8": (4, 2, "U8"),
@@ -66,7 +66,7 @@ class Hqq(QuantizedWeight):
     def decode(self, stored: Parts) -> Tensor:
         words, scale, zero, *_ = self.values(stored)
         bits, fields, dtype = PACKINGS[self.packing]
-        words = words.view(dtypes.torch_dtype(dtype))  # of the floats that they may be stored as
+        words = words.view(dtypes.torch_dtype(dtype))  # float dtypes that may store them
         rows = math.prod(self.shape) // words.shape[1]
         return integers.decode_hqq(words, scale, zero, bits, fields, rows).view(self.shape)
 

@@ -23,7 +23,7 @@ from adapterkit.core.weights.parameters import Parameter
 from adapterkit.core.weights.skeleton import is_of_transformers
 
 LINEAR = ("Linear", "Conv1D")  # classes of linear layers
-OF_DIFFUSERS = ("nf4", "fp4", "int8")  # what it loads of all formats
+OF_DIFFUSERS = ("nf4", "fp4", "int8")  # the formats that it loads
 # options of some formats only
 FORMAT_OPTIONS = {"double_quant": ("nf4", "fp4"), "block_size": ("nf4", "fp4", "w4a16")}
 
