@@ -53,7 +53,7 @@ class PairSums:
 
     squares: float = 0.0
     dot: float = 0.0
-    error: float = 0.0
+    squared_error: float = 0.0
     largest: float = 0.0
     differing: int = 0
 
@@ -66,7 +66,7 @@ class PairSums:
         flat, base = difference.flatten(), a.flatten()
         self.squares += float(torch.dot(base, base))
         self.dot += float(torch.dot(base, flat))
-        self.error += float(torch.dot(flat, flat))
+        self.squared_error += float(torch.dot(flat, flat))
         self.differing += int(torch.count_nonzero(flat))
         low, high = map(float, torch.aminmax(flat)) if flat.numel() else (0.0, 0.0)
         largest = max(-low, high)
@@ -76,13 +76,13 @@ class PairSums:
     @property
     def relative(self) -> float:
         """‖D‖ / ‖A‖: 0 if nothing differs, infinite if A is zero."""
-        return relative(math.sqrt(self.error), math.sqrt(self.squares))
+        return relative(math.sqrt(self.squared_error), math.sqrt(self.squares))
 
     @property
     def cosine(self) -> float:
         """⟨A, B⟩ / (‖A‖ ‖B‖), NaN if one of them is zero."""
         return cosine(
-            self.squares, self.squares + self.dot, self.squares + 2 * self.dot + self.error
+            self.squares, self.squares + self.dot, self.squares + 2 * self.dot + self.squared_error
         )
 
 

@@ -128,17 +128,17 @@ def _bracket(
 
 
 def _collect(
-    blocks: Iterable[Tensor], bottom: float, top: float, room: int
+    blocks: Iterable[Tensor], bottom: float, top: float, limit: int
 ) -> tuple[int, int, Tensor]:
-    """The numbers of magnitudes above `top` and in (bottom, top], and the first `room` of the
+    """The numbers of magnitudes above `top` and in (bottom, top], and the first `limit` of the
     latter."""
     above, inside, values = 0, 0, []
     for block in blocks:
         over, within = _mask(torch.gt, block.abs_(), top), _mask(torch.gt, block, bottom)
         above += _count(over)
         here = _picked(block, within.logical_xor_(over))
-        if inside < room:
-            values.append(here[: room - inside])
+        if inside < limit:
+            values.append(here[: limit - inside])
         inside += len(here)
     return above, inside, torch.cat(values)
 

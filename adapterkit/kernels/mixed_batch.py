@@ -59,7 +59,7 @@ def _is_in_order(index: Index, size: int) -> bool:
     return all(len(g) == size and set(g) == {g[0]} and g[0] >= 0 for g in groups)
 
 
-class SideBySide(NamedTuple):
+class JoinedFactors(NamedTuple):
     """Concatenated factors of several adapters; R: the sum of their ranks."""
 
     a: Tensor  # (R, in)
@@ -68,14 +68,14 @@ class SideBySide(NamedTuple):
     scales: tuple[float, ...]
 
 
-def side_by_side(factors: Sequence[tuple[Tensor, Tensor, float]]) -> SideBySide:
+def join_factors(factors: Sequence[tuple[Tensor, Tensor, float]]) -> JoinedFactors:
     """Concatenate a (r, in), b (out, r) and the scale of each adapter."""
     a, b, scales = zip(*factors, strict=True)
     if b[0].device.type == "cpu":
         stacked_b = torch.cat([one.T for one in b])
     else:  # in one launch, which takes what is contiguous only
         stacked_b = torch.cat(b, 1).T.contiguous()
-    return SideBySide(torch.cat(a), stacked_b, tuple(len(one) for one in a), scales)
+    return JoinedFactors(torch.cat(a), stacked_b, tuple(len(one) for one in a), scales)
 
 
 def dense_mask(
@@ -158,7 +158,7 @@ class Groups(NamedTuple):
     b: Tensor  # (groups, r, out), times its scale
 
 
-def grouped_factors(side: SideBySide, groups: Grouping) -> Groups:
+def grouped_factors(side: JoinedFactors, groups: Grouping) -> Groups:
     """Each group's factors, gathered from the concatenated ones."""
     a, b, picks = side.a, side.b, groups.picks
     if picks is not None:
@@ -169,7 +169,7 @@ def grouped_factors(side: SideBySide, groups: Grouping) -> Groups:
     return Groups(groups, a.mT, (b * groups.scales).to(b.dtype))
 
 
-def add_dense_(y: Tensor, x: Tensor, side: SideBySide, mask: Tensor) -> Tensor:
+def add_dense_(y: Tensor, x: Tensor, side: JoinedFactors, mask: Tensor) -> Tensor:
     """y (rows, tokens, out) += ((x·aᵀ) * mask)·b, in place; x (rows, tokens, in)."""
     inner = F.linear(x, side.a).mul_(mask)
     y.view(-1, y.shape[-1]).addmm_(inner.view(-1, side.a.shape[0]), side.b)

@@ -29,9 +29,9 @@ class Hosts:
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site]):
         self.model, self.sites = model, sites
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Compare with the model again from scratch."""
         self._links: list[tuple[dict, str, nn.Module]] = []  # children, name, which it is
         self._sizes: list[tuple[dict, str, int]] = []  # attributes, name, value
@@ -60,7 +60,7 @@ class Hosts:
     def _lost(self, sites: Iterable[Site]) -> list[tuple[str, str | None]]:
         modules = set(self.model.modules())  # also those that wrappers hold
         reasons = {site: self._reason(site, modules) for site in self.sites.values()}
-        self.forget()
+        self.reset()
         if not any(reasons.values()):
             self._remember()
         return [(site.path, reasons[site]) for site in sites]

@@ -141,7 +141,7 @@ class Adapters:
         self.state.own_weights("activate")
         try:
             names = named(names)
-            self.state.provide(names, beside_active=False)
+            self.state.provide(names, with_active=False)
             table = weights_of(self.state, names)
             if weights is not None:
                 table = by_module(self.state, list(table), weights)
@@ -366,7 +366,7 @@ def attach(
     `adapters.attach`), before anything changes. Unlike PEFT, the model is not wrapped and none of
     its names change.
     """
-    with _first(model, name) as adapters:
+    with _new(model, name) as adapters:
         adapters.attach(
             config,
             name=name,
@@ -400,7 +400,7 @@ def load(
     not a warning. `Refused` with every mismatch, before anything changes.
     """
     sources: Json = {name: source} if weights is None else named_sources(source, weights)
-    with _first(model, [*sources], weights) as adapters:
+    with _new(model, [*sources], weights) as adapters:
         for own, place in sources.items():
             adapters.load(
                 place,
@@ -430,7 +430,7 @@ def load_arrow(
     router is active, and adapters that were active stay so. Factors are float32 or wider. `Refused`
     before anything changes. PEFT cannot load a router that it saved.
     """
-    with _further(model, name) as adapters:
+    with _extended(model, name) as adapters:
         arrows.load(adapters.state, folder, name, top_k=top_k, temperature=temperature)
     return adapters
 
@@ -454,7 +454,7 @@ def create_arrow_model(
     `compat="peft"`: PEFT's prototypes and subtraction, from `seed`. `top_k` None: 3, or all experts
     if there are fewer. `Refused` before anything changes.
     """
-    with _further(model, name) as adapters:
+    with _extended(model, name) as adapters:
         arrows.create(
             adapters.state,
             sources,
@@ -469,11 +469,11 @@ def create_arrow_model(
 
 
 @contextmanager
-def _further(model: nn.Module, name: str) -> Iterator[Adapters]:
+def _extended(model: nn.Module, name: str) -> Iterator[Adapters]:
     """The handle of a model, to which the block adds an adapter, active if it is the only one."""
     adapters = getattr(model, ATTRIBUTE, None)
     if adapters is None:
-        with _first(model, name) as adapters:
+        with _new(model, name) as adapters:
             yield adapters
         return
     adapters.state.outside_rows("load_arrow")
@@ -482,7 +482,7 @@ def _further(model: nn.Module, name: str) -> Iterator[Adapters]:
 
 
 @contextmanager
-def _first(model: nn.Module, names: Names, weights: StrPath | None = None) -> Iterator[Adapters]:
+def _new(model: nn.Module, names: Names, weights: StrPath | None = None) -> Iterator[Adapters]:
     """The new handle of a model, to which the block adds its first adapters; they become active."""
     if hasattr(model, ATTRIBUTE):
         raise Refused(

@@ -76,7 +76,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
         values = HostWeights(site.host)
         parts = [(p, w) for name, w in table.items() for p in site.own_parts(name)]
         site.select(table)  # for parts that replace the host's values
-        standing = site.standing
+        replacements = site.replacements
         try:
             for part, weight in sorted(parts, key=lambda pair: not pair[0].replaces):
                 acts, factor = part.weighted(weight)
@@ -94,7 +94,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
                     others.append(new)
                 if isinstance(original, nn.Parameter):
                     place = f"{name.removesuffix(leaf)}{other}"
-                    own.append((site, place, standing.get(place, original)))
+                    own.append((site, place, replacements.get(place, original)))
                 done.replaced.append((module, other, new))
     breaks = _breaks_ties(state, done, merged)
     if breaks:

@@ -191,11 +191,11 @@ def _plain(host: nn.Module) -> Tensor | None:
 @contextmanager
 def _unmerged(host: nn.Module) -> Iterator[None]:
     site = host._modules.get(CHILD)
-    standing = site.standing if isinstance(site, Site) else {}
-    if not standing:
+    replacements = site.replacements if isinstance(site, Site) else {}
+    if not replacements:
         yield
         return
-    own = [(*owner(host, name), value) for name, value in standing.items()]
+    own = [(*owner(host, name), value) for name, value in replacements.items()]
     merged = [(module, leaf, exchange(module, leaf, p)) for module, leaf, p in own]
     try:
         yield

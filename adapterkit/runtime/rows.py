@@ -18,7 +18,7 @@ from adapterkit.core.errors import Problems, Refused, by_reason, shown
 from adapterkit.kernels import mixed_batch as mixed
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.memo import MadeOnce
+from adapterkit.runtime.parts.memo import ResultCache
 from adapterkit.runtime.site import Args, Kwargs, Part, Site
 from adapterkit.runtime.state import State
 from adapterkit.verbs.shared.targets import model_type
@@ -66,7 +66,7 @@ class Rows:
         self.state, self.names = state, names
         self.batch: int | None = None  # rows of the call in progress, once they are checked
         self.group: tuple[int, ...] = tuple(range(len(names)))  # the rows that run now
-        self.kept = MadeOnce()
+        self.kept = ResultCache()
         self.generating = self.on = False
         self.routes = {
             site: tuple(name if name in site.parts else None for name in names)
@@ -264,7 +264,7 @@ def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...
     errors.raise_all()
     state.own_weights("rows")
     adapters = [name for name in dict.fromkeys(table) if name is not None]
-    state.provide(adapters, beside_active=True)
+    state.provide(adapters, with_active=True)
     sites = {id(site): site for name in adapters for site in state.adapters[name].sites.values()}
     Problems(state.guard.hosts.problems(sites.values(), "rows")).raise_all()
     return table
@@ -276,14 +276,14 @@ def _check_sites(state: State, sites: Iterable[Site]) -> None:
         where="rows", hint="run these adapters one at a time with activate", code="AK804"
     )
     text = _text_paths(state)
-    reasons = by_reason((site.path, _unfit(state, site, text)) for site in sites)
+    reasons = by_reason((site.path, _refusal_reason(state, site, text)) for site in sites)
     for reason, paths in reasons.items():
         problem = f"modules that {reason}: {', '.join(map(shown, paths))}"
         errors.add(problem, "modules that each row passes")
     errors.raise_all()
 
 
-def _unfit(state: State, site: Site, text: list[str]) -> str | None:
+def _refusal_reason(state: State, site: Site, text: list[str]) -> str | None:
     """The reason why a module's inputs are not the batch's rows; `text`: of `_text_paths`."""
     stacks = [p for parts in site.parts.values() for p in parts.values() if is_stack(p)]
     if REGROUPED.search(site.path) or (stacks and not takes_indices(site.host)):
@@ -507,7 +507,12 @@ class LinearRows:
     """The products of all rows at one linear layer; factors are stacked at the first call."""
 
     def __init__(
-        self, shares: Sequence[AdapterTerm], index: mixed.Index, kept: MadeOnce, *, in_place: bool
+        self,
+        shares: Sequence[AdapterTerm],
+        index: mixed.Index,
+        kept: ResultCache,
+        *,
+        in_place: bool,
     ):
         dtypes = [tensor.dtype for share in shares for tensor in (share.a, share.b)]
         self.dtype = dtypes[0]
@@ -519,7 +524,7 @@ class LinearRows:
         self._numbers, self._columns = (ranks, scales, index), sum(ranks)
         self.stretch = self._rows([s.stretch for s in shares], 1.0)
         self.offset = self._rows([s.offset for s in shares], 0.0)
-        self._dense: tuple[mixed.SideBySide, Tensor] | None = None
+        self._dense: tuple[mixed.JoinedFactors, Tensor] | None = None
         self._groups: mixed.Groups | None = None
 
     def _rows(self, values: Sequence[Tensor | None], default: float) -> Tensor | None:
@@ -553,13 +558,13 @@ class LinearRows:
             total.add_(self.offset)
         tokens = x.shape[1]
         if mixed.dense_is_better(rows, len(self.factors), tokens, self._columns, x.device):
-            mixed.add_dense_(total, x, *self._beside())
+            mixed.add_dense_(total, x, *self._with_mask())
         else:
             size = self.kept(mixed.group_size, self.index, tokens)
             mixed.add_grouped_(total, x, self._grouped(size))
         return out if out.dtype == y.dtype else out.to(y.dtype)
 
-    def _beside(self) -> tuple[mixed.SideBySide, Tensor]:
+    def _with_mask(self) -> tuple[mixed.JoinedFactors, Tensor]:
         if self._dense is None:
             side = self._side()
             mask = self.kept(mixed.dense_mask, *self._numbers, self.dtype, side.a.device)
@@ -574,14 +579,14 @@ class LinearRows:
                 self._groups = mixed.grouped_factors(side, groups)
         return self._groups
 
-    def _side(self) -> mixed.SideBySide:
+    def _side(self) -> mixed.JoinedFactors:
         if self._dense is not None:
             return self._dense[0]
         with torch.inference_mode(False), torch.no_grad():
-            return mixed.side_by_side(self.factors)
+            return mixed.join_factors(self.factors)
 
 
-def linear_rows(site: Site, names: Sequence[str | None], kept: MadeOnce) -> LinearRows | None:
+def linear_rows(site: Site, names: Sequence[str | None], kept: ResultCache) -> LinearRows | None:
     """All rows at once if each adapter has the factors of a linear layer here; else None."""
     adapters = [name for name in dict.fromkeys(names) if name is not None]
     index = tuple(-1 if name is None else adapters.index(name) for name in names)

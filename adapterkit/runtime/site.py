@@ -388,7 +388,7 @@ class Site(Unsaved):
             self.select(self.active)
 
     @property
-    def standing(self) -> dict[str, Tensor]:
+    def replacements(self) -> dict[str, Tensor]:
         """Values that replace parameters of the host before anything is added: those of parts, and
         the originals during a merge."""
         values = Values(self.host)
@@ -402,7 +402,7 @@ class Site(Unsaved):
         """Return whether its forward differs from the host's own."""
         return bool(self.router or self.replacing or self.changing or self.adding)
 
-    def slots(self) -> list[str]:
+    def forward_slots(self) -> list[str]:
         """The host's attributes that are this site's forward; none if another wrapped it."""
         own = vars(self.host)
         return [slot for slot in ("forward", OLD_FORWARD) if own.get(slot) == self.forward]
@@ -413,10 +413,10 @@ class Site(Unsaved):
         del host._modules[CHILD]
         if isinstance(host._modules, Steps):
             host._modules = dict(host._modules)
-        give_forward(host, self.slots(), self.own_forward)
+        set_forward(host, self.forward_slots(), self.own_forward)
 
 
-def give_forward(host: nn.Module, slots: Iterable[str], forward: Callable[..., Any] | None) -> None:
+def set_forward(host: nn.Module, slots: Iterable[str], forward: Callable[..., Any] | None) -> None:
     """Restore a module's forward that a site replaced; None: that of its class."""
     for slot in slots:
         if forward is None and slot == "forward":

@@ -114,7 +114,7 @@ class State:
             site = Site(host, path)
             site.train(host.training)
             self.sites[path] = site
-            self.guard.hosts.forget()
+            self.guard.hosts.reset()
         assert isinstance(site, Site)
         return site
 
@@ -165,7 +165,7 @@ class State:
         else:
             site.leave()
             del self.sites[site.path]
-            self.guard.hosts.forget()
+            self.guard.hosts.reset()
 
     def select(self, active: Mapping[str, float]) -> None:
         """Activate these adapters; the trainable ones among them are trained."""
@@ -207,10 +207,10 @@ class State:
                 code="AK802",
             )
 
-    def provide(self, names: Collection[str], *, beside_active: bool) -> None:
+    def provide(self, names: Collection[str], *, with_active: bool) -> None:
         """Load those of these names that a store has; `Refused` for names without an adapter."""
         if self.store is not None:
-            self.store.provide(names, beside_active=beside_active)
+            self.store.provide(names, with_active=with_active)
         self.known(names)
 
     def outside_rows(self, where: str) -> None:

@@ -53,7 +53,7 @@ class LiveResolver(Resolver):
 
     def fitting(self, paths: list[str]) -> list[str]:
         paths = super().fitting(paths)
-        unfitting = [path for path in paths if self._unfit_as_parameter(path)]
+        unfitting = [path for path in paths if self._parameter_refusal(path)]
         if unfitting:
             text = "PEFT takes them for stacks of experts, whose factors have no such settings"
             warnings.warn(f"no factors for {listed(unfitting)}: {text}", stacklevel=2)
@@ -71,7 +71,7 @@ class LiveResolver(Resolver):
         return targets
 
     def refusal_reason(self, path: str) -> Refused | None:
-        return super().refusal_reason(path) or self._unfit_as_parameter(path)
+        return super().refusal_reason(path) or self._parameter_refusal(path)
 
     def unfit_settings(self, target: Target) -> Iterator[Refused]:
         part, config = layers.KINDS[target.kind], self.config
@@ -96,10 +96,10 @@ class LiveResolver(Resolver):
     def _is_taken(self, path: str) -> bool:
         return is_taken_for_experts(model_type(self.model), path)
 
-    def _unfit_as_parameter(self, path: str) -> Refused | None:
+    def _parameter_refusal(self, path: str) -> Refused | None:
         if not self._is_taken(path):
             return None
-        return unfit_as_parameter(path, self.modules[path], self.config)
+        return parameter_refusal(path, self.modules[path], self.config)
 
     def saved(self) -> list[str]:
         """Paths of the fully trained modules (`modules_to_save`).
@@ -232,7 +232,7 @@ def weight_reader(model: nn.Module, modules: Mapping[str, nn.Module], path: str)
     return reader_of(type(modules.get(parent, model)).__mro__, leaf, model_type(model))
 
 
-def unfit_as_parameter(path: str, host: nn.Module, config: LoraConfig) -> Refused | None:
+def parameter_refusal(path: str, host: nn.Module, config: LoraConfig) -> Refused | None:
     """The reason why PEFT cannot read a linear layer's factors as those of its weight, as a file
     stores them if PEFT takes the layer's name for a stack of experts; None if it can."""
     settings = ("dora", "lora_bias", "invocation_tokens")

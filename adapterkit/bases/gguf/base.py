@@ -116,11 +116,11 @@ def merged_files(
         importance=imatrix.sums if imatrix else {},
         name=file,
     )
-    files = files_beside(base, shards, state.notes, asked=state.options.modelfile)
+    files = small_files(base, shards, state.notes, asked=state.options.modelfile)
     return shards, files, {"imatrix": imatrix.sha256} if imatrix else {}
 
 
-def files_beside(
+def small_files(
     base: GgufCheckpoint, shards: Sequence[OutputFile], notes: list[str], *, asked: bool
 ) -> Files:
     """The small files of the output, including a Modelfile if requested; a note says how to load

@@ -70,12 +70,12 @@ def config_arguments(file: GgufFile) -> Json:
             from transformers.integrations.gguf.reader import read_gguf_metadata
 
             if file.architecture in GGUF_CONFIG_ARCHS:
-                with file.shown_to_transformers() as copy:
+                with file.transformers_copy() as copy:
                     return get_gguf_config(*read_gguf_metadata(str(copy)))
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
         # it takes 20 s to read a large vocabulary, of which the config has the size only
-        with file.shown_to_transformers(file.header.without("tokenizer.")) as copy:
+        with file.transformers_copy(file.header.without("tokenizer.")) as copy:
             config = load_gguf_checkpoint(str(copy), return_tensors=False)["config"]
         tokens = file.header.metadata.get("tokenizer.ggml.tokens")
         return config if tokens is None else {"vocab_size": int(tokens)} | config

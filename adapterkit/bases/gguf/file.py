@@ -43,7 +43,7 @@ class GgufFile:
         return {entry.name: entry for entry in self.header.tensors}
 
     @contextlib.contextmanager
-    def shown_to_transformers(self, header: bytes | None = None) -> Iterator[Path]:
+    def transformers_copy(self, header: bytes | None = None) -> Iterator[Path]:
         """Write a copy with a header (by default the file's own) and a hole instead of the data."""
         path = self.scratch / COPY
         with path.open("wb") as stream:

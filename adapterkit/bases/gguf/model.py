@@ -31,7 +31,7 @@ from adapterkit.bases.gguf.header import (
     GgufHeader,
     read_model,
 )
-from adapterkit.bases.gguf.parts import find_slots, is_joined, seen_so
+from adapterkit.bases.gguf.parts import find_slots, in_slot_shapes, is_joined
 from adapterkit.bases.gguf.tables import (
     EXPERT,
     NameTable,
@@ -130,7 +130,7 @@ def _read(
         names = TableNames(table, model, file.architecture)
         slots = find_slots(names, file.entries)
         own = {slot.key for each in slots.values() for slot in each}
-        tensors = seen_so(tensors_by_table(file, names, number, own), slots)
+        tensors = in_slot_shapes(tensors_by_table(file, names, number, own), slots)
         config = model.base.config
         return replace(checkpoint, config=config, tensors=tensors, slots=slots), model
     arguments = config_arguments(file)
@@ -153,7 +153,7 @@ def _tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     try:
         if (work := _squares(file.header)) > MOST_SQUARES:
             raise ValueError(f"its tokens are too long: their squared lengths sum to {work:,}")
-        with file.shown_to_transformers() as copy:
+        with file.transformers_copy() as copy:
             source = str(file.scratch)
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=copy.name, **LOCAL)
         tokenizer.save_pretrained(str(out))

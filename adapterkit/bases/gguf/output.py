@@ -240,10 +240,10 @@ def _layout(
         between = base.folder.read(header.file, len(header.raw), start)
         starts = {entry.name: entry.start for entry in header.tensors}
         return FileLayout(header.raw + between, starts, header.size)
-    return laid_out_anew(header, types, added)
+    return with_types(header, types, added)
 
 
-def laid_out_anew(
+def with_types(
     header: GgufHeader, types: Mapping[str, str], added: Sequence[NewTensor]
 ) -> FileLayout:
     """The layout of the file with other types for some tensors, by name, and new tensors at its

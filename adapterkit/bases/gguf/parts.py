@@ -45,7 +45,7 @@ def find_slots(names: TableNames, entries: Entries) -> Slots:
     return slots
 
 
-def seen_so(tensors: Mapping[str, TensorSpec], slots: Slots) -> dict[str, TensorSpec]:
+def in_slot_shapes(tensors: Mapping[str, TensorSpec], slots: Slots) -> dict[str, TensorSpec]:
     """The tensors in the shapes that the slots expect."""
     found = dict(tensors)
     for slot in (slot for each in slots.values() for slot in each):

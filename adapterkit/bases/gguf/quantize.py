@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 
-from adapterkit.bases.gguf.base import GgufBase, GgufImageModel, files_beside
+from adapterkit.bases.gguf.base import GgufBase, GgufImageModel, small_files
 from adapterkit.bases.gguf.file import check_types, gguf_package
 from adapterkit.bases.gguf.header import FLOATS, read_model
 from adapterkit.bases.gguf.imatrix import read_importance
@@ -65,7 +65,7 @@ def plan_gguf_quantization(kind: GgufBase, options: Quantize) -> Plan:
         options.recipe_options() | ({"imatrix": imatrix.sha256} if imatrix else {}),
         [base],
         shards=own,
-        files=files_beside(base, own, notes, asked=options.modelfile),
+        files=small_files(base, own, notes, asked=options.modelfile),
         decisions={"quantized": len(tasks)},
         notes=notes,
     )

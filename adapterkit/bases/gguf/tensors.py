@@ -230,7 +230,7 @@ class _Layouts:
         names = tuple(re.sub(r"\d+", "#", name) for name in (key, *shapes))
         kind = (names, shape, tuple(shapes.values()))
         if kind not in self.known:
-            self.known[kind] = _comes_out(build, shapes, shape), find_placement(shapes, build)
+            self.known[kind] = _builds(build, shapes, shape), find_placement(shapes, build)
         fits, placement = self.known[kind]
         if not fits:
             problem = ", ".join(f"{shown(name)} {shape}" for name, shape in shapes.items())
@@ -254,7 +254,7 @@ class _Layouts:
         )
 
 
-def _comes_out(build: Build, shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> bool:
+def _builds(build: Build, shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> bool:
     """Return whether GGUF tensors of these shapes build a parameter of that shape."""
     import numpy as np
 

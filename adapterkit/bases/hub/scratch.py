@@ -79,18 +79,18 @@ class ScratchFolder:
 
 
 class BoundedFolder(ScratchFolder):
-    """A `ScratchFolder` whose files take at most `room` bytes together, or the largest one's."""
+    """A `ScratchFolder` whose files take at most `capacity` bytes, or the largest one's."""
 
-    def __init__(self, source: HubFolder, place: Path, room: int):
+    def __init__(self, source: HubFolder, place: Path, capacity: int):
         super().__init__(source, place)
-        self.room = room
+        self.capacity = capacity
 
 
 class ShardCache:
     """An LRU list of the files on disk; `sizes` in bytes."""
 
-    def __init__(self, sizes: Mapping[str, int], room: int):
-        self.sizes, self.room = sizes, room
+    def __init__(self, sizes: Mapping[str, int], capacity: int):
+        self.sizes, self.capacity = sizes, capacity
         self._here: dict[str, None] = {}
 
     def read(self, name: str) -> list[str] | None:
@@ -101,7 +101,7 @@ class ShardCache:
         if not is_here:
             used = sum(self.sizes[other] for other in self._here)
             for other in list(self._here):
-                if used + self.sizes[name] <= self.room:
+                if used + self.sizes[name] <= self.capacity:
                     break
                 used -= self.sizes[other]
                 gone.append(other)
@@ -118,7 +118,7 @@ class BoundedSources(Sources):
         super().__init__((folder,), {})
         self.folder = folder
         sizes = {name: folder.disk(name) for name in folder.files()}
-        self._kept = ShardCache(sizes, folder.room)
+        self._kept = ShardCache(sizes, folder.capacity)
         shutil.rmtree(folder.place, ignore_errors=True)  # of a run that was killed
 
     def acquire(self, which: tuple[int, str]) -> int:

@@ -170,10 +170,10 @@ def finalize_accepted(accept: Accept, tasks: Sequence[Task]) -> Finalize:
 
 
 def _ask_each(accept: Accept, tasks: Sequence[FactorsTask], metrics: list[dict]) -> list[Change]:
-    return [partial(_ask, accept, task) for task in tasks]
+    return [partial(_accepted, accept, task) for task in tasks]
 
 
-def _ask(accept: Accept, task: FactorsTask, result: TaskResult) -> TaskResult:
+def _accepted(accept: Accept, task: FactorsTask, result: TaskResult) -> TaskResult:
     """The factors, with b = 0 if they are not accepted."""
     a, b = task.place.pair(result.tensors)
     if accept(task.name, a, b):

@@ -254,10 +254,10 @@ def _excess(ritz: _Ritz, k: int, push: float, tolerance: float) -> float:
 def _above(ritz: _Ritz, k: int, push: float, least: float) -> float:
     """The possible error of value k, the first after the wanted ones, relative to its distance from
     `least`: from its residual, or from `_lack`, which is weak if the next values are flat."""
-    room, lack = least - float(ritz.squares[k]), _lack(ritz, push)[k:]
-    if not 0 < room < math.inf:  # no limit, or more than k values within it
+    margin, lack = least - float(ritz.squares[k]), _lack(ritz, push)[k:]
+    if not 0 < margin < math.inf:  # no limit, or more than k values within it
         return 0.0
-    return min(push * float(ritz.residuals[k].sqrt()), *lack[:1].tolist(), math.inf) / room
+    return min(push * float(ritz.residuals[k].sqrt()), *lack[:1].tolist(), math.inf) / margin
 
 
 def _lack(ritz: _Ritz, push: float) -> Tensor:

@@ -277,11 +277,11 @@ def refit(
     error, others = error.sum(1), new.effective
     if changes is not None:
         return error, new, parts.errors(*others).sum(1) < error
-    before = _beside_squares(sums, weights, total, scale, *rest)
-    return error, new, _sum(_beside_squares(sums, weights, total, *others) - before)[:, 0] < 0
+    before = _error_change(sums, weights, total, scale, *rest)
+    return error, new, _sum(_error_change(sums, weights, total, *others) - before)[:, 0] < 0
 
 
-def _beside_squares(
+def _error_change(
     sums: CodeSums, weights: Tensor, total: Tensor, scale: Tensor, minimum: Tensor | float = 0.0
 ) -> Tensor:
     """Σ w (x - scale · l + minimum)² - Σ w x²."""
@@ -349,7 +349,7 @@ def nest_lines(
             sums = parts.sums(scale.view(-1), minimum.view(-1), line=True)
             first, second, product = (x.view(shape) for x in sums)
             one = CodeSums(first, second, product)
-            error = _beside_squares(one, weights, total, scale, minimum)
+            error = _error_change(one, weights, total, scale, minimum)
             each.add(error, i_, j_, first, second, product)
         error, i, j, first, second, product = each.values
         best.add(_sum(error), d, m, i, j)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adapterkit.core.errors import Refused
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
 from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.memo import MadeOnce
+from adapterkit.runtime.parts.memo import ResultCache
 from adapterkit.runtime.site import Args, Kwargs, Site
 
 MEMORY = "_adapterkit_invocations"  # of a cache
@@ -47,7 +47,7 @@ class Invocations:
         self._recomputed = self._ambiguous = False
         self._memory: Memory | None = None
         self._rows: tuple[int, ...] | None = None  # those that are meant, of a mixed batch
-        self._kept = MadeOnce()
+        self._kept = ResultCache()
         self._hooks = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),

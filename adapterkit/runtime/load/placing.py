@@ -111,9 +111,9 @@ class PartMaker:
             for leaf, value in own.items():
                 _fill(twin, leaf, value)
             copied.append((path, CopyPart(self.name, twin)))
-        biases = {name: self._beside(value, modules, name) for name, value in values.biases.items()}
+        biases = {name: self._moved(value, modules, name) for name, value in values.biases.items()}
         rows = {
-            path: (indices, self._beside(value, whole, f"{path}.weight"))
+            path: (indices, self._moved(value, whole, f"{path}.weight"))
             for path, (indices, value) in values.rows.items()
         }
         parts += [*copied, *mirrors(modules, copied)]
@@ -122,7 +122,7 @@ class PartMaker:
         embedding = input_embedding(model, whole) if rows else None
         return parts + token_parts(model, whole, self.name, rows, embedding)
 
-    def _beside(self, value: Tensor, modules: Mapping[str, nn.Module], name: str) -> Tensor:
+    def _moved(self, value: Tensor, modules: Mapping[str, nn.Module], name: str) -> Tensor:
         """A value on the device of a parameter; on the CPU while that is on meta."""
         own = known_parameter(modules, name)
         return value.to("cpu" if own.is_meta else own.device, self.dtype)

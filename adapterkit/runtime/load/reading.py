@@ -213,7 +213,7 @@ def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
             f"pad_rank {rank!r}", expected="a positive whole number", where="pad_rank", code="AK108"
         )
     for path, part in parts:
-        if not part.has_room:
+        if not part.can_be_padded:
             problem, expected = f"{type(part).__name__} at {shown(path)}", "factors of layers"
         elif part.rank > rank:
             problem, expected = f"rank {part.rank} at {shown(path)}", f"at most {rank}"

@@ -66,7 +66,7 @@ class Store:
             snapshots += sorted(cached.glob("snapshots/*"))
         return next((path for path in snapshots if (path / CONFIG).is_file()), None)
 
-    def provide(self, names: Collection[str], *, beside_active: bool) -> None:
+    def provide(self, names: Collection[str], *, with_active: bool) -> None:
         """Load the missing ones of these names, which will be used together, and with the active
         adapters if those stay; `Refused` for unknown ones, and for more than may be loaded, before
         anything changes."""
@@ -82,7 +82,7 @@ class Store:
                 code="AK802",
             )
         own = [name for name in names if name in missing or name in self._stamps]
-        active = self.state.active if beside_active else ()
+        active = self.state.active if with_active else ()
         surplus = len(own) - self.max_loaded + sum(name not in own for name in self.loaded)
         free = (n for n in self.loaded if n not in own and n not in active and not self._is_kept(n))
         if missing and len(list(islice(free, max(0, surplus)))) < surplus:

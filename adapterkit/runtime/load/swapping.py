@@ -110,8 +110,8 @@ def _compare(path: str, old: Part, new: Part, errors: Problems) -> None:
         before, after = tuple(old.initial_a.shape), tuple(new.initial_a.shape)
         if before != after:
             errors.add(f"initial factors {after} {at}", f"{before}", code="AK803")
-    room = old.a.shape[old.rank_axes[0]] if old.has_room else old.rank
-    if new.rank > room or (new.rank < room and not old.has_room):
-        expected = f"at most {room}" if old.has_room else f"{room}"
+    rows = old.a.shape[old.rank_axes[0]] if old.can_be_padded else old.rank
+    if new.rank > rows or (new.rank < rows and not old.can_be_padded):
+        expected = f"at most {rows}" if old.can_be_padded else f"{rows}"
         hint = "load the first one with pad_rank= the highest rank that you will swap in"
         errors.add(f"rank {new.rank} {at}", expected, hint, code="AK803")

@@ -31,7 +31,7 @@ from adapterkit.runtime.parts.factors import FactorsPart
 from adapterkit.runtime.parts.tokens import TokensPart
 from adapterkit.runtime.sharding import full_tensor
 from adapterkit.runtime.state import Attached, State
-from adapterkit.runtime.targets import unfit_as_parameter
+from adapterkit.runtime.targets import parameter_refusal
 from adapterkit.verbs.shared.targets import embeddings_of, model_type
 
 CARD = "README.md"
@@ -150,7 +150,7 @@ def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
             continue
         if is_taken_for_experts(kind, site.path):
             paths.add(site.path)
-            if (problem := unfit_as_parameter(site.path, site.host, adapter.config)) is not None:
+            if (problem := parameter_refusal(site.path, site.host, adapter.config)) is not None:
                 errors.append(problem)
     errors.raise_all()
     return paths

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.core.adapter.keys import PREFIX
 from adapterkit.core.weights.layers import reads_value
-from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward, nothing
+from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, nothing, set_forward
 
 OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
 
@@ -141,7 +141,7 @@ def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         site = host._modules[CHILD]
         assert isinstance(site, Site)
         memo[id(site)] = None
-        memo.update((id(vars(host)[slot]), None) for slot in site.slots())
+        memo.update((id(vars(host)[slot]), None) for slot in site.forward_slots())
     for each in module.modules():
         for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks):
             memo.update((id(hook), hook) for hook in hooks.values())
@@ -150,7 +150,7 @@ def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         site, its_twin = host._modules[CHILD], memo[id(host)]
         assert isinstance(site, Site)
         its_twin._modules = {name: m for name, m in its_twin._modules.items() if name != CHILD}
-        give_forward(its_twin, site.slots(), copy.deepcopy(site.own_forward, memo))
+        set_forward(its_twin, site.forward_slots(), copy.deepcopy(site.own_forward, memo))
     return twin
 
 

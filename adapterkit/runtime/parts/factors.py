@@ -75,12 +75,12 @@ class FactorsPart(Part):
         rank = self.rank
         if self.padded is None:
             return rank
-        room = self.a.shape[self.rank_axes[0]]
+        rows = self.a.shape[self.rank_axes[0]]
         rest = [
-            factor.narrow(axis, rank, room - rank)
+            factor.narrow(axis, rank, rows - rank)
             for factor, axis in zip((self.a, self.b), self.rank_axes, strict=True)
         ]
-        return room if any(bool(values.any()) for values in rest) else rank
+        return rows if any(bool(values.any()) for values in rest) else rank
 
     @property
     def stored_scale(self) -> float:
@@ -159,7 +159,7 @@ class FactorsPart(Part):
     def _own_bias(self) -> Tensor | None:
         """The host's bias as in its forward, before anything is added to it."""
         own = self.host._parameters.get("bias")
-        return None if own is None else self.site.standing.get("bias", own).to(own)
+        return None if own is None else self.site.replacements.get("bias", own).to(own)
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
@@ -175,7 +175,7 @@ class FactorsPart(Part):
         return torch.cat([a, self.initial_a], a_axis), torch.cat([b, -self.initial_b], b_axis)
 
     @property
-    def has_room(self) -> bool:
+    def can_be_padded(self) -> bool:
         """Return whether a and b can have more rows than the adapter, which those of grouped
         convolutions cannot."""
         a_axis, b_axis = self.rank_axes
@@ -186,8 +186,8 @@ class FactorsPart(Part):
         reads other factors and scales without a new compilation."""
         own = self.rank, self.stored_scale
         for name, axis in zip("ab", self.rank_axes, strict=True):
-            room = padded(getattr(self, name).detach(), axis, rank)
-            setattr(self, name, nn.Parameter(room, requires_grad=False))
+            rows = padded(getattr(self, name).detach(), axis, rank)
+            setattr(self, name, nn.Parameter(rows, requires_grad=False))
         del self.scale
         self.register_buffer("scale", _scalar(own[1], self.a.device))
         self.set_own(*own)
@@ -286,7 +286,7 @@ class FactorsPart(Part):
     def undirected(self, weights: Sequence[float]) -> str | None:
         if self.bias is not None or self.magnitude is not None:
             return "it has more than low-rank factors (DoRA, or a bias)"
-        if self.initial_a is not None or not self.has_room:
+        if self.initial_a is not None or not self.can_be_padded:
             return "its delta is no product (initial factors, or a convolution with groups)"
         lefts, rights = self._matrices()
         shape = lefts[0].shape[0], rights[0].shape[1]
@@ -359,9 +359,9 @@ class FactorsPart(Part):
                 own = values[name].shape[axis] - initial.shape[axis]
                 values[name], rest = values[name].detach().tensor_split([own], axis)
                 values[f"initial_{name}"] = sign * rest
-            room = getattr(self, name).shape[axis]
-            if self.padded is not None and room > values[name].shape[axis]:
-                values[name] = padded(values[name], axis, room)
+            rows = getattr(self, name).shape[axis]
+            if self.padded is not None and rows > values[name].shape[axis]:
+                values[name] = padded(values[name], axis, rows)
         return values
 
     def take(self, other: Part) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-MOST = 64  # results that a `MadeOnce` has
+MOST = 64  # results that a `ResultCache` has
 APART = 65537  # words whose sum a larger tensor is known by: a prime, or rows could trade places
 
 
@@ -26,9 +26,9 @@ class Memo(Generic[T]):
     def __init__(self, *, waits: bool = False) -> None:
         self.waits = waits
         self.made = 0  # how many results it had
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._bits: Tensor | None = None
         self._settings: tuple[Hashable, ...] | None = None
         self._value: T | None = None
@@ -43,7 +43,7 @@ class Memo(Generic[T]):
         is_read = not trained and len(given) == len(tensors)
         bits = bits_of(given, wait=self.waits) if is_read else None
         if bits is None:
-            self.forget()
+            self.reset()
             self.made += 1
             return compute()
         if self._value is None or settings != self._settings or not same(bits, self._bits):
@@ -87,7 +87,7 @@ def _words(tensor: Tensor) -> Tensor:
     return torch.cat([words, rest])
 
 
-class MadeOnce:
+class ResultCache:
     """Caches results for plain values, such as masks and indices on a device: a new one in each
     forward would be a copy that synchronizes a GPU."""
 

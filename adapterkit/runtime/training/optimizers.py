@@ -282,10 +282,10 @@ def _together(
     for value in values:
         kinds.setdefault(kind(value), []).append(value)
     for (device, *_), members in kinds.items():
-        room = piece(device, CACHED)
+        limit = piece(device, CACHED)
         some, taken = list[T](), 0
         for value in members:
-            if some and taken + size(value) > room:
+            if some and taken + size(value) > limit:
                 yield some
                 some, taken = [], 0
             some.append(value)

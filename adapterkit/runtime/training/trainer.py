@@ -37,7 +37,7 @@ def trainer(state: State, cls: type) -> type:
             settings = (each for each in (*args, *kwargs.values()) if hasattr(each, "output_dir"))
             check_reference(state, cls, next(settings, None))
             parts = [p for name in trained(state) for _, p in state.adapters[name].parts()]
-            with _accepted(state.model), in_place_of_loaded(model, cls, parts):
+            with _accepted(state.model), reference_from_model(model, cls, parts):
                 super().__init__(*args, **kwargs)
             if getattr(self.args, "disable_dropout", False):  # TRL's: PEFT's dropout is a module
                 for part in parts:
@@ -229,7 +229,7 @@ class Reference(nn.Module):
                 _exchange(now, value)
 
 
-def values_of(parts: list[Part]) -> Values:
+def current_values(parts: list[Part]) -> Values:
     """The current values of parts; no copies."""
     return [(part, name, value.data) for part in parts for name, value in part.tensors().items()]
 
@@ -251,10 +251,10 @@ def _exchange(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 @contextmanager
-def in_place_of_loaded(model: Any, cls: type, parts: list[Part]) -> Iterator[None]:
+def reference_from_model(model: Any, cls: type, parts: list[Part]) -> Iterator[None]:
     """While a TRL trainer is created, replace the reference that it would load by the model itself
     with its adapters' current values."""
-    values = values_of(parts)
+    values = current_values(parts)
     own_path = getattr(getattr(model, "config", None), "_name_or_path", "")
     loaders = [(vars(module), vars(module)[LOADER]) for module in _modules(cls, LOADER)]
     for table, load in loaders:

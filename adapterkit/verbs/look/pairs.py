@@ -150,7 +150,7 @@ class TensorPair(Pair):
             spectra.append(self._spectrum(sides, start, start + grid.height, sums, energy))
         rank = None
         if grid.columns > 1:
-            rank = _suggested_rank(kernel.pool_spectra(spectra), sums.error, grid, energy)
+            rank = _suggested_rank(kernel.pool_spectra(spectra), sums.squared_error, grid, energy)
         return _changed(self, "values", rank, **_figures(sums, math.prod(self.a.shape)))
 
     def _spectrum(
@@ -317,7 +317,7 @@ def _figures(sums: kernel.PairSums, elements: int) -> Json:
         "cosine": sums.cosine,
         "differing": sums.differing / elements,
         "norm": math.sqrt(sums.squares),
-        "squares": (sums.error, sums.squares),
+        "squares": (sums.squared_error, sums.squares),
     }
 
 

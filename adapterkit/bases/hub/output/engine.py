@@ -42,11 +42,11 @@ CheckFile = Callable[[Path, Plan, ShardResult], None]
 @dataclass(frozen=True)
 class HubEngine:
     """An `Engine` around the local one: copies files that the Hub already has, then computes the
-    others. `limit`: bytes of disk; `held`: files stay until all are done."""
+    others. `limit`: bytes of disk; `keep_outputs`: files stay until all are done."""
 
     local: Engine
     limit: int | None
-    held: bool
+    keep_outputs: bool
     check_file: CheckFile | None
 
     def __call__(
@@ -64,7 +64,7 @@ class HubEngine:
         assert isinstance(output, HubOutput)
         shutil.rmtree(output.inputs, ignore_errors=True)
         todo = {shard.file for shard in shards}
-        transfers = plan_transfers(plan, held=self.held)
+        transfers = plan_transfers(plan, keep_outputs=self.keep_outputs)
         wanted = [file for file in transfers.copied if file.file in todo]
         copied = copy_storage(output.destination.hub_id, wanted) if wanted else []
         for file in copied:
@@ -73,7 +73,9 @@ class HubEngine:
             progress(file.size)
         uncopied = {file.file for file in wanted} - {file.file for file in copied}
         if uncopied:
-            transfers = plan_transfers(plan, held=self.held, uncopied=sorted(uncopied))
+            transfers = plan_transfers(
+                plan, keep_outputs=self.keep_outputs, uncopied=sorted(uncopied)
+            )
             transfers.check(self.limit)
         done = [shard.file for shard in plan.shards if shard.file not in todo]
         transfers = transfers.without([*done, *(file.file for file in copied)])
@@ -112,7 +114,7 @@ class _HubRun:
         self.output: HubOutput = output
         self.hashed, self.finished, self.progress = hashed, finished, progress
         self.stop = threading.Event()
-        self.room = DiskBudget(transfers.disk(engine.limit) - transfers.rest)
+        self.budget = DiskBudget(transfers.disk(engine.limit) - transfers.rest)
         self.ready = {file.shard.file: Future[None]() for file in transfers.made}
         self.outgoing = queue.SimpleQueue[LocalFile | None]()
         self.last = transfers.last_uses()
@@ -160,14 +162,14 @@ class _HubRun:
 
     def _send_what_is_left(self) -> None:
         """Upload files that an earlier run made but did not send."""
-        if self.engine.held:
+        if self.engine.keep_outputs:
             return
-        todo, gone = set(self.ready), self.output.gone(self.stage)
+        todo, gone = set(self.ready), self.output.sent_files(self.stage)
         for shard in self.plan.shards:
             path = self.stage.path / shard.file
             if shard.file not in todo and shard.file not in gone:
                 size = path.stat().st_size
-                self.room.give(-size)
+                self.budget.give(-size)
                 self.outgoing.put(LocalFile(shard.file, path, size))
 
     # -- down --------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ class _HubRun:
             try:
                 missing = [each for each in file.inputs if each not in here]
                 inputs = sum(self.transfers.sizes[each] for each in missing)
-                self.room.take(inputs + file.disk, self.stop)
+                self.budget.take(inputs + file.disk, self.stop)
                 for folder, name in missing:
                     self._folder(folder).download(name, self.stop.is_set)
                 here |= set(missing)
@@ -211,9 +213,9 @@ class _HubRun:
         for each in file.inputs:
             if self.last[each] == number:
                 self._folder(each[0]).drop(each[1])
-                self.room.give(self.transfers.sizes[each])
-        self.room.give(file.disk - result.size)
-        if not self.engine.held:
+                self.budget.give(self.transfers.sizes[each])
+        self.budget.give(file.disk - result.size)
+        if not self.engine.keep_outputs:
             self.outgoing.put(LocalFile(name, self.stage.path / name, result.size, result.sha256))
 
     def _finished(self, result: ShardResult) -> None:
@@ -235,7 +237,7 @@ class _HubRun:
                         code="AK701",
                     )
                 file.path.unlink()
-                self.room.give(file.size)
+                self.budget.give(file.size)
 
     def _next_group(self) -> list[LocalFile]:
         """Waiting files, as many as one upload takes; none at the end."""

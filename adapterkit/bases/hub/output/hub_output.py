@@ -59,7 +59,7 @@ class HubOutput(StagedOutput):
         self.copies = {file.file: file for file in copies}
         self.inputs, self.converted = self.control / INPUTS, converted
         self.pushed: Json = {}
-        self._gone: dict[str, Uploaded | CopiedFile] | None = None  # once the journal is read
+        self._sent: dict[str, Uploaded | CopiedFile] | None = None  # once the journal is read
 
     def exists(self) -> bool:
         return True  # it has been looked at
@@ -93,27 +93,27 @@ class HubOutput(StagedOutput):
     def has(self, stage: Stage, name: str, sha256: str | None) -> bool:
         """Return whether the Hub has the file; if its sha256 is unknown, whether it was sent and
         the stage no longer has it."""
-        file = self.gone(stage).get(name)
+        file = self.sent_files(stage).get(name)
         if file is None or sha256 is None:
             return file is not None and not (stage.path / name).exists()
         return file.sha256 == sha256
 
-    def gone(self, stage: Stage) -> dict[str, Uploaded | CopiedFile]:
+    def sent_files(self, stage: Stage) -> dict[str, Uploaded | CopiedFile]:
         """The files that the Hub's storage has, by name: uploaded, or copied on the Hub."""
-        if self._gone is None:
-            self._gone = {}
+        if self._sent is None:
+            self._sent = {}
             for entry in stage.journal():
                 if "uploaded" in entry:
                     file = Uploaded(**entry["uploaded"])
-                    self._gone[file.file] = file
+                    self._sent[file.file] = file
                 elif entry.get("copied") in self.copies:
-                    self._gone[entry["copied"]] = self.copies[entry["copied"]]
-        return self._gone
+                    self._sent[entry["copied"]] = self.copies[entry["copied"]]
+        return self._sent
 
     def note_copied(self, stage: Stage, file: CopiedFile) -> None:
         """Record a file that the Hub copied."""
         stage.note({"copied": file.file})
-        self.gone(stage)[file.file] = file
+        self.sent_files(stage)[file.file] = file
 
     def upload(self, stage: Stage, files: list[LocalFile]) -> list[str]:
         """Upload files together; record those that the Hub stores outside git, and return their
@@ -121,7 +121,7 @@ class HubOutput(StagedOutput):
         sent = upload(self.destination.hub_id, files)
         for file in sent:
             stage.note({"uploaded": file._asdict()})
-            self.gone(stage)[file.file] = file
+            self.sent_files(stage)[file.file] = file
         return [file.file for file in sent]
 
     def publish(self, stage: Stage) -> None:
@@ -134,7 +134,7 @@ class HubOutput(StagedOutput):
         there = {name for name, sha256 in sums.items() if self.has(stage, name, sha256)}
         here = [self._here(stage, name, sums[name]) for name in sums if name not in there]
         sent = {name for group in groups(here) for name in self.upload(stage, group)}
-        large = [self.gone(stage)[name] for name in sums if name in there | sent]
+        large = [self.sent_files(stage)[name] for name in sums if name in there | sent]
         made = commit(
             self.destination,
             [file for file in large if isinstance(file, Uploaded)],

@@ -64,7 +64,7 @@ def run_to_hub(
         copies, engine = (), local(execution.device)  # its one file is sent at the end
     else:
         plan = plan_in_scratch(plan, inputs)
-        transfers = plan_transfers(plan, held=check is not None and rows is None)
+        transfers = plan_transfers(plan, keep_outputs=check is not None and rows is None)
         if limit is None and transfers.disk(None) > (free := free_bytes(work.out)):
             limit = free // 10 * 9  # it takes what there is
         transfers.check(limit)
@@ -72,7 +72,7 @@ def run_to_hub(
         plan = replace(plan, placement=replace(plan.placement, totals=totals))
         disk, copies = transfers.disk(limit), transfers.copied
         check_file = rows.check_file if rows else None
-        engine = HubEngine(local(execution.device), limit, transfers.held, check_file)
+        engine = HubEngine(local(execution.device), limit, transfers.keep_outputs, check_file)
     with quiet_library():
         destination = open_destination(hub_id, plan)
         destination.look()

@@ -40,7 +40,7 @@ class Transfers:
     rest: int
     small: int  # bytes of the other files than weights
     converted: int = 0  # bytes that are downloaded for adapters that are converted first
-    held: bool = False  # outputs stay until all are done, for a look at the whole
+    keep_outputs: bool = False  # outputs stay until all are done, to be checked together
 
     def without(self, done: Sequence[str]) -> "Transfers":
         """The transfers that remain after these files."""
@@ -54,14 +54,14 @@ class Transfers:
         """The least bytes of disk with which each file can be made, and the file that needs
         them."""
         last, present, most = self.last_uses(), set[Input](), (self.rest, "the small files")
-        held = 0
+        kept = 0
         for number, file in enumerate(self.made):
             present |= set(file.inputs)
             inputs = sum(self.sizes[each] for each in present)
-            needed = (self.rest + held + inputs + file.disk, file.shard.file)
+            needed = (self.rest + kept + inputs + file.disk, file.shard.file)
             most = max(most, needed, key=lambda pair: pair[0])
             present = {each for each in present if last[each] > number}
-            held += file.shard.size if self.held else 0
+            kept += file.shard.size if self.keep_outputs else 0
         return most
 
     def disk(self, limit: int | None) -> int:
@@ -79,7 +79,7 @@ class Transfers:
     def check(self, limit: int | None) -> None:
         """`Refused` if one of the files does not fit into the limit."""
         least, file = self.least_disk()
-        reason = " for all outputs together, which are checked before the upload" * self.held
+        reason = " for all outputs, which are checked before the upload" * self.keep_outputs
         check_limit(
             limit,
             least,
@@ -111,7 +111,7 @@ def check_limit(limit: int | None, least: int, problem: str, parts: str) -> None
         )
 
 
-def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> Transfers:
+def plan_transfers(plan: Plan, *, keep_outputs: bool, uncopied: Sequence[str] = ()) -> Transfers:
     """The transfers of a plan whose Hub folders are `ScratchFolder`s; `uncopied`: files to make
     here even if the Hub has them."""
     copied = {
@@ -134,7 +134,9 @@ def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> T
     downloads = [maker.download_size for _, maker in converted]
     rest += sum(sum(folder.files().values()) for folder, _ in converted)
     rest += max(downloads, default=0)
-    return Transfers(tuple(files), tuple(copied.values()), sizes, rest, small, sum(downloads), held)
+    return Transfers(
+        tuple(files), tuple(copied.values()), sizes, rest, small, sum(downloads), keep_outputs
+    )
 
 
 def _copied_file(plan: Plan, shard: OutputFile) -> CopiedFile | None:
@@ -221,7 +223,7 @@ def plan_bounded(plan: Plan, file: OutputFile, place: Path, limit: int | None) -
     return replace(plan, folders=(folder,), placement=placement), disk
 
 
-def bytes_down(names: Iterable[str], sizes: Mapping[str, int], room: int) -> int:
+def bytes_down(names: Iterable[str], sizes: Mapping[str, int], capacity: int) -> int:
     """Bytes that are downloaded while these files are read in this order."""
-    kept = ShardCache(sizes, room)
+    kept = ShardCache(sizes, capacity)
     return sum(sizes[name] for name in names if kept.read(name) is not None)
