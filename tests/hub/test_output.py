@@ -204,14 +204,14 @@ def test_files_go_while_the_job_runs(tmp_path, is_over):
     transfers = Transfers(made=(), copied=(), sizes={}, rest=0, small=0)
     arguments = SimpleNamespace(limit=9), None, transfers, None
     run = _HubRun(*arguments, SimpleNamespace(upload=upload), True, None, None)
-    before = run.room.size
+    before = run.budget.size
     run.outgoing.put(LocalFile("a", path, 3))
     run.outgoing.put(None)
     if is_over:
         run.stop.set()
     run._upload_all()
     assert sent == [] if is_over else sent == ["a"]
-    assert path.exists() == is_over and run.room.size == before + 3 * (not is_over)
+    assert path.exists() == is_over and run.budget.size == before + 3 * (not is_over)
 
 
 def test_only_files_of_the_stage_are_sent(tmp_path):
