@@ -81,7 +81,7 @@ def test_each_cause_is_printed_with_its_code():
     with pytest.raises(errors.MultipleErrors) as caught:
         Problems([*many, Refused("no alpha", **there, code="AK504")]).raise_all()
     lines = caught.value.text().splitlines()
-    assert lines[:2] == ["10 problems found", "- there: 9 of one kind, such as [AK202]"]
+    assert lines[:2] == ["10 problems found", "- there: 9 problems of this kind [AK202]"]
     assert "- there: no alpha [AK504]" in lines and caught.value.code == "AK202, AK504"
     assert "[AK" not in str(caught.value)
 

@@ -35,11 +35,11 @@ def misshaped(layer: int) -> Refused:
 
 def test_errors_of_one_cause_are_one_entry():
     text = lines([unknown(layer) for layer in range(140)])
-    assert text[:2] == ["140 problems found", "- adapter: 140 of one kind, such as"]
-    assert [line.split()[-1] for line in text[2:5]] == [
+    assert text[0] == "adapter: 140 problems of this kind"
+    assert [line.split()[-1] for line in text[1:4]] == [
         f"model.layers.{i}.self_attn.q_proj" for i in range(3)
     ]
-    assert text[5:] == ["  expected: its parameters", "  hint: look"]
+    assert text[4:] == ["  ... and 137 more", "  expected: its parameters", "  hint: look"]
 
 
 def test_three_are_listed_each():
@@ -66,8 +66,22 @@ def test_other_places_kinds_and_words_are_other_entries():
 
 def test_different_expectations_stay_with_their_problem():
     text = lines([misshaped(layer) for layer in range(9)])
-    assert len(text) == 6 and text[1] == "- adapter: 9 of one kind, such as"
-    assert text[3] == (
+    assert len(text) == 6 and text[0] == "adapter: 9 problems of this kind"
+    assert text[4] == "  ... and 6 more"
+    assert text[2] == (
         "  model.layers.1.up_proj: shape ((8, 1), (64, 8)); expected: one that fits the base's "
         "(64, 2)"
     )
+
+
+def test_keys_of_one_cause_are_counted_in_the_first_line():
+    """AK401 has words for several: one expected line and one hint, also for two."""
+    keys = [Refused(f"model.{i}.weight: no", expected="x", where="adapter", hint="look",
+                    code="AK401") for i in range(5)]  # fmt: skip
+    assert MultipleErrors(keys).text().splitlines() == [
+        "adapter: 5 keys do not fit the base [AK401]",
+        *(f"  model.{i}.weight: no" for i in range(3)),
+        *("  ... and 2 more", "  expected: x", "  hint: look"),
+    ]
+    text = str(MultipleErrors(keys[:2])).splitlines()
+    assert text[0] == "adapter: 2 keys do not fit the base" and len(text) == 5

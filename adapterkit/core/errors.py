@@ -83,36 +83,42 @@ class MultipleErrors(Refused, Damaged):
         super().__init__(f"{len(self.errors)} problems found", code=codes)
 
     def text(self, *, with_code: bool = True) -> str:
-        """Return the number of problems, and the text of each cause."""
+        """Return the text of the one cause, or the number of the problems and the text of each cause."""
         causes: dict[tuple[str, ...], list[AdapterkitError]] = {}
         for error in self.errors:
             causes.setdefault(_cause(error), []).append(error)
-        entries = (f"\n- {_summary(errors, with_code)}" for errors in causes.values())
-        return self.problem + "".join(entries)
+        entries = [text for errors in causes.values() for text in _entries(errors, with_code)]
+        return entries[0] if len(entries) == 1 else "\n- ".join([self.problem, *entries])
 
 
 def _cause(error: AdapterkitError) -> tuple[str, ...]:
     """Return the parts that errors with one cause share: problem and expected, without names,
     shapes and numbers."""
     text = (_VARIABLE.sub("*", part) for part in (error.problem, error.expected))
-    return (type(error).__name__, *text, error.where, error.hint)
+    return (type(error).__name__, *text, error.where, error.hint, error.code)
 
 
-def _summary(errors: list[AdapterkitError], with_code: bool) -> str:
-    """Return the text of errors with one cause: all of a few, else their number and the first
-    ones."""
-    if len(errors) <= EXAMPLES:
-        return "\n- ".join(error.text(with_code=with_code) for error in errors)
+def _entries(errors: list[AdapterkitError], with_code: bool) -> list[str]:
+    """Errors of one cause as one text, if the code has words for several or there are many; else
+    each as its own."""
+    many = codes().get(errors[0].code, {}).get("many", "")
+    if len(errors) == 1 or (len(errors) <= EXAMPLES and not many):
+        return [error.text(with_code=with_code) for error in errors]
+    return [_summary(errors, many or "{n} problems of this kind", with_code)]
+
+
+def _summary(errors: list[AdapterkitError], many: str, with_code: bool) -> str:
+    """How many errors have one cause, the first of them, and how many more there are."""
     some = errors[:EXAMPLES]
-    expected = {error.expected for error in some}
-    lines = [f"{len(errors)} of one kind, such as"]
-    if len(expected) == 1:
-        lines += [error.problem for error in some]
-    else:  # each expects something else
-        lines += [f"{error.problem}; expected: {error.expected}" for error in some]
+    lines, expected = [error.problem for error in some], some[0].expected
+    if len({error.expected for error in some}) > 1:  # each expects something else
+        lines = [f"{error.problem}; expected: {error.expected}" for error in some]
+        expected = ""
+    if len(errors) > EXAMPLES:
+        lines.append(f"... and {len(errors) - EXAMPLES} more")
     code = some[0].code if with_code else ""
-    same = expected.pop() if len(expected) == 1 else ""
-    return _text(some[0].where, lines, same, some[0].hint, code)
+    lines = [many.replace("{n}", str(len(errors))), *lines]
+    return _text(some[0].where, lines, expected, some[0].hint, code)
 
 
 # in a hint, each is a line of its own; other lines would be a name's that nobody has escaped
@@ -150,7 +156,8 @@ def _table() -> dict[str, Any]:
 
 
 def codes() -> Mapping[str, Mapping[str, str]]:
-    """Return the title, cause, remedy and example of each code."""
+    """The title, cause, remedy and example of each code; of some, `many`: the first line of
+    several."""
     return {code: entry for code, entry in _table().items() if code != "gone"}
 
 

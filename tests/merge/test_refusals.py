@@ -153,7 +153,7 @@ def test_an_adapter_of_another_model(lora, cached_folder, tmp_path):
     )
     text = refused(base, lora, out=tmp_path / "out", match="the base has no")
     assert (
-        "14 of one kind" in text
+        "14 keys do not fit the base" in text
         and text.count("the base has no") == 3
         and "trained on this base" in text
     )

@@ -41,7 +41,7 @@ def test_a_wrong_base_is_a_few_lines(llama, lora, cached_folder, tmp_path):
     text = str(caught.value)
     assert (
         len(text.splitlines()) <= 7
-        and f"{modules} of one kind" in text
+        and f"{modules} keys do not fit the base" in text
         and text.count("the base has no") == 3
     )
 

@@ -218,7 +218,7 @@ def test_a_model_of_another_size(saved):
     model = llama(hidden_size=64, intermediate_size=96)
     with pytest.raises(AdapterkitError, match="shapes") as caught:
         load(model, saved / "whole")
-    assert "4 problems found" in str(caught.value)  # all of them
+    assert "4 modules do not fit the model" in str(caught.value)  # all of them
 
 
 def test_a_model_of_another_type(saved):

@@ -140,7 +140,7 @@ def test_norms_embeddings_and_heads_are_saved_left_out_or_refused(saved, tmp_pat
         and config_of(tmp_path / "dropped")["modules_to_save"] is None
     )
     with pytest.raises(
-        Refused, match=r"6 of one kind, such as\n  model\.embed_tokens\.weight differs"
+        Refused, match=r"6 weights do not match\n  model\.embed_tokens\.weight differs"
     ):
         adapterkit.extract(base, after, out=tmp_path / "no", rank=2, rest="refuse")
     adapterkit.extract(
