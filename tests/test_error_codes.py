@@ -98,7 +98,8 @@ def test_commands_print_the_code(tmp_path: Path):
     # the runner ends where a command exits
     words = [sys.executable, "-m", "adapterkit", "merge", "base", "style", "--out", "out", "--json"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    (error,) = json.loads(done.stdout)["errors"]
+    error, other = json.loads(done.stdout)["errors"]
+    assert error["code"] == other["code"] == "AK201"
     assert done.returncode == 1 and f"[{error['code']}]\n" in done.stderr
     assert set(error) == {"found", "expected", "where", "do", "command", "code"}
     assert run(main, ["explain"]).stdout.count("\n") == len(codes())

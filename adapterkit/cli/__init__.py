@@ -20,6 +20,7 @@ def process() -> None:
     """
     signals.exit_at_once()
     output.never_fail()
+    output.silence_libraries()
     gc.set_threshold(100_000, 50, 50)
     if os.environ.get("ADAPTERKIT_FSYNC") == "0":  # for measuring only: what durability costs
         from adapterkit.core.checkpoint import disk

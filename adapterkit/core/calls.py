@@ -144,6 +144,25 @@ def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def refuse_missing_sources(verb: OptionRecord) -> None:
+    """`Refused` with all sources of a call that are no paths and no ids, if there are several; one
+    alone is refused where it is opened."""
+    fields = dataclasses.fields(verb)
+    texts = [text for field in fields for text in _sources_of(verb, field)]
+    missing = [one for one in dict.fromkeys(texts) if not os.path.exists(one) and ":" not in one]
+    if len(missing) > 1:
+        load("core.inputs.sources:refuse_missing")(missing)
+
+
+def _sources_of(verb: OptionRecord, field: dataclasses.Field) -> list[str]:
+    """The sources that one field of a call names, without weights."""
+    value = getattr(verb, field.name)
+    if not value or not option_of(field).check.is_source:
+        return []
+    given = (_weighted(*one, lambda _, path: os.fspath(path)) for one in weighted(value))
+    return [one if isinstance(one, str) else one[0] for one in given]
+
+
 # An option in a hint, except those that are quoted
 _OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)(?: [A-Z]+\b)?")
 _OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of every command, which no verb declares
@@ -190,11 +209,8 @@ def with_paths(hint: str, verb: OptionRecord | type[OptionRecord], where: str = 
     them; of several adapters, the one that the error is about."""
     text, newline, commands = hint.partition("\n")
     sources: dict[str, list[str]] = {}
-    for field in dataclasses.fields(verb) if isinstance(verb, OptionRecord) else ():
-        value = getattr(verb, field.name)
-        if value and option_of(field).check.is_source:
-            given = (_weighted(*one, lambda _, path: os.fspath(path)) for one in weighted(value))
-            texts = [one if isinstance(one, str) else one[0] for one in given]
+    for field in dataclasses.fields(verb):
+        if isinstance(verb, OptionRecord) and (texts := _sources_of(verb, field)):
             name = "ADAPTER" if field.name in _ADAPTERS else field.name.upper()
             sources.setdefault(name, []).extend(texts)
 

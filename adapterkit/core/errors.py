@@ -93,15 +93,21 @@ class MultipleErrors(Refused, Damaged):
 
 def _cause(error: AdapterkitError) -> tuple[str, ...]:
     """Return the parts that errors with one cause share: problem and expected, without names,
-    shapes and numbers."""
-    text = (_VARIABLE.sub("*", part) for part in (error.problem, error.expected))
-    return (type(error).__name__, *text, error.where, error.hint, error.code)
+    shapes and numbers; no problem if the code has words for several."""
+    problem = "" if _many(error.code) else _VARIABLE.sub("*", error.problem)
+    expected = _VARIABLE.sub("*", error.expected)
+    return (type(error).__name__, problem, expected, error.where, error.hint, error.code)
+
+
+def _many(code: str) -> str:
+    """Return the first line of several errors of a code, with {n}; "" for codes without."""
+    return codes().get(code, {}).get("many", "")
 
 
 def _entries(errors: list[AdapterkitError], with_code: bool) -> list[str]:
     """Errors of one cause as one text, if the code has words for several or there are many; else
     each as its own."""
-    many = codes().get(errors[0].code, {}).get("many", "")
+    many = _many(errors[0].code)
     if len(errors) == 1 or (len(errors) <= EXAMPLES and not many):
         return [error.text(with_code=with_code) for error in errors]
     return [_summary(errors, many or "{n} problems of this kind", with_code)]

@@ -33,7 +33,7 @@ from typing import (
     overload,
 )
 
-from adapterkit.core.calls import own_hints
+from adapterkit.core.calls import own_hints, refuse_missing_sources
 from adapterkit.core.errors import did_you_mean, listed
 from adapterkit.core.options import OptionRecord, option, option_of, record
 from adapterkit.core.records import Check, Json, invalid_value
@@ -174,6 +174,7 @@ def function_of(verb: Any) -> Any:
         with own_hints(verb):
             call = called(verb, *args, **options)
         with own_hints(call):
+            refuse_missing_sources(call)
             return call.run()
 
     function.__name__ = function.__qualname__ = verb.name

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors import safe_open
 from transformers import MambaConfig, MambaForCausalLM
 
 import adapterkit
-from adapterkit.core.errors import AdapterkitError, Refused, did_you_mean
+from adapterkit.core.errors import AdapterkitError, MultipleErrors, Refused, did_you_mean
 from tests.support import oracle
 from tests.support.forks import command
 from tests.support.texts import save_tokenizer, write_rows
@@ -137,3 +139,36 @@ def test_statistics_of_layers_that_take_no_factors(tmp_path):
         adapterkit.stats(
             tmp_path / "base", data=data, targets="dt_proj", out=tmp_path / "t.safetensors"
         )
+
+
+LOUD = """
+import sys, warnings, logging
+from adapterkit import cli
+def main(**_):
+    import torch
+    warnings.warn("of a library")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).warning("of a library")
+    print("ours", file=sys.stderr)
+cli.main = main
+cli.process()
+"""
+
+
+def test_libraries_do_not_warn_before_our_lines(folder, tmp_path):
+    """Warnings and logs of torch and of libraries without handlers; extract imports torchao where
+    it is installed."""
+    done = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "ours\n", done.stderr
+    done = command(
+        "extract", folder / "base", folder / "base", "--rank", 2, "--out", tmp_path / "x"
+    )
+    assert done.returncode == 1 and done.stderr.startswith("Error: "), done.stderr
+
+
+def test_all_bad_paths_of_a_command_are_listed(folder):
+    with pytest.raises(MultipleErrors) as error:
+        adapterkit.merge("bsae", ["lroa=0.5", folder / "a", "none"], out="x")
+    text = str(error.value)
+    assert all(f"no such path: {name}" in text for name in ("bsae", "lroa", "none")), text
+    assert [one.code for one in error.value.errors] == ["AK201"] * 3

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeGuard, TypeVar, cast
 
@@ -64,6 +64,17 @@ def open_source(text: StrPath) -> Folder:
     except AdapterkitError as error:
         error.hint = f"{similar} else {error.hint}" if similar else error.hint
         raise
+
+
+def refuse_missing(texts: Iterable[str]) -> None:
+    """`Refused` with all texts that are neither paths nor ids of the Hub, if they are several."""
+    errors = Problems()
+    for text in texts:
+        if not os.path.exists(text) and parse(text) is None:
+            with errors.collected():
+                open_source(text)
+    if len(errors) > 1:
+        errors.raise_all()
 
 
 def named_in_file(name: object, folder: Path | None) -> str | None:
