@@ -12,15 +12,7 @@ from adapterkit.cli.completion import completion
 from adapterkit.cli.group import Rows, VerbCommand
 from adapterkit.cli.output import print_json, run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of, sections_of
-from adapterkit.core.errors import (
-    AdapterkitError,
-    Interrupted,
-    Refused,
-    Waiting,
-    codes,
-    did_you_mean,
-    shown,
-)
+from adapterkit.core.errors import AdapterkitError, Interrupted, Refused, Waiting, codes, shown
 from adapterkit.core.options import option_of
 from adapterkit.core.records import Json
 from adapterkit.core.registry import TIERS, Declaration, as_flag, declarations, verb_named
@@ -172,11 +164,10 @@ def explain(code: str | None) -> None:
         return
     name = code.strip("[]").upper()
     if name not in known:
-        hint = did_you_mean([name], known) or "`adapterkit explain` lists all"
         raise Refused(
             f"no code {shown(code)}",
             expected=f"{min(known)} to {max(known)}",
-            hint=hint,
+            hint="list all codes\nadapterkit explain",
             code="AK101",
         )
     entry = known[name]

@@ -251,6 +251,19 @@ def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
     return f"did you mean {words}?" if words else ""
 
 
+MOST_WORDS = 8  # that an error lists
+
+
+def alternatives(value: object, words: Sequence[str]) -> str:
+    """The words that a value could have been: all if they are few, else the three nearest."""
+    from difflib import get_close_matches
+
+    if len(words) <= MOST_WORDS:
+        return " or ".join(words)
+    near = get_close_matches(str(value), words, n=EXAMPLES, cutoff=0) or list(words[:EXAMPLES])
+    return f"{', '.join(near)} or one of {len(words) - len(near)} others, which --help lists"
+
+
 def shown(name: object) -> str:
     """Return a name from a file, printable: control and bidirectional characters escaped, at most
     200 characters."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, dataclass_transform
 
 from adapterkit.core import dtypes
-from adapterkit.core.errors import AdapterkitError, Problems
+from adapterkit.core.errors import AdapterkitError, Problems, alternatives
 from adapterkit.core.patterns import matcher
 from adapterkit.core.records import MOST, Check, Json, inside, invalid_value
 from adapterkit.core.registry import Tier
@@ -107,9 +107,10 @@ class OptionRecord:
         errors, fields = Problems(), type(self).__dataclass_fields__
         given = {name: v for name, v in vars(self).items() if v is not fields[name].default}
         for name, value in given.items():
-            check = fields[name].metadata["option"].check
+            option: Option = fields[name].metadata["option"]
             with errors.collected():
-                object.__setattr__(self, name, checked(name, check, value))
+                made = checked(name, option.check, value, *option.flags[:1])
+                object.__setattr__(self, name, made)
         Problems(errors or self._conflicts(given)).raise_all()
 
     def __eq__(self, other: object) -> bool:
@@ -165,17 +166,19 @@ class OptionRecord:
         return errors
 
 
-def checked(name: str, check: Check, value: object) -> Any:
-    """Return a value as the option's check converts it; `Refused` if it is invalid."""
-    errors = Problems()
+def checked(name: str, check: Check, value: object, flag: str = "") -> Any:
+    """Return a value as the option's check converts it; `Refused` if it is invalid. `flag`: the
+    option on the command line, if that is not its name."""
+    errors, flag = Problems(), flag or flag_of(name)
+    hint = f"give another value, for example {check.example}" if check.example else ""
     result = inside(check, value, "", errors)
     for error in errors:
         if error.problem.startswith(" = "):
-            error.problem, error.where = flag_of(name) + error.problem[2:], "options"
+            error.problem, error.where = flag + error.problem[2:], "options"
         else:
             error.problem = error.problem.removeprefix(": ")
-            error.where = error.where or flag_of(name)
-        error.hint = error.hint or "give another value"
+            error.where = error.where or flag
+        error.hint = error.hint or hint or "give another value"
     errors.raise_all()
     return result
 
@@ -189,7 +192,7 @@ def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
     def read(value: object) -> str:
         words = tuple(allowed() if callable(allowed) else allowed)
         if not isinstance(value, str) or value not in words:
-            raise invalid_value(value, " or ".join(words), "use one of these", words)
+            raise invalid_value(value, alternatives(value, words), "use one of these", words)
         return str(value)
 
     return Check("one of the words", read, words=allowed)
@@ -215,7 +218,8 @@ def integer(least: int = 1, most: int = MOST) -> Check:
             raise ValueError
         return number
 
-    return Check(f"a whole number, {least} to {most}", read, kind="integer")
+    example = str(min(max(least, 8), most))
+    return Check(f"a whole number, {least} to {most}", read, kind="integer", example=example)
 
 
 def integer_of(*allowed: int) -> Check:
@@ -223,6 +227,9 @@ def integer_of(*allowed: int) -> Check:
     words = tuple(map(str, allowed))
     read = lambda value: allowed[allowed.index(_integer(value))]
     return Check(" or ".join(words), read, words, "use one of these")
+
+
+EXAMPLES = ("0.2", "1", "2", "10")  # of numbers: the first that fits is in the hint
 
 
 def number(expected: str, fits: Callable[[float], bool]) -> Check:
@@ -234,7 +241,8 @@ def number(expected: str, fits: Callable[[float], bool]) -> Check:
             raise ValueError
         return result
 
-    return Check(expected, read, kind="number")
+    example = next((text for text in EXAMPLES if fits(float(text))), "")
+    return Check(expected, read, kind="number", example=example)
 
 
 def flag(value: object) -> bool:

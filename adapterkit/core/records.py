@@ -31,7 +31,7 @@ class Check:
     `words`: the allowed values, or a function that returns them if they are known only on use;
     `hint`: the fix if none of them is similar. For options: `kind` decides how a text is read on
     the command line, in plan files and pipelines (text, flag, integer, number, targets, settings;
-    for inputs file, source, sources), and `several` makes it a list."""
+    for inputs file, source, sources), `several` makes it a list, `example` is a valid value."""
 
     expected: str
     read: Callable[[Any], Any]
@@ -39,6 +39,7 @@ class Check:
     hint: str = ""
     kind: str = "text"
     several: bool = False
+    example: str = ""
 
     def fits(self, value: object) -> bool:
         """Return whether a value passes the check."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from adapterkit import doors
 from adapterkit.core import records
-from adapterkit.core.errors import Refused, did_you_mean
+from adapterkit.core.errors import AdapterkitError, Refused, alternatives, did_you_mean
 from adapterkit.core.records import Json
 
 M = TypeVar("M")
@@ -120,14 +120,22 @@ def create(family: str, name: str, settings: dict[str, object]) -> object:
     if name not in known:
         raise Refused(
             f"unknown method {name!r}",
-            expected=", ".join(known),
+            expected=alternatives(name, list(known)),
             where="--method",
             hint=did_you_mean([name], known) or "use one of these",
             code="AK101",
         )
     given = {key: value for key, value in settings.items() if value is not None}
     where, hint = f"--method {name}", "give another value"
-    return records.read(member(family, name), given, where, hint=hint, name=as_flag)
+    try:
+        return records.read(member(family, name), given, where, hint=hint, name=as_flag)
+    except AdapterkitError as error:
+        for one in getattr(error, "errors", (error,)):
+            if one.problem == "--density is missing":
+                one.problem, one.where = f"{name} needs --density", "options"
+                one.expected = "the share of elements to keep, 0 to 1"
+                one.hint = "give it, for example --density 0.2"
+        raise
 
 
 LIFTED = ("density", "majority")  # options of methods that are options of `combine`

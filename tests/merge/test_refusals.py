@@ -285,7 +285,7 @@ def test_a_tensor_that_nothing_speaks_of(llama, lora, tmp_path):
 def test_a_file_that_is_missing(name, llama, lora, tmp_path):
     odd = oracle.edit_config(lora, tmp_path / "odd")
     (odd / name).unlink()
-    assert "check the path" in refused(llama, odd, out=tmp_path / "out", match=f"no {name}")
+    assert f"copy {name} there" in refused(llama, odd, out=tmp_path / "out", match=f"no {name}")
 
 
 def test_an_adapter_in_a_subfolder(llama, lora, tmp_path):
@@ -301,6 +301,6 @@ def test_an_adapter_in_a_subfolder(llama, lora, tmp_path):
 def test_a_pickled_adapter(llama, lora, tmp_path):
     odd = oracle.edit_config(lora, tmp_path / "odd")
     (odd / "adapter_model.safetensors").rename(odd / "adapter_model.bin")
-    assert "save_pretrained" in refused(
+    assert "--to peft --allow-pickle --out converted" in refused(
         llama, odd, out=tmp_path / "out", match="no adapter_model.safetensors"
     )

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.core.options import integer, option_of, parse_size, weighted
+from adapterkit.core.options import flag_of, integer, option_of, parse_size, weighted
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import COUNT
 from adapterkit.core.registry import verb_named
@@ -27,12 +27,13 @@ LATER = {"push"}  # of a finished output: needs a network
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_refusal_names_the_option(verb, calls, tmp_path):
     """And comes before anything is read, whatever else is wrong."""
-    function = getattr(adapterkit, verb)
+    function, fields = getattr(adapterkit, verb), verb_named(verb).__dataclass_fields__
+    written = lambda name: (*option_of(fields[name]).flags, flag_of(name))[0] + " "
     for name in inspect.signature(function).parameters:
         given = arguments(calls, verb, tmp_path / "out") | {name: object()}
         with pytest.raises(adapterkit.Refused) as caught:
             function(**given)
-        assert f"--{name.replace('_', '-')} " in str(caught.value)
+        assert written(name) in str(caught.value)
     names = [
         name
         for name in inspect.signature(function).parameters
@@ -40,7 +41,7 @@ def test_a_refusal_names_the_option(verb, calls, tmp_path):
     ]
     with pytest.raises(adapterkit.AdapterkitError) as caught:
         function(**(arguments(calls, verb, tmp_path / "out") | dict.fromkeys(names, object())))
-    assert all(f"--{name.replace('_', '-')} " in str(caught.value) for name in names)
+    assert all(written(name) in str(caught.value) for name in names)
     assert not list(tmp_path.iterdir())
 
 

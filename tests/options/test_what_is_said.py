@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import MambaConfig, MambaForCausalLM
 
 import adapterkit
+from adapterkit.core.adapter.keys import CONFIG, WEIGHTS
 from adapterkit.core.errors import AdapterkitError, MultipleErrors, Refused, did_you_mean
 from tests.support import oracle
 from tests.support.forks import command
@@ -172,3 +174,101 @@ def test_all_bad_paths_of_a_command_are_listed(folder):
     text = str(error.value)
     assert all(f"no such path: {name}" in text for name in ("bsae", "lroa", "none")), text
     assert [one.code for one in error.value.errors] == ["AK201"] * 3
+
+
+@pytest.fixture
+def odd(folder, tmp_path):
+    """Copies of an adapter, each with one mistake of its files."""
+    for name in ("lfs", "pickle", "prompt", "config"):
+        shutil.copytree(folder / "a", tmp_path / name)
+    (tmp_path / "lfs" / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha")
+    (tmp_path / "pickle" / WEIGHTS).unlink()
+    torch.save(load_file(folder / "a" / WEIGHTS), tmp_path / "pickle" / "adapter_model.bin")
+    (tmp_path / "prompt" / CONFIG).write_text('{"peft_type": "PROMPT_TUNING"}')
+    (tmp_path / "config" / CONFIG).unlink()
+    return tmp_path
+
+
+OF_FILES = {
+    "lfs": ("this is a Git LFS pointer, not the weights", "run `git lfs pull`"),
+    "pickle": (
+        "no adapter_model.safetensors, but adapter_model.bin, a pickle",
+        "adapterkit convert {} --to peft --allow-pickle --out converted",
+    ),
+    "prompt": ("it changes no weights and cannot be merged", "use it with PEFT"),
+    "config": ("no adapter_config.json", "copy adapter_config.json there"),
+}
+
+
+@pytest.mark.parametrize("name", OF_FILES)
+def test_a_mistake_of_an_adapters_files_has_its_remedy(folder, odd, name):
+    problem, remedy = OF_FILES[name]
+    with pytest.raises(AdapterkitError) as error:
+        adapterkit.merge(folder / "base", odd / name, out=odd / "out")
+    assert problem in error.value.problem and remedy.format(odd / name) in error.value.hint
+
+
+def test_the_printed_command_converts_a_pickle(odd, monkeypatch):
+    monkeypatch.chdir(odd)
+    with pytest.raises(AdapterkitError) as error:
+        adapterkit.resize("pickle", rank=1, out="x")
+    assert error.value.code == "AK205"
+    words = error.value.hint.splitlines()[1].split()
+    assert command(*words[1:], cwd=odd).returncode == 0
+    adapterkit.resize("converted", rank=1, out="x")
+
+
+OF_OPTIONS = {
+    ("check", "a", "--for", "vlm"): ("--for 'vlm'", "comfyui or diffusers", "'vllm'"),
+    ("combine", "a", "b", "--method", "ties", "--out", "x"): (
+        "ties needs --density", "the share of elements to keep, 0 to 1", "--density 0.2",
+    ),
+    ("combine", "a", "b", "--method", "ties", "--density", "2", "--out", "x"): (
+        "--density 2", "a share, 0 to 1", "for example 0.2",
+    ),
+    ("resize", "a", "--rank", "0", "--out", "x"): ("--rank 0", "1 to", "for example 8"),
+    ("combine", "a", "b", "--method", "tie", "--out", "x"): (
+        "--method 'tie'", "ties, ties_svd, dare_ties or one of", "did you mean 'ties'?",
+    ),
+    ("explain", "AK999"): ("no code AK999", "AK101 to AK905", "\n  adapterkit explain"),
+    ("merge", "base", "a", "--device", "cuda:9", "--out", "x"): (
+        "'cuda:9'; torch finds", "cpu, cuda or cuda:i", "use cpu, or ",
+    ),
+    ("convert", "a", "--to", "kohya", "--out", "x"): (
+        "kohya sd-scripts is for image models", "an image model", "--to peft, vllm, mlx or gguf",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", OF_OPTIONS, ids=" ".join)
+def test_a_wrong_option_has_values_that_work(folder, words):
+    done = command(*words, cwd=folder)
+    problem, expected, hint = OF_OPTIONS[words]
+    first, second, third = done.stderr.split("\n  ", 2)
+    assert done.returncode == 1 and first.startswith("Error: "), done.stderr
+    assert problem in first and expected in second and hint in f"\n  {third}", done.stderr
+
+
+def test_an_empty_recipe_is_called_empty(tmp_path):
+    (tmp_path / "empty.yml").write_text("merge_method: linear\nmodels: []\n")
+    done = command("run", "empty.yml", "--out", "x", cwd=tmp_path)
+    assert done.stderr.startswith("Error: empty.yml: models is empty [AK113]"), done.stderr
+
+
+def test_a_rank_that_changes_nothing_is_noted(folder, tmp_path):
+    notes = lambda rank: (
+        adapterkit.resize(folder / "a", rank=rank, out=tmp_path, dry_run=True).notes
+    )
+    largest = json.loads((folder / "a" / CONFIG).read_text())["r"]
+    assert f"--rank 99 lowers no rank: the largest is {largest} already" in notes(99)
+    assert not any("lowers no rank" in note for note in notes(largest - 1))
+
+
+def test_models_of_two_sizes_are_three_examples_and_a_count(folder, tmp_path):
+    oracle.save_base(oracle.llama(hidden_size=64), tmp_path / "wide", "fp32")
+    with pytest.raises(AdapterkitError) as error:
+        adapterkit.extract(folder / "base", tmp_path / "wide", rank=2, out=tmp_path / "x")
+    first, *examples, rest, _, _ = str(error.value).splitlines()
+    count = int(first.removeprefix("wide: ").partition(" ")[0])
+    assert first == f"wide: {count} weights do not match" and len(examples) == 3
+    assert rest == f"  ... and {count - 3} more"

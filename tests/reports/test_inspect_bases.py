@@ -116,7 +116,11 @@ def test_weights_as_pickles_alone(lora, tmp_path):
     )
     result = inspect(tmp_path / "adapter")
     assert (
-        problems_of(result) == ["no adapter_model.safetensors"]
+        problems_of(result)
+        == [
+            "no adapter_model.safetensors, but adapter_model.bin, a pickle: loading it may run the "
+            "code in it"
+        ]
         and "convert the pickle" in result["problems"][0]["do"]
     )
 

@@ -1,5 +1,6 @@
 """Write neutral contents as the tensors, metadata and settings of a file in a format."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -35,6 +36,7 @@ from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, s
 from adapterkit.core.records import Json, Settings
 from adapterkit.core.weights.plan_reader import PlanReader
 
+OF_A_LANGUAGE_MODEL = re.compile(r"(model|model\.language_model|transformer)\.(layers|h)\.\d+\.")
 NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
 
 
@@ -217,6 +219,15 @@ def _placed(
         for name, placed in options
     }
     if len(keys) != 1:
+        if not fits and all(OF_A_LANGUAGE_MODEL.match(m.path) for m in modules):
+            raise Refused(
+                f"{format.title} is for image models, and these are modules of a language model: "
+                f"{listed([m.path for m in modules])}",
+                expected="an adapter of an image model",
+                where=contents.folders[0].label,
+                hint="give --to peft, vllm, mlx or gguf, which are for language models",
+                code="AK502",
+            )
         raise Refused(
             f"modules of {', '.join(fits)}"
             if fits

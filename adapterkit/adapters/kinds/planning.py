@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.kinds.dora_deltas import BaseWeights
+from adapterkit.core.adapter.config import unmergeable_type
 from adapterkit.core.adapter.keys import CONFIG
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.commands import CHECK_BASE, EXTRACT
+from adapterkit.core.commands import CHECK_BASE
 from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.registry import members
 
@@ -42,13 +43,8 @@ def kind_of(source: Folder, config: Mapping) -> "type[Kind] | None":
     known = members("kinds")
     if name in known:
         return known[name]
-    raise Refused(
-        f"peft_type {shown(repr(peft_type))}",
-        expected=", ".join(["LORA", *map(str.upper, known)]),
-        where=f"{source.name}/{CONFIG}",
-        hint=f"if it can be merged, {EXTRACT}",
-        code="AK301",
-    )
+    expected = ", ".join(["LORA", *map(str.upper, known)])
+    raise unmergeable_type(peft_type, expected, f"{source.name}/{CONFIG}")
 
 
 def read_deltas(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from adapterkit.core.commands import PLAIN
+from adapterkit.core.commands import EXTRACT, PLAIN
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.core.records import (
     ANYTHING,
@@ -23,6 +23,7 @@ from adapterkit.core.records import (
     test,
     values,
 )
+from adapterkit.core.registry import declarations
 
 # order of the columns of a stack's b: see `expert_order`
 ORDER, ORDER_DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
@@ -125,6 +126,12 @@ def with_heads(modules: Iterable[str] | None, task_type: str | None) -> list[str
     return list(dict.fromkeys([*(modules or ()), *TASK_HEADS.get(task_type or "", ())]))
 
 
+# PEFT's types that train the prompt, or activations between layers
+WITHOUT_WEIGHTS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT",
+    "ADAPTION_PROMPT", "CARTRIDGE",
+)  # fmt: skip
+
 # (config, its file for messages) -> its errors
 ConfigCheck = Callable[[dict, str], list[AdapterkitError]]
 
@@ -133,14 +140,25 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     """Errors of a LoRA's config: invalid values, unknown settings, other arithmetic than b @ a."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind.upper() != "LORA":
-        problem = f"peft_type {shown(repr(kind))}"
-        return [Refused(problem, expected="LORA", where=where, hint=PLAIN, code="AK301")]
+        return [unmergeable_type(kind, "LORA", where)]
     hint = "use this adapter with the library that trained it; it cannot be merged"
     errors = Problems(where=where, hint=hint, code="AK301")
     for key in filter(config.get, OTHER_ARITHMETIC):
         errors.add(f"{key} is set: {OTHER_ARITHMETIC[key]}", "a plain or DoRA LoRA")
     errors += check_unknown_settings(config, KNOWN_SETTINGS, where)
     return errors + check_settings(LORA_SETTINGS, config, where)
+
+
+def unmergeable_type(kind: object, expected: str, where: str) -> Refused:
+    """The refusal of an adapter's peft_type."""
+    name = kind.upper() if isinstance(kind, str) else ""
+    problem, hint = f"peft_type {shown(repr(kind))}", f"if it can be merged, {EXTRACT}"
+    if name in WITHOUT_WEIGHTS:
+        problem += ": it changes no weights and cannot be merged"
+        expected, hint = "an adapter of weights, such as LoRA", "use it with PEFT"
+    elif name.lower() in declarations("kinds"):
+        hint = PLAIN
+    return Refused(problem, expected=expected, where=where, hint=hint, code="AK301")
 
 
 def check_live_config(config: dict, where: str) -> list[AdapterkitError]:

@@ -28,6 +28,7 @@ from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.shards import noted
 from adapterkit.core.checkpoint.spec import Checkpoint, scan_files
 from adapterkit.core.checkpoint.strict import read_json
+from adapterkit.core.commands import command
 from adapterkit.core.dtypes import FLOATS
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.core.registry import load
@@ -119,7 +120,7 @@ def _read(
 
 def _missing_files(folder: Folder, names: list[str], files: dict[str, int]) -> Refused:
     nested = sorted({f.rsplit("/", 1)[0] for f in files if f.endswith("/" + CONFIG)})
-    pickled = any(f in files for f in ("adapter_model.bin", "adapter_model.pt"))
+    pickled = [f for f in ("adapter_model.bin", "adapter_model.pt") if f in files]
     hint, problem = "check the path", f"no {' and no '.join(names)}"
     if "config.json" in files:
         problem = f"{problem}, but a model"
@@ -127,10 +128,23 @@ def _missing_files(folder: Folder, names: list[str], files: dict[str, int]) -> R
     elif nested:
         hint = f"name the subfolder: {', '.join(shown(n) for n in nested[:5])}"
     elif pickled:
-        hint = (
-            "convert the pickle: PeftModel.from_pretrained(...).save_pretrained(OUT) writes "
-            "safetensors"
+        text = command(
+            "adapterkit convert", folder.label, to="peft", allow_pickle=True, out="converted"
         )
+        return Refused(
+            f"{problem}, but {pickled[0]}, a pickle: loading it may run the code in it",
+            expected="safetensors",
+            where=folder.name,
+            hint=f"if you trust it, convert the pickle\n{text}",
+            code="AK205",
+        )
+    elif names == [CONFIG]:
+        hint = (
+            f"copy {CONFIG} there from the training or the repository: without its alpha the scale "
+            "is unknown"
+        )
+    elif names == [WEIGHTS]:
+        hint = f"copy {WEIGHTS} there from the training or the repository"
     return Refused(
         problem, expected="an adapter in PEFT's layout", where=folder.name, hint=hint, code="AK206"
     )

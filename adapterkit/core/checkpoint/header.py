@@ -100,7 +100,7 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
         other, hint = "an HTML page", "download it again"
     if other:
         raise Damaged(
-            f"this is this is {other}, not the weights",
+            f"this is {other}, not the weights",
             expected="a safetensors file",
             where=where,
             hint=hint,

@@ -73,11 +73,12 @@ def pick_device(name: str) -> torch.device:
     count = gpu_count()
     cuda = CUDA.fullmatch(name)
     if cuda is None or count <= int(cuda[1] or 0):
+        without = "use cpu, or install a CUDA build of torch and the driver of your GPU"
         raise Refused(
-            f"device {name!r}; {count} CUDA devices here",
+            f"device {name!r}; torch finds {count} CUDA devices here",
             expected="auto, cpu, cuda or cuda:i",
             where="--device",
-            hint="use cpu",
+            hint=f"use cpu, or a device from cuda:0 to cuda:{count - 1}" if count else without,
             code="AK109",
         )
     device = torch.device(name)

@@ -142,8 +142,11 @@ class _Recipe:
             reason = OTHERS.get(self.method, "is not known here")
             hint = did_you_mean([self.method], known.split(", ")) or "use one of these"
             self.errors.add(f"merge_method {shown(self.method)} {reason}", known, hint)
-        if len(document.slices) > 1 or document.modules or not (document.models or document.slices):
-            problem = "modules, or several slices: rearranged layers"
+        if not (document.models or document.slices or document.modules):
+            hint = "list them under models"
+            self.errors.add("models is empty", "one input or more, each BASE+ADAPTER", hint)
+        elif len(document.slices) > 1 or document.modules:
+            problem = "modules, or several slices: a model assembled from layers of others"
             self.errors.add(problem, "models, or one slice of all layers", "see mergekit for these")
         for name in ("tokenizer", "chat_template"):
             if getattr(document, name) is not None:
@@ -157,11 +160,14 @@ class _Recipe:
 
     def _split_references(self) -> None:
         """Set the base, the adapters' paths, and each input's adapter number or None."""
+        if not self.inputs:  # which is refused
+            return
         pairs = [one.model.partition("+")[::2] for one in self.inputs]
         bases = {base for base, lora in pairs if lora} | {self.document.base_model} - {None}
         self.base, self.paths, self.numbers = self.document.base_model or "", [], []
         if len({*bases}) > 1 or not bases:
-            problem = f"{len(bases)} bases: {listed(sorted(map(str, bases)))}"
+            count = f"{len(bases)} bases: {listed(sorted(map(str, bases)))}"
+            problem = count if bases else "no base is named"
             self.errors.add(problem, "one base, of all inputs", "write each as BASE+ADAPTER")
             return
         self.base = str(bases.pop())

@@ -181,15 +181,15 @@ class Extraction:
             for name in names[0].all()
             if names[1].parameter(name) is None and self.is_selected(name.rpartition(".")[0])
         ]
-        if lone:
+        for name in lone:
             self._refuse(
-                f"{', '.join(map(shown, lone))} in {self.sides[0].name} alone",
+                f"{shown(name)} is in {self.sides[0].name} alone",
                 "every parameter of the base in both",
                 "exclude it with --exclude",
             )
-        if clashes:
+        for clash in clashes:
             self._refuse(
-                f"shapes that differ: {'; '.join(clashes)}",
+                f"shapes that differ: {clash}",
                 "two models of one size",
                 "check the two paths, or exclude them with --exclude",
             )

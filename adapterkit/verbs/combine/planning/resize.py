@@ -145,6 +145,14 @@ class _ResizePlanner:
         how = {"truncation": self.truncation, "alpha": self.alpha}
         self.ranked.append(ConvertedFactors(name, place, self.dtype, delta, **how))
 
+    def _note_kept_ranks(self) -> None:
+        """Note a rank that changes nothing, because no module has a larger one."""
+        ranks = {task.factors.rank for task in self.ranked if isinstance(task, TruncatedFactors)}
+        if self.options.rank and ranks and max(ranks) <= self.options.rank:
+            self.notes.append(
+                f"--rank {self.options.rank} lowers no rank: the largest is {max(ranks)} already"
+            )
+
     def plan(self, stats: Checkpoint | None) -> Plan:
         """The plan; `Refused` if statistics are missing."""
         adapter, options = self.adapter, self.options
@@ -168,6 +176,7 @@ class _ResizePlanner:
             "finalize": finalize,
             "alpha": self.alpha,
         }
+        self._note_kept_ranks()
         output = adapter_output.Output([adapter], tasks, summary="resized", **more)
         decisions = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
         inputs = [adapter, *(one for one in (self.base, stats) if one is not None)]

@@ -14,7 +14,7 @@ from adapterkit.core.records import Json
 RUNS_OF_ONE_TASK = 0.8  # cosines above which deltas are taken for the same task's
 SAFE = re.compile(r"[\w.-]+(/[\w.-]+)*")  # names that need no quotes in a shell or in Python
 # docs/figures.md#what-statistics-gain-in-lossy-steps
-TIES = "at rank 8 ties lost 0.02 nats less than a sum on three languages"
+TIES = "for example, for three languages at rank 8, ties lost 0.02 nats less than a sum"
 LITTLE = 0.9  # kept shares of a delta; below them, the others cancel it
 
 
@@ -41,7 +41,7 @@ def _of_one(adapter: Json, source: StrPath, base: StrPath) -> Json:
         )
         text = command("adapterkit resize", source, energy=0.99, out="smaller")
     else:
-        reason = "no problems were found, and no rank is to spare"
+        reason = "no problems were found, and the ranks are not larger than needed"
         text = command("adapterkit merge", base, source, out="merged", verify=True)
     return {"command": text, "reason": reason}
 
@@ -52,14 +52,16 @@ def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[StrPath]) -
     cosines = {(i, j): c for i, row in enumerate(table) for j, c in enumerate(row[:i]) if c}
     kept = [share for share in pairs["sum"]["retention"] if share is not None]
     if not cosines or not kept:
-        reason = "the adapters have no modules in common: a sum keeps each as it is"
+        reason = "the adapters change different modules, so a sum keeps each as it is"
         return _combine(sources, "linear", reason)
     nearest = max(cosines, key=lambda pair: cosines[pair])
     opposed = [pairs["opposed"][i][j] for i, j in cosines]
     if cosines[nearest] >= RUNS_OF_ONE_TASK:
         one, other = sorted(nearest)
-        reason = f"{names[one]} and {names[other]} have a cosine of {cosines[nearest]:.2f}: "
-        reason += "nearly one delta, which a sum would count twice"
+        reason = (
+            f"{names[one]} and {names[other]} make nearly the same change (cosine "
+            f"{cosines[nearest]:.2f}), so a sum would count it twice; their mean counts it once"
+        )
         return _combine([sources[one], sources[other]], "mean", reason)
     ends = dict.fromkeys(
         f"{round(c, 2) + 0.0:.2f}" for c in (min(cosines.values()), cosines[nearest])
@@ -70,9 +72,9 @@ def _of_several(pairs: Json, names: Sequence[str], sources: Sequence[StrPath]) -
         f"and a plain sum keeps at least {min(kept):.0%} of each"
     )
     if min(kept) < LITTLE:
-        reason = f"they take from each other in a sum: {measured}; {TIES}"
+        reason = f"a sum weakens them, because they oppose each other: {measured}; {TIES}"
         return _combine(sources, "ties", reason, density=0.3)
-    return _combine(sources, "linear", f"they add up: {measured}")
+    return _combine(sources, "linear", f"a sum keeps them: {measured}")
 
 
 def _combine(sources: Sequence[StrPath], method: str, reason: str, **options: float) -> Json:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from adapterkit.core.options import SOURCE, StrPath, argument, option, record, text
-from adapterkit.core.records import Check, Json
+from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.core.records import Json
 from adapterkit.core.shared_options import base_option
 from adapterkit.core.verb import Verb, function_of
 
@@ -13,12 +13,6 @@ def engine_names() -> Iterable[str]:
     from adapterkit.adapters.formats.engines import engines
 
     return list(engines())
-
-
-def _engine(value: object) -> str:
-    if text(value) not in engine_names():
-        raise ValueError
-    return text(value)
 
 
 @record
@@ -50,7 +44,7 @@ class EngineCheck(Verb[Json]):
 
     adapter: StrPath = argument(kw_only=False, check=SOURCE)
     program: str = option(
-        check=Check("an engine", _engine, words=engine_names),
+        check=choice(engine_names),
         flags=("--for",),
         metavar="ENGINE",
         help="The program: transformers, peft, vllm, sglang, llama.cpp, mlx, diffusers or comfyui.",
