@@ -222,7 +222,7 @@ class Child:
             program = compile(request["program"], request.get("cwd", "program"), "exec")
             exec(program, {"__name__": "__main__"})
             return 0
-        from adapterkit.cli import main, signals
+        from adapterkit.cli import main, output, signals
         from adapterkit.core.checkpoint import disk
         from adapterkit.core.engine import local
         from adapterkit.core.engine import partition as pieces
@@ -255,7 +255,8 @@ class Child:
                 importlib.import_module("huggingface_hub.file_download")
             importlib.import_module(f"tests.support.{request['system']}").pretend()
         sys.argv = ["adapterkit", *request["argv"]]
-        signals.own_process = True  # as `process` does
+        output.silence_libraries()  # as `process` does
+        signals.own_process = True  # likewise
         main(args=request["argv"], prog_name="adapterkit")
         return 0
 

@@ -225,7 +225,8 @@ def _loras(keys: _Keys, errors: Problems, name: str) -> tuple[Lora, ...]:
         embedding = "embedding_a" in roles or "embedding_b" in roles
         a, b = (roles.get(f"embedding_{x}" if embedding else x) for x in "ab")
         if a is None or b is None or (embedding and ("a" in roles or "b" in roles)):
-            problem = f"{shown(module)} has {', '.join(sorted(roles)) or 'nothing'}"
+            found = f"only {', '.join(sorted(roles))}" if roles else "nothing"
+            problem = f"{shown(module)} has {found}"
             errors.add(
                 problem, "both factors, a and b", "save the adapter again", where=name, code="AK302"
             )
