@@ -13,8 +13,9 @@ from adapterkit.cli.output import ProgressBar, print_json
 from adapterkit.core.checkpoint.folder import WEIGHTS
 from adapterkit.core.checkpoint.hub_ids import is_on_hub, parse
 from adapterkit.core.checkpoint.shards import PICKLES
-from adapterkit.core.errors import AdapterkitError, Interrupted, Problems, Refused, shown
+from adapterkit.core.errors import AdapterkitError, Interrupted, Problems, Refused, as_usage, shown
 from adapterkit.core.records import Json
+from adapterkit.core.verb import called
 
 PLACES = ("{name}", "{parent}")
 
@@ -25,10 +26,12 @@ def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **option
     Empty lines and those that start with # are skipped. Raises `Refused` before the first
     conversion if two outputs are the same, `Interrupted` on a signal.
     """
-    from adapterkit.adapters.formats.convert import convert
+    from adapterkit.adapters.formats.convert import Convert, convert
     from adapterkit.many.workflows.workflow import outcome, refusal, report
 
     del options["out"], options["plan"]
+    with as_usage():
+        called(Convert, "SRC", out="OUT", **options)  # a wrong value is that of no source
     jobs, results = plan_outputs(read_lines(file), pattern), []
     for source, out in jobs:
         row: Json = {"source": source, "out": out}

@@ -6,6 +6,7 @@ They check nothing, because a verb refuses a wrong value itself, from Python and
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import (
@@ -28,6 +29,20 @@ class SourceType(click.ParamType):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type="file")]
+
+
+class Word(click.Choice):
+    """One of these words."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
+class Number(click.ParamType):
+    """A number, as the help names it: `integer` or `float`."""
+
+    def __init__(self, name: str):
+        self.name = name
 
 
 class Name(click.ParamType):

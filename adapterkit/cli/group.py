@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from adapterkit.cli import signals
-from adapterkit.cli.signals import error_status, fail, stopped
+from adapterkit.cli.signals import WRONG_USAGE, error_status, fail, stopped
 from adapterkit.core.errors import AdapterkitError
 
 Rows = list[tuple[str, str]]  # a name and a text
@@ -89,8 +89,8 @@ class Group(click.Group):
                 formatter.write_dl([(name.ljust(width), self.summary(name)) for name in names])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Turn an `AdapterkitError` into a message and `error_status`. click reports wrong usage
-        with status 2; any other exception is a bug and keeps its traceback."""
+        """Turn an `AdapterkitError` into a message and `error_status`, or 2 if only the options are
+        wrong, as for click's errors. Any other exception is a bug and keeps its traceback."""
         try:
             signals.install()
             result = super().invoke(ctx)
@@ -98,7 +98,7 @@ class Group(click.Group):
             return result
         except AdapterkitError as error:
             signals.ignore_after_work()
-            fail(error, error_status(ctx))
+            fail(error, WRONG_USAGE if error.is_usage else error_status(ctx))
         except KeyboardInterrupt:
             fail(stopped(ctx), error_status(ctx))
         except BrokenPipeError:

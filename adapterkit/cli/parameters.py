@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from adapterkit.cli.completion import Name, SourceType, Targets
+from adapterkit.cli.completion import Name, Number, SourceType, Targets, Word
 from adapterkit.core.options import flag_of, option_of
 from adapterkit.core.records import Check, Json
 from adapterkit.core.shared_options import RUNNING
@@ -18,7 +18,9 @@ from adapterkit.core.verb import Verb, WritingVerb, fields_of
 json_option = click.Option(
     ["--json", "as_json"], is_flag=True, help="Print one JSON document to stdout."
 )
-quiet_option = click.Option(["--quiet"], is_flag=True, help="Show no progress and no summary.")
+quiet_option = click.Option(
+    ["--quiet"], is_flag=True, help="Show no progress and no summary."
+)
 plan_option = click.Option(
     ["--plan"],
     type=click.Path(),
@@ -27,7 +29,12 @@ plan_option = click.Option(
 )
 # parameters of running a job, which do not change its result
 OF_RUNNING = RUNNING - {"out"} | {"plan", "as_json", "quiet"}
-TYPES = {"integer": int, "number": float, "source": SourceType(), "sources": SourceType()}
+TYPES = {
+    "integer": Number("integer"),
+    "number": Number("float"),
+    "source": SourceType(),
+    "sources": SourceType(),
+}
 TYPES |= {"file": click.Path(), "targets": Targets()}
 
 
@@ -95,7 +102,7 @@ def _type(check: Check) -> Any:
     """click's type for a value."""
     if callable(check.words):
         return Name(check.words)
-    return click.Choice(check.words) if check.words else TYPES.get(check.kind, str)
+    return Word(check.words) if check.words else TYPES.get(check.kind, str)
 
 
 def arguments_of(verb: type[Verb], values: Json) -> tuple[list[Any], Json]:

@@ -23,6 +23,7 @@ from adapterkit.core.system import system
 
 # Elsewhere an error is 1; of diff, as of diff(1), 1 is an answer
 ERROR_STATUS = {"diff": 2}
+WRONG_USAGE = 2  # also click's
 WAITING = 3  # of run: its files need others that workers have still to make
 
 

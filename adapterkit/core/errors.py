@@ -1,8 +1,9 @@
-"""Errors in four parts: the problem, the expected value, the place, and a hint with the fix.
+"""Errors in four parts: the problem, the expected value, where it is, and a hint with the fix.
 
 Everything adapterkit raises on purpose is an `AdapterkitError`; the command line prints it without
-a traceback and exits 1. Any other exception is a bug and keeps its traceback. The place that raises
-an error gives its code; `errors.toml` explains the codes."""
+a traceback and exits 1, or 2 if only the options are wrong. Any other exception is a bug and keeps
+its traceback. The code that raises an error gives its code; `errors.toml` explains the codes.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXAMPLES = 3  # errors of one cause that are printed
+WRONG_VALUE = ("AK101", "AK103")
 WARNING = "WARNING: "  # prefix of a plan's most important notes
 # a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
 _VARIABLE = re.compile(
@@ -24,6 +26,7 @@ class AdapterkitError(Exception):
 
     is_of_verb = False  # whether the hint names options of the verb that raised it
     code = ""  # of its kind of problem; "" for an error of another program
+    marked_usage: bool | None = None  # by `as_usage`
 
     def __init__(
         self, problem: str, *, expected: str = "", where: str = "", hint: str = "", code: str = ""
@@ -39,6 +42,14 @@ class AdapterkitError(Exception):
         """Return the four parts as lines, the first with the code at its end."""
         code = self.code if with_code else ""
         return _text(self.where, [self.problem], self.expected, self.hint, code)
+
+    @property
+    def is_usage(self) -> bool:
+        """Whether the options alone are wrong, whatever the files contain: `as_usage` says so, or
+        an option has no such value."""
+        if self.marked_usage is not None:
+            return self.marked_usage
+        return self.code in WRONG_VALUE and self.where.startswith(("--", "options"))
 
     def row(self) -> dict[str, str]:
         """Return the error as an entry of a JSON document."""
@@ -82,8 +93,12 @@ class MultipleErrors(Refused, Damaged):
         codes = ", ".join(dict.fromkeys(error.code for error in self.errors if error.code))
         super().__init__(f"{len(self.errors)} problems found", code=codes)
 
+    @property
+    def is_usage(self) -> bool:
+        return any(error.is_usage for error in self.errors)
+
     def text(self, *, with_code: bool = True) -> str:
-        """Return the text of the one cause, or the number of the problems and the text of each cause."""
+        """Return the text of the one cause, or the number of problems and the text of each."""
         causes: dict[tuple[str, ...], list[AdapterkitError]] = {}
         for error in self.errors:
             causes.setdefault(_cause(error), []).append(error)
@@ -165,6 +180,17 @@ def codes() -> Mapping[str, Mapping[str, str]]:
     """The title, cause, remedy and example of each code; of some, `many`: the first line of
     several."""
     return {code: entry for code, entry in _table().items() if code != "gone"}
+
+
+@contextmanager
+def as_usage(is_usage: bool = True) -> Iterator[None]:
+    """Mark the errors of this block as wrong usage: the command line exits with 2 for them."""
+    try:
+        yield
+    except AdapterkitError as error:
+        for one in (error, *getattr(error, "errors", ())):
+            one.marked_usage = is_usage
+        raise
 
 
 @contextmanager

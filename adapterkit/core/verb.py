@@ -35,6 +35,8 @@ from typing import (
 
 from adapterkit.core.calls import own_hints, refuse_missing_sources
 from adapterkit.core.errors import did_you_mean, listed
+from adapterkit.core.calls import own_hints
+from adapterkit.core.errors import as_usage, did_you_mean, listed
 from adapterkit.core.options import OptionRecord, option, option_of, record
 from adapterkit.core.records import Check, Json, invalid_value
 from adapterkit.core.registry import STABLE, Tier, load, verb_named
@@ -171,7 +173,7 @@ def function_of(verb: Any) -> Any:
     """Return a verb as a Python function: sources are positional, options keywords."""
 
     def function(*args: Any, **options: Any) -> Any:
-        with own_hints(verb):
+        with own_hints(verb), as_usage():
             call = called(verb, *args, **options)
         with own_hints(call):
             refuse_missing_sources(call)

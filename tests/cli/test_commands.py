@@ -166,8 +166,18 @@ WRONG = {
     "no-adapter": ["merge", "base", "--out", "x"],
     "no-command": ["conjure"],
     "option": ["merge", "base", "adapter", "--out", "x", "--sing"],
-    "choice": ["merge", "base", "adapter", "--out", "x", "--tied", "loose"],
-    "dtype": ["merge", "base", "adapter", "--out", "x", "--dtype", "bfloat16"],
+}
+WRITING = ["merge", "base", "adapter", "--out", "x"]
+WRONG_VALUES = {
+    "choice": [*WRITING, "--tied", "loose"],
+    "dtype": [*WRITING, "--dtype", "int4"],
+    "method": [*WRITING, "--method", "x"],
+    "share": [*WRITING, "--method", "ties", "--density", "2"],
+    "number": [*WRITING, "--seed", "x"],
+    "regex": [*WRITING, "--include", "("],
+    "two": [*WRITING, "--density", "0.5"],
+    "plan": [*WRITING, "--plan", "plan.json", "--dtype", "x"],
+    "list": ["convert", "--from-list", "x", "--to", "peft", "--out-pattern", "y", "--rank", "0"],
 }
 
 
@@ -175,6 +185,36 @@ WRONG = {
 def test_wrong_usage_is_status_2(name):
     result = click.testing.CliRunner().invoke(main, WRONG[name])
     assert result.exit_code == 2 and result.stdout == "" and "Usage" in result.stderr
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_a_wrong_value_of_any_option_is_status_2_with_a_code(name, tmp_path):
+    done = run(*WRONG_VALUES[name], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and not list(tmp_path.iterdir())
+    assert re.match(r"Error: .* \[AK10[124]\]\n  expected: .*\n  hint: ", done.stderr)
+
+
+def test_values_that_only_the_planner_reads_are_status_2(llama, lora, tmp_path):
+    """Of a method, of a format; a value that does not fit these files is a refusal."""
+    words = ("combine", lora, lora, "--method", "ties", "--out", tmp_path / "out")
+    assert run(*words).returncode == 2  # without a density
+    assert run(*words, "--density", "0.5", "--set", "x=1").returncode == 2
+    assert run("convert", lora, "--to", "nowhere", "--out", tmp_path / "out").returncode == 2
+    merge = ("merge", llama, lora, "--out", tmp_path / "out")
+    assert run(*merge, "--weight-for", "q_proj").returncode == 2
+    assert run(*merge, "--include", "no_such_module").returncode == 1
+    (tmp_path / "recipe.yaml").write_text(
+        f"merge_method: x\nbase_model: {llama}\nmodels: [{{model: {llama}}}]\n"
+    )
+    done = run("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 1  # a wrong value in a file
+
+
+@pytest.mark.parametrize("name, short", [("bfloat16", "bf16"), ("float16", "fp16")])
+def test_a_dtype_has_torchs_name_too_and_the_short_one_in_the_plan(name, short, llama, lora):
+    words = ("merge", llama, lora, "--out", "out", "--dtype", name, "--dry-run", "--json")
+    done = run(*words)
+    assert json.loads(done.stdout)["options"]["dtype"] == short
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from adapterkit.core.checkpoint.hub_ids import is_on_hub, parse
 from adapterkit.core.checkpoint.strict import MAX_JSON, nested_json, strict_json
 from adapterkit.core.commands import command
 from adapterkit.core.engine.execution import check_out
-from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, as_usage, shown
 from adapterkit.core.options import FILE, StrPath, checked, flag_of
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import TABLE, TEXT, Json
@@ -57,7 +57,8 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
     """
     path = Path(checked("file", FILE, file)).absolute()
     record = checked("verb", VERB, verb)
-    given = called(record, *sources, **options)
+    with as_usage():
+        given = called(record, *sources, **options)
     arguments = _portable(given, path)
     call = record(**arguments, overwrite=given.overwrite)
     _check_path(path, call.overwrite, Path(call.out))

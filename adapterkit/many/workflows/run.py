@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.core.errors import Refused
+from adapterkit.core.errors import Refused, as_usage
 from adapterkit.core.options import (
     COUNT,
     DEVICE,
@@ -138,7 +138,8 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         from adapterkit.many.workflows.workflow import run_pipeline
 
         if Path(self.file).suffix in RECIPES:
-            return self.merge().run()
+            with as_usage(False):  # a wrong value in the file
+                return self.merge().run()
         if Path(self.file).suffix == ".toml":
             self._refuse((*OF_PLAN_FILES, *OF_RECIPES), "a pipeline")
             return run_pipeline(
