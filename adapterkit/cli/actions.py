@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adapterkit.many.workers.worker import Outcome
 
 QUIET_DIFF = click.Option(
-    ["--quiet"], is_flag=True, help="Show no progress and no table; the exit status is the result."
+    ["-q", "--quiet"], is_flag=True, help="Show no progress and no table: only the exit status."
 )
 CONVERT_OPTIONS = [
     click.Option(

@@ -19,7 +19,7 @@ json_option = click.Option(
     ["--json", "as_json"], is_flag=True, help="Print one JSON document to stdout."
 )
 quiet_option = click.Option(
-    ["--quiet"], is_flag=True, help="Show no progress and no summary."
+    ["-q", "--quiet"], is_flag=True, help="Show no progress and no summary."
 )
 plan_option = click.Option(
     ["--plan"],
@@ -29,6 +29,7 @@ plan_option = click.Option(
 )
 # parameters of running a job, which do not change its result
 OF_RUNNING = RUNNING - {"out"} | {"plan", "as_json", "quiet"}
+SHORT = {"out": ("-o",), "quiet": ("-q",)}  # flags of one letter
 TYPES = {
     "integer": Number("integer"),
     "number": Number("float"),
@@ -79,7 +80,7 @@ def _parameter(field: dataclasses.Field) -> click.Parameter:
     else:
         more["type"] = _type(check)
         more["multiple"] = check.several or check.kind == "settings"
-    flags = option.flags or (flag_of(field.name),)
+    flags = SHORT.get(field.name, ()) + (option.flags or (flag_of(field.name),))
     help = option.help + (f" {option.tier.capitalize()}." if option.tier else "")
     return click.Option([*flags, field.name], help=help, **more)
 

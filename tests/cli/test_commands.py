@@ -212,9 +212,15 @@ def test_values_that_only_the_planner_reads_are_status_2(llama, lora, tmp_path):
 
 @pytest.mark.parametrize("name, short", [("bfloat16", "bf16"), ("float16", "fp16")])
 def test_a_dtype_has_torchs_name_too_and_the_short_one_in_the_plan(name, short, llama, lora):
-    words = ("merge", llama, lora, "--out", "out", "--dtype", name, "--dry-run", "--json")
+    words = ("merge", llama, lora, "-o", "out", "--dtype", name, "--dry-run", "--json")
     done = run(*words)
     assert json.loads(done.stdout)["options"]["dtype"] == short
+
+
+def test_o_is_out_and_q_is_quiet(llama, lora, tmp_path):
+    done = run("merge", llama, lora, "-o", tmp_path / "out", "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert run("verify", tmp_path / "out", "-q").stderr == ""
 
 
 @pytest.mark.parametrize(
