@@ -48,11 +48,11 @@ UNSEEN = {"spanish": "es", "italian": "it"}
 LINEAR = [f"linear-{weight}" for weight in (0.5, 0.6, 0.65, 0.8)]
 GIVEN = ("base", "own", *LINEAR, "mean", "ties", "regmean", "regmean-x1.5")  # without a fit
 FITS: dict[str, dict[str, Any]] = {
-    "strength": {"per": "adapter"},  # of the mean: one number
-    "closed-form": {"per": "module", "start": "stats", "ridge": 1e6},
-    "teacher": {"per": "module", "target": "teacher"},
-    "with-regmean": {"per": "module"},
-    **{f"random-{n}": {"per": "module"} for n in range(3)},
+    "strength": {"granularity": "adapter"},  # of the mean: one number
+    "closed-form": {"granularity": "module", "start": "stats", "ridge": 1e6},
+    "teacher": {"granularity": "module", "target": "teacher"},
+    "with-regmean": {"granularity": "module"},
+    **{f"random-{n}": {"granularity": "module"} for n in range(3)},
 }
 LORAS = [f"lora-{rank}-{how}" for rank in (8, 24) for how in ("data", "passes")]
 ROWS = (*GIVEN, *LEVELS, *FITS, *LORAS)
@@ -216,14 +216,14 @@ class Measurement:
     def options_of(self, samples: int, seed: int, sources: list[Path], **how: Any) -> WeightFit:
         total = samples * len(self.fitted)
         return WeightFit(
-            self.base, sources, data=self.data(), whole=True, seed=seed, samples=total,
-            hold=max(0.25, 2 / total), length=LENGTH, overwrite=True, **how,
+            self.base, sources, data=self.data(), whole_model=True, seed=seed, samples=total,
+            holdout=max(0.25, 2 / total), length=LENGTH, overwrite=True, **how,
         )  # fmt: skip
 
     def levels(self, samples: int, seed: int) -> dict[str, dict[str, Any]]:
-        """The rows of all levels, each what `--per` it gives: the steps of one fit."""
+        """The rows of all levels, each what `--granularity` it gives: the steps of one fit."""
         rows = [row for row in LEVELS if row in self.options.rows]
-        how = {"per": rows[-1], "out": self.folder / "levels.json"}
+        how = {"granularity": rows[-1], "out": self.folder / "levels.json"}
         documents = {}
         options = self.options_of(samples, seed, self.adapters, **how)
         plan, work = plan_fit(options), self.folder / "evaluations"

@@ -70,7 +70,7 @@ def model_file(name: str, folder: Path) -> Path:
     if not out.exists():
         model = AutoModelForCausalLM.from_pretrained(realmodel.smollm2())
         get_peft_model(model, config()).save_pretrained(blank)
-        adapterkit.merge(path, (blank, 0.0), out=out, touched_as="q8_0")
+        adapterkit.merge(path, (blank, 0.0), out=out, changed_type="q8_0")
     return out
 
 
@@ -100,11 +100,11 @@ def measure(base: Path, folder: Path) -> dict[str, Any]:
     }
     ways: dict[str, dict[str, Any]] = {
         "nearest": {},
-        "scales kept": {"scales": "keep"},
+        "scales kept": {"gguf_scales": "keep"},
         "stochastic": {"rounding": "stochastic"},
         "compensated": {"rounding": "compensated", "stats": stats},
-        "touched as q8_0": {"touched_as": "q8_0"},
-        "touched as f32": {"touched_as": "f32"},
+        "touched as q8_0": {"changed_type": "q8_0"},
+        "touched as f32": {"changed_type": "f32"},
     }
     sizes, survived = {}, {}
     for name, how in ways.items():

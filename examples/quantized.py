@@ -192,11 +192,11 @@ def merges(base: Path, folder: Path) -> dict[str, Path]:
     adapterkit("merge", nf4, trained, "--out", kept)
     adapterkit("dequantize", kept, "--dtype", "fp32", "--out", folder / "merged-nf4-floats")
     adapterkit("merge", nf4, trained, "--dequantize", "--out", floats)
-    adapterkit("merge", nf4, trained, "--base16", base, "--out", original)
+    adapterkit("merge", nf4, trained, "--original", base, "--out", original)
     return {
         "merged into nf4": folder / "merged-nf4-floats",
         "merged, --dequantize": floats,
-        "merged, --base16 original": original,
+        "merged, --original original": original,
     }
 
 

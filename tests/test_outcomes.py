@@ -36,7 +36,7 @@ def test_a_conversion_prints_the_next_command(llama, lora, tmp_path):
     assert f"\nnext: mlx_lm.generate --model BASE --adapter-path {tmp_path / 'mlx'} " in text
     text = stderr_of("convert", lora, "--to", "tinker", "--out", tmp_path / "tinker")
     assert text.endswith(f"next: adapterkit report {tmp_path / 'tinker'} --out report.html\n")
-    text = stderr_of("edit", lora, "--base-model", "org/base", "--out", tmp_path / "words")
+    text = stderr_of("edit", lora, "--base-id", "org/base", "--out", tmp_path / "words")
     assert text.endswith(f"next: adapterkit report {tmp_path / 'words'} --out report.html\n")
 
 

@@ -119,10 +119,28 @@ class Group(click.Group):
             ctx.exit(error_status(ctx))
 
 
+# former names that have few letters in common with the present ones
+RENAMED = {
+    "--balance": "--loss-over",
+    "--base-copies": "--embedding-copies",
+    "--base-model": "--base-id",
+    "--base16": "--original",
+    "--per": "--granularity",
+    "--prefix-only": "--component",
+    "--touched-as": "--changed-type",
+}
+
+
 def _nearest(error: click.NoSuchOption) -> click.NoSuchOption:
-    """Keep only those of click's guesses that the name begins with, if there are any: for example
-    --out for --output, although --compat has more letters in common."""
-    near = [name for name in error.possibilities or () if error.option_name.startswith(name)]
+    """The error with the present name of a former option. For others, keep only those of click's
+    guesses that the name begins with, if there are any: for example --out for --output, although
+    --compat has more letters in common."""
+    old, new = error.option_name, RENAMED.get(error.option_name)
+    params = error.ctx.command.params if error.ctx else []
+    if any(new in param.opts for param in params):  # click drops names that are not alike
+        message = f"No such option {old!r}. Did you mean {new!r}?"
+        return click.NoSuchOption(old, message, ctx=error.ctx)
+    near = [name for name in error.possibilities or () if old.startswith(name)]
     if not near:
         return error
-    return click.NoSuchOption(error.option_name, possibilities=near, ctx=error.ctx)
+    return click.NoSuchOption(old, possibilities=near, ctx=error.ctx)

@@ -17,7 +17,7 @@ EXTRACT = (
     "adapterkit extract BASE MERGED --energy 0.99 --out extracted"
 )
 MERGE = "merge it\nadapterkit merge BASE ADAPTER --out merged"
-ONE_PART = "take one part\nadapterkit convert ADAPTER --to diffusers --prefix-only PART --out part"
+ONE_PART = "take one part\nadapterkit convert ADAPTER --to diffusers --component PART --out part"
 CHECK_BASE = "check that the adapter was trained on this base"
 LIST_FORMATS = "list the formats\nadapterkit convert --list"
 

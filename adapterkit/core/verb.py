@@ -34,8 +34,6 @@ from typing import (
 )
 
 from adapterkit.core.calls import own_hints, refuse_missing_sources
-from adapterkit.core.errors import did_you_mean, listed
-from adapterkit.core.calls import own_hints
 from adapterkit.core.errors import as_usage, did_you_mean, listed
 from adapterkit.core.options import OptionRecord, option, option_of, record
 from adapterkit.core.records import Check, Json, invalid_value

@@ -130,10 +130,10 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         found = loop(options, float(kind.removeprefix("loop-")))
     else:
         is_whole = not kind.startswith("layerwise")
-        how: dict[str, Any] = {"whole": is_whole, "overwrite": True}
+        how: dict[str, Any] = {"whole_model": is_whole, "overwrite": True}
         how |= {} if is_whole else {"memory": MEMORY}
         if kind == "closed-form":
-            how |= {"start": "stats", "ridge": 1e6, "per": "adapter"}
+            how |= {"start": "stats", "ridge": 1e6, "granularity": "adapter"}
         document = adapterkit.fit(**call(options, **how))
         losses = {row["row"]: row["value"] for row in document["losses"]}
         found = {"loss": document["steps"][-1]["train"], "held": losses["start"]}

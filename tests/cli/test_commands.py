@@ -187,6 +187,24 @@ def test_wrong_usage_is_status_2(name):
     assert result.exit_code == 2 and result.stdout == "" and "Usage" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "command, old, new",
+    [
+        ("merge", "--touched-as", "--changed-type"),
+        ("merge", "--scales", "--gguf-scales"),
+        ("merge", "--base16", "--original"),
+        ("fit", "--per", "--granularity"),
+        ("fit", "--hold", "--holdout"),
+        ("stats", "--whole", "--whole-model"),
+        ("convert", "--prefix-only", "--component"),
+        ("edit", "--base-model", "--base-id"),
+    ],
+)
+def test_a_former_name_of_an_option_is_refused_with_the_present_one(command, old, new):
+    result = click.testing.CliRunner().invoke(main, [command, "x", old, "y"])
+    assert result.exit_code == 2 and re.search(f"Did you mean.*'{new}'", result.stderr)
+
+
 @pytest.mark.parametrize("name", WRONG_VALUES)
 def test_a_wrong_value_of_any_option_is_status_2_with_a_code(name, tmp_path):
     done = run(*WRONG_VALUES[name], cwd=tmp_path)

@@ -143,17 +143,17 @@ SECTIONS = {
         ("combine", "density majority settings weight_for weights fit seed"),
     ],
     "Quantization and rounding": [
-        ("merge", "base16 dequantize rounding stats fail_below"),
+        ("merge", "original dequantize rounding stats fail_below"),
         ("quantize", "skip block_size double_quant rounding stats"),
         ("init", "quantize skip block_size double_quant"),
         ("loftq", "skip block_size double_quant"),
     ],
     "Models in GGUF files": [
-        ("merge", "touched_as scales modelfile imatrix"),
+        ("merge", "changed_type gguf_scales modelfile imatrix"),
         ("quantize", "modelfile imatrix"),
         ("verify", "imatrix"),
     ],
-    "Image and video models": [("merge", "lbw variant"), ("convert", "architecture prefix_only")],
+    "Image and video models": [("merge", "lbw variant"), ("convert", "architecture component")],
     "Common options": [("merge", "memory device dry_run plan"), ("fit", "memory device")],
 }
 

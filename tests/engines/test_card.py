@@ -27,7 +27,7 @@ STATS = {"data": "ids.jsonl", "targets": "q_proj,v_proj,down_proj"}
 JOBS = [
     *(job for job in jobs.WRITING if job.verb != "stats"),
     jobs.job("stats-pca", "base32", what="covariance,mean,pca", batch=2, **STATS),
-    jobs.job("stats-whole", "base32", what="covariance", whole=True, batch=2, **STATS),
+    jobs.job("stats-whole", "base32", what="covariance", whole_model=True, batch=2, **STATS),
 ]
 QUICK = (
     "merge-several", "merge-nf4", "loftq-nf4", "init-quantized", "extract-rank", "stats-pca",

@@ -167,7 +167,7 @@ def test_a_card_that_does_not_compute_is_refused_or_left_alone(
     assert any(text in note for note in receipt.data["notes"]) == (verb != "merge")
 
 
-@pytest.mark.parametrize("more", [{}, {"whole": True}, {"what": "pca"}])
+@pytest.mark.parametrize("more", [{}, {"whole_model": True}, {"what": "pca"}])
 def test_statistics_of_a_full_card_end_cleanly_and_auto_leaves_it_alone(
     more: dict[str, Any], folder: Path, tmp_path: Path
 ):

@@ -77,7 +77,7 @@ def test_a_fit_finds_the_weights_of_a_known_mixture(tmp_path, per):
 def test_the_merged_model_has_the_printed_loss(tmp_path, base, adapters, data):
     """The merged model has the printed loss; the file has digests, and where it comes from."""
     out = tmp_path / "weights.json"
-    document, weights = fitted(base, adapters, data, out, ridge=0.01, whole=True)
+    document, weights = fitted(base, adapters, data, out, ridge=0.01, whole_model=True)
     rows = {row["row"]: row for row in document["losses"]}
     names = [
         "base",
@@ -99,7 +99,7 @@ def test_the_merged_model_has_the_printed_loss(tmp_path, base, adapters, data):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     # a base of its own, it has the loss that was said
     adapterkit.merge(base, adapters, weights=out, out=tmp_path / "merged", dtype="fp32")
-    again = {"ridge": 1e6, "per": "adapter", "whole": True}
+    again = {"ridge": 1e6, "granularity": "adapter", "whole_model": True}
     found, _ = fitted(tmp_path / "merged", adapters, data, tmp_path / "again.json", **again)
     said = rows[document["written"]["per"]]["files"]
     assert found["losses"][0]["files"] == pytest.approx(said, abs=2e-5)
@@ -107,7 +107,7 @@ def test_the_merged_model_has_the_printed_loss(tmp_path, base, adapters, data):
 
 def test_layer_by_layer(tmp_path, base, adapters, data, large):
     """The same weights, and the same losses."""
-    whole, one = fitted(base, adapters, data, tmp_path / "a.json", ridge=0.1, whole=True)
+    whole, one = fitted(base, adapters, data, tmp_path / "a.json", ridge=0.1, whole_model=True)
     layers, other = fitted(base, adapters, data, tmp_path / "b.json", ridge=0.1)
     assert one.modules.keys() == other.modules.keys() and one.modules
     for name, weights in one.modules.items():
@@ -153,9 +153,9 @@ def test_a_quantized_base_and_an_encoder_decoder_can_be_fitted(
             oracle.train(oracle.t5(), name, seed=seed, target_modules=["q", "wo"])
         rows = [{"prompt": text, "completion": text[::-1]} for text in TEXTS]
         files = [write_rows(tmp_path / "pairs.jsonl", *rows)]
-    options |= {"per": "adapter", "ridge": 0.1}
+    options |= {"granularity": "adapter", "ridge": 0.1}
     one, _ = fitted(folder, names, files, tmp_path / "1.json", **options)
-    other, _ = fitted(folder, names, files, tmp_path / "2.json", whole=True, **options)
+    other, _ = fitted(folder, names, files, tmp_path / "2.json", whole_model=True, **options)
     for a, b in zip(one["losses"], other["losses"], strict=True):
         assert b["files"] == pytest.approx(a["files"], abs=1e-4)
 
@@ -170,7 +170,7 @@ def test_no_ridge_behind_one_that_does_worse(tmp_path, base, adapters, data, mon
         ridges.append(level.ridge)
         return closely(level, seen, evaluate) if len(ridges) == 1 else evaluate(seen[-1].c - 1.5)
 
-    options = {"per": "adapter", "whole": True}
+    options = {"granularity": "adapter", "whole_model": True}
     monkeypatch.setattr(staircase, "minimize", closely)
     one, _ = fitted(base, adapters[:2], data, tmp_path / "1.json", ridge=1.0, **options)
     monkeypatch.setattr(staircase, "minimize", badly)
@@ -184,7 +184,7 @@ def test_no_ridge_behind_one_that_does_worse(tmp_path, base, adapters, data, mon
 def test_a_note_where_one_alone_is_as_good(tmp_path, base, adapters, data):
     """The base, where adapters do nothing; none where the sum gains."""
     nothing, out = zero(adapters[0], tmp_path / "nothing"), tmp_path / "w.json"
-    options = {"per": "adapter", "whole": True, "ridge": 0.0, "overwrite": True}
+    options = {"granularity": "adapter", "whole_model": True, "ridge": 0.0, "overwrite": True}
     document, _ = fitted(base, [nothing, nothing], data, out, **options)
     assert [note for note in document["notes"] if note.startswith("base alone")]
     document, _ = fitted(base, adapters, data, out, **options)
@@ -199,7 +199,7 @@ def test_order_duplicates_and_zeros(tmp_path, base, adapters, data):
     """The order of adapters changes nothing, equal ones have equal weights, one that does nothing
     has none."""
     a, b, _ = adapters
-    options = {"per": "adapter", "ridge": 0.3, "whole": True}
+    options = {"granularity": "adapter", "ridge": 0.3, "whole_model": True}
     nothing = zero(a, tmp_path / "nothing")
     _, one = fitted(base, [a, b, b, nothing], data, tmp_path / "1.json", **options)
     _, other = fitted(base, [b, nothing, a, b], data, tmp_path / "2.json", **options)
@@ -209,8 +209,9 @@ def test_order_duplicates_and_zeros(tmp_path, base, adapters, data):
 
 
 @pytest.mark.parametrize("options", [
-    {"balance": "tokens"}, {"balance": "worst"}, {"balance": "retention", "target": "teacher"},
-    {"target": "teacher", "per": "direction"}, {"positive": True}, {"bounds": "0.3:0.4"},
+    {"loss_over": "tokens"}, {"loss_over": "worst"},
+    {"loss_over": "retention", "target": "teacher"},
+    {"target": "teacher", "granularity": "direction"}, {"positive": True}, {"bounds": "0.3:0.4"},
 ], ids=str)  # fmt: skip
 def test_balance_and_bounds_are_respected(tmp_path, base, adapters, data, options):
     document, weights = fitted(
@@ -218,7 +219,7 @@ def test_balance_and_bounds_are_respected(tmp_path, base, adapters, data, option
         adapters[:2],
         data,
         tmp_path / "w.json",
-        **({"per": "adapter", "whole": True} | options),
+        **({"granularity": "adapter", "whole_model": True} | options),
     )
     low, high = {"positive": (0, 2), "bounds": (0.3, 0.4)}.get(next(iter(options)), (-1, 2))
     assert all(low <= one <= high for one in weights.default)
@@ -234,12 +235,12 @@ def test_balance_and_bounds_are_respected(tmp_path, base, adapters, data, option
 @pytest.mark.parametrize("per", ["adapter", "layer", "module"])
 def test_the_start_of_the_closed_form(tmp_path, base, adapters, data, per):
     """It is that of regspan with the statistics of each adapter's file."""
-    options = {"start": "stats", "per": per, "ridge": 1e6, "hold": 0.1, "bounds": "-9:9"}
+    options = {"start": "stats", "granularity": per, "ridge": 1e6, "holdout": 0.1, "bounds": "-9:9"}
     fitted(base, adapters[:2], data, tmp_path / "w.json", **options)
     weights = read_weights(LocalFolder(tmp_path / "w.json"))
     assert weights.modules or per == "adapter"
     planned = plan_fit(WeightFit(base, adapters[:2], data=data, out=tmp_path / "x.json", samples=16,
-                                 hold=0.1))  # fmt: skip
+                                 holdout=0.1))  # fmt: skip
     batches = planned.shards[0].collection.train.batches
     rows, right = {}, {}
     model = oracle.load("LlamaForCausalLM", base).eval()
@@ -295,7 +296,9 @@ def test_combine_in_one_step(tmp_path, base, adapters, data, monkeypatch):
 def test_nothing_better_than_the_start(tmp_path, base, adapters, data):
     """It is written, and said; weights that are given are the start."""
     given = [(adapters[0], 0.25), (adapters[1], 0.5)]
-    document, weights = fitted(base, given, data, tmp_path / "w.json", ridge=1e6, per="adapter")
+    document, weights = fitted(
+        base, given, data, tmp_path / "w.json", ridge=1e6, granularity="adapter"
+    )
     assert weights.default == (0.25, 0.5) and weights.per == "adapter"
     assert document["written"]["per"] == "start" and "no step" in document["written"]["reason"]
 
@@ -327,7 +330,7 @@ def test_refusals_come_together(tmp_path, base, adapters, data):
     few = write_rows(tmp_path / "few.jsonl", {"text": TEXTS[0]})
     with pytest.raises(AdapterkitError) as found:
         names = [tmp_path / "dora", tmp_path / "head"]
-        fitted(base, names, [twice, few], tmp_path / "w.json", target="teacher", whole=True)
+        fitted(base, names, [twice, few], tmp_path / "w.json", target="teacher", whole_model=True)
     for words in ("is a DoRA", "fully trained", "the same sample as", "1 samples with tokens"):
         assert words in str(found.value), words
     with pytest.raises(Refused, match="with shapes"):
@@ -342,7 +345,10 @@ def test_refusals_come_together(tmp_path, base, adapters, data):
 
 
 def test_another_file_of_weights_is_not_replaced(tmp_path, base, adapters, data):
-    out, options = tmp_path / "w.json", {"per": "adapter", "ridge": 1.0, "whole": True}
+    out, options = (
+        tmp_path / "w.json",
+        {"granularity": "adapter", "ridge": 1.0, "whole_model": True},
+    )
     fitted(base, adapters[:1], data, out, **options)
     with pytest.raises(Refused, match="a file of this name exists"):
         fitted(base, adapters[:1], data, out, **options)
@@ -356,12 +362,12 @@ def test_losses_that_are_not_finite(tmp_path, adapters, data):
     oracle.save_base(model, tmp_path / "base", "fp32")
     save_tokenizer(tmp_path / "base")
     with pytest.raises(Failed, match="the loss of .*jsonl, line .* is not finite"):
-        fitted(tmp_path / "base", adapters, data, tmp_path / "w.json", whole=True)
+        fitted(tmp_path / "base", adapters, data, tmp_path / "w.json", whole_model=True)
 
 
 def test_killed_and_resumed(tmp_path, base, adapters, data):
     """The bits of a fit that nothing stopped; another job's journal is refused."""
-    options = {"whole": True, "per": "layer", "ridge": 0.1}
+    options = {"whole_model": True, "granularity": "layer", "ridge": 0.1}
     expected, one = fitted(base, adapters[:2], data, tmp_path / "a.json", **options)
     out = tmp_path / "b.json"
     for batches in (5, 7):
@@ -383,7 +389,7 @@ def test_killed_and_resumed(tmp_path, base, adapters, data):
 
 
 def test_a_finished_fit_has_a_receipt_and_is_not_made_again(tmp_path, base, adapters, data):
-    out, calls, options = tmp_path / "w.json", [], {"per": "adapter", "ridge": 1.0}
+    out, calls, options = tmp_path / "w.json", [], {"granularity": "adapter", "ridge": 1.0}
     document, _ = fitted(base, adapters[:2], data, out, **options)
     assert adapterkit.verify(out)["files"] == 1
     again, _ = fitted(base, adapters[:2], data, out, resume=True, progress=calls.append, **options)
@@ -400,7 +406,7 @@ def test_the_fit_command_plans_writes_and_prints(tmp_path, base, adapters, data)
     planned = command(*words, "--out", tmp_path / "w.json", "--samples", "12", "--dry-run")
     assert planned.returncode == 0 and "weights per module" in planned.stdout, planned.stderr
     assert not list(tmp_path.glob("*w.json*"))
-    options = ["--samples", "12", "--per", "adapter", "--whole"]
+    options = ["--samples", "12", "--granularity", "adapter", "--whole-model"]
     done = command(*words, "--out", tmp_path / "w.json", *options)
     assert done.returncode == 0, done.stderr
     for text in ("base", "equal", "start", "a weight for each adapter", "±", "w.json: "):

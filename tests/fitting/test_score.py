@@ -128,7 +128,7 @@ def test_invalid_scores_and_options_are_refused(base, adapters, program, tmp_pat
         ({"score": "evaluate '{}"}, "a command with {}"),
         ({"score": program(), "data": [tmp_path / "x.jsonl"]}, "exclude each other"),
         ({}, "nothing says which weights are good"),
-        ({"score": program(), "per": "layer"}, "--score and --per are given"),
+        ({"score": program(), "granularity": "layer"}, "--score and --granularity are given"),
         ({"data": [tmp_path / "x.jsonl"], "evaluations": 9}, "--evaluations is given without"),
     ):
         with pytest.raises(Refused, match=text):

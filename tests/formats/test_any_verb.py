@@ -143,7 +143,7 @@ def test_verify_computes_rows_of_a_merge_again(files, tmp_path):
 def test_a_pipeline_s_file_is_refused_with_its_components(files, tmp_path):
     more = ["lora_te1_text_model_encoder_layers_0_self_attn_q_proj"]
     path = write_kohya(tmp_path / "two.safetensors", 3, more=more)
-    with pytest.raises(Refused, match="(?s)text_encoder, transformer.*--prefix-only"):
+    with pytest.raises(Refused, match="(?s)text_encoder, transformer.*--component"):
         adapterkit.merge(files / "base", path, out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     names = [module["module"] for module in adapterkit.inspect(path)["modules"]]

@@ -328,7 +328,7 @@ def test_an_older_file_is_loaded_as_a_new_one(name, tmp_path):
 def test_one_component_is_loaded_by_peft(tmp_path):
     factors = trained("sdxl", 29)
     source = kohya_file(tmp_path / "kohya.safetensors", "sdxl", factors)
-    adapterkit.convert(source, to="peft", out=tmp_path / "peft", prefix_only="unet")
+    adapterkit.convert(source, to="peft", out=tmp_path / "peft", component="unet")
     pipe = pipelines.sdxl()
     pipe.unet = PeftModel.from_pretrained(pipe.unet, str(tmp_path / "peft")).base_model.model
     assert_same(

@@ -171,7 +171,7 @@ def check_pairs(sample: Sample, targets: list[str], tmp_path: Path) -> None:
 
     @cache
     def source_of(component: str | None) -> tuple[Contents, dict[str, Delta]]:
-        more = {} if component is None else {"prefix_only": component}
+        more = {} if component is None else {"component": component}
         stacked = sample.is_in_peft_layout
         contents = contents_of(sample.path, stacked=stacked, **(sample.options | more))
         return contents, deltas(contents)
@@ -179,8 +179,8 @@ def check_pairs(sample: Sample, targets: list[str], tmp_path: Path) -> None:
     kept = 0
     for to in targets:
         for more in parts(whole, formats()[to]):
-            source, before = source_of(more.get("prefix_only"))
-            place = tmp_path / to / more.get("prefix_only", "whole")
+            source, before = source_of(more.get("component"))
+            place = tmp_path / to / more.get("component", "whole")
             place.mkdir(parents=True)
             try:
                 out = convert(sample, to, place / "out", **more)
@@ -200,7 +200,7 @@ def parts(contents: Contents, form: Format) -> Iterator[dict[str, Any]]:
     model or names the modules of several alike."""
     single = form.layout == "adapter" or not (form.names.components or form.names.inside)
     if len(contents.components) > 1 and (single or _named_alike(form, contents)):
-        yield from ({"prefix_only": name} for name in contents.components)
+        yield from ({"component": name} for name in contents.components)
     else:
         yield {}
 

@@ -363,8 +363,8 @@ def test_output_is_the_sources_after_two_conversions(
 ) -> None:
     """Both are loaded by diffusers."""
     source, other, back = (tmp_path / f"{n}.safetensors" for n in ("source", "other", "back"))
-    convert(name, "diffusers", source, prefix_only="transformer", dtype="fp32")
-    convert(name, through, other, prefix_only="transformer", architecture="flux", dtype="fp32")
+    convert(name, "diffusers", source, component="transformer", dtype="fp32")
+    convert(name, through, other, component="transformer", architecture="flux", dtype="fp32")
     convert(other, "diffusers", back, architecture="flux")
     expected = output(source)
     assert (expected - output(None)).abs().max() > 0.1

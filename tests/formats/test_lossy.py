@@ -90,7 +90,7 @@ def test_larger_factors_shrink_to_the_rank(to, tmp_path):
     (source / "adapter_config.json").write_text(
         json.dumps(config | {"target_modules": ["large", "small"]})
     )
-    options = {"prefix_only": "transformer"} if to == "diffusers" else {}
+    options = {"component": "transformer"} if to == "diffusers" else {}
     receipt = adapterkit.convert(source, to=to, out=out, rank=2, hash="none", **options)
     assert any("rank 2 at most" in note for note in receipt.data["notes"])
     written, want = (adapter_samples.deltas(contents_of(one)) for one in (out, source))

@@ -171,7 +171,7 @@ def test_both_transformers_of_wan_22(tmp_path):
         converted(source, "comfyui", tmp_path)
     tensors = load_file(source)
     for name, alpha in (("transformer", 2.0), ("transformer_2", 1.0)):
-        own = load_file(converted(source, "comfyui", tmp_path, prefix_only=name))
+        own = load_file(converted(source, "comfyui", tmp_path, component=name))
         a, b = (own[f"diffusion_model.blocks.0.self_attn.q.lora_{x}.weight"] for x in "AB")
         stored = [tensors[f"{name}.blocks.0.attn1.to_q.lora_{x}.weight"] for x in "AB"]
         torch.testing.assert_close(b @ a, alpha * stored[1] @ stored[0])

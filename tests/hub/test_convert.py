@@ -72,13 +72,13 @@ def pipeline_file() -> bytes:
 def test_only_the_chosen_component_is_downloaded(hub, tmp_path, out: str):
     data = pipeline_file()
     hub.commit("org/both", {NAME: data})
-    words = ["--to", "diffusers", "--prefix-only", "text_encoder"]
+    words = ["--to", "diffusers", "--component", "text_encoder"]
     done = command(hub, tmp_path, *words, "--out", out, source=f"org/both:{NAME}")
     assert done.returncode == 0, done.stderr
     assert hub.moved(NAME) < len(data) // 5
     (tmp_path / "both.safetensors").write_bytes(data)
     here = tmp_path / "here.safetensors"
-    options = {"to": "diffusers", "prefix_only": "text_encoder"}
+    options = {"to": "diffusers", "component": "text_encoder"}
     adapterkit.convert(tmp_path / "both.safetensors", out=here, **options)
     on_hub = hub.files("me/te") if "me/te" in hub.repos else {}
     there = on_hub.get("pytorch_lora_weights.safetensors") or (tmp_path / out).read_bytes()

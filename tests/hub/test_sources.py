@@ -18,7 +18,7 @@ from tests.support.hub_server import Hub
 
 STATISTICS = "covariances.safetensors"
 MORE = (
-    job("merge-original", "quantize-nf4", "style", base16="base"),
+    job("merge-original", "quantize-nf4", "style", original="base"),
     job("quantize-stats", "base", to="w4a16", rounding="compensated", stats=STATISTICS),
     job("combine-stats", "law", "medicine", method="regmean", stats=[STATISTICS, STATISTICS]),
     job("resize-stats", "law", rank=2, stats=STATISTICS),
@@ -58,7 +58,7 @@ PRINTING = {name for name in NAMES if JOBS[name] in READING or "dry_run" in JOBS
 # of each verb that writes
 OUTPUTS = {JOBS[name].verb: name for name in NAMES if name not in PRINTING}
 # options whose values are sources
-SOURCES = ("base", "general", "initial", "stats", "base16", "quantized", "adapters")
+SOURCES = ("base", "general", "initial", "stats", "original", "quantized_base", "adapters")
 VALUES_OF_BASE = re.compile(rb'(?<="adapterkit_base":"1:.{34}).{16}')  # unknown on the Hub
 NAMED = ("origin", "a", "b", "name", "where")
 HOME = """

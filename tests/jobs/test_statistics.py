@@ -226,7 +226,7 @@ def by_ranks(tmp_path: Path, name: str, steps: Iterable[int], **options) -> list
 ])  # fmt: skip
 def test_kinds_of_models(tmp_path: Path, small_units, name: str, whole: bool):
     """A rank stops at some step, another goes on with what it has written."""
-    names = by_ranks(tmp_path, name, (4, 11), whole=whole)
+    names = by_ranks(tmp_path, name, (4, 11), whole_model=whole)
     assert ({*names} == {"whole.safetensors"}) == whole
 
 

@@ -108,7 +108,7 @@ def test_refusals_come_with_the_plan(folder: Path, tmp_path: Path):
     with pytest.raises(Refused, match="no such path"):
         write("merge", "base", "nothing")
     with pytest.raises(Refused, match="a plan file cannot store accept"):
-        write("loftq", "base", rank=2, quantized="base", accept=lambda *_: True)
+        write("loftq", "base", rank=2, quantized_base="base", accept=lambda *_: True)
     with pytest.raises(Refused, match="--plan cannot write to the Hub"):
         adapterkit.write_plan(file, "merge", "base", "style", out="hf://me/merged")
     assert not list(tmp_path.iterdir())

@@ -54,7 +54,11 @@ def test_every_verb_takes_files(llama, lora, tmp_path):
     adapterkit.quantize(base, to="nf4", out=tmp_path / "nf4")
     adapterkit.dequantize(tmp_path / "nf4" / MODEL, out=tmp_path / "floats")
     adapterkit.loftq(
-        base, quantized=tmp_path / "nf4" / MODEL, rank=2, targets="q_proj", out=tmp_path / "loftq"
+        base,
+        quantized_base=tmp_path / "nf4" / MODEL,
+        rank=2,
+        targets="q_proj",
+        out=tmp_path / "loftq",
     )
     adapterkit.init(base, method="pissa", rank=2, targets="q_proj", out=tmp_path / "init")
     adapterkit.merge(base, adapter, out=tmp_path / "tuned")

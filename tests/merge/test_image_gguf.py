@@ -213,11 +213,11 @@ def test_other_kinds_of_deltas_and_blocks(tmp_path: Path):
 def test_rounding_and_other_types(tmp_path: Path):
     base = write_images(tmp_path / "b.gguf", denoiser(file_of("sdxl")), "Q4_0", in_rows=True)
     adapter, _ = lora_of("sdxl", tmp_path, every=3)
-    for number, how in enumerate([{"rounding": "stochastic"}, {"scales": "keep"}]):
+    for number, how in enumerate([{"rounding": "stochastic"}, {"gguf_scales": "keep"}]):
         out = tmp_path / f"{number}.gguf"
         adapterkit.merge(base, [adapter], out=out, verify=True, **how)
     out = tmp_path / "q8.gguf"
-    adapterkit.merge(base, [adapter], out=out, touched_as="q8_0", verify=True)
+    adapterkit.merge(base, [adapter], out=out, changed_type="q8_0", verify=True)
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(out).tensors}
     assert {"Q4_0", "Q8_0"} <= kinds
 
@@ -230,13 +230,13 @@ def test_difference_extraction_and_floats(tmp_path: Path):
     base = write_images(tmp_path / "base.gguf", tensors, "Q8_0", arch="sdxl", in_rows=True)
     adapter, _ = lora_of("sdxl", tmp_path, every=4)
     out = tmp_path / "out.gguf"
-    adapterkit.merge(base, [adapter], out=out, touched_as="f32")
+    adapterkit.merge(base, [adapter], out=out, changed_type="f32")
     found = adapterkit.diff(base, out)
     assert found["totals"]["changed"] == len({row["name"] for row in found["changed"]}) > 10
     adapterkit.extract(base, out, rank=4, out=tmp_path / "peft")
     adapterkit.convert(tmp_path / "peft", to="kohya", base=base, out=tmp_path / "k.safetensors")
     again = tmp_path / "again.gguf"
-    adapterkit.merge(base, [tmp_path / "k.safetensors"], out=again, touched_as="f32")
+    adapterkit.merge(base, [tmp_path / "k.safetensors"], out=again, changed_type="f32")
     after = read_images(out)
     for key, value in read_images(again).items():
         near = 4e-3 if tuple(value.shape)[-1] % 32 and value.numel() % 256 else 1e-4  # F16

@@ -446,7 +446,7 @@ def test_a_part_that_the_adapter_does_not_name(home, tmp_path):
     adapterkit.convert(lora, to="peft", out=tmp_path / "peft")
     text = refusal(base_of("sdxl", home), tmp_path / "peft", tmp_path / "out.safetensors")
     assert "modules of text_encoder or text_encoder_2" in text
-    assert "--prefix-only PART" in text
+    assert "--component PART" in text
 
 
 @pytest.mark.parametrize("out", ["folder", "model.gguf"])

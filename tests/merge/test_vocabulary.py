@@ -116,12 +116,12 @@ def test_a_copy_of_another_base(llama, tmp_path):
         Refused,
         match=(
             r"embed_tokens.base_layer.weight \(80 of 80 rows "
-            r"differ\).*\n.*\n.*--base-copies ignore"
+            r"differ\).*\n.*\n.*--embedding-copies ignore"
         ),
     ):
         oracle.merge(tmp_path / "merged", second, out=tmp_path / "out")
     oracle.merge(
-        tmp_path / "merged", second, out=tmp_path / "out", base_copies="ignore", verify=True
+        tmp_path / "merged", second, out=tmp_path / "out", embedding_copies="ignore", verify=True
     )
     assert adapterkit.verify(tmp_path / "out", base=tmp_path / "merged", adapters=[second])["rows"]
     assert_same(stored(tmp_path / "told"), stored(tmp_path / "out"))  # the receipt explains them
@@ -131,7 +131,11 @@ def test_a_copy_of_another_base(llama, tmp_path):
             stored(tmp_path / "out")[name].double(), both[name].value, rtol=0, atol=1e-6
         )
     oracle.merge(
-        tmp_path / "merged", second, out=tmp_path / "copies", base_copies="adapter", compat="peft"
+        tmp_path / "merged",
+        second,
+        out=tmp_path / "copies",
+        embedding_copies="adapter",
+        compat="peft",
     )
     theirs = peft_merged(load(oracle.llama, tmp_path / "merged"), second)
     assert_same(merged(tmp_path / "copies", oracle.llama), theirs)
@@ -165,7 +169,7 @@ def test_a_copy_that_differs_in_a_row(llama, tmp_path):
     oracle.train(model, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(Refused, match=r"\(1 of 80 rows differ\)"):
         oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
-    oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out", base_copies="adapter")
+    oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out", embedding_copies="adapter")
     wrapped = peft_model(load(oracle.llama, llama), tmp_path / "adapter")
     before = load(oracle.llama, llama).state_dict()
     assert_all_rounded(merged(tmp_path / "out", oracle.llama), exact(wrapped), before)
@@ -183,7 +187,7 @@ def test_a_copy_in_another_dtype(dtypes, cached_folder, tmp_path):
     oracle.train(model, tmp_path / "adapter", target_modules=["embed_tokens"])
     assert stored(tmp_path / "adapter")[COPY].dtype == DTYPES[dtypes[1]]
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
-    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "ignored", base_copies="ignore")
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "ignored", embedding_copies="ignore")
     assert_same(stored(tmp_path / "out"), stored(tmp_path / "ignored"))
 
 

@@ -149,7 +149,7 @@ def test_adapters_made_with_a_base_have_its_fingerprint(llama, lora, tmp_path):
     merge(llama, [lora], out=tmp_path / "tuned")
     adapterkit.extract(llama, tmp_path / "tuned", rank=2, out=tmp_path / "extracted")
     adapterkit.quantize(llama, to="nf4", out=tmp_path / "nf4")
-    adapterkit.loftq(llama, quantized=tmp_path / "nf4", rank=2, out=tmp_path / "kept")
+    adapterkit.loftq(llama, quantized_base=tmp_path / "nf4", rank=2, out=tmp_path / "kept")
     adapterkit.init(llama, out=tmp_path / "implicit", residual="implicit", **PISSA)
     for name, base in [("extracted", llama), ("kept", tmp_path / "nf4"), ("implicit", llama)]:
         folder = tmp_path / name / "adapter" if name == "implicit" else tmp_path / name

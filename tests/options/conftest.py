@@ -33,7 +33,10 @@ def calls(cached_folder, tmp_path_factory):
         "diff": ([one, two], {}),
         "edit": ([one], {"title": "one"}),
         "extract": ([base, root / "tuned"], {"rank": 2}),
-        "fit": ([base, [one, two]], {"data": ids, "samples": 4, "per": "adapter", "ridge": 1}),
+        "fit": (
+            [base, [one, two]],
+            {"data": ids, "samples": 4, "granularity": "adapter", "ridge": 1},
+        ),
         "init": ([base], {"method": "pissa", "rank": 2, "targets": "q_proj"}),
         "inspect": ([one], {}),
         "loftq": ([base], {"rank": 2, "iterations": 1, "targets": "q_proj", "block_size": 64}),

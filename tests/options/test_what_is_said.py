@@ -97,10 +97,10 @@ def test_files_of_one_folder_are_no_copies(folder, tmp_path):
 def test_a_part_of_a_format_without_parts(folder, tmp_path):
     with pytest.raises(Refused) as error:
         adapterkit.convert(
-            folder / "a", to="training-state", prefix_only="transformer", out=tmp_path / "x"
+            folder / "a", to="training-state", component="transformer", out=tmp_path / "x"
         )
     assert error.value.expected.startswith("modules of no component, which ")
-    assert "leave out --prefix-only" in error.value.hint
+    assert "leave out --component" in error.value.hint
 
 
 def test_steps_in_yaml_are_a_pipeline_of_toml(tmp_path):

@@ -164,7 +164,7 @@ def test_an_adapter_of_several_parts_for_one_is_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"tokenizer": "base"}, {"base16": "x"}, {"touched_as": "q8_0"}]
+    "options", [{"tokenizer": "base"}, {"original": "x"}, {"changed_type": "q8_0"}]
 )
 def test_options_of_single_models_are_refused(base, options, tmp_path):
     lora = write_lora(tmp_path / "lora.safetensors", "unet")

@@ -51,7 +51,7 @@ def test_a_part_that_the_pipeline_does_not_have_is_refused(tmp_path):
     with pytest.raises(Refused, match="transformer: the pipeline has none"):
         adapterkit.convert(lora, to="peft", base=base, out=tmp_path / "out")
     with pytest.raises(Refused, match="text_encoder_2: the pipeline has none"):
-        words = {"prefix_only": "text_encoder_2", "base": base}
+        words = {"component": "text_encoder_2", "base": base}
         adapterkit.convert(lora, to="peft", out=tmp_path / "out", **words)
 
 
@@ -60,14 +60,14 @@ def test_folders_of_parts_become_one_file_and_folders_again(tmp_path):
     folders = tmp_path / "folders"
     folders.mkdir()
     for part in ("unet", "text_encoder"):
-        adapterkit.convert(source, to="peft", prefix_only=part, out=folders / part)
+        adapterkit.convert(source, to="peft", component=part, out=folders / part)
     target = tmp_path / "again.safetensors"
     receipt = adapterkit.convert(folders, to="diffusers", out=target)
     before, after = load_file(source), load_file(target)
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert len(receipt.data["recipe"]["inputs"]) == 2
-    adapterkit.convert(folders, to="peft", prefix_only="unet", out=tmp_path / "unet")
+    adapterkit.convert(folders, to="peft", component="unet", out=tmp_path / "unet")
     names = "adapter_model.safetensors"
     one, other = load_file(tmp_path / "unet" / names), load_file(folders / "unet" / names)
     assert one.keys() == other.keys() and any(QUERY in key for key in one)

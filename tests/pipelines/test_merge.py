@@ -95,7 +95,7 @@ def test_shards_of_a_size_have_the_names_that_diffusers_reads(saved, tmp_path):
     assert any("--max-shard-size does not apply to" in note for note in receipt.data["notes"])
     expected = with_adapters(base, {lora: 1.0})
     assert_outputs(loaded(tmp_path / "whole"), expected)
-    adapterkit.convert(lora, to="peft", prefix_only="unet", out=tmp_path / "unet-lora")
+    adapterkit.convert(lora, to="peft", component="unet", out=tmp_path / "unet-lora")
     adapterkit.merge(
         base / "unet", tmp_path / "unet-lora", out=tmp_path / "unet", max_shard_size="10KB"
     )

@@ -175,7 +175,7 @@ def test_rebase_brings_a_trained_pissa_back(base, tmp_path):
 
 def test_an_adapter_of_a_quantized_base_goes_into_the_original(base, packed, tmp_path):
     oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
-    adapterkit.merge(packed, [tmp_path / "adapter"], base16=base, out=tmp_path / "out")
+    adapterkit.merge(packed, [tmp_path / "adapter"], original=base, out=tmp_path / "out")
     adapterkit.merge(base, [tmp_path / "adapter"], out=tmp_path / "same")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "same"))
     assert all(torch.equal(one[key], other[key]) for key in other)
@@ -187,7 +187,7 @@ def test_an_adapter_of_a_quantized_base_goes_into_the_original(base, packed, tmp
 def test_a_base_that_is_not_a_quantized_copy_of_the_original_is_refused(base, packed, tmp_path):
     oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
     into = lambda quantized, original: adapterkit.merge(
-        quantized, [tmp_path / "adapter"], base16=original, out=tmp_path / "no"
+        quantized, [tmp_path / "adapter"], original=original, out=tmp_path / "no"
     )
     with pytest.raises(Refused, match="no quantized weights"):
         into(base, base)
@@ -212,7 +212,9 @@ def test_factors_are_kept_or_rolled_back_one_after_the_other(base, packed, tmp_p
         asked.append(module)
         return "mlp" in module and a.shape[0] == b.shape[1] == 4
 
-    receipt = adapterkit.loftq(base, quantized=packed, rank=4, accept=accept, out=tmp_path / "out")
+    receipt = adapterkit.loftq(
+        base, quantized_base=packed, rank=4, accept=accept, out=tmp_path / "out"
+    )
     assert asked == sorted(asked) and len(asked) == 14
     for name, product in factors(tmp_path / "out").items():
         metric = receipt.data["parameters"][name]
@@ -225,7 +227,7 @@ def test_factors_are_kept_or_rolled_back_one_after_the_other(base, packed, tmp_p
 
 
 def test_answers_need_a_quantized_base(base, tmp_path):
-    with pytest.raises(Refused, match="give --quantized"):
+    with pytest.raises(Refused, match="give --quantized-base"):
         adapterkit.loftq(base, rank=2, accept=lambda module, a, b: True, out=tmp_path / "failed")
 
 

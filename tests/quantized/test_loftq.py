@@ -290,7 +290,7 @@ def test_transformers_and_peft_load_both(base, name: str, bits: int, tmp_path: P
 @pytest.mark.parametrize("to", ["nf4", "fp4", "int8"])
 def test_the_best_for_a_base_that_stays(base, name: str, to: str, tmp_path: Path) -> None:
     adapterkit.quantize(base(name), out=tmp_path / "q", to=to)
-    metrics = loftq(base(name), tmp_path / "out", rank=4, alpha=12, quantized=tmp_path / "q")
+    metrics = loftq(base(name), tmp_path / "out", rank=4, alpha=12, quantized_base=tmp_path / "q")
     weights, packed, deltas = (
         originals(base(name)),
         values(tmp_path / "q"),
@@ -320,7 +320,11 @@ def test_loftq_equals_peft_on_a_loaded_model(
     )
     adapterkit.quantize(base("llama"), out=tmp_path / "q", to="nf4", double_quant=True)
     loftq(
-        base("llama"), tmp_path / "out", rank=1, quantized=tmp_path / "q", targets="q_proj,up_proj"
+        base("llama"),
+        tmp_path / "out",
+        rank=1,
+        quantized_base=tmp_path / "q",
+        targets="q_proj,up_proj",
     )
     with oracle.quiet():
         model = transformers.LlamaForCausalLM.from_pretrained(
@@ -381,17 +385,21 @@ def test_models_that_are_refused(base, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="quantized"):
         adapterkit.loftq(tmp_path / "q", out=tmp_path / "out", rank=4)
     with pytest.raises(Refused, match="quantized"):
-        adapterkit.loftq(tmp_path / "q", out=tmp_path / "out", rank=4, quantized=tmp_path / "q")
+        adapterkit.loftq(
+            tmp_path / "q", out=tmp_path / "out", rank=4, quantized_base=tmp_path / "q"
+        )
     with pytest.raises(Refused, match="no quantized weights"):
-        adapterkit.loftq(base("llama"), out=tmp_path / "out", rank=4, quantized=base("llama"))
+        adapterkit.loftq(base("llama"), out=tmp_path / "out", rank=4, quantized_base=base("llama"))
     with pytest.raises(Refused, match="the same weights") as caught:
-        adapterkit.loftq(base("bert"), out=tmp_path / "out", rank=4, quantized=tmp_path / "q")
+        adapterkit.loftq(base("bert"), out=tmp_path / "out", rank=4, quantized_base=tmp_path / "q")
     actual = " ".join(error.problem for error in caught.value.errors)
     assert all(f"layers.0.{name}" in actual for name in ("self_attn.q_proj", "mlp.down_proj"))
     other = oracle.llama(num_hidden_layers=1, hidden_size=128, intermediate_size=256)
     oracle.save_base(other, tmp_path / "wider", "bf16")
     with pytest.raises(Refused, match=r"\(128, 192\) quantized, \(128, 256\)"):
-        adapterkit.loftq(tmp_path / "wider", out=tmp_path / "out", rank=4, quantized=tmp_path / "q")
+        adapterkit.loftq(
+            tmp_path / "wider", out=tmp_path / "out", rank=4, quantized_base=tmp_path / "q"
+        )
     unknown = oracle.edit_config(
         base("llama"), tmp_path / "unknown", model_type="no_such_model", architectures=["NoSuch"]
     )

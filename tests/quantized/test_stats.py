@@ -129,7 +129,7 @@ def test_for_a_base_that_stays(base, observed, name: str, tmp_path: Path) -> Non
     xs, path = observed(name)
     adapterkit.quantize(base(name), to="nf4", out=tmp_path / "nf4")
     receipt: Any = adapterkit.loftq(
-        base(name), quantized=tmp_path / "nf4", stats=path, rank=RANK, out=tmp_path / "out"
+        base(name), quantized_base=tmp_path / "nf4", stats=path, rank=RANK, out=tmp_path / "out"
     )
     lost = outputs_lost(name, base(name), tmp_path / "nf4", tmp_path / "out", xs)
     before = outputs_lost(name, base(name), tmp_path / "nf4", None, xs)

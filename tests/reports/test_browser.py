@@ -57,7 +57,7 @@ def pages(cached_folder, lora, llama):
     def write(folder):
         report = lambda name, *its, **more: adapterkit.report(its, out=folder / name, **more)
         adapterkit.merge(llama, [lora], out=folder / "merged")
-        report("whole.html", lora, base=llama, output=folder / "merged")
+        report("whole.html", lora, base=llama, result=folder / "merged")
         hostile = {"modules": [f"m.0.{HOSTILE[:150]}"], "base_model_name_or_path": HOSTILE}
         report("hostile.html", adapter(folder / "<b>", **hostile))
         names = [f"m.layers.{n}.experts.{e}.up" for n in range(20) for e in range(256)]

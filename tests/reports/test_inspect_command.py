@@ -110,7 +110,7 @@ def test_an_adapter_of_a_pipeline_is_recognized(llama, lora, tmp_path):
     ):
         with pytest.raises(Refused, match="components|next to those of") as caught:
             verb()
-        assert "--prefix-only" in caught.value.hint
+        assert "--component" in caught.value.hint
     assert called(path)[0] == 0 and not list(tmp_path.iterdir())
 
 

@@ -167,7 +167,7 @@ def test_inspect_of_several_adapters_has_pairs_and_advice(tmp_path):
 
 def test_relative_norms_and_an_outcome(lora, llama, tmp_path):
     adapterkit.merge(llama, [lora], out=tmp_path / "merged")
-    document = report(tmp_path, lora, base=llama, output=tmp_path / "merged")
+    document = report(tmp_path, lora, base=llama, result=tmp_path / "merged")
     modules = inspect(lora, base=llama)["modules"]
     table = next(t for t in document["heatmaps"]["tables"] if t["measure"] == "relative")
     values = sorted(v for row in table["values"] for v in row if v is not None)
@@ -231,7 +231,7 @@ def test_invalid_outputs_and_adapters_are_refused(tmp_path, llama):
             adapterkit.report([one], out=out, overwrite=True)
     assert (tmp_path / "taken.html").read_text() == "mine"
     with pytest.raises(Refused, match="no receipt"):
-        report(tmp_path, one, output=llama)
+        report(tmp_path, one, result=llama)
     with pytest.raises(Refused, match="no adapter"):
         report(tmp_path, llama)
     assert not (tmp_path / "report.html").exists()
@@ -258,7 +258,7 @@ def test_layers_are_in_natural_order_on_every_axis(tmp_path):
     of_both = [named_adapter(str(folder), LocalFolder(folder)) for folder in (one, two)]
     modules = {name: (n / 8, 0.5) for n, name in enumerate(sorted(names))}
     write_weights(WeightsFile(tuple(of_both), (1.0, 1.0), modules), tmp_path / "w.json")
-    document = report(tmp_path, weights=tmp_path / "w.json", output=tmp_path / "small")
+    document = report(tmp_path, weights=tmp_path / "w.json", result=tmp_path / "small")
     for own in ("heatmaps", "weights", "outcome"):
         assert document[own]["rows"] == rows, own
     assert [layer["layer"] for layer in document["pairs"]["layers"]] == rows

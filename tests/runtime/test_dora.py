@@ -340,7 +340,7 @@ def test_norms_are_those_of_the_weights_that_the_file_has(target, dropout, tmp_p
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
     adapters.merge()
     torch.testing.assert_close(adapters.model(tokens()).logits, outputs[0], rtol=1e-4, atol=1e-4)
-    merge(tmp_path / "base", folder, base_copies="adapter", out=tmp_path / "out")
+    merge(tmp_path / "base", folder, embedding_copies="adapter", out=tmp_path / "out")
     merged = type(base).from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(merged(tokens()).logits, outputs[0], rtol=1e-4, atol=1e-4)
 

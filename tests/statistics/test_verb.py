@@ -94,7 +94,7 @@ def common(prompt: list[int], whole: list[int]) -> int:
 
 @pytest.mark.parametrize("name, options", usual(
     itertools.product(
-        ["llama", "gpt2", "bert"], [{}, {"batch": 1}, {"batch": 100}, {"whole": True}]
+        ["llama", "gpt2", "bert"], [{}, {"batch": 1}, {"batch": 100}, {"whole_model": True}]
     ),
     lambda row: row[0] == "llama" or row[1] == {},
 ), ids=str)  # fmt: skip
@@ -217,7 +217,7 @@ def test_the_file_records_the_job(base, texts, tmp_path) -> None:
         "length": 5,
         "batch": 8,
         "seed": 3,
-        "whole": False,
+        "whole_model": False,
         "components": 256,
     }
     assert about["options"] == options

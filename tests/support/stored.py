@@ -23,7 +23,7 @@ def collect_sums(base: Checkpoint, batches: list, work: Path, memory=10**9, whol
     """Collect what the options say."""
     running = {key: more.pop(key) for key in ("progress", "blocks", "attempt") if key in more}
     device, running = more.pop("device", "cpu"), {"progress": lambda done, total: None} | running
-    options = StatsOptions(whole=whole, **more)
+    options = StatsOptions(whole_model=whole, **more)
     work.mkdir(parents=True, exist_ok=True)
     collect(
         base, batches, options, work=work, memory=memory, device=torch.device(device), **running

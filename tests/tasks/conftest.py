@@ -99,7 +99,7 @@ def _gguf_plans() -> dict[str, Plan]:
         kind = gguf_files.gguf.GGMLQuantizationType.Q4_0
         tensors[name] = (kind, gguf_files.blocks(kind, tensors[name].shape, 1))
     path = gguf_files.write(Path("model.gguf"), "llama", message, tensors)
-    how = {"out": "planned.gguf", "dry_run": True, "touched_as": "q8_0"}
+    how = {"out": "planned.gguf", "dry_run": True, "changed_type": "q8_0"}
     down = adapter(model, "of-down", target_modules=["down_proj"])
     for name, rounding in (("touched", "nearest"), ("touched-stochastic", "stochastic")):
         plans[name] = adapterkit.merge(path, down, rounding=rounding, **how)

@@ -52,7 +52,7 @@ class ConvertOptions(OptionRecord):
     lossy: bool = option(
         default=False, check=FLAG, help="Drop norms and biases that the format cannot store."
     )
-    prefix_only: str | None = option(
+    component: str | None = option(
         default=None,
         check=choice(COMPONENTS),
         help="Convert only this component of a pipeline; for an adapter of a single model, the "
@@ -78,7 +78,7 @@ class Convert(WritingVerb, ConvertOptions):
     again without a larger rank. If the format stores no scale, b takes it, rounded once, and a note
     says so. `base`, a model, resolves underscored names and numbers of heads. `architecture` names
     the family if module names fit several. `alpha` is needed if the source leaves it to the reader.
-    `prefix_only` selects one component of a pipeline (unet, transformer, text_encoder, ...), or
+    `component` selects one component of a pipeline (unet, transformer, text_encoder, ...), or
     names the component of a single model. `rank` fits standard LoRA factors to LoHa, LoKr, OFT,
     VeRA, AdaLoRA, differences of weights, factors of a larger rank, and DoRA if the format lacks it
     (DoRA and OFT need `base`); the receipt has the error. `lossy` leaves out differences of norms

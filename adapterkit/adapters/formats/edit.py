@@ -23,7 +23,7 @@ class Edit(WritingVerb):
     """Write an adapter again in its own format, with another description; its tensors keep their
     bytes.
 
-    `base_model` is the id of its base: `base_model_name_or_path` in PEFT's layout,
+    `base_id` is the id of its base: `base_model_name_or_path` in PEFT's layout,
     `ss_sd_model_name` in other metadata. `title`, `trigger` (words that a prompt needs) and `tag`s
     become `modelspec.*` in the metadata of a file, and fields of the card (README.md) in a folder
     in PEFT's layout. `alpha` sets the alpha of all modules, and so multiplies the delta by new /
@@ -42,11 +42,11 @@ class Edit(WritingVerb):
     \b
     Example:
       adapterkit edit lora.safetensors --trigger "sks dog" --title Dogs --out dogs.safetensors
-      adapterkit edit ADAPTER --base-model org/base --out edited
+      adapterkit edit ADAPTER --base-id org/base --out edited
     """
 
     src: StrPath = argument(kw_only=False, check=SOURCE)
-    base_model: str | None = option(
+    base_id: str | None = option(
         default=None, check=TEXT, metavar="ID", help="Id of the base model that the adapter names."
     )
     title: str | None = option(

@@ -235,7 +235,7 @@ def _placed(
             f"{listed([m.path for m in modules])}",
             expected="one of " + ", ".join(format.names.architectures or sorted(architectures())),
             where=contents.folders[0].label,
-            hint="give --architecture" + (", or --prefix-only" if bare else "")
+            hint="give --architecture" + (", or --component" if bare else "")
             if fits or bare
             else "choose another format, or give --architecture for a model of the list",
             code="AK502",
@@ -321,7 +321,7 @@ def _check_components(modules: Modules, format: Format, architecture: str | None
     components = format.components(architecture)
     used = sorted({module.component for module in modules})
     errors = Problems(
-        where="--to", hint="give --prefix-only COMPONENT, one after the other", code="AK503"
+        where="--to", hint="give --component COMPONENT, one after the other", code="AK503"
     )
     if not components and len(used) > 1:
         errors.add(
@@ -338,9 +338,9 @@ def _check_components(modules: Modules, format: Format, architecture: str | None
             f"the adapter has {f'component {shown(name)}' if name else 'modules of no component'}",
             f"{listed([name or 'modules of no component' for name in components])}, which "
             f"{format.title} holds",
-            "give --prefix-only to convert the other part alone"
+            "give --component to convert the other part alone"
             if any(components)
-            else "leave out --prefix-only: it is for one model",
+            else "leave out --component: it is for one model",
         )
     for names in homes.values():
         if len(names) > 1:

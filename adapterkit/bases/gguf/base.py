@@ -111,8 +111,8 @@ def merged_files(
     shards = plan_gguf_files(
         base,
         steps,
-        touched_as=state.options.touched_as,
-        keep_scales=state.options.scales == "keep",
+        changed_type=state.options.changed_type,
+        keep_scales=state.options.gguf_scales == "keep",
         importance=imatrix.sums if imatrix else {},
         name=file,
     )

@@ -30,7 +30,7 @@ from adapterkit.core.tasks.quantize import CompensatedStep, EncodedStep
 from adapterkit.core.tasks.rows import RequantizedWeight
 
 HEADS = {"lm_head.weight": HEAD}  # that a tied model's file gets
-WAY_OUT = "give --touched-as q8_0, or merge into the original checkpoint"
+WAY_OUT = "give --changed-type q8_0, or merge into the original checkpoint"
 
 
 class NewTensor(NamedTuple):
@@ -68,14 +68,14 @@ def plan_gguf_files(
     base: GgufCheckpoint,
     steps: Iterable[Step],
     *,
-    touched_as: str | None,
+    changed_type: str | None,
     keep_scales: bool,
     importance: Importance,
     name: str | None,
 ) -> tuple[OutputFile, ...]:
-    """The files of a model after these steps. `touched_as`: the type of changed tensors in blocks,
-    if not their own; `keep_scales` of blocks whose values fit; `importance` of columns, by tensor;
-    `name`: of a single file, if not the base's."""
+    """The files of a model after these steps. `changed_type`: the type of changed tensors in
+    blocks, if not their own; `keep_scales` of blocks whose values fit; `importance` of columns,
+    by tensor; `name`: of a single file, if not the base's."""
 
     def encoded_so(step: Step) -> Step:
         if not isinstance(step.source, GgufWeight):
@@ -85,7 +85,7 @@ def plan_gguf_files(
 
     own = lambda step: not (step.edits or step.source.folder or step.key not in base.tensors)
     changed = [encoded_so(step) for step in steps if not own(step)]
-    formats = {step.key: _format(base, step, touched_as) for step in changed}
+    formats = {step.key: _format(base, step, changed_type) for step in changed}
     _check_formats(base, formats.values())
     tasks = [_task(step, formats[step.key]) for step in changed]
     return gguf_files(base, tasks, [*formats.values()], name)
@@ -127,7 +127,7 @@ def weighed(weight: GgufWeight, importance: Importance) -> GgufWeight:
     return replace(weight, importance=sums)
 
 
-def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWeight:
+def _format(base: GgufCheckpoint, step: Step, changed_type: str | None) -> GgufWeight:
     """The storage format of a step's result."""
     source, weights = step.source, base.tensors.values()
     tied = (w for w in weights if isinstance(w, GgufWeight) and w.parts[0].key == EMBEDDING)
@@ -135,7 +135,7 @@ def _format(base: GgufCheckpoint, step: Step, touched_as: str | None) -> GgufWei
     weight = weight or next(tied, None)
     if not isinstance(weight, GgufWeight) or weight.key != step.key:
         weight = _renamed(weight, step.key, base)
-    types = weight.types_written(touched_as)
+    types = weight.types_written(changed_type)
     return weight if types == weight.types else retyped(weight, types)
 
 
@@ -172,7 +172,7 @@ def retyped(weight: GgufWeight, types: tuple[str, ...]) -> GgufWeight:
                 f"{shown(weight.key)} has rows of {shape[-1]} values",
                 expected=f"whole blocks of {values}, as {name} has them",
                 where=weight.file,
-                hint="give another --touched-as, such as q8_0",
+                hint="give another --changed-type, such as q8_0",
                 code="AK404",
             )
     parts = []

@@ -143,8 +143,8 @@ class GgufWeight(QuantizedWeight):
     def format(self) -> str:
         return ", ".join(dict.fromkeys(self.types))
 
-    def types_written(self, touched_as: str | None) -> tuple[str, ...]:
-        new = touched_as.upper() if touched_as else None
+    def types_written(self, changed_type: str | None) -> tuple[str, ...]:
+        new = changed_type.upper() if changed_type else None
         return tuple(name if name in FLOATS else new or name for name in self.types)
 
     @property

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from adapterkit.verbs.combine.records.extract import Extract
 
 # options of models alone, and sources
-OPTIONS = ("tokenizer", "touched_as", "scales", "modelfile")
-SOURCES = ("base16", "stats", "imatrix", "density_for")
+OPTIONS = ("tokenizer", "changed_type", "gguf_scales", "modelfile")
+SOURCES = ("original", "stats", "imatrix", "density_for")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def plan_pipeline_merge(base: Base, merge: Merge, options: MergeOptions) -> Plan
     )
     for name in SOURCES:
         if getattr(merge, name) not in (None, ()):
-            hint = "give ORIGINAL as the base" if name == "base16" else errors.hint
+            hint = "give ORIGINAL as the base" if name == "original" else errors.hint
             errors.add(f"{flag_of(name)} with a pipeline", "a base that is one model", hint)
     errors.raise_all()
     pipeline = read_pipeline(base.folder, options.variant)

@@ -37,7 +37,7 @@ class Base:
     does: ClassVar[Mapping[str, str]] = {}  # entries MODULE:FUNCTION by task
     # options of a merge that do not apply, by the kind of base that they are for
     unfit: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "a base in a GGUF file": ("imatrix", "touched_as", "scales", "modelfile")
+        "a base in a GGUF file": ("imatrix", "changed_type", "gguf_scales", "modelfile")
     }
     unfit_for_files: ClassVar[tuple[str, ...]] = ()  # likewise, for a single-file output
 

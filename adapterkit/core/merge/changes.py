@@ -154,16 +154,16 @@ def _trained(state: MergeState, adapter: Adapter) -> dict[str, TensorSpec]:
         elif (
             parameter.is_whole
             and isinstance(stored, QuantizedWeight)
-            and state.options.base_copies is None
+            and state.options.embedding_copies is None
         ):
             error = decoded_difference(copy, (state.base.folder, stored))
-        if count == 0 or (is_copy and state.options.base_copies == "ignore"):
+        if count == 0 or (is_copy and state.options.embedding_copies == "ignore"):
             del trained[name]
         elif error is not None and error < QUANTIZED:
             del trained[name]
             quantized.append(f"{shown(spec.key)} ({error:.0%})")
             continue
-        may_explain = count and is_copy and comparable and not state.options.base_copies
+        may_explain = count and is_copy and comparable and not state.options.embedding_copies
         if may_explain and _is_of_original(state, adapter, spec, stored):
             del trained[name]
             explained.append(spec.key)
@@ -189,7 +189,7 @@ def _report_copies(
     if quantized:
         state.notes.append(
             f"{adapter.name}: copies of weights that the base has quantized are ignored; they "
-            f"differ by {listed(quantized)}; --base-copies adapter starts from them"
+            f"differ by {listed(quantized)}; --embedding-copies adapter starts from them"
         )
     if explained:
         state.notes.append(
@@ -197,18 +197,18 @@ def _report_copies(
             "in its receipt; they are ignored"
         )
     text = ", ".join(f"{shown(key)} ({difference})" for key, difference in differing.items())
-    if differing and state.options.base_copies is None:
+    if differing and state.options.embedding_copies is None:
         state.errors.add(
             f"copies of another base's weights: {text}",
             "the base that the adapter was trained on",
-            "if another adapter was merged into BASE, give --base-copies ignore to add to its "
-            "weights as they are; --base-copies adapter starts from the copies instead, as PEFT "
-            "does",
+            "if another adapter was merged into BASE, give --embedding-copies ignore to add to its "
+            "weights as they are; --embedding-copies adapter starts from the copies instead, as "
+            "PEFT does",
             where=adapter.label,
             code="AK403",
         )
     elif differing:
-        effect = "ignored" if state.options.base_copies == "ignore" else "replace the base's"
+        effect = "ignored" if state.options.embedding_copies == "ignore" else "replace the base's"
         state.notes.append(f"{adapter.name}: copies of another base's weights {effect}: {text}")
 
 

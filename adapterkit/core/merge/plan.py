@@ -82,10 +82,10 @@ def plan_merge_of(merge: Merge) -> Plan:
         adapters, weights = open_with_weights(merge.adapters, merge.weights, opener)
     stats = None if merge.stats is None else open_statistics(merge.stats)
     imatrix = None if merge.imatrix is None else importance_of(merge.imatrix)
-    if merge.base16 is None:
+    if merge.original is None:
         more = {"file": name, "imatrix": imatrix, "weights": weights}
         return plan_merge(base, adapters, options, stats, **more)
-    return plan_merge_into_original(merge.base, merge.base16, adapters, options, stats, weights)
+    return plan_merge_into_original(merge.base, merge.original, adapters, options, stats, weights)
 
 
 def importance_of(text: StrPath) -> "ImportanceFile":
@@ -239,21 +239,21 @@ def _scan_adapters(
 
 def plan_merge_into_original(
     base: StrPath,
-    base16: StrPath,
+    unquantized: StrPath,
     sources: list[tuple[Folder, float]],
     options: MergeOptions,
     stats: Folder | None = None,
     chosen: "WeightsFile | None" = None,
 ) -> Plan:
-    """The plan of a merge into `base16`, the 16-bit original of the quantized base that the
+    """The plan of a merge into `unquantized`, the 16-bit original of the quantized base that the
     adapters were trained on; `Refused` if it is not that original."""
-    quantized, original = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
+    quantized, original = (open_checkpoint(open_model(one)) for one in (base, unquantized))
     errors = Problems(where=quantized.name, code="AK408")
     weights = quantized_weights(decoded_view(quantized).tensors)
     verbs = (header.metadata.get(CHANGED_BY) for header in quantized.shards.values())
     changed_by = next(filter(None, verbs), None)
     if not weights:
-        errors.add("no quantized weights", "a quantized base", "remove --base16")
+        errors.add("no quantized weights", "a quantized base", "remove --original")
     if changed_by:
         errors.add(
             f"a base made by {changed_by}: its adapter corrects changes that the original lacks",

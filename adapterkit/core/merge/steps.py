@@ -226,7 +226,7 @@ def _types(state: MergeState, step: Step) -> tuple[str, ...]:
     weight = state.base.tensors.get(step.key, step.source)
     if state.options.dequantize or not isinstance(weight, QuantizedWeight):
         return (step.dtype,)
-    return weight.types_written(state.options.touched_as)
+    return weight.types_written(state.options.changed_type)
 
 
 def _place(state: MergeState, steps: dict[str, Step], change: Change, slot: Slot) -> None:

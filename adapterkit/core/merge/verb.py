@@ -73,7 +73,7 @@ class PlainMergeOptions(ModuleFilters, MethodOptions):
         check=FLAG,
         help="BASE is the residual base that was written with the adapter, for example by PiSSA.",
     )
-    base_copies: str | None = option(
+    embedding_copies: str | None = option(
         default=None,
         check=choice(("ignore", "adapter")),
         help="If an adapter's copy of an embedding differs from BASE's, ignore the copy or use it "
@@ -155,12 +155,12 @@ class GgufMergeOptions(OptionRecord):
 
     section = GGUF
 
-    touched_as: str | None = option(
+    changed_type: str | None = option(
         default=None,
         check=choice(WRITTEN_TYPES),
         help="GGUF type of the tensors that change (default: the type that they have).",
     )
-    scales: str | None = option(
+    gguf_scales: str | None = option(
         default=None,
         check=choice(("search", "keep")),
         help="Scales of the changed blocks of a GGUF model: search for the best ones (default), "
@@ -239,8 +239,8 @@ class Merge(WritingVerb, MergeOptions):
     are rounded to nearest.
 
     PEFT stores copies of the base's embeddings with their factors. They are compared with the base:
-    equal ones change nothing, others are refused unless `base_copies` says which counts, "ignore"
-    (the base's own weight) or "adapter" (the copy, as in PEFT).
+    equal ones change nothing, others are refused unless `embedding_copies` says which counts,
+    "ignore" (the base's own weight) or "adapter" (the copy, as in PEFT).
 
     `fail_below` is the share of the change that the median of the changed tensors has to keep. If
     rounding keeps less, the merge fails before anything is published. Without it, the receipt's
@@ -269,7 +269,7 @@ class Merge(WritingVerb, MergeOptions):
         kw_only=False, default=(), check=WEIGHTED, metavar="ADAPTER[=W]...", unless="weights"
     )
     weights: StrPath | None = weights_option()
-    base16: StrPath | None = option(
+    original: StrPath | None = option(
         default=None,
         check=SOURCE,
         metavar="ORIGINAL",

@@ -127,9 +127,9 @@ def rounding_warnings(
             survival["float" if "rounding" in metrics[key] else "quantized"][key] = share
     remedies = {
         "quantized": (
-            "store what changes in more bits with --touched-as q8_0"
+            "store what changes in more bits with --changed-type q8_0"
             if in_gguf
-            else "merge with --dequantize, or into the 16-bit original with --base16"
+            else "merge with --dequantize, or into the 16-bit original with --original"
         ),
         "float": "write floats with --dtype fp32",
     }

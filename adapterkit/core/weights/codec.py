@@ -96,7 +96,7 @@ class QuantizedWeight(TensorSpec):
         """The format's name in reports."""
         return self.name
 
-    def types_written(self, touched_as: str | None) -> tuple[str, ...]:
+    def types_written(self, changed_type: str | None) -> tuple[str, ...]:
         """The types in which changed values may be stored."""
         return (self.name,)
 

@@ -78,7 +78,7 @@ class CoarseToFineFit:
         self.rows["start"] = self.losses(start, fit.held)
         self._check_finite()
         self.levels["start"] = start
-        for per in LEVELS[: LEVELS.index(fit.options.per) + 1]:
+        for per in LEVELS[: LEVELS.index(fit.options.granularity) + 1]:
             if per == "direction":
                 self._expand()
             kept = self.kept(per)
@@ -117,7 +117,7 @@ class CoarseToFineFit:
 
     def _balance(self, part: SampleSplit) -> Balance:
         """The function that combines a split's losses into one number."""
-        fit, kind = self.fit, self.fit.options.balance
+        fit, kind = self.fit, self.fit.options.loss_over
         tokens = part.files.bincount(part.tokens).double()
         shares = tokens / tokens.sum() if kind == "tokens" else fit.shares
         balance = Balance(kind == "worst", part.files, part.weights, shares)
@@ -131,8 +131,8 @@ class CoarseToFineFit:
             raise Failed(
                 f"the adapters of {listed(wrong)} do not lower its loss",
                 expected="adapters that were trained for their files",
-                where="--balance retention",
-                hint="give another --balance",
+                where="--loss-over retention",
+                hint="give another --loss-over",
                 code="AK905",
             )
         return replace(balance, own=own, base=base)
@@ -210,7 +210,9 @@ def closed_form(fit: FitCollection, runs: Runs, start: Tensor) -> Tensor:
         runs.run(only, [*_alone(own)], lambda one: 0 * runs.target.logits(one).flatten()[:1])
         seen.append(weighted_model.seen)
     weighted_model.seen = None
-    groups = [owner[1 : ENDS.get(fit.options.per, 3)][-1:] for owner in weighted_model.owners]
+    groups = [
+        owner[1 : ENDS.get(fit.options.granularity, 3)][-1:] for owner in weighted_model.owners
+    ]
     modules = []
     for place in weighted_model.places:
         with runs.loaded(place):

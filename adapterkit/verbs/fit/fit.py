@@ -62,7 +62,7 @@ def fitted(
     """The file of weights from a fit."""
     began = time.monotonic()
     with finished_fit(fit, plan, work, device, lambda: progress(1)) as search:
-        document = outcome(search, fit.options.per)
+        document = outcome(search, fit.options.granularity)
         document["notes"] = _alone(search, document["written"]["per"])
         document["seconds"] = round(time.monotonic() - began, 1)
         return FittedWeights.result(weights_file(search, document), document)
@@ -80,7 +80,7 @@ def finished_fit(
             WeightedModel(stored.model, plan.folders[1:]),
             OffloadedLayers.of(stored),
         )
-        whole = fit.options.whole or not units.has_layers
+        whole = fit.options.whole_model or not units.has_layers
         runs = Runs(
             stored, weighted_model, units, make(stored.model), whole, work, plan.budget, step
         )
@@ -160,7 +160,7 @@ def weights_file(search: CoarseToFineFit, document: Json) -> WeightsFile:
     modules = {}
     per: Any = kept
     if kept == "start":
-        per = min(fit.options.per, "module", key=LEVELS.index)
+        per = min(fit.options.granularity, "module", key=LEVELS.index)
         per = per if fit.options.start == "stats" else "adapter"
     for place in weighted_model.places if per != "adapter" else ():
         at = place.first

@@ -149,8 +149,10 @@ def plan_fit(options: WeightFit) -> Plan:
     held = SampleSplit.of("held", own[1], shift, len(train.where))
     tokens = sum(one.tokens for one in samples)
     parameters = sum(math.prod(spec.shape) for spec in base.tensors.values())
-    together = [unit.parameters for unit in OffloadedLayers.of(stored).outer if not options.whole]
-    levels = LEVELS[: LEVELS.index(options.per) + 1]
+    together = [
+        unit.parameters for unit in OffloadedLayers.of(stored).outer if not options.whole_model
+    ]
+    levels = LEVELS[: LEVELS.index(options.granularity) + 1]
     fit = FitCollection(
         base=base,
         device_memory=max(map(stored.nbytes, together or [stored.parameters()])),
@@ -168,7 +170,7 @@ def plan_fit(options: WeightFit) -> Plan:
         modules=len(weighted_model.places),
     )
     recipe = options.recipe() | {"weights": given, "data": fit.data}
-    size = NUMBER * (fit.weights[options.per] + len(folders) * len(weighted_model.places))
+    size = NUMBER * (fit.weights[options.granularity] + len(folders) * len(weighted_model.places))
     size += (
         sum(len(place.name) for place in weighted_model.places) + len(json.dumps(fit.data)) + TEXT
     )
@@ -289,7 +291,7 @@ def _split(
             code="AK904",
         )
     random.Random(options.seed).shuffle(own)
-    held = min(max(1, round(options.hold * len(own))), len(own) - 1)
+    held = min(max(1, round(options.holdout * len(own))), len(own) - 1)
     return own[held:], own[:held]
 
 
@@ -316,13 +318,13 @@ def _check_split(
         errors.add(
             "one sample is held out, which has no standard error",
             "2 or more",
-            "raise --samples or --hold",
-            where="--hold",
+            "raise --samples or --holdout",
+            where="--holdout",
             code="AK904",
         )
     by_place = [f"--target {options.target}"] * (options.target == "teacher")
     by_place += [f"--start {options.start}"] * (options.start == "stats")
-    by_place += [f"--balance {options.balance}"] * (options.balance == "retention")
+    by_place += [f"--loss-over {options.loss_over}"] * (options.loss_over == "retention")
     if by_place and samples and len(samples) != adapters:
         errors.add(
             f"{len(samples)} files for {adapters} adapters, with {' and '.join(by_place)}",

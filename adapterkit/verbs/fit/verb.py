@@ -32,7 +32,8 @@ from adapterkit.verbs.shared.options import activations_option, length_option, w
 LEVELS = ("adapter", "layer", "module", "direction")
 # options of a fit to data
 OF_DATA = (
-    "target", "per", "start", "samples", "length", "hold", "ridge", "balance", "whole", "dtype",
+    "target", "granularity", "start", "samples", "length", "holdout", "ridge", "loss_over",
+    "whole_model", "dtype",
     "device", "memory",
 )  # fmt: skip
 SCORE = "A program instead of data"
@@ -65,20 +66,21 @@ class WeightFit(Verb[Json]):
 
     The model runs with all adapters; only the c get gradients. c = start + u(adapter) + v(adapter,
     layer) + z(adapter, module) is fitted coarse to fine, each step from the one before and down to
-    `per`. A step is kept if the loss of held-out samples falls by more than its standard error.
-    `direction`: one number for each singular triplet of each delta. With 8 samples, expect it to
-    stop at one number for each adapter.
+    `granularity`. A step is kept if the loss of held-out samples falls by more than its standard
+    error. `direction`: one number for each singular triplet of each delta. With 8 samples, expect
+    it to stop at one number for each adapter.
 
     `data`: files as `stats` takes them, each with an equal share of the samples and of the loss, or
-    `FILE=SHARE`. The share `hold` of `samples` is held out, by `seed`. `target`: `labels`, the loss
-    of the tokens that count; `teacher`: each file belongs to the adapter of the same position, and
-    the loss is KL(p_adapter ‖ p) and 0.1 of the relative error of the last hidden states. Adapters'
-    weights (`PATH=0.7`) are the start, else 1/N each; `start="stats"`: the closed form of the
-    `regspan` method. `ridge`: λ/2 Σᵢ meanₘ δᵢₘ² is added, in nats, for the change δ of a step;
+    `FILE=SHARE`. The share `holdout` of `samples` is held out, by `seed`. `target`: `labels`, the
+    loss of the tokens that count; `teacher`: each file belongs to the adapter of the same position,
+    and the loss is KL(p_adapter ‖ p) and 0.1 of the relative error of the last hidden states.
+    Adapters' weights (`PATH=0.7`) are the start, else 1/N each; `start="stats"`: the closed form of
+    the `regspan` method. `ridge`: λ/2 Σᵢ meanₘ δᵢₘ² is added, in nats, for the change δ of a step;
     `auto`: 1, 0.3, 0.1, 0.03, 0.01, as far as held-out samples improve. `bounds`: of all c.
-    `balance`: the mean over files, over tokens, the worst file, or (L - own)/(base - own) of each
-    with its adapter. `whole`: the model in memory, else one layer at a time, to the same weights
-    within rounding. `dtype`: of the model; by default float32 on a CPU, on a GPU the checkpoint's.
+    `loss_over`: the mean over files, over tokens, the worst file, or (L - own)/(base - own) of each
+    with its adapter. `whole_model`: the model in memory, else one layer at a time, to the same
+    weights within rounding. `dtype`: of the model; by default float32 on a CPU, on a GPU the
+    checkpoint's.
 
     `score`: a program instead of data, such as `evaluate {}`. It is called with the folder of a
     candidate, the adapters' sum with one weight for each, and the last number that it prints is the
@@ -148,7 +150,7 @@ class WeightFit(Verb[Json]):
         check=choice(("labels", "teacher")),
         help="Fit to the tokens of the samples, or to the predictions of each file's own adapter.",
     )
-    per: str = option(
+    granularity: str = option(
         default="module", check=choice(LEVELS), help="Finest granularity of the weights to try."
     )
     start: str = option(
@@ -158,7 +160,7 @@ class WeightFit(Verb[Json]):
     )
     samples: int = option(default=64, check=COUNT, help="Number of samples to draw.")
     length: int | None = length_option()
-    hold: float = option(
+    holdout: float = option(
         default=0.25,
         check=number("a share between 0 and 1", lambda value: 0 < value < 1),
         help="Share of each file's samples to hold out for validation.",
@@ -174,13 +176,13 @@ class WeightFit(Verb[Json]):
         default="-1:2", check=BOUNDS, metavar="LOW:HIGH", help="Bounds of all weights."
     )
     positive: bool = option(default=False, check=FLAG, help="Allow no weight below 0.")
-    balance: str = option(
+    loss_over: str = option(
         default="files",
         check=choice(BALANCES),
         help="Minimize the mean loss over files or tokens, the worst file's loss (worst), or the "
         "loss of each file relative to its own adapter's (retention).",
     )
-    whole: bool = whole_option()
+    whole_model: bool = whole_option()
     dtype: str | None = dtype_option(
         "Dtype of the model (default: fp32 on a CPU, otherwise the model's)."
     )
@@ -208,7 +210,8 @@ class WeightFit(Verb[Json]):
 
     def recipe(self) -> Json:
         """The options that determine the result."""
-        names = "target per start samples length hold seed ridge balance whole dtype device".split()
+        names = "target granularity start samples length holdout seed ridge loss_over".split()
+        names += ["whole_model", "dtype", "device"]
         given = {name: getattr(self, name) for name in names}
         return given | {"bounds": list(self.limits)}
 

@@ -177,6 +177,6 @@ def _check_base(detection: Detection, base: Checkpoint, found: _Verdicts) -> Non
         base.folder.origin.get("repo"),
     )
     if isinstance(declared, str) and isinstance(given, str) and declared != given:
-        edit = command("adapterkit edit", "ADAPTER", base_model=given, out="edited")
+        edit = command("adapterkit edit", "ADAPTER", base_id=given, out="edited")
         do = f"check the base, or change its name in the adapter\n{edit}"
         found.add("differs", f"the adapter names the base {listed([declared])}", do, given)

@@ -394,7 +394,7 @@ def sizes_of(job: CollectionPlan, shapes: dict[str, tuple[int, int]]) -> Sizes:
     """The job's sizes, from its layers' shapes."""
     stored, units = job.stored, job.units
     layers = [unit for unit in units.outer if unit.is_layer]
-    is_whole = job.options.whole or not layers
+    is_whole = job.options.whole_model or not layers
     weights = device = stored.nbytes(stored.parameters())
     if not is_whole:
         device = max(stored.nbytes(unit.parameters) for unit in units.outer)

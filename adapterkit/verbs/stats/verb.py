@@ -40,7 +40,7 @@ class StatsOptions(OptionRecord):
     targets: str | Sequence[str] | None = targets_option("all-linear", "Modules to measure")
     batch: int = option(default=8, check=COUNT, help="Samples per batch.")
     seed: int = seed_option("Seed for drawing the samples.")
-    whole: bool = whole_option()
+    whole_model: bool = whole_option()
     components: int = option(
         default=256, check=COUNT, help="Number of principal components of each module (pca)."
     )
@@ -68,7 +68,7 @@ class Stats(WritingVerb, StatsOptions):
     principal directions of the centered inputs, with their variances), gradient (dLoss/dW of the
     model's loss, the mean over the batches of `batch` samples). `targets`: `all-linear` (the
     default: all linear layers except the output), ends of modules' names separated by commas, or a
-    regex. `whole`: run the whole model in memory, to the same numbers within rounding.
+    regex. `whole_model`: run the whole model in memory, to the same numbers within rounding.
     `compat="peft"`: the covariance as PEFT's CorDA computes it, of inputs divided by their largest,
     one sample after the other regardless of `batch`. `memory`: bytes of activations in memory,
     beyond which they go to disk (default: a quarter of the machine's).

@@ -101,13 +101,13 @@ def test_random_models_with_random_adapters(seed: int, tmp_path: Path):
     rounding = random_.choice(["nearest", "nearest", "stochastic"])
     options: dict[str, Any] = {"rounding": rounding, "verify": random_.random() < 0.3}
     if rounding == "nearest" and random_.random() < 0.3:
-        options["scales"] = "keep"
-    touched_as = random_.choice([None, None, None, "q8_0", "f16"])
+        options["gguf_scales"] = "keep"
+    changed_type = random_.choice([None, None, None, "q8_0", "f16"])
     out = tmp_path / "out.gguf"
-    adapterkit.merge(path, {tmp_path / "a": weight}, out=out, touched_as=touched_as, **options)
+    adapterkit.merge(path, {tmp_path / "a": weight}, out=out, changed_type=changed_type, **options)
     old, new, was, now = decoded(path), decoded(out), stored(path), stored(out)
     kinds = {entry.name: entry.type for entry in header(out).tensors}
-    if touched_as is None:
+    if changed_type is None:
         assert header(out).raw == header(path).raw and out.stat().st_size == path.stat().st_size
     assert header(out).metadata == header(path).metadata
     assert [e.name for e in header(out).tensors] == [e.name for e in header(path).tensors]

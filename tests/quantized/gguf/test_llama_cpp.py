@@ -172,7 +172,7 @@ OUTPUTS: list[tuple[Callable[..., Path], str, Any]] = [
     *((of_split, arch, SIDES[0]) for arch in ("llama", "qwen3")),
     (of_split, "gemma2", "q_proj"),
     *((of_blocks, kind, {}) for kind in sorted(ggml.TYPES)),
-    *((of_blocks, "Q4_K", {"touched_as": kind}) for kind in ("q8_0", "f32", "iq4_nl")),
+    *((of_blocks, "Q4_K", {"changed_type": kind}) for kind in ("q8_0", "f32", "iq4_nl")),
     (of_blocks, "Q6_K", {"rounding": "stochastic"}),
     *((quantized, mix, None) for mix in ("q8_0", "f16")),
 ]

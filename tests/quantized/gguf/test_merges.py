@@ -137,7 +137,7 @@ def test_fully_trained_modules_are_merged(tmp_path: Path):
         ("gpt2", {"target_modules": ["c_attn", "c_fc"], "lora_bias": True}, {}),
         ("gemma3", {"target_modules": ["v_proj"], "modules_to_save": ["q_norm"]}, {}),
         ("llama", {"target_modules": ["lm_head"]}, {"tied": True}),
-        ("llama", {}, {"kind": "Q8_0", "touched_as": "f32"}),
+        ("llama", {}, {"kind": "Q8_0", "changed_type": "f32"}),
         ("qwen3moe", {"target_modules": [], "target_parameters": STACKS[1:]}, {"kind": "Q8_0"}),
     ],
 )
@@ -219,8 +219,8 @@ def test_names_of_outputs_and_options(tiny: Path, tmp_path: Path):
     oracle.save_base(llama()[0], base)
     with pytest.raises(Refused, match=r"m\.gguf for a base that is no single file"):
         adapterkit.merge(base, tmp_path / "a", out=tmp_path / "m.gguf")
-    with pytest.raises(Refused, match="--scales with this base"):
-        adapterkit.merge(base, tmp_path / "a", out=tmp_path / "m", scales="keep")
+    with pytest.raises(Refused, match="--gguf-scales with this base"):
+        adapterkit.merge(base, tmp_path / "a", out=tmp_path / "m", gguf_scales="keep")
     assert not [path for path in tmp_path.iterdir() if path.name[0] == "m"]
 
 
@@ -334,19 +334,19 @@ def test_a_change_that_is_2_percent_wrong_is_found_in_every_type(
     for scales in ("search", "keep"):
         with monkeypatch.context() as patch:
             patch.setattr(rows, "add_low_rank", wrong)
-            adapterkit.merge(path, tmp_path / "a", out=out, scales=scales, overwrite=True)
+            adapterkit.merge(path, tmp_path / "a", out=out, gguf_scales=scales, overwrite=True)
         with pytest.raises(Damaged, match="21 of 21 tensors are not what the inputs give"):
             adapterkit.verify(out, base=path, adapters=[tmp_path / "a"])
 
 
-@pytest.mark.parametrize("touched_as", [None, "q6_k"])
+@pytest.mark.parametrize("changed_type", [None, "q6_k"])
 def test_stochastic_rounding_is_verified_where_scales_are_as_good(
-    touched_as: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed_type: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Of each type; in many blocks two scales have nearly the same error, of which the search in
     float32 finds one and that of the exact values the other."""
     path, out = of_every_type(tmp_path), tmp_path / "out.gguf"
-    how = {"out": out, "rounding": "stochastic", "touched_as": touched_as, "overwrite": True}
+    how = {"out": out, "rounding": "stochastic", "changed_type": changed_type, "overwrite": True}
     adapterkit.merge(path, tmp_path / "a", verify=True, **how)
     sources: dict = {"base": path, "adapters": [tmp_path / "a"]}
     add, draw = rows.add_low_rank, Draws.uniform
@@ -354,7 +354,7 @@ def test_stochastic_rounding_is_verified_where_scales_are_as_good(
         (rows, "add_low_rank"): lambda w, left, other: add(w, left * 1.02, other),
         (Draws, "uniform"): lambda self, *rest: 1 - draw(self, *rest),
     }
-    if touched_as is None:  # else new scales are not compared with old ones
+    if changed_type is None:  # else new scales are not compared with old ones
         wrong[_Trial, "_searched"] = lambda self, scales, at: (scales, at)
     for (owner, name), function in wrong.items():
         with monkeypatch.context() as patch:
@@ -376,14 +376,14 @@ def test_small_changes_survive_stochastic_and_compensated_rounding(kind: str, tm
     save_file({f"{module}.covariance": factor @ factor.T for module in modules}, stats)
     how: dict[str, dict] = {
         "nearest": {},
-        "kept": {"scales": "keep"},
+        "kept": {"gguf_scales": "keep"},
         "stochastic": {"rounding": "stochastic"},
         "compensated": {"rounding": "compensated", "stats": stats},
     }
     for name, options in how.items():
         out = tmp_path / f"{name}.gguf"
         receipt: Any = adapterkit.merge(path, adapter, out=out, **options)
-        told = [text for text in receipt.data["warnings"] if "--touched-as q8_0" in text]
+        told = [text for text in receipt.data["warnings"] if "--changed-type q8_0" in text]
         assert bool(told) == (name in ("nearest", "kept"))
         sources = {"base": path, "adapters": [adapter], "stats": options.get("stats")}
         assert adapterkit.verify(out, **sources)["tensors"] == 2
@@ -398,7 +398,7 @@ def test_small_changes_survive_stochastic_and_compensated_rounding(kind: str, tm
 def test_touched_tensors_in_another_type(tmp_path: Path):
     path, adapter, exact = in_blocks("Q4_K", tmp_path)
     out = tmp_path / "touched.gguf"
-    adapterkit.merge(path, adapter, out=out, touched_as="q8_0", verify=True)
+    adapterkit.merge(path, adapter, out=out, changed_type="q8_0", verify=True)
     types = {entry.name: entry.type for entry in header(out).tensors}
     assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_down.weight"] == "Q8_0"
     assert types["blk.0.attn_norm.weight"] == "F32"
@@ -418,9 +418,9 @@ def test_codebook_types_are_refused_with_a_fix(tmp_path: Path):
     )
     path = write(tmp_path / "m.gguf", "llama", message, tensors)
     train(model, tmp_path / "a", target_modules=["down_proj"])
-    with pytest.raises(Refused, match=r"IQ3_S[\s\S]*--touched-as q8_0"):
+    with pytest.raises(Refused, match=r"IQ3_S[\s\S]*--changed-type q8_0"):
         adapterkit.merge(path, tmp_path / "a", out=tmp_path / "out.gguf")
-    adapterkit.merge(path, tmp_path / "a", out=tmp_path / "out.gguf", touched_as="q8_0")
+    adapterkit.merge(path, tmp_path / "a", out=tmp_path / "out.gguf", changed_type="q8_0")
     entry = next(e for e in header(tmp_path / "out.gguf").tensors if e.name == name)
     assert entry.type == "Q8_0"
 

@@ -120,7 +120,7 @@ def as_component(
     """One component of a pipeline's adapter as a folder in PEFT's layout, other deltas in a second
     file. `base`: that model of the pipeline."""
     detection, own = detect(folder), selected(contents, name)
-    options = ConvertOptions(to=PEFT, prefix_only=name)
+    options = ConvertOptions(to=PEFT, component=name)
     plan = plan_with_others(folder, own, options)
     plan = plan or plan_contents(AdapterConversion(folder, detection, options, base), own)
     return converted_folder(folder, detection.format.name, detection.container.file, plan, name)

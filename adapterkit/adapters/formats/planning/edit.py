@@ -27,12 +27,12 @@ from adapterkit.core.records import Json
 CARD = "README.md"
 # option -> the key of a file's metadata, the field of a card
 IN_FILE = {
-    "base_model": "ss_sd_model_name",
+    "base_id": "ss_sd_model_name",
     "title": "modelspec.title",
     "trigger": "modelspec.trigger_phrase",
     "tag": "modelspec.tags",
 }
-IN_CARD = {"base_model": "base_model", "title": "title", "trigger": "instance_prompt"}
+IN_CARD = {"base_id": "base_model", "title": "title", "trigger": "instance_prompt"}
 MOST_CARD = 1 << 20  # bytes of a card that is read
 
 
@@ -91,8 +91,8 @@ def _problems(edit: Edit, format: Format, name: str | None) -> Problems:
 
 def _changed(contents: Contents, edit: Edit, is_folder: bool) -> Contents:
     """The contents with the requested alpha, and the base's id in their config."""
-    if edit.base_model and is_folder:
-        config = {**contents.config, "base_model_name_or_path": edit.base_model}
+    if edit.base_id and is_folder:
+        config = {**contents.config, "base_model_name_or_path": edit.base_id}
         contents = replace(contents, config=config)
     if edit.alpha is None:
         return contents

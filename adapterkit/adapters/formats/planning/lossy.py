@@ -285,7 +285,7 @@ class _Fitting:
             self.errors.add(
                 f"deltas that depend on the weights of {listed(sorted(components))}",
                 "one component at a time, with its --base",
-                "give --prefix-only COMPONENT and the folder of that component as --base",
+                "give --component COMPONENT and the folder of that component as --base",
                 where=where,
                 code="AK402",
             )

@@ -102,7 +102,7 @@ def plan_conversion(convert: Convert) -> Plan:
     target = Path(convert.out)
     is_file = target.suffix in FILES and not is_on_hub(convert.out)
     source = open_unconverted(convert.src, convert.allow_pickle)
-    base = None if convert.base is None else base_for(convert.base, source, convert.prefix_only)
+    base = None if convert.base is None else base_for(convert.base, source, convert.component)
     options, name = convert.only(ConvertOptions), target.name if is_file else None
     plan = plan_convert(source, options, base, name)
     if any("repo" in folder.origin for folder in plan.folders):  # on the Hub

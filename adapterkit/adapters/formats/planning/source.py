@@ -189,7 +189,7 @@ def read_contents(conversion: AdapterConversion) -> Contents:
         if base is not None:
             modules = with_axes_of(base.tensors, contents.modules)
             contents = replace(contents, modules=tuple(modules))
-    component = conversion.options.prefix_only
+    component = conversion.options.component
     return contents if component is None else selected(contents, component)
 
 
@@ -216,7 +216,7 @@ def _of_keys(conversion: AdapterConversion) -> Contents:
         options.architecture or getattr(conversion.base, "architecture", None),
         conversion.modules,
         conversion.facts,
-        options.prefix_only,
+        options.component,
         conversion.file,
     )
     return read(detection.format, conversion.source, detection.container, detection.config, reading)
@@ -252,7 +252,7 @@ def selected(contents: Contents, component: str) -> Contents:
         raise Refused(
             f"no component {component}",
             expected=f"one of {listed(contents.components)}",
-            where="--prefix-only",
+            where="--component",
             hint="choose one of them",
             code="AK401",
         )

@@ -39,7 +39,7 @@ SUMMARY = "LoftQ: for its quantized base alone, not for the original"
 
 def plan_loftq(options: Loftq) -> Plan:
     """Plan LoftQ, or raise `Refused`."""
-    quantized = if_given(open_model, options.quantized)
+    quantized = if_given(open_model, options.quantized_base)
     stats = if_given(open_statistics, options.stats)
     base = open_checkpoint(open_model(options.base))
     check_not_quantized(base)

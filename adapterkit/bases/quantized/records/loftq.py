@@ -48,8 +48,8 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     of the outputs, ‖(W - Q - scale·b@a) C^½‖_F, which the receipt has too; `damping` was added to
     C, relative to its diagonal's mean.
 
-    With `quantized`, a quantized checkpoint of the same base, Q does not change, and `OUT` is the
-    adapter alone, from one step on W - decode(Q). `accept(module, a, b)` then decides for each
+    With `quantized_base`, a quantized checkpoint of the same base, Q does not change, and `OUT` is
+    the adapter alone, from one step on W - decode(Q). `accept(module, a, b)` then decides for each
     module, in the order of the file, whether its factors are kept; if not, b is zero.
 
     Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the
@@ -66,7 +66,7 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
     Example:
       adapterkit loftq ./model --rank 16 --out loftq
       adapterkit loftq ./model --rank 16 --bits-for "down_proj|layers[.]0[.].*=8" --out loftq
-      adapterkit loftq ./model --quantized ./model-nf4 --rank 16 --out adapter
+      adapterkit loftq ./model --quantized-base ./model-nf4 --rank 16 --out adapter
     """
 
     base: StrPath = argument(kw_only=False, check=SOURCE)
@@ -79,20 +79,20 @@ class Loftq(WritingVerb, ScaleOptions, BlockOptions):
         metavar="REGEX=N",
         help="Use another number of bits for modules whose name, or the end of it, matches, for "
         "example down_proj=8; writes compressed-tensors.",
-        excludes=("quantized",),
+        excludes=("quantized_base",),
     )
     iterations: int = option(
         default=4, check=COUNT, help="Number of iterations; the best one is kept."
     )
     targets: str | Sequence[str] | None = targets_option("all quantized modules")
-    quantized: StrPath | None = option(
+    quantized_base: StrPath | None = option(
         default=None,
         check=SOURCE,
         metavar="QBASE",
         help="Keep this quantized version of BASE and write only the adapter for it.",
     )
     stats: StrPath | None = covariances_option()
-    accept: "Accept | None" = option(default=None, check=FUNCTION, needs="quantized")
+    accept: "Accept | None" = option(default=None, check=FUNCTION, needs="quantized_base")
     dtype: str = factor_dtype_option()
 
 

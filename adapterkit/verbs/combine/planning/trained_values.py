@@ -103,7 +103,7 @@ def _copy_of_base(
                 f"{shown(key)}: copies of two bases in {adapters[widest].name} and "
                 f"{adapters[number].name}",
                 "adapters of one base",
-                "merge them one after the other, with --base-copies",
+                "merge them one after the other, with --embedding-copies",
                 where="adapters",
                 code="AK403",
             )

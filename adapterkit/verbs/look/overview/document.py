@@ -53,7 +53,7 @@ def document_of(report: Report) -> Json:
         "ranks": [{"adapter": name, "rows": _ranks(one, its)} for name, one, its in parts],
         "pairs": compare_adapters(folders, report.stats) if len(folders) > 1 else None,
         "weights": None if weights is None else weights_document(weights, names),
-        "outcome": _outcome(report.output) if report.output is not None else None,
+        "outcome": _outcome(report.result) if report.result is not None else None,
     }
     return document | _commands(document, sources, report.base or "BASE")
 
@@ -172,7 +172,7 @@ def _outcome(source: StrPath) -> Json:
             "no receipt",
             expected="an output of adapterkit",
             where=folder.label,
-            hint="give the output of a command, or omit --output",
+            hint="give the output of a command, or omit --result",
             code="AK608",
         )
     return outcome_of(read_receipt(folder))

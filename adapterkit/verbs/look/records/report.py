@@ -47,7 +47,7 @@ class Report(Verb[Json]):
     - `weights`: for a file of weights `per`, `default`, and by layer and module `rows`, `columns`
       and `tables` (the weights of each adapter, for directions their mean); `fit`: for weights that
       `fit` chose its `files`, `losses`, `steps`, `written` and `seconds`; or null
-    - `outcome`: the verb, totals, metrics by tensor and the 20 `worst` of the receipt of `output`;
+    - `outcome`: the verb, totals, metrics by tensor and the 20 `worst` of the receipt of `result`;
       or null
     - `advice`: one `command` with its `reason`; `loading`: commands by program
 
@@ -65,7 +65,7 @@ class Report(Verb[Json]):
     \b
     Example:
       adapterkit report ADAPTER --out report.html
-      adapterkit report style skill --base BASE --output merged --out report.html
+      adapterkit report style skill --base BASE --result merged --out report.html
     """
 
     adapters: Sources = argument(
@@ -75,7 +75,7 @@ class Report(Verb[Json]):
     base: StrPath | None = base_option(
         "The adapters' base, to show norms relative to the norms of its weights."
     )
-    output: StrPath | None = option(
+    result: StrPath | None = option(
         default=None,
         check=SOURCE,
         metavar="DIR",

@@ -266,7 +266,7 @@ class LayerwiseSchedule:
                 problem,
                 expected="layers that are called, and pass on only their outputs",
                 where=self.stored.base.name,
-                hint="run the model whole: --whole",
+                hint="run the model whole: --whole-model",
                 code="AK902",
             ) from error
 
@@ -330,7 +330,7 @@ class LayerwiseSchedule:
                 f"{shown(unit.name)} changes its arguments to pass values on",
                 expected="layers that pass on only their outputs",
                 where=self.stored.base.name,
-                hint="run the model whole: --whole",
+                hint="run the model whole: --whole-model",
                 code="AK902",
             )
         return output
