@@ -49,6 +49,7 @@ def main() -> None:
     \b
     A source is a folder, a .safetensors file, or a Hub id org/name[@revision][:folder or file].
     An adapter may carry a weight: PATH=0.7 (default 1, negative allowed).
+    Commands that write share common options: COMMAND --help-all describes them.
     Exit status: 0 done; 1 refused or failed, with a message; 2 wrong usage or a wrong value.
     run: also 3 = timed out waiting for other workers.
     diff: 0 the same; 1 different; 2 refused, failed or wrong usage.

@@ -16,7 +16,7 @@ from adapterkit.core.errors import AdapterkitError, Interrupted, Refused, Waitin
 from adapterkit.core.options import option_of
 from adapterkit.core.records import Json
 from adapterkit.core.registry import TIERS, Declaration, as_flag, declarations, verb_named
-from adapterkit.core.verb import Verb, fields_of
+from adapterkit.core.verb import Verb, WritingVerb, fields_of
 from adapterkit.doors import SECTIONS as VERBS
 from adapterkit.verbs.combine.methods import ALIASES
 
@@ -123,6 +123,7 @@ def command_of(verb: type[Verb]) -> click.Command:
         tier=f"{verb.tier.capitalize()}: {TIERS[verb.tier]}.",
         sections=sections_of(verb),
         lists=LISTS.get(verb.name, dict),
+        writes=issubclass(verb, WritingVerb),
     )
 
 

@@ -5,6 +5,7 @@ import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
+from textwrap import wrap
 from typing import Any
 
 import click
@@ -16,9 +17,31 @@ from adapterkit.core.errors import AdapterkitError
 Rows = list[tuple[str, str]]  # a name and a text
 
 
+COMMON = "Common options"  # the section of what all commands that write have
+ALL = "adapterkit.help_all"  # in a context: the help has the common options too
+
+
+def _show_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta[ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+help_all_option = click.Option(
+    ["--help-all"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_all,
+    help="Show the common options too, and exit.",
+)
+
+
 class VerbCommand(click.Command):
     """The command of a verb. Its help has the `tier`, the options without a section, those of
-    `sections` (parameter -> title), and at its end `lists()`: title -> rows."""
+    `sections` (parameter -> title), and `lists()`: title -> rows. If it `writes`, the common
+    options are rows of --help-all, and one line at the end of --help names them."""
 
     def __init__(
         self,
@@ -26,10 +49,15 @@ class VerbCommand(click.Command):
         tier: str,
         sections: Mapping[str, str],
         lists: Callable[[], dict[str, Rows]],
+        writes: bool,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.tier, self.sections, self.lists = tier, sections, lists
+        self.tier, self.sections, self.lists, self.writes = tier, sections, lists, writes
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        *own, help = super().get_params(ctx)
+        return [*own, help, help_all_option] if self.writes else [*own, help]
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_help_text(ctx, formatter)
@@ -43,6 +71,8 @@ class VerbCommand(click.Command):
             record = one.get_help_record(ctx) if isinstance(one, click.Option) else None
             if record is not None:
                 groups[self.sections.get(str(one.name), "Options")] += [record]
+        if self.writes and ALL not in ctx.meta:
+            del groups[COMMON]
         for title, rows in ((title, rows) for title, rows in groups.items() if rows):
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -51,6 +81,13 @@ class VerbCommand(click.Command):
         for title, rows in ((title, rows) for title, rows in self.lists().items() if rows):
             with formatter.section(title):
                 formatter.write_dl(rows)
+        if self.writes and ALL not in ctx.meta:
+            options = [one for one in self.params if self.sections.get(str(one.name)) == COMMON]
+            names = ", ".join(max(one.opts, key=len) for one in options)
+            text = f"{COMMON} (described by {ctx.command_path} --help-all): {names}."
+            formatter.write_paragraph()
+            for line in wrap(text, formatter.width, break_on_hyphens=False):
+                formatter.write(f"{line}\n")
 
 
 class Group(click.Group):

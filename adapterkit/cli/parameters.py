@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from adapterkit.cli.completion import Name, Number, SourceType, Targets, Word
+from adapterkit.cli.group import COMMON
 from adapterkit.core.options import flag_of, option_of
 from adapterkit.core.records import Check, Json
 from adapterkit.core.shared_options import RUNNING
@@ -58,7 +59,7 @@ def sections_of(verb: type[Verb]) -> dict[str, str]:
     titles = {name: title for title, one in owns for name in inspect.get_annotations(one)}
     fields = ((field.name, option_of(field).section) for field in fields_of(verb))
     own = {name: title for name, its in fields if (title := its or titles[name])}
-    return own | dict.fromkeys(OF_RUNNING - own.keys(), "Common options")
+    return own | dict.fromkeys(OF_RUNNING - own.keys(), COMMON)
 
 
 def _parameter(field: dataclasses.Field) -> click.Parameter:

@@ -18,9 +18,9 @@ COMMANDS = sorted(main.commands)
 FAMILIES = ["combinations", "inits", "codecs"]
 
 
-def help_of(*words: str, columns: int = 80) -> str:
+def help_of(*words: str, columns: int = 80, flag: str = "--help") -> str:
     runner = click.testing.CliRunner(env={"COLUMNS": str(columns)})
-    result = runner.invoke(main, [*words, "--help"], terminal_width=columns)
+    result = runner.invoke(main, [*words, flag], terminal_width=columns)
     assert result.exit_code == 0
     return result.output
 
@@ -120,10 +120,28 @@ def test_help_lists_every_method_and_format():
     assert names("quantize") == set(targets())
 
 
-@pytest.mark.parametrize("command", sorted(c for c in COMMANDS if "--resume" in help_of(c)))
+WRITING = [name for name, command in main.commands.items() if getattr(command, "writes", False)]
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_one_line_at_the_end_of_the_help_names_the_common_options(command: str):
+    text = " ".join(help_of(command).splitlines()[-6:])
+    line = " ".join(text.partition("Common options (")[2].split())
+    assert line.startswith(f"described by main {command} --help-all): --dry-run, --plan, --json, ")
+    assert line.endswith("--hash.") and "\n  --resume" not in help_of(command)
+
+
+def test_reading_commands_have_no_second_help():
+    assert len(WRITING) == 14 and "--help-all" not in help_of("inspect")
+    result = click.testing.CliRunner().invoke(main, ["inspect", "--help-all"])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("command", WRITING)
 def test_common_options_follow_the_command_s_own(command: str):
     """Each option once, and the required ones with the command's own."""
-    own, _, common = help_of(command, columns=100).partition("\nCommon options:\n")
+    text = help_of(command, columns=100, flag="--help-all")
+    own, _, common = text.partition("\nCommon options:\n")
     for parameter in main.commands[command].params:
         if isinstance(parameter, click.Option):
             flag = re.compile(rf"^  {parameter.opts[0]}(?=[ ,\n])", re.MULTILINE)
@@ -161,7 +179,9 @@ SECTIONS = {
 @pytest.mark.parametrize("title", SECTIONS)
 def test_options_of_a_product_stand_under_its_heading(title: str):
     for command, names in SECTIONS[title]:
-        text = help_of(command, columns=100).partition(f"\n{title}:\n")[2].partition("\n\n")[0]
+        flag = "--help-all" if command in WRITING else "--help"
+        text = help_of(command, columns=100, flag=flag)
+        text = text.partition(f"\n{title}:\n")[2].partition("\n\n")[0]
         flags = {p.name: p.opts[0] for p in main.commands[command].params}
         for name in names.split():
             assert re.search(rf"^  {flags[name]}\b", text, re.MULTILINE), (command, name)
@@ -170,4 +190,4 @@ def test_options_of_a_product_stand_under_its_heading(title: str):
 def test_the_own_options_of_merge_are_of_any_base():
     own = help_of("merge", columns=100).partition("\nOptions:\n")[2].partition("\n\n")[0]
     assert not re.search("GGUF model|quantized|image model's|method", own) and "--out" in own
-    assert len(re.findall("^  -", own, re.MULTILINE)) == 14
+    assert len(re.findall("^  -", own, re.MULTILINE)) == 15

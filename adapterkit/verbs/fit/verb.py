@@ -33,8 +33,7 @@ LEVELS = ("adapter", "layer", "module", "direction")
 # options of a fit to data
 OF_DATA = (
     "target", "granularity", "start", "samples", "length", "holdout", "ridge", "loss_over",
-    "whole_model", "dtype",
-    "device", "memory",
+    "whole_model", "dtype", "device", "memory",
 )  # fmt: skip
 SCORE = "A program instead of data"
 BALANCES = ("files", "tokens", "worst", "retention")
