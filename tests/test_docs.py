@@ -17,8 +17,10 @@ import yaml
 import adapterkit
 from adapterkit import doors, runtime
 from adapterkit.cli import main
+from adapterkit.cli.parameters import arguments_of
 from adapterkit.core import registry
 from adapterkit.core.shared_options import RUNNING
+from adapterkit.core.verb import called, fields_of
 from adapterkit.doors import SECTIONS, VERBS
 from tests.support.documents import CODE, DOCUMENTS, README, ROOT, blocks, name_of, prose, typed
 
@@ -67,11 +69,20 @@ def test_commands_parse(document: Path):
             main.commands[words[1]].make_context(words[1], words[2:])
 
 
-def test_options_in_the_helps_exist():
-    for verb, command in main.commands.items():
-        for line in re.findall(r"^ *adapterkit (.*)$", command.help or "", re.MULTILINE):
-            named, *words = shlex.split(line, comments=True)
-            assert {w for w in words if w.startswith("--")} <= options(named), verb
+@pytest.mark.parametrize("verb", main.commands)
+def test_examples_of_a_help_parse_to_their_end(verb: str):
+    """With all that is required, and nothing that the command does not have."""
+    lines = re.findall(r"^ *adapterkit (.*)$", str(main.commands[verb].help), re.MULTILINE)
+    for line in lines:
+        named, *words = shlex.split(line.partition(" > ")[0], comments=True)
+        values = main.commands[named].make_context(named, [*words]).params
+        is_verb = named in VERBS and not {"--from-list", "--detect"} & {*words}
+        if is_verb:
+            record = registry.verb_named(named)
+            sources, given = arguments_of(record, dict(values))
+            known = {field.name for field in fields_of(record)}
+            called(record, *sources, **{name: given[name] for name in given.keys() & known})
+    assert lines
 
 
 SHOWN = re.compile(r"(?:adapterkit|hf|pip|python -m pip) .*")  # a command in a line or in code

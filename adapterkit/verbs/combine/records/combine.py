@@ -111,8 +111,8 @@ class Combine(WritingVerb, MethodOptions):
     Example:
       adapterkit combine ./english ./french=0.5 --method linear --out both
       adapterkit combine ./a ./b ./c --method ties --density 0.2 --rank 32 --out merged
-      adapterkit combine ./a ./b --method regmean --stats a.safetensors --stats b.safetensors
-      adapterkit combine ./a ./b --method regmean --base BASE --data a.jsonl --data b.jsonl
+      adapterkit combine a b --method regmean --stats a.safetensors --stats b.safetensors -o sum
+      adapterkit combine a b --method regmean --base BASE --data a.jsonl --data b.jsonl -o sum
     """
 
     adapters: Sources = argument(
