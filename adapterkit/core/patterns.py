@@ -63,14 +63,6 @@ def selection(include: str | None, exclude: str | None) -> Callable[..., bool]:
     return lambda *names: any(map(included, names)) and not any(map(excluded, names))
 
 
-def selecting(option: str, pattern: str, names: Collection[str]) -> Callable[[str], bool]:
-    """Return the `matcher` of an option; `Refused` if the pattern matches none of the names."""
-    matches = matcher(pattern, option)
-    if not any(map(matches, names)):
-        raise unmatched(option, pattern, names, "a module of the model")
-    return matches
-
-
 def read_rules(
     option: str, texts: Iterable[str], check: Check, format: str = "REGEX=VALUE"
 ) -> list[Rule[Any]]:
@@ -104,9 +96,15 @@ def unmatched(option: str, pattern: str, names: Collection[str], expected: str) 
         f"{option} {shown(pattern)!r} matches none",
         expected=expected,
         where=option,
-        hint=similar_names(pattern, names) or "check the regex",
+        hint=_inside(pattern, names) or similar_names(pattern, names) or "check the regex",
         code="AK104",
     )
+
+
+def _inside(entry: str, names: Iterable[str]) -> str:
+    """A hint for the name of a module around those that could be meant; "" for any other."""
+    is_around = any(f".{entry}." in f".{name}" for name in names)
+    return f'give ".*{entry}.*" for the modules inside it' if is_around else ""
 
 
 class _TimedPattern:

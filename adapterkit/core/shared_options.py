@@ -40,6 +40,9 @@ SEVERAL = "Methods and weights of several adapters"
 QUANTIZED = "Quantization and rounding"
 GGUF, IMAGES = "Models in GGUF files", "Image and video models"
 
+# how every option that selects modules names them, as PEFT does
+NAMING = "ends of names, separated by commas, or a regular expression for whole names"
+
 WAIT = 600.0  # seconds to wait for other workers' files that a worker reads
 
 

@@ -52,7 +52,7 @@ WRITING = (
         "base",
         to="nf4",
         double_quant=True,
-        skip="layers.0[.]mlp",
+        skip=".*layers.0[.]mlp.*",
         exact=False,
     ),
     job("quantize-w8a16", "base", to="w8a16"),

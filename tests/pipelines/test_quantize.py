@@ -25,7 +25,7 @@ def without_gpu(monkeypatch):
 @pytest.fixture(scope="module")
 def quantized(saved, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nf4") / "out"
-    adapterkit.quantize(saved("sd15"), to="nf4", skip="unet.conv_in", out=folder)
+    adapterkit.quantize(saved("sd15"), to="nf4", out=folder)
     return folder
 
 
@@ -80,6 +80,8 @@ def test_an_adapter_is_merged_into_quantized_parts(saved, quantized, tmp_path):
 
 def test_skip_leaves_out_parts_and_modules(saved, tmp_path):
     base = saved("sd15")
+    with pytest.raises(Refused, match="--skip 'attn2' matches none"):
+        adapterkit.quantize(base, to="int8", skip="attn2", out=tmp_path / "none")
     skip = r"text_encoder|unet.*attn2.*"
     receipt = adapterkit.quantize(base, to="int8", skip=skip, out=tmp_path / "out").data
     assert {name.split(".")[0] for name in receipt["parameters"]} == {"unet"}

@@ -10,6 +10,7 @@ from adapterkit.bases.images.joined_plans import in_folders, joined
 from adapterkit.bases.images.pipeline import read_pipeline
 from adapterkit.bases.images.pipeline_adapters import Split, base_of_conversion, split_adapters
 from adapterkit.core.adapter import adapter_config
+from adapterkit.core.adapter.targets import TargetMatcher, entries_in
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.reader import have_same_bytes
 from adapterkit.core.checkpoint.shards import weight_files
@@ -22,7 +23,7 @@ from adapterkit.core.merge.verb import Merge, MergeOptions
 from adapterkit.core.options import Sources, StrPath, flag_of
 from adapterkit.core.outputs.cards import Merged, merged_card, model_card
 from adapterkit.core.outputs.model import rounding_warnings
-from adapterkit.core.patterns import matcher, selection
+from adapterkit.core.patterns import selection
 from adapterkit.core.plan import Plan
 from adapterkit.core.weights.detect import quantization_evidence
 
@@ -197,14 +198,21 @@ def plan_pipeline_quantization(base: Base, options: "Quantize") -> Plan:
     with errors.collected():
         check_fit(options)
     errors.raise_all()
-    skips = matcher(options.skip, "--skip") if options.skip else lambda name: False
+    skips = TargetMatcher(entries_in(options.skip) if options.skip else (), "--skip")
+    asked: list[str] = []  # names that may be skipped
     plans: dict[str, Plan] = {}
+
+    def is_skipped(name: str) -> bool:
+        asked.append(name)
+        return skips(name)
+
     for name, part in pipeline.parts.items():
-        if (part.is_denoiser or part.is_text_encoder) and not skips(name):
-            of_part = lambda module, name=name: skips(f"{name}.{module}")
+        if (part.is_denoiser or part.is_text_encoder) and not is_skipped(name):
+            of_part = lambda module, name=name: is_skipped(f"{name}.{module}")
             with errors.collected(), part.named():
                 checkpoint = open_checkpoint(part.folder)
                 plans[name] = plan_model_quantization(checkpoint, options, of_part)
+    errors += skips.refusals(asked)
     errors.raise_all()
     if not plans:
         raise pipeline.unknown("no part to quantize: no denoiser and no text encoder")

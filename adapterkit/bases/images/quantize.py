@@ -9,11 +9,11 @@ from adapterkit.bases.images.base import file_notes
 from adapterkit.bases.quantized.planning.quantize import check_fit
 from adapterkit.bases.quantized.records.quantize import Quantize
 from adapterkit.core import dtypes
+from adapterkit.core.adapter.targets import selecting
 from adapterkit.core.errors import Refused
 from adapterkit.core.inputs.base_door import Base
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.outputs.model import QuantizedModel
-from adapterkit.core.patterns import selecting
 from adapterkit.core.plan import Plan
 from adapterkit.core.registry import members, written_formats
 from adapterkit.core.weights.codec import PlainWeight, QuantizedWeight

@@ -1,13 +1,16 @@
 """Match names by PEFT's rules: the modules of a target, the first pattern that counts, usual
 targets."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from adapterkit.core.patterns import matcher
+from adapterkit.core.errors import Problems, Refused
+from adapterkit.core.patterns import matcher, unmatched
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
+NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot belongs to a name
 WHOLE = r"\A(?:{})\Z"  # a regular expression for whole names
 ENDING = r"\A(?:.*\.)?(?:{})\Z"  # one for the end of a name, or all of it
 CLASSIFIERS = ("score", "classifier")  # names of the heads of classifiers
@@ -46,7 +49,7 @@ class TargetMatcher:
     name; a list has whole names or their ends after a dot."""
 
     def __init__(self, entries: str | Sequence[str], where: str):
-        self.entries, ends = entries, set(entries)
+        self.entries, self.where, ends = entries, where, set(entries)
         is_text = isinstance(entries, str)
         by_end = lambda name: not ends.isdisjoint(_ends(name))
         self._matches = matcher(entries, where, WHOLE) if is_text else by_end
@@ -60,6 +63,25 @@ class TargetMatcher:
             return [] if any(map(self._matches, names)) else [self.entries]
         ends: set[str] = set().union(*map(_ends, names))
         return [entry for entry in self.entries if entry not in ends]
+
+    def refusals(self, names: Collection[str]) -> list[Refused]:
+        """The refusals of entries that mean none of the names."""
+        expected, missing = "a layer of the model", self.unmatched(names)
+        return [unmatched(self.where, one, names, expected) for one in missing]
+
+
+def entries_in(text: str) -> str | tuple[str, ...]:
+    """The entries in the text of an option that names modules: ends of names, of several with
+    commas between, or one regular expression for whole names."""
+    return tuple(text.replace(" ", "").split(",")) if NAMES.fullmatch(text) else text
+
+
+def selecting(option: str, text: str, names: Collection[str]) -> TargetMatcher:
+    """The matcher of an option that names modules; `Refused` with all entries that match none of
+    these names."""
+    matches = TargetMatcher(entries_in(text), option)
+    Problems(matches.refusals(names)).raise_all()
+    return matches
 
 
 def _ends(name: str) -> set[str]:

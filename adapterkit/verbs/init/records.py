@@ -17,6 +17,7 @@ from adapterkit.core.options import (
 )
 from adapterkit.core.registry import declarations, written_formats
 from adapterkit.core.shared_options import (
+    NAMING,
     QUANTIZED,
     base_option,
     seed_option,
@@ -97,7 +98,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
         default=None,
         check=TARGETS,
         metavar="NAMES|REGEX",
-        help="Modules that get no factors: ends of names, or a regular expression for whole names.",
+        help=f"Modules that get no factors: {NAMING}.",
     )
     layers: str | None = option(
         default=None,

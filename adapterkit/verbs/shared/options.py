@@ -8,7 +8,6 @@ from adapterkit.core.options import (
     COUNT,
     DTYPE,
     FLAG,
-    REGEX,
     SHARE_ABOVE_0,
     SIZE,
     TARGETS,
@@ -18,7 +17,7 @@ from adapterkit.core.options import (
     option,
     record,
 )
-from adapterkit.core.shared_options import OUTPUT_FOLDER, QUANTIZED, statistics_option
+from adapterkit.core.shared_options import NAMING, OUTPUT_FOLDER, QUANTIZED, statistics_option
 
 FOR_AMBIGUOUS_PARAMETERS = "The adapters' base, needed if target_parameters are ambiguous."
 EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
@@ -46,8 +45,7 @@ def targets_option(default: str, modules: str = "Modules that get factors") -> A
         default=None,
         check=TARGETS,
         metavar="NAMES|REGEX",
-        help=f"{modules}: all-linear, ends of names separated by commas (q_proj,v_proj), or a "
-        f"regular expression for whole names (default: {default}).",
+        help=f"{modules}: all-linear, {NAMING} (default: {default}).",
     )
 
 
@@ -175,9 +173,9 @@ class BlockOptions(OptionRecord):
 
     skip: str | None = option(
         default=None,
-        check=REGEX,
-        metavar="REGEX",
-        help="Quantize no module whose name matches this regular expression.",
+        check=TARGETS,
+        metavar="NAMES|REGEX",
+        help=f"Do not quantize these modules: {NAMING}.",
     )
     block_size: int | None = option(
         default=None,

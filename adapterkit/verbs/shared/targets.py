@@ -4,7 +4,6 @@ PEFT's rules, on a live model and on a stored one, which is built without data."
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from adapterkit.core.adapter.targets import (
     USUAL_TARGETS,
     Patterns,
     TargetMatcher,
+    entries_in,
     is_within,
     output_head,
 )
@@ -36,7 +36,6 @@ from adapterkit.verbs.shared.lora_config import LoraConfig
 LINEAR = ("linear", "conv1d")
 PARAMETER = "parameter"
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
-NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
 OPTIONS = {
     "targets": "--targets", "exclude": "--exclude", "layers": "--layers:",
     "rank_pattern": "--rank-for", "alpha_pattern": "--alpha-for",
@@ -463,10 +462,10 @@ def entries_of(option: str, value: str | Sequence[str]) -> str | tuple[str, ...]
     text = text_of_targets(value)
     if text.lower() == ALL_LINEAR:
         return ALL_LINEAR
-    if NAMES.fullmatch(text):
-        return tuple(text.replace(" ", "").split(","))
-    matcher(text, option)
-    return text
+    entries = entries_in(text)
+    if isinstance(entries, str):
+        matcher(entries, option)
+    return entries
 
 
 def why_not_on_layer(names: Names, path: str, module: torch.nn.Module) -> str:

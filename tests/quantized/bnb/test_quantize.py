@@ -123,7 +123,9 @@ def test_a_base_in_shards(base, packed, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("name", ["llama-bf16", "gpt2-bf16"])
 def test_skipped_modules_stay(base, name: str, kind: str, tmp_path: Path) -> None:
-    skip = {"llama-bf16": r"layers[.]0[.]mlp|o_proj", "gpt2-bf16": r"h[.]0[.]|mlp"}[name]
+    skip = {"llama-bf16": r".*layers[.]0[.]mlp.*|.*o_proj", "gpt2-bf16": r".*h[.]0[.].*|.*mlp.*"}[
+        name
+    ]
     ours, theirs = KINDS[kind]
     receipt = quantized(base(name), tmp_path / "ours", skip=skip, **ours)
     listed = config(tmp_path / "ours")["quantization_config"]["llm_int8_skip_modules"]
@@ -201,9 +203,15 @@ def test_the_guess_of_a_states_size_may_be_wrong_either_way(
         ({"to": "nf4", "block_size": -64}, "--block-size -64"),
         ({"to": "int8", "double_quant": True}, "--double-quant"),
         ({"to": "int8", "block_size": 128}, "--block-size"),
-        ({"to": "nf4", "skip": "."}, "no linear layer"),
+        ({"to": "nf4", "skip": ".*"}, "no linear layer"),
         ({"to": "nf4", "skip": "("}, "--skip"),
         ({"to": "nf4", "skip": "no_such_module"}, "--skip"),
+        ({"to": "nf4", "skip": "q_proj,_proj"}, "--skip '_proj' matches none"),
+        (
+            {"to": "nf4", "skip": "mlp"},
+            '--skip(.|\n)*give "[.][*]mlp[.][*]" for the modules inside',
+        ),
+        ({"to": "nf4", "skip": r"layers\.0\."}, "--skip"),
     ],
     ids=str,
 )

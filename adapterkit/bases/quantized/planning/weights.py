@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterkit.core import dtypes
-from adapterkit.core.adapter.targets import Patterns
+from adapterkit.core.adapter.targets import Patterns, selecting
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.core.options import flag_of
 from adapterkit.core.outputs.model import check_gaps
-from adapterkit.core.patterns import selecting
 from adapterkit.core.plan import Step, Task
 from adapterkit.core.records import Json
 from adapterkit.core.registry import members
@@ -159,10 +158,10 @@ def plan_quantization(
         if (kind := linear_class(module))
     }
     excluded = frozenset(n.removesuffix(".weight") for n in linear if n not in convertible)
-    modules = [name for name, _ in model.named_modules()]
     skip = options.get("skip")
     if isinstance(skip, str):
-        skip = selecting("--skip", skip, modules)
+        weights = {name.removesuffix(".weight") for name in (*linear, *convertible)}
+        skip = selecting("--skip", skip, weights)
     plan = QuantizationPlan(base, options, exceptions, record, names, model, skip, excluded, notes)
     for name, kind in (linear | convertible).items():
         try:

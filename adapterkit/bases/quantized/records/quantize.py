@@ -29,9 +29,9 @@ class Quantize(WritingVerb, BlockOptions):
     (compressed-tensors' int4 in groups of `block_size`, 128 where that divides the width, and int8
     in rows), mxfp4 (GPT-OSS: its experts, as OpenAI stores them; else compressed-tensors'). As with
     transformers' `from_pretrained(quantization_config=...)`, the output layer, weights tied to it,
-    embeddings and norms do not change; `skip` is a regex for further modules. The files equal those
-    of transformers, bit for bit for bitsandbytes' formats. The receipt has each weight's relative
-    error. Raises `Refused` before anything is written.
+    embeddings and norms do not change; `skip` names further modules, as `targets` of `init` does.
+    The files equal those of transformers, bit for bit for bitsandbytes' formats. The receipt has
+    each weight's relative error. Raises `Refused` before anything is written.
 
     `rounding="compensated"` carries the rounding error of each input of a layer into the inputs
     that follow, so that ‖(W - Q) C^½‖_F is small (GPTQ, arXiv:2210.17323); `stats` is a file with
@@ -57,7 +57,7 @@ class Quantize(WritingVerb, BlockOptions):
     \b
     Example:
       adapterkit quantize ./model --to nf4 --double-quant --out model-nf4
-      adapterkit quantize ./model --to int8 --skip "layers.0[.]" --out model-int8
+      adapterkit quantize ./model --to int8 --skip ".*layers[.]0[.].*" --out model-int8
       adapterkit quantize model.gguf --to q4_k_m --out model-q4_k_m.gguf
       adapterkit quantize flux.safetensors --to comfy-fp8 --out flux-fp8.safetensors
     """
