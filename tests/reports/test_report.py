@@ -272,7 +272,7 @@ def test_every_figure_has_a_name_of_its_own(lora, llama, tmp_path):
     adapterkit.merge(llama, [lora], out=tmp_path / "merged")
     found = []
     for number, adapters in enumerate(([lora], [one, two])):
-        out, more = tmp_path / f"{number}.html", {"output": tmp_path / "merged"}
+        out, more = tmp_path / f"{number}.html", {"result": tmp_path / "merged"}
         adapterkit.report(adapters, out=out, **(more if number == 0 else {}))
         text = out.read_text()
         figures = re.findall(r"<figure[^>]*>", text)

@@ -209,8 +209,8 @@ def _in_part(module: AdapterModule) -> AdapterModule:
 
 
 # options of `convert` that other verbs lack or use otherwise, and their values in hints
-_OF_CONVERT = re.compile(r"--(alpha|architecture|allow-pickle|lossy|prefix-only|rank)\b")
-_VALUES = {"alpha": "A", "architecture": "NAME", "prefix-only": "PART", "rank": 16}
+_OF_CONVERT = re.compile(r"--(alpha|architecture|allow-pickle|component|lossy|rank)\b")
+_VALUES = {"alpha": "A", "architecture": "NAME", "component": "PART", "rank": 16}
 
 
 def conversion_hint(hint: str, to: str, base: str | None = None) -> str:
