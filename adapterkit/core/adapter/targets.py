@@ -70,16 +70,17 @@ class TargetMatcher:
         return [unmatched(self.where, one, names, expected) for one in missing]
 
 
-def entries_in(text: str) -> str | tuple[str, ...]:
+def entries_in(value: str | Sequence[str]) -> str | tuple[str, ...]:
     """The entries in the text of an option that names modules: ends of names, of several with
     commas between, or one regular expression for whole names."""
+    text = value if isinstance(value, str) else ",".join(value)
     return tuple(text.replace(" ", "").split(",")) if NAMES.fullmatch(text) else text
 
 
-def selecting(option: str, text: str, names: Collection[str]) -> TargetMatcher:
+def selecting(option: str, value: str | Sequence[str], names: Collection[str]) -> TargetMatcher:
     """The matcher of an option that names modules; `Refused` with all entries that match none of
     these names."""
-    matches = TargetMatcher(entries_in(text), option)
+    matches = TargetMatcher(entries_in(value), option)
     Problems(matches.refusals(names)).raise_all()
     return matches
 

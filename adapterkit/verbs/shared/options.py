@@ -1,6 +1,7 @@
 """Options that several verbs share, except merge and verify."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from adapterkit.core.options import (
@@ -171,7 +172,7 @@ class BlockOptions(OptionRecord):
 
     section = QUANTIZED
 
-    skip: str | None = option(
+    skip: str | Sequence[str] | None = option(
         default=None,
         check=TARGETS,
         metavar="NAMES|REGEX",

@@ -37,7 +37,7 @@ def plan_quantize(options: Quantize) -> Plan:
 def plan_model_quantization(
     base: Checkpoint,
     options: Quantize,
-    skip: str | Callable[[str], bool] | None,
+    skip: str | Sequence[str] | Callable[[str], bool] | None,
     stats: Folder | None = None,
 ) -> Plan:
     """The quantization of one model; `skip`: a pattern of modules, or their matcher."""
