@@ -19,7 +19,7 @@ SAMPLES = [
     for sample in all_samples()
     if formats()[sample.form].writes and formats()[sample.form].file.container == "safetensors"
 ]
-WORDS = {"base_model": "org/base", "title": "Dogs", "trigger": "sks dog", "tag": ("dog", "lora")}
+WORDS = {"base_id": "org/base", "title": "Dogs", "trigger": "sks dog", "tag": ("dog", "lora")}
 
 
 def weights(folder):

@@ -142,7 +142,7 @@ def read_kind(
         for key, spec in parts.items():
             if spec.dtype not in FLOATS or depth:
                 problem = f"{shown(spec.key)} is {spec.dtype}" + (
-                    " inside another adapter's layer" if depth else ""
+                    " and is inside another adapter's layer" if depth else ""
                 )
                 hint = "save the adapter again, alone and as floats"
                 errors.add(problem, "F32, F16, BF16 or F64 on the model's own layer", hint)

@@ -87,7 +87,7 @@ def test_every_module_has_a_bias_where_one_has(tmp_path, verb):
 def test_biases_next_to_an_embedding_are_refused(tmp_path):
     biased = trained(tmp_path / "biased", 1, target_modules=["fit"], lora_bias=True)
     embedding = trained(tmp_path / "embedding", 2, target_modules=["embed"])
-    with pytest.raises(Refused, match="embed beside biases"):
+    with pytest.raises(Refused, match="embed together with biases"):
         combined([biased, embedding], tmp_path / "out", (1.0, 1.0), method="linear")
 
 

@@ -86,7 +86,7 @@ def test_a_module_inside_another_adapters_layer_is_refused(simple, base, tmp_pat
         for key in [k for k in tensors if ".fit." in k]:
             tensors[key.replace(".fit.", ".fit.base_layer.")] = tensors.pop(key)
 
-    refused(case, base, rewritten(adapter, wrap), tmp_path, "fit.base_layer.* lies inside")
+    refused(case, base, rewritten(adapter, wrap), tmp_path, "fit.base_layer.* is inside")
 
 
 def test_integers_are_refused(simple, base, tmp_path):
