@@ -51,6 +51,7 @@ JUDGED = (
     r"LoKr of \d+ modules that need different factors",
     r"\bcomponents? |modules of no component",
     r"modules have no name there",
+    r"is for image models, and these are modules of a language model",
     r"these names match none of the models",
     r": modules of (\w+, )+\w+\n",  # names of several architectures, which the format writes apart
     r"LoKr (of|with) ",  # PEFT decomposes all modules in one way

@@ -45,7 +45,7 @@ def text_of(home, *names, ending="", **options) -> str:
     (["of-windows"], ("base",)), (["-skill"], ("base",)), (["-skill", "of-windows"], ("base",)),
 ])  # fmt: skip
 def test_a_page_names_no_home(home, names, more):
-    options = {"output" if name == "merged" else name: home / name for name in more}
+    options = {"result" if name == "merged" else name: home / name for name in more}
     for ending in ("", "/", "/."):
         text = text_of(home, *names, ending=ending, **options)
         assert USER not in text and str(home.parent.parent) not in text and "/home" not in text
