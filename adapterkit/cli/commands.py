@@ -168,6 +168,7 @@ def explain(code: str | None) -> None:
         raise Refused(
             f"no code {shown(code)}",
             expected=f"{min(known)} to {max(known)}",
+            where="options",
             hint="list all codes\nadapterkit explain",
             code="AK101",
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, dataclass_transform
 
 from adapterkit.core import dtypes
-from adapterkit.core.errors import AdapterkitError, Problems, alternatives
+from adapterkit.core.errors import AdapterkitError, Problems, alternatives, shown
 from adapterkit.core.patterns import matcher
 from adapterkit.core.records import MOST, Check, Json, inside, invalid_value
 from adapterkit.core.registry import Tier
@@ -174,7 +174,9 @@ def checked(name: str, check: Check, value: object, flag: str = "") -> Any:
     result = inside(check, value, "", errors)
     for error in errors:
         if error.problem.startswith(" = "):
-            error.problem, error.where = flag + error.problem[2:], "options"
+            is_number = check.kind in ("integer", "number") and isinstance(value, str)
+            found = f" {shown(value)}" if is_number else error.problem[2:]
+            error.problem, error.where = flag + found, "options"
         else:
             error.problem = error.problem.removeprefix(": ")
             error.where = error.where or flag

@@ -93,7 +93,7 @@ def test_a_shard_is_the_checkpoint_that_names_it(llama, lora, tmp_path):
 def test_a_config_that_may_be_another_file_s(llama, lora, tmp_path):
     both = oracle.edit_config(lora, tmp_path / "both")
     shutil.copy(both / ADAPTER, both / "old.safetensors")
-    with pytest.raises(Refused, match=r"old\.safetensors beside adapter_model\.safetensors"):
+    with pytest.raises(Refused, match=r"old\.safetensors next to adapter_model\.safetensors"):
         adapterkit.merge(llama, both / "old.safetensors", out=tmp_path / "no")
     (both / "adapter_config.json").unlink()
     with pytest.raises(Refused, match=r"no adapter_config\.json"):

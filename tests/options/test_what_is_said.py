@@ -245,7 +245,9 @@ def test_a_wrong_option_has_values_that_work(folder, words):
     done = command(*words, cwd=folder)
     problem, expected, hint = OF_OPTIONS[words]
     first, second, third = done.stderr.split("\n  ", 2)
-    assert done.returncode == 1 and first.startswith("Error: "), done.stderr
+    # an adapter for which the format is not, and a machine without that GPU
+    status = 1 if words[0] == "convert" or "cuda:9" in words else 2
+    assert done.returncode == status and first.startswith("Error: "), done.stderr
     assert problem in first and expected in second and hint in f"\n  {third}", done.stderr
 
 

@@ -220,7 +220,7 @@ def test_places_after_texts_of_other_sizes():
 def test_a_place_before_what_varies_is_known_is_a_bug():
     file = OutputFile.computed("x", (Texts("w0"), Texts("w1")), safetensors_order=True)
     for number in (2, 3):  # w1 and its text, before w0's text
-        with pytest.raises(AssertionError, match="made before"):
+        with pytest.raises(AssertionError, match="before it made first"):
             _SortedPlaces(file).next(file.layout.tensors[number])
 
 

@@ -312,7 +312,7 @@ def test_one_grammar_of_targets(verb, base, packed, tmp_path):
         how = {
             "init": {"method": "pissa"},
             "loftq": {"iterations": 1},
-            "kept": {"quantized": packed},
+            "kept": {"quantized_base": packed},
         }[verb]
         out = tmp_path / name
         getattr(adapterkit, "init" if verb == "init" else "loftq")(

@@ -164,11 +164,11 @@ def restored(folder, rank):
 def referenced(rank):
     """How far the reference of sharded parameters is from the model as it was, and what is trained
     from what it was before the call."""
-    from adapterkit.runtime.training.trainer import Reference, values_of
+    from adapterkit.runtime.training.trainer import Reference, current_values
 
     h = make("lora")
     parts = [part for _, part in h.state.adapters["default"].parts()]
-    reference = Reference(h.model, values_of(parts))
+    reference = Reference(h.model, current_values(parts))
     x = batch(9)
     before = h.model(x).logits.detach()
     model = fsdp2(h)

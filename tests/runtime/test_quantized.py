@@ -147,8 +147,8 @@ def test_a_dora_next_to_a_merged_adapter_has_the_norms_of_the_base(dora, tmp_pat
     norms = [part.row_norms(part.host) for part in second]
     adapters.unmerge()
     for part, merged in zip(second, norms, strict=True):
-        part.norms.squares.forget()
-        part.norms.projected.forget()
+        part.norms.squares.reset()
+        part.norms.projected.reset()
         assert torch.equal(part.row_norms(part.host), merged)
 
 

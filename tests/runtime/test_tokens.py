@@ -266,7 +266,7 @@ def test_rows_of_a_small_dtype(dtype, tmp_path):
 @pytest.mark.parametrize("model, config, word", [
     ("llama", {"trainable_tokens": [3, 20, 21]}, r"no rows \[20, 21\]"),
     ("llama", {"trainable_tokens": {"embed_token": [3]}}, "embed_token"),
-    ("llama", {"trainable_tokens": [3], "modules_to_save": ["embed_tokens"]}, "trained in full"),
+    ("llama", {"trainable_tokens": [3], "modules_to_save": ["embed_tokens"]}, "fully trained"),
     (
         "tied",
         {"trainable_tokens": {"embed_tokens": [1, 3], "lm_head": [1, 4]}, "tie": True},

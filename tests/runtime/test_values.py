@@ -257,7 +257,7 @@ def test_peft_keeps_trained_biases_when_disabled(tmp_path):
 
 @pytest.mark.parametrize("first, second, word", [
     ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"]}, "trained copy"),
-    ({"modules_to_save": ["mlp"]}, {"targets": ["up_proj"]}, "adapts"),
+    ({"modules_to_save": ["mlp"]}, {"targets": ["up_proj"]}, "a trained copy of"),
     ({"modules_to_save": ["embed_tokens"]}, {"trainable_tokens": [1]}, "trained copy"),
     ({"modules_to_save": ["v_proj"]}, {"bias": "all"}, "trained copy"),
     ({"bias": "all"}, {"bias": "lora_only"}, "trained biases"),
@@ -582,7 +582,7 @@ def test_no_merge_beneath_values_that_act(config):
     shake(adapters.parameters())
     adapters.activate(["values", "factors"])
     y = net(x)
-    with pytest.raises(AdapterkitError, match="in place of down"):
+    with pytest.raises(AdapterkitError, match="replaces values of down"):
         adapters.merge("factors")
     assert torch.equal(net(x), y)
     adapters.merge()

@@ -177,7 +177,7 @@ def test_a_model_without_layers_runs_as_one(tmp_path, large, monkeypatch):
     base = checkpoint(llama(), tmp_path / "base")
     expected = collected(base, texts(), tmp_path, whole=True)
     monkeypatch.setattr(units, "_elements", lambda model: iter(()))
-    assert any("run whole" in note for note in notes_of(base, texts()))
+    assert any("run as a whole" in note for note in notes_of(base, texts()))
     for key, value in collected(base, texts(), tmp_path).items():
         assert torch.equal(value, expected[key])
 

@@ -81,7 +81,7 @@ def test_settings_that_transformers_leaves_out_of_the_config(tmp_path: Path):
     receipt = adapterkit.dequantize(
         write(tmp_path / "n.gguf", "llama", message | how, tensors), out=tmp_path / "other"
     )
-    [note] = (note for note in receipt.data["notes"] if "own defaults" in note)
+    [note] = (note for note in receipt.data["notes"] if "defaults for" in note)
     assert note.rpartition(": ")[2] == "attention.clamp_kqv"
 
 

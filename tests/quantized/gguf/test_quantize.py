@@ -249,7 +249,7 @@ def test_invalid_options_of_quantize_to_gguf_are_refused(tiny: Path, tmp_path: P
         (tiny, {"to": "q8_0", "rounding": "compensated", "stats": base}, "--stats|statistics"),
         (base, {"to": "q4_k_m"}, "--to q4_k_m"),
         (base, {"to": "nf4", "modelfile": True}, "--modelfile"),
-        (tiny, {"to": "iq2_xs"}, "q4_k_m"),
+        (tiny, {"to": "iq2_xs"}, "iq4_xs, q2_k"),
     ]:
         with warnings.catch_warnings(), pytest.raises(Refused) as caught:
             warnings.simplefilter("ignore")
