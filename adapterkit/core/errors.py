@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXAMPLES = 3  # errors of one cause that are printed
-WRONG_VALUE = ("AK101", "AK103")
+WRONG_VALUE, NO_SUCH_PATH = ("AK101", "AK103"), "AK201"
 WARNING = "WARNING: "  # prefix of a plan's most important notes
 # a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
 _VARIABLE = re.compile(

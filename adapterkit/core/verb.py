@@ -34,7 +34,7 @@ from typing import (
 )
 
 from adapterkit.core.calls import own_hints, refuse_missing_sources
-from adapterkit.core.errors import as_usage, did_you_mean, listed
+from adapterkit.core.errors import NO_SUCH_PATH, Refused, as_usage, did_you_mean, listed
 from adapterkit.core.options import OptionRecord, option, option_of, record
 from adapterkit.core.records import Check, Json, invalid_value
 from adapterkit.core.registry import STABLE, Tier, load, verb_named
@@ -174,8 +174,12 @@ def function_of(verb: Any) -> Any:
         with own_hints(verb), as_usage():
             call = called(verb, *args, **options)
         with own_hints(call):
-            refuse_missing_sources(call)
-            return call.run()
+            try:
+                return call.run()
+            except Refused as error:
+                if error.code == NO_SUCH_PATH:  # the first one; there may be more
+                    refuse_missing_sources(call)
+                raise
 
     function.__name__ = function.__qualname__ = verb.name
     function.__module__, function.__doc__ = verb.__module__, verb.__doc__
