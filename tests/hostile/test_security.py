@@ -1,4 +1,5 @@
-"""docs/SECURITY.md: every promise names tests that exist, and each file of these tests is named."""
+"""Every promise of docs/SECURITY.md has a row of tests that exist, and each file of these tests is
+named."""
 
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ PAGE = (ROOT / "docs" / "SECURITY.md").read_text("utf-8")
 PROMISES = re.findall(r"^- \*\*(.*?)\.\*\*", PAGE.replace("\n  ", " "), re.MULTILINE)
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
-    for line in PAGE.splitlines()
+    for line in Path(__file__).with_name("README.md").read_text("utf-8").splitlines()
     if line.startswith("| ") and not line.startswith("| promise")
 ]
 # what holds the package itself, and not a promise to its users
