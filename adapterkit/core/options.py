@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, dataclass_transform
 
 from adapterkit.core import dtypes
-from adapterkit.core.errors import AdapterkitError, Problems, alternatives, shown
+from adapterkit.core.errors import AdapterkitError, Problems, alternatives
 from adapterkit.core.patterns import matcher
 from adapterkit.core.records import MOST, Check, Json, inside, invalid_value
 from adapterkit.core.registry import Tier
@@ -33,6 +33,7 @@ Sources = (
 )
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 MOST_SEED = 2**63 - 1
+NUMERAL = re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?")
 
 
 class Progress(Protocol):
@@ -174,8 +175,9 @@ def checked(name: str, check: Check, value: object, flag: str = "") -> Any:
     result = inside(check, value, "", errors)
     for error in errors:
         if error.problem.startswith(" = "):
-            is_number = check.kind in ("integer", "number") and isinstance(value, str)
-            found = f" {shown(value)}" if is_number else error.problem[2:]
+            digits = isinstance(value, str) and check.kind in ("integer", "number")
+            as_typed = digits and NUMERAL.fullmatch(str(value))
+            found = f" {value}" if as_typed else error.problem[2:]
             error.problem, error.where = flag + found, "options"
         else:
             error.problem = error.problem.removeprefix(": ")
