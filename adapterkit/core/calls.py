@@ -145,13 +145,10 @@ def _word(value: Any) -> str:
 
 
 def refuse_missing_sources(verb: OptionRecord) -> None:
-    """`Refused` with all sources of a call that are no paths and no ids, if there are several; one
-    alone is refused where it is opened."""
+    """`Refused` with all sources of a call that are no paths and no ids, if there are several."""
     fields = dataclasses.fields(verb)
     texts = [text for field in fields for text in _sources_of(verb, field)]
-    missing = [one for one in dict.fromkeys(texts) if not os.path.exists(one) and ":" not in one]
-    if len(missing) > 1:
-        load("core.inputs.sources:refuse_missing")(missing)
+    load("core.inputs.sources:refuse_missing")(dict.fromkeys(texts))
 
 
 def _sources_of(verb: OptionRecord, field: dataclasses.Field) -> list[str]:

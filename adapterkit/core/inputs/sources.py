@@ -67,10 +67,11 @@ def open_source(text: StrPath) -> Folder:
 
 
 def refuse_missing(texts: Iterable[str]) -> None:
-    """`Refused` with all texts that are neither paths nor ids of the Hub, if they are several."""
+    """`Refused` with all texts that are neither paths nor ids of the Hub, if they are several; one
+    with a colon may name a component."""
     errors = Problems()
     for text in texts:
-        if not os.path.exists(text) and parse(text) is None:
+        if ":" not in text and not os.path.exists(text) and parse(text) is None:
             with errors.collected():
                 open_source(text)
     if len(errors) > 1:

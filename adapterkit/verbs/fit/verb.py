@@ -209,9 +209,7 @@ class WeightFit(Verb[Json]):
 
     def recipe(self) -> Json:
         """The options that determine the result."""
-        names = "target granularity start samples length holdout seed ridge loss_over".split()
-        names += ["whole_model", "dtype", "device"]
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in (*OF_DATA, "seed") if name != "memory"}
         return given | {"bounds": list(self.limits)}
 
 
