@@ -2,13 +2,17 @@
 
     python examples/quickstart.py [FOLDER]
 
-Takes about a minute on two CPU cores and nothing from the Hub; the adapter, the merged model and
-its receipt stay in FOLDER (default: quickstart-output). Any tool that writes the PEFT layout could
-have trained the adapter. Exit status 1 if the merged model is not the base with the adapter on it.
+Takes about a minute on two CPU cores and nothing from the Hub. FOLDER (default: quickstart-output)
+then has the model, `smollm2`, the adapter, `lighthouse`, the merged model with its receipt, and
+`deeper`, an adapter whose last two layers the model does not have. Any tool that writes the PEFT
+layout could have trained the adapter. Exit status 1 if the merged model is not the base with the
+adapter on it.
 """
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -44,18 +48,21 @@ NOTHING = torch.zeros(1, 1), torch.zeros(1, 1)
 
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart-output")
-    base, adapter, merged = smollm2(), folder / "adapter", folder / "merged"
+    base, adapter, merged = folder / "smollm2", folder / "lighthouse", folder / "merged"
+    if not base.exists():
+        shutil.copytree(smollm2(), base)
     # more gain little on matrices this small, and lose much on a busy machine
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    say(f"base: {base.name}, {model.num_parameters() / 1e6:.0f} million parameters, bfloat16")
+    say(f"base: {base}, {model.num_parameters() / 1e6:.0f} million parameters, bfloat16")
 
     without = answer(model, tokenizer)
     adapters = train(model, tokenizer)
     adapters.save(adapter)
+    save_deeper(adapter, folder / "deeper")
     factors = read_factors(adapter)
     with_adapter = answer(model, tokenizer)
     say(f"adapter: rank {RANK} on {len(factors)} modules, written to {adapter}")
@@ -98,6 +105,17 @@ def train(model: torch.nn.Module, tokenizer) -> Adapters:
         if step in (0, STEPS - 1):
             say(f"training: step {step + 1} of {STEPS}, loss {loss.item():.2f}")
     return adapters
+
+
+def save_deeper(adapter: Path, deeper: Path) -> None:
+    """An adapter of a model with two layers more: layers 28 and 29 become 30 and 31."""
+    shutil.copytree(adapter, deeper, dirs_exist_ok=True)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    renamed = {
+        re.sub(r"(?<=layers\.)2[89]\b", lambda found: str(int(found[0]) + 2), key): value
+        for key, value in stored.items()
+    }
+    save_file(renamed, deeper / "adapter_model.safetensors")
 
 
 def read_factors(adapter: Path) -> Factors:
