@@ -114,7 +114,7 @@ def limits() -> str:
                 modules += f" of {', '.join(models)}"
             found.setdefault((modules, rule.verdict, rule.why), []).append(one.title)
     rows = [[", ".join(titles), *row] for row, titles in found.items()]
-    columns = ["engine", "modules", "the engine", "because, or how"]
+    columns = ["engine", "modules", "it", "reason, or how"]
     return "\n\n".join([table(columns, rows), *lists])
 
 
