@@ -4,6 +4,7 @@ python docs/skill.py
 """
 
 import json
+import re
 from inspect import cleandoc
 from pathlib import Path
 
@@ -38,9 +39,16 @@ def title_of(path: Path) -> str:
     return path.read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
 
+def need_of(path: Path) -> str:
+    """`: ` and the first sentence of a page, the need of its reader; empty if it has no lead."""
+    lead = path.read_text("utf-8").split("\n\n")[1]
+    words = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", " ".join(lead.split()))
+    return "" if lead.startswith("#") else f": {words.partition('. ')[0].rstrip('.:')}."
+
+
 def llms() -> str:
     """The file that lists the pages and the commands."""
-    pages = [f"- [{title_of(path)}](docs/{path.name})" for path in documents()]
+    pages = [f"- [{title_of(path)}](docs/{path.name}){need_of(path)}" for path in documents()]
     return "\n".join(["# adapterkit", "", f"> {' '.join(ABOUT.split())}", "", "## Documents", "",
                       "- [README](README.md)", *pages, "", *commands()])  # fmt: skip
 

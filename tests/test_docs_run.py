@@ -290,13 +290,18 @@ def documents(stage: Path, server: Forks, tmp_path_factory) -> dict[Path, list[t
     return {document: [(t, next(results)) for t in of_one] for document, of_one in tasks.items()}
 
 
+def is_shown(printed: str, text: str) -> bool:
+    """Whether a document's text, in which `...` is anything, is what was printed."""
+    pattern = ".*".join(map(re.escape, text.split("...")))
+    pattern = TIME.sub(r"in [\\d.]+ s", pattern)
+    return re.fullmatch(pattern, printed, re.DOTALL) is not None
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_commands_of_documents_run_with_the_shown_output(document: Path, documents):
     for task, (status, output, errors) in documents[document]:
         if task.output is not None:
-            pattern = ".*".join(map(re.escape, task.output.split("...")))
-            pattern = TIME.sub(r"in [\\d.]+ s", pattern)
-            assert re.fullmatch(pattern, output + errors, re.DOTALL), output + errors
+            assert is_shown(output + errors, task.output), output + errors
         else:
             expected = (0, 1) if task.words[:1] == ["diff"] else (0,)
             assert status in expected, f"{task.words or task.program}\n{output}{errors}"
@@ -373,8 +378,10 @@ def test_schema_versions_are_those_of_the_code(documents, server: Forks):
     }
 
 
-def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
+def test_jobs_on_the_hub_run_with_the_shown_output(stage: Path, package: Path, tmp_path: Path):
     """The commands of hub.md, with the tests' Hub in place of the real one."""
+    console = [one for block in blocks(HUB, "console") for one in sessions(block.text)]
+    shown = {tuple(words[1:]): text for words, text in console}
     base, adapter = (
         {path.name: path.read_bytes() for path in (stage / name).iterdir()}
         for name in ("BASE", "ADAPTER")
@@ -397,6 +404,7 @@ def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
         assert len(results) > 3
         for task, (status, output, errors) in zip(tasks, results, strict=True):
             assert status == 0 and TOKEN not in output + errors, f"{task.words}\n{output}{errors}"
+            assert is_shown(output + errors, shown.get(tuple(task.words), "...")), output + errors
         written = {
             (repo, branch): hub.files(repo, branch)
             for repo in ("me/merged", "me/converted", "me/statistics")
