@@ -232,6 +232,15 @@ def test_files_that_docstrings_name_exist():
             assert (PACKAGE / name).exists() or (path.parent / name).exists(), f"{path}: {name}"
 
 
+def test_pages_that_messages_name_exist_and_have_the_named_section():
+    for path in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.toml")):
+        text = path.read_text("utf-8")
+        for section, page in re.findall(r"(?:[Ss]ee (.+) in )?(?<![\w/])(docs/[\w-]+\.md)", text):
+            assert (ROOT / page).exists(), f"{path}: {page}"
+            headings = re.findall(r"^#+ (.*)$", prose(ROOT / page), re.MULTILINE)
+            assert not section or section in headings, f"{path}: {section} in {page}"
+
+
 def slug(heading: str) -> str:
     """The anchor that GitHub gives to a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")

@@ -26,7 +26,7 @@ from adapterkit.core.options import finite
 from adapterkit.core.records import Json
 from adapterkit.verbs.shared.joined_values import read_all
 
-HINT = "see Coming from mergekit in docs/coming-from.md"
+HINT = "see docs/coming-from.md"
 # mergekit's methods of one rule: how they prune, and their defaults
 SPARSE: dict[str, dict[str, Any]] = {
     "task_arithmetic": {},
@@ -99,7 +99,7 @@ def merge_of(file: Path, **running: Any) -> Merge:
     table = read_config(folder, file.name)
     refuse_shares(table, file.name)
     if "step" in table or "steps" in table:
-        hint = "write each step as a table [[step]] of a .toml file: see Pipelines in docs/scale.md"
+        hint = "write each step as a table [[step]] of a .toml file: see docs/workflows.md"
         raise Refused(
             "steps in YAML", expected="a recipe", where=str(file), hint=hint, code="AK113"
         )

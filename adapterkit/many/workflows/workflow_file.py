@@ -19,7 +19,7 @@ from adapterkit.core.options import finite, option_of
 from adapterkit.core.records import Json
 from adapterkit.core.verb import VERB, WritingVerb, fields_of
 
-HINT = "see Pipelines in docs/scale.md"
+HINT = "see docs/workflows.md"
 MAX_FILE = 1_000_000  # bytes
 STEPS = records.also(records.list_of(records.TABLE), "[[step]] tables", len)
 OUT = records.test("a path, or hf://org/name", lambda value: isinstance(value, str) and value)
