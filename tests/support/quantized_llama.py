@@ -116,6 +116,22 @@ def fp8_of_transformers(w: Tensor) -> Parts:
     return {".weight": result.codes, ".weight_scale_inv": result.scale}
 
 
+def fp8_of_powers(block: tuple[int, int], scale: str, dtype: torch.dtype) -> Callable:
+    """FP8 with scales that are powers of 2, as DeepSeek-V4 and MXFP8 store them."""
+
+    def make(w: Tensor) -> Parts:
+        result = encode_fp8(w, block, rule="power")
+        return {".weight": result.codes, scale: result.scale.to(E8M0).view(dtype)}
+
+    return make
+
+
+def fp4_pairs(w: Tensor) -> Parts:
+    """DeepSeek-V4's experts: two values in each byte, with a power of 2 for 32 inputs of a row."""
+    codes, scale = fp4.encode_mxfp4(w, rule="up")
+    return {".weight": codes.flatten(1).view(torch.int8), ".scale": scale.view(E8M0)}
+
+
 def nvfp4(w: Tensor) -> Parts:
     result = fp4.encode_nvfp4(w, fp4.TensorScale.fitting(w.abs().amax(), divides=True))
     parts = {
@@ -274,12 +290,15 @@ def comfyui(kind: str) -> Callable[[Tensor], Parts]:
     return make
 
 
+E8M0 = torch.float8_e8m0fnu
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
 NV = FP4 | {"strategy": "tensor_group", "group_size": 16}
 ZERO = {"strategy": "channel", "symmetric": False}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}
+UE8M0 = {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0"}
 HF = {
     "hf_quant_config.json": {
         "producer": {"name": "modelopt"},
@@ -347,7 +366,22 @@ FORMS = {
         {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
         0.04,
     ),
+    "fp8-scale": Form(fp8_of_powers((32, 32), ".scale", E8M0), UE8M0, 0.04),
+    "fp8-qscale": Form(fp8_of_powers((32, 32), ".qscale_weight", E8M0), UE8M0, 0.04),
+    "mxfp8": Form(
+        fp8_of_powers((1, 32), ".weight_scale_inv", torch.uint8), {"quant_method": "mxfp8"}, 0.04
+    ),
+    "fp4": Form(fp4_pairs, UE8M0, 0.16),
     "gptq4": Form(gptq(4, 1), GPTQ, 0.13),
+    "auto-round-gptq": Form(
+        gptq(4, 1, symmetric=True),
+        AUTO_ROUND | {"packing_format": "auto_round:auto_gptq", "sym": True},
+        0.13,
+    ),
+    "auto-round-backend": Form(
+        gptq(4, 1), AUTO_ROUND | {"backend": "auto_round:auto_gptq:exllamav2"}, 0.13
+    ),
+    "auto-round-awq": Form(awq, AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, 0.13),
     "gptq8-v2": Form(gptq(8, 2), GPTQ | {"bits": 8, "checkpoint_format": "gptq_v2"}, 0.01),
     "gptq4-g_idx": Form(
         gptq(4, 1, symmetric=True, index=True), GPTQ | {"sym": True, "desc_act": True}, 0.13
@@ -375,7 +409,7 @@ FORMS = {
 
 # one form of each codec, for laws whose code does not know the codec
 FEW = {"int4-g_idx", "int8-zero", "fp8-channel", "nvfp4", "mxfp4", "fp8", "double", "int8-bnb"}
-FEW |= {"gptq4-g_idx", "awq", "comfyui-nvfp4"}
+FEW |= {"gptq4-g_idx", "awq", "comfyui-nvfp4", "fp4"}
 
 
 def few(names: Iterable[str]) -> list:

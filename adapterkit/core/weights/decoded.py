@@ -68,7 +68,9 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
     is_known = bool(weights) and scan.method in known
     config = without_quantization(base.config) if is_known else base.config
     view = replace(base, tensors=tensors, config=config)
-    check_not_quantized(replace(view, tensors=scan.tensors))
+    from adapterkit.core.weights.unread import unread_hint
+
+    check_not_quantized(replace(view, tensors=scan.tensors), unread_hint())
     return view
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.commands import command
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.records import Json
 
@@ -38,14 +37,13 @@ def check_not_quantized(base: Checkpoint, hint: str = "") -> None:
     would give silently wrong values."""
     evidence = quantization_evidence(base.config, base.tensors)
     if evidence is not None:
-        out = "floats" if getattr(base.folder, "single", None) is None else "floats.safetensors"
+        from adapterkit.core.weights.unread import floats_hint
+
         raise Refused(
             f"this base is quantized: {evidence}",
             expected="bf16, fp16 or fp32 weights",
             where=base.name,
-            hint=hint
-            or "give the 16-bit model that it was made from, or dequantize it first\n"
-            + command("adapterkit dequantize", base.folder.label, out=out),
+            hint=hint or floats_hint(base),
             code="AK404",
         )
 

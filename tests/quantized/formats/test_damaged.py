@@ -3,14 +3,17 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils.quantization_config import QuantizationMethod
 
 import adapterkit
 from adapterkit.core.errors import AdapterkitError
+from adapterkit.core.weights.unread import read_methods
 from tests.support import quantized_llama
 from tests.support.formats import INT, Q, stored
 from tests.support.quantized_llama import FORMS, change
@@ -205,14 +208,20 @@ LIES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
         "pre_quant_scale",
     ),
     "modelopt unknown": ("modelopt-nvfp4", {}, {"quant_algo": "W4A8_AWQ"}, "quant_algo W4A8_AWQ"),
-    "fp8 pairs": ("fp8", {Q + "weight": torch.ones(64, 32).to(torch.int8)}, None, "pairs of FP4"),
+    "fp4 scales of blocks": (
+        "fp8",
+        {Q + "weight": torch.ones(64, 32).to(torch.int8)},
+        None,
+        "a power of 2 for each 32 values",
+    ),
+    "fp4 scales alone": ("fp4", {Q + "scale": None}, None, Q + "weight"),
     "fp8 scales lie": ("fp8", {Q + "weight_scale_inv": torch.ones(2, 3)}, None, r"\(2, 3\)"),
     "fp8 scales alone": ("fp8", {Q + "weight_scale_inv": None}, None, "without _scale_inv"),
-    "fp8 other names": (
+    "fp8 unknown names": (
         "fp8",
-        {Q + "weight_scale_inv": None, Q + "scale": torch.ones(2, 2)},
+        {Q + "weight_scale_inv": None, Q + "weight_scales": torch.ones(2, 2)},
         None,
-        "has its scales in",
+        "without _scale_inv",
     ),
     "fp8 blocks": ("fp8", {}, {"weight_block_size": [0, 32]}, "blocks"),
     "gptq marlin": ("gptq4", {}, {"checkpoint_format": "marlin"}, "checkpoint_format marlin"),
@@ -229,6 +238,12 @@ LIES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
         {Q + "scales": torch.full((2, 64), float("nan")).half()},
         None,
         "NaN or infinite",
+    ),
+    "auto-round": (
+        "auto-round-gptq",
+        {},
+        {"packing_format": "auto_round:gptq"},
+        "AutoRound's packing_format gptq",
     ),
     "awq gemv": ("awq", {}, {"version": "gemv"}, "groups that divide"),
     "awq gemv groups": ("awq-gemv", {}, {"group_size": 64}, "groups that divide"),
@@ -262,16 +277,21 @@ def test_contradictory_metadata_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "method", ["aqlm", "hqq", "quanto", "eetq", "vptq", "spqr", "fbgemm_fp8", "quark", "auto-round"]
-)
-def test_unknown_methods_are_named(
+METHODS = [method.value for method in QuantizationMethod if method != "compressed-tensors"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_do_not_fit_their_method_are_refused_by_its_name(
     base: Callable[[str], Path], method: str, tmp_path: Path
 ) -> None:
     shutil.copytree(base("fp8-channel"), tmp_path / "base")
     change(tmp_path / "base", {}, {"quant_method": method})
-    with pytest.raises(AdapterkitError, match=method):
-        adapterkit.dequantize(tmp_path / "base", out=tmp_path / "out")
+    for call in (adapterkit.dequantize, partial(adapterkit.quantize, to="nf4")):
+        with pytest.raises(AdapterkitError) as caught:
+            call(tmp_path / "base", out=tmp_path / "out")
+        message = str(caught.value)
+        assert method in message or method in ("fp8", "mxfp8"), message  # these say what is missing
+        assert ("adapterkit dequantize" in message) <= (method in read_methods())
 
 
 def test_all_contradictions_are_listed_together(

@@ -62,12 +62,16 @@ def test_dequantized_checkpoints_have_the_plain_model_s_keys_and_values(
         assert file.metadata() == {"format": "pt"}
 
 
+BY_VALUES = ("fp8-scale", "fp8-qscale", "mxfp8", "fp4")
+
+
 @pytest.mark.parametrize("name", WRITABLE)
 def test_reencoded_weights_equal_their_own_encoder_s(
     base: Callable[[str], Path], name: str
 ) -> None:
-    """Of a weight that its own encoder made, every byte; of transformers' fp8, which forms
-    1 / (448 / x), all but the scale's last bits."""
+    """Every byte of a weight that its own encoder made comes back. transformers' fp8 computes
+    1 / (448 / x), so the last bits of its scales may differ; smaller powers of 2 may hold the same
+    values, so for these the values are compared."""
     tensors = stored(base(name))
     for spec in packed_of(base(name)).values():
         parts = {part.key: tensors[part.key] for part in spec.parts}
@@ -75,6 +79,9 @@ def test_reencoded_weights_equal_their_own_encoder_s(
         assert list(again) == list(parts) and [stored.key for stored in spec.max_outputs] == list(
             parts
         )
+        if name in BY_VALUES:
+            assert same(spec.decode(again), spec.decode(parts)), spec.key
+            continue
         rough = {key for key in parts if key.endswith("_scale_inv")}
         assert all(same(again[key], parts[key]) for key in parts if key not in rough), spec.key
         assert all(

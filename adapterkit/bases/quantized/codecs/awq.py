@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from adapterkit.bases.quantized.codecs.gptq import AUTO_ROUND, auto_round_packing
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import shown
 from adapterkit.core.lazy import Tensor
@@ -24,7 +25,7 @@ class Awq(QuantizedWeight):
 
     name = "awq"
     tier = "core"
-    methods = ("awq",)
+    methods = ("awq", AUTO_ROUND)
     files = ("quant_config.json", "quantize_config.json")
     searches_scales = True
 
@@ -34,10 +35,12 @@ class Awq(QuantizedWeight):
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
         found = scan.with_ending(".qweight")
-        if scan.method not in cls.methods or not found or not _is_known(scan):
+        is_own = scan.method in cls.methods and auto_round_packing(scan) in (None, "auto_awq")
+        if not is_own or not found or not _is_known(scan):
             return
         for module, spec in found:
-            symmetric = scan.settings.get("zero_point", True) is False
+            settings = scan.settings
+            symmetric = settings.get("zero_point", not settings.get("sym", False)) is False
             has_zeros = not symmetric or f"{module}.qzeros" in scan.tensors
             siblings = scan.siblings(module, ".scales", *([".qzeros"] if has_zeros else []))
             if siblings is None or not _fits(scan, spec, *siblings):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
-from adapterkit.core.errors import shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.records import Json
 from adapterkit.core.weights.codec import (
@@ -28,9 +27,11 @@ from adapterkit.kernels.quant.stochastic import Draws
 CODES = ("F8_E4M3", "F8_E5M2")
 SCALE = "_scale_inv"
 POWERS = ("F8_E8M0", "U8")  # dtypes of scales that are powers of 2
-PAIRS = ("I8", "U8", "F4")  # dtypes of codes that hold two FP4 values
+PAIRS = ("I8", "U8")  # dtypes of codes that hold two FP4 values, which `fp8_fp4` reads
+# names of scales next to `X.weight`: DeepSeek-V4's, Mistral's
+OTHER_SCALES = ("scale", "qscale_weight")
 INPUT_SCALES = ("activation_scale", "input_scale")  # names of the scale of a layer's inputs
-BLOCK = (128, 128)
+BLOCK, MX_BLOCK = (128, 128), (1, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Fp8(QuantizedWeight):
 
     name = "fp8"
     tier = "core"
-    methods = ("fp8",)
+    methods = ("fp8", "mxfp8")
     targets = ("fp8",)
 
     block: tuple[int, int]
@@ -74,14 +75,10 @@ class Fp8(QuantizedWeight):
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
         for key, spec in list(scan.tensors.items()):
-            scale = scan.tensors.get(key + SCALE)
-            if scale is None and spec.dtype in CODES and scan.method == "fp8":
-                _note_missing_scale(scan, key)
-            if scale is not None and spec.dtype in PAIRS and scan.method == "fp8":
-                scan.errors.add(
-                    f"{shown(key)}: {spec.dtype}, pairs of FP4 values", "FP8 weights", code="AK404"
-                )
-            if scale is None or spec.dtype not in CODES:
+            scale = scale_of(scan, key) if spec.dtype in CODES else None
+            if scale is None:
+                if spec.dtype in CODES and scan.method in cls.methods:
+                    scan.siblings(key, SCALE)
                 continue
             block = _block(scan, spec, scale)
             if block is None:
@@ -135,10 +132,18 @@ class Fp8(QuantizedWeight):
         return "one FP8 scale for a stack of experts" if one_of_many else None
 
 
+def scale_of(scan: CheckpointScan, key: str) -> TensorSpec | None:
+    """The scales of a tensor of codes, by one of the names that transformers reads."""
+    scale = scan.tensors.get(key + SCALE)
+    if scale is None and key.endswith(".weight") and scan.method in Fp8.methods:
+        scale = next(iter(scan.present(key.removesuffix("weight"), OTHER_SCALES)), None)
+    return scale
+
+
 def _block(scan: CheckpointScan, spec: TensorSpec, scale: TensorSpec) -> tuple[int, int] | None:
     """The rows and columns with one scale; None, with an error, if the shapes do not fit."""
-    one = math.prod(scale.shape) == 1
-    stated = scan.settings.get("weight_block_size") or (spec.shape[-2:] if one else BLOCK)
+    one, usual = math.prod(scale.shape) == 1, MX_BLOCK if scan.method == "mxfp8" else BLOCK
+    stated = scan.settings.get("weight_block_size") or (spec.shape[-2:] if one else usual)
     block = pair_in(stated) if len(spec.shape) >= 2 else None
     fits = scale.dtype in (*dtypes.FLOATS, *POWERS)
     if block is not None and not one:
@@ -146,17 +151,3 @@ def _block(scan: CheckpointScan, spec: TensorSpec, scale: TensorSpec) -> tuple[i
     problem = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}, blocks {stated}"
     fits = scan.check(spec.key, fits and block is not None, problem, "a scale for each block")
     return block if fits else None
-
-
-def _note_missing_scale(scan: CheckpointScan, key: str) -> None:
-    """Note an error for codes without scales under their usual key."""
-    others = scan.present(key.removesuffix("weight"), ("scale", "qscale_weight"))
-    if not others:
-        scan.siblings(key, SCALE)
-        return
-    scan.errors.add(
-        f"{shown(key)} has its scales in {shown(others[0].key)}",
-        f"scales called {shown(key + SCALE)}",
-        hint="rename them",
-        code="AK404",
-    )

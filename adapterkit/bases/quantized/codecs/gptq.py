@@ -18,6 +18,8 @@ from adapterkit.kernels.quant.grid import WORD, Grid
 from adapterkit.kernels.quant.stochastic import Draws
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
+AUTO_ROUND = "auto-round"
+PACKINGS = ("auto_gptq", "auto_awq")  # of auto-round: GPTQ's version 1, and AWQ's gemm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Gptq(QuantizedWeight):
 
     name = "gptq"
     tier = "core"
-    methods = ("gptq",)
+    methods = ("gptq", AUTO_ROUND)
     files = ("quantize_config.json",)
     searches_scales = True
 
@@ -38,7 +40,8 @@ class Gptq(QuantizedWeight):
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
         found = scan.with_ending(".qweight")
-        version = _version(scan) if scan.method in cls.methods and found else None
+        is_own = scan.method in cls.methods and auto_round_packing(scan) != "auto_awq"
+        version = _version(scan) if is_own and found else None
         if version is None:
             return
         if scan.reads_freely:
@@ -106,13 +109,30 @@ class Gptq(QuantizedWeight):
 def _is_symmetric(scan: CheckpointScan) -> bool:
     """Return whether zeros must stay, because kernels for symmetric weights do not read them: true
     unless the config has sym: false for all modules."""
-    rules = scan.settings.get("dynamic")
-    return scan.settings.get("sym") is not False or '"sym"' in json.dumps(rules)
+    return scan.settings.get("sym") is not False or '"sym"' in json.dumps(_rules(scan))
+
+
+def auto_round_packing(scan: CheckpointScan) -> str | None:
+    """AutoRound's name of the layout, from a setting such as `auto_round:auto_gptq`; None for other
+    methods."""
+    if scan.method != AUTO_ROUND:
+        return None
+    stated = str(scan.settings.get("packing_format") or scan.settings.get("backend"))
+    return stated.lower().removeprefix("auto_round:").partition(":")[0]
+
+
+def _rules(scan: CheckpointScan) -> Any:
+    """Settings of single modules, which may differ from those of the model."""
+    return scan.settings.get("dynamic") or scan.settings.get("extra_config")
 
 
 def _version(scan: CheckpointScan) -> int | None:
     """The storage of zeros according to the config; None, with errors, for other layouts."""
-    settings, known = scan.settings, True
+    settings, known, packing = scan.settings, True, auto_round_packing(scan)
+    if packing not in (None, *PACKINGS):
+        problem = f"AutoRound's packing_format {shown(packing)}"
+        scan.errors.add(problem, " or ".join(PACKINGS), code="AK404")
+        return None
     keys = ("checkpoint_format", "format")
     formats = {str(settings[key]).lower() for key in keys if settings.get(key)} or {"gptq"}
     if settings.get("is_marlin_format"):
@@ -144,7 +164,7 @@ def _bits(
     )
     if fits:
         out = codes.shape[1]
-        choices = gptq.BITS if scan.settings.get("dynamic") else (stated,)
+        choices = gptq.BITS if _rules(scan) else (stated,)
         bits = next((n for n in choices if math.ceil(out * n / 32) == zeros.shape[1]), None)
         fits = zeros.shape[0] == scale.shape[0] and scale.shape[1] == out
         fits = fits and bits is not None and codes.shape[0] * 32 % bits == 0
@@ -163,7 +183,7 @@ def _groups_fit(
 ) -> bool:
     groups, size, width = scale.shape[0], scan.settings["group_size"], shape[1]
     expected = 1 if size == -1 else math.ceil(width / size)
-    if scan.settings.get("dynamic"):
+    if _rules(scan):
         expected = groups
     problem = f"{groups} groups of {width} columns"
     if not scan.check(key, groups == expected, problem, f"{expected}, of {size}"):
