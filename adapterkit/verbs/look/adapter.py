@@ -1,5 +1,7 @@
 """inspect of an adapter: its config, and its modules with rank, scale and norms."""
 
+from collections.abc import Callable
+
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.adapter.record import Adapter, Lora, rank_mismatch
 from adapterkit.core.checkpoint.folder import Folder
@@ -30,9 +32,10 @@ def inspect_adapter(
     with_factors: bool,
     progress: Progress = no_progress,
     spectra: dict[str, Tensor] | None = None,
+    more: Callable[..., Json] = lambda *its: {},
 ) -> Json:
     """inspect's result for an adapter; `with_factors`: read them for norms and effective ranks, and
-    fill `spectra` if given."""
+    fill `spectra` if given; `more`: other entries, from the adapter, its modules and problems."""
     adapter, scan, typed = scan_adapter(folder)
     check_tensors(scan, mixed=False)
     check_pickles(scan, "the adapter")
@@ -44,6 +47,7 @@ def inspect_adapter(
     modules = _modules(adapter, typed, base, with_factors, scan, progress, spectra)
     result = new_result("adapter", scan) | _adapter_keys(adapter)
     result |= {"groups": _groups(modules), "statistics": with_factors}
+    result |= more(adapter, modules, scan.errors)
     return result | finish_result(scan, modules)
 
 

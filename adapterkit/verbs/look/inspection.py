@@ -7,7 +7,7 @@ from typing import Any
 from adapterkit.core.adapter.keys import CONFIG, WEIGHTS
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder, original
 from adapterkit.core.checkpoint.shards import NOT_A_MODEL, pickles
-from adapterkit.core.errors import Refused, shown
+from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.inputs.adapter_door import adapter_or_file
 from adapterkit.core.inputs.base_door import INDEX, Base, kind_of
 from adapterkit.core.inputs.sources import if_given, open_model, open_source
@@ -36,8 +36,7 @@ def inspect_source(inspect: Inspect) -> Inspection:
 
 
 def _of_one(inspect: Inspect, path: StrPath) -> Json:
-    base, plot = inspect.base, inspect.plot
-    download, headers = inspect.download, inspect.headers
+    base, plot, download, headers = inspect.base, inspect.plot, inspect.download, inspect.headers
     if plot is not None:
         from adapterkit.verbs.look.pages import check_page
 
@@ -60,15 +59,17 @@ def _of_one(inspect: Inspect, path: StrPath) -> Json:
     given = [original(one) for one in (folder, on) if one is not None]
     far = [one for one in given if not isinstance(one, LocalFolder)]
     if far and not download:
-        _refuse_options(
-            far[0], "weights on the Hub, which are only read with --download", base, plot
-        )
+        unread = "weights on the Hub, which are only read with --download"
+        _refuse_options(far[0], unread, base, plot)
     with_factors = not headers and (download or not far)
-    if (
-        with_factors
-    ):  # in a dialect of PEFT's layout they may differ from those that PEFT would read
+    if with_factors:  # a dialect of PEFT's layout may have others than PEFT would read
         folder = adapter_or_file(folder, on)
-    result = inspect_adapter(folder, on, with_factors, inspect.progress)
+    how: dict[str, Any] = {"progress": inspect.progress}
+    if inspect.intruders and on is not None:
+        from adapterkit.adapters.kinds.intruders import counter
+
+        how["more"] = counter(on)
+    result = inspect_adapter(folder, on, with_factors, **how)
     if plot is not None:
         from adapterkit.verbs.look.overview.page import heatmap_page
         from adapterkit.verbs.look.pages import write_page
@@ -87,13 +88,11 @@ def _of_several(inspect: Inspect) -> Json:
     unread = "headers only (--headers)" if inspect.headers else ""
     unread = "weights on the Hub, without --download" if far and not inspect.download else unread
     if unread or inspect.plot is not None or not sources:
-        raise Refused(
+        Problems(where="options", code="AK206").fail(
             f"{len(sources)} adapters, {unread or 'and --plot'}",
-            expected="factors that are read, and no --plot",
-            where="options",
-            hint="inspect them one by one, or draw several\n"
+            "factors that are read, and no --plot",
+            "inspect them one by one, or draw several\n"
             "adapterkit report ADAPTERS --out report.html",
-            code="AK206",
         )
     folders = [adapter_of(source, base) for source in sources]
     adapters = [inspect_adapter(folder, base, True, inspect.progress) for folder in folders]
@@ -117,26 +116,16 @@ def _refuse_options(
     names = " and ".join(name for name, value in options.items() if value is not None)
     if names:
         hint = f"remove {names}" + (", or give --download" if "download" in problem else "")
-        raise Refused(
-            problem,
-            expected=f"an adapter whose factors are read, for {names}",
-            where=folder.name,
-            hint=hint,
-            code="AK102",
-        )
+        expected = f"an adapter whose factors are read, for {names}"
+        Problems(where=folder.name, code="AK102").fail(problem, expected, hint)
 
 
 def _kind(folder: Folder) -> str:
     if single := getattr(folder, "single", None):
         if single.endswith(".safetensors"):
             return "file"
-        raise Refused(
-            "not a .safetensors file",
-            expected="a .safetensors file or a folder",
-            where=folder.name,
-            hint="check the path",
-            code="AK206",
-        )
+        expected, hint = "a .safetensors file or a folder", "check the path"
+        Problems(where=folder.name, code="AK206").fail("not a .safetensors file", expected, hint)
     here = [name for name in folder.files() if "/" not in name]
     if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
         return "adapter"

@@ -37,6 +37,7 @@ def inspect_table(result: Json, all_modules: bool = False, width: int = 100) -> 
         names = [name for name in MODULE if related or name != "relative"]
         table = _inspect_columns(names, modules) if all_modules else []
         lines += ["", *(table or blocks(heatmaps_of({"": result}), width))]
+        lines += ["", result["intruders"]] if "intruders" in result else []
     elif modules:
         reason = (
             "from the Hub without --download" if "repo" in result["origin"] else "with --headers"
@@ -53,16 +54,8 @@ def adapters_table(result: Json) -> str:
     own = [["adapter", "modules", "norm", "kept in a sum", "problems"]]
     for one, kept in zip(adapters, pairs["sum"]["retention"], strict=True):
         norms = [module["norm"] for module in one["modules"] if module["norm"] is not None]
-        norm, problems = math.hypot(*norms), len(one["problems"])
-        own.append(
-            [
-                shown(one["name"]),
-                str(len(one["modules"])),
-                f"{norm:.4g}",
-                _share(kept),
-                str(problems),
-            ]
-        )
+        count, norm, problems = len(one["modules"]), math.hypot(*norms), len(one["problems"])
+        own.append([shown(one["name"]), str(count), f"{norm:.4g}", _share(kept), str(problems)])
     two = [["", "", "cosine", "opposed signs", "by chance"]]
     for i, j in itertools.combinations(range(len(adapters)), 2):
         cosine, names = pairs["cosines"][i][j], [shown(adapters[n]["name"]) for n in (i, j)]
@@ -311,19 +304,16 @@ def outcomes(receipt: Json) -> Iterator[str]:
     errors."""
     metrics = receipt["parameters"]
     named = lambda name: {key: metric[name] for key, metric in metrics.items() if name in metric}
-    refits = {
-        key: metric for key, metric in metrics.items() if "energy" in metric and "norm" in metric
-    }
+    refits = {key: one for key, one in metrics.items() if {"energy", "norm"} <= one.keys()}
     total = math.hypot(*(metric["norm"] for metric in refits.values()))
     if total and min(named("energy").values()) < 0.9995:
         share = sum(one["energy"] * (one["norm"] / total) ** 2 for one in refits.values())
         text = f"truncation kept {share:.1%} of the squared norm of {len(refits)} modules"
         yield f"{text}; {_lowest(named('energy'))}"
-    compensated = {
-        key: metric["output_error"]
-        for key, metric in metrics.items()
-        if "output_error" in metric and "energy" not in metric
-    }
+    if reduced := named("intruders"):
+        yield f"reduced {sum(reduced.values())} intruder dimensions of {len(reduced)} modules"
+    unfitted = {key: metric for key, metric in metrics.items() if "energy" not in metric}
+    compensated = {k: one["output_error"] for k, one in unfitted.items() if "output_error" in one}
     if compensated:  # the survival of each element means nothing then
         worst = max(compensated, key=lambda key: compensated[key])
         text = f"relative error of the outputs: median {median(compensated.values()):.4f} over"
@@ -333,11 +323,7 @@ def outcomes(receipt: Json) -> Iterator[str]:
     if survived := kept_shares(metrics):
         text = f"median {median(survived.values()):.1%} of the adapter's change kept after rounding"
         yield f"{text}, over {len(survived)} tensors; {_lowest(survived)}"
-    errors = {
-        key: metric["error"]
-        for key, metric in metrics.items()
-        if "error" in metric and "energy" not in metric
-    }
+    errors = {key: metric["error"] for key, metric in unfitted.items() if "error" in metric}
     if errors:
         after = named("error_after")
         helped = {key: errors[key] for key in errors if key in after}

@@ -15,7 +15,8 @@ from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.checkpoint.strict import read_json
-from adapterkit.core.errors import Problems, Refused
+from adapterkit.core.commands import PLAIN
+from adapterkit.core.errors import Problems
 from adapterkit.core.inputs.adapter_door import together
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics, open_unconverted
@@ -25,6 +26,7 @@ from adapterkit.core.records import Json
 from adapterkit.verbs.combine.records.resize import Resize
 from adapterkit.verbs.combine.tasks.truncate import (
     ConvertedFactors,
+    FittedFactors,
     TruncatedFactors,
     finalize_by_size,
     in_output_norms,
@@ -41,13 +43,16 @@ def plan_resize(options: Resize) -> Plan:
     """The plan of a resize; `Refused` with all problems."""
     inputs = together([open_unconverted(options.adapter)], options.out)
     (source,) = inputs.folders
-    base = if_given(open_model, options.base)
-    stats = if_given(open_statistics, options.stats)
+    base, stats = if_given(open_model, options.base), if_given(open_statistics, options.stats)
     # the reader refuses adapters without one
     config = read_json(source, CONFIG) if CONFIG in source.files() else {}
     kind, notes = kind_of(source, config), []
     is_plain = kind is None and not config.get("use_dora")
-    if base is not None and is_plain and not config.get("target_parameters"):
+    if options.drop_intruders is not None and not is_plain:
+        problem = f"--drop-intruders with {'DoRA' if kind is None else kind.name}"
+        Problems(where=source.name, code="AK102").fail(problem, "plain LoRA", PLAIN)
+    is_read = options.drop_intruders or config.get("target_parameters")
+    if base is not None and is_plain and not is_read:
         notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
         base = None
     job = _ResizePlanner(options, None if base is None else read_checkpoint(base, 1), notes)
@@ -70,7 +75,7 @@ class _ResizePlanner:
     base: Checkpoint | None
     notes: list[str]
     errors: Problems = field(default_factory=Problems)
-    ranked: list[TruncatedFactors | ConvertedFactors] = field(default_factory=list)
+    ranked: list[FittedFactors] = field(default_factory=list)
     targets: Json = field(default_factory=dict)  # for the output's config
     adapter: Adapter | None = None
     init: Any = True  # the output's init_lora_weights
@@ -93,6 +98,14 @@ class _ResizePlanner:
         sites = join([adapter], self.errors, names_of(named, [adapter], self.notes))
         self.targets = targets_of(sites)
         joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
+        if self.options.drop_intruders is not None:
+            from adapterkit.verbs.combine.tasks.intruders import reduced
+
+            assert self.base is not None
+            self.ranked += reduced(
+                self.options, self.base, adapter, joined, self.notes, self.errors
+            )
+            return
         if self.base is None or not adapter.config.get("use_dora"):
             if adapter.config.get("use_dora"):
                 self.notes.append(
@@ -120,13 +133,9 @@ class _ResizePlanner:
     def convert(self, kind: "type[Kind]", source: Folder) -> None:
         """Add an adapter of another type, as a LoRA."""
         if self.options.alpha == "keep":
-            raise Refused(
-                f"--alpha keep with an adapter of type {kind.name}",
-                expected="--alpha rank: the adapter has no lora_alpha",
-                where="options",
-                hint="remove --alpha",
-                code="AK102",
-            )
+            problem = f"--alpha keep with an adapter of type {kind.name}"
+            expected = "--alpha rank: the adapter has no lora_alpha"
+            Problems(where="options", code="AK102").fail(problem, expected, "remove --alpha")
         self.adapter, modules = read_deltas(kind, source, self.base, self.notes, self.errors)
         for one in modules:
             self._add(one.module, one.delta, one.trailing_shape, one.embedding, one.module)
@@ -145,14 +154,6 @@ class _ResizePlanner:
         how = {"truncation": self.truncation, "alpha": self.alpha}
         self.ranked.append(ConvertedFactors(name, place, self.dtype, delta, **how))
 
-    def _note_kept_ranks(self) -> None:
-        """Note a rank that changes nothing, because no module has a larger one."""
-        ranks = {task.factors.rank for task in self.ranked if isinstance(task, TruncatedFactors)}
-        if self.options.rank and ranks and max(ranks) <= self.options.rank:
-            self.notes.append(
-                f"--rank {self.options.rank} lowers no rank: the largest is {max(ranks)} already"
-            )
-
     def plan(self, stats: Checkpoint | None) -> Plan:
         """The plan; `Refused` if statistics are missing."""
         adapter, options = self.adapter, self.options
@@ -170,13 +171,13 @@ class _ResizePlanner:
         settings = adapter_output.settings_of(adapter) | {"init_lora_weights": self.init}
         tasks: list[Task] = [*ranked, *others]
         modules = {task.name: targets[task.name] for task in ranked}
-        more = self.targets | {
-            "modules": modules,
-            "settings": settings,
-            "finalize": finalize,
-            "alpha": self.alpha,
-        }
-        self._note_kept_ranks()
+        more = self.targets | {"modules": modules, "settings": settings, "finalize": finalize}
+        more["alpha"] = self.alpha
+        ranks = {task.factors.rank for task in ranked if isinstance(task, TruncatedFactors)}
+        if options.rank and ranks and (most := max(ranks)) <= options.rank:
+            self.notes.append(
+                f"--rank {options.rank} lowers no rank: the largest is {most} already"
+            )
         output = adapter_output.Output([adapter], tasks, summary="resized", **more)
         decisions = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
         inputs = [adapter, *(one for one in (self.base, stats) if one is not None)]

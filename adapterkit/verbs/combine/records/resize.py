@@ -1,7 +1,7 @@
 """resize: change an adapter's rank, and convert other types to standard LoRA. The result is the
 best approximation of each delta, by its singular values."""
 
-from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.core.options import SHARE_ABOVE_0, SOURCE, StrPath, argument, choice, option, record
 from adapterkit.core.shared_options import base_option
 from adapterkit.core.verb import WritingVerb, function_of
 from adapterkit.verbs.shared.options import (
@@ -40,7 +40,11 @@ class Resize(WritingVerb, TruncationOptions):
     does too. OFT needs the base for the weights that it rotates, VeRA for the widths of its layers,
     convolutions of the others for their kernels, and `target_parameters` with different patterns
     for their order. For a DoRA without `base`, the magnitudes stay and scale·b@a is approximated; a
-    note says so."""
+    note says so.
+
+    `drop_intruders`: with `base`, the share removed of each intruder dimension: a leading left
+    singular vector of W + delta (of 10) whose cosine with all those of W is below 0.5. The delta
+    becomes delta - share·Σ s·u·vᵀ (arXiv:2410.21228, PEFT's `reduce_intruder_dimension`)."""
 
     tier = "core"
     planner = "verbs.combine.planning.resize:plan_resize"
@@ -54,14 +58,23 @@ class Resize(WritingVerb, TruncationOptions):
       adapterkit resize ./rank-64 --rank 16 --out rank-16
       adapterkit resize ./rank-64 --energy 0.95 --dtype bf16 --out smaller
       adapterkit resize ./oft --base ./model --rank 32 --out lora
+      adapterkit resize ./lora --base ./model --drop-intruders 0.25 --rank 16 --out milder
     """
 
     adapter: StrPath = argument(kw_only=False, check=SOURCE)
     base: StrPath | None = base_option(
-        "The adapter's base, needed for OFT, VeRA and convolutions, and to turn DoRA into "
-        "plain LoRA."
+        "The adapter's base, needed for OFT, VeRA, convolutions and --drop-intruders, and to turn "
+        "DoRA into plain LoRA."
     )
     stats: StrPath | None = covariances_option()
+    drop_intruders: float | None = option(
+        default=None,
+        check=SHARE_ABOVE_0,
+        needs="base",
+        metavar="SHARE",
+        help="Remove this share (PEFT: 0.25) of each direction that training added and the base "
+        "does not have: less is forgotten, and less learned. Takes two SVDs of each weight.",
+    )
     alpha: str = option(
         default="rank",
         check=choice(("rank", "keep")),

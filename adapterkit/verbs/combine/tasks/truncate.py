@@ -16,7 +16,7 @@ from adapterkit.core.checkpoint.fingerprint import metadata_with
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import laid_out
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.errors import Refused, listed
+from adapterkit.core.errors import Problems, listed
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.options import bytes_text
 from adapterkit.core.plan import READ, Change, Finalize, Metrics, Task, TaskResult, unchanged
@@ -138,9 +138,7 @@ class TruncatedFactors(FittedFactors):
     def compute(self, inputs: Reader) -> TaskResult:
         root, damping = read_root(inputs, self.covariance)
         products = self.factors.products(inputs)
-        return self.fit(
-            [weighted.decompose_product(product, root) for product in products], damping
-        )
+        return self.fit([weighted.decompose_product(one, root) for one in products], damping)
 
 
 @dataclass(frozen=True)
@@ -194,13 +192,8 @@ def input_widths(
         if task.name not in parameters and task.place.is_linear
     }
     if not widths:
-        raise Refused(
-            "no linear layers with factors",
-            expected="some: statistics are of their inputs",
-            where="--stats",
-            hint="remove --stats",
-            code="AK106",
-        )
+        problem, expected = "no linear layers with factors", "some: statistics are of their inputs"
+        Problems(where="--stats", code="AK106").fail(problem, expected, "remove --stats")
     others = [task.name for task in tasks if task.name not in widths]
     if others:
         notes.append(
@@ -217,9 +210,8 @@ def within_shares(tasks: list[F], truncation: TruncationOptions) -> list[F]:
         return tasks
     even_rank = max(1, truncation.size // max(sum(map(_rank_nbytes, tasks)), 1))
     limit = SHARES * even_rank
-    return [
-        task if isinstance(task, TruncatedFactors) else replace(task, limit=limit) for task in tasks
-    ]
+    limited = lambda task: isinstance(task, TruncatedFactors)
+    return [task if limited(task) else replace(task, limit=limit) for task in tasks]
 
 
 def finalize_by_size(
@@ -244,12 +236,10 @@ def finalize_by_size(
     if budget < 0:
         parts = [f"rank 1 of {sum(map(bool, costs))} modules takes {bytes_text(sum(costs))}"]
         parts += [f"values saved in full take {bytes_text(others)}"] * bool(others)
-        raise Refused(
+        Problems(where="options", code="AK108").fail(
             f"--max-size {bytes_text(limit)} is too small: {', '.join(reversed(parts))}",
-            expected=f"at least {limit - budget:,} bytes",
-            where="options",
-            hint="give a larger size" + ", or --rest drop" * bool(others) + ", or fewer modules",
-            code="AK108",
+            f"at least {limit - budget:,} bytes",
+            "give a larger size" + ", or --rest drop" * bool(others) + ", or fewer modules",
         )
     return partial(_spend, budget, costs, tasks)
 
@@ -259,9 +249,7 @@ def _spend(
 ) -> list[Change]:
     """Ranks for `budget` bytes beyond rank 1; `costs`: bytes of one rank of each task."""
     # an unchanged weight has no factors, and leaves its bytes to the others
-    has_rank = [
-        cost > 0 and "energies" in metric for cost, metric in zip(costs, metrics, strict=True)
-    ]
+    has_rank = [cost > 0 and "energies" in one for cost, one in zip(costs, metrics, strict=True)]
     ranks = [1] * len(tasks)
     budget += sum(cost for cost, has in zip(costs, has_rank, strict=True) if not has)
     values = [

@@ -57,8 +57,8 @@ class Inspect(Verb[Json]):
     (known with `base`), experts, rank, alpha, scale, trained (b is not zero), norm (Frobenius, of
     scale * b @ a; for a stack over all experts; without DoRA's rescaling), effective_rank (exp of
     the entropy of the normalized squared singular values of b @ a, 0 for zero; for a stack the mean
-    over experts that are not zero), relative (norm by the base weight's norm, with `base`). Unknown
-    values are null.
+    over experts that are not zero), relative (norm by the base weight's norm, with `base`), and
+    with `intruders` their number as in `resize`. Unknown values are null.
 
     For several adapters `kind` is "adapters", with `inspect`, `readable`, `adapters` (the entries
     of each), `pairs` as in `report` (over all modules that two of them have: cosines, the share of
@@ -104,6 +104,13 @@ class Inspect(Verb[Json]):
         check=FLAG,
         help="Read only headers and JSON, which is faster but shows no norms, effective ranks or "
         "missing parameters.",
+    )
+    intruders: bool = option(
+        default=False,
+        check=FLAG,
+        needs="base",
+        help="Count intruder dimensions: directions that training added and the base does not "
+        "have (arXiv:2410.21228). Takes two SVDs of each weight.",
     )
     plot: StrPath | None = option(
         default=None,
