@@ -228,13 +228,16 @@ def _check_usage(
     options: Json,
 ) -> None:
     """A usage error unless there is one thing to do, with the options that it needs."""
-    if (src is not None) + listing + (from_list is not None) != 1:
-        raise click.UsageError("give SRC, --list or --from-list FILE")
+    given = {"SRC": src is not None, "--list": listing, "--from-list": from_list is not None}
+    if sum(given.values()) != 1:
+        which = " and ".join(name for name, is_given in given.items() if is_given) or "no source"
+        raise click.UsageError(f"{which} given: give one of SRC, --list and --from-list FILE")
     if listing or detect:
         taken = {"--to": options["to"], "--out": options["out"], "--out-pattern": out_pattern}
         more = [name for name, value in taken.items() if value is not None]
         if more or (detect and src is None):
-            raise click.UsageError("--detect takes only SRC, --list takes nothing")
+            takes = "--list takes no other option" if listing else "--detect takes only SRC"
+            raise click.UsageError(f"{takes}: remove {', '.join(more) or '--from-list'}")
         return
     if options["plan"] is not None and src is None:
         raise click.UsageError("--plan takes one SRC, not --from-list")
@@ -242,8 +245,11 @@ def _check_usage(
         raise click.UsageError("Missing option '--to'.")
     needed, other = ("--out-pattern", "--out") if src is None else ("--out", "--out-pattern")
     values = {"--out": options["out"], "--out-pattern": out_pattern}
-    if values[needed] is None or values[other] is not None:
-        raise click.UsageError(f"with {'--from-list' if src is None else 'SRC'} give {needed}")
+    source = "--from-list" if src is None else "SRC"
+    if values[other] is not None:
+        raise click.UsageError(f"{source} and {other} given: give {needed}, and remove {other}")
+    if values[needed] is None:
+        raise click.UsageError(f"Missing option '{needed}', the output of {source}.")
 
 
 def _print(document: Json, table: str, as_json: bool) -> None:

@@ -59,6 +59,27 @@ class VerbCommand(click.Command):
         *own, help = super().get_params(ctx)
         return [*own, help, help_all_option] if self.writes else [*own, help]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """click names the first missing parameter; name all of them at once."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter:
+            missing = self._missing(ctx, given)
+            if len(missing) < 2:
+                raise
+            message = f"Missing parameters: {', '.join(missing)}."
+            raise click.UsageError(message, ctx) from None
+
+    def _missing(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The required parameters that these words lack, as the help spells them."""
+        values, _, _ = self.make_parser(ctx).parse_args(args)
+        return [
+            max(one.opts, key=len) if isinstance(one, click.Option) else one.make_metavar(ctx)
+            for one in self.params
+            if one.required and values.get(str(one.name)) in (None, (), [])
+        ]
+
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_help_text(ctx, formatter)
         formatter.write_paragraph()

@@ -111,18 +111,20 @@ def arguments_of(verb: type[Verb], values: Json) -> tuple[list[Any], Json]:
     """A command's values in the form of a verb's arguments: its sources, and the others by name."""
     fields = fields_of(verb)
     sources = [values.pop(field.name) for field in fields if not field.kw_only]
-    for name in (f.name for f in fields if option_of(f).check.kind == "settings"):
-        values[name] = parse_settings(values[name]) or None
+    for field in fields:
+        if option_of(field).check.kind == "settings":
+            flag = (*option_of(field).flags, flag_of(field.name))[0]
+            values[field.name] = parse_settings(values[field.name], flag) or None
     return sources, values
 
 
-def parse_settings(words: tuple[str, ...]) -> Json:
-    """KEY=VALUE options; a value is a JSON number, true or false, or else a string."""
+def parse_settings(words: tuple[str, ...], flag: str) -> Json:
+    """Options KEY=VALUE of this flag; a value is a JSON number, true or false, or else a string."""
     settings = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise click.UsageError(f"--set {word}: give KEY=VALUE")
+            raise click.UsageError(f"{flag} {word}: give KEY=VALUE")
         try:
             settings[key] = json.loads(value)
         except ValueError:

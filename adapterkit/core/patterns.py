@@ -22,6 +22,7 @@ TOTAL_TIMEOUT = 3.0  # seconds for all the names that one pattern is matched wit
 PLAIN = re.compile(r"\^?[\w.\-]*\$?")  # cannot backtrack
 # `regex` reads {e<=2} as "with two errors", `re` as these characters
 FUZZY = re.compile(r"(?<!\\)\{(?!\d*(,\d*)?\})")
+MODULES = "list the names of the modules\nadapterkit inspect BASE --modules"  # a hint
 V = TypeVar("V")
 Rule = tuple[str, V]  # a pattern and its value
 
@@ -95,8 +96,8 @@ def unmatched(option: str, pattern: str, names: Collection[str], expected: str) 
     return Refused(
         f"{option} {shown(pattern)!r} matches none",
         expected=expected,
-        where=option,
-        hint=_inside(pattern, names) or similar_names(pattern, names) or "check the regex",
+        where="options" if option.startswith("--") else option,
+        hint=_inside(pattern, names) or similar_names(pattern, names) or MODULES,
         code="AK104",
     )
 
@@ -124,7 +125,7 @@ class _TimedPattern:
                 f"pattern {shown(pattern)!r}: {shown(error)}",
                 expected="a regular expression",
                 where=where,
-                hint="fix it",
+                hint="correct the pattern: a name such as q_proj is one, too",
                 code="AK104",
             ) from error
 

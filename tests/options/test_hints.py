@@ -111,7 +111,7 @@ def test_mistakes_of_newcomers_are_hinted_with_a_fix(llama, tmp_path, monkeypatc
         hint = f"\n  adapterkit stats {llama} --data t.txt --out stats.safetensors"
         with pytest.raises(Refused, match=hint):
             getattr(adapterkit, verb)(base, out="out", stats="t.txt", **options)
-    with pytest.raises(Refused, match=r"No such file(.*\n)*.*hint: check the path"):
+    with pytest.raises(Refused, match=r"no such file(.*\n)*.*hint: check the path"):
         adapterkit.finish("nothere.json")
     called = click.testing.CliRunner().invoke
     for command in ("merge", "quantize"):

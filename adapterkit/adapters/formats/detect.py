@@ -97,13 +97,13 @@ def detect(folder: Folder) -> Detection:
     pickled = pickles_of(folder)
     if pickled:
         raise unsafe(pickled[0], folder.label)
-    is_model = "config.json" in folder.files()
     some = f"keys such as {', '.join(map(shown, keys[:3]))}" if keys else "no file that may be one"
+    is_model = "config.json" in folder.files()
     raise Refused(
         f"this is no adapter of a known format: {some}",
-        expected=", ".join(formats()),
+        expected=f"an adapter in one of {len(formats())} formats",
         where=folder.label,
-        hint="it may be a model: give an adapter" if is_model else LIST_FORMATS,
+        hint="this is the folder of a model: give an adapter" if is_model else LIST_FORMATS,
         code="AK501",
     )
 

@@ -6,7 +6,7 @@ from functools import cache
 from adapterkit.adapters.formats.schema import Architecture, Format, architecture_from, format_from
 from adapterkit.adapters.formats.tables import files, read_files
 from adapterkit.core.commands import LIST_FORMATS
-from adapterkit.core.errors import Damaged, Refused, did_you_mean, listed, shown
+from adapterkit.core.errors import Damaged, Refused, alternatives, did_you_mean, listed, shown
 
 ARCHITECTURES = "architectures"
 
@@ -65,7 +65,7 @@ def format_named(name: str) -> Format:
     if name not in known:
         raise Refused(
             f"there is no format {shown(repr(name))} to write",
-            expected=", ".join(name for name, one in known.items() if one.writes),
+            expected=alternatives(name, written_formats(), "`adapterkit convert --list`"),
             where="--to",
             hint=did_you_mean([name], known) or LIST_FORMATS,
             code="AK103",

@@ -210,7 +210,7 @@ def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
             "this is an adapter",
             expected="a model checkpoint",
             where=folder.name,
-            hint="give the base model first, then the adapters",
+            hint="give a model; with adapters, give the base model first",
             code="AK206",
         )
     expected, hint = "safetensors files", "check the path"

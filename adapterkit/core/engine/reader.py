@@ -79,6 +79,7 @@ class LocalReader:
             file = place_of(self.sources.folders[spec.folder], spec.file)
             raise Unrecoverable(
                 "values are not finite (NaN or infinity)",
+                expected="finite values",
                 where=f"{file}: {shown(spec.key)}",
                 hint="the training run diverged: use an earlier save",
                 code="AK208",

@@ -90,7 +90,7 @@ class Base:
         if ending is None and not name.lower().endswith(GGUF):
             return None
         raise Refused(
-            f"--out {shown(out)} for a base that is {'one' if ending else 'no single'} file",
+            f"{shown(out)} for a base that is {'one' if ending else 'no single'} file",
             expected=f"a name that ends in {ending}" if ending else "a folder",
             where="--out",
             hint=f"give --out {shown(out)}{ending}" if ending else "give the name of a folder",

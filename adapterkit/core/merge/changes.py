@@ -102,7 +102,7 @@ def orient(
         )
         fits = is_matrix and a[0] == b[1] and (flip or as_is)
     if not fits:
-        raise state.shape_error(adapter, lora.a.key, (a, b), shape)
+        raise state.shape_error(adapter, lora.a.key, f"{a}, with lora_B {b}", shape)
     return Factors.of(lora, scale, rank, experts, flip, leaf)
 
 
@@ -269,9 +269,8 @@ def _check_adapter(state: MergeState, adapter: Adapter) -> None:
             f"init_lora_weights {init!r}: this adapter was trained on a base that the init had "
             "changed",
             "an adapter of the base as it is",
-            "give --base-is-residual if BASE is that changed base, or turn the adapter into a "
-            "plain LoRA first (adapterkit rebase, or PEFT's "
-            "path_initial_model_for_weight_conversion)",
+            "give --base-is-residual if BASE is that changed base, or convert the adapter to a "
+            "plain LoRA first\nadapterkit rebase ADAPTER --initial INITIAL --out plain",
             where=adapter.where,
             code="AK304",
         )

@@ -20,7 +20,7 @@ from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.inputs.earlier_merges import MergedAdapter
 from adapterkit.core.inputs.model_config import vocabulary_sizes
 from adapterkit.core.merge.verb import MergeOptions
-from adapterkit.core.patterns import selection, similar_names
+from adapterkit.core.patterns import MODULES, selection, similar_names
 from adapterkit.core.records import Json
 from adapterkit.core.registry import load
 from adapterkit.core.weights.decoded import decoded_view, quantized_weights
@@ -131,14 +131,14 @@ def nothing_selected(
 ) -> Refused:
     """The refusal of a merge in which no module of these adapters is selected."""
     names = [name.partition(": ")[2] for name in skipped]
-    problem, cause = "no module is selected", "--include and --exclude"
+    problem, advice = "no module is selected", MODULES
     if not options.include and not options.exclude:
-        problem, cause = "every weight is 0", "the weights"
+        problem, advice = "every weight is 0", "give a weight other than 0"
     return Refused(
         f"nothing to merge: {problem}",
         expected="at least one module",
         where=", ".join(dict.fromkeys(adapters)),
-        hint=similar_names(options.include or "", names) or f"check {cause}",
+        hint=similar_names(options.include or "", names) or advice,
         code="AK105",
     )
 

@@ -14,7 +14,7 @@ from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.checkpoint.shards import stem_of
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.commands import WITHOUT_INITIAL
-from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, as_usage, shown
 from adapterkit.core.inputs.base_door import Base, kind_of
 from adapterkit.core.inputs.earlier_merges import history_notes, merged_adapters
 from adapterkit.core.inputs.input_identity import plan_of
@@ -112,7 +112,8 @@ def plan_merge(
     component's modules; `weights`: weights of modules and directions. Raises `Refused` or `Damaged`
     with all problems."""
     if options.rounding == "compensated":
-        Problems(missing_statistics(options.rounding, stats)).raise_all()
+        with as_usage():
+            Problems(missing_statistics(options.rounding, stats)).raise_all()
     base.check_options(options, imatrix, file)
     if not sources:
         raise Refused(

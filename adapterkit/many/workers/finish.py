@@ -96,7 +96,7 @@ def _adopt(
         raise Refused(
             f"{len(missing)} of {len(names)} files are missing: {', '.join(missing)}",
             expected="all files of the plan",
-            where=str(workers.path),
+            where=str(stage.out),
             hint=f"run the plan again, as one worker or as all\n{command}",
             code="AK610",
         )

@@ -23,6 +23,7 @@ from adapterkit.core.checkpoint.strict import MAX_JSON, nested_json, strict_json
 from adapterkit.core.commands import command
 from adapterkit.core.engine.execution import check_out
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, as_usage, shown
+from adapterkit.core.inputs.sources import similar_path
 from adapterkit.core.options import FILE, StrPath, checked, flag_of
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import TABLE, TEXT, Json
@@ -87,6 +88,13 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
 def read_plan(file: StrPath) -> PlanFile:
     """A plan file; `Refused` if it is none, or has another version."""
     path = Path(file).absolute()
+    if not path.is_file():
+        raise Refused(
+            f"no such file: {shown(file)}",
+            expected="a plan file, a pipeline (.toml) or a recipe (.yml)",
+            hint=similar_path(str(file)) or "check the path",
+            code="AK201",
+        )
     try:
         data = nested_json(read_small(path, MAX_JSON))
     except OSError as error:
@@ -147,7 +155,7 @@ def _is_plan(path: Path) -> bool:
 
 
 def _unreadable(path: Path, problem: str, hint: str = AGAIN) -> Refused:
-    expected = "a file that `adapterkit VERB ... --plan FILE` wrote"
+    expected = "a file that a command with --plan wrote, or a .toml or .yml file"
     return Refused(problem, expected=expected, where=str(path), hint=hint, code="AK111")
 
 

@@ -103,11 +103,13 @@ def merge_of(file: Path, **running: Any) -> Merge:
         raise Refused(
             "steps in YAML", expected="a recipe", where=str(file), hint=hint, code="AK113"
         )
+    errors = Problems()
     if running.get("out") is None:
-        raise Refused(
-            "no --out", expected="the output", where="options", hint="give --out DIR", code="AK113"
-        )
-    recipe = _Recipe(records.read(RecipeDocument, table, file.name, hint=HINT), file.name)
+        hint = "give --out DIR"
+        errors.add("no --out", "the output of the recipe", hint, where="options", code="AK113")
+    with errors.collected():
+        recipe = _Recipe(records.read(RecipeDocument, table, file.name, hint=HINT), file.name)
+    errors.raise_all()
     return Merge(**recipe.arguments(), **running)
 
 

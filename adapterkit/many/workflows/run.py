@@ -138,6 +138,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         from adapterkit.many.workflows.workflow import run_pipeline
 
         if Path(self.file).suffix in RECIPES:
+            self._refuse((*OF_PLAN_FILES, "engine", "allow_push"), "a recipe")
             with as_usage(False):  # a wrong value in the file
                 return self.merge().run()
         if Path(self.file).suffix == ".toml":
@@ -181,7 +182,6 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         """The merge that a recipe describes."""
         from adapterkit.many.workflows.recipe import merge_of
 
-        self._refuse((*OF_PLAN_FILES, "engine", "allow_push"), "a recipe")
         running = {
             name: getattr(self, name) for name in ("out", "overwrite", "dry_run", "progress")
         }
@@ -192,15 +192,16 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
         given = [flag_of(name) for name in names if getattr(self, name) != getattr(Run, name)]
         if given:
             options = ", ".join(given)
-            raise Refused(
-                f"{options} does not apply to {what}",
-                expected="--worker, --workers and --wait with a plan file, --engine and "
-                "--allow-push with a pipeline, --overwrite with a pipeline or a recipe, "
-                "--out with a recipe",
-                where="options",
-                hint=f"remove {options}",
-                code="AK102",
-            )
+            with as_usage():
+                raise Refused(
+                    f"{options} does not apply to {what}",
+                    expected="--worker, --workers and --wait with a plan file, --engine and "
+                    "--allow-push with a pipeline, --overwrite with a pipeline or a recipe, "
+                    "--out with a recipe",
+                    where="options",
+                    hint=f"remove {options}",
+                    code="AK102",
+                )
 
 
 run = function_of(Run)

@@ -125,7 +125,7 @@ def read_pipeline(file: Path) -> list[WorkflowStep]:
     steps = []
     for number, entry in enumerate(entries, 1):
         with errors.collected():
-            steps.append(_step(number, entry, outs, folder))
+            steps.append(_step(file.name, number, entry, outs, folder))
     errors += _overlaps(outs)
     errors.raise_all()
     return steps
@@ -150,9 +150,11 @@ def _entries(file: Path) -> list[Json]:
     return list(records.read(WorkflowDocument, document, where, hint=hint).step)
 
 
-def _step(number: int, entry: Json, outs: Mapping[int, Location], folder: Path) -> WorkflowStep:
+def _step(
+    file: str, number: int, entry: Json, outs: Mapping[int, Location], folder: Path
+) -> WorkflowStep:
     name = entry.get("verb")
-    where = f"step {number}" + (f" ({shown(name)})" if isinstance(name, str) else "")
+    where = f"{file}: step {number}" + (f" ({shown(name)})" if isinstance(name, str) else "")
     step = records.read(StepTable, entry, where, hint=HINT)
     fields = {field.name: field for field in fields_of(step.verb)}
     errors = Problems(_misnamed_options(fields, step.options, where))

@@ -16,7 +16,7 @@ from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.overlay import Overlay
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.commands import command
-from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.errors import Problems, Refused, as_usage, shown
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.core.merge.job import MergeState
@@ -122,7 +122,8 @@ def plan_init(options: Init) -> Plan:
     folder = open_model(options.base)
     stats = if_given(open_statistics, options.stats)
     method = created_init(options.method, dict(options.settings or {}))
-    _check(options, method, stats is not None)
+    with as_usage():
+        _check(options, method, stats is not None)
     notes: list[str] = []
     base = open_checkpoint(folder)
     if options.quantize:

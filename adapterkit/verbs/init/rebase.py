@@ -79,9 +79,9 @@ def _initial(source: Folder, options: Rebase) -> Folder:
     if initial is None:
         raise Refused(
             f"{source.name} has no folder initial/, and --initial is not given",
-            expected="the adapter as saved before training",
-            where="--initial",
-            hint="give its folder",
+            expected="the adapter as it was saved before training",
+            where="options",
+            hint="give --initial with the folder of that adapter",
             code="AK304",
         )
     return initial

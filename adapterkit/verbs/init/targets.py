@@ -91,8 +91,9 @@ def _numbers(text: str) -> list[int]:
         if not RANGE.fullmatch(part) or int(last or first) < int(first):
             raise Refused(
                 f"--layers {shown(part)!r}",
-                expected="numbers and ranges, e.g. 0-11,20",
-                where="--layers",
+                expected="numbers and ranges",
+                where="options",
+                hint="give the layers, for example 0-11,20",
                 code="AK101",
             )
         numbers |= set(range(int(first), int(last or first) + 1))

@@ -266,8 +266,12 @@ def check_page(path: Path, flag: str, overwrite: bool) -> None:
     """`Refused` for a path that is not a file, or holds something else; without `overwrite` also
     for an older page."""
     if path.suffix != ".html" or not os.path.isdir(path.parent) or os.path.isdir(path):
-        expected, hint = "a file name ending in .html, in a folder that exists", "give another name"
-        raise Refused(shown(path), expected=expected, where=flag, hint=hint, code="AK601")
+        expected, hint = (
+            "a file name ending in .html, in a folder that exists",
+            "give another name, for example report.html",
+        )
+        problem = f"{shown(path)} cannot be an HTML page"
+        raise Refused(problem, expected=expected, where=flag, hint=hint, code="AK601")
     if os.path.exists(path):  # not if the system refuses the name
         with path.open("rb") as file:
             is_page = MARK.encode() in file.read(1000)

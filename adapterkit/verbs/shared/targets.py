@@ -21,7 +21,7 @@ from adapterkit.core.adapter.targets import (
 from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.lazy import torch
 from adapterkit.core.options import targets as text_of_targets
-from adapterkit.core.patterns import matcher, similar_names
+from adapterkit.core.patterns import MODULES, matcher, similar_names
 from adapterkit.core.weights.layers import (
     is_bypassed,
     is_linear,
@@ -84,6 +84,8 @@ class Resolver:
     `modules`: those below the model, by name, without adapters."""
 
     where = "LoraConfig"
+    names_hint = "check the names"  # if no name is similar
+    layers_hint = "check layers and layers_pattern"
     whole_in_any_layer = True  # full names are targets whatever `layers` selects
 
     def __init__(
@@ -239,12 +241,13 @@ class Resolver:
         where = f"{self.where}: layers_pattern"
         lists = [matcher(one, where, ENDING) for one in self.config.layers_pattern or ()]
         layer = {name: layer_number(name, lists) for name in names if name not in whole}
+        there = sorted({number for number in layer.values() if number is not None})
         for number in layers:
-            if number not in layer.values():
+            if number not in there:
                 self.errors.add(
                     f"{self.label('layers')} no target in layer {number}",
-                    "layers with targets",
-                    "check layers and layers_pattern",
+                    f"layers with targets: {listed(there)}" if there else "layers with targets",
+                    self.layers_hint,
                     code="AK105",
                 )
         return [name for name in names if name in whole or layer[name] in layers]
@@ -366,9 +369,9 @@ class Resolver:
         """Refuse the entries of a setting that match none of the known names."""
         for entry in entries:
             problem = f"{self.label(setting)} {shown(entry)!r} matches none"
-            self.errors.add(
-                problem, expected, similar_names(entry, known) or "check the names", code="AK105"
-            )
+            hint = similar_names(entry, known) or self.names_hint
+            where = self.where if self.where != self.label(setting) else "options"
+            self.errors.add(problem, expected, hint, where=where, code="AK105")
 
 
 class StoredResolver(Resolver):
@@ -376,6 +379,7 @@ class StoredResolver(Resolver):
     others `lacking`. Layers that "all-linear" leaves out join the notes."""
 
     where = "--targets"
+    names_hint, layers_hint = MODULES, "choose layers of the model"
     whole_in_any_layer = False
 
     def __init__(

@@ -18,7 +18,7 @@ from adapterkit.adapters.formats.planning.source import AdapterConversion, read_
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
-from adapterkit.core.errors import Problems, Refused, listed, shown
+from adapterkit.core.errors import Problems, Refused, as_usage, listed, shown
 from adapterkit.core.inputs.sources import open_unconverted
 from adapterkit.core.options import flag_of
 from adapterkit.core.plan import CopyFile, Files, Plan
@@ -40,6 +40,7 @@ def plan_edit(edit: Edit) -> Plan:
     """The plan of an edit; `Refused` if nothing changes, or the format cannot store a field."""
     target = Path(edit.out)
     name = target.name if target.suffix == ".safetensors" and not is_on_hub(edit.out) else None
+    _check_given(edit)
     source = open_unconverted(edit.src)
     detection = detect(source)
     format = detection.format
@@ -70,12 +71,21 @@ def plan_edit(edit: Edit) -> Plan:
     )
 
 
-def _problems(edit: Edit, format: Format, name: str | None) -> Problems:
-    errors = Problems(where=format.title, code="AK505")
+def _check_given(edit: Edit) -> None:
     options = (*IN_FILE, "alpha", "metadata", "strip_metadata")
     if not any(getattr(edit, option) for option in options):
-        expected = f"some of {', '.join(map(flag_of, options))}"
-        errors.add("nothing to change", expected, "give an option for the change", where="options")
+        with as_usage():
+            raise Refused(
+                "nothing to change",
+                expected=f"some of {', '.join(map(flag_of, options))}",
+                where="options",
+                hint="give an option for the change, for example --title TITLE",
+                code="AK102",
+            )
+
+
+def _problems(edit: Edit, format: Format, name: str | None) -> Problems:
+    errors = Problems(where=format.title, code="AK505")
     if not format.writes or format.file.container != "safetensors":
         hint = "convert it first\nadapterkit convert ADAPTER --to peft --out converted"
         errors.add(f"{format.title} is not edited", "a format of safetensors that is written", hint)

@@ -6,7 +6,7 @@ from adapterkit.bases.quantized.planning.weights import QuantizationPlan, plan_q
 from adapterkit.bases.quantized.records.quantize import Quantize
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.core.errors import Problems, Refused, listed
+from adapterkit.core.errors import Problems, Refused, as_usage, listed
 from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
@@ -25,12 +25,14 @@ OF_GGUF = ("imatrix", "modelfile")
 
 def plan_quantize(options: Quantize) -> Plan:
     """Plan a quantization, or raise `Refused`."""
-    Problems(missing_statistics(options.rounding, options.stats)).raise_all()
+    with as_usage():
+        Problems(missing_statistics(options.rounding, options.stats)).raise_all()
     stats = if_given(open_statistics, options.stats)
     base = kind_of(open_model(options.base))
     if own := base.own("quantize"):
         return own(base, options)
     check_fit(options)
+    base.output_file(options.out)
     return plan_model_quantization(open_checkpoint(base.folder), options, options.skip, stats)
 
 
@@ -78,7 +80,7 @@ def check_fit(
     wrong = [flag_of(name) for name in unfit if getattr(options, name)]
     if wrong or options.to not in known:
         raise Refused(
-            f"--to {options.to} {' '.join(wrong)} with this base",
+            f"{' and '.join([f'--to {options.to}', *wrong])} with this base",
             expected=", ".join(known),
             where="options",
             hint=hint,

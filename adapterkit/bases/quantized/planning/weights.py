@@ -199,8 +199,9 @@ def known_model(base: Checkpoint, notes: list[str]) -> Names:
     """The names of a model that transformers or diffusers builds; `Refused` if neither knows it."""
     names = Names(base, build_model=True, notes=notes, of_diffusers=True)
     if names.model is None:
+        reason = f": {notes[-1].splitlines()[0]}" if notes else ""
         raise Refused(
-            f"a model that transformers does not know{': ' + notes[-1] if notes else ''}",
+            f"a model that transformers does not know{reason}",
             expected="config.json of a known model",
             where=base.name,
             hint="update transformers",

@@ -10,7 +10,7 @@ from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.commands import PLAIN
-from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.errors import Problems, Refused, as_usage, shown
 from adapterkit.core.inputs.adapter_door import together
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.inputs.earlier_merges import notes_on_copies
@@ -57,7 +57,8 @@ def plan_combine(options: Combine) -> Plan:
     stats = [open_statistics(path) for path in options.stats]
     method, refit = _resolve_method(options)
     if not options.data and (stats or method.acts_on == "covariances"):
-        check_statistics(method, refit, options.space, len(sources), len(stats))
+        with as_usage():
+            check_statistics(method, refit, options.space, len(sources), len(stats))
     _check_count(options, len(sources))
     adapters = read_all(inputs.folders)
     own = [weight for _, weight in sources]

@@ -76,9 +76,10 @@ def check_statistics(method: Method, refit: Refit, space: str, adapters: int, fi
         if files != adapters:
             raise Refused(
                 f"{files} --stats files for {adapters} adapters",
-                expected=f"one for each adapter with {method.name}",
-                where="--stats",
-                hint="give --stats FILE once per adapter, in their order",
+                expected=f"one for each adapter, because {method.name} weighs them by their inputs",
+                where=f"--method {method.name}",
+                hint="give --stats FILE once per adapter, in their order; each file is made by\n"
+                "adapterkit stats BASE --data FILE --out stats.safetensors",
                 code="AK106",
             )
         return

@@ -50,6 +50,7 @@ class ExtractedAdapter(Output):
     """An adapter with targets that are parameters: stacks of experts, routers."""
 
     all_modules: frozenset[str] = frozenset()  # of the model
+    tuned: str = ""  # the name of the fine-tune, for messages
 
     def config(self, metrics: dict[str, dict], grown: int = 0) -> bytes:
         """adapter_config.json for the ranks in the metrics; `Unrecoverable` if the adapter is
@@ -61,10 +62,10 @@ class ExtractedAdapter(Output):
         }
         if not ranks and not any("taken" in metric for metric in metrics.values()):
             raise Unrecoverable(
-                "no weight differs",
-                expected="a fine-tune",
-                where="BASE and TUNED",
-                hint="check the two paths",
+                "no weight differs from the base",
+                expected="a fine-tune of the base",
+                where=self.tuned,
+                hint="check the two paths: BASE is the original, TUNED was made of it",
                 code="AK408",
             )
         parameters = sorted(ranks.keys() & self.parameters)
@@ -385,6 +386,7 @@ def plan_model_extraction(
         "base_fingerprint": made_for,
         "parameters": parameters,
         "all_modules": frozenset(extraction.targets.modules),
+        "tuned": tuned.name,
     }
     output = ExtractedAdapter([], tasks, targets, settings, summary, finalize=finalize, **more)
     decisions = {"left_out": extraction.skipped, "unchanged": sorted(extraction.unchanged)}

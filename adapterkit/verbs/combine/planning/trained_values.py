@@ -63,7 +63,7 @@ def value_tasks(
             terms = tuple(zip(specs.values(), shares, strict=True))
             tasks.append(SummedTensor(key, key, terms, spec.dtype, spec.shape))
             continue
-        shapes = "/".join(sorted({str(spec.shape) for spec in specs.values()}))
+        shapes = " and ".join(sorted({str(spec.shape) for spec in specs.values()}))
         names = ", ".join(
             f"{adapters[number].name} (weight {weight:g})"
             for number, weight in zip(specs, own_weights, strict=True)
@@ -154,9 +154,9 @@ def _check_rows(adapters: Sequence[Adapter], levels: Mapping[str, int], errors: 
         )
     elif any(its != next(iter(rows.values())) for its in rows.values()):
         errors.add(
-            f"other token rows trained by each of {', '.join(rows)}",
-            "the same rows",
-            "combine adapters that trained the same rows",
+            f"{', '.join(rows)} trained different token rows (trainable_token_indices)",
+            "adapters that trained the same rows",
+            "merge the adapters into the base instead\nadapterkit merge BASE ADAPTERS --out merged",
             where="adapters",
             code="AK305",
         )

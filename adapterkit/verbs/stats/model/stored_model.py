@@ -45,11 +45,12 @@ class StoredModel:
         self.names = Names(self.base, build_model=True, notes=self.notes)
         skeleton = self.names.model
         if skeleton is None:
+            reason = f": {self.notes[-1].splitlines()[0]}" if self.notes else ""
             raise Refused(
-                f"transformers has no model of type {shown(base.config.get('model_type'))}",
+                f"transformers has no model of type {shown(base.config.get('model_type'))}{reason}",
                 expected="a model that transformers can build",
                 where=base.name,
-                hint="; ".join(self.notes) or "update transformers",
+                hint="update transformers",
                 code="AK405",
             )
         config = copy.deepcopy(skeleton.model.config)
