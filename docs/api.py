@@ -39,6 +39,8 @@ Every command, except `explain` and `completion`, is a function of the same name
 from `adapterkit`. You pass its options by name, in snake case: for example `--max-shard-size 5GB`
 is `max_shard_size="5GB"`. A few names differ: `--set` is `settings={...}`, `check --for` is
 `program=`, `--adapter` is `adapters=`, and `--plan` is the function [`write_plan`](#write_plan).
+Only the command line has options for printing (`--json`, `--quiet`, `inspect --modules`) and those
+of `convert` for several files or none (`--from-list`, `--out-pattern`, `--detect`, `--list`).
 
 Each function is loaded when you first use it, so `import adapterkit` loads neither torch nor
 transformers.

@@ -85,6 +85,37 @@ def test_examples_of_a_help_parse_to_their_end(verb: str):
     assert lines
 
 
+# what docs/api.md says: names in Python that are not the option's in snake case, and options of the
+# command line alone
+RENAMED = {"settings": "--set", "program": "--for", "adapters": "--adapter"}
+OF_THE_COMMAND_LINE = {"--json", "--quiet", "--modules", "--plan"}
+OF_CONVERT = {"--from-list", "--out-pattern", "--detect", "--list"}
+IN_PYTHON = {"progress", "accept"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_options_of_a_command_are_those_of_its_function(verb: str):
+    """In snake case, with the exceptions that docs/api.md lists."""
+    own = inspect.signature(getattr(adapterkit, verb)).parameters.values()
+    here = [p.name for p in own if p.kind == p.KEYWORD_ONLY and p.name not in IN_PYTHON]
+    params = main.commands[verb].params
+    flags = [one.opts for one in params if isinstance(one, click.Option)]
+    there = [one for one in flags if not {*one} & (OF_THE_COMMAND_LINE | OF_CONVERT)]
+    assert len(here) == len(there)
+    for name in here:
+        flag = RENAMED.get(name, f"--{name.replace('_', '-')}")
+        assert sum(flag in one for one in there) == 1, name
+    assert [p.name for p in own if p.kind != p.KEYWORD_ONLY] == [
+        one.name for one in params if isinstance(one, click.Argument)
+    ]
+
+
+def test_the_page_of_python_names_the_options_that_differ():
+    head = script("api").INTRODUCTION
+    for flag in (*RENAMED.values(), *OF_THE_COMMAND_LINE, *OF_CONVERT):
+        assert re.search(rf"`[a-z ]*{flag}`", head), flag
+
+
 SHOWN = re.compile(r"(?:adapterkit|hf|pip|python -m pip) .*")  # a command in a line or in code
 # what bash, zsh, cmd and PowerShell do not all read as it stands
 BETWEEN_QUOTES, ELSEWHERE = re.compile(r"[$`%!\\]"), re.compile(r"[][*?{}|<>;^%!$`~'\\]|\s@")
