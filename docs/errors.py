@@ -37,7 +37,8 @@ def document() -> str:
         lines += ["", f"### {code}"]
         for text in texts:
             lines += ["", *wrap(text, 98, break_long_words=False, break_on_hyphens=False)]
-        lines += ["", "```console", *entry["example"].splitlines(), "```"]
+        command = [f"$ adapterkit {entry['command']}"] if "command" in entry else []
+        lines += ["", "```console", *command, *entry["example"].splitlines(), "```"]
     return "\n".join(lines) + "\n"
 
 

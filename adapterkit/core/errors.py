@@ -178,7 +178,7 @@ def _table() -> dict[str, Any]:
 
 def codes() -> Mapping[str, Mapping[str, str]]:
     """The title, cause, remedy and example of each code; of some, `many`: the first line of
-    several."""
+    several, and `command`: what prints the example."""
     return {code: entry for code, entry in _table().items() if code != "gone"}
 
 

@@ -11,7 +11,7 @@ from adapterkit.adapters.formats.files.templates import filled, settings_of, wor
 from adapterkit.adapters.formats.library import architectures
 from adapterkit.adapters.formats.modules.experts import stack
 from adapterkit.adapters.formats.modules.fusing import Fusion, fuse, inputs_of, norm_problems
-from adapterkit.adapters.formats.modules.kinds import ALPHA, MAGNITUDES, SIZED
+from adapterkit.adapters.formats.modules.kinds import ALPHA, MAGNITUDES, SIZED, VALUE
 from adapterkit.adapters.formats.modules.names import (
     Size,
     has_modules,
@@ -168,6 +168,7 @@ def unsupported(
     for module in contents.modules:
         kind = word_of(module, format)
         for what in lacking(module, format, contents):
+            what = "fully trained values" if what == VALUE else what
             name = f"{what} of {kind}" if what in module.parts else what
             absent.setdefault(name, []).append(module)
     for what, modules in absent.items():

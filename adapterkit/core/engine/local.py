@@ -329,7 +329,7 @@ def compute_chunk(
 def _not_finite(step: Step, values: Tensor) -> Unrecoverable:
     what = "overflows" if all_finite(values) else "is not finite (NaN or infinity)"
     return Unrecoverable(
-        f"the merged value of {shown(step.key)} {what} in {step.dtype}",
+        f"the merged value {what} in {step.dtype}",
         expected="finite values",
         where=f"{step.source.file}: {shown(step.key)}",
         hint="give --dtype bf16 or fp32, or a smaller weight"

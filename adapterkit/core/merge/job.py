@@ -16,7 +16,7 @@ from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import same_bytes
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.commands import CHECK_BASE
-from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.inputs.earlier_merges import MergedAdapter
 from adapterkit.core.inputs.model_config import vocabulary_sizes
 from adapterkit.core.merge.verb import MergeOptions
@@ -101,7 +101,7 @@ def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
     bad = sorted({i for i in order if i >= stacks[0][1]})
     if bad or not order:
         raise Refused(
-            f"layers {bad} of {stacks[0][1]}",
+            f"layers {listed(bad)} of a base with {stacks[0][1]} layers",
             expected="layers of the base",
             where="layer_replication",
             hint="use the base that the adapter was trained on",
