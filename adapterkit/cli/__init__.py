@@ -44,13 +44,24 @@ def process() -> None:
 )
 @click.version_option(__version__, "--version")
 def main() -> None:
-    """Edit LoRA adapters and model checkpoints on disk: exact, low-memory, with checksums.
+    """Edit LoRA adapters and model checkpoints on disk.
+
+    A merge streams the model from disk to disk, so memory does not grow with its size. Every output
+    appears when it is complete, with checksums.
 
     \b
-    A source is a folder, a .safetensors file, or a Hub id org/name[@revision][:folder or file].
-    An adapter may carry a weight: PATH=0.7 (default 1, negative allowed).
-    Commands that write share common options: COMMAND --help-all describes them.
-    Exit status: 0 done; 1 refused or failed, with a message; 2 wrong usage or a wrong value.
-    run: also 3 = timed out waiting for other workers.
-    diff: 0 the same; 1 different; 2 refused, failed or wrong usage.
+    Example:
+      adapterkit merge meta-llama/Llama-3.1-8B ./my-adapter --out merged
+      adapterkit inspect ./my-adapter
+      adapterkit merge --help
+
+    \b
+    A BASE or an ADAPTER is a folder, a .safetensors or .gguf file, or a Hub id
+    org/name[@revision][:folder or file]. ADAPTER=0.7 gives an adapter a weight
+    (default 1; it may be negative).
+
+    \b
+    Exit status: 0 done; 1 refused or failed, with a message; 2 wrong usage.
+    run also exits with 3 if it timed out while it waited for other workers.
+    diff exits with 0 if the sources are the same, 1 if they differ, 2 otherwise.
     """

@@ -31,7 +31,7 @@ def combinations() -> dict[str, Rows]:
     rank = {"exact": "exact", "largest": "refitted to the largest rank of the inputs"}
     return {
         "Methods on factors (exact without --rank and --energy)": on_factors,
-        "Methods on elements (refitted, by default to the largest rank of the inputs)": on_elements,
+        "Methods on elements (refitted to --rank, or the largest rank of the inputs)": on_elements,
         "PEFT's names": [(name, f"{of}, {rank[to]}") for name, (of, to) in ALIASES.items()],
     }
 
@@ -46,8 +46,8 @@ def methods() -> dict[str, Rows]:
 def initializations() -> dict[str, Rows]:
     """Inits by their effect on the base."""
     titles = {
-        False: "Methods that leave the base as it is",
-        True: "Methods that take a part of each weight",
+        False: "Methods that do not change the base",
+        True: "Methods that move a component of each weight into the factors",
     }
     groups: dict[str, Rows] = {title: [] for title in titles.values()}
     for name, init in declarations("inits").items():
@@ -73,7 +73,15 @@ def formats() -> dict[str, Rows]:
     codecs = declarations("codecs").values()
     lists = ((codec, codec.constants.get(n, ())) for n in TARGETS for codec in codecs)
     rows = [(", ".join(names), _described(codec)) for codec, names in lists if names]
-    return {"Formats": [*rows, (", ".join(MIXES), "llama.cpp's mixes, of a GGUF file. Stable.")]}
+    return {
+        "Formats": [
+            *rows,
+            (
+                ", ".join(MIXES),
+                "GGUF types, and llama.cpp's mixes of them, for a base in a GGUF file. Stable.",
+            ),
+        ]
+    }
 
 
 def adapter_formats() -> dict[str, Rows]:
@@ -174,7 +182,8 @@ def explain(code: str | None) -> None:
         )
     entry = known[name]
     lines = [f"{name}: {entry['title']}", "", f"How it comes about: {entry['cause']}"]
-    lines += [f"What to do: {entry['do']}", "", *entry["example"].splitlines()]
+    command = [f"$ adapterkit {entry['command']}"] if "command" in entry else []
+    lines += [f"What to do: {entry['do']}", "", *command, *entry["example"].splitlines()]
     click.echo("\n".join(lines))
 
 

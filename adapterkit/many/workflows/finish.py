@@ -32,7 +32,7 @@ class Finish(Verb["Receipt"]):
     them. An output that is already finished is reported as such.
     """
 
-    command = """Publish the output of a plan file after its workers.
+    command = """Publish the output of a plan file when its workers are done.
 
     If some files are missing, nothing is published and they are listed. The output and its receipt
     are the same as those of the command itself.

@@ -55,7 +55,7 @@ class Run(Verb["Outcome | Json | Receipt | Plan"]):
     `Failed` later.
     """
 
-    command = """Run a plan file (or a share of it), a pipeline or a recipe.
+    command = """Run a plan file, a pipeline of steps, or a recipe of mergekit.
 
     A command with --plan writes a plan file instead of its output. Run that file on each machine of
     a shared file system. Each worker writes its share of the output files, and then files that no

@@ -103,7 +103,7 @@ class WeightFit(Verb[Json]):
     one_needed = ("data", "score")
     none_given = "nothing says which weights are good"
     runner = "verbs.fit.fit:fit_weights"
-    command = """Choose the weights of adapters from samples.
+    command = """Choose the weights of adapters by their loss on samples.
 
     Runs the model with all adapters on your samples and writes the weights with the least loss, for
     combine, merge and the runtime. It begins with one weight per adapter. Finer weights, such as

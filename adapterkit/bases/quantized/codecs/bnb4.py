@@ -1,5 +1,4 @@
-"""bnb4: bitsandbytes' 4-bit weights (nf4, fp4), as transformers stores them; their scales in
-float32 or quantized too."""
+"""bnb4: bitsandbytes' 4-bit weights, as transformers stores them."""
 
 import json
 import math

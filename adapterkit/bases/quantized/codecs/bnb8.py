@@ -1,4 +1,4 @@
-"""bnb8: bitsandbytes' LLM.int8 weights: rows of int8 with `SCB`, their largest magnitudes."""
+"""bnb8: bitsandbytes' LLM.int8 weights, rows of int8 with a scale each."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""compressed-tensors, as llm-compressor writes and vLLM reads it: integers, FP8 and FP4."""
+"""compressed: integers, FP8 and FP4 in compressed-tensors' files, as llm-compressor writes and vLLM
+reads them."""
 
 from __future__ import annotations
 

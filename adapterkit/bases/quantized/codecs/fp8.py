@@ -1,5 +1,5 @@
-"""fp8: transformers' own FP8, as DeepSeek and Qwen store it: blocks of 128 x 128 with
-`weight_scale_inv`."""
+"""fp8: transformers' own FP8, as DeepSeek and Qwen store it, with a scale for each block of 128 x
+128."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""mxfp4: OpenAI's GPT-OSS, experts in blocks of 32 FP4 values with a power of 2; `X_blocks` and
-`X_scales` store the stack X."""
+"""mxfp4: the experts of OpenAI's GPT-OSS, blocks of 32 FP4 values that share a power of 2."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

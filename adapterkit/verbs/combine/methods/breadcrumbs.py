@@ -1,4 +1,4 @@
-"""breadcrumbs: drop the largest and the smallest, then add."""
+"""breadcrumbs: drop the largest and the smallest elements of each delta, then add."""
 
 from dataclasses import dataclass
 

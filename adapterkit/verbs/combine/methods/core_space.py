@@ -1,4 +1,5 @@
-"""core_space: ties, or another method on elements, in the core of bases that the factors share."""
+"""core_space: apply ties, or another method on elements, to small matrices in a basis that all
+factors share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""ctm: compress to directions that the deltas share, then ties, or another method on elements."""
+"""ctm: project the deltas onto directions that they share, then apply ties or another method on
+elements."""
 
 from __future__ import annotations
 

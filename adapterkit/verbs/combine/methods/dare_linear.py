@@ -1,4 +1,4 @@
-"""dare_linear: drop at random, rescale, and add."""
+"""dare_linear: drop elements at random, rescale the others, and add."""
 
 from dataclasses import dataclass
 

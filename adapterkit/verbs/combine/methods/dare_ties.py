@@ -1,4 +1,4 @@
-"""dare_ties: drop at random, rescale, elect a sign, average what agrees with it."""
+"""dare_ties: drop elements at random and rescale the others; then elect signs as ties does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""della: drop at random, small elements of each row sooner, rescale; then as ties."""
+"""della: drop elements at random, small ones of a row more often, and rescale the others; then as
+ties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ema: an exponential moving average over the adapters in the order given, exact."""
+"""ema: an exponential moving average of the adapters in the given order, exact."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""gta: mergekit's generalized task arithmetic: prune, weigh, elect a sign, add."""
+"""gta: mergekit's generalized task arithmetic, which prunes, weights, elects signs and adds as its
+options say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""iso_c: the directions of the sum, all at the same strength."""
+"""iso_c: the directions of the sum, all with the same strength."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

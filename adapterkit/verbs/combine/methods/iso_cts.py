@@ -1,5 +1,5 @@
-"""iso_cts: the sum's strongest directions and further directions of each delta, all equally
-strong."""
+"""iso_cts: the strongest directions of the sum and more directions of each delta, all with the same
+strength."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

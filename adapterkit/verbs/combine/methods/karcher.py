@@ -1,4 +1,4 @@
-"""karcher: the mean of directions on the sphere, at the mean length."""
+"""karcher: the mean direction of the deltas on the sphere, with their mean length."""
 
 import math
 from collections.abc import Sequence

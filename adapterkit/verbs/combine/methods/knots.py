@@ -1,4 +1,4 @@
-"""knots: ties in the coordinates of the left singular vectors of all deltas together."""
+"""knots: apply ties to the deltas in the basis of their joint left singular vectors."""
 
 from __future__ import annotations
 

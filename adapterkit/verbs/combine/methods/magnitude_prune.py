@@ -1,4 +1,4 @@
-"""magnitude_prune: trim, then add."""
+"""magnitude_prune: keep the largest elements of each delta, then add."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""pico: the sum, after damping the output directions that the deltas share."""
+"""pico: the sum, in which the output directions that the deltas share are damped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

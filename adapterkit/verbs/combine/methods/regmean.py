@@ -1,4 +1,5 @@
-"""regmean: the delta whose outputs are nearest to those of each adapter on the inputs it saw."""
+"""regmean: the delta whose outputs are closest to those of each adapter on that adapter's
+inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""regspan: the linear combination of the deltas whose outputs are nearest to those of each adapter
+"""regspan: the linear combination of the deltas whose outputs are closest to those of each adapter
 on its inputs."""
 
 from __future__ import annotations

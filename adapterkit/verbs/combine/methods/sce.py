@@ -1,5 +1,5 @@
-"""sce: select the elements in which the deltas differ, weigh by squares, drop the minority's
-signs."""
+"""sce: keep the elements in which the deltas differ most, weight the deltas by their squares, and
+drop signs of the minority."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""slerp: from one delta to another along the arc between them."""
+"""slerp: interpolate between two deltas along the arc between them."""
 
 import math
 from collections.abc import Sequence

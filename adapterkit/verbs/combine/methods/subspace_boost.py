@@ -1,4 +1,5 @@
-"""subspace_boost: the sum, with its weak directions raised to the strength of a stronger one."""
+"""subspace_boost: the sum, in which weak directions are raised to the strength of a stronger
+one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

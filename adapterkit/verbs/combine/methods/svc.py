@@ -1,4 +1,4 @@
-"""svc: the sum, with the directions that several deltas share weakened to the size each gives."""
+"""svc: the sum, in which directions that several deltas share are scaled down to count once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""ties: trim, elect a sign, average what agrees with it."""
+"""ties: keep the largest elements of each delta, elect a sign for each element, and average the
+values with that sign."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tsv: the strongest singular triplets of each delta, made orthogonal to those of the others."""
+"""tsv: the strongest singular vectors of each delta, made orthogonal to those of the others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -43,9 +43,10 @@ class Subtract(WritingVerb):
     .safetensors."""
 
     planner = "verbs.combine.planning.subtract:plan_subtract"
-    command = """Subtract the mean of general adapters (GenKnowSub).
+    command = """Subtract general adapters from specialized ones (GenKnowSub).
 
-    Each adapter becomes Δ' = Δ - mean Δ_general.
+    It removes what the general adapters learned, too: each adapter becomes
+    Δ' = Δ - mean Δ_general.
 
     \b
     Example:

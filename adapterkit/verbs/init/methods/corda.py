@@ -1,4 +1,5 @@
-"""corda: the component of the weight that matters most, or least, to a layer's inputs."""
+"""corda: the factors take the component of the weight that matters most, or least, for the layer's
+inputs."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""default: a uniform as in torch's linear layers, b zero."""
+"""default: a is uniform, as in torch's linear layers, and b is zero."""
 
 from __future__ import annotations
 

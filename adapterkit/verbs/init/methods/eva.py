@@ -1,5 +1,5 @@
-"""eva: a has the principal directions of the inputs, b is zero; ranks go to the modules that they
-explain best."""
+"""eva: a has the principal directions of the layer's inputs, b is zero; modules that they explain
+best get more rank."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass

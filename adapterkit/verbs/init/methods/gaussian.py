@@ -1,4 +1,4 @@
-"""gaussian: a normal, b zero."""
+"""gaussian: a is normal, b is zero."""
 
 from __future__ import annotations
 

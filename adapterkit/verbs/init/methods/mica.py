@@ -1,4 +1,4 @@
-"""mica: b is the weight's minor left singular vectors and stays fixed, a is zero."""
+"""mica: b has the weight's weakest left singular vectors and stays fixed, a is zero."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,5 @@
-"""orthogonal: both factors act on orthogonal halves of the rank."""
+"""orthogonal: a and b act on orthogonal halves of the rank, so both train from the start and the
+delta is zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""random: both factors uniform, for tests: the delta is not zero."""
+"""random: a and b are uniform, so the delta is not zero; for tests."""
 
 from __future__ import annotations
 
