@@ -280,15 +280,14 @@ def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
 MOST_WORDS = 8  # that an error lists
 
 
-def alternatives(value: object, words: Sequence[str], listing: str = "--help") -> str:
-    """The words that a value could have been: all if they are few, else the three nearest and the
-    command that lists them."""
+def alternatives(value: object, words: Sequence[str]) -> str:
+    """The words that a value could have been: all if they are few, else the three nearest."""
     from difflib import get_close_matches
 
     if len(words) <= MOST_WORDS:
         return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     near = get_close_matches(str(value), words, n=EXAMPLES, cutoff=0) or list(words[:EXAMPLES])
-    return f"{', '.join(near)} or one of {len(words) - len(near)} others, which {listing} lists"
+    return f"{', '.join(near)} or one of {len(words) - len(near)} others, which --help lists"
 
 
 def shown(name: object) -> str:

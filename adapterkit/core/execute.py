@@ -298,7 +298,7 @@ def check_free(needed: int, path: Path) -> None:
         raise Refused(
             f"the disk has {free:,} bytes free",
             expected=f"{needed:,} bytes",
-            where=str(path.parent),
+            where="--out",
             hint="free some space, or choose an --out on another disk",
             code="AK604",
         )

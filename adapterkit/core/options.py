@@ -460,9 +460,7 @@ def device(value: object) -> str:
 ONE_OF = "use one of these"
 TEXT, TEXTS = Check("a text", text), Check("texts", texts, several=True)
 REGEX = Check("a regular expression", regex)
-SIZE = Check(
-    "bytes, or a number with KB, MB, GB or TB", parse_size, hint="give a size, for example 5GB"
-)
+SIZE = Check("bytes, or a number with KB, MB, GB or TB", parse_size, hint="for example 5GB")
 FLAG = Check("True or False", flag, kind="flag")
 SETTINGS = Check("a mapping of names to values", settings, kind="settings")
 TARGETS = Check("names, or a regular expression", targets, kind="targets")

@@ -131,9 +131,6 @@ def create(family: str, name: str, settings: dict[str, object]) -> object:
         return records.read(member(family, name), given, where, hint=hint, name=as_flag)
     except AdapterkitError as error:
         for one in getattr(error, "errors", (error,)):
-            if one.problem.endswith(" is unknown") and not one.problem.startswith("--set"):
-                flag = one.problem.removesuffix(" is unknown")
-                one.problem, one.hint = f"it has no option {flag}", f"remove {flag}"
             if one.problem == "--density is missing":
                 one.problem, one.where = f"{name} needs --density", "options"
                 one.expected = "the share of elements to keep, 0 to 1"

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
-from adapterkit.core.errors import AdapterkitError, Refused
+from adapterkit.core.errors import Refused, as_usage
 from adapterkit.core.options import (
     DEVICE,
     DTYPE,
@@ -62,15 +62,13 @@ def compensation_option() -> Any:
     return statistics_option(help, needs="rounding=compensated", section=QUANTIZED)
 
 
-def missing_statistics(rounding: str, stats: object) -> list[AdapterkitError]:
-    """Return the error of compensated rounding without statistics."""
-    if rounding != "compensated" or stats is not None:
-        return []
-    problem, hint = (
-        "--rounding compensated needs --stats",
-        "collect them\nadapterkit stats BASE --data FILE --out stats.safetensors",
-    )
-    return [Refused(problem, expected="--stats FILE", where="options", hint=hint, code="AK102")]
+def check_has_statistics(rounding: str, stats: object) -> None:
+    """`Refused` for compensated rounding without statistics."""
+    if rounding == "compensated" and stats is None:
+        problem, expected = "--rounding compensated needs --stats", "--stats FILE"
+        hint = "collect them\nadapterkit stats BASE --data FILE --out stats.safetensors"
+        with as_usage():
+            raise Refused(problem, expected=expected, where="options", hint=hint, code="AK102")
 
 
 def importance_option() -> Any:

@@ -65,7 +65,7 @@ def format_named(name: str) -> Format:
     if name not in known:
         raise Refused(
             f"there is no format {shown(repr(name))} to write",
-            expected=alternatives(name, written_formats(), "`adapterkit convert --list`"),
+            expected=alternatives(name, written_formats()),
             where="--to",
             hint=did_you_mean([name], known) or LIST_FORMATS,
             code="AK103",

@@ -22,7 +22,7 @@ from adapterkit.core.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.commands import command
-from adapterkit.core.errors import AdapterkitError, Problems, Refused, as_usage, did_you_mean, shown
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, shown
 from adapterkit.core.inputs.adapter_door import in_adapter_layout
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.options import Sources, StrPath, finite, unweighted, weighted
@@ -47,9 +47,7 @@ def open_source(text: StrPath) -> Folder:
     name = os.fspath(text)
     hub_id, similar = parse(name), similar_path(name)
     if hub_id is None:
-        is_output = (
-            "inputs on the Hub are written org/name, without hf://" if is_on_hub(name) else ""
-        )
+        is_output = "write inputs on the Hub as org/name, without hf://" * is_on_hub(name)
         raise Refused(
             f"no such path: {shown(name)}",
             expected=(
@@ -261,11 +259,11 @@ def weight_of(source: StrPath) -> tuple[str, float]:
     path, _, number = text.rpartition("=")
     weight = finite(number)
     if weight is None or not path:
-        with as_usage():
-            raise Refused(
-                f"{shown(text)}: {shown(number)!r} is not a number",
-                expected="ADAPTER or ADAPTER=WEIGHT",
-                hint=f"give a number, such as {shown(path) or 'ADAPTER'}=0.5",
-                code="AK101",
-            )
+        raise Refused(
+            f"{shown(text)}: {shown(number)!r} is not a number",
+            expected="ADAPTER or ADAPTER=WEIGHT",
+            where="options",
+            hint=f"give a number, such as {shown(path) or 'ADAPTER'}=0.5",
+            code="AK101",
+        )
     return path, weight

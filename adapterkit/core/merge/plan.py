@@ -14,7 +14,7 @@ from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.checkpoint.shards import stem_of
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.commands import WITHOUT_INITIAL
-from adapterkit.core.errors import AdapterkitError, Problems, Refused, as_usage, shown
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.core.inputs.base_door import Base, kind_of
 from adapterkit.core.inputs.earlier_merges import history_notes, merged_adapters
 from adapterkit.core.inputs.input_identity import plan_of
@@ -44,7 +44,7 @@ from adapterkit.core.outputs.model import (
 )
 from adapterkit.core.plan import Files, OutputFile, Plan, Step
 from adapterkit.core.registry import load
-from adapterkit.core.shared_options import missing_statistics
+from adapterkit.core.shared_options import check_has_statistics
 from adapterkit.core.weights.codec import QuantizedWeight, check_writable
 from adapterkit.core.weights.decoded import decoded_view, quantization_files, quantized_weights
 from adapterkit.core.weights.detect import check_not_quantized
@@ -111,9 +111,7 @@ def plan_merge(
     output; `imatrix`: the importances of its blocks; `weight_of`: a pipeline's weights of this
     component's modules; `weights`: weights of modules and directions. Raises `Refused` or `Damaged`
     with all problems."""
-    if options.rounding == "compensated":
-        with as_usage():
-            Problems(missing_statistics(options.rounding, stats)).raise_all()
+    check_has_statistics(options.rounding, stats)
     base.check_options(options, imatrix, file)
     if not sources:
         raise Refused(

@@ -40,7 +40,7 @@ def state_of(stage: Stage, fingerprint: str, *, resume: bool, overwrite: bool) -
             raise Refused(
                 "an earlier run to this --out was interrupted",
                 expected="an output that no other run has begun",
-                where=str(stage.control),
+                where=str(stage.out),
                 hint="give --resume to continue it, or --overwrite to begin again",
                 code="AK602",
             )
@@ -99,7 +99,7 @@ def check_same_job(stage: Stage, recipe: Json) -> None:
         raise Refused(
             f"the interrupted run was of another job: {difference(before, recipe)} differs",
             expected="the same inputs, options and version",
-            where=str(stage.control),
+            where=str(stage.out),
             hint="give the options of that run, or --overwrite to begin again",
             code="AK603",
         )
@@ -113,7 +113,7 @@ def check_same_way(stage: Stage, device: str) -> None:
         raise Refused(
             "the output is that of a plan file, which `adapterkit run` writes",
             expected="one way of making it",
-            where=str(stage.control),
+            where=str(stage.out),
             hint="give --overwrite to begin again, or end it\nadapterkit finish PLAN",
             code="AK603",
         )
@@ -122,7 +122,7 @@ def check_same_way(stage: Stage, device: str) -> None:
         raise Refused(
             f"the interrupted run was on another device: {before}",
             expected=f"that one, not {device}",
-            where=str(stage.control),
+            where=str(stage.out),
             hint="resume on that device (--device), or give --overwrite to begin again",
             code="AK603",
         )

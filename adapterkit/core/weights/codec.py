@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.layout import TensorPlan
-from adapterkit.core.errors import (
-    AdapterkitError,
-    Problems,
-    Refused,
-    Unrecoverable,
-    alternatives,
-    listed,
-    shown,
-)
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, Unrecoverable, listed, shown
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.records import Json
 from adapterkit.core.registry import STABLE, Tier
@@ -323,7 +315,7 @@ def check_block_size(size: int, known: Sequence[int]) -> None:
     if size not in known:
         raise Refused(
             f"--block-size {size} is not possible",
-            expected=alternatives(size, [*map(str, known)]),
+            expected=f"one of {', '.join(map(str, known))}",
             where="options",
             hint=f"give one of these, for example {known[1]}",
             code="AK101",

@@ -122,8 +122,7 @@ def plan_init(options: Init) -> Plan:
     folder = open_model(options.base)
     stats = if_given(open_statistics, options.stats)
     method = created_init(options.method, dict(options.settings or {}))
-    with as_usage():
-        _check(options, method, stats is not None)
+    as_usage()(_check)(options, method, stats is not None)
     notes: list[str] = []
     base = open_checkpoint(folder)
     if options.quantize:

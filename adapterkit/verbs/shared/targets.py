@@ -84,8 +84,7 @@ class Resolver:
     `modules`: those below the model, by name, without adapters."""
 
     where = "LoraConfig"
-    names_hint = "check the names"  # if no name is similar
-    layers_hint = "check layers and layers_pattern"
+    names_hint, layers_hint = "check the names", "check layers and layers_pattern"
     whole_in_any_layer = True  # full names are targets whatever `layers` selects
 
     def __init__(
@@ -241,12 +240,11 @@ class Resolver:
         where = f"{self.where}: layers_pattern"
         lists = [matcher(one, where, ENDING) for one in self.config.layers_pattern or ()]
         layer = {name: layer_number(name, lists) for name in names if name not in whole}
-        there = sorted({number for number in layer.values() if number is not None})
         for number in layers:
-            if number not in there:
+            if number not in layer.values():
                 self.errors.add(
                     f"{self.label('layers')} no target in layer {number}",
-                    f"layers with targets: {listed(there)}" if there else "layers with targets",
+                    "layers with targets",
                     self.layers_hint,
                     code="AK105",
                 )

@@ -6,7 +6,7 @@ from adapterkit.bases.quantized.planning.weights import QuantizationPlan, plan_q
 from adapterkit.bases.quantized.records.quantize import Quantize
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.core.errors import Problems, Refused, as_usage, listed
+from adapterkit.core.errors import Refused, listed
 from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
@@ -14,7 +14,7 @@ from adapterkit.core.options import flag_of
 from adapterkit.core.outputs.model import QuantizedModel
 from adapterkit.core.plan import Compensation, Plan, Span, Task
 from adapterkit.core.registry import written_formats
-from adapterkit.core.shared_options import missing_statistics
+from adapterkit.core.shared_options import check_has_statistics
 from adapterkit.core.tasks.quantize import EncodedWeight
 from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.verbs.shared.options import BlockOptions
@@ -25,8 +25,7 @@ OF_GGUF = ("imatrix", "modelfile")
 
 def plan_quantize(options: Quantize) -> Plan:
     """Plan a quantization, or raise `Refused`."""
-    with as_usage():
-        Problems(missing_statistics(options.rounding, options.stats)).raise_all()
+    check_has_statistics(options.rounding, options.stats)
     stats = if_given(open_statistics, options.stats)
     base = kind_of(open_model(options.base))
     if own := base.own("quantize"):
