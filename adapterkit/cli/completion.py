@@ -74,7 +74,7 @@ class Targets(click.ParamType):
         base = ctx.params.get("base") or next(iter(ctx.args), "")
         names = module_suffixes(base) if base and Path(base).exists() else []
         before, comma, last = incomplete.rpartition(",")
-        names = names if comma else ["all-linear", *names]
+        names = names if comma or param.name != "targets" else ["all-linear", *names]
         used = before.split(",")
         return [
             CompletionItem(before + comma + name)
@@ -106,7 +106,8 @@ SHELLS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 def completion(shell: str) -> None:
     """Print the completion script for a shell.
 
-    It completes commands, options, paths, and the values of --method, --to and --targets.
+    It completes commands, options, paths, and the values of --method, --to and of options that take
+    names of modules, for example --targets.
 
     \b
     Example:

@@ -19,6 +19,7 @@ MAX_LENGTH = 1000
 MAX_EXPANSION = 100_000
 TIMEOUT = 1.0  # seconds for one name
 TOTAL_TIMEOUT = 3.0  # seconds for all the names that one pattern is matched with
+NAME = re.compile(r"[\w.-]+")  # no regular expression: a dot belongs to the name
 PLAIN = re.compile(r"\^?[\w.\-]*\$?")  # cannot backtrack
 # `regex` reads {e<=2} as "with two errors", `re` as these characters
 FUZZY = re.compile(r"(?<!\\)\{(?!\d*(,\d*)?\})")
@@ -55,15 +56,6 @@ def similar_names(pattern: str, names: Iterable[str]) -> str:
     return did_you_mean((word for word in words if word not in known), sorted(known))
 
 
-def selection(include: str | None, exclude: str | None) -> Callable[..., bool]:
-    """Return a function of a module's names that is true if one of them is selected. Without
-    `include` all are; without `exclude` none is excluded. A regex that does not compile is
-    `Refused`, and one that takes too long when it is used."""
-    included = matcher(include, "--include") if include else lambda name: True
-    excluded = matcher(exclude, "--exclude") if exclude else lambda name: False
-    return lambda *names: any(map(included, names)) and not any(map(excluded, names))
-
-
 def read_rules(
     option: str, texts: Iterable[str], check: Check, format: str = "REGEX=VALUE"
 ) -> list[Rule[Any]]:
@@ -97,15 +89,28 @@ def unmatched(option: str, pattern: str, names: Collection[str], expected: str) 
         f"{option} {shown(pattern)!r} matches none",
         expected=expected,
         where="options" if option.startswith("--") else option,
-        hint=_inside(pattern, names) or similar_names(pattern, names) or MODULES,
+        hint=_wider(pattern, names) or similar_names(pattern, names) or MODULES,
         code="AK104",
     )
 
 
-def _inside(entry: str, names: Iterable[str]) -> str:
-    """A hint for the name of a module around those that could be meant; "" for any other."""
-    is_around = any(f".{entry}." in f".{name}" for name in names)
-    return f'give ".*{entry}.*" for the modules inside it' if is_around else ""
+def _wider(entry: str, names: Collection[str]) -> str:
+    """A hint for the name of a module around those that could be meant, or for a regular expression
+    that matches only the inside of a name; "" for any other."""
+    if any(f".{entry}." in f".{name}" for name in names):
+        return f'give ".*{entry}.*" for the modules inside it'
+    if NAME.fullmatch(entry) or not any(map(matcher(entry, ""), names)):
+        return ""
+    return f'give "{shown(_unanchored(entry))}" for the names that contain it'
+
+
+def _unanchored(pattern: str) -> str:
+    """The regular expression for whole names that matches the names in which this one is found."""
+    if "|" in pattern:
+        return f".*({pattern}).*"
+    start = pattern.removeprefix("^") if pattern.startswith("^") else f".*{pattern}"
+    is_end = pattern.endswith("$") and not pattern.endswith(r"\$")
+    return start.removesuffix("$") if is_end else f"{start}.*"
 
 
 class _TimedPattern:

@@ -3,7 +3,7 @@ and how its plan runs."""
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,12 @@ from adapterkit.core.options import (
     DTYPE,
     FLAG,
     PROGRESS,
-    REGEX,
     SEED,
     SETTINGS,
     SHARE,
     SIZE,
     SOURCE,
+    TARGETS,
     TEXT,
     TEXTS,
     OptionRecord,
@@ -49,6 +49,12 @@ WAIT = 600.0  # seconds to wait for other workers' files that a worker reads
 def base_option(help: str) -> Any:
     """The model of an adapter."""
     return option(default=None, check=SOURCE, metavar="BASE", help=help)
+
+
+def modules_option(help: str) -> Any:
+    """Modules by their names."""
+    more = {"metavar": "NAMES|REGEX", "help": f"{help}: {NAMING}."}
+    return option(default=None, check=TARGETS, **more)
 
 
 def statistics_option(help: str, **more: object) -> Any:
@@ -177,18 +183,8 @@ class MethodOptions(OptionRecord):
 class ModuleFilters(OptionRecord):
     """The modules to use."""
 
-    include: str | None = option(
-        default=None,
-        check=REGEX,
-        metavar="REGEX",
-        help="Change only modules whose name matches this regular expression.",
-    )
-    exclude: str | None = option(
-        default=None,
-        check=REGEX,
-        metavar="REGEX",
-        help="Change no module whose name matches this regular expression.",
-    )
+    include: str | Sequence[str] | None = modules_option("Change only these modules")
+    exclude: str | Sequence[str] | None = modules_option("Do not change these modules")
 
 
 # -- of verbs that write ---------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_a_replaced_pickle_changes_the_recipe_but_not_the_public_one(tmp_path, b
     [
         ("options.dtype", ["--dtype", "fp32"]),
         ("options.weights.0", ["=0.7"]),
-        ("options.exclude", ["--exclude", "layers.0"]),
+        ("options.exclude", ["--exclude", "q_proj"]),
         ("options.max_shard_size", ["--max-shard-size", "5KB"]),
     ],
 )

@@ -83,7 +83,7 @@ WRITING = (
     job("combine-slerp", "law", "medicine", method="slerp", settings={"t": 0.25}, exact=False),
     job("subtract-exact", "law", general=["english", "medicine"]),
     job("subtract-several", "law", "medicine", general=["english"], rank=3, exact=False),
-    job("subtract-factors", "law", general=["english"], space="factors", exclude="mlp"),
+    job("subtract-factors", "law", general=["english"], space="factors", exclude="down_proj"),
     job("arrow-plain", "law", "medicine", top_k=2, temperature=0.5, exact=False),
     job("arrow-peft", "law", "medicine", general=["english"], compat="peft", seed=1, exact=False),
     job("init-pissa", "base32", method="pissa", rank=4, targets="q_proj,v_proj", exact=False),

@@ -40,12 +40,10 @@ MANY = 50  # a repeat of more than that may be one without an end
 
 # patterns that a function makes of others: path:function -> examples, or why there is nothing to
 # attack; what it compiles is matched from the start
-FROM_PLANNED = "names of modules in a plan, escaped"
 OF_TRANSFORMERS = "lists of transformers' classes"
 MADE: dict[str, str | Callable[[], Iterable[str]]] = {
     "core/adapter/keys.py:canonical_key": lambda: [r"\.(lora_embedding_[AB]|b)\.\w+(\.weight)?$"],
     "core/adapter/peft.py:read_other_type": lambda: [r"^(.*)\.hada_w1_a(?:\.\w+)?(?:\.weight)?$"],
-    "core/adapter/record.py:pattern_of": FROM_PLANNED,
     "adapters/formats/files/keys.py:_suffixes": lambda: (
         pattern.pattern for name in library.formats() for pattern, _ in _suffixes(name)
     ),

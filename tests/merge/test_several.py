@@ -1,6 +1,7 @@
 """Several adapters: weights, one rounding, subtraction, --include and --exclude."""
 
 import json
+import re
 
 import peft
 import pytest
@@ -175,12 +176,14 @@ def test_merges_with_any_weights_equal_float64(weights, bases, tmp_path_factory)
 
 # -- include and exclude ---------------------------------------------------------------------------
 
+OWN = re.compile(r"\.0\.self_attn\.q_proj$|\.o_proj$")
 CHOICES = {
     "include": ({"include": "q_proj"}, lambda n: "q_proj" in n),
-    "include-layer": ({"include": r"layers\.1\."}, lambda n: "layers.1." in n),
-    "exclude": ({"exclude": "mlp"}, lambda n: "mlp" not in n),
+    "include-list": ({"include": ["0.self_attn.q_proj", "o_proj"]}, lambda n: OWN.search(n)),
+    "include-layer": ({"include": r".*layers\.1\..*"}, lambda n: "layers.1." in n),
+    "exclude": ({"exclude": ".*mlp.*"}, lambda n: "mlp" not in n),
     "both": (
-        {"include": r"layers\.0\.", "exclude": r"(q|k)_proj$"},
+        {"include": r".*layers\.0\..*", "exclude": "q_proj, self_attn.k_proj"},
         lambda n: "layers.0." in n and not n.endswith(("q_proj", "k_proj")),
     ),
 }
@@ -212,7 +215,7 @@ def _modules(adapter):
 def test_nothing_left_is_refused(bases, tmp_path):
     base, adapters = bases("bf16")
     with pytest.raises(Refused, match="no module is selected"):
-        oracle.merge(base, adapters[0], out=tmp_path / "out", include="nowhere")
+        oracle.merge(base, adapters[0], out=tmp_path / "out", exclude=".*")
     assert not (tmp_path / "out").exists()
 
 

@@ -90,8 +90,11 @@ def test_modules_are_selected_by_their_part(base, tmp_path):
     assert receipt["left_out"] == [
         f"lora.safetensors: {name}" for name in (f"unet.{OUTPUT}", f"text_encoder.{ENCODER}")
     ]
-    with pytest.raises(Refused, match="no module is selected"):
-        adapterkit.merge(base, lora, out=tmp_path / "none", include="nothing")
+    (tmp_path / "ends").mkdir()
+    same = merged(base, lora, tmp_path / "ends", exclude=["text_encoder", "to_out.0"])
+    assert same.keys() == found.keys() and all(torch.equal(same[key], found[key]) for key in same)
+    with pytest.raises(Refused, match="--include 'text' matches none(?s:.*)--exclude 'vae'"):
+        adapterkit.merge(base, lora, out=tmp_path / "none", include="text", exclude="unet,vae")
 
 
 def refused(base, adapters, tmp_path, **options) -> str:

@@ -226,8 +226,8 @@ def test_files_are_merged_by_the_same_rule(tmp_path):
     in_peft(seeded(mobilebert)(), target_modules=targets).save_pretrained(tmp_path / "a")
     with pytest.raises(AdapterkitError, match="MobileBertLMPredictionHead reads itself") as refused:
         adapterkit.merge(tmp_path / "base", tmp_path / "a", out=tmp_path / "out")
-    assert '--exclude "decoder$"' in str(refused.value)
-    adapterkit.merge(tmp_path / "base", tmp_path / "a", out=tmp_path / "out", exclude="decoder$")
+    assert '--exclude "decoder"' in str(refused.value)
+    adapterkit.merge(tmp_path / "base", tmp_path / "a", out=tmp_path / "out", exclude="decoder")
     merged = MobileBertForMaskedLM.from_pretrained(tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(seeded(mobilebert)(), tmp_path / "a").eval()
     torch.testing.assert_close(run(merged.eval()), run(theirs))

@@ -24,7 +24,7 @@ COMPENSATED = {"rounding": "compensated", "stats": STATS}
 ROUNDED = (
     (("quantize-compensated", "base"), {"to": "w4a16"}),
     (("merge-compensated", "base", "style"), {}),
-    (("merge-nf4-compensated", "quantize-nf4-double", "style"), {"exclude": "layers.0[.]mlp"}),
+    (("merge-nf4-compensated", "quantize-nf4-double", "style"), {"exclude": ".*layers.0[.]mlp.*"}),
 )
 
 

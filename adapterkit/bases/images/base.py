@@ -92,7 +92,7 @@ def prepare_images(state: "MergeState", errors: Sequence[AdapterkitError]) -> No
                     f"modules of {', '.join(model.parts)} ({model.architecture})",
                     "leave them out with --exclude"
                     if part in model.parts
-                    else f'leave them out: --exclude "^{part}[.]"',
+                    else f'leave them out: --exclude "{part}[.].*"',
                 )
     errors.raise_all()
     state.notes += file_notes(model)

@@ -10,7 +10,7 @@ from adapterkit.bases.images.joined_plans import in_folders, joined
 from adapterkit.bases.images.pipeline import read_pipeline
 from adapterkit.bases.images.pipeline_adapters import Split, base_of_conversion, split_adapters
 from adapterkit.core.adapter import adapter_config
-from adapterkit.core.adapter.targets import TargetMatcher, entries_in
+from adapterkit.core.adapter.targets import Selection, TargetMatcher, entries_in
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.reader import have_same_bytes
 from adapterkit.core.checkpoint.shards import weight_files
@@ -23,7 +23,6 @@ from adapterkit.core.merge.verb import Merge, MergeOptions
 from adapterkit.core.options import Sources, StrPath, flag_of
 from adapterkit.core.outputs.cards import Merged, merged_card, model_card
 from adapterkit.core.outputs.model import rounding_warnings
-from adapterkit.core.patterns import selection
 from adapterkit.core.plan import Plan
 from adapterkit.core.weights.detect import quantization_evidence
 
@@ -124,6 +123,7 @@ def plan_merge_into_parts(
     errors.raise_all()
     plans: dict[str, Plan] = {}
     given = [weight for _, weight in adapters]
+    selection = Selection(options.include, options.exclude, has_components=True)
     rules = None
     if options.weight_for or options.lbw or weights is not None:
         rules = ModuleWeights(pipeline, given, options, weights)
@@ -134,7 +134,10 @@ def plan_merge_into_parts(
             weight_of = rules and rules.of_part(name, numbers)
             with errors.collected(), part.named():
                 model = Base(part.folder, part.name, part.pipeline)
-                plans[name] = plan_merge(model, own, options, weight_of=weight_of)
+                more = {"weight_of": weight_of, "selection": selection}
+                plans[name] = plan_merge(model, own, options, **more)
+    if not errors:
+        errors += selection.refusals("a module of the adapters")
     if rules is not None and not errors:
         left_out = (text for plan in plans.values() for text in plan.decisions["left_out"])
         rules.rules.skipped |= {text.partition(": ")[2] for text in left_out}
@@ -143,7 +146,7 @@ def plan_merge_into_parts(
     decisions = _decisions(plans)
     if not decisions["tensors_changed"]:
         names = [one["name"] for one in decisions["adapters"]]
-        raise nothing_selected(decisions["left_out"], names, options)
+        raise nothing_selected(names, options)
     card = merged_card(pipeline.folder, _rows(plans), "diffusers", added_by(options))
     plan = joined(pipeline, plans, card)
     receipt = plan.options | {"weights": given} | (weights.in_receipt() if weights else {})
@@ -262,17 +265,21 @@ def plan_pipeline_extraction(base: Base, tuned: Base, options: "Extract") -> Pla
     errors.raise_all()
     plans: dict[str, Plan] = {}
     notes: dict[str, list[str]] = {}
-    selects = selection(options.include, options.exclude)
+    selects = Selection(options.include, options.exclude, has_components=True)
     for name, part in old.parts.items():
         with errors.collected(), part.named():
             one = open_checkpoint(part.folder)
             other = open_checkpoint(new.parts[name].folder, 1)
-            if not any(selects(f"{name}.{key.rpartition('.')[0]}") for key in other.tensors):
+            modules = {f"{name}.{key.rpartition('.')[0]}" for key in other.tensors}
+            selects.known |= modules
+            if not any(map(selects, modules)):
                 notes.setdefault("not selected", []).append(name)
             elif have_same_bytes(one, other):
                 notes.setdefault("the same in both", []).append(name)
             else:
-                plans[name] = plan_model_extraction(one, other, options, name)
+                plans[name] = plan_model_extraction(one, other, options, name, selects)
+    if not errors:
+        errors += selects.refusals("a module of the pipelines")
     errors.raise_all()
     if not plans:
         raise Refused(

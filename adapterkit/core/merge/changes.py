@@ -2,7 +2,6 @@
 trained rows."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Factors, rank_and_scale
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.adapter.record import EMBEDDINGS, Adapter, Lora, is_inside, rank_mismatch
+from adapterkit.core.adapter.targets import text_of_entries
 from adapterkit.core.checkpoint.fingerprint import difference
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.commands import PLAIN, WITHOUT_INITIAL
@@ -318,10 +318,8 @@ def _check_weighted(state: MergeState, adapter: Adapter) -> None:
     weight = f"{state.weights[adapter.number - 1]:g}"
     by_module = options.weight_for or options.lbw or state.file is not None
     weight = "other than 1" if by_module else weight
-    exclude = (
-        f'give --exclude "{adapter.pattern_of([*values, *rows])}" to leave them as they are in '
-        "BASE and add the factors alone"
-    )
+    own = text_of_entries(adapter.ends_of([*values, *rows]))
+    exclude = f'give --exclude "{own}" to leave them as they are in BASE and add the factors alone'
     for kind, names, hint in [
         ("DoRA", doras, "merge it with weight 1; to unmerge it later keep the base"),
         ("replaced parameters (modules_to_save, biases, embeddings)", values, exclude),
@@ -479,7 +477,7 @@ def _check_acting(
         state.errors.add(
             f"{what} of {shown(module)}, {reason}",
             f"{what} that act as a change of the weight",
-            f'give --exclude "{re.escape(module.rpartition(".")[2])}$" to leave them out',
+            f'give --exclude "{shown(module.rpartition(".")[2])}" to leave them out',
             where=adapter.label,
             code="AK406",
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.adapter.record import Adapter, Lora
+from adapterkit.core.adapter.targets import Selection
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -20,7 +21,7 @@ from adapterkit.core.errors import Problems, Refused, listed, shown
 from adapterkit.core.inputs.earlier_merges import MergedAdapter
 from adapterkit.core.inputs.model_config import vocabulary_sizes
 from adapterkit.core.merge.verb import MergeOptions
-from adapterkit.core.patterns import MODULES, selection, similar_names
+from adapterkit.core.patterns import MODULES
 from adapterkit.core.records import Json
 from adapterkit.core.registry import load
 from adapterkit.core.weights.decoded import decoded_view, quantized_weights
@@ -126,11 +127,8 @@ def stacked(config: Json, count: int, order: list[int]) -> Json:
     return {k: setting(k, v) for k, v in config.items()}
 
 
-def nothing_selected(
-    skipped: Iterable[str], adapters: Iterable[str], options: MergeOptions
-) -> Refused:
+def nothing_selected(adapters: Iterable[str], options: MergeOptions) -> Refused:
     """The refusal of a merge in which no module of these adapters is selected."""
-    names = [name.partition(": ")[2] for name in skipped]
     problem, advice = "no module is selected", MODULES
     if not options.include and not options.exclude:
         problem, advice = "every weight is 0", "give a weight other than 0"
@@ -138,7 +136,7 @@ def nothing_selected(
         f"nothing to merge: {problem}",
         expected="at least one module",
         where=", ".join(dict.fromkeys(adapters)),
-        hint=similar_names(options.include or "", names) or advice,
+        hint=advice,
         code="AK105",
     )
 
@@ -178,9 +176,10 @@ class MergeState:
         part: str = "",
         weight_of: "WeightOf | None" = None,
         file: "WeightsFile | None" = None,
+        selection: Selection | None = None,
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
-        self.part = part  # the base's component in a pipeline
+        self.part = part  # the base's component in a pipeline, whose merges share a `selection`
         self._prefix = f"{part}." if part else ""  # of modules' names in --include and --exclude
         self.errors = Problems(where="adapters")
         self.notes: list[str] = []
@@ -196,8 +195,11 @@ class MergeState:
             self.base = replicated(view, adapters, self.errors)
         self.quantized = [] if view is base else quantized_weights(self.base.tensors)
         self.config: Json = json.loads(json.dumps(self.base.config))
-        is_selective = options.include or options.exclude
-        self._selects = selection(options.include, options.exclude) if is_selective else None
+        self.selection = selection
+        if selection is None and (options.include or options.exclude):
+            self.selection = Selection(options.include, options.exclude)
+        if self.selection is not None:
+            self.selection.known |= {self._prefix + name for name in self._adapted_names()}
         self.names = self._names()
         self.file = file
         # set if an adapter may have several weights; `weight_of` replaces them in a pipeline
@@ -242,6 +244,14 @@ class MergeState:
         """The fingerprint of the base as it is stored."""
         return fingerprint(self.original)
 
+    def _adapted_names(self) -> Iterable[str]:
+        """The names that --include and --exclude may give."""
+        for adapter in self.adapters:
+            yield from adapter.selectable_names
+            if ADDED_DELTAS in adapter.folder.files():
+                added_deltas = load(ADAPTERS["extra deltas"])
+                yield from (one.module.name for one in added_deltas(adapter.folder, adapter.number))
+
     def _names(self) -> Names:
         wanted: dict[str, None] = {}
         build_model = False
@@ -283,7 +293,8 @@ class MergeState:
     def is_selected(self, *names: str) -> bool:
         """Return whether --include and --exclude select a module by any of its names. In a
         pipeline, the names are prefixed with the component's."""
-        return self._selects is None or self._selects(*(self._prefix + name for name in names))
+        selects = self.selection
+        return selects is None or selects(*(self._prefix + name for name in names))
 
     def is_selected_value(self, parameter: str) -> bool:
         """Return whether a replaced parameter is selected, by its module's name or its own."""

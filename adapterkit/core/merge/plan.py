@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.adapter.targets import Selection
 from adapterkit.core.checkpoint import layout
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
@@ -104,13 +105,15 @@ def plan_merge(
     imatrix: "ImportanceFile | None" = None,
     weight_of: "WeightOf | None" = None,
     weights: "WeightsFile | None" = None,
+    selection: Selection | None = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights.
 
     `stats`: the covariances that compensated rounding needs; `file`: the name of a single-file
     output; `imatrix`: the importances of its blocks; `weight_of`: a pipeline's weights of this
-    component's modules; `weights`: weights of modules and directions. Raises `Refused` or `Damaged`
-    with all problems."""
+    component's modules; `weights`: weights of modules and directions; `selection`: that of all
+    components, whose caller refuses entries that match nothing. Raises `Refused` or `Damaged` with
+    all problems."""
     check_has_statistics(options.rounding, stats)
     base.check_options(options, imatrix, file)
     if not sources:
@@ -145,7 +148,10 @@ def plan_merge(
         raise
     if errors and len(adapters) < len(sources):
         Problems(errors).raise_all()
-    state = MergeState(checkpoint, adapters, given, options, base.part, weight_of, weights)
+    more = (base.part, weight_of, weights, selection)
+    state = MergeState(checkpoint, adapters, given, options, *more)
+    if selection is None and state.selection is not None:
+        errors += state.selection.refusals("a module of the adapters")
     if weights is not None:
         state.notes += weights.notes_on_base(state.fingerprint, state.original.name)
     state.with_initial = with_initial
@@ -314,7 +320,7 @@ def _nothing_changed(state: MergeState) -> Refused:
     """The refusal of a merge that would leave the base unchanged."""
     names = [adapter.name for adapter in state.adapters]
     if state.skipped:
-        return nothing_selected(state.skipped, names, state.options)
+        return nothing_selected(names, state.options)
     return Refused(
         "an adapter without weights",
         expected="at least one module",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from adapterkit.core.adapter.factors import Factors
+from adapterkit.core.adapter.targets import text_of_entries
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import shown
 from adapterkit.core.inputs.model_config import (
@@ -127,7 +128,7 @@ def _check_complete(state: MergeState, class_name: str, heads: list[str]) -> Non
         f"{class_name} needs {names}, which neither base nor adapter has",
         "values for all parameters: transformers would set these at random on every load",
         "use the base of the training, saved with these, or train them too (modules_to_save); "
-        f'--exclude "{adapter.pattern_of(heads)}" leaves the head out',
+        f'--exclude "{text_of_entries(adapter.ends_of(heads))}" leaves the head out',
         where=f"{state.base.name}, {adapter.name}",
         code="AK403",
     )

@@ -223,6 +223,9 @@ class Merge(WritingVerb, MergeOptions):
     a module, their deltas are combined. `density_for` sets other densities for modules. For DoRA,
     biases of factors and regmean, combine first, then merge.
 
+    `include` and `exclude` name modules as PEFT's `target_modules` does: ends of names, or a regular
+    expression for whole names. A name that matches nothing is refused.
+
     `weight_for` sets other weights for modules; in a pipeline, prefix them with the component's
     name. `lbw` gives factors of the weight for the blocks of an image model: a list of numbers as
     in sd-webui-lora-block-weight, one of its presets, `FILE:NAME` of a file of presets, or the

@@ -4,22 +4,12 @@ an adapter, trained, into standard LoRA on the original base."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapterkit.core.options import (
-    SOURCE,
-    TARGETS,
-    TEXT,
-    TEXTS,
-    StrPath,
-    argument,
-    choice,
-    option,
-    record,
-)
+from adapterkit.core.options import SOURCE, TEXT, TEXTS, StrPath, argument, choice, option, record
 from adapterkit.core.registry import declarations, written_formats
 from adapterkit.core.shared_options import (
-    NAMING,
     QUANTIZED,
     base_option,
+    modules_option,
     seed_option,
     settings_option,
     statistics_option,
@@ -94,12 +84,7 @@ class Init(WritingVerb, ScaleOptions, BlockOptions):
         default=(), check=TEXTS, metavar="REGEX=A", help=MATCHING.format("lora_alpha")
     )
     targets: str | Sequence[str] | None = targets_option("PEFT's for the model's type")
-    exclude: str | Sequence[str] | None = option(
-        default=None,
-        check=TARGETS,
-        metavar="NAMES|REGEX",
-        help=f"Modules that get no factors: {NAMING}.",
-    )
+    exclude: str | Sequence[str] | None = modules_option("Modules that get no factors")
     layers: str | None = option(
         default=None,
         check=TEXT,

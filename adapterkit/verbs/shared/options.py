@@ -18,7 +18,13 @@ from adapterkit.core.options import (
     option,
     record,
 )
-from adapterkit.core.shared_options import NAMING, OUTPUT_FOLDER, QUANTIZED, statistics_option
+from adapterkit.core.shared_options import (
+    NAMING,
+    OUTPUT_FOLDER,
+    QUANTIZED,
+    modules_option,
+    statistics_option,
+)
 
 FOR_AMBIGUOUS_PARAMETERS = "The adapters' base, needed if target_parameters are ambiguous."
 EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
@@ -172,12 +178,7 @@ class BlockOptions(OptionRecord):
 
     section = QUANTIZED
 
-    skip: str | Sequence[str] | None = option(
-        default=None,
-        check=TARGETS,
-        metavar="NAMES|REGEX",
-        help=f"Do not quantize these modules: {NAMING}.",
-    )
+    skip: str | Sequence[str] | None = modules_option("Do not quantize these modules")
     block_size: int | None = option(
         default=None,
         check=COUNT,

@@ -144,7 +144,7 @@ def test_norms_embeddings_and_heads_are_saved_left_out_or_refused(saved, tmp_pat
     ):
         adapterkit.extract(base, after, out=tmp_path / "no", rank=2, rest="refuse")
     adapterkit.extract(
-        base, after, out=tmp_path / "attention", rank=2, rest="refuse", include="self_attn"
+        base, after, out=tmp_path / "attention", rank=2, rest="refuse", include=".*self_attn.*"
     )
 
 
@@ -182,6 +182,8 @@ def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
 def test_extract_refuses_unsupported_pairs(saved, tmp_path):
     base = saved("llama")
     with pytest.raises(Refused, match="nothing to extract"):
+        adapterkit.extract(base, base, out=tmp_path / "out", rank=2, exclude=".*")
+    with pytest.raises(Refused, match="--include 'nowhere' matches none"):
         adapterkit.extract(base, base, out=tmp_path / "out", rank=2, include="nowhere")
     with pytest.raises(Refused, match="alone"):
         adapterkit.extract(base, saved("gpt2"), out=tmp_path / "out", rank=2)
@@ -267,7 +269,7 @@ def test_other_widths_are_refused_all_together(cached_folder, tmp_path):
         for leaf in ("gate", "up", "down")
     )
     assert "(48, 32) and (64, 32)" in text
-    adapterkit.extract(*bases, out=tmp_path / "out", rank=2, exclude="mlp")
+    adapterkit.extract(*bases, out=tmp_path / "out", rank=2, exclude=".*mlp.*")
 
 
 def test_a_grown_vocabulary_is_fully_saved(saved, tmp_path):

@@ -13,7 +13,7 @@ from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.adapter_config import rank_settings
 from adapterkit.core.adapter.factors import Place
 from adapterkit.core.adapter.keys import value_key
-from adapterkit.core.adapter.targets import TargetMatcher
+from adapterkit.core.adapter.targets import Selection, TargetMatcher
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import Problems, Refused, Unrecoverable, listed, shown
@@ -24,7 +24,6 @@ from adapterkit.core.merge.plan import plan_merge
 from adapterkit.core.merge.value_comparison import equal_values
 from adapterkit.core.merge.verb import MergeOptions
 from adapterkit.core.outputs.folder_files import as_json
-from adapterkit.core.patterns import selection, similar_names
 from adapterkit.core.plan import Plan, Task
 from adapterkit.core.records import Json
 from adapterkit.core.weights.detect import check_not_quantized
@@ -95,6 +94,7 @@ class Extraction:
 
     sides: tuple[Checkpoint, Checkpoint]
     options: Extract
+    selection: Selection
     prefix: str = ""  # of a pipeline's part, before the names of modules that are selected
     errors: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
@@ -114,10 +114,18 @@ class Extraction:
         old = Names(self.sides[0], wanted, trained_class=cls, build_model=True, notes=self.notes)
         self.names = old, new
         self.targets = FactorTargets(new)
-        selects = selection(self.options.include, self.options.exclude)
-        self.is_selected = lambda module: selects(self.prefix + module)
+        for name in (*new.all(), *old.all()):
+            self.selection.known.add(self._selectable_name(name))
         self.truncation = self.options.only(TruncationOptions)
         self.dtype = dtypes.parse(self.options.dtype)
+
+    def is_selected(self, parameter: str) -> bool:
+        """Return whether --include and --exclude select a parameter, by its module's name, or its
+        own if it belongs to the model itself."""
+        return self.selection(self._selectable_name(parameter))
+
+    def _selectable_name(self, parameter: str) -> str:
+        return self.prefix + (parameter.rpartition(".")[0] or parameter)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -141,7 +149,7 @@ class Extraction:
         done: set[str] = set()
         for name in names[1].all():
             module = name.rpartition(".")[0]
-            if not self.is_selected(module):
+            if not self.is_selected(name):
                 self.skipped.append(name)
                 continue
             old = new = None
@@ -180,7 +188,7 @@ class Extraction:
         lone = [
             name
             for name in names[0].all()
-            if names[1].parameter(name) is None and self.is_selected(name.rpartition(".")[0])
+            if names[1].parameter(name) is None and self.is_selected(name)
         ]
         for name in lone:
             self._refuse(
@@ -339,14 +347,22 @@ def plan_extract(options: Extract) -> Plan:
 
 
 def plan_model_extraction(
-    base: Checkpoint, tuned: Checkpoint, options: Extract, part: str = ""
+    base: Checkpoint,
+    tuned: Checkpoint,
+    options: Extract,
+    part: str = "",
+    selection: Selection | None = None,
 ) -> Plan:
-    """The extraction between two models, or between this component of two pipelines."""
+    """The extraction between two models, or between this component of two pipelines, whose
+    components share a `selection`."""
     stats, sides = if_given(open_statistics, options.stats), (base, tuned)
     for side in sides:
         check_not_quantized(side)
     truncation = options.only(TruncationOptions)
-    extraction = Extraction(sides, options, part and f"{part}.")
+    own = Selection(options.include, options.exclude)
+    extraction = Extraction(sides, options, selection or own, part and f"{part}.")
+    if selection is None:
+        extraction.errors += own.refusals("a module of the two models")
     extraction.sort()
     extraction.errors.raise_all()
     factors = within_shares(extraction.factors, truncation)
@@ -361,8 +377,7 @@ def plan_model_extraction(
             "nothing to extract",
             expected="weights that both have",
             where=f"{base.name}, {tuned.name}",
-            hint=similar_names(options.include or "", sides[0].tensors)
-            or "check --include, --exclude",
+            hint="check --include, --exclude",
             code="AK408",
         )
     targets = {difference.name: difference.target for difference in factors}

@@ -7,11 +7,11 @@ from dataclasses import replace
 from adapterkit.core import dtypes
 from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.record import Adapter
+from adapterkit.core.adapter.targets import Selection, text_of_entries
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.core.inputs.adapter_door import together
 from adapterkit.core.inputs.sources import if_given, open_all, open_model, open_unconverted
 from adapterkit.core.merge.sites import base_with_parameters, join, levels_of, names_of, targets_of
-from adapterkit.core.patterns import matcher
 from adapterkit.core.plan import Plan, Task
 from adapterkit.core.tasks import common
 from adapterkit.core.weights.names import Names
@@ -52,14 +52,18 @@ def plan_subtract(options: Subtract) -> Plan:
         )
     read = read_all(inputs.folders)
     task_adapters = read[:count]
-    general_adapters = [_without(adapter, options.exclude) for adapter in read[count:]]
+    in_components = inputs.first is not None and any(inputs.first.components)
+    selection = Selection(None, options.exclude, in_components)
+    selection.known |= {name for adapter in read for name in adapter.selectable_names}
+    general_adapters = [_selected(adapter, selection) for adapter in read[count:]]
     errors = Problems(error for adapter in read for error in delta_problems(adapter))
+    errors += selection.refusals("a module of the adapters")
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
     notes: list[str] = []
     model = base_with_parameters(base, read, notes)
     names = names_of(model, read, notes)
     outputs = [
-        _output(task_adapter, general_adapters, options, count > 1, names, errors)
+        _output(task_adapter, general_adapters, options, selection, count > 1, names, errors)
         for task_adapter in task_adapters
     ]
     errors.raise_all()
@@ -106,23 +110,22 @@ def _pattern(generals: Sequence[Adapter]) -> str:
         (a, [*(a.replaced.keys() - a.copies.keys()), *(tokens.module for tokens in a.tokens)])
         for a in generals
     ]
-    return "|".join(sorted({adapter.pattern_of(names) for adapter, names in whole if names}))
+    return text_of_entries(end for adapter, names in whole for end in adapter.ends_of(names))
 
 
-def _without(general: Adapter, exclude: str | None) -> Adapter:
-    """The adapter without the modules that `exclude` matches."""
-    if exclude is None:
+def _selected(general: Adapter, selects: Selection) -> Adapter:
+    """The adapter with its selected modules alone."""
+    if selects.excluded is None:
         return general
-    excluded = matcher(exclude, "--exclude")
     return replace(
         general,
-        loras=tuple(lora for lora in general.loras if not excluded(lora.module)),
+        loras=tuple(lora for lora in general.loras if selects(lora.module)),
         replaced={
             name: spec
             for name, spec in general.replaced.items()
-            if not (excluded(name) or excluded(name.rpartition(".")[0]))
+            if selects(name, name.rpartition(".")[0])
         },
-        tokens=tuple(tokens for tokens in general.tokens if not excluded(tokens.module)),
+        tokens=tuple(tokens for tokens in general.tokens if selects(tokens.module)),
     )
 
 
@@ -130,6 +133,7 @@ def _output(
     task_adapter: Adapter,
     generals: Sequence[Adapter],
     options: Subtract,
+    selects: Selection,
     several: bool,
     names: Names | None,
     errors: Problems,
@@ -139,11 +143,10 @@ def _output(
     refit = Refit(options.rank, options.energy)
     dtype = dtypes.parse(options.dtype)
     tasks: list[Task] = []
-    keeps = None if options.exclude is None else matcher(options.exclude, "--exclude")
     alone = {
         name
         for name, site in joined.items()
-        if keeps and site.members.keys() == {task_adapter.number} and keeps(site.module)
+        if site.members.keys() == {task_adapter.number} and not selects(site.module)
     }
     if options.space == "factors":
         for name in (name for name in joined if name not in alone):

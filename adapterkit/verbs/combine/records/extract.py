@@ -31,11 +31,11 @@ class Extract(WritingVerb, TruncationOptions, ModuleFilters):
     needs; stacks, routers and other matrices outside of layers are target_parameters in the config.
     Other values that differ (embeddings, norms, biases, heads of one side) are saved in full
     (`rest="save"`), left out (`"drop"`), or refused (`"refuse"`). A weight counts as unchanged if
-    its two values differ only by the rounding of one side's dtype. `include`, `exclude`: regexes on
-    modules. Both sides may be sharded and stored differently; names are those of the loaded model.
-    The receipt has each weight's relative error. Raises `Refused` before anything is written, also
-    for shapes that differ in more than the vocabulary. Before the output gets its name, it is read
-    back and its merge is planned.
+    its two values differ only by the rounding of one side's dtype. `include`, `exclude`: modules,
+    by ends of their names or a regular expression for whole names. Both sides may be sharded and
+    stored differently; names are those of the loaded model. The receipt has each weight's relative
+    error. Raises `Refused` before anything is written, also for shapes that differ in more than the
+    vocabulary. Before the output gets its name, it is read back and its merge is planned.
 
     `stats`: as in `resize`: factors of linear layers are the best in the norm of their outputs. The
     receipt has the errors in both norms, also for the fit without statistics, which costs a second

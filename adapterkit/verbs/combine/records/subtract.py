@@ -1,17 +1,10 @@
 """subtract: remove the knowledge of general adapters from task adapters (GenKnowSub, ACL 2025 short
 54): Δ' = Δ - mean of the general Δ."""
 
-from adapterkit.core.options import (
-    REGEX,
-    UNWEIGHTED,
-    Sources,
-    StrPath,
-    argument,
-    choice,
-    option,
-    record,
-)
-from adapterkit.core.shared_options import base_option
+from collections.abc import Sequence
+
+from adapterkit.core.options import UNWEIGHTED, Sources, StrPath, argument, choice, option, record
+from adapterkit.core.shared_options import base_option, modules_option
 from adapterkit.core.verb import WritingVerb, function_of
 from adapterkit.verbs.shared.options import (
     EXACT_BY_DEFAULT,
@@ -33,13 +26,13 @@ class Subtract(WritingVerb):
     is exact, of rank r·(1+G) unless `rank` or `energy` refits it; a module that a general adapter
     lacks counts as zero there, and one that the task lacks is added. `space="factors"` subtracts
     the means of a and b separately, as PEFT does (cross terms; scales of the general adapters
-    ignored), and keeps the rank. Modules whose name matches `exclude` keep the task's values, for
-    example a head that a general adapter trained fully. Factors are written in `dtype`, scale 1.
-    `base` resolves parameters of `target_parameters` if the files are ambiguous. Raises `Refused`
-    before anything is written.
+    ignored), and keeps the rank. Modules that `exclude` names (ends of names, or a regular
+    expression for whole names) keep the task's values, for example a head that a general adapter
+    trained fully. Factors are written in `dtype`, scale 1. `base` resolves parameters of
+    `target_parameters` if the files are ambiguous. Raises `Refused` before anything is written.
 
     For adapters of several components of an image pipeline (unet, text_encoder, ...), module names
-    begin with the component. The output has the layout of the first one, also if `out` ends in
+    begin with the component, whose name alone means all its modules. The output has the layout of the first one, also if `out` ends in
     .safetensors."""
 
     planner = "verbs.combine.planning.subtract:plan_subtract"
@@ -68,12 +61,7 @@ class Subtract(WritingVerb):
         help="Subtract the deltas, which is exact, or the means of a and b separately, as PEFT "
         "does.",
     )
-    exclude: str | None = option(
-        default=None,
-        check=REGEX,
-        metavar="REGEX",
-        help="Leave modules unchanged whose name matches this regular expression.",
-    )
+    exclude: str | Sequence[str] | None = modules_option("Do not change these modules")
     rank: int | None = rank_option(EXACT_BY_DEFAULT)
     energy: float | None = energy_option()
     tokenizer: str | None = tokenizer_option()
