@@ -8,7 +8,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 import adapterkit
 from adapterkit.core.adapter.record import Adapter, Lora
-from adapterkit.core.adapter.targets import Selection, TargetMatcher, entries_in, text_of_entries
+from adapterkit.core.adapter.selection import Selection, ends_of, text_of_entries
+from adapterkit.core.adapter.targets import TargetMatcher, entries_in
+from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import AdapterkitError
 from tests.support import oracle
@@ -73,7 +75,7 @@ def test_all_entries_that_match_no_module_are_refused_with_the_nearest_names(
     assert 'give ".*self_attn.*" for the modules inside it' in text
     assert ("--include 'self_atn.q_proj' matches none" in text) == bool(both)
     assert "'q_proj' matches none" not in text
-    assert {one.code for one in caught.value.errors} == {"AK104"}
+    assert {one.code for one in getattr(caught.value, "errors", ())} == {"AK104"}
     assert not (tmp_path / "out").exists()
 
 
@@ -104,7 +106,9 @@ def test_the_receipt_has_the_names_as_they_were_given(inputs, tmp_path):
 def adapter_with(replaced: list[str], module: str, **config) -> Adapter:
     spec = TensorSpec("x", "F32", (1, 1), "file", 0, 4)
     values = dict.fromkeys(replaced, spec)
-    return Adapter(None, 1, config, (Lora(module, "module", spec, spec),), values, (), {})
+    return Adapter(
+        LocalFolder("."), 1, config, (Lora(module, "module", spec, spec),), values, (), {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_the_ends_of_replaced_parameters_match_them_and_no_adapted_module(
     replaced, module, saved, text
 ):
     adapter = adapter_with(replaced, module, modules_to_save=saved)
-    assert text_of_entries(adapter.ends_of(replaced)) == text
+    assert text_of_entries(ends_of(adapter, replaced)) == text
     selects = Selection(None, text)
     assert selects(module)
     assert not any(selects(name, name.rpartition(".")[0]) for name in replaced)

@@ -10,7 +10,8 @@ from adapterkit.bases.images.joined_plans import in_folders, joined
 from adapterkit.bases.images.pipeline import read_pipeline
 from adapterkit.bases.images.pipeline_adapters import Split, base_of_conversion, split_adapters
 from adapterkit.core.adapter import adapter_config
-from adapterkit.core.adapter.targets import Selection, TargetMatcher, entries_in
+from adapterkit.core.adapter.selection import Selection
+from adapterkit.core.adapter.targets import TargetMatcher, entries_in
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.reader import have_same_bytes
 from adapterkit.core.checkpoint.shards import weight_files

@@ -107,29 +107,6 @@ class Adapter:
         """Return whether the parameter belongs to a fully trained module."""
         return any(is_inside(parameter, module) for module in self.saved)
 
-    @property
-    def selectable_names(self) -> set[str]:
-        """The names that an option may give: of adapted and of fully trained modules, and of
-        replaced parameters."""
-        names = {lora.module for lora in self.loras} | {tokens.module for tokens in self.tokens}
-        modules = (name.rpartition(".")[0] for name in self.replaced)
-        return names.union(self.saved, self.replaced, modules)
-
-    def ends_of(self, names: Sequence[str]) -> set[str]:
-        """Short ends of names that match these replaced parameters, and no adapted module; the full
-        names if there are none."""
-        ends = {self._end_of(name) for name in names}
-        is_shared = any(has_end(lora.module, end) for lora in self.loras for end in ends)
-        return set(names) if is_shared else ends
-
-    def _end_of(self, name: str) -> str:
-        """The end of a replaced parameter's name: that of its module if this is fully trained."""
-        if not self.saves(name):
-            return "bias" if name.endswith("bias") else name
-        module = name.rpartition(".")[0]
-        last = module.rpartition(".")[2]
-        return module if last.isdigit() else last
-
     @cached_property
     def copies(self) -> dict[str, TensorSpec]:
         """The entries of `replaced` that are copies of the base's weights, which PEFT saves with an

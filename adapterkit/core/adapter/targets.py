@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from adapterkit.core.errors import Problems, Refused
-from adapterkit.core.patterns import matcher, unmatched
+from adapterkit.core.patterns import matcher
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
@@ -68,40 +68,12 @@ class TargetMatcher:
         self, names: Collection[str], expected: str = "a layer of the model"
     ) -> list[Refused]:
         """The refusals of entries that mean none of the names."""
-        return [unmatched(self.where, one, names, expected) for one in self.unmatched(names)]
+        missing = self.unmatched(names)
+        if not missing:
+            return []
+        from adapterkit.core.adapter.unmatched import unmatched
 
-
-class Selection:
-    """The modules that --include and --exclude select: all without `include`, minus those that
-    `exclude` matches. If names begin with the component of a pipeline, the component's name alone
-    means all its modules."""
-
-    def __init__(
-        self,
-        include: str | Sequence[str] | None,
-        exclude: str | Sequence[str] | None,
-        has_components: bool = False,
-    ):
-        self.has_components = has_components
-        self.included = TargetMatcher(entries_in(include), "--include") if include else None
-        self.excluded = TargetMatcher(entries_in(exclude), "--exclude") if exclude else None
-        self.known: set[str] = set()  # names that the options were given for
-
-    def __call__(self, *names: str) -> bool:
-        """Return whether a module is selected by any of its names."""
-        names = (*names, *self._components(names))
-        included, excluded = self.included, self.excluded
-        is_included = included is None or any(map(included, names))
-        return is_included and not (excluded is not None and any(map(excluded, names)))
-
-    def refusals(self, expected: str) -> list[Refused]:
-        """The refusals of entries that match none of the known names."""
-        known = self.known.union(self._components(self.known))
-        given = [one for one in (self.included, self.excluded) if one is not None]
-        return [refusal for one in given for refusal in one.refusals(known, expected)]
-
-    def _components(self, names: Iterable[str]) -> set[str]:
-        return {name.partition(".")[0] for name in names} if self.has_components else set()
+        return [unmatched(self.where, one, names, expected) for one in missing]
 
 
 def entries_in(value: str | Sequence[str]) -> str | tuple[str, ...]:
@@ -109,15 +81,6 @@ def entries_in(value: str | Sequence[str]) -> str | tuple[str, ...]:
     or one regular expression for whole names."""
     text = value if isinstance(value, str) else ",".join(value)
     return tuple(text.replace(" ", "").split(",")) if NAMES.fullmatch(text) else text
-
-
-def text_of_entries(ends: Iterable[str]) -> str:
-    """The text of an option that names modules by these ends of names: a list, or a regular
-    expression if one of them has other characters."""
-    ends = sorted(set(ends))
-    if all(map(NAMES.fullmatch, ends)):
-        return ",".join(ends)
-    return f"(.*[.])?({'|'.join(map(re.escape, ends))})"
 
 
 def selecting(option: str, value: str | Sequence[str], names: Collection[str]) -> TargetMatcher:

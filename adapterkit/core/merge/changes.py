@@ -10,7 +10,6 @@ from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Factors, rank_and_scale
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.adapter.record import EMBEDDINGS, Adapter, Lora, is_inside, rank_mismatch
-from adapterkit.core.adapter.targets import text_of_entries
 from adapterkit.core.checkpoint.fingerprint import difference
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.commands import PLAIN, WITHOUT_INITIAL
@@ -318,14 +317,15 @@ def _check_weighted(state: MergeState, adapter: Adapter) -> None:
     weight = f"{state.weights[adapter.number - 1]:g}"
     by_module = options.weight_for or options.lbw or state.file is not None
     weight = "other than 1" if by_module else weight
-    own = text_of_entries(adapter.ends_of([*values, *rows]))
-    exclude = f'give --exclude "{own}" to leave them as they are in BASE and add the factors alone'
-    for kind, names, hint in [
-        ("DoRA", doras, "merge it with weight 1; to unmerge it later keep the base"),
-        ("replaced parameters (modules_to_save, biases, embeddings)", values, exclude),
-        ("trained token rows", rows, exclude),
+    for kind, names in [
+        ("DoRA", doras),
+        ("replaced parameters (modules_to_save, biases, embeddings)", values),
+        ("trained token rows", rows),
     ]:
         if names:
+            hint = "merge it with weight 1; to unmerge it later keep the base"
+            if names is not doras:
+                hint = _without_values(adapter, [*values, *rows])
             some = ", ".join(map(shown, names[:4])) + ", ..." * (len(names) > 4)
             state.errors.add(
                 f"{kind} with weight {weight}: {some}",
@@ -366,6 +366,14 @@ def other_base(state: MergeState, adapter: Adapter) -> list[str]:
             f"{adapter.name} was trained on {shown(named)}; the base here is {shown(base)}"
         )
     return notes
+
+
+def _without_values(adapter: Adapter, names: list[str]) -> str:
+    """A hint to leave replaced values out."""
+    from adapterkit.core.adapter.selection import ends_of, text_of_entries
+
+    own = text_of_entries(ends_of(adapter, names))
+    return f'give --exclude "{own}" to leave them as they are in BASE and add the factors alone'
 
 
 def _check_complete(state: MergeState, adapter: Adapter) -> None:

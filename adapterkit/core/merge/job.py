@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.adapter.record import Adapter, Lora
-from adapterkit.core.adapter.targets import Selection
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -31,6 +30,7 @@ from adapterkit.doors import ADAPTERS, MERGES
 
 if TYPE_CHECKING:
     from adapterkit.adapters.formats.extra_deltas import PlacedDelta
+    from adapterkit.core.adapter.selection import Selection
     from adapterkit.core.inputs.weights_file import WeightsFile
     from adapterkit.verbs.combine.module_methods import ModuleMethods, ModuleWeights, WeightOf
 
@@ -176,7 +176,7 @@ class MergeState:
         part: str = "",
         weight_of: "WeightOf | None" = None,
         file: "WeightsFile | None" = None,
-        selection: Selection | None = None,
+        selection: "Selection | None" = None,
     ):
         self.adapters, self.weights, self.options = adapters, weights, options
         self.part = part  # the base's component in a pipeline, whose merges share a `selection`
@@ -195,11 +195,7 @@ class MergeState:
             self.base = replicated(view, adapters, self.errors)
         self.quantized = [] if view is base else quantized_weights(self.base.tensors)
         self.config: Json = json.loads(json.dumps(self.base.config))
-        self.selection = selection
-        if selection is None and (options.include or options.exclude):
-            self.selection = Selection(options.include, options.exclude)
-        if self.selection is not None:
-            self.selection.known |= {self._prefix + name for name in self._adapted_names()}
+        self.selection = self._selection(selection)
         self.names = self._names()
         self.file = file
         # set if an adapter may have several weights; `weight_of` replaces them in a pipeline
@@ -244,13 +240,22 @@ class MergeState:
         """The fingerprint of the base as it is stored."""
         return fingerprint(self.original)
 
-    def _adapted_names(self) -> Iterable[str]:
-        """The names that --include and --exclude may give."""
+    def _selection(self, shared: "Selection | None") -> "Selection | None":
+        """The selection by --include and --exclude, that of all components or an own one, with the
+        names of these adapters; None without the options."""
+        include, exclude = self.options.include, self.options.exclude
+        if not include and not exclude:
+            return None
+        from adapterkit.core.adapter.selection import Selection, selectable_names
+
+        selection = shared or Selection(include, exclude)
         for adapter in self.adapters:
-            yield from adapter.selectable_names
+            names = selectable_names(adapter)
             if ADDED_DELTAS in adapter.folder.files():
-                added_deltas = load(ADAPTERS["extra deltas"])
-                yield from (one.module.name for one in added_deltas(adapter.folder, adapter.number))
+                added = load(ADAPTERS["extra deltas"])(adapter.folder, adapter.number)
+                names.update(one.module.name for one in added)
+            selection.known |= {self._prefix + name for name in names}
+        return selection
 
     def _names(self) -> Names:
         wanted: dict[str, None] = {}

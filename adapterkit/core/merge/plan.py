@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.adapter.targets import Selection
 from adapterkit.core.checkpoint import layout
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
@@ -53,6 +52,7 @@ from adapterkit.doors import CONTAINERS, MERGES
 
 if TYPE_CHECKING:
     from adapterkit.bases.gguf.imatrix import ImportanceFile
+    from adapterkit.core.adapter.selection import Selection
     from adapterkit.core.inputs.weights_file import WeightsFile
     from adapterkit.verbs.combine.module_methods import WeightOf
 
@@ -105,7 +105,7 @@ def plan_merge(
     imatrix: "ImportanceFile | None" = None,
     weight_of: "WeightOf | None" = None,
     weights: "WeightsFile | None" = None,
-    selection: Selection | None = None,
+    selection: "Selection | None" = None,
 ) -> Plan:
     """The plan of a merge of these adapters with these weights.
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from adapterkit.core.adapter.factors import Factors
-from adapterkit.core.adapter.targets import text_of_entries
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import shown
 from adapterkit.core.inputs.model_config import (
@@ -122,13 +121,15 @@ def _check_complete(state: MergeState, class_name: str, heads: list[str]) -> Non
     ]
     if not missing:
         return
+    from adapterkit.core.adapter.selection import ends_of, text_of_entries
+
     adapter = state.adapter(state.new[heads[0]].value_from)
     names = ", ".join(map(shown, missing[:8])) + ", ..." * (len(missing) > 8)
     state.errors.add(
         f"{class_name} needs {names}, which neither base nor adapter has",
         "values for all parameters: transformers would set these at random on every load",
         "use the base of the training, saved with these, or train them too (modules_to_save); "
-        f'--exclude "{text_of_entries(adapter.ends_of(heads))}" leaves the head out',
+        f'--exclude "{text_of_entries(ends_of(adapter, heads))}" leaves the head out',
         where=f"{state.base.name}, {adapter.name}",
         code="AK403",
     )

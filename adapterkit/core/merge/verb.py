@@ -223,8 +223,8 @@ class Merge(WritingVerb, MergeOptions):
     a module, their deltas are combined. `density_for` sets other densities for modules. For DoRA,
     biases of factors and regmean, combine first, then merge.
 
-    `include` and `exclude` name modules as PEFT's `target_modules` does: ends of names, or a regular
-    expression for whole names. A name that matches nothing is refused.
+    `include` and `exclude` name modules as PEFT's `target_modules` does: by ends of names, or a
+    regular expression for whole names.
 
     `weight_for` sets other weights for modules; in a pipeline, prefix them with the component's
     name. `lbw` gives factors of the weight for the blocks of an image model: a list of numbers as

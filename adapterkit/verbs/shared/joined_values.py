@@ -12,7 +12,7 @@ from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.commands import PLAIN, WITHOUT_INITIAL
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.core.options import NUMBER
-from adapterkit.core.patterns import Rule, pattern_table, read_rules, unmatched
+from adapterkit.core.patterns import Rule, pattern_table, read_rules
 
 if TYPE_CHECKING:
     from adapterkit.core.inputs.weights_file import WeightsFile
@@ -135,6 +135,8 @@ class AdapterWeights:
         for numbers, (pattern, value) in self.given:
             modules = set().union(*(self.modules[number] for number in numbers))
             if Patterns({pattern: value}, self.option).unmatched(modules):
+                from adapterkit.core.adapter.unmatched import unmatched
+
                 errors.append(unmatched(self.option, pattern, modules, "a module of the adapter"))
         return errors
 

@@ -11,6 +11,7 @@ from adapterkit.bases.quantized.records.loftq import Loftq
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Place
 from adapterkit.core.adapter.targets import Patterns
+from adapterkit.core.adapter.unmatched import unmatched
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import WARNING, Problems, Refused, shown
@@ -18,7 +19,7 @@ from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.core.options import integer_of
 from adapterkit.core.outputs.model import QuantizedModel, planned_fingerprint
-from adapterkit.core.patterns import pattern_table, read_rules, unmatched
+from adapterkit.core.patterns import pattern_table, read_rules
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.records import Json
 from adapterkit.core.tasks.handoff import HandoffFactors

@@ -13,7 +13,8 @@ from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.adapter_config import rank_settings
 from adapterkit.core.adapter.factors import Place
 from adapterkit.core.adapter.keys import value_key
-from adapterkit.core.adapter.targets import Selection, TargetMatcher
+from adapterkit.core.adapter.selection import Selection
+from adapterkit.core.adapter.targets import TargetMatcher
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import Problems, Refused, Unrecoverable, listed, shown

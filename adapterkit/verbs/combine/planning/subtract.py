@@ -7,7 +7,7 @@ from dataclasses import replace
 from adapterkit.core import dtypes
 from adapterkit.core.adapter import adapter_config
 from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.adapter.targets import Selection, text_of_entries
+from adapterkit.core.adapter.selection import Selection, ends_of, selectable_names, text_of_entries
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.core.inputs.adapter_door import together
 from adapterkit.core.inputs.sources import if_given, open_all, open_model, open_unconverted
@@ -54,7 +54,7 @@ def plan_subtract(options: Subtract) -> Plan:
     task_adapters = read[:count]
     in_components = inputs.first is not None and any(inputs.first.components)
     selection = Selection(None, options.exclude, in_components)
-    selection.known |= {name for adapter in read for name in adapter.selectable_names}
+    selection.known |= {name for adapter in read for name in selectable_names(adapter)}
     general_adapters = [_selected(adapter, selection) for adapter in read[count:]]
     errors = Problems(error for adapter in read for error in delta_problems(adapter))
     errors += selection.refusals("a module of the adapters")
@@ -110,7 +110,7 @@ def _pattern(generals: Sequence[Adapter]) -> str:
         (a, [*(a.replaced.keys() - a.copies.keys()), *(tokens.module for tokens in a.tokens)])
         for a in generals
     ]
-    return text_of_entries(end for adapter, names in whole for end in adapter.ends_of(names))
+    return text_of_entries(end for adapter, names in whole for end in ends_of(adapter, names))
 
 
 def _selected(general: Adapter, selects: Selection) -> Adapter:

@@ -32,8 +32,8 @@ class Subtract(WritingVerb):
     `target_parameters` if the files are ambiguous. Raises `Refused` before anything is written.
 
     For adapters of several components of an image pipeline (unet, text_encoder, ...), module names
-    begin with the component, whose name alone means all its modules. The output has the layout of the first one, also if `out` ends in
-    .safetensors."""
+    begin with the component, whose name alone means all its modules. The output has the layout of
+    the first one, also if `out` ends in .safetensors."""
 
     planner = "verbs.combine.planning.subtract:plan_subtract"
     command = """Subtract general adapters from specialized ones (GenKnowSub).
