@@ -118,6 +118,7 @@ def adapter_with(replaced: list[str], module: str, **config) -> Adapter:
         (["x.fit.weight"], "y.fit", ["x.fit"], "x.fit.weight"),
         (["head.dense.weight", "head.0.bias"], "x.q", ["head"], "dense,head.0"),
         (["x.q.bias", "y.q.bias", "embed.weight"], "x.q", [], "bias,embed.weight"),
+        (["x.score_bias", "y.q.bias"], "x.q", [], "bias,x.score_bias"),
         (["x.ö+.weight"], "x.q", ["ö+"], r"(.*[.])?(ö\+)"),
     ],
 )

@@ -61,7 +61,7 @@ def ends_of(adapter: Adapter, names: Sequence[str]) -> set[str]:
 def _end_of(adapter: Adapter, name: str) -> str:
     """The end of a replaced parameter's name: that of its module if this is fully trained."""
     if not adapter.saves(name):
-        return "bias" if name.endswith("bias") else name
+        return "bias" if has_end(name, "bias") else name
     module = name.rpartition(".")[0]
     last = module.rpartition(".")[2]
     return module if last.isdigit() else last
