@@ -70,7 +70,7 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
     view = replace(base, tensors=tensors, config=config)
     from adapterkit.core.weights.unread import unread_hint
 
-    check_not_quantized(replace(view, tensors=scan.tensors), unread_hint())
+    check_not_quantized(replace(view, tensors=scan.tensors), unread_hint(scan.method))
     return view
 
 

@@ -2,6 +2,7 @@
 
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.commands import command
+from adapterkit.core.errors import shown
 from adapterkit.core.registry import members
 
 
@@ -10,15 +11,18 @@ def floats_hint(base: Checkpoint) -> str:
     settings = base.config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if isinstance(method, str) and method.lower() not in read_methods():
-        return unread_hint()
+        return unread_hint(method)
     out = "floats" if getattr(base.folder, "single", None) is None else "floats.safetensors"
     dequantize = command("adapterkit dequantize", base.folder.label, out=out)
     return f"give the 16-bit model that it was made from, or dequantize it first\n{dequantize}"
 
 
-def unread_hint() -> str:
-    """Advise the original model, because no codec reads this one."""
-    methods = ", ".join(sorted(read_methods()))
+def unread_hint(method: str) -> str:
+    """Advise what to do with a base that no codec reads."""
+    known = read_methods()
+    if method.lower() in known:
+        return f"restore the base and its config: no weights are stored as {shown(method)}"
+    methods = ", ".join(sorted(known))
     return f"give the 16-bit model that it was made from; these methods are read: {methods}"
 
 
