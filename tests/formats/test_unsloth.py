@@ -105,6 +105,62 @@ def test_each_parameter_has_its_own_order(tmp_path):
     assert equal(merged(MODELS[0], mixed, tmp_path / "merged"), expected)
 
 
+def detail(**orders: object) -> dict:
+    """The record of each parameter as Unsloth writes it (unsloth_zoo 2026.10.9)."""
+    parameters = {leaf: {"lora_B_layout": one, "num_experts": 3} for leaf, one in orders.items()}
+    return {"lora_A_layout": "grouped_by_expert", "parameters": parameters}
+
+
+def test_the_copy_in_auto_mapping_counts(tmp_path):
+    """Which PEFT keeps when it saves the adapter again."""
+    both = detail(gate_up_proj="grouped_by_expert", down_proj="grouped_by_expert")
+    mapping = {"auto_mapping": {"unsloth_fixed": True, "unsloth_fused_expert_lora": both}}
+    adapter = source(MODELS[0], tmp_path / "copied", **mapping)
+    expected = merged(MODELS[0], GOLDEN / MODELS[0], tmp_path / "expected")
+    assert equal(merged(MODELS[0], adapter, tmp_path / "merged"), expected)
+    adapterkit.convert(adapter, to="peft", out=tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / CONFIG).read_text())
+    assert config["auto_mapping"] == {"unsloth_fixed": True}
+    assert config["lora_B_layout"] == "rank_major"  # still of Unsloth, so the order is named
+
+
+def test_a_parameter_that_unsloth_does_not_name_is_pefts(tmp_path):
+    one = {"unsloth_fused_expert_lora": detail(gate_up_proj="rank_major")}
+    adapter = source(MODELS[0], tmp_path / "one", grouped=False, **one)
+    expected = merged(MODELS[0], GOLDEN / MODELS[0], tmp_path / "expected")
+    assert equal(merged(MODELS[0], adapter, tmp_path / "merged"), expected)
+
+
+@pytest.mark.parametrize("said, words", [
+    ({"lora_B_layout": "by_token"}, "lora_B_layout is 'by_token'"),
+    (
+        {"unsloth_fused_expert_lora": detail(gate_up_proj="rank_major", down_proj="mixed")},
+        "lora_B_layout of down_proj is 'mixed'",
+    ),
+    (
+        {"auto_mapping": {"unsloth_fused_expert_lora": detail(down_proj="by_token")}},
+        "lora_B_layout of down_proj is 'by_token'",
+    ),
+    ({"unsloth_fused_expert_lora": {"parameters": ["down_proj"]}}, "lora_B_layout of unsloth_"),
+    ({"unsloth_fused_expert_lora": {"parameters": {"down_proj": {}}}}, "down_proj is None"),
+], ids=["flat", "mixed", "copy", "list", "without"])  # fmt: skip
+def test_an_unknown_marker_is_refused_by_name(tmp_path, said, words):
+    """By every reader; it was left out where another parameter had a known one."""
+    adapter = source(MODELS[0], tmp_path / "unknown", **said)
+    live = model_at(GOLDEN / MODELS[0] / "base")
+    for job in (
+        lambda: merged(MODELS[0], adapter, tmp_path / "out"),
+        lambda: merged(MODELS[0], adapter, tmp_path / "out", expert_layout="unsloth"),
+        lambda: adapterkit.convert(adapter, to="peft", out=tmp_path / "out"),
+        lambda: load(live, adapter),
+    ):
+        with pytest.raises(AdapterkitError, match=words) as caught:
+            job()
+        assert "save it with a newer Unsloth" in str(caught.value)
+    assert words in str(adapterkit.inspect(adapter)["problems"])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("said", [
     {"card": "---\ntags:\n- Unsloth\n---\n"}, BY_UNSLOTH,
     {"base_model_name_or_path": "unsloth/Qwen3-30B-A3B"},

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from adapterkit.core.commands import EXTRACT, PLAIN
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.core.records import (
-    ANYTHING,
     FINITE,
     FLAG,
     NAME,
@@ -16,14 +15,14 @@ from adapterkit.core.records import (
     Json,
     also,
     list_of,
-    one_of,
     optional,
     placed,
     table_of,
     test,
     values,
 )
-from adapterkit.core.registry import declarations
+from adapterkit.core.registry import declarations, load
+from adapterkit.doors import ADAPTERS
 
 # order of the columns of a stack's b: see `expert_order`
 ORDER, ORDER_DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
@@ -108,8 +107,6 @@ LORA_SETTINGS: dict[str, Check] = {
         test(f"true, false, or one of {', '.join(BASE_CHANGING_INITS + OTHER_INITS)}", _is_init)
     ),
     "layer_replication": optional(REPLICATION),
-    ORDER: optional(one_of(*ORDERS)),
-    ORDER_DETAIL: optional(table_of(TEXT, ANYTHING)),
     **SHARED_SETTINGS,
     **PATTERNS,
 }
@@ -146,6 +143,9 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     for key in filter(config.get, OTHER_ARITHMETIC):
         errors.add(f"{key} is set: {OTHER_ARITHMETIC[key]}", "a plain or DoRA LoRA")
     errors += check_unknown_settings(config, KNOWN_SETTINGS, where)
+    tables = [one for one in (config, config.get("auto_mapping")) if isinstance(one, dict)]
+    if any({ORDER, ORDER_DETAIL} & table.keys() for table in tables):
+        errors += load(ADAPTERS["expert order words"])(config, where)
     return errors + check_settings(LORA_SETTINGS, config, where)
 
 

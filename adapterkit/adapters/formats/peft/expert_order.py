@@ -11,7 +11,7 @@ from adapterkit.core.adapter.config import FASTEST, ORDER, ORDER_DETAIL, ORDERS,
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.commands import command
-from adapterkit.core.errors import Refused
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.core.records import Json, Settings
 
 CARD, MOST = "README.md", 1 << 20
@@ -21,17 +21,47 @@ GIVEN = {"unsloth": {ORDER: SLOWEST}} | {
 }
 
 
+def _said(config: Settings) -> dict[str, object]:
+    """The words of a config, or of the copy in its auto_mapping, by parameter; "" for all."""
+    for table in (config, config.get("auto_mapping")):
+        if not isinstance(table, Mapping):
+            continue
+        said = {"": table[ORDER]} if table.get(ORDER) is not None else {}
+        detail = table.get(ORDER_DETAIL)
+        words = detail.get("parameters") if isinstance(detail, Mapping) else detail
+        if isinstance(words, Mapping):
+            for name, one in words.items():
+                order = one.get(ORDER) if isinstance(one, Mapping) else one
+                said[str(name).rpartition(".")[2]] = order
+        elif words is not None:
+            said[ORDER_DETAIL] = words
+        if said:
+            return said
+    return {}
+
+
+def unknown_orders(config: Settings, where: str) -> list[AdapterkitError]:
+    """Refuse every word that names no order; Unsloth writes `mixed` if the stacks of a parameter
+    differ."""
+    errors = Problems(where=where, code="AK301")
+    for name, order in _said(config).items():
+        if order not in ORDERS:
+            owner = f" of {shown(name)}" if name else ""
+            errors.add(
+                f"{ORDER}{owner} is {shown(repr(order))}",
+                f"{FASTEST}, as PEFT has it, or {SLOWEST}",
+                f"load and save it with a newer Unsloth, which then writes {FASTEST}",
+            )
+    return errors
+
+
 def order_of(config: Settings, leaf: str | None = None) -> str | None:
     """The order in the stack of a parameter `leaf`, else the order of any stack not in PEFT's; None
     if the config has none."""
-    detail = config.get(ORDER_DETAIL) or {}
-    words = detail.get("parameters") if isinstance(detail, Mapping) else None
-    own = {
-        name.rpartition(".")[2]: one.get(ORDER)
-        for name, one in (words.items() if isinstance(words, Mapping) else ())
-        if isinstance(one, Mapping)
-    }
-    known = [own[leaf]] if leaf in own else [*own.values(), config.get(ORDER)]
+    said = _said(config)
+    known = list(said.values())
+    if leaf is not None and said:  # one that is not named is PEFT's, as for Unsloth
+        known = [said.get(leaf, said.get(""))]
     return next((order for order in ORDERS if order in known), None)
 
 
@@ -43,7 +73,10 @@ def with_given(config: Settings, layout: str | None) -> Settings:
 def in_order_of_peft(config: Settings, folder: Folder | None = None) -> Json:
     """A config of stacks in PEFT's order. It names the order only if its readers would need it,
     because PEFT warns about unknown settings."""
-    plain = {key: value for key, value in config.items() if key not in (ORDER, ORDER_DETAIL)}
+    without = lambda table: {k: v for k, v in table.items() if k not in (ORDER, ORDER_DETAIL)}
+    plain, mapping = without(config), config.get("auto_mapping")
+    if isinstance(mapping, Mapping):
+        plain["auto_mapping"] = without(mapping)
     is_asked = plain.get("target_parameters") and is_of_unsloth(plain, folder)
     return plain | ({ORDER: FASTEST} if is_asked else {})
 

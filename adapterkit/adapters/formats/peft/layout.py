@@ -55,7 +55,7 @@ from adapterkit.adapters.formats.task import ConvertedTensor
 from adapterkit.adapters.formats.write import FormatFile
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.adapter_config import PEFT_LAYOUT, base_id, declared_settings
-from adapterkit.core.adapter.config import ORDER, ORDER_DETAIL, check_live_config
+from adapterkit.core.adapter.config import check_live_config
 from adapterkit.core.adapter.keys import CONFIG, canonical_key, part_keys, value_key
 from adapterkit.core.adapter.peft import read_adapter
 from adapterkit.core.adapter.record import Adapter, Lora
@@ -96,7 +96,7 @@ def read_layout(
         return read_kinds(format, folder, peft_type, number)
     adapter = read_adapter(folder, number, check_live_config, as_stored=True)
     config, targets = adapter.config, adapter.config.get("target_parameters")
-    if targets or expert_layout or {ORDER, ORDER_DETAIL} & config.keys():
+    if targets or expert_layout or order_of(config) is not None:
         adapter = replace(adapter, config=with_given(config, expert_layout))
         if order_of(adapter.config) is None and (error := order_problem(adapter)) is not None:
             raise error
