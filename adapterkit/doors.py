@@ -77,7 +77,6 @@ ADAPTERS = {
     "parts": "adapters.formats.planning.as_plain:open_parts",
     "layout": "adapters.formats.planning.as_plain:plan_in_layout",
     "extra deltas": "adapters.formats.extra_deltas:added_deltas",
-    "eight bits": "adapters.formats.peft.eight_bits:decoded",
     "expert order words": "adapters.formats.peft.expert_order:unknown_orders",
     "expert order": "adapters.formats.peft.expert_order:order_problem",
 }

@@ -72,6 +72,12 @@ class NamedBase:
     def stacks(self) -> dict[str, Stack]:
         return stacks_of(self.names)
 
+    @property
+    def experts(self) -> int | None:
+        """The number of matrices in each of its stacks; None if they differ."""
+        counts = {stack.shape[0] for stack in self.stacks.values()}
+        return counts.pop() if len(counts) == 1 else None
+
     @cached_property
     def by_key(self) -> dict[str, str]:
         """The parameter of each stored tensor that holds a whole one."""

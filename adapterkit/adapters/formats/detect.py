@@ -170,7 +170,13 @@ def _is_of(format: Format, container: Container, config: Settings) -> bool:
     if not (words.keys or words.config or words.metadata):
         return False
     return (
-        all(any(pattern.search(key) for key in keys) for pattern in words.keys)
+        all(
+            any(
+                pattern.search(key) and words.axes in (0, len(spec.shape))
+                for key, spec in keys.items()
+            )
+            for pattern in words.keys
+        )
         and not any(pattern.search(key) for pattern in words.no_keys for key in keys)
         and all(name in config for name in words.config)
         and not any(name in config for name in words.no_config)

@@ -43,6 +43,7 @@ class DetectSchema:
     priority: int = 0
     keys: tuple[re.Pattern[str], ...] = ()  # each matches some key
     no_keys: tuple[re.Pattern[str], ...] = ()  # none matches any
+    axes: int = 0  # of the tensors whose keys match; 0: any
     config: tuple[str, ...] = ()  # settings that are there
     no_config: tuple[str, ...] = ()  # settings that are not
     settings: Mapping[str, re.Pattern[str]] = field(default_factory=dict)  # their values, as JSON
@@ -124,6 +125,8 @@ class AdapterSchema:
     # them; outputs
     a_over: Literal["inputs", "first axis", "outputs"] = "inputs"
     slowest: Literal["rank", "expert"] = "rank"  # the slowest index in the columns of a stack's b
+    # rows: a (E·r, in), under its module's key; axis: a (E, r, in), under the parameter's
+    stacks: Literal["rows", "axis"] = "rows"
     names: Literal["model", "base"] = "model"  # base: as the base's file has them
     targets: Literal["names", "ends"] = "names"  # ends: target_modules are the last words of names
     saved: tuple[str, ...] = ()  # modules trained in full that are read; none: all
@@ -134,7 +137,8 @@ class AdapterSchema:
     @property
     def is_read_by_peft(self) -> bool:
         """True if some version of PEFT reads it correctly."""
-        return self.a_over != "outputs" and self.slowest == "rank"
+        is_flat = self.stacks == "rows" and self.slowest == "rank"
+        return is_flat and self.a_over != "outputs"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Read PEFT's layout: every key of a file has a role, or the adapter is refused."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from adapterkit.core.adapter.config import (
@@ -36,27 +36,37 @@ from adapterkit.doors import ADAPTERS
 
 Patterns = list[tuple[re.Pattern[str], str]]  # of keys, with their role
 Roles = dict[tuple[str, int], dict[str, TensorSpec]]  # (module, depth) -> role -> its tensor
+# the tensors of a file -> those that its keys and codes mean
+Stored = Callable[[dict[str, TensorSpec]], dict[str, TensorSpec]]
 
 
 def read_adapter(
-    folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, as_stored: bool = False
+    folder: Folder,
+    number: int = 1,
+    check: ConfigCheck = check_config,
+    *,
+    as_stored: Stored | None = None,
 ) -> Adapter:
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be
     used.
 
-    `check` returns the errors of its config; `as_stored`: the caller decodes tensors of eight bits,
-    and knows the column order of a stack's b."""
+    `check` returns the errors of its config; `as_stored` reads the file's tensors for a caller that
+    also knows the column order of a stack's b."""
     adapter, scan, _ = scan_adapter(folder, number, check, as_stored=as_stored)
     scan.errors.raise_all()
     return adapter
 
 
 def scan_adapter(
-    folder: Folder, number: int = 1, check: ConfigCheck = check_config, *, as_stored: bool = False
+    folder: Folder,
+    number: int = 1,
+    check: ConfigCheck = check_config,
+    *,
+    as_stored: Stored | None = None,
 ) -> tuple[Adapter, Checkpoint, bool]:
     """The readable content of an adapter, its scan with all errors, and whether its config is valid
     enough to compute ranks and scales."""
-    adapter, keys, scan = _read(folder, number, check, ROLES, eight_bits=as_stored)
+    adapter, keys, scan = _read(folder, number, check, ROLES, as_stored)
     plain = {
         k: v for k, v in scan.config.items() if k in KNOWN_SETTINGS and k not in OTHER_ARITHMETIC
     }
@@ -65,7 +75,7 @@ def scan_adapter(
     if typed and scan.shards:
         scan.errors.extend(_check_config_against_file(keys, scan.config, folder.name))
     adapter = replace(adapter, loras=loras)
-    may_have_stacks = typed and not as_stored and adapter.config.get("target_parameters")
+    may_have_stacks = typed and as_stored is None and adapter.config.get("target_parameters")
     if may_have_stacks and any(map(adapter.is_stack, adapter.loras)):
         scan.errors.extend(filter(None, [load(ADAPTERS["expert order"])(adapter)]))
     for error in scan.errors:
@@ -91,7 +101,11 @@ def read_other_type(
 
 
 def _read(
-    folder: Folder, number: int, check: ConfigCheck, roles: Patterns, *, eight_bits: bool = False
+    folder: Folder,
+    number: int,
+    check: ConfigCheck,
+    roles: Patterns,
+    as_stored: Stored | None = None,
 ) -> tuple[Adapter, "_Keys", Checkpoint]:
     """An adapter without factors, its classified keys, and its scan with the errors of its files,
     config and token rows."""
@@ -105,9 +119,7 @@ def _read(
     scan = scan_files(folder, {WEIGHTS} & files.keys(), number, errors, config)
     header = scan.shards.get(WEIGHTS)
     scan = replace(scan, readable=header is not None and config is not None)
-    tensors = scan.tensors
-    if eight_bits:
-        tensors = load(ADAPTERS["eight bits"])(tensors)
+    tensors = scan.tensors if as_stored is None else as_stored(scan.tensors)
     keys = _classify_keys(tensors, scan.errors, f"{folder.name}/{WEIGHTS}", roles)
     sha256, made_for, tokens = "", None, ()
     if header is not None:

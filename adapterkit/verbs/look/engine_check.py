@@ -100,6 +100,8 @@ def _compare(
     """Report keys that the engine's own layout of the same adapter does not have."""
     wanted = {tensor.key for shard in plan.shards for tensor in shard.layout.tensors}
     read = _renamed(detection, wanted, rules)
+    if detection.format.adapter.stacks == "axis":  # which is read next to the engine's own form
+        read |= {key for key in detection.container.tensors if ".experts." in key}
     own = [key for key in detection.container.tensors if key not in wanted | read]
     if own:
         problem = f"{len(own)} keys have other names there: {listed(own)}"

@@ -34,6 +34,8 @@ CASES = {
     "mixtral": "peft/mixtral",
     "qwen3_moe": "peft-per-expert/qwen3_moe",
 }
+# stacks along an axis, of which one factor may be shared
+STACKS = {"stacked": "expert-stacks/stacked", "shared": "expert-stacks/shared"}
 
 
 class Sglang:
@@ -64,7 +66,7 @@ class Sglang:
 def main(wheel: Path, golden: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         sglang = Sglang(wheel, Path(place))
-        record(golden, "sglang", CASES, sglang.read)
+        record(golden, "sglang", CASES | STACKS, sglang.read)
 
 
 if __name__ == "__main__":

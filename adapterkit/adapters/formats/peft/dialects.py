@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from adapterkit.adapters.formats.base_model import NamedBase
+from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.experts import split_experts, stack_experts
 from adapterkit.adapters.formats.modules.kinds import (
     COPY,
@@ -44,7 +45,8 @@ def arranged(
     _refusals(contents, format, model).raise_all()
     if model is not None:
         modules = renamed(modules, model, in_file=False)
-    modules = _experts(modules, words.experts, model, reader, contents.folders[0].label)
+    modules, notes = _experts(contents, modules, format, model, reader)
+    contents = replace(contents, notes=(*contents.notes, *notes))
     modules += _zeros_for_missing(modules, words.together, model, contents.folders[0].label)
     if words.names == "base" and model is not None:
         modules = renamed(modules, model, in_file=True)
@@ -125,31 +127,45 @@ def _refusals(contents: Contents, format: Format, model: NamedBase | None) -> Pr
 
 
 def _experts(
-    modules: Modules, layout: str, model: NamedBase | None, reader: TensorReader, where: str
-) -> list[AdapterModule]:
-    """Experts in the dialect's layout."""
+    contents: Contents,
+    modules: Modules,  # of the contents
+    format: Format,
+    model: NamedBase | None,
+    reader: TensorReader,
+) -> tuple[list[AdapterModule], Sequence[str]]:
+    """Experts in the dialect's layout, and notes on it."""
+    layout, has_axis = format.adapter.experts, format.adapter.stacks == "axis"
     stacked = [m for m in modules if m.kind == EXPERTS]
     single = [m for m in modules if SINGLE.search(m.name) and m.component not in DENOISERS]
     foreign = {"stacks": single, "each": stacked, "base": stacked}[layout]
+    if has_axis:
+        foreign = []
     if model is None:
         if foreign:
             raise Refused(
                 f"{len(foreign)} modules of experts are in another layout: "
                 f"{listed([m.path for m in foreign])}",
                 expected="the model, because its file maps modules of experts to rows of stacks",
-                where=where,
+                where=contents.folders[0].label,
                 hint=GIVE_BASE,
                 code="AK402",
             )
-        return list(modules)
-    if not (stacked or single):
-        return list(modules)
-    whole = stack_experts(modules, model.stacks.values(), reader)
-    if layout == "stacks":
-        return whole
-    return split_experts(
-        whole, model.stacks, reader, all_of_them=layout == "each", complete=layout == "base"
-    )
+        whole = list(modules)
+    elif not (stacked or single):
+        return list(modules), ()
+    else:
+        whole = stack_experts(modules, model.stacks.values(), reader)
+    notes: Sequence[str] = ()
+    if has_axis and (stacked or single):
+        from adapterkit.adapters.formats.peft.axis_stacks import with_shared
+
+        whole, notes = with_shared(whole, reader)
+    is_kept = bool(notes) or (has_axis and formats()[contents.format].adapter.stacks == "axis")
+    if model is None or layout == "stacks" or is_kept:
+        return whole, notes
+    is_all, is_complete = layout == "each" and not has_axis, layout == "base"
+    own = split_experts(whole, model.stacks, reader, all_of_them=is_all, complete=is_complete)
+    return own, notes
 
 
 def _zeros_for_missing(

@@ -30,7 +30,7 @@ from adapterkit.adapters.formats.modules.tensors import (
     zeros,
 )
 from adapterkit.adapters.formats.modules.wide_inputs import with_widths
-from adapterkit.adapters.formats.peft.eight_bits import notes_on
+from adapterkit.adapters.formats.peft.eight_bits import decoded, notes_on
 from adapterkit.adapters.formats.peft.expert_order import (
     in_order_of_peft,
     order_of,
@@ -94,7 +94,13 @@ def read_layout(
     peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
     if peft_type in KINDS:
         return read_kinds(format, folder, peft_type, number)
-    adapter = read_adapter(folder, number, check_live_config, as_stored=True)
+    stored, axis = decoded, None
+    if format.adapter.stacks == "axis":
+        from adapterkit.adapters.formats.peft.axis_stacks import AxisStacks
+
+        axis = AxisStacks(None if model is None else model.experts)
+        stored = axis.stored
+    adapter = read_adapter(folder, number, check_live_config, as_stored=stored)
     config, targets = adapter.config, adapter.config.get("target_parameters")
     if targets or expert_layout or order_of(config) is not None:
         adapter = replace(adapter, config=with_given(config, expert_layout))
@@ -105,7 +111,9 @@ def read_layout(
     nested = targets or any(lora.depth for lora in adapter.loras)
     by_module = factors_by_module(adapter) if nested else {}
     for lora in adapter.loras:
-        if lora.module not in by_module:
+        if axis is not None and axis.has(lora):
+            modules.append(axis.module(adapter, lora))
+        elif lora.module not in by_module:
             modules.append(_module(adapter, lora, FACTORS))
         elif lora is by_module[lora.module][0]:
             own = by_module[lora.module]
@@ -120,6 +128,8 @@ def read_layout(
             shown(module.path), SHAPED.get(module.kind, module.kind), module.parts, folder.label
         )
     ).raise_all()
+    if axis is not None:
+        modules = axis.ordered(modules, folder.label)
     modules += replaced_values(adapter, copies=adapter.copies)
     for tokens in adapter.tokens:
         modules.append(
@@ -175,13 +185,16 @@ def write_layout(
     Problems(_problems(contents, format, values=values)).raise_all()
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER)]
     experts = [m for m in contents.modules if m.kind == EXPERTS]
-    by_module = Counter(m.name.rpartition(".")[0] for m in experts)
+    is_flat = format.adapter.stacks == "rows"
+    by_module = Counter(m.name.rpartition(".")[0] for m in experts if is_flat)
     levels = Counter(m.name for m in loras) | by_module
-    stack_keys = stacked_keys(experts, by_module)
+    stack_keys = stacked_keys(experts, by_module) if is_flat else {}
     has_bias = any("bias" in m.parts for m in loras)
     tensors: list[ConvertedTensor] = []
     for module in contents.modules:
-        if module.kind == EXPERTS:
+        if module.kind == EXPERTS and not is_flat:
+            keys, parts = part_keys(module.name), module.parts
+        elif module.kind == EXPERTS:
             keys = stack_keys[module.name]
             parts = stacked_parts(module, format.adapter, model)
         elif module.kind not in (FACTORS, PARAMETER):
@@ -254,7 +267,8 @@ def _settings(
     facts = contents.facts
     kept |= {key: facts[word] for word, key in FACTS.items() if facts.get(word) is not None}
     kept |= {k: v for k, v in own.items() if k not in TARGETS}
-    names = sorted({m.name for m in loras})
+    is_flat = format.adapter.stacks == "rows"
+    names = sorted({m.name for m in (loras if is_flat else ranked)})
     if format.adapter.targets == "ends":
         names = sorted({name.rpartition(".")[2] for name in names})
     settings: Json = {
@@ -262,7 +276,7 @@ def _settings(
         "use_dora": any("magnitude" in m.parts for m in loras),
         "lora_bias": any("bias" in m.parts for m in loras),
     }
-    if experts:
+    if experts and is_flat:
         settings |= {"target_parameters": sorted(m.name for m in experts), "lora_dropout": 0.0}
         settings |= {"peft_version": PEFT_LAYOUT}
     saved = sorted({m.name for m in contents.modules if m.kind == VALUE})

@@ -37,6 +37,8 @@ from adapterkit.core.options import StrPath
 from adapterkit.core.plan import Plan
 
 T = TypeVar("T")
+PER_EXPERT = "peft-per-expert"
+OF_ONE_EXPERT = re.compile(r"\.experts\.(\d+|gate_proj|up_proj|w[123])\.")  # in a key
 
 
 def converted(
@@ -67,7 +69,9 @@ def converted(
         if order_of(config) != SLOWEST and not is_explicit:
             return folder
     checkpoint = None if base is None else read_checkpoint(base, 1)
-    options = ConvertOptions(to=PEFT, expert_layout=expert_layout)
+    is_axis = detection.format.adapter.stacks == "axis"
+    is_each = is_axis and any(map(OF_ONE_EXPERT.search, detection.container.tensors))
+    options = ConvertOptions(to=PER_EXPERT if is_each else PEFT, expert_layout=expert_layout)
     plan = with_own_hints(lambda: plan_convert(folder, options, checkpoint, detection=detection))
     return converted_folder(folder, detection.format.name, detection.container.file, plan)
 
