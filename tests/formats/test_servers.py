@@ -13,19 +13,22 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit import convert
+from adapterkit import check, convert
 from adapterkit.adapters.formats.modules.record import AdapterModule
 from adapterkit.adapters.formats.modules.uniform_rank import uniform, with_scale
 from adapterkit.core.errors import AdapterkitError, Refused
-from tests.formats.golden.make_sglang import CASES as SGLANG
-from tests.formats.golden.make_vllm import CASES as VLLM
+from tests.formats.golden.make_sglang import CASES as OF_SGLANG
+from tests.formats.golden.make_vllm import CASES as OF_VLLM
 from tests.formats.golden.make_vllm import SETTINGS
+from tests.formats.golden.servers import SERVED
 from tests.formats.test_experts import delta, held, scale_of
 from tests.support import oracle
+from tests.support.mlx_models import COMMON
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SERVERS = ("vllm", "sglang")
+VLLM, SGLANG = OF_VLLM | SERVED, OF_SGLANG | SERVED
+SERVERS, PREFIX = ("vllm", "sglang"), "base_model.model."
 ROUNDING = 1e-7  # of products with b in float32
 
 
@@ -97,20 +100,26 @@ def of_vllm(folder: Path) -> dict[str, Tensor]:
 
 # vLLM's names of modules where they are not the adapter's
 RENAMED = {
+    "gemma4": ("model.language_model.", "language_model.model."),
     "gpt_oss": (".self_attn.", ".attn."),
     "mixtral": (".mlp.experts", ".block_sparse_moe.experts"),
     "qwen2_vl": ("model.language_model.", "language_model.model."),
 }
 
 
+def golden(case: str) -> Path:
+    """The folder of a case's formats."""
+    return GOLDEN / "served" if case in SERVED else GOLDEN
+
+
 @pytest.mark.parametrize("case", VLLM)
 def test_vllm_multiplies_the_delta(case: str) -> None:
-    source = GOLDEN / VLLM[case]
+    source = golden(case) / VLLM[case]
     old, new = next((RENAMED[k] for k in RENAMED if case.startswith(k)), ("", ""))
     expected = {name.replace(old, new): value for name, value in truth(source).items()}
     if case == "qwen2_vl":
         expected = {n.replace("model.visual.", "visual."): v for n, v in expected.items()}
-    actual = of_vllm(GOLDEN / "vllm" / case)
+    actual = of_vllm(golden(case) / "vllm" / case)
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
         assert float((actual[name] - value).norm()) <= ROUNDING * float(value.norm()), name
@@ -120,21 +129,22 @@ def test_vllm_multiplies_the_delta(case: str) -> None:
     *(("vllm", case) for case in VLLM), *(("sglang", case) for case in SGLANG),
 ])  # fmt: skip
 def test_the_file_that_they_read_is_written(server: str, case: str, tmp_path: Path) -> None:
-    source = GOLDEN / (VLLM if server == "vllm" else SGLANG)[case]
+    source = golden(case) / (VLLM if server == "vllm" else SGLANG)[case]
     convert(source, to=server, out=tmp_path / "out", base=source / "base")
     for name in (WEIGHTS, CONFIG):
         assert (tmp_path / "out" / name).read_bytes() == (
-            GOLDEN / server / case / name
+            golden(case) / server / case / name
         ).read_bytes()
 
 
 @pytest.mark.parametrize("case", SGLANG)
 def test_sglang_multiplies_the_delta(case: str) -> None:
     """q, k and v, gate and up one above the other: parts of one rank, each with its rows of b."""
-    tensors = load_file(GOLDEN / "sglang" / case / "sglang.safetensors")
+    tensors = load_file(golden(case) / "sglang" / case / "sglang.safetensors")
+    written = load_file(golden(case) / "sglang" / case / WEIGHTS)
     scale = float(tensors.pop("scale"))
-    rank = settings_of(GOLDEN / "sglang" / case)["r"]
-    expected = truth(GOLDEN / SGLANG[case])
+    rank = settings_of(golden(case) / "sglang" / case)["r"]
+    expected = truth(golden(case) / SGLANG[case])
     for key, a in tensors.items():
         if "lora_B" in key or "embedding_B" in key:
             continue
@@ -142,8 +152,10 @@ def test_sglang_multiplies_the_delta(case: str) -> None:
         name = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
         name = name.replace("block_sparse_moe", "mlp")
         home, _, leaf = name.rpartition(".")
+        rows = lambda leaf, home=home: len(written[f"{PREFIX}{home}.{leaf}.lora_B.weight"])
+        qkv = ("q_proj", "k_proj", "v_proj") if leaf == "qkv_proj" else ()
         leaves = {
-            "qkv_proj": {"q_proj": 8, "k_proj": 4, "v_proj": 4},
+            "qkv_proj": {one: rows(one) for one in qkv},
             "gate_up_proj": {"w1": len(b) // 2, "w3": len(b) // 2},  # of experts alone here
             "down_proj": {"w2" if ".experts." in name else leaf: len(b)},
         }.get(leaf, {leaf: len(b)})
@@ -154,6 +166,56 @@ def test_sglang_multiplies_the_delta(case: str) -> None:
             known = expected.pop(f"{home}.{part}" if home else part, torch.zeros_like(value))
             assert float((value - known).norm()) <= ROUNDING * float(known.norm()), key
     assert not expected
+
+
+def test_sglang_reads_linear_attention_in_parts(tmp_path: Path) -> None:
+    """Its loader joins q, k, v and z of Qwen3.5's layers, and finds no in_proj_qkv."""
+    sizes = COMMON | {
+        "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 4, "linear_value_head_dim": 4, "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model("qwen3_5_text", **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    oracle.train(model, tmp_path / "in", target_modules=["in_proj_qkv", "out_proj"], lora_alpha=3)
+    source = load_file(tmp_path / "in" / WEIGHTS)
+    (name,) = {key.partition(".lora_")[0] for key in source if "in_proj_qkv" in key}
+    with pytest.raises(Refused, match="give --base"):
+        convert(tmp_path / "in", to="sglang", out=tmp_path / "refused")
+    convert(tmp_path / "in", to="sglang", base=tmp_path / "base", out=tmp_path / "out")
+    tensors, home = load_file(tmp_path / "out" / WEIGHTS), name.removesuffix("in_proj_qkv")
+    parts = ("in_proj_q", "in_proj_k", "in_proj_v")
+    b = torch.cat([tensors[f"{home}{part}.lora_B.weight"] for part in parts])
+    assert torch.equal(b, source[f"{name}.lora_B.weight"])
+    rows = [len(tensors[f"{home}{part}.lora_B.weight"]) for part in (*parts, "in_proj_z")]
+    assert rows == [8, 8, 16, 16]  # 2 heads of keys of size 4, 4 of values
+    for part in parts:
+        a = tensors[f"{home}{part}.lora_A.weight"]
+        assert torch.equal(a, source[f"{name}.lora_A.weight"])
+    assert not tensors[f"{home}in_proj_z.lora_B.weight"].any()
+    assert "in_proj_q" in settings_of(tmp_path / "out")["target_modules"]
+    oracle.train(
+        transformers.AutoModelForCausalLM.from_config(config), tmp_path / "b",
+        target_modules=["in_proj_b"],
+    )  # fmt: skip
+    found = check(tmp_path / "b", program="sglang", base=tmp_path / "base")["findings"]
+    assert any(row["verdict"] == "refuses" and "in_proj_b" in row["problem"] for row in found)
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_head_inside_the_model_is_the_head_of_sglang(with_base: bool, tmp_path: Path) -> None:
+    """As GLM-5.3's adapters have it: SGLang dropped these keys."""
+    model = oracle.llama()
+    oracle.save_base(model, tmp_path / "base")
+    oracle.train(model, tmp_path / "in", target_modules=["lm_head", "o_proj"])
+    tensors = load_file(tmp_path / "in" / WEIGHTS)
+    inside = {key.replace(f"{PREFIX}lm_head", f"{PREFIX}model.lm_head"): one
+              for key, one in tensors.items()}  # fmt: skip
+    save_file(inside, tmp_path / "in" / WEIGHTS)
+    base = tmp_path / "base" if with_base else None
+    convert(tmp_path / "in", to="sglang", base=base, out=tmp_path / "out")
+    assert {*load_file(tmp_path / "out" / WEIGHTS)} == {key for key in tensors if ".lora_" in key}
 
 
 # -- what they refuse ------------------------------------------------------------------------------

@@ -131,6 +131,12 @@ class AdapterSchema:
     targets: Literal["names", "ends"] = "names"  # ends: target_modules are the last words of names
     saved: tuple[str, ...] = ()  # modules trained in full that are read; none: all
     together: tuple[tuple[str, ...], ...] = ()  # modules that readers need together
+    # of these, one that the model's code may lack -> one with as many rows, if there is one
+    alike: Mapping[str, str] = field(default_factory=dict)
+    # linear attention's joined projection -> those of keys, keys and values, as readers need them
+    split: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    # regex -> replacement: names that readers spell otherwise, if no base gives them
+    renames: Mapping[str, str] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)  # that are written
     refuse: Mapping[str, RefusedSchema] = field(default_factory=dict)  # by the setting
 

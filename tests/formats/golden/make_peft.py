@@ -38,6 +38,17 @@ MODELS = {
     },
     "gpt_oss": {"num_local_experts": 3, "layer_types": ["full_attention"]},
     "llama": {"num_hidden_layers": 2},
+    # layers of both kinds with keys of their own, of which one has no values, and without
+    "gemma4": {
+        "text_config": SIZES | {
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1, "global_head_dim": 8, "num_key_value_heads": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 24,
+            "tie_word_embeddings": True,
+        },
+        "vision_config": None, "audio_config": None, "tie_word_embeddings": True,
+    },
     "qwen2_vl": {
         "text_config": SIZES | {
             "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]},
@@ -133,6 +144,8 @@ def main(out: Path) -> None:
         )  # fmt: skip
         make(out / "peft" / "llama_dora", "llama", target_modules=["o_proj"], use_dora=True)
         make(out / "peft" / "qwen2_vl", "qwen2_vl", target_modules=["q_proj", "qkv"])
+        targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"  # as Unsloth has it
+        make(out / "served" / "peft" / "gemma4", "gemma4", target_modules=targets)
         make(
             out / "peft" / "gpt_oss_patterns", "gpt_oss", target_modules=["q_proj"],
             target_parameters=STACKS, rank_pattern={"gate_up_proj": 3},

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.formats.golden.servers import Empty, record, unpack
+from tests.formats.golden.servers import SERVED, Empty, record, unpack
 
 REAL = {
     "sglang.srt.layers.utils.common",
@@ -52,10 +52,11 @@ class Sglang:
 
     def read(self, folder: Path, base: Path) -> dict[str, torch.Tensor]:
         """The tensors of an adapter on a base, as SGLang has them."""
-        settings = types.SimpleNamespace(**json.loads((base / "config.json").read_text()))
-        config = self.config(str(folder), base_vocab_size=settings.vocab_size)
-        assert config.lora_added_tokens_size == 0 and not config.use_dora
-        adapter = self.adapter("", config, settings, None, None)
+        config = json.loads((base / "config.json").read_text())
+        settings = types.SimpleNamespace(**config.get("text_config", config))
+        own = self.config(str(folder), base_vocab_size=settings.vocab_size)
+        assert own.lora_added_tokens_size == 0 and not own.use_dora
+        adapter = self.adapter("", own, settings, None, None)
         adapter.initialize_weights_from_tensors(load_file(folder / "adapter_model.safetensors"))
         tensors = {"scale": torch.tensor(adapter.scaling)} | dict(adapter.embedding_layers)
         for layer in adapter.layers:
@@ -67,6 +68,7 @@ def main(wheel: Path, golden: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         sglang = Sglang(wheel, Path(place))
         record(golden, "sglang", CASES | STACKS, sglang.read)
+        record(golden / "served", "sglang", SERVED, sglang.read)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ through the model class's mapper. Everything else of the package is replaced by 
 
 `vllm/<case>` is the conversion of a golden adapter of PEFT, and `vllm.safetensors` beside it what
 vLLM multiplies: by its own name of the module a and b, b with the scale; of experts one after the
-other. `vllm/settings.json`: what it says to settings, "" where it takes them.
+other. `vllm/settings.json`: what it says to settings, "" where it takes them. `vllm/targets.json`:
+the modules of adapters on which a server with these `--lora-target-modules` acts.
 """
 
 import ast
@@ -20,7 +21,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from tests.formats.golden.servers import Empty, record, unpack
+from tests.formats.golden.servers import SERVED, Empty, record, unpack
 
 REAL = {
     "vllm.lora.peft_helper",
@@ -33,6 +34,7 @@ REAL = {
 # model_type -> the file and class of its model, whose experts are stacks to vLLM or not
 CLASSES = {
     "gpt_oss": ("gpt_oss", "GptOssForCausalLM", True),
+    "gemma4": ("gemma4_mm", "Gemma4ForConditionalGeneration", False),
     "gemma3": ("gemma3_mm", "Gemma3ForConditionalGeneration", False),
     "llama": ("llama", "LlamaForCausalLM", False),
     "mixtral": ("mixtral", "MixtralForCausalLM", False),
@@ -117,6 +119,18 @@ class Vllm:
             tensors |= plain(f"{name}.a", layer.lora_a) | plain(f"{name}.b", layer.lora_b)
         return tensors
 
+    def is_target(self, module: str, targets: list[str]) -> bool:
+        """Whether a server with these targets applies an adapter to a module, by the module of the
+        server that it becomes a part of."""
+        home, _, leaf = module.rpartition(".")
+        own = next((packed for packed, leaves in PACKED.items() if leaf in leaves), leaf)
+        name = f"{home}.{own}"
+        if ".experts" in name:
+            name = name.partition(".experts")[0] + ".experts"
+        return importlib.import_module("vllm.lora.utils").is_in_target_modules(
+            name, targets, PACKED
+        )
+
     def verdict(self, settings: dict[str, Any]) -> str:
         """What it says to settings."""
         try:
@@ -173,6 +187,17 @@ class Vllm:
         manager._create_merged_loras_inplace(own, lora)
 
 
+# of most models
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+TARGETS = (
+    ["q_proj", "v_proj"], ["qkv_proj"], ["o_proj", "down_proj"], ["gate_up_proj"], ["experts"],
+    ["model.layers.0.self_attn.o_proj"],
+)  # fmt: skip
+MODULES = (
+    *(f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+    "model.layers.1.mlp.experts.2.down_proj", "lm_head",
+)  # fmt: skip
 LINEAR = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
     "embed_tokens", "qkv", "proj",
@@ -190,8 +215,14 @@ def main(wheel: Path, golden: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         vllm = Vllm(wheel, Path(place))
         record(golden, "vllm", CASES, vllm.read)
+        record(golden / "served", "vllm", SERVED, vllm.read)
         settings = json.loads((golden / "vllm/llama_patterns/adapter_config.json").read_text())
         verdicts = {name: vllm.verdict(settings | change) for name, change in SETTINGS.items()}
+        taken = {
+            ";".join(one): [name for name in MODULES if vllm.is_target(name, one)]
+            for one in TARGETS
+        }
+        (golden / "vllm/targets.json").write_text(json.dumps(taken, indent=2) + "\n")
         (golden / "vllm/settings.json").write_text(json.dumps(verdicts, indent=2) + "\n")
 
 

@@ -17,6 +17,10 @@ from torch import Tensor
 
 import adapterkit
 
+# adapters whose conversions are no cases of other tests, in a folder `served`: of Gemma 4, of which
+# some layers have no values or no keys (vllm#41754, sglang#28199)
+SERVED = {"gemma4": "peft/gemma4"}
+
 
 class Empty(types.ModuleType):
     """A module in which every name is an empty class; as a decorator it changes nothing."""

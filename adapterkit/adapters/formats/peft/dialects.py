@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from adapterkit.adapters.formats.base_model import NamedBase
+from adapterkit.adapters.formats.base_model import NamedBase, model_heads
 from adapterkit.adapters.formats.library import formats
 from adapterkit.adapters.formats.modules.experts import split_experts, stack_experts
 from adapterkit.adapters.formats.modules.kinds import (
@@ -21,9 +21,9 @@ from adapterkit.adapters.formats.modules.kinds import (
     VALUE,
 )
 from adapterkit.adapters.formats.modules.record import AdapterModule, Contents, Modules
-from adapterkit.adapters.formats.modules.tensors import Expression, zeros
+from adapterkit.adapters.formats.modules.tensors import Expression, gathered, zeros
 from adapterkit.adapters.formats.modules.uniform_rank import uniform
-from adapterkit.adapters.formats.schema import Format
+from adapterkit.adapters.formats.schema import AdapterSchema, Format
 from adapterkit.adapters.formats.write import unsupported
 from adapterkit.core.commands import MERGE
 from adapterkit.core.errors import Problems, Refused, listed, shown
@@ -47,12 +47,18 @@ def arranged(
         modules = renamed(modules, model, in_file=False)
     modules, notes = _experts(contents, modules, format, model, reader)
     contents = replace(contents, notes=(*contents.notes, *notes))
-    modules += _zeros_for_missing(modules, words.together, model, contents.folders[0].label)
+    where = contents.folders[0].label
+    added = _zeros_for_missing(modules, words, model, where)
     if words.names == "base" and model is not None:
-        modules = renamed(modules, model, in_file=True)
+        modules = _named_as_in_file(modules, added, model)
     elif words.names == "base":
+        for pattern, name in words.renames.items():
+            modules = [replace(m, name=re.sub(pattern, name, m.name)) for m in modules]
         note = "module names were not checked: give --base to compare them with the model"
         contents = replace(contents, notes=(*contents.notes, note))
+    else:
+        modules += added
+    modules = _split_rows(modules, words, model, where)
     if format.scale.uniform:
         before, modules = modules, uniform(modules)
         contents = replace(contents, notes=(*contents.notes, *_uniform_notes(before, modules)))
@@ -168,8 +174,70 @@ def _experts(
     return own, notes
 
 
+def _named_as_in_file(modules: Modules, added: Modules, model: NamedBase) -> list[AdapterModule]:
+    """The modules under the names in the base's file. Added ones may not be in it: they stay next
+    to the modules that they were added to."""
+    own = renamed(modules, model, in_file=True)
+    homes = {
+        before.name.rpartition(".")[0]: after.name.rpartition(".")[0]
+        for before, after in zip(modules, own, strict=True)
+    }
+    for module in added:
+        home, _, leaf = module.name.rpartition(".")
+        own.append(replace(module, name=f"{homes[home]}.{leaf}"))
+    return own
+
+
+def _split_rows(
+    modules: Modules, words: AdapterSchema, model: NamedBase | None, where: str
+) -> list[AdapterModule]:
+    """Joined projections of linear attention as one module each, with the same a. `Refused` without
+    a base that has the numbers of heads."""
+    result = []
+    for module in modules:
+        home, _, leaf = module.name.rpartition(".")
+        own = words.split.get(leaf) if module.kind == FACTORS else None
+        if own is None:
+            result.append(module)
+            continue
+        heads = None if model is None else model_heads(model.checkpoint.config)
+        if heads is None or heads.linear is None:
+            raise Refused(
+                f"{shown(module.path)} is split, and its heads are unknown",
+                expected="the model, whose config has them",
+                where=where,
+                hint=GIVE_BASE,
+                code="AK402",
+            )
+        key, b = heads.linear.key * heads.linear.size, module.parts["b"]
+        sets = (range(key), range(key, 2 * key), range(2 * key, module.out))
+        result += [
+            replace(module, name=f"{home}.{name}", parts={**module.parts, "b": gathered(b, rows)})
+            for name, rows in zip(own, sets, strict=True)
+        ]
+    return result
+
+
+def _shape_of(name: str, first: str, words: AdapterSchema, model: NamedBase) -> tuple[int, ...]:
+    """The shape of a weight, or the one that a server gives it if the model's code lacks it: that
+    of a layer whose `first` module has the same shape; empty if there is none."""
+
+    def shape(module: str) -> tuple[int, ...]:
+        parameter = model.names.parameter(f"{module}.weight")
+        return () if parameter is None else parameter.shape
+
+    home, _, leaf = name.rpartition(".")
+    if shape(name) or leaf not in words.alike:
+        return shape(name)
+    own, end = shape(f"{home}.{first}"), f".{leaf}.weight"
+    others = [one.removesuffix(end) for one in model.names.all() if one.endswith(end)]
+    found = (shape(f"{x}.{leaf}") for x in others if shape(f"{x}.{first}") == own)
+    like = words.alike[leaf]
+    return next(found, ()) or (_shape_of(f"{home}.{like}", first, words, model) if like else ())
+
+
 def _zeros_for_missing(
-    modules: Modules, together: Sequence[Sequence[str]], model: NamedBase | None, where: str
+    modules: Modules, words: AdapterSchema, model: NamedBase | None, where: str
 ) -> list[AdapterModule]:
     """Zeros for modules that readers need together with others, for example k and v with q.
     `Refused` with all missing ones whose shapes no base gives."""
@@ -178,16 +246,15 @@ def _zeros_for_missing(
     lacking: list[str] = []
     for module in known.values():
         home, _, leaf = module.name.rpartition(".")
-        group = next((group for group in together if leaf in group), ())
+        group = next((group for group in words.together if leaf in group), ())
         present = [name for name in group if f"{home}.{name}" in known]
         if not present or present[0] != leaf:
             continue  # once for each group
         for name in (f"{home}.{other}" for other in group if other not in present):
-            parameter = None if model is None else model.names.parameter(f"{name}.weight")
             if model is None:
                 lacking.append(name)
-            elif parameter is not None:  # else the model has no such module
-                out, width = parameter.shape
+            elif shape := _shape_of(name, group[0], words, model):  # else the model has no such one
+                out, width = shape
                 dtype = module.parts["a"].dtype
                 parts: dict[str, Expression] = {
                     "a": zeros((module.rank, width), dtype),
