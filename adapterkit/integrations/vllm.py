@@ -3,8 +3,9 @@
 vLLM finds it by its entry point. It is active if VLLM_ALLOW_RUNTIME_LORA_UPDATING is set, and
 ADAPTERKIT_LORA_DIR names a folder of adapters or ADAPTERKIT_LORA_HUB organizations of the Hub (with
 commas). ADAPTERKIT_LORA_CACHE is the folder of converted adapters, ADAPTERKIT_LORA_CACHE_SIZE its
-largest size (default 20GB). ADAPTERKIT_MAX_LORA_RANK is the server's rank (default its
---max-lora-rank, or 16). With ADAPTERKIT_LORA_REVISIONS=1 ids may have a revision.
+largest size (default 20GB). The server's rank and targets are those of its command line;
+ADAPTERKIT_MAX_LORA_RANK replaces its rank. With ADAPTERKIT_LORA_REVISIONS=1 ids may have a
+revision.
 """
 
 import asyncio
@@ -17,7 +18,6 @@ import time
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 
@@ -25,17 +25,20 @@ from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImport
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # pyright: ignore[reportMissingImports]
 
 from adapterkit.adapters.formats.convert import Convert
+from adapterkit.adapters.formats.engines import engines
+from adapterkit.core.adapter.keys import CONFIG, WEIGHTS, module_of_factors
 from adapterkit.core.checkpoint.folder import is_plain_path
+from adapterkit.core.checkpoint.header import Header, read_header
 from adapterkit.core.checkpoint.hub_ids import parse
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.commands import command
-from adapterkit.core.errors import AdapterkitError, Refused, shown
+from adapterkit.core.errors import AdapterkitError, Refused, listed, shown
 from adapterkit.core.inputs.sources import open_adapter
 from adapterkit.core.options import bytes_text, parse_size
 from adapterkit.core.receipt import digest as digest_of
+from adapterkit.verbs.look.serving import Serving, from_command_line
 
 LOGGER = logging.getLogger(__name__)
-MAX_RANK = 16  # vLLM's default
 SIZE = "ADAPTERKIT_LORA_CACHE_SIZE"
 LONGEST = 300  # characters of a name
 LOADING = 600  # seconds; adapters used since then stay, because the server may still read them
@@ -51,6 +54,7 @@ class AdapterkitResolver(LoRAResolver):
     folder: Path | None
     organizations: Collection[str]
     cache: Path
+    serving: Serving
     max_rank: int
     size: int  # bytes of the cache
     revisions: bool
@@ -100,7 +104,9 @@ class AdapterkitResolver(LoRAResolver):
                 self._free(plan.totals()["bytes_written"])
                 replace(call, out=out).carry_out(plan)
             os.utime(out)
-        rank = read_json(open_adapter(out), "adapter_config.json").get("r")
+        adapter = open_adapter(out)
+        self._check_targets(source, read_header(adapter, WEIGHTS))
+        rank = read_json(adapter, CONFIG).get("r")
         if isinstance(rank, int) and rank > self.max_rank:
             smaller = command("adapterkit resize", source, rank=self.max_rank, out="smaller")
             raise Refused(
@@ -111,6 +117,22 @@ class AdapterkitResolver(LoRAResolver):
                 code="AK108",
             )
         return out, digest
+
+    def _check_targets(self, source: str, header: Header) -> None:
+        """`Refused` for modules that the server leaves out by its settings."""
+        names = {module_of_factors(spec.key) for spec in header.tensors} - {""}
+        left = self.serving.left_out(sorted(names))
+        flag = self.serving.client.serving.targets
+        if left:
+            ends = " ".join(sorted({name.rpartition(".")[2] for name in left}))
+            merge = command("adapterkit merge", "BASE", source, out="merged")
+            raise Refused(
+                f"{len(left)} modules are not in the server's --{flag}: {listed(left)}",
+                expected=f"modules among {listed(list(self.serving.given[flag]))}",
+                where=source,
+                hint=f"add {ends} to --{flag}, or merge it\n{merge}",
+                code="AK108",
+            )
 
     def _free(self, needed: int) -> None:
         """Remove the least recently used until so many bytes fit; `Refused` if they cannot."""
@@ -145,9 +167,10 @@ def register() -> None:
     default = Path.home() / ".cache" / "adapterkit" / "vllm"
     cache = Path(os.environ.get("ADAPTERKIT_LORA_CACHE") or default)
     cache.mkdir(parents=True, exist_ok=True)
+    serving = from_command_line(engines()["vllm"], sys.argv)
     resolver = AdapterkitResolver(
-        Path(folder) if folder else None, organizations, cache, _max_rank(sys.argv), _size(),
-        os.environ.get("ADAPTERKIT_LORA_REVISIONS") == "1",
+        Path(folder) if folder else None, organizations, cache, serving, _max_rank(serving),
+        _size(), os.environ.get("ADAPTERKIT_LORA_REVISIONS") == "1",
     )  # fmt: skip
     LoRAResolverRegistry.register_resolver("adapterkit", resolver)
 
@@ -161,11 +184,7 @@ def _size() -> int:
         ) from None
 
 
-def _max_rank(argv: list[str]) -> int:
+def _max_rank(serving: Serving) -> int:
     """The server's largest rank: from the environment, its command line, or vLLM's default."""
-    given = os.environ.get("ADAPTERKIT_MAX_LORA_RANK")
-    words = [part for word in argv for part in word.split("=", 1)]
-    for flag, value in pairwise(words):
-        if given is None and flag in ("--max-lora-rank", "--max_lora_rank"):
-            given = value
-    return int(given) if given and given.isdecimal() else MAX_RANK
+    given = os.environ.get("ADAPTERKIT_MAX_LORA_RANK", "")
+    return int(given) if given.isdecimal() else serving.rank or serving.client.rank.most

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import json
+import sys
 from importlib.metadata import entry_points
 
 import pytest
@@ -60,9 +61,47 @@ def test_it_stays_away_unless_asked(vllm, monkeypatch):
 
     plugin.register()
     assert vllm == {}
-    assert plugin._max_rank(["serve", "--max-lora-rank", "64"]) == 64
-    assert plugin._max_rank(["serve", "--max-lora-rank=8"]) == 8
-    assert plugin._max_rank(["serve"]) == 16
+
+
+@pytest.fixture
+def settings(vllm, tmp_path, monkeypatch):
+    """(argv) -> the settings that the plugin takes from a server's command line."""
+    plugin = importlib.import_module("adapterkit.integrations.vllm")
+    monkeypatch.setenv("ADAPTERKIT_LORA_DIR", str(tmp_path))
+    monkeypatch.setenv("ADAPTERKIT_LORA_CACHE", str(tmp_path / "cache"))
+
+    def of(*argv):
+        monkeypatch.setattr(sys, "argv", ["vllm", "serve", "base", *argv])
+        plugin.register()
+        resolver = vllm["adapterkit"]
+        return resolver.max_rank, resolver.serving.given.get("lora-target-modules", [])
+
+    return of
+
+
+def test_the_server_s_own_settings(settings, tmp_path, monkeypatch):
+    assert settings("--max-lora-rank", "64", "--enable-lora") == (64, [])
+    assert settings("--max_lora_rank=8", "--port", "1") == (8, [])
+    assert settings("--lora-target-modules", "q_proj", "v_proj") == (16, ["q_proj", "v_proj"])
+    file = tmp_path / "server.yaml"
+    file.write_text("max-lora-rank: 32\nlora-target-modules: [o_proj]\nmodel: x\n")
+    assert settings("--config", str(file)) == (32, ["o_proj"])
+    assert settings("--config", str(file), "--max-lora-rank", "128") == (128, ["o_proj"])
+    monkeypatch.setenv("ADAPTERKIT_MAX_LORA_RANK", "256")
+    assert settings("--max-lora-rank", "64") == (256, [])
+
+
+def test_modules_that_the_server_leaves_out_are_refused(resolve, vllm, monkeypatch, tmp_path):
+    plugin = importlib.import_module("adapterkit.integrations.vllm")
+    for targets, refused in (("qkv_proj", True), ("all_linear", True), (None, False)):
+        argv = ["serve"] + (["--lora-target-modules", targets] if targets else [])
+        monkeypatch.setattr(sys, "argv", argv)
+        plugin.register()
+        if not refused:
+            assert resolve("mine")
+            continue
+        with pytest.raises(Refused, match="modules are not in the server's --lora-target-modules"):
+            resolve("mine")
 
 
 def test_vllm_finds_it():

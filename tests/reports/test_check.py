@@ -20,9 +20,11 @@ from adapterkit.adapters.formats.library import architectures, formats
 from adapterkit.cli import main
 from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.verbs.look import engine_check
+from adapterkit.verbs.look.serving import serving_of
 from tests.support import oracle
 from tests.support.adapter_samples import GOLDEN, all_samples, samples
 from tests.support.architectures import BUILDS
+from tests.support.forks import command
 from tests.support.mlx_models import loaded, logits, seeing, trained
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -108,11 +110,102 @@ def test_a_rank_above_the_server_s(llama, tmp_path):
     oracle.train(model, tmp_path / "large", r=20, target_modules=["q_proj"])
     document = adapterkit.check(tmp_path / "large", program="vllm", base=llama)
     assert (
-        verdicts(document) == ["refuses"] and "--max-lora-rank 20" in document["findings"][0]["do"]
+        verdicts(document) == ["refuses"] and "--max-lora-rank 32" in document["findings"][0]["do"]
     )
     made = repaired(document, tmp_path / "large", llama, tmp_path / "small")
     assert adapterkit.check(made, program="vllm", base=llama)["takes"]
     assert adapterkit.check(tmp_path / "large", program="peft", base=llama)["takes"]
+
+
+def served(adapter, settings, program="vllm"):
+    return adapterkit.check(adapter, program=program, serving=settings)
+
+
+def test_the_rank_of_the_server_counts(llama, tmp_path):
+    """Of its command line, in either spelling; vLLM takes some numbers only."""
+    oracle.train(oracle.load(oracle.llama, llama), tmp_path / "a", r=20, target_modules=["q_proj"])
+    assert served(tmp_path / "a", "max-lora-rank=32")["takes"]
+    assert served(tmp_path / "a", "--max_lora_rank=64, max-loras=2")["takes"]
+    for program, settings in (("vllm", "max-lora-rank=16"), ("sglang", "max-lora-rank=19")):
+        (row,) = [
+            row for row in served(tmp_path / "a", settings, program)["findings"]
+            if "rank" in row["problem"]
+        ]  # fmt: skip
+        assert row["verdict"] == "refuses" and "resize" in row["command"]
+    for value in ("20", "", "many", "0", "8;16"):
+        with pytest.raises(AdapterkitError, match=r"expected: 1, 8, 16, 32"):
+            served(tmp_path / "a", f"max-lora-rank={value}")
+
+
+@pytest.mark.parametrize(
+    "targets, taken", json.loads((GOLDEN / "vllm" / "targets.json").read_text()).items()
+)
+def test_modules_on_which_a_server_acts(targets, taken):
+    """As vLLM's own function decides, with the modules that it joins."""
+    serving = serving_of(engines()["vllm"], f"lora-target-modules={targets}")
+    home = "model.layers.0."
+    modules = [f"{home}self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    modules += [f"{home}mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    modules += ["model.layers.1.mlp.experts.2.down_proj", "lm_head"]
+    assert [name for name in modules if name not in serving.left_out(modules)] == taken
+
+
+def test_modules_that_the_server_s_targets_leave_out(lora, llama):
+    document = served(lora, "lora-target-modules=q_proj;v_proj")
+    (row,) = document["findings"]
+    assert row["verdict"] == "drops" and row["modules"] == 8  # of o, gate, up, down in two layers
+    assert "add down_proj gate_proj o_proj up_proj to --lora-target-modules" in row["do"]
+    assert row["command"] == f"adapterkit merge BASE {lora} --out merged"
+    assert served(lora, "lora-target-modules=qkv_proj;o_proj;gate_up_proj;down_proj")["takes"]
+    rows = adapterkit.check(
+        lora, program="sglang", base=llama, serving="lora-target-modules=qkv_proj"
+    )["findings"]
+    assert [row["verdict"] for row in rows] == ["refuses"]
+    assert adapterkit.check(lora, program="sglang", serving="lora-target-modules=all")["takes"]
+
+
+def test_unknown_settings_are_refused_together_with_the_known_ones(lora):
+    with pytest.raises(AdapterkitError) as caught:
+        served(lora, "max-lora-rang=16,tower=1,max-loras=1,max-loras=2,lora-target-modules=")
+    text = str(caught.value)
+    for words in (
+        "vLLM has no setting 'max-lora-rang'", "vLLM has no setting 'tower'",
+        "enable-tower-connector-lora", "max-loras is there twice", "lora-target-modules ''",
+    ):  # fmt: skip
+        assert words in text, words
+    with pytest.raises(AdapterkitError, match="no settings: mlx-lm has none that matter"):
+        served(lora, "max-lora-rank=16", "mlx")
+
+
+def test_a_setting_that_lifts_a_rule(edited):
+    def add(tensors):
+        for key in [key for key in tensors if "layers.1.self_attn.q_proj" in key]:
+            tensors[key.replace("model.layers", "visual.blocks")] = tensors[key].clone()
+
+    folder = edited(add)
+    assert verdicts(served(folder, "max-lora-rank=16")) == ["drops"]
+    assert served(folder, "enable-tower-connector-lora")["takes"]
+    assert verdicts(served(folder, "enable-tower-connector-lora=false")) == ["drops"]
+
+
+def test_the_settings_on_the_command_line(lora):
+    words = ["check", str(lora), "--for", "vllm", "--serving", "lora-target-modules=q_proj"]
+    result = command(*words)
+    assert result.returncode == 1 and "are not in --lora-target-modules" in result.stdout
+
+
+def test_vllm_omni_takes_the_denoiser(tmp_path):
+    """A single file once it is converted; no text encoder, and no layer that it names otherwise."""
+    flux, qwen = (
+        next(one for one in samples("kohya") if one.id == f"kohya/{name}.safetensors")
+        for name in ("flux", "musubi_qwen_image")
+    )
+    document = adapterkit.check(flux.path, program="vllm-omni")
+    assert {*verdicts(document)} == {"refuses"} and "text_encoder" in str(document["findings"])
+    adapterkit.convert(flux.path, to="vllm", component="transformer", out=tmp_path / "made")
+    assert adapterkit.check(tmp_path / "made", program="vllm-omni")["takes"]
+    rows = adapterkit.check(qwen.path, program="vllm-omni")["findings"]
+    assert any("its own model names this layer to_out" in row["problem"] for row in rows)
 
 
 def test_a_dora_where_there_is_none(llama, tmp_path):

@@ -27,6 +27,18 @@ class RankLimit:
 
     most: int = 0  # by default; 0: not limited by a number
     flag: str = ""  # which raises it
+    values: tuple[int, ...] = ()  # that the flag takes; none: any
+
+    @property
+    def name(self) -> str:
+        """The flag as a setting."""
+        return self.flag.removeprefix("--")
+
+    def at_least(self, rank: int) -> int | None:
+        """The smallest value of the flag for a rank; None if none is large enough."""
+        return min(
+            (one for one in self.values if one >= rank), default=None if self.values else rank
+        )
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,19 @@ class ModuleRule:
     why: str
     do: str
     of: tuple[str, ...] = ()  # architectures, or model types of bases; none: all
+    unless: str = ""  # the server's setting that lifts the rule
+
+
+@dataclass(frozen=True)
+class ServingRules:
+    """A server's settings for adapters."""
+
+    targets: str = ""  # the setting that names the modules on which adapters act
+    all: str = ""  # its word for all modules
+    verdict: Literal["drops", "refuses"] = "drops"  # on the other modules
+    fused: tuple[tuple[str, ...], ...] = ()  # modules that the server joins; one stands for all
+    experts: str = ""  # its word for all modules of experts; none: their own names
+    others: tuple[str, ...] = ()  # settings that change nothing of what is loaded
 
 
 @dataclass(frozen=True)
@@ -54,7 +79,14 @@ class Client:
     inside: str = ""  # the name of that file in a converted folder; none: the folder
     rank: RankLimit = RankLimit()
     rules: tuple[ModuleRule, ...] = ()
+    serving: ServingRules = ServingRules()
     like: str = ""  # another client whose rules also apply
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The names of all its settings for adapters."""
+        own = {self.rank.name, self.serving.targets, *(rule.unless for rule in self.rules)}
+        return tuple(sorted({*own, *self.serving.others} - {""}))
 
     def reads(self, format: "Format") -> bool:
         """True if it reads files of a format unchanged."""

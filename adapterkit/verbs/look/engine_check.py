@@ -1,6 +1,7 @@
 """check: plan a conversion for an engine, and compare it with the engine's rules."""
 
 from collections.abc import Iterable, Iterator, Sequence, Set
+from typing import TYPE_CHECKING
 
 from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
@@ -26,6 +27,9 @@ from adapterkit.core.records import Json
 from adapterkit.core.weights.detect import quantization_evidence
 from adapterkit.verbs.look.join import join
 from adapterkit.verbs.look.records.check import EngineCheck
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.look.serving import Serving
 
 VERSION = 1
 
@@ -69,7 +73,9 @@ def check_adapter(check: EngineCheck) -> Json:
         found.include(getattr(error, "errors", (error,)))
     modules = contents.modules
     kinds = {*contents.architectures, str(base and base.config.get("model_type"))}
-    rules = [rule for rule in client.rules if not rule.of or kinds & {*rule.of}]
+    serving = _serving(check, client)
+    own = client.rules if serving is None else serving.rules
+    rules = [rule for rule in own if not rule.of or kinds & {*rule.of}]
     if not client.reads(detection.format):
         problem = f"{client.title} does not read {detection.format.title}"
         found.add(
@@ -77,8 +83,10 @@ def check_adapter(check: EngineCheck) -> Json:
         )
     elif plan is not None and format.layout == detection.format.layout == ADAPTER_LAYOUT:
         _compare(detection, plan, rules, found)
-    _check_ranks(modules, found)
+    _check_ranks(modules, found, None if serving is None else serving.rank)
     _check_rules(modules, rules, found)
+    if serving is not None:
+        _check_targets(modules, serving, found)
     if base is not None:
         _check_base(detection, base, found)
     if base is not None and not found.rows:
@@ -127,14 +135,40 @@ def _renamed(detection: Detection, wanted: Set[str], rules: Sequence[ModuleRule]
     return {key for key, module in modules.items() if module and is_renamed(module)}
 
 
-def _check_ranks(modules: Sequence[AdapterModule], found: _Verdicts) -> None:
+def _serving(check: EngineCheck, client: Client) -> "Serving | None":
+    """The settings of the server, if they are given."""
+    if check.serving is None:
+        return None
+    from adapterkit.verbs.look.serving import serving_of
+
+    return serving_of(client, check.serving)
+
+
+def _check_ranks(
+    modules: Sequence[AdapterModule], found: _Verdicts, set_rank: int | None = None
+) -> None:
     limit, most = found.client.rank, max((module.rank for module in modules), default=0)
-    if limit.most and most > limit.most:
-        large = sum(module.rank > limit.most for module in modules)
-        resize = command("adapterkit resize", "ADAPTER", rank=limit.most, out="smaller")
-        do = f"serve with {limit.flag} {most}, or shrink it\n{resize}"
-        problem, expected = f"rank {most}", f"at most {limit.most}, unless {limit.flag} is larger"
-        found.add("refuses", problem, do, expected, large)
+    allowed = set_rank or limit.most
+    if allowed and most > allowed:
+        large = sum(module.rank > allowed for module in modules)
+        resize = command("adapterkit resize", "ADAPTER", rank=allowed, out="smaller")
+        enough = limit.at_least(most) if limit.flag else None
+        serve = f"serve with {limit.flag} {enough}, or " if enough else ""
+        expected = f"at most {allowed}" + f", unless {limit.flag} is larger" * bool(limit.flag)
+        found.add("refuses", f"rank {most}", f"{serve}shrink it\n{resize}", expected, large)
+
+
+def _check_targets(modules: Sequence[AdapterModule], serving: "Serving", found: _Verdicts) -> None:
+    """Report modules that the server's setting of targets leaves out."""
+    words, names = found.client.serving, serving.left_out(module.path for module in modules)
+    if not names:
+        return
+    missing = sorted({name.rpartition(".")[2] for name in names})
+    merge = command("adapterkit merge", "BASE", "ADAPTER", out="merged")
+    do = f"add {' '.join(missing)} to --{words.targets}, or merge it\n{merge}"
+    problem = f"{len(names)} modules such as {names[0]} are not in --{words.targets}"
+    expected = f"modules among {listed(list(serving.given[words.targets]))}"
+    found.add(words.verdict, problem, do, expected, len(names))
 
 
 def _check_rules(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from adapterkit.core.options import SOURCE, StrPath, argument, choice, option, record
+from adapterkit.core.options import SOURCE, TEXT, StrPath, argument, choice, option, record
 from adapterkit.core.records import Json
 from adapterkit.core.shared_options import base_option
 from adapterkit.core.verb import Verb, function_of
@@ -25,8 +25,8 @@ class EngineCheck(Verb[Json]):
       it is loaded and acts differently), `problem`, `modules` (their number), `expected`, `source`
       and `do`, the command that repairs it
 
-    With `base`, names, shapes and the base's id are compared too. Raises `Refused` for anything but
-    an adapter."""
+    With `base`, names, shapes and the base's id are compared too; with `serving`, the settings of
+    the server count. Raises `Refused` for anything but an adapter, and for unknown settings."""
 
     tier = "core"
     name = "check"
@@ -40,6 +40,7 @@ class EngineCheck(Verb[Json]):
     Example:
       adapterkit check ADAPTER --for vllm --base BASE
       adapterkit check lora.safetensors --for diffusers
+      adapterkit check ADAPTER --for vllm --serving "max-lora-rank=64,lora-target-modules=q_proj"
     """
 
     adapter: StrPath = argument(kw_only=False, check=SOURCE)
@@ -47,9 +48,16 @@ class EngineCheck(Verb[Json]):
         check=choice(engine_names),
         flags=("--for",),
         metavar="ENGINE",
-        help="The program: transformers, peft, vllm, sglang, llama.cpp, mlx, diffusers or comfyui.",
+        help="The program: transformers, peft, vllm, vllm-omni, sglang, llama.cpp, mlx, diffusers "
+        "or comfyui.",
     )
     base: StrPath | None = base_option("The adapter's base, to compare names and shapes too.")
+    serving: str | None = option(
+        default=None,
+        check=TEXT,
+        metavar="SETTINGS",
+        help="The server's settings, such as max-lora-rank=64,lora-target-modules=q_proj;v_proj.",
+    )
 
 
 check = function_of(EngineCheck)
