@@ -28,11 +28,11 @@ from adapterkit.adapters.formats.convert import Convert
 from adapterkit.adapters.formats.engines import engines
 from adapterkit.core.adapter.keys import CONFIG, WEIGHTS, module_of_factors
 from adapterkit.core.checkpoint.folder import is_plain_path
-from adapterkit.core.checkpoint.header import Header, read_header
+from adapterkit.core.checkpoint.header import read_header
 from adapterkit.core.checkpoint.hub_ids import parse
 from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.commands import command
-from adapterkit.core.errors import AdapterkitError, Refused, listed, shown
+from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.inputs.sources import open_adapter
 from adapterkit.core.options import bytes_text, parse_size
 from adapterkit.core.receipt import digest as digest_of
@@ -105,7 +105,10 @@ class AdapterkitResolver(LoRAResolver):
                 replace(call, out=out).carry_out(plan)
             os.utime(out)
         adapter = open_adapter(out)
-        self._check_targets(source, read_header(adapter, WEIGHTS))
+        names = {module_of_factors(spec.key) for spec in read_header(adapter, WEIGHTS).tensors}
+        left = self.serving.left_out(sorted(names - {""}), source)
+        if left is not None:
+            raise left
         rank = read_json(adapter, CONFIG).get("r")
         if isinstance(rank, int) and rank > self.max_rank:
             smaller = command("adapterkit resize", source, rank=self.max_rank, out="smaller")
@@ -117,22 +120,6 @@ class AdapterkitResolver(LoRAResolver):
                 code="AK108",
             )
         return out, digest
-
-    def _check_targets(self, source: str, header: Header) -> None:
-        """`Refused` for modules that the server leaves out by its settings."""
-        names = {module_of_factors(spec.key) for spec in header.tensors} - {""}
-        left = self.serving.left_out(sorted(names))
-        flag = self.serving.client.serving.targets
-        if left:
-            ends = " ".join(sorted({name.rpartition(".")[2] for name in left}))
-            merge = command("adapterkit merge", "BASE", source, out="merged")
-            raise Refused(
-                f"{len(left)} modules are not in the server's --{flag}: {listed(left)}",
-                expected=f"modules among {listed(list(self.serving.given[flag]))}",
-                where=source,
-                hint=f"add {ends} to --{flag}, or merge it\n{merge}",
-                code="AK108",
-            )
 
     def _free(self, needed: int) -> None:
         """Remove the least recently used until so many bytes fit; `Refused` if they cannot."""

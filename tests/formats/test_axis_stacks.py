@@ -218,7 +218,7 @@ def test_factors_shared_on_both_sides_take_the_number_from_the_model(tmp_path: P
             tensors[key] = tensors[key][:1]
 
     source = edited("stacked", tmp_path / "both", share)
-    with pytest.raises(AdapterkitError, match="share both factors") as caught:
+    with pytest.raises(AdapterkitError, match="one a and one b for all experts") as caught:
         adapterkit.convert(source, to="peft", out=tmp_path / "refused")
     command = f"adapterkit convert {source} --to peft --base BASE --out for-peft"
     assert str(caught.value).splitlines()[-1] == f"  {command}"

@@ -37,15 +37,11 @@ from adapterkit.doors import ADAPTERS
 Patterns = list[tuple[re.Pattern[str], str]]  # of keys, with their role
 Roles = dict[tuple[str, int], dict[str, TensorSpec]]  # (module, depth) -> role -> its tensor
 # the tensors of a file -> those that its keys and codes mean
-Stored = Callable[[dict[str, TensorSpec]], dict[str, TensorSpec]]
+Stored = Callable[[dict[str, TensorSpec]], dict[str, TensorSpec]] | None
 
 
 def read_adapter(
-    folder: Folder,
-    number: int = 1,
-    check: ConfigCheck = check_config,
-    *,
-    as_stored: Stored | None = None,
+    folder: Folder, number: int = 1, check: ConfigCheck = check_config, as_stored: Stored = None
 ) -> Adapter:
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be
     used.
@@ -58,11 +54,7 @@ def read_adapter(
 
 
 def scan_adapter(
-    folder: Folder,
-    number: int = 1,
-    check: ConfigCheck = check_config,
-    *,
-    as_stored: Stored | None = None,
+    folder: Folder, number: int = 1, check: ConfigCheck = check_config, as_stored: Stored = None
 ) -> tuple[Adapter, Checkpoint, bool]:
     """The readable content of an adapter, its scan with all errors, and whether its config is valid
     enough to compute ranks and scales."""
@@ -101,11 +93,7 @@ def read_other_type(
 
 
 def _read(
-    folder: Folder,
-    number: int,
-    check: ConfigCheck,
-    roles: Patterns,
-    as_stored: Stored | None = None,
+    folder: Folder, number: int, check: ConfigCheck, roles: Patterns, as_stored: Stored = None
 ) -> tuple[Adapter, "_Keys", Checkpoint]:
     """An adapter without factors, its classified keys, and its scan with the errors of its files,
     config and token rows."""

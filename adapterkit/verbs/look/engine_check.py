@@ -1,7 +1,6 @@
 """check: plan a conversion for an engine, and compare it with the engine's rules."""
 
 from collections.abc import Iterable, Iterator, Sequence, Set
-from typing import TYPE_CHECKING
 
 from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
@@ -27,9 +26,6 @@ from adapterkit.core.records import Json
 from adapterkit.core.weights.detect import quantization_evidence
 from adapterkit.verbs.look.join import join
 from adapterkit.verbs.look.records.check import EngineCheck
-
-if TYPE_CHECKING:
-    from adapterkit.verbs.look.serving import Serving
 
 VERSION = 1
 
@@ -73,8 +69,12 @@ def check_adapter(check: EngineCheck) -> Json:
         found.include(getattr(error, "errors", (error,)))
     modules = contents.modules
     kinds = {*contents.architectures, str(base and base.config.get("model_type"))}
-    serving = _serving(check, client)
-    own = client.rules if serving is None else serving.rules
+    own, serving = client.rules, None
+    if check.serving is not None:
+        from adapterkit.verbs.look.serving import serving_of
+
+        serving = serving_of(client, check.serving)
+        own = serving.rules
     rules = [rule for rule in own if not rule.of or kinds & {*rule.of}]
     if not client.reads(detection.format):
         problem = f"{client.title} does not read {detection.format.title}"
@@ -85,8 +85,10 @@ def check_adapter(check: EngineCheck) -> Json:
         _compare(detection, plan, rules, found)
     _check_ranks(modules, found, None if serving is None else serving.rank)
     _check_rules(modules, rules, found)
-    if serving is not None:
-        _check_targets(modules, serving, found)
+    names = [module.path for module in modules]
+    if serving is not None and (left := serving.left_out(names, "ADAPTER")) is not None:
+        count = sum(not serving.acts_on(name) for name in names)
+        found.add(client.serving.verdict, left.problem, left.hint, left.expected, count)
     if base is not None:
         _check_base(detection, base, found)
     if base is not None and not found.rows:
@@ -135,15 +137,6 @@ def _renamed(detection: Detection, wanted: Set[str], rules: Sequence[ModuleRule]
     return {key for key, module in modules.items() if module and is_renamed(module)}
 
 
-def _serving(check: EngineCheck, client: Client) -> "Serving | None":
-    """The settings of the server, if they are given."""
-    if check.serving is None:
-        return None
-    from adapterkit.verbs.look.serving import serving_of
-
-    return serving_of(client, check.serving)
-
-
 def _check_ranks(
     modules: Sequence[AdapterModule], found: _Verdicts, set_rank: int | None = None
 ) -> None:
@@ -156,19 +149,6 @@ def _check_ranks(
         serve = f"serve with {limit.flag} {enough}, or " if enough else ""
         expected = f"at most {allowed}" + f", unless {limit.flag} is larger" * bool(limit.flag)
         found.add("refuses", f"rank {most}", f"{serve}shrink it\n{resize}", expected, large)
-
-
-def _check_targets(modules: Sequence[AdapterModule], serving: "Serving", found: _Verdicts) -> None:
-    """Report modules that the server's setting of targets leaves out."""
-    words, names = found.client.serving, serving.left_out(module.path for module in modules)
-    if not names:
-        return
-    missing = sorted({name.rpartition(".")[2] for name in names})
-    merge = command("adapterkit merge", "BASE", "ADAPTER", out="merged")
-    do = f"add {' '.join(missing)} to --{words.targets}, or merge it\n{merge}"
-    problem = f"{len(names)} modules such as {names[0]} are not in --{words.targets}"
-    expected = f"modules among {listed(list(serving.given[words.targets]))}"
-    found.add(words.verdict, problem, do, expected, len(names))
 
 
 def _check_rules(

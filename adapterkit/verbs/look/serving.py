@@ -1,12 +1,12 @@
 """The settings of a server, as its command line has them, and what they let an adapter change."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from adapterkit.adapters.formats.engines import Client, ModuleRule
-from adapterkit.core.errors import Problems, shown
+from adapterkit.core.commands import command
+from adapterkit.core.errors import Problems, Refused, listed, shown
 
 OPTION = "--serving"
 
@@ -16,7 +16,7 @@ class Serving:
     """Checked settings of a server by their names, without dashes in front."""
 
     client: Client
-    given: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    given: Mapping[str, Sequence[str]]
 
     @property
     def rank(self) -> int | None:
@@ -27,23 +27,36 @@ class Serving:
     @property
     def rules(self) -> list[ModuleRule]:
         """The server's rules, without those that a setting lifts."""
-        lifted = {name for name, values in self.given.items() if [*values] != ["false"]}
+        lifted = {name for name, own in self.given.items() if "false" not in map(str.lower, own)}
         return [rule for rule in self.client.rules if rule.unless not in lifted]
 
-    def left_out(self, modules: Iterable[str]) -> list[str]:
-        """The modules on which no adapter acts, because the setting names others."""
+    def acts_on(self, module: str) -> bool:
+        """True unless the setting of targets names others."""
         words = self.client.serving
-        targets = {*self.given.get(words.targets, ())} - {""}
+        targets = {*self.given.get(words.targets, ())}
         if not targets or words.all in targets:
-            return []
+            return True
         targets |= {name for group in words.fused if targets & {*group} for name in group}
+        leaf = module.rpartition(".")[2]
+        is_expert = words.experts and ".experts" in module
+        return bool({module, words.experts if is_expert else leaf} & targets)
 
-        def is_target(module: str) -> bool:
-            leaf = module.rpartition(".")[2]
-            is_expert = words.experts and ".experts" in module
-            return bool({module, words.experts if is_expert else leaf} & targets)
-
-        return [module for module in modules if not is_target(module)]
+    def left_out(self, modules: Iterable[str], adapter: str) -> Refused | None:
+        """The refusal of modules that the setting of targets leaves out, or None. `adapter`: its
+        name in the advice."""
+        names = [module for module in modules if not self.acts_on(module)]
+        flag = self.client.serving.targets
+        more = " ".join(sorted({name.rpartition(".")[2] for name in names}))
+        merge = command("adapterkit merge", "BASE", adapter, out="merged")
+        if not names:
+            return None
+        return Refused(
+            f"{len(names)} modules such as {shown(names[0])} are not in the server's --{flag}",
+            expected=f"modules among {listed(list(self.given[flag]))}",
+            where=adapter,
+            hint=f"add {more} to --{flag}, or merge it\n{merge}",
+            code="AK108",
+        )
 
 
 def serving_of(client: Client, text: str) -> Serving:
@@ -51,23 +64,19 @@ def serving_of(client: Client, text: str) -> Serving:
     `Refused` with every unknown setting, and every value that the server does not accept."""
     rank, given = client.rank, dict[str, list[str]]()
     errors = Problems(where=OPTION, code="AK101")
-    expected = ", ".join(client.settings) or f"no settings: {client.title} has none that matter"
+    known = ", ".join(client.settings) or f"no settings: {client.title} has none that matter"
+    possible = ", ".join(map(str, rank.values)) or "a number above 0"
     for part in text.split(","):
-        name, is_set, value = part.strip().partition("=")
-        name = _plain(name)
-        values = [one.strip() for one in value.split(";")] if is_set else []
+        flag, is_set, value = part.strip().partition("=")
+        name, values = _plain(flag), [one.strip() for one in value.split(";")] if is_set else []
         if name not in client.settings:
-            problem = f"{client.title} has no setting {shown(repr(name))}"
-            errors.add(problem, expected, "correct it, or remove it")
+            errors.add(f"{client.title} has no setting {shown(repr(name))}", known, "correct it")
         elif name in given:
             errors.add(f"{name} is there twice", "each setting once", "remove one")
         elif name == rank.name and not _is_rank(values, rank.values):
-            problem = f"{name} {shown(repr(value))}"
-            possible = ", ".join(map(str, rank.values)) or "a number above 0"
-            errors.add(problem, possible, "give one of them")
+            errors.add(f"{name} {shown(repr(value))}", possible, "give one of them")
         elif name == client.serving.targets and not all(values or [""]):
-            problem = f"{name} {shown(repr(value))}"
-            errors.add(problem, f"names, such as {name}=q_proj;v_proj", "give at least one")
+            errors.add(f"{name} {shown(repr(value))}", f"{name}=q_proj;v_proj", "name modules")
         given[name] = values
     errors.raise_all()
     return Serving(client, given)
@@ -77,9 +86,9 @@ def _plain(flag: str) -> str:
     return flag.strip().lstrip("-").replace("_", "-")
 
 
-def _is_rank(values: Sequence[str], possible: Sequence[int]) -> bool:
+def _is_rank(values: Sequence[str], possible: Sequence[int] = ()) -> bool:
     number = int(values[0]) if len(values) == 1 and values[0].isdecimal() else 0
-    return number > 0 and (not possible or number in possible)
+    return number in possible if possible else number > 0
 
 
 def from_command_line(client: Client, argv: Sequence[str]) -> Serving:
@@ -96,12 +105,12 @@ def from_command_line(client: Client, argv: Sequence[str]) -> Serving:
     if given.get("config"):
         import yaml
 
-        found: Any = yaml.safe_load(Path(given["config"][0]).read_text("utf-8"))
-        for name, value in (found if isinstance(found, dict) else {}).items():
-            own = value if isinstance(value, list) else [value]
-            given.setdefault(_plain(str(name)), [str(one).lower() if one is False else str(one)
-                                                 for one in own])  # fmt: skip
+        for name, own in (
+            yaml.safe_load(Path(given["config"][0]).read_text("utf-8")) or {}
+        ).items():
+            one = own if isinstance(own, list) else [own]
+            given.setdefault(_plain(name), list(map(str, one)))
     own = {name: values for name, values in given.items() if name in client.settings}
-    if not _is_rank(own.get(client.rank.name, ()), ()):
+    if not _is_rank(own.get(client.rank.name, ())):
         own.pop(client.rank.name, None)
     return Serving(client, own)

@@ -7,12 +7,11 @@ https://github.com/sgl-project/sglang/pull/21466 (which reads them).
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from adapterkit.adapters.formats.modules.experts import slices
 from adapterkit.adapters.formats.modules.kinds import EXPERTS, FACTORS
-from adapterkit.adapters.formats.modules.parts import misfits
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Modules
 from adapterkit.adapters.formats.modules.tensors import (
     Expression,
@@ -25,51 +24,15 @@ from adapterkit.adapters.formats.peft.eight_bits import decoded
 from adapterkit.core.adapter.record import Adapter, Lora, rank_mismatch
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.commands import command
-from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.errors import Refused, listed, shown
 from adapterkit.core.weights.reader import TensorReader
 
-OF_EXPERTS = re.compile(r"\.experts\.")
 NUMBER = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 KEY = re.compile(r"(.*\.experts)\.(?:(\d+)\.)?(?!base_layer\.)([^\W\d]\w*)(\.lora_[AB]\..*)")
 # projections of one expert, which transformers joins in the parameters of a stack
 SINGLE = {"gate_proj", "up_proj", "w1", "w2", "w3"}
 # the parameters of a stack in the order of the models' code, and the factor that SGLang may share
 SHARED = {"gate_up_proj": "a", "down_proj": "b"}
-
-
-def with_each_expert(
-    tensors: Mapping[str, TensorSpec],
-    count: int | None,  # of a model's experts
-) -> dict[str, TensorSpec]:
-    """The tensors of a file, with those of each expert under keys of its own: stacks of projections
-    that transformers joins with others, and factors shared by experts that have numbers."""
-    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)  # by home and projection
-    leaves: dict[str, set[str]] = defaultdict(set)  # of the stacks of a home
-    found = {key: match for key in tensors if (match := KEY.fullmatch(key))}
-    for key, match in found.items():
-        home, number, leaf, _ = match.groups()
-        if number is not None:
-            numbers[home, leaf].add(int(number))
-        elif len(tensors[key].shape) == 3:
-            leaves[home].add(leaf)
-            if tensors[key].shape[0] > 1:
-                numbers[home, f"{leaf} as a stack"] |= {*range(tensors[key].shape[0])}
-    result: dict[str, TensorSpec] = {}
-    for key, spec in tensors.items():
-        match = found.get(key)
-        if match is None or match[2] is not None or len(spec.shape) != 3:
-            result[key] = spec
-            continue
-        home, _, leaf, end = match.groups()
-        own = numbers[home, leaf]
-        if not own and leaves[home] & SINGLE:
-            own = numbers[home, f"{leaf} as a stack"] or {*range(count or 0)}
-        if not own or spec.shape[0] not in (1, len(own)):
-            result[key] = spec
-            continue
-        each = slices(spec)
-        result |= {f"{home}.{n}.{leaf}{end}": each[at % len(each)] for at, n in enumerate(own)}
-    return result
 
 
 @dataclass(frozen=True)
@@ -79,88 +42,85 @@ class AxisStacks:
     count: int | None
 
     def stored(self, tensors: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
-        """The tensors of a file, those in eight bits decoded, and those of single experts apart."""
-        return with_each_expert(decoded(tensors), self.count)
+        """The tensors of a file, with those of each expert under keys of its own: stacks of
+        projections that transformers joins, and factors shared by experts that have numbers."""
+        tensors = decoded(tensors)
+        keys = {key: match.groups() for key in tensors if (match := KEY.fullmatch(key))}
+        homes = {home for home, _, leaf, _ in keys.values() if leaf in SINGLE}
+        numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
+        for key, (home, number, leaf, _) in keys.items():
+            height = tensors[key].shape[0]
+            if number is not None:
+                numbers[home, leaf].add(int(number))
+            elif home in homes:
+                numbers[home, leaf] |= {*range(height if height > 1 else self.count or 0)}
+        result: dict[str, TensorSpec] = {}
+        for key, spec in tensors.items():
+            home, number, leaf, end = keys.get(key, ("", "", "", ""))
+            own = sorted(numbers[home, leaf]) if number is None else []
+            if len(spec.shape) != 3 or not own or spec.shape[0] not in (1, len(own)):
+                result[key] = spec
+                continue
+            each = slices(spec)
+            result |= {f"{home}.{n}.{leaf}{end}": each[at % len(each)] for at, n in enumerate(own)}
+        return result
 
-    def has(self, lora: Lora) -> bool:
-        """True for factors of a stack, or of one expert."""
-        return OF_EXPERTS.search(lora.module) is not None
-
-    def module(self, adapter: Adapter, lora: Lora) -> AdapterModule:
-        """The factors of a stack, or of one expert. `Refused` for another rank than the config's,
-        factors of different heights, and shared ones if the number of experts is unknown."""
-        return _module(adapter, lora, self.count)
+    def module(self, adapter: Adapter, lora: Lora) -> AdapterModule | None:
+        """The factors of a stack, or of one expert; None for others. `Refused` for another rank
+        than the config's, and shared factors if the number of experts is unknown."""
+        if ".experts." not in lora.module:
+            return None
+        is_stack = len(lora.a.shape) == len(lora.b.shape) == 3
+        rank, config = lora.a.shape[1 if is_stack else 0], adapter.config
+        known = [  # patterns may name the stack
+            adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
+            for name in (lora.module, NUMBER.sub("", lora.module))
+        ]
+        alpha = next((alpha for own, alpha in known if own == rank), None)
+        if alpha is None:
+            raise rank_mismatch(adapter, lora, rank, known[0][0])
+        if config.get("use_rslora"):
+            alpha = adapter.scale(rank, alpha) * rank
+        parts = {"a": from_spec(lora.a), "b": from_spec(lora.b)}
+        height = max(part.shape[0] for part in parts.values())
+        height = self.count or 1 if height == 1 else height
+        problem, hint = (
+            "",
+            "give the model to a conversion\n"
+            + command("adapterkit convert", adapter.label, to="peft", base="BASE", out="for-peft"),
+        )
+        if lora.magnitude is not None or lora.bias is not None:
+            problem, hint = "more than a and b", "merge it with its own program"
+        elif is_stack and height == 1 and self.count is None:
+            problem = "one a and one b for all experts, whose number is unknown"
+        if problem:
+            what, expected = f"{shown(lora.module)} has {problem}", "a and b of a known number"
+            raise Refused(what, expected=expected, where=adapter.label, hint=hint, code="AK402")
+        if is_stack:
+            parts = {n: joined([x] * height) if x.shape[0] == 1 else x for n, x in parts.items()}
+        kind = EXPERTS if is_stack else FACTORS
+        return AdapterModule(LANGUAGE, lora.module, kind, parts, float(alpha), rank)
 
     def ordered(self, modules: Iterable[AdapterModule], where: str) -> list[AdapterModule]:
         """The modules, with the stacks of each home in the order of the models' code, in which PEFT
         nests them. `Refused` for parameters whose order is unknown without the model."""
-        rows, homes = list(modules), defaultdict[str, list[str]](list)
-        for module in rows:
+        rows, order = list(modules), [*SHARED]
+        stacks = [module.name for module in rows if module.kind == EXPERTS]
+        unknown = [name for name in stacks if name.rpartition(".")[2] not in SHARED]
+        if self.count is None and unknown:
+            raise Refused(
+                f"parameters of experts: {listed(unknown)}",
+                expected="the model, which determines their order",
+                where=where,
+                hint="give --base",
+                code="AK402",
+            )
+
+        def place(module: AdapterModule) -> tuple[str, int]:
             home, _, leaf = module.name.rpartition(".")
-            if module.kind == EXPERTS:
-                homes[home].append(leaf)
-        errors = Problems(where=where, hint="give --base", code="AK402")
-        for home, own in homes.items():
-            if self.count is None and len(own) > 1 and {*own} - {*SHARED}:
-                problem = f"{shown(home)} has the parameters {', '.join(map(shown, sorted(own)))}"
-                errors.add(problem, "the model, which determines their order")
-        errors.raise_all()
-        return sorted(rows, key=_place)
+            return (home, order.index(leaf)) if leaf in order else (module.name, 0)
 
-
-def _place(module: AdapterModule) -> tuple[str, int]:
-    home, _, leaf = module.name.rpartition(".")
-    order = list(SHARED)
-    if module.kind != EXPERTS:
-        return module.name, 0
-    return home, order.index(leaf) if leaf in order else 0
-
-
-def _module(adapter: Adapter, lora: Lora, count: int | None) -> AdapterModule:
-    """`AxisStacks.module`"""
-    errors = Problems(where=adapter.label, code="AK302")
-    is_stack = len(lora.a.shape) == len(lora.b.shape) == 3
-    rank = lora.a.shape[1 if is_stack else 0]
-    config, whole = adapter.config, NUMBER.sub("", lora.module)  # patterns name the stack
-    known = [
-        adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
-        for name in (lora.module, whole)
-    ]
-    alpha = next((alpha for own, alpha in known if own == rank), None)
-    if alpha is None:
-        raise rank_mismatch(adapter, lora, rank, known[0][0])
-    if config.get("use_rslora"):
-        alpha = adapter.scale(rank, alpha) * rank
-    if lora.magnitude is not None or lora.bias is not None:
-        problem = f"{shown(lora.module)} has more than a and b"
-        errors.add(problem, "a and b alone, of experts", "merge the adapter with its own program")
-    parts = {"a": from_spec(lora.a), "b": from_spec(lora.b)}
-    if is_stack:
-        height = max(parts["a"].shape[0], parts["b"].shape[0])
-        parts = {role: _repeated(part, _height(adapter, lora, height, count)) for role, part in
-                 parts.items()}  # fmt: skip
-    kind = EXPERTS if is_stack else FACTORS
-    errors += misfits(shown(lora.module), kind, parts, adapter.label)
-    errors.raise_all()
-    return AdapterModule(LANGUAGE, lora.module, kind, parts, float(alpha), rank)
-
-
-def _height(adapter: Adapter, lora: Lora, height: int, count: int | None) -> int:
-    """The number of experts of a stack."""
-    if height > 1 or count is not None:
-        return count or height if height == 1 else height
-    raise Refused(
-        f"{shown(lora.module)}: all experts share both factors, so their number is unknown",
-        expected="the model, which has it",
-        where=adapter.label,
-        hint="give the model to a conversion\n"
-        + command("adapterkit convert", adapter.label, to="peft", base="BASE", out="for-peft"),
-        code="AK402",
-    )
-
-
-def _repeated(part: Expression, height: int) -> Expression:
-    return joined([part] * height) if part.shape[0] == 1 < height else part
+        return sorted(rows, key=place)
 
 
 def with_shared(

@@ -253,7 +253,7 @@ def _zeros_for_missing(
         for name in (f"{home}.{other}" for other in group if other not in present):
             if model is None:
                 lacking.append(name)
-            elif shape := _shape_of(name, group[0], words, model):  # else the model has no such one
+            elif shape := _shape_of(name, leaf, words, model):  # else the model has no such one
                 out, width = shape
                 dtype = module.parts["a"].dtype
                 parts: dict[str, Expression] = {

@@ -111,8 +111,8 @@ def read_layout(
     nested = targets or any(lora.depth for lora in adapter.loras)
     by_module = factors_by_module(adapter) if nested else {}
     for lora in adapter.loras:
-        if axis is not None and axis.has(lora):
-            modules.append(axis.module(adapter, lora))
+        if axis is not None and (own := axis.module(adapter, lora)) is not None:
+            modules.append(own)
         elif lora.module not in by_module:
             modules.append(_module(adapter, lora, FACTORS))
         elif lora is by_module[lora.module][0]:
