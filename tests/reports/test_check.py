@@ -177,6 +177,20 @@ def test_unknown_settings_are_refused_together_with_the_known_ones(lora):
         served(lora, "max-lora-rank=16", "mlx")
 
 
+@pytest.mark.parametrize("settings", [
+    {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 3}},
+], ids=lambda one: next(iter(one)))  # fmt: skip
+def test_patterns_that_sglang_does_not_read(settings, llama, tmp_path):
+    """Its scale is lora_alpha / r of the config for all modules; vLLM 0.32 reads the patterns."""
+    model = oracle.load(oracle.llama, llama)
+    oracle.train(model, tmp_path / "a", target_modules=["q_proj", "k_proj", "v_proj"], **settings)
+    assert adapterkit.check(tmp_path / "a", program="vllm", base=llama)["takes"]
+    document = adapterkit.check(tmp_path / "a", program="sglang", base=llama)
+    assert verdicts(document) == ["differs"]
+    made = repaired(document, tmp_path / "a", llama, tmp_path / "made")
+    assert adapterkit.check(made, program="sglang", base=llama)["takes"]
+
+
 def test_a_setting_that_lifts_a_rule(edited):
     def add(tensors):
         for key in [key for key in tensors if "layers.1.self_attn.q_proj" in key]:

@@ -80,6 +80,7 @@ class Client:
     rank: RankLimit = RankLimit()
     rules: tuple[ModuleRule, ...] = ()
     serving: ServingRules = ServingRules()
+    one_scale: bool = False  # of PEFT's settings it reads r and lora_alpha, and no others
     like: str = ""  # another client whose rules also apply
 
     @property

@@ -1,11 +1,13 @@
 """check: plan a conversion for an engine, and compare it with the engine's rules."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence, Set
 
 from adapterkit.adapters.formats.convert import ConvertOptions
 from adapterkit.adapters.formats.detect import Detection, detect
 from adapterkit.adapters.formats.engines import Client, ModuleRule, engines
 from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.modules.kinds import PLAIN
 from adapterkit.adapters.formats.modules.record import AdapterModule, Contents
 from adapterkit.adapters.formats.planning.as_plain import conversion_hint
 from adapterkit.adapters.formats.planning.plan import base_for, plan_contents
@@ -22,7 +24,7 @@ from adapterkit.core.errors import AdapterkitError, Problems, advice, listed
 from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.inputs.sources import open_adapter, open_model, open_unconverted
 from adapterkit.core.plan import Plan
-from adapterkit.core.records import Json
+from adapterkit.core.records import Json, Settings
 from adapterkit.core.weights.detect import quantization_evidence
 from adapterkit.verbs.look.join import join
 from adapterkit.verbs.look.records.check import EngineCheck
@@ -83,6 +85,8 @@ def check_adapter(check: EngineCheck) -> Json:
         )
     elif plan is not None and format.layout == detection.format.layout == ADAPTER_LAYOUT:
         _compare(detection, plan, rules, found)
+        if client.one_scale:
+            _check_one_scale(modules, detection.config, found)
     _check_ranks(modules, found, None if serving is None else serving.rank)
     _check_rules(modules, rules, found)
     names = [module.path for module in modules]
@@ -120,6 +124,17 @@ def _compare(
     elif folded := plan.decisions.get("folded"):
         problem = f"the scales of {len(folded)} modules are not read"
         found.add("differs", problem, found.convert, "one scale for all", len(folded))
+
+
+def _check_one_scale(modules: Sequence[AdapterModule], config: Settings, found: _Verdicts) -> None:
+    """Report modules with another rank or scale than the config's own."""
+    rank, scale = config["r"], config["lora_alpha"] / config["r"]
+    own = [m for m in modules if m.kind in PLAIN]
+    others = [m.path for m in own if m.rank != rank or not math.isclose(m.scale, scale)]
+    if others:
+        problem = f"{len(others)} modules such as {others[0]} have another rank or scale than r and"
+        problem += " lora_alpha give, which alone are read"
+        found.add("differs", problem, found.convert, "one rank and scale for all", len(others))
 
 
 def _renamed(detection: Detection, wanted: Set[str], rules: Sequence[ModuleRule]) -> set[str]:
