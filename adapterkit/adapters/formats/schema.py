@@ -135,7 +135,7 @@ class AdapterSchema:
     alike: Mapping[str, str] = field(default_factory=dict)
     # linear attention's joined projection -> those of keys, keys and values, as readers need them
     split: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
-    # regex -> replacement: names that readers spell otherwise, if no base gives them
+    # modules that readers name otherwise, if no base gives the names
     renames: Mapping[str, str] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)  # that are written
     refuse: Mapping[str, RefusedSchema] = field(default_factory=dict)  # by the setting

@@ -1,8 +1,8 @@
 """Stacks of experts whose first axis is the experts: a (E, r, in) and b (E, out, r) under the
 parameter's own name; a factor that all experts share is (1, ...).
 
-Sources: https://github.com/NVIDIA-NeMo/Megatron-Bridge (`peft_bridge.py`, which writes them) and
-https://github.com/sgl-project/sglang/pull/21466 (which reads them).
+Sources: https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/6076 (written) and
+https://github.com/sgl-project/sglang/pull/21466 (read).
 """
 
 import re
@@ -28,7 +28,8 @@ from adapterkit.core.errors import Refused, listed, shown
 from adapterkit.core.weights.reader import TensorReader
 
 NUMBER = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
-KEY = re.compile(r"(.*\.experts)\.(?:(\d+)\.)?(?!base_layer\.)([^\W\d]\w*)(\.lora_[AB]\..*)")
+# after the experts in a key: perhaps the number of one, a projection, and the factor
+REST = re.compile(r"(?:(\d+)\.)?(?!base_layer\.)([^\W\d]\w*)(\.lora_[AB]\..*)")
 # projections of one expert, which transformers joins in the parameters of a stack
 SINGLE = {"gate_proj", "up_proj", "w1", "w2", "w3"}
 # the parameters of a stack in the order of the models' code, and the factor that SGLang may share
@@ -45,7 +46,7 @@ class AxisStacks:
         """The tensors of a file, with those of each expert under keys of its own: stacks of
         projections that transformers joins, and factors shared by experts that have numbers."""
         tensors = decoded(tensors)
-        keys = {key: match.groups() for key in tensors if (match := KEY.fullmatch(key))}
+        keys = {key: own for key in tensors if (own := _words(key)) is not None}
         homes = {home for home, _, leaf, _ in keys.values() if leaf in SINGLE}
         numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
         for key, (home, number, leaf, _) in keys.items():
@@ -121,6 +122,13 @@ class AxisStacks:
             return (home, order.index(leaf)) if leaf in order else (module.name, 0)
 
         return sorted(rows, key=place)
+
+
+def _words(key: str) -> tuple[str, str | None, str, str] | None:
+    """The home of experts, the number of one, its projection and the rest of a key."""
+    home, is_there, rest = key.rpartition(".experts.")
+    match = REST.fullmatch(rest) if is_there else None
+    return None if match is None else (f"{home}.experts", match[1], match[2], match[3])
 
 
 def with_shared(

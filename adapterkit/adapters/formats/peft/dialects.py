@@ -52,8 +52,7 @@ def arranged(
     if words.names == "base" and model is not None:
         modules = _named_as_in_file(modules, added, model)
     elif words.names == "base":
-        for pattern, name in words.renames.items():
-            modules = [replace(m, name=re.sub(pattern, name, m.name)) for m in modules]
+        modules = [replace(m, name=words.renames.get(m.name, m.name)) for m in modules]
         note = "module names were not checked: give --base to compare them with the model"
         contents = replace(contents, notes=(*contents.notes, note))
     else:
