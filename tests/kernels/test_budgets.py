@@ -67,7 +67,9 @@ def stored_in(form: str, weight: Tensor, folder: Path) -> tuple[QuantizedWeight,
     told = chosen.metadata(f"{KEY}.weight", made) if chosen.metadata else {}
     save_file(parts, folder / "model.safetensors", {"format": "pt"} | told)
     settings = {"quantization_config": chosen.settings} if chosen.settings else {}
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | settings
+    config = (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | settings | chosen.config
+    )
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     for name, content in chosen.files.items():
         (folder / name).write_text(json.dumps(content), "utf-8")

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit.kernels.quant import fp4, integers
+from adapterkit.kernels.quant import affine, fp4, integers
 from adapterkit.kernels.quant.fp8 import encode_fp8
 from adapterkit.kernels.quant.gptq import AWQ_ORDER
 from tests.support import comfy_files
@@ -33,6 +33,7 @@ class Form:
     metadata: Callable[[str, Parts], dict[str, str]] | None = None
     writable: bool = True
     files: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # what config.json has besides
 
 
 def compressed(form: str, weights: dict[str, Any], **more) -> dict[str, Any]:
@@ -237,6 +238,35 @@ def hqq(w: Tensor) -> Parts:
     return {".W_q": first << 4 | second, ".scale": scale, ".zero": zero, **said}
 
 
+def mlx(bits: int, biases: str = ".biases", size: int = 32) -> Callable[[Tensor], Parts]:
+    """Of the affine mode, with the codes in words one bit after another."""
+
+    def make(w: Tensor) -> Parts:
+        scale, bias = affine.affine_scales(w, bits, size, torch.bfloat16)
+        grid = affine.affine_grid(scale, bias, bits, size)
+        codes = grid.encoded(w, torch.empty(w.shape, dtype=torch.uint8))
+        ones = codes[..., None] >> torch.arange(bits, dtype=torch.uint8) & 1
+        octets = ones.view(len(w), -1, 8).int() << torch.arange(8)
+        words = octets.sum(2).to(torch.uint8).view(torch.uint32)
+        return {".weight": words, ".scales": scale, biases: bias}
+
+    return make
+
+
+def mlx_floats(mode: str) -> Callable[[Tensor], Parts]:
+    def make(w: Tensor) -> Parts:
+        if mode == "mxfp8":
+            result = encode_fp8(w, (1, 32), rule="power", scale_dtype=torch.float8_e8m0fnu)
+        elif mode == "mxfp4":
+            result = fp4.encode_mxfp4(w, rule="up")
+        else:
+            result = fp4.encode_nvfp4(w, fp4.TensorScale(torch.ones(()), divides=False))
+        words = result.codes.reshape(len(w), -1).view(torch.uint8).view(torch.uint32)
+        return {".weight": words, ".scales": result.scale.view(torch.uint8)}
+
+    return make
+
+
 def torchao(kind: str) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
         if kind == "Float8Tensor":
@@ -305,6 +335,14 @@ HF = {
         "quantization": {"quant_algo": "NVFP4", "group_size": 16},
     }
 }
+METAL = {"quant_method": "metal", "bits": 8, "group_size": 32}
+
+
+def of_mlx(make: Callable[[Tensor], Parts], lost: float, **settings: Any) -> Form:
+    """As mlx-lm writes config.json: the settings twice, without a method."""
+    return Form(make, settings, lost, config={"quantization": settings})
+
+
 FORMS = {
     "int4": Form(words(4, 32), compressed("pack-quantized", INT4), 0.13),
     "int4-zero": Form(
@@ -398,6 +436,12 @@ FORMS = {
     ),
     "comfyui-nvfp4": Form(comfyui("nvfp4"), {}, 0.12),
     "comfyui-int8": Form(comfyui("int8-rows"), {}, 0.01),
+    "mlx4": of_mlx(mlx(4), 0.13, group_size=32, bits=4),
+    "mlx3": of_mlx(mlx(3), 0.3, group_size=32, bits=3),
+    "mlx-mxfp4": of_mlx(mlx_floats("mxfp4"), 0.16, group_size=32, bits=4, mode="mxfp4"),
+    "mlx-nvfp4": of_mlx(mlx_floats("nvfp4"), 0.12, group_size=16, bits=4, mode="nvfp4"),
+    "mlx-mxfp8": of_mlx(mlx_floats("mxfp8"), 0.04, group_size=32, bits=8, mode="mxfp8"),
+    "metal": Form(mlx(8, biases=".qbiases"), METAL, 0.01),
     "hqq": Form(hqq, {"quant_method": "hqq"}, 0.13, writable=False),
     **{
         f"torchao-{kind}": Form(
@@ -409,7 +453,7 @@ FORMS = {
 
 # one form of each codec, for laws whose code does not know the codec
 FEW = {"int4-g_idx", "int8-zero", "fp8-channel", "nvfp4", "mxfp4", "fp8", "double", "int8-bnb"}
-FEW |= {"gptq4-g_idx", "awq", "comfyui-nvfp4", "fp4"}
+FEW |= {"gptq4-g_idx", "awq", "comfyui-nvfp4", "fp4", "mlx4"}
 
 
 def few(names: Iterable[str]) -> list:
@@ -447,7 +491,7 @@ def quantize(folder: Path, form: Form) -> None:
     config = json.loads(path.read_text()) | (
         {"quantization_config": form.settings} if form.settings else {}
     )
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config | form.config))
     for name, content in form.files.items():
         (folder / name).write_text(json.dumps(content))
 

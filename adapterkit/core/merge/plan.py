@@ -47,7 +47,7 @@ from adapterkit.core.registry import load
 from adapterkit.core.shared_options import check_has_statistics
 from adapterkit.core.weights.codec import QuantizedWeight, check_writable
 from adapterkit.core.weights.decoded import decoded_view, quantization_files, quantized_weights
-from adapterkit.core.weights.detect import check_not_quantized
+from adapterkit.core.weights.detect import CONFIG_KEYS, check_not_quantized
 from adapterkit.doors import CONTAINERS, MERGES
 
 if TYPE_CHECKING:
@@ -306,9 +306,8 @@ def check_quantized_output(state: MergeState, steps: Steps) -> None:
                 problem = f"{flag_of(name)} with a quantized base"
                 hint = "give --dequantize"
                 errors.add(problem, "the format as it is", hint, where="options")
-        settings = state.original.config.get("quantization_config")
-        if settings is not None:
-            state.config["quantization_config"] = settings
+        declared = state.original.config
+        state.config |= {key: declared[key] for key in CONFIG_KEYS if declared.get(key) is not None}
     state.errors += errors
 
 

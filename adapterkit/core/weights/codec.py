@@ -73,6 +73,11 @@ class QuantizedWeight(TensorSpec):
         raise NotImplementedError
 
     @classmethod
+    def declared(cls, scan: CheckpointScan) -> bool:
+        """Return whether the config says that the checkpoint is in this format."""
+        return scan.method in cls.methods
+
+    @classmethod
     def for_encoding(
         cls, target: str, weight: PlainWeight, options: Json
     ) -> QuantizedWeight | None:

@@ -64,8 +64,7 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
             tensors[by_codes[key].key] = by_codes[key]
         elif key in scan.tensors:
             tensors[key] = spec
-    known = {method for codec in codecs for method in codec.methods}
-    is_known = bool(weights) and scan.method in known
+    is_known = bool(weights) and any(codec.declared(scan) for codec in codecs)
     config = without_quantization(base.config) if is_known else base.config
     view = replace(base, tensors=tensors, config=config)
     from adapterkit.core.weights.unread import unread_hint

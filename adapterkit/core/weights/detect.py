@@ -95,7 +95,8 @@ def _by_config(config: dict) -> str | None:
         value: Any = config.get(key)
         if value is not None and value is not False:
             is_dict = isinstance(value, dict)
-            method = value.get("quant_method", "unnamed method") if is_dict else value
+            unnamed = "MLX" if is_dict and "group_size" in value else "unnamed method"
+            method = value.get("quant_method", unnamed) if is_dict else value
             return f"{key} ({shown(method)})"
     parts = (v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))
     return next(filter(None, map(_by_config, parts)), None)
