@@ -37,6 +37,7 @@ from adapterkit.core.outputs.folder_files import model_files, tokenizer_files
 from adapterkit.core.outputs.model import (
     CHANGED_BY,
     check_gaps,
+    note_own_layout,
     plan_laid_out,
     plan_shard,
     plan_shards_of_size,
@@ -291,6 +292,8 @@ def check_quantized_output(state: MergeState, steps: Steps) -> None:
         errors.add("layer_replication on a quantized base", "a base of 16 or 32 bits", first)
     if any(step.source.dtype == "F64" and step.edits for step in _all_steps(steps)):
         errors.add("edits of F64 weights next to quantized ones", "F32, F16 or BF16", first)
+    if options.dequantize and state.original.in_safetensors:
+        note_own_layout(state.original, state.base, state.notes)
     if not options.dequantize:
         edited = []
         for step in _all_steps(steps):

@@ -27,6 +27,7 @@ from adapterkit.core.weights.detect import (
     without_quantization,
 )
 from adapterkit.core.weights.names import Names
+from adapterkit.core.weights.parameters import Slot, SlottedCheckpoint
 
 CODES = ("U8", "I8", "I32", *PACKED)  # dtypes that matrices of float models never have
 # bytes; a weight's larger scales are checked when they are decoded, not while planning
@@ -48,11 +49,15 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
     scan = CheckpointScan(base, settings, dict(base.tensors), errors)
     codecs = members("codecs").values()
     weights: list[QuantizedWeight] = []
+    slots: dict[str, tuple[Slot, ...]] = {}
     for codec in codecs:
+        found: list[QuantizedWeight] = []
         for weight in codec.find(scan):
-            weights.append(weight)
+            found.append(weight)
             for part in weight.parts:
                 scan.tensors.pop(part.key, None)
+        weights += found
+        slots |= codec.slots(scan, found)
     scan.check_scales()
     _note_unclaimed(scan, weights)
     _note_duplicates(scan, weights)
@@ -70,7 +75,7 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
     from adapterkit.core.weights.unread import unread_hint
 
     check_not_quantized(replace(view, tensors=scan.tensors), unread_hint(scan.method))
-    return view
+    return SlottedCheckpoint(**vars(view), slots=slots) if slots else view
 
 
 def _note_duplicates(scan: CheckpointScan, weights: list[QuantizedWeight]) -> None:

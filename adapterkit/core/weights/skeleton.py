@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.lazy import optional
-from adapterkit.core.weights.parameters import (
-    Axis,
-    Parameter,
-    Slot,
-    extent,
-    identity_slot,
-    known_slots,
-)
+from adapterkit.core.weights.parameters import Parameter, Slot, extent, identity_slot, known_slots
 from adapterkit.core.weights.safe_config import LOCAL, closed, safe_config
 
 if TYPE_CHECKING:
@@ -77,17 +70,15 @@ class Skeleton:
         put it into."""
         stack = self.parameters[stack_name]
         number = re.search(pattern.replace("*", r"(\d+)"), name)
-        if len(stack.shape) != 3 or number is None or not stack.is_whole:
+        if len(stack.shape) != 3 or number is None:
             return None
         key = (stack_name, name.replace(number[0], "*"))
         if key not in self._experts:
             self._experts[key] = self._expert_slots(name, number[0], stack_name, pattern)
         expert = self._experts[key].get(name)
-        if expert is None:
-            return None
-        axes = tuple(Axis(0, i, range(axis.at, axis.stop)) for i, axis in enumerate(expert.axes))
-        slot = Slot(stack.slots[0].key, stack.shape, axes)
-        return Parameter(name, tuple(len(axis.of) for axis in axes), (slot,))
+        slots = (slot.region(expert.axes) for slot in stack.slots) if expert else ()
+        slot = next(filter(None, slots), None)
+        return slot and Parameter(name, tuple(len(axis.of) for axis in slot.axes), (slot,))
 
     def _expert_slots(
         self, name: str, number: str, stack_name: str, pattern: str

@@ -3,8 +3,9 @@ which are the same integers with other names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -13,6 +14,7 @@ from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.records import Json
 from adapterkit.core.weights.codec import Parts, QuantizedWeight
 from adapterkit.core.weights.decoded import CheckpointScan
+from adapterkit.core.weights.parameters import Slot, extent, identity_slot
 from adapterkit.kernels.quant import affine, fp4, fp8
 from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP, WORD, Grid, chosen, loses_less
 from adapterkit.kernels.quant.stochastic import Draws
@@ -22,6 +24,15 @@ SIZES = (32, 64, 128)  # columns with one scale, of the affine mode
 # mode -> the bits and the columns that mlx takes if a setting names none; of floats the only ones
 DEFAULTS = {AFFINE: (4, 64), MXFP4: (4, MX_GROUP), NVFP4: (4, NV_GROUP), MXFP8: (8, MX_GROUP)}
 BIASES = {"": ".biases", "metal": ".qbiases"}  # by the config's quant_method
+
+
+# of experts, (experts, out, in) each; transformers' stack -> mlx-lm's
+STACK = re.compile(r"(.*)\.(switch_mlp|experts)\.\w+_proj\.weight")
+STACKS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
 
 
 class Packing(NamedTuple):
@@ -85,6 +96,38 @@ class Mlx(QuantizedWeight):
                 shape=(*spec.shape[:-1], spec.shape[-1] * WORD // packing.bits),
                 packing=packing,
             )
+
+    @classmethod
+    def slots(
+        cls, scan: CheckpointScan, weights: Sequence[QuantizedWeight]
+    ) -> Mapping[str, tuple[Slot, ...]]:
+        """Those of transformers' stacks of experts, of which mlx-lm stores gate and up apart, and
+        of convolutions, whose channels mlx-lm stores last."""
+        shapes = {spec.key: spec.shape for spec in (*weights, *scan.tensors.values())}
+        deep = {key: shape for key, shape in shapes.items() if len(shape) == 3}
+        model = scan.names.model if weights and deep else None
+        if model is None:  # transformers does not know it
+            return {}
+        slots: dict[str, tuple[Slot, ...]] = {}
+        for key, shape in deep.items():
+            name = model.renamed(key)
+            value, moved = model.state.get(name), (shape[0], shape[2], shape[1])
+            if value is not None and value.shape == moved != shape and key in scan.tensors:
+                first, second, third = identity_slot(key, shape).axes
+                slots[name] = (Slot(key, shape, (first, third, second)),)
+        stacks = dict.fromkeys(match.group(1, 2) for match in map(STACK.fullmatch, deep) if match)
+        for parent, child in stacks:
+            experts = model.renamed(f"{parent}.experts.down_proj").rpartition(".")[0]
+            if scan.names.transposed_experts(experts):
+                continue
+            for name, stored in STACKS.items():
+                keys = [f"{parent}.{child}.{one}.weight" for one in stored]
+                value = model.state.get(f"{experts}.{name}")
+                if value is not None and deep.keys() >= {*keys}:
+                    joined = _below_each_other([(key, deep[key]) for key in keys])
+                    if extent(joined) == value.shape:
+                        slots[f"{experts}.{name}"] = joined
+        return slots
 
     def decode(self, stored: Parts) -> Tensor:
         words, *scales = self._matrices(stored)
@@ -178,6 +221,16 @@ class Mlx(QuantizedWeight):
 def _ones(like: Tensor) -> fp4.TensorScale:
     """The scale of all groups, which mlx's nvfp4 does not have."""
     return fp4.TensorScale(torch.ones((), device=like.device), divides=False)
+
+
+def _below_each_other(stacks: list[tuple[str, tuple[int, ...]]]) -> tuple[Slot, ...]:
+    """The slots of a stack whose rows are those of stored ones, one after the other."""
+    slots, at = [], 0
+    for key, shape in stacks:
+        first, rows, columns = identity_slot(key, shape).axes
+        slots.append(Slot(key, shape, (first, replace(rows, at=at), columns)))
+        at += shape[1]
+    return tuple(slots)
 
 
 def _settings(scan: CheckpointScan) -> Json | None:

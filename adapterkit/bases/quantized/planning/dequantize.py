@@ -14,7 +14,12 @@ from adapterkit.core.inputs.sources import open_model
 from adapterkit.core.options import parse_size
 from adapterkit.core.outputs.cards import model_card
 from adapterkit.core.outputs.folder_files import model_files
-from adapterkit.core.outputs.model import check_gaps, plan_shard, plan_shards_of_size
+from adapterkit.core.outputs.model import (
+    check_gaps,
+    note_own_layout,
+    plan_shard,
+    plan_shards_of_size,
+)
 from adapterkit.core.plan import Plan, Step
 from adapterkit.core.weights.codec import QuantizedWeight
 from adapterkit.core.weights.decoded import decoded_view, quantization_files, quantized_weights
@@ -50,6 +55,7 @@ def plan_model_dequantization(
         raise nothing_quantized(original.folder)
     notes: list[str] = []
     Problems(check_gaps(base, None, notes)).raise_all()
+    note_own_layout(original, base, notes)
     target = dtypes.parse(options.dtype) if options.dtype else None
     steps: dict[str, list[Step]] = {name: [] for name in original.shards}
     for key, spec in base.tensors.items():
