@@ -1,7 +1,6 @@
 """Tables of the names that the core uses and of the modules that provide them.
 
-Nothing is imported here. A product registers by a line in one of these tables; it is loaded when
-its name is first used."""
+Nothing is imported here. A product registers by a line in a table; its first use loads it."""
 
 # Verbs by section of the help: name -> MODULE of the record of its options
 SECTIONS = {
@@ -83,6 +82,7 @@ ADAPTERS = {
 
 # What a merge does besides a sum with one weight for each adapter, rounded once
 MERGES = {
+    "own layout": "bases.quantized.planning.dequantize:note_of_layout",
     "compensated": "bases.quantized.planning.compensation:with_compensation",
     "method": "verbs.combine.module_methods:method_of",
     "methods": "verbs.combine.module_methods:ModuleMethods",

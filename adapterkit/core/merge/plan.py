@@ -37,7 +37,6 @@ from adapterkit.core.outputs.folder_files import model_files, tokenizer_files
 from adapterkit.core.outputs.model import (
     CHANGED_BY,
     check_gaps,
-    note_own_layout,
     plan_laid_out,
     plan_shard,
     plan_shards_of_size,
@@ -49,6 +48,7 @@ from adapterkit.core.shared_options import check_has_statistics
 from adapterkit.core.weights.codec import QuantizedWeight, check_writable
 from adapterkit.core.weights.decoded import decoded_view, quantization_files, quantized_weights
 from adapterkit.core.weights.detect import CONFIG_KEYS, check_not_quantized
+from adapterkit.core.weights.parameters import known_slots
 from adapterkit.doors import CONTAINERS, MERGES
 
 if TYPE_CHECKING:
@@ -292,8 +292,8 @@ def check_quantized_output(state: MergeState, steps: Steps) -> None:
         errors.add("layer_replication on a quantized base", "a base of 16 or 32 bits", first)
     if any(step.source.dtype == "F64" and step.edits for step in _all_steps(steps)):
         errors.add("edits of F64 weights next to quantized ones", "F32, F16 or BF16", first)
-    if options.dequantize and state.original.in_safetensors:
-        note_own_layout(state.original, state.base, state.notes)
+    if options.dequantize and (own := known_slots(state.base)) and not known_slots(state.original):
+        state.notes.append(load(MERGES["own layout"])(state.original.name, own))
     if not options.dequantize:
         edited = []
         for step in _all_steps(steps):
@@ -307,10 +307,8 @@ def check_quantized_output(state: MergeState, steps: Steps) -> None:
         for name in ("dtype", "compat", "max_shard_size"):
             if getattr(options, name):
                 problem = f"{flag_of(name)} with a quantized base"
-                hint = "give --dequantize"
-                errors.add(problem, "the format as it is", hint, where="options")
-        declared = state.original.config
-        state.config |= {key: declared[key] for key in CONFIG_KEYS if declared.get(key) is not None}
+                errors.add(problem, "the format as it is", "give --dequantize", where="options")
+        state.config |= {k: v for k, v in state.original.config.items() if k in CONFIG_KEYS}
     state.errors += errors
 
 

@@ -11,7 +11,7 @@ from adapterkit.core.checkpoint.fingerprint import of_headers
 from adapterkit.core.checkpoint.header import Header
 from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan, grouped, like_base
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.errors import WARNING, AdapterkitError, Unrecoverable, listed, shown
+from adapterkit.core.errors import WARNING, AdapterkitError, Unrecoverable, shown
 from adapterkit.core.outputs.cards import model_card
 from adapterkit.core.outputs.folder_files import model_files
 from adapterkit.core.plan import Files, OutputFile, Step, Task
@@ -22,7 +22,6 @@ from adapterkit.core.tasks.rows import EditedTensor, RequantizedWeight
 from adapterkit.core.weights.codec import QuantizedWeight
 from adapterkit.core.weights.detect import metadata_of_floats
 from adapterkit.core.weights.loading import find_gaps, gaps_of, looks_whole
-from adapterkit.core.weights.parameters import known_slots
 
 if TYPE_CHECKING:
     from adapterkit.core.weights.skeleton import Skeleton
@@ -46,17 +45,6 @@ def check_gaps(
         return gaps.errors()
     notes += [f"{WARNING}{error.where}: {error.problem}; {error.hint}" for error in gaps.errors()]
     return []
-
-
-def note_own_layout(original: Checkpoint, decoded: Checkpoint, notes: list[str]) -> None:
-    """Note parameters that a quantized base stores in its own program's layout: floats keep it."""
-    own = known_slots(decoded) if decoded is not original else {}
-    if own:
-        stored = [slot.key for slots in own.values() for slot in slots]
-        notes.append(
-            f"{WARNING}{original.name}: transformers has another layout for {len(stored)} tensors: "
-            f"{listed(stored)}; load the output with the program that made the base"
-        )
 
 
 # metadata of a base that was changed for an adapter, and is no copy of the original

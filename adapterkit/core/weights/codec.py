@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -20,7 +20,6 @@ from adapterkit.kernels.sums import all_finite
 
 if TYPE_CHECKING:
     from adapterkit.core.weights.decoded import CheckpointScan
-    from adapterkit.core.weights.parameters import Slot
 
 
 Parts = dict[str, Tensor]  # stored tensors by key
@@ -72,18 +71,6 @@ class QuantizedWeight(TensorSpec):
         """The weights of this format in a checkpoint; problems with some of them join
         `scan.errors`."""
         raise NotImplementedError
-
-    @classmethod
-    def declared(cls, scan: CheckpointScan) -> bool:
-        """Return whether the config says that the checkpoint is in this format."""
-        return scan.method in cls.methods
-
-    @classmethod
-    def slots(
-        cls, scan: CheckpointScan, weights: Sequence[QuantizedWeight]
-    ) -> Mapping[str, tuple[Slot, ...]]:
-        """The slots of parameters that the model's loader does not make from these weights."""
-        return {}
 
     @classmethod
     def for_encoding(

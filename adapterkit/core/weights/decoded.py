@@ -43,39 +43,31 @@ def decoded_view(base: Checkpoint) -> Checkpoint:
     do not fit, and scales that are not finite."""
     if quantization_evidence(base.config, base.tensors) is None:
         return base
-    settings = base.config.get("quantization_config")
+    settings = base.config.get("quantization") or base.config.get("quantization_config")
     errors = Problems(where=base.name, hint="dequantize it first with the tool that made it")
     settings = settings if isinstance(settings, dict) else {}
     scan = CheckpointScan(base, settings, dict(base.tensors), errors)
     codecs = members("codecs").values()
     weights: list[QuantizedWeight] = []
-    slots: dict[str, tuple[Slot, ...]] = {}
     for codec in codecs:
-        found: list[QuantizedWeight] = []
         for weight in codec.find(scan):
-            found.append(weight)
+            weights.append(weight)
             for part in weight.parts:
                 scan.tensors.pop(part.key, None)
-        weights += found
-        slots |= codec.slots(scan, found)
     scan.check_scales()
     _note_unclaimed(scan, weights)
     _note_duplicates(scan, weights)
     scan.errors.raise_all()
     by_codes = {weight.parts[0].key: weight for weight in weights}
-    tensors = {}
-    for key, spec in base.tensors.items():
-        if key in by_codes:
-            tensors[by_codes[key].key] = by_codes[key]
-        elif key in scan.tensors:
-            tensors[key] = spec
-    is_known = bool(weights) and any(codec.declared(scan) for codec in codecs)
+    kept = scan.tensors | by_codes
+    tensors = {getattr(by_codes.get(k), "key", k): kept[k] for k in base.tensors if k in kept}
+    is_known = bool(weights) and any(scan.method in codec.methods for codec in codecs)
     config = without_quantization(base.config) if is_known else base.config
     view = replace(base, tensors=tensors, config=config)
     from adapterkit.core.weights.unread import unread_hint
 
     check_not_quantized(replace(view, tensors=scan.tensors), unread_hint(scan.method))
-    return SlottedCheckpoint(**vars(view), slots=slots) if slots else view
+    return SlottedCheckpoint(**vars(view), slots=scan.slots) if scan.slots else view
 
 
 def _note_duplicates(scan: CheckpointScan, weights: list[QuantizedWeight]) -> None:
@@ -128,6 +120,7 @@ class CheckpointScan:
     settings: Json  # the config's quantization_config
     tensors: dict[str, TensorSpec]  # tensors that no codec has claimed yet
     errors: Problems
+    slots: dict[str, tuple[Slot, ...]] = field(default_factory=dict)  # that no loader makes
     # (scale, whether it must be above 0)
     _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)
     _cache: dict[str, bytes] = field(default_factory=dict)  # fetched tensors by key
@@ -135,7 +128,8 @@ class CheckpointScan:
 
     @property
     def method(self) -> str:
-        return str(self.settings.get("quant_method") or "").lower()
+        unnamed = "mlx" if self.base.config.get("quantization") else ""
+        return str(self.settings.get("quant_method") or unnamed).lower()
 
     def with_ending(self, ending: str) -> list[tuple[str, TensorSpec]]:
         """The tensors whose keys have that ending, each with its key without it."""

@@ -8,8 +8,8 @@ from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.records import Json
 
-# of transformers, older compressed-tensors, MLX
-CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+# of MLX, which writes the next one too; of transformers; of older compressed-tensors
+CONFIG_KEYS = ("quantization", "quantization_config", "compression_config")
 SIBLINGS = {
     ".absmax": "bitsandbytes 4-bit",
     ".SCB": "bitsandbytes int8",
@@ -89,14 +89,12 @@ def metadata_of_floats(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _by_config(config: dict) -> str | None:
-    """A config's quantization setting, or that of a sub-config (a text model inside a vision
-    model)."""
+    """A config's quantization setting, or that of a sub-config, such as a text model's."""
     for key in CONFIG_KEYS:
         value: Any = config.get(key)
         if value is not None and value is not False:
-            is_dict = isinstance(value, dict)
-            unnamed = "MLX" if is_dict and "group_size" in value else "unnamed method"
-            method = value.get("quant_method", unnamed) if is_dict else value
+            unnamed = "mlx" if key == "quantization" else "unnamed method"
+            method = value.get("quant_method", unnamed) if isinstance(value, dict) else value
             return f"{key} ({shown(method)})"
     parts = (v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))
     return next(filter(None, map(_by_config, parts)), None)

@@ -64,19 +64,6 @@ class Slot:
             for i, (a, n) in enumerate(zip(self.axes, self.shape, strict=True))
         )
 
-    def region(self, axes: tuple[Axis, ...]) -> Slot | None:
-        """The piece of this slot at these positions of the parameter, as a parameter of its own;
-        None unless all of it is in this slot, in the stored order."""
-        pieces = []
-        for number, (own, wanted) in enumerate(zip(self.axes, axes, strict=True)):
-            positions = own.of
-            if own.axis != number or not isinstance(positions, range) or positions.step != 1:
-                return None
-            if not own.at <= wanted.at <= wanted.stop <= own.stop:
-                return None
-            pieces.append(Axis(0, number, positions[wanted.at - own.at : wanted.stop - own.at]))
-        return Slot(self.key, self.shape, tuple(pieces))
-
 
 @dataclass(frozen=True)
 class SlottedCheckpoint(Checkpoint):

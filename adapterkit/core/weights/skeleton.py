@@ -68,6 +68,8 @@ class Skeleton:
     def _expert(self, name: str, stack_name: str, pattern: str) -> Parameter | None:
         """The matrix `name` (for example of experts.3.up_proj) in the stack that the loader would
         put it into."""
+        from adapterkit.core.weights.symbols import narrowed
+
         stack = self.parameters[stack_name]
         number = re.search(pattern.replace("*", r"(\d+)"), name)
         if len(stack.shape) != 3 or number is None:
@@ -76,9 +78,10 @@ class Skeleton:
         if key not in self._experts:
             self._experts[key] = self._expert_slots(name, number[0], stack_name, pattern)
         expert = self._experts[key].get(name)
-        slots = (slot.region(expert.axes) for slot in stack.slots) if expert else ()
-        slot = next(filter(None, slots), None)
-        return slot and Parameter(name, tuple(len(axis.of) for axis in slot.axes), (slot,))
+        if expert is None:
+            return None
+        piece = narrowed(stack.shape, stack.slots, [(axis.at, axis.stop) for axis in expert.axes])
+        return Parameter(name, tuple(piece.shape), piece.slots)
 
     def _expert_slots(
         self, name: str, number: str, stack_name: str, pattern: str

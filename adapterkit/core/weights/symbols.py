@@ -9,6 +9,7 @@ position of each element. The results are the slots of the parameter."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -237,6 +238,16 @@ def _getitem(tensor: Symbol, index) -> Symbol:
         tensor = _narrow(tensor, dim, start, stop)
         dim += 1
     return tensor
+
+
+def narrowed(
+    shape: tuple[int, ...], slots: tuple[Slot, ...], ranges: Iterable[tuple[int, int]]
+) -> Symbol:
+    """The piece of a parameter of these slots from a first to a last position of each axis."""
+    symbol = _symbol(shape, slots)
+    for dim, (start, stop) in enumerate(ranges):
+        symbol = _narrow(symbol, dim, start, stop)
+    return symbol
 
 
 def _same(tensor: Symbol, *_, **__) -> Symbol:

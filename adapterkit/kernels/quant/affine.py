@@ -1,30 +1,22 @@
-"""Weights of MLX's affine mode: unsigned integers, a scale and a bias for each group of columns.
+"""Weights of MLX: codes of 2 to 8 bits in words, one after another from the lowest bit, with scales
+of groups of columns.
 
-A weight is code · scale + bias in float32, two roundings. mlx does the same for float32 scales; for
-fp16 and bf16 it rounds the product and the sum to that dtype. Codes are a stream of bits, one code
-after another from the lowest bit of 32-bit words.
+A weight of the affine mode is code · scale + bias in float32, two roundings. mlx does the same for
+float32 scales; for fp16 and bf16 it rounds the product and the sum to that dtype.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adapterkit.kernels.quant.grid import Grid, check_finite, chosen, loses_less, pieces
+from adapterkit.kernels.quant.grid import WORD, Grid, check_finite, chosen, loses_less, pieces
 from adapterkit.kernels.quant.integers import expand_codes, pack, unsigned_codes
 from adapterkit.kernels.quant.stochastic import Draws
 
 BITS = (2, 3, 4, 5, 6, 8)
 LEAST = 1e-7  # mlx's smallest scale, before it fits the larger end
-
-
-class Affine(NamedTuple):
-    """code · scale + bias."""
-
-    words: Tensor  # (out, in · bits / 32) uint32
-    scale: Tensor  # (out, groups)
-    bias: Tensor  # as scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +40,6 @@ def affine_grid(
     """The values that codes of that many bits can take."""
     scales = (scale.float().contiguous(), bias.float().contiguous())
     return AffineGrid(scales=scales, block=(1, size), ends=(0, (1 << bits) - 1))
-
-
-def decode_affine(old: Affine, bits: int) -> Tensor:  # (out, in) float32
-    """code · scale + bias."""
-    out = torch.empty(len(old.words), _columns(old.words, bits), device=old.words.device)
-    grid = affine_grid(old.scale, old.bias, bits, out.shape[1] // old.scale.shape[1])
-    return grid.decode(out, lambda rows, x: expand_codes(old.words[rows], bits, x))
 
 
 def affine_scales(
@@ -84,36 +69,47 @@ def affine_scales(
     return scale.to(dtype), torch.where(has_zero, edge, 0.0).to(dtype)
 
 
-def requantize_affine(
-    w: Tensor,  # (out, in) float32
-    old: Affine,
+def decode_words(
+    words: Tensor,  # (out, in · bits / 32) uint32
     bits: int,
+    grid: Grid,
+) -> Tensor:  # (out, in) float32
+    """The values of packed codes."""
+    out = torch.empty(len(words), words.shape[1] * WORD // bits, device=words.device)
+
+    def expand(rows: slice, x: Tensor) -> None:
+        if isinstance(grid, AffineGrid):
+            expand_codes(words[rows], bits, x)
+        else:
+            x.copy_(grid.level(unsigned_codes(words[rows], bits, x.shape[1]).int()))
+
+    return grid.decode(out, expand)
+
+
+def requantize_words(
+    w: Tensor,  # (out, in) float32
+    words: Tensor,  # (out, in · bits / 32) uint32, as stored
+    bits: int,
+    old: Sequence[Tensor],  # the stored scales, (out, groups) each
+    new: Sequence[Tensor],  # as old
+    grid_of: Callable[[Sequence[Tensor]], Grid],
     draws: Draws | None = None,
-) -> Affine:
-    """Codes with each group's stored scale and bias or new ones of `affine_scales`, whichever are
-    nearer to w; with draws codes are sampled, and only groups with values beyond the old scale may
-    get a new one. Codes whose value does not change keep their bits."""
-    size, rows = w.shape[1] // old.scale.shape[1], w.contiguous()
-    new = affine_scales(rows, bits, size, old.scale.dtype)
-    before, after = (
-        affine_grid(scale, bias, bits, size) for scale, bias in ((old.scale, old.bias), new)
-    )
+) -> list[Tensor]:  # words and scales
+    """Codes with each group's stored scales or new ones, whichever are nearer to w; with draws
+    codes are sampled, and only groups with values beyond the old scale may get a new one. Codes
+    whose value does not change keep their bits."""
+    before, after = grid_of(old), grid_of(new)
     if draws is None:
-        better = after.errors(rows, sampled=False) < before.errors(rows, sampled=False)
+        better = after.errors(w, sampled=False) < before.errors(w, sampled=False)
     else:
-        better = loses_less(rows, before, after)
-    scale, bias = (chosen(better, *pair) for pair in zip(new, old[1:], strict=True))
-    grid = affine_grid(scale, bias, bits, size)
-    codes = grid.encoded(rows, torch.empty(w.shape, dtype=torch.uint8, device=w.device), draws)
-    for part in pieces(w.shape, w.device):  # several codes may have one value: scales of 0
-        stored = unsigned_codes(old.words[part], bits, w.shape[1]).to(torch.uint8)
-        x, scales = grid.place(rows[part], part)
-        same = grid.value(stored.view(x.shape), *scales) == x
-        codes[part] = torch.where(same.view(stored.shape), stored, codes[part])
-    middle = 1 << (bits - 1)
-    words = pack((codes - middle).view(torch.int8), bits).view(old.words.dtype)
-    return Affine(words, scale, bias)
-
-
-def _columns(words: Tensor, bits: int) -> int:
-    return words.shape[1] * 32 // bits
+        better = loses_less(w, before, after)
+    scales = [chosen(better, *pair) for pair in zip(new, old, strict=True)]
+    grid = grid_of(scales)
+    codes = grid.encoded(w, torch.empty(w.shape, dtype=torch.uint8, device=w.device), draws)
+    for rows in pieces(w.shape, w.device):  # several codes may have one value: scales of 0, and -0
+        stored = unsigned_codes(words[rows], bits, w.shape[1])
+        x, own = grid.place(w[rows], rows)
+        same = grid.value(stored.int().view(x.shape), *own) == x
+        codes[rows] = torch.where(same.view(stored.shape), stored.to(torch.uint8), codes[rows])
+    packed = pack((codes - (1 << (bits - 1))).view(torch.int8), bits)
+    return [packed.view(words.dtype), *scales]

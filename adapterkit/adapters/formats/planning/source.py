@@ -1,6 +1,5 @@
 """Read the source of a conversion, using its base for names of modules, heads and experts."""
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,6 @@ from adapterkit.core.checkpoint.folder import Folder, WithSubfolders
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
-from adapterkit.core.weights.decoded import decoded_view
 from adapterkit.core.weights.names import TRANSPOSED
 from adapterkit.core.weights.plan_reader import PlanReader
 
@@ -71,8 +69,6 @@ class AdapterConversion:
                 hint="keep the config in the folder of the file",
                 code="AK204",
             )
-        with contextlib.suppress(AdapterkitError):  # names alone are enough
-            base = decoded_view(base)
         return NamedBase(base, task)
 
     @cached_property

@@ -1,5 +1,6 @@
 """dequantize: decode a quantized checkpoint to floats."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from adapterkit.bases.quantized.records.dequantize import Dequantize
@@ -7,22 +8,18 @@ from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.shards import stem_of
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.core.errors import Problems, Refused
+from adapterkit.core.errors import WARNING, Problems, Refused, listed
 from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.sources import open_model
 from adapterkit.core.options import parse_size
 from adapterkit.core.outputs.cards import model_card
 from adapterkit.core.outputs.folder_files import model_files
-from adapterkit.core.outputs.model import (
-    check_gaps,
-    note_own_layout,
-    plan_shard,
-    plan_shards_of_size,
-)
+from adapterkit.core.outputs.model import check_gaps, plan_shard, plan_shards_of_size
 from adapterkit.core.plan import Plan, Step
 from adapterkit.core.weights.codec import QuantizedWeight
 from adapterkit.core.weights.decoded import decoded_view, quantization_files, quantized_weights
+from adapterkit.core.weights.parameters import Slot, known_slots
 
 
 def plan_dequantize(options: Dequantize) -> Plan:
@@ -45,6 +42,15 @@ def nothing_quantized(folder: Folder) -> Refused:
     )
 
 
+def note_of_layout(base: str, slots: Mapping[str, Sequence[Slot]]) -> str:
+    """The warning that the floats of a base keep a layout that transformers does not load."""
+    stored = [slot.key for own in slots.values() for slot in own]
+    return (
+        f"{WARNING}{base}: transformers has another layout for {len(stored)} tensors: "
+        f"{listed(stored)}; load the output with the program that made the base"
+    )
+
+
 def plan_model_dequantization(
     original: Checkpoint, options: Dequantize, name: str | None = None
 ) -> Plan:
@@ -55,7 +61,8 @@ def plan_model_dequantization(
         raise nothing_quantized(original.folder)
     notes: list[str] = []
     Problems(check_gaps(base, None, notes)).raise_all()
-    note_own_layout(original, base, notes)
+    if own := known_slots(base):
+        notes.append(note_of_layout(original.name, own))
     target = dtypes.parse(options.dtype) if options.dtype else None
     steps: dict[str, list[Step]] = {name: [] for name in original.shards}
     for key, spec in base.tensors.items():
