@@ -15,10 +15,11 @@ import adapterkit
 from adapterkit.core.errors import AdapterkitError
 from tests.support import mlx_quantized, quantized_llama
 from tests.support.formats import packed_of, same, stored
-from tests.support.mlx_models import loaded, logits, off, saved, stacks_of, trained
+from tests.support.mlx_models import COMMON, loaded, logits, off, saved, seeing, stacks_of, trained
 from tests.support.mlx_quantized import computed
 from tests.support.usual import usual
 
+SEES = transformers.AutoModelForImageTextToText
 TARGETS = ["q_proj", "down_proj"]
 PACKINGS: dict[str, dict[str, Any]] = {
     **{f"{bits} bits": {"bits": bits} for bits in (2, 3, 4, 5, 6, 8)},
@@ -214,6 +215,26 @@ def test_stacks_of_experts_have_their_names_in_transformers(kind, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterkitError, match=r"the base has no .*experts"):
         adapterkit.merge(base, tmp_path / "lora", out=tmp_path / "no")
+
+
+@pytest.mark.parametrize("kind", usual(["qwen3_5", "gemma4", "gemma3"], {"qwen3_5"}))
+def test_language_models_inside_others_have_their_names_in_transformers(
+    kind, tmp_path, monkeypatch
+):
+    """mlx-lm drops what sees: adapters of both layouts, merged to the same bytes."""
+    for name, size in {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}.items():
+        monkeypatch.setitem(COMMON, name, size)
+    floats = seeing(kind, tmp_path / "floats")
+    base = mlx_quantized.quantized(floats, tmp_path / "base", bits=8, size=32)
+    text = r".*language_model\..*(q_proj|gate_proj|in_proj_qkv)"
+    small(floats, tmp_path / "lora", target_modules=text, auto=SEES)
+    adapterkit.convert(tmp_path / "lora", to="mlx", out=tmp_path / "mlx", base=floats)
+    adapterkit.merge(base, tmp_path / "lora", out=tmp_path / "out", verify=True)
+    adapterkit.merge(base, tmp_path / "mlx", out=tmp_path / "again", verify=True)
+    new, again = stored(tmp_path / "out"), stored(tmp_path / "again")
+    assert all(same(again[key], value) for key, value in new.items())
+    expected = computed(base, tmp_path / "mlx")
+    assert off(computed(tmp_path / "out"), expected) < 0.1 * off(computed(base), expected)
 
 
 def test_stacks_that_transformers_turns_around_are_refused_by_name(tmp_path):

@@ -22,6 +22,7 @@ SIZES = (32, 64, 128)  # columns with one scale, of the affine mode
 # mode -> the bits and the columns that mlx takes if a setting names none; of floats the only ones
 DEFAULTS = {AFFINE: (4, 64), MXFP4: (4, MX_GROUP), NVFP4: (4, NV_GROUP), MXFP8: (8, MX_GROUP)}
 BIASES = {"mlx": ".biases", "metal": ".qbiases"}  # by the config's method
+INNER = "language_model."  # transformers has it after `model.`, and the head outside
 # of experts, (experts, out, in) each; transformers' stack -> mlx-lm's
 STACK = re.compile(r"(.*)\.(switch_mlp|experts)\.\w+_proj\.weight")
 STACKS = {
@@ -194,26 +195,35 @@ def _fits(
 
 
 def _slots(scan: CheckpointScan, weights: Sequence[TensorSpec]) -> dict[str, tuple[Slot, ...]]:
-    """Those of transformers' stacks of experts, of which mlx-lm stores gate and up apart, and of
-    convolutions, whose channels mlx-lm stores last."""
+    """Those of transformers' stacks of experts, of which mlx-lm stores gate and up apart, of
+    convolutions, whose channels mlx-lm stores last, and of language models inside others."""
     shapes = {spec.key: spec.shape for spec in (*weights, *scan.tensors.values())}
     deep = {key: shape for key, shape in shapes.items() if len(shape) == 3}
-    model = scan.names.model if deep else None
+    inner = [key for key in shapes if key.startswith(INNER)]
+    model = scan.names.model if deep or inner else None
     if model is None:  # transformers does not know it
         return {}
     slots: dict[str, tuple[Slot, ...]] = {}
 
-    def add(name: str, found: tuple[Slot, ...], *, unless: bool = False) -> None:
+    def name_of(key: str) -> str:
+        own, name = key.removeprefix(INNER), model.renamed(key)
+        moved = own if own.startswith("lm_head") else own.replace("model.", f"model.{INNER}", 1)
+        return moved if name not in model.state and moved in model.state else name
+
+    def add(name: str, found: tuple[Slot, ...], *, unless: bool) -> None:
         value = model.state.get(name)
         if value is not None and extent(found) == value.shape and not unless:
             slots[name] = found
 
+    for key in inner:
+        name = name_of(key)
+        add(name, (identity_slot(key, shapes[key]),), unless=name == model.renamed(key))
     for key, shape in deep.items():
         first, second, third = identity_slot(key, shape).axes
         turned = (Slot(key, shape, (first, third, second)),)
-        add(model.renamed(key), turned, unless=extent(turned) == shape)
+        add(name_of(key), turned, unless=extent(turned) == shape)
     for parent, child in {match.group(1, 2) for match in map(STACK.fullmatch, deep) if match}:
-        experts = model.renamed(f"{parent}.experts.down_proj").rpartition(".")[0]
+        experts = name_of(f"{parent}.experts.down_proj").rpartition(".")[0]
         for name, stored in STACKS.items():
             keys = [f"{parent}.{child}.{one}.weight" for one in stored]
             if deep.keys() >= {*keys}:
