@@ -35,6 +35,7 @@ JOBS = {
         ("dequantize", ["base-nf4"], {}),
         ("dequantize", ["base-w8a16"], {}),
         ("dequantize", ["base-mxfp4"], {}),
+        ("dequantize", ["base-mlx"], {}),
     ],
     "reading": [
         ("verify", ["merged"], {}),
@@ -83,11 +84,13 @@ def folder(cached_folder: Callable[..., Path]) -> Path:
 
 def _create(root: Path) -> None:
     import adapterkit
+    from tests.support import quantized_llama
 
     create_inputs(root)
     adapterkit.merge(root / "base", root / "style", out=root / "merged")
     for to in ("nf4", "w8a16", "mxfp4"):
         adapterkit.quantize(root / "base", to=to, out=root / f"base-{to}")
+    quantized_llama.base(quantized_llama.FORMS["mlx4"], root / "base-mlx")
     for name, old, new in (
         ("wide", b"[4,32]", b"[2,64]"),
         ("lost", b"q_proj.lora_B", b"q_proj.lora_C"),

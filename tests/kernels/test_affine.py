@@ -9,8 +9,8 @@ from adapterkit.kernels.quant import affine
 from adapterkit.kernels.quant.stochastic import Draws
 from tests.support.mlx_quantized import array, by_mlx, tensor
 
-SIZES = (32, 64, 128)
-PACKINGS = list(itertools.product(affine.BITS, SIZES))
+BITS, SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+PACKINGS = list(itertools.product(BITS, SIZES))
 DTYPES = ("float32", "bfloat16", "float16")
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # words, scale, bias
 
@@ -82,7 +82,7 @@ def test_another_weight_is_as_near_as_mlx_s_own_quantization(bits, size, dtype):
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("bits", affine.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_words_of_any_bits_come_back(bits, sampled):
     """Also where scales are 0, and where codes are too near for float32."""
     generator = torch.Generator().manual_seed(1)

@@ -15,7 +15,6 @@ from adapterkit.kernels.quant.grid import WORD, Grid, check_finite, chosen, lose
 from adapterkit.kernels.quant.integers import expand_codes, pack, unsigned_codes
 from adapterkit.kernels.quant.stochastic import Draws
 
-BITS = (2, 3, 4, 5, 6, 8)
 LEAST = 1e-7  # mlx's smallest scale, before it fits the larger end
 
 

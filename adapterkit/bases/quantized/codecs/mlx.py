@@ -1,6 +1,8 @@
 """mlx: the affine integers and the floats in groups of MLX's models, and transformers' `metal`,
 which are the same integers with other names."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from adapterkit.kernels.quant.grid import MX_GROUP, NV_GROUP, WORD, Grid
 from adapterkit.kernels.quant.stochastic import Draws
 
 AFFINE, MXFP4, NVFP4, MXFP8 = "affine", "mxfp4", "nvfp4", "mxfp8"
-SIZES = (32, 64, 128)  # columns with one scale, of the affine mode
+BITS, SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # of the affine mode; columns with one scale
 # mode -> the bits and the columns that mlx takes if a setting names none; of floats the only ones
 DEFAULTS = {AFFINE: (4, 64), MXFP4: (4, MX_GROUP), NVFP4: (4, NV_GROUP), MXFP8: (8, MX_GROUP)}
 BIASES = {"mlx": ".biases", "metal": ".qbiases"}  # by the config's method
@@ -40,7 +42,7 @@ class Packing(NamedTuple):
     size: int  # columns with one scale
 
     @classmethod
-    def of(cls, settings: Json) -> "Packing | None":
+    def of(cls, settings: Json) -> Packing | None:
         """The packing that settings declare; None if mlx does not have it."""
         mode: Any = settings.get("mode", AFFINE)
         if mode not in list(DEFAULTS):
@@ -49,7 +51,7 @@ class Packing(NamedTuple):
         pairs = zip(stated, DEFAULTS[mode], strict=True)
         bits, size = (default if one is None else one for one, default in pairs)
         if mode == AFFINE:
-            known = bits in affine.BITS and size in SIZES
+            known = bits in BITS and size in SIZES
         else:
             known = (bits, size) == DEFAULTS[mode]
         return cls(mode, bits, size) if known else None
