@@ -74,6 +74,13 @@ def by_mlx(w: Tensor, settings: dict[str, Any], dtype: str) -> Tensor:
     return tensor(mx.dequantize(*parts, **settings))
 
 
+def scales_of(w: Tensor, settings: dict[str, Any]) -> Tensor:
+    """The scales of a mode without biases, by mlx."""
+    import mlx.core as mx
+
+    return torch.tensor(mx.quantize(array(w), **settings)[1].tolist(), dtype=torch.uint8)
+
+
 def settings_of(folder: Path, module: str) -> dict[str, Any]:
     """The settings of one module's weight in config.json."""
     settings = json.loads((folder / "config.json").read_text())["quantization"]

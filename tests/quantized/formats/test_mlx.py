@@ -163,6 +163,24 @@ def test_rounding_stochastically_keeps_the_expected_sum(floats, lora, tmp_path):
         assert float((mean[module + ".weight"] - value).norm()) < 0.7 * step
 
 
+@pytest.mark.parametrize("mode", mlx_quantized.MODES)
+def test_weights_with_larger_values_get_scales_as_good_as_mlx_s(mode, tmp_path):
+    """Beyond what the stored scales hold, and far below it."""
+    quantized_llama.base(quantized_llama.FORMS[f"mlx-{mode}"], tmp_path)
+    tensors, settings = stored(tmp_path), mlx_quantized.settings_of(tmp_path, "")
+    for weight in packed_of(tmp_path).values():
+        parts = {part.key: tensors[part.key] for part in weight.parts}
+        for factor in (37.0, 0.011):
+            value = weight.decode(parts).roll(3, 1) * factor
+            new = weight.encode_keeping_scales(parts, value)
+            scale = mlx_quantized.scales_of(value, settings)
+            assert factor < 1 or torch.equal(new[weight.parts[1].key], scale)
+            own = mlx_quantized.by_mlx(value, settings, "float32")
+            assert float((weight.decode(new) - value).norm()) <= 1.0001 * float(
+                (own - value).norm()
+            )
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_and_heads_are_merged_too(tied, tmp_path):
     sizes = mlx_quantized.WIDE | {"tie_word_embeddings": tied}
@@ -238,8 +256,8 @@ def test_language_models_inside_others_have_their_names_in_transformers(
 
 
 def test_stacks_that_transformers_turns_around_are_refused_by_name(tmp_path):
-    """gpt-oss interleaves gate and up, and keeps matrices (in, out)."""
-    sizes = {"num_local_experts": 4, "intermediate_size": 128, "hidden_size": 128, "head_dim": 32}
+    """gpt-oss interleaves gate and up, and keeps matrices (in, out), here of one shape."""
+    sizes = {"num_local_experts": 4, "intermediate_size": 64, "hidden_size": 128, "head_dim": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model("gpt_oss", vocab_size=40, **sizes, **heads)
