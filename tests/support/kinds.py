@@ -10,8 +10,9 @@ from torch import nn
 from adapterkit import resize
 
 CONFIGS = {
-    "adalora": peft.AdaLoraConfig, "dora": peft.LoraConfig, "loha": peft.LoHaConfig,
-    "lokr": peft.LoKrConfig, "oft": peft.OFTConfig, "vera": peft.VeraConfig,
+    "adalora": peft.AdaLoraConfig, "dora": peft.LoraConfig, "gralora": peft.GraloraConfig,
+    "loha": peft.LoHaConfig, "lokr": peft.LoKrConfig, "oft": peft.OFTConfig,
+    "vera": peft.VeraConfig,
 }  # fmt: skip
 FULL = 10_000  # a rank above all
 
@@ -72,6 +73,9 @@ CASES = [
     ),
     Case("dora", [*LINEAR, "tokens"], {"r": 2, "lora_alpha": 5}, base=True),
     Case("dora", ["image", "point", "line", "fit"], {"r": 3, "use_rslora": True}, base=True),
+    Case("gralora", ["fit", "wide", "deep.0"], {"r": 6, "alpha": 5}),
+    Case("gralora", ["fit", "wide", "deep.0"], {"r": 4, "gralora_k": 4, "hybrid_r": 3}, base=True),
+    Case("gralora", LINEAR, {"r": 1, "gralora_k": 1, "alpha": -2, "hybrid_r": 2}),
     Case("loha", LINEAR, {"r": 1, "alpha": 3}),
     Case("loha", LINEAR, {"r": 3, "alpha": 2}),
     Case(
@@ -172,6 +176,7 @@ def rewritten(folder, change):
 
 SIMPLE = {
     "adalora": Case("adalora", ["fit", "tall"], {"init_r": 3}),
+    "gralora": Case("gralora", ["fit", "tall"], {"r": 2, "gralora_k": 1}),
     "loha": Case("loha", ["fit", "tall"], {"r": 2}),
     "lokr": Case("lokr", ["fit", "tall"], {"r": 1}),
     "oft": Case("oft", ["fit", "tall"], {"oft_block_size": 3}, base=True),

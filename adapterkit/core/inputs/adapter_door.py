@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.core.adapter.config import INCOMPLETE
 from adapterkit.core.adapter.keys import ADDED_DELTAS, CONFIG, PLAIN, WEIGHTS
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import read_header
@@ -60,8 +61,8 @@ def is_plain(folder: Folder) -> bool:
     except (AdapterkitError, OSError):
         return False
     return (
-        "peft_type" in config
-        and not config.get("target_parameters")
+        config.get("peft_type") == "LORA"
+        and not any(map(config.get, ("target_parameters", *INCOMPLETE)))
         and all(PLAIN.fullmatch(x.key) and x.dtype in FLOATS for x in header.tensors)
     )
 
@@ -104,13 +105,17 @@ class ComponentAdapters:
         return plan_in_layout(self.first, plan, self.file, is_alone=len(self.folders) == 1)
 
 
-def together(sources: Sequence[Folder], out: StrPath) -> ComponentAdapters:
-    """Adapters in any format for one job. The output is a single file in the first adapter's layout
-    if `out` is one, or if adapters are for several components; else it is in PEFT's. `Refused` also
-    for adapters that do not name their component, and for layouts that cannot be written."""
+def together(
+    sources: Sequence[Folder], out: StrPath, *, as_stored: bool = False
+) -> ComponentAdapters:
+    """Adapters in any format for one job; `as_stored`: without the conversion of other types. The
+    output is a single file in the first adapter's layout if `out` is one, or if adapters are for
+    several components; else it is in PEFT's. `Refused` also for adapters that do not name their
+    component, and for layouts that cannot be written."""
     file = Path(out).name if str(out).endswith(".safetensors") and not is_on_hub(out) else None
     if file is not None or not all({CONFIG, "config.json"} & {*one.files()} for one in sources):
         parts = load(ADAPTERS["parts"])(sources, out, file)
         if parts is not None:
             return ComponentAdapters(parts[0], parts[1], file)
-    return ComponentAdapters([in_adapter_layout(source) for source in sources])
+    each = sources if as_stored else map(in_adapter_layout, sources)
+    return ComponentAdapters([*each])

@@ -128,12 +128,12 @@ def test_without_its_base_it_is_refused(kind, base, tmp_path):
     )
 
 
-def test_other_verbs_point_here(base, tmp_path):
-    from adapterkit import merge
+def test_verbs_without_a_base_point_to_a_conversion_with_it(base, tmp_path):
+    from adapterkit import combine
 
     adapter = trained(SIMPLE["vera"], base, tmp_path / "adapter")
-    with pytest.raises(Refused, match="(?s)peft_type 'VERA'.*adapterkit resize"):
-        merge(base, [adapter], out=tmp_path / "out")
+    with pytest.raises(Refused, match="(?s)a VERA adapter without.*convert .* --base BASE"):
+        combine([adapter, adapter], out=tmp_path / "out")
 
 
 def test_types_that_nobody_knows_are_refused(base, tmp_path):
@@ -143,7 +143,7 @@ def test_types_that_nobody_knows_are_refused(base, tmp_path):
         base,
         adapter,
         tmp_path,
-        "peft_type 'IA3'\n  expected: LORA, ADALORA, LOHA, LOKR, OFT, VERA",
+        "peft_type 'IA3'\n  expected: LORA, ADALORA, GRALORA, LOHA, LOKR, OFT, VERA",
     )
     refused(SIMPLE["loha"], base, edited(adapter, peft_type=None), tmp_path, "peft_type None")
 

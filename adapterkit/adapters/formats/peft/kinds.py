@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 
 from adapterkit.adapters.formats.capabilities import FIT, FIT_ON_BASE, several_components
-from adapterkit.adapters.formats.modules.kinds import COPY, VALUE
+from adapterkit.adapters.formats.modules.kinds import COPY, TOKENS, VALUE
 from adapterkit.adapters.formats.modules.names import kernel_of
 from adapterkit.adapters.formats.modules.parts import magnitudes, tail_of
 from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents
@@ -66,8 +66,12 @@ def read_kinds(format: Format, folder: Folder, peft_type: str, number: int = 0) 
 
 
 def replaced_values(adapter: Adapter, copies: Collection[str] = ()) -> list[AdapterModule]:
-    """The fully trained parameters, or those of these names copied from the base."""
-    modules = []
+    """The fully trained parameters, or those of these names copied from the base, and the trained
+    rows."""
+    modules = [
+        AdapterModule(LANGUAGE, one.module, TOKENS, {"rows": from_spec(one.values)}, 1.0, 1)
+        for one in adapter.tokens
+    ]
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
         kind = COPY if name in copies else VALUE

@@ -50,12 +50,13 @@ from adapterkit.adapters.formats.peft.kinds import (
     replaced_values,
     write_kinds,
 )
+from adapterkit.adapters.formats.peft.variants import completed
 from adapterkit.adapters.formats.schema import Format
 from adapterkit.adapters.formats.task import ConvertedTensor
 from adapterkit.adapters.formats.write import FormatFile
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.adapter_config import PEFT_LAYOUT, base_id, declared_settings
-from adapterkit.core.adapter.config import check_live_config
+from adapterkit.core.adapter.config import check_convertible_config
 from adapterkit.core.adapter.keys import CONFIG, canonical_key, part_keys, value_key
 from adapterkit.core.adapter.peft import read_adapter
 from adapterkit.core.adapter.record import Adapter, Lora
@@ -68,7 +69,7 @@ from adapterkit.core.records import Json
 # the settings of a source that also apply to other factors
 KEPT = (
     "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping", "bias",
-    "modules_to_save",
+    "modules_to_save", "trainable_token_indices",
 )  # fmt: skip
 # settings of the modules with factors, their ranks and scales
 TARGETS = (
@@ -100,7 +101,7 @@ def read_layout(
 
         axis = AxisStacks(None if model is None else model.experts)
         stored = axis.stored
-    adapter = read_adapter(folder, number, check_live_config, as_stored=stored)
+    adapter = read_adapter(folder, number, check_convertible_config, as_stored=stored)
     config, targets = adapter.config, adapter.config.get("target_parameters")
     if targets or expert_layout or order_of(config) is not None:
         adapter = replace(adapter, config=with_given(config, expert_layout))
@@ -121,6 +122,7 @@ def read_layout(
             if known is None:
                 known = [_module(adapter, one, PARAMETER) for one in own]
             modules += known
+    modules, config = completed(modules, config, adapter.where)
     Problems(
         error
         for module in modules
@@ -130,17 +132,10 @@ def read_layout(
     ).raise_all()
     if axis is not None:
         modules = axis.ordered(modules, folder.label)
-    modules += replaced_values(adapter, copies=adapter.copies)
-    for tokens in adapter.tokens:
-        modules.append(
-            AdapterModule(
-                LANGUAGE, tokens.module, TOKENS, {"rows": from_spec(tokens.values)}, 1.0, 1
-            )
-        )
     return Contents(
         format.name,
         (folder,),
-        tuple(modules),
+        (*modules, *replaced_values(adapter, copies=adapter.copies)),
         metadata={METADATA: adapter.base_fingerprint} if adapter.base_fingerprint else {},
         config=config,
         facts={"base": base_id(adapter), "invocation": config.get("alora_invocation_tokens")},

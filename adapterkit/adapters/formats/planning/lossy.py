@@ -173,7 +173,7 @@ def _fitted(contents: Contents, format: Format, rank: int, base: Checkpoint | No
     parts = [part for m in modules for part in fitted.get(id(m), [m])]
     config = contents.config
     if "peft_type" in config:
-        config = _plain_config(config)
+        config = plain_config(config)
     notes = [*contents.notes, *job.notes]
     has_norms = lambda module: magnitudes(module.parts) and module.kind == FACTORS
     notes.append(_note(Counter("DoRA" if has_norms(m) else m.kind for m in chosen), rank))
@@ -235,13 +235,13 @@ def read_fitted(
         format.name,
         (folder,),
         (*modules, *replaced_values(adapter)),
-        config=_plain_config(adapter.config),
+        config=plain_config(adapter.config),
         headers=headers_of(adapter, folder, 0),
         notes=notes,
     )
 
 
-def _plain_config(config: Mapping[str, Any]) -> Json:
+def plain_config(config: Mapping[str, Any]) -> Json:
     """The settings of an adapter that still apply to LoRA factors, without ranks."""
     if config["peft_type"] == "LORA":
         return {key: value for key, value in config.items() if key not in ("r", "use_dora")}
