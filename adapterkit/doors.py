@@ -77,6 +77,7 @@ ADAPTERS = {
     "layout": "adapters.formats.planning.as_plain:plan_in_layout",
     "extra deltas": "adapters.formats.extra_deltas:added_deltas",
     "expert order words": "adapters.formats.peft.expert_order:unknown_orders",
+    "other arithmetic": "adapters.formats.peft.variants:other_arithmetic",
     "expert order": "adapters.formats.peft.expert_order:order_problem",
 }
 

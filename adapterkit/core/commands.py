@@ -16,7 +16,6 @@ EXTRACT = (
     "merge it with the program that trained it, then take the difference\n"
     "adapterkit extract BASE MERGED --energy 0.99 --out extracted"
 )
-PLAIN_BY_BASE = "make it plain first\nadapterkit convert ADAPTER --to peft --base BASE --out plain"
 MERGE = "merge it\nadapterkit merge BASE ADAPTER --out merged"
 ONE_PART = "take one part\nadapterkit convert ADAPTER --to diffusers --component PART --out part"
 CHECK_BASE = "check that the adapter was trained on this base"

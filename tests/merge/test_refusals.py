@@ -92,8 +92,6 @@ FLAGS = {
     "alora": {"alora_invocation_tokens": [1, 2]},
     "arrow": {"arrow_config": {"top_k": 2}},
     "kasa": {"kasa_config": {"beta": 1e-4}},
-    "qalora": {"use_qalora": True},
-    "bdlora": {"use_bdlora": {"nblocks": 2}},
     "megatron": {"megatron_config": {"tensor_model_parallel_size": 2}},
     "unknown": {"use_rotation_of_2027": True},
     "unknown-table": {"quantum_config": {"depth": 3}},
@@ -106,6 +104,22 @@ def test_flags_that_mean_other_arithmetic(name, llama, lora, tmp_path):
     assert next(iter(FLAGS[name])) in refused(
         llama, adapter, out=tmp_path / "out", match="is set|unknown setting"
     )
+
+
+@pytest.mark.parametrize("flag, match", [
+    ({"use_qalora": True}, "14 keys do not fit the base"),
+    ({"use_qalora": True, "qalora_group_size": 0}, "qalora_group_size = 0"),
+    ({"use_qalora": True, "use_bdlora": {"nblocks": 2}}, "use_qalora with use_bdlora"),
+    ({"use_bdlora": {"nblocks": 2}}, "q_proj is in none of the lists"),
+    ({"use_bdlora": {"nblocks": 0}}, "nblocks = 0"),
+    ({"use_bdlora": {"nblocks": 2, "speed": 3}}, "unknown setting speed"),
+    ({"use_bdlora": {"nblocks": 3, "match_strict": False, "target_modules_bd_a": ["q_proj"]}},
+     "rows for each of 3 blocks"),
+    ({"use_bdlora": True}, "use_bdlora = True"),
+])  # fmt: skip
+def test_a_plain_lora_with_the_setting_of_a_variant(flag, match, llama, lora, tmp_path):
+    adapter = oracle.edit_config(lora, tmp_path / "adapter", **flag)
+    refused(llama, adapter, out=tmp_path / "out", match=match)
 
 
 def test_adapters_of_real_variants(llama, tmp_path):
@@ -136,7 +150,7 @@ def test_unknown_settings_that_are_off_change_nothing(value, llama, lora, tmp_pa
     oracle.merge(llama, adapter, out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["IA3", "LOHA", "ADALORA", "PREFIX_TUNING", None, 3])
+@pytest.mark.parametrize("kind", ["IA3", "LOHA", "PREFIX_TUNING", None, 3])
 def test_other_kinds_of_adapters(kind, llama, lora, tmp_path):
     adapter = oracle.edit_config(lora, tmp_path / "adapter")
     path = adapter / "adapter_config.json"

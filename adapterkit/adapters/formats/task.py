@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from adapterkit.adapters.formats.modules.deltas import Fit, FitReader, Fitted, ProductFactor
+from adapterkit.adapters.formats.modules.deltas import Fit, FitReader, Fitted
 from adapterkit.adapters.formats.modules.tensors import Expression, StoredTensor
 from adapterkit.core import dtypes
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -44,10 +44,8 @@ class ConvertedTensors(Task):
     fits: tuple[Fit, ...] = ()
 
     @property
-    def may_join(self) -> bool:
-        """True unless all its outputs would have to be in memory together with others'."""
-        made = any(isinstance(one.expression, ProductFactor) for one in self.outputs)
-        return not (self.fits or made)
+    def is_known_early(self) -> bool:
+        return all(one.expression.known_early for one in self.outputs)
 
     @property
     def max_outputs(self) -> tuple[TensorPlan, ...]:
@@ -184,7 +182,7 @@ def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
     result: list[Task] = []
     for task in tasks:
         shared = next((spec for spec in task.reads if readers[spec] > MANY), None)
-        if shared is None or not isinstance(task, ConvertedTensors) or not task.may_join:
+        if shared is None or not isinstance(task, ConvertedTensors) or not task.is_known_early:
             result.append(task)
         else:
             groups.setdefault(shared, []).append(task)

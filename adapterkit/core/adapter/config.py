@@ -27,27 +27,12 @@ from adapterkit.doors import ADAPTERS
 # order of the columns of a stack's b: see `expert_order`
 ORDER, ORDER_DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
 SLOWEST, FASTEST = ORDERS = ("grouped_by_expert", "rank_major")
-ONLY_READ = "train it with PEFT: the adapters that PEFT saves are read"
-# setting -> why no b @ a equals it, and what to do
-OTHER_ARITHMETIC = {
-    "alora_invocation_tokens": (
-        "an activated LoRA acts on the tokens after its invocation only: no weight equals it",
-        "load it live with adapterkit.runtime.load, or with PEFT; it cannot be merged",
-    ),
-    "arrow_config": (
-        "an Arrow router picks experts for each token: no weight equals it",
-        "merge one of its experts\nadapterkit merge BASE EXPERT --out merged",
-    ),
-    "kasa_config": ("KaSA truncates the base and has a diagonal of its own", EXTRACT),
-    "use_qalora": ("QA-LoRA's a is for pooled inputs", ONLY_READ),
-    "use_bdlora": ("BD-LoRA's factors are blocks of a diagonal", ONLY_READ),
-    "megatron_config": (
-        "Megatron's layers are parts of the model's",
-        "export it with Megatron-Bridge: its adapters are read",
-    ),
-}
-# those of them that are standard factors in fewer numbers: the formats complete them
-INCOMPLETE = ("use_qalora", "use_bdlora")
+# settings of other arithmetic than b @ a; those of the second line are standard factors in fewer
+# numbers, which the formats complete
+OTHER_ARITHMETIC = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config",
+    *(INCOMPLETE := ("use_qalora", "use_bdlora")),
+)  # fmt: skip
 # inits that subtract from, or quantize, the base
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # an init whose factors are still in the base; the adapter's initial factors are stored with it
@@ -149,10 +134,9 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind.upper() != "LORA":
         return [unmergeable_type(kind, "LORA", where)]
-    errors = Problems(where=where, code="AK301")
+    errors = Problems()
     for key in filter(config.get, OTHER_ARITHMETIC):
-        reason, hint = OTHER_ARITHMETIC[key]
-        errors.add(f"{key} is set: {reason}", "a plain or DoRA LoRA", hint)
+        errors.append(load(ADAPTERS["other arithmetic"])(key, where))
     errors += check_unknown_settings(config, KNOWN_SETTINGS, where)
     tables = [one for one in (config, config.get("auto_mapping")) if isinstance(one, dict)]
     if any({ORDER, ORDER_DETAIL} & table.keys() for table in tables):
@@ -175,11 +159,6 @@ def unmergeable_type(kind: object, expected: str, where: str) -> Refused:
 def check_live_config(config: dict, where: str) -> list[AdapterkitError]:
     """Errors of an adapter's config for a live model, where an activated LoRA works."""
     return check_config(config | {"alora_invocation_tokens": None}, where)
-
-
-def check_convertible_config(config: dict, where: str) -> list[AdapterkitError]:
-    """Errors of an adapter's config for a reader that completes the factors of variants."""
-    return check_live_config(config | dict.fromkeys(INCOMPLETE), where)
 
 
 def check_settings(checks: Mapping[str, Check], config: dict, where: str) -> list[AdapterkitError]:

@@ -21,7 +21,6 @@ PLAIN = re.compile(
 BASE_LAYER = ".base_layer"  # path component of the layer inside a wrapper
 BASE_LAYER_VALUE = re.compile(r"\.base_layer\.\w+$")  # a value of the layer directly in a wrapper
 TOKENS = ".token_adapter"  # path component of the wrapper for trained rows
-LN_TUNING = ".ln_tuning_layers."  # path component of the copies that LN_TUNING trains
 NO_WRAPPERS: Mapping[str, int] = {}
 
 
@@ -87,8 +86,6 @@ def module_of_factors(key: str) -> str:
 def canonical_key(key: str) -> str:
     """A key as PEFT writes it: with its prefix, and without an adapter's name."""
     name = re.sub(r"\.(lora_[AB])\.\w+\.(weight|bias)$", r".\1.\2", unwrapped(key))
-    name = name.replace(LN_TUNING, ".")  # copies, as those of modules_to_save
-    name = re.sub(rf"(?<!{re.escape(TOKENS)})(?=\.trainable_tokens_delta)", TOKENS, name)
     special = r"lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta"
     return PREFIX + re.sub(rf"\.({special})\.\w+(\.weight)?$", r".\1", name)
 

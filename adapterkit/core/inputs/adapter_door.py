@@ -105,17 +105,13 @@ class ComponentAdapters:
         return plan_in_layout(self.first, plan, self.file, is_alone=len(self.folders) == 1)
 
 
-def together(
-    sources: Sequence[Folder], out: StrPath, *, as_stored: bool = False
-) -> ComponentAdapters:
-    """Adapters in any format for one job; `as_stored`: without the conversion of other types. The
-    output is a single file in the first adapter's layout if `out` is one, or if adapters are for
-    several components; else it is in PEFT's. `Refused` also for adapters that do not name their
-    component, and for layouts that cannot be written."""
+def together(sources: Sequence[Folder], out: StrPath, as_is: bool = False) -> ComponentAdapters:
+    """Adapters in any format for one job; `as_is`: of any type. The output is a single file in the
+    first adapter's layout if `out` is one, or if adapters are for several components; else in
+    PEFT's. `Refused` also for adapters without their component, and for layouts not written."""
     file = Path(out).name if str(out).endswith(".safetensors") and not is_on_hub(out) else None
     if file is not None or not all({CONFIG, "config.json"} & {*one.files()} for one in sources):
         parts = load(ADAPTERS["parts"])(sources, out, file)
         if parts is not None:
             return ComponentAdapters(parts[0], parts[1], file)
-    each = sources if as_stored else map(in_adapter_layout, sources)
-    return ComponentAdapters([*each])
+    return ComponentAdapters([one if as_is else in_adapter_layout(one) for one in sources])

@@ -326,20 +326,3 @@ class Fitted(Expression):
     def value(self, reader: TensorReader) -> Tensor:
         assert isinstance(reader, FitReader)
         return reader.factors(self.fit).parts[self.role]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProductFactor(Expression):
-    """One factor of a delta that is a product, in float64 until it is written."""
-
-    delta: Delta
-    role: str  # a or b
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return self.delta.reads
-
-    def value(self, reader: TensorReader) -> Tensor:
-        product = self.delta.value(reader)
-        assert isinstance(product, Product)
-        return (product.right if self.role == "a" else product.left).reshape(self.shape)

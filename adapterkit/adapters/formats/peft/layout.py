@@ -50,14 +50,14 @@ from adapterkit.adapters.formats.peft.kinds import (
     replaced_values,
     write_kinds,
 )
-from adapterkit.adapters.formats.peft.variants import completed
 from adapterkit.adapters.formats.schema import Format
 from adapterkit.adapters.formats.task import ConvertedTensor
 from adapterkit.adapters.formats.write import FormatFile
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.adapter_config import PEFT_LAYOUT, base_id, declared_settings
-from adapterkit.core.adapter.config import check_convertible_config
+from adapterkit.core.adapter.config import INCOMPLETE, check_live_config
 from adapterkit.core.adapter.keys import CONFIG, canonical_key, part_keys, value_key
+from adapterkit.core.adapter.keys import TOKENS as WRAPPER
 from adapterkit.core.adapter.peft import read_adapter
 from adapterkit.core.adapter.record import Adapter, Lora
 from adapterkit.core.checkpoint.fingerprint import METADATA, metadata_with
@@ -78,6 +78,7 @@ TARGETS = (
     "use_rslora",
 )  # fmt: skip
 SHAPED = {PARAMETER: FACTORS}  # kinds whose parts have the shapes of another's
+VARIANTS = (*INCOMPLETE, "monteclora_config")  # settings that a plain LoRA does without
 # the formats' words -> PEFT's settings
 FACTS = {"base": "base_model_name_or_path", "invocation": "alora_invocation_tokens"}
 
@@ -101,7 +102,8 @@ def read_layout(
 
         axis = AxisStacks(None if model is None else model.experts)
         stored = axis.stored
-    adapter = read_adapter(folder, number, check_convertible_config, as_stored=stored)
+    check = lambda config, where: check_live_config(config | dict.fromkeys(INCOMPLETE), where)
+    adapter = read_adapter(folder, number, check, as_stored=stored)
     config, targets = adapter.config, adapter.config.get("target_parameters")
     if targets or expert_layout or order_of(config) is not None:
         adapter = replace(adapter, config=with_given(config, expert_layout))
@@ -122,7 +124,10 @@ def read_layout(
             if known is None:
                 known = [_module(adapter, one, PARAMETER) for one in own]
             modules += known
-    modules, config = completed(modules, config, adapter.where)
+    if any(map(config.get, VARIANTS)):
+        from adapterkit.adapters.formats.peft.variants import completed
+
+        modules, config = completed(modules, config, adapter.where)
     Problems(
         error
         for module in modules
@@ -198,7 +203,7 @@ def write_layout(
                 if contents.config.get("peft_type") and isinstance(
                     part, StoredTensor | DecodedTensor
                 ):
-                    key = canonical_key(part.spec.key)
+                    key = _canonical(part.spec.key)
                 tensors.append(ConvertedTensor(key, part, part.dtype, module.path))
             continue
         else:
@@ -217,6 +222,14 @@ def write_layout(
     settings = _settings(contents, format, loras, experts, rebuilt)
     metadata = metadata_with(contents.metadata.get(METADATA))
     return FormatFile(format, tensors, metadata, contents.modules, settings=settings)
+
+
+def _canonical(key: str) -> str:
+    """A key of a trained value or of rows, as in a LoRA's file; other types have it without the
+    wrapper, or with one of their own."""
+    path, _, leaf = canonical_key(key).replace(".ln_tuning_layers.", ".").rpartition(".")
+    is_bare = leaf == "trainable_tokens_delta" and not path.endswith(WRAPPER)
+    return f"{path}{WRAPPER * is_bare}.{leaf}"
 
 
 def _problems(contents: Contents, format: Format, *, values: bool) -> list[AdapterkitError]:

@@ -14,7 +14,8 @@ from adapterkit.core.adapter.config import (
     check_unknown_settings,
     invalid_setting,
 )
-from adapterkit.core.errors import AdapterkitError, Problems, listed, shown
+from adapterkit.core.commands import EXTRACT
+from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, shown
 from adapterkit.core.records import (
     FLAG,
     POSITIVE_INT,
@@ -38,6 +39,33 @@ BLOCKS: dict[str, Check] = {
 }
 
 
+ONLY_READ = "train it with PEFT: the adapters that PEFT saves are read"
+REASONS = {  # setting -> why no standard factors are its delta, and what to do
+    "alora_invocation_tokens": (
+        "an activated LoRA acts on the tokens after its invocation only: no weight equals it",
+        "load it live with adapterkit.runtime.load, or with PEFT; it cannot be merged",
+    ),
+    "arrow_config": (
+        "an Arrow router picks experts for each token: no weight equals it",
+        "merge one of its experts\nadapterkit merge BASE EXPERT --out merged",
+    ),
+    "kasa_config": ("KaSA truncates the base and has a diagonal of its own", EXTRACT),
+    "megatron_config": (
+        "Megatron's layers are parts of the model's",
+        "export it with Megatron-Bridge: its adapters are read",
+    ),
+    QALORA: ("QALoRA pools the inputs before a", ONLY_READ),
+    BDLORA: ("BD-LoRA's factors are block-diagonal", ONLY_READ),
+}
+
+
+def other_arithmetic(setting: str, where: str) -> Refused:
+    """The refusal of a setting that means other arithmetic than b @ a."""
+    reason, hint = REASONS[setting]
+    problem, expected = f"{setting} is set: {reason}", "a plain or DoRA LoRA"
+    return Refused(problem, expected=expected, where=where, hint=hint, code="AK301")
+
+
 def completed(modules: Modules, config: Settings, where: str) -> tuple[list[AdapterModule], Json]:
     """The modules with all numbers of their factors, and the config of a standard LoRA.
 
@@ -47,8 +75,8 @@ def completed(modules: Modules, config: Settings, where: str) -> tuple[list[Adap
     names = [name for name in INCOMPLETE if config.get(name)]
     if not names:
         return list(modules), plain
-    errors = Problems(_problems(config, where), where=where, code="AK301")
-    errors.hint = "restore the config that PEFT saved"
+    hint = "restore the config that PEFT saved"
+    errors = Problems(_problems(config, where), where=where, hint=hint, code="AK301")
     if len(both := [name for name in (*names, *EXCLUDED) if config.get(name)]) > 1:
         errors.add(" with ".join(both), "one of them: PEFT trains no such adapter")
     if strange := [m.path for m in modules if m.kind != FACTORS or m.embedding]:
@@ -57,7 +85,10 @@ def completed(modules: Modules, config: Settings, where: str) -> tuple[list[Adap
     if names == [QALORA]:
         found = [_pooled(module, config[SIZE]) for module in modules]
     else:
-        found = [_in_blocks(module, config[BDLORA], errors) for module in modules]
+        found = list[AdapterModule]()
+        for module in modules:
+            with errors.collected():
+                found.append(_in_blocks(module, config[BDLORA], where))
     errors.raise_all()
     # without r, so that the ranks and alphas of these modules are written
     return found, {key: value for key, value in plain.items() if key not in (*names, SIZE, "r")}
@@ -91,27 +122,27 @@ def _repeated(count: int, times: int) -> tuple[int, ...]:
     return tuple(index for index in range(count) for _ in range(times))
 
 
-def _in_blocks(
-    module: AdapterModule, settings: Mapping[str, Any], errors: Problems
-) -> AdapterModule:
+def _in_blocks(module: AdapterModule, settings: Mapping[str, Any], where: str) -> AdapterModule:
     """BD-LoRA: a or b, by the patterns in the module's name, is block-diagonal; the file has the
     blocks one below the other."""
+    count, errors = settings["nblocks"], Problems(where=where, code="AK301")
+    errors.hint = "restore the config that PEFT saved"
     roles = [
         role
         for role, key in SIDES.items()
         if any(pattern in module.name for pattern in settings.get(key) or ())
     ]
-    count, is_strict = settings["nblocks"], settings.get("match_strict", True)
-    if len(roles) == 2 or (is_strict and not roles):
+    if len(roles) > 1 or (settings.get("match_strict", True) and not roles):
         problem = f"{shown(module.path)} is in {'both' if roles else 'none'} of the lists of blocks"
-        errors.add(problem, f"one of {' and '.join(SIDES.values())}")
-    elif roles and module.parts[roles[0]].shape[0] % count:
-        problem = f"{roles[0]} {module.parts[roles[0]].shape} of {shown(module.path)}"
-        errors.add(problem, f"rows for each of {count} blocks, as nblocks says")
-    elif roles:
-        role = roles[0]
-        return replace(module, parts={**module.parts, role: _diagonal(module.parts[role], count)})
-    return module
+        errors.fail(problem, f"one of {' and '.join(SIDES.values())}")
+    if not roles:
+        return module
+    (role,) = roles
+    part = module.parts[role]
+    if part.shape[0] % count:
+        problem = f"{role} {part.shape} of {shown(module.path)}"
+        errors.fail(problem, f"rows for each of {count} blocks, as nblocks says")
+    return replace(module, parts={**module.parts, role: _diagonal(part, count)})
 
 
 def _diagonal(blocks: Expression, count: int) -> Expression:

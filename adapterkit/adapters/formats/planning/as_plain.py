@@ -14,7 +14,6 @@ from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, 
 from adapterkit.adapters.formats.peft.eight_bits import notes_on
 from adapterkit.adapters.formats.peft.expert_order import is_of_unsloth, order_of, with_given
 from adapterkit.adapters.formats.peft.layout import read_layout, write_layout
-from adapterkit.adapters.formats.planning.exact import exact_kind, is_exact
 from adapterkit.adapters.formats.planning.plan import (
     plan_contents,
     plan_convert,
@@ -24,13 +23,13 @@ from adapterkit.adapters.formats.planning.plan import (
 from adapterkit.adapters.formats.planning.single_file import plan_in_names_of, plan_with_others
 from adapterkit.adapters.formats.planning.source import AdapterConversion, read_contents, selected
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, PEFT
-from adapterkit.core.adapter.config import SLOWEST
+from adapterkit.core.adapter.config import INCOMPLETE, SLOWEST
 from adapterkit.core.adapter.keys import CONFIG
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
 from adapterkit.core.checkpoint.overlay import Overlay
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.commands import ONE_PART, PLAIN_BY_BASE, command
+from adapterkit.core.commands import ONE_PART, command
 from adapterkit.core.engine.planned_folder import converted_folder, made_adapter
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed
 from adapterkit.core.inputs.base_door import read_checkpoint
@@ -61,8 +60,12 @@ def converted(
     if file is not None:
         plan = with_own_hints(lambda: plan_in_names_of(file, folder, detection))
         return converted_folder(folder, detection.format.name, detection.container.file, plan)
-    if is_exact(detection.config):
-        return _exact(folder, detection, base)
+    peft_type = detection.config.get("peft_type", "LORA")
+    if peft_type != "LORA" or any(map(detection.config.get, INCOMPLETE)):
+        from adapterkit.adapters.formats.planning.other_types import is_exact, needed_base
+
+        if is_exact(detection.config):
+            return _exact(folder, detection, needed_base(folder, detection.config, base))
     is_read = detection.format.layout == ADAPTER_LAYOUT and detection.format.adapter.is_read_by_peft
     if for_merge and detection.config.get("peft_type") in ("LOHA", "LOKR"):
         return _with_others(folder, detection)
@@ -80,20 +83,10 @@ def converted(
 
 
 def _exact(folder: Folder, detection: Detection, base: Folder | None) -> Folder:
-    """An adapter of another type or variant that is a standard LoRA in other words, its modules
-    under their own names. `Refused` if that depends on a base that is not given."""
-    options, kind = ConvertOptions(to=PEFT), exact_kind(detection.config)
-    reason = "" if kind is None else kind.needs_base
-    if kind is not None and reason and base is None:
-        raise Refused(
-            f"a {kind.name.upper()} adapter without its base: {reason}",
-            expected="standard factors",
-            where=folder.label,
-            hint=PLAIN_BY_BASE,
-            code="AK402",
-        )
-    checkpoint = read_checkpoint(base, 1) if base is not None and reason else None
-    plain = AdapterConversion(folder, detection, options)
+    """An adapter of another type or variant as the LoRA that it is, its modules under their own
+    names. `base`: the one that it depends on."""
+    checkpoint = None if base is None else read_checkpoint(base, 1)
+    plain = AdapterConversion(folder, detection, ConvertOptions(to=PEFT))
     read = lambda: read_contents(replace(plain, base=checkpoint))
     plan = with_own_hints(lambda: plan_contents(plain, read()))
     return converted_folder(folder, detection.format.name, detection.container.file, plan)

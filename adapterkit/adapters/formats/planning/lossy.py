@@ -18,16 +18,13 @@ from adapterkit.adapters.formats.modules.deltas import Fit, ModuleDelta
 from adapterkit.adapters.formats.modules.kinds import EXPERTS, FACTORS, PARAMETER, SHAPE
 from adapterkit.adapters.formats.modules.names import kernel_of
 from adapterkit.adapters.formats.modules.parts import cores, magnitudes, matrix_shape, tail_of
-from adapterkit.adapters.formats.modules.record import LANGUAGE, AdapterModule, Contents, Modules
+from adapterkit.adapters.formats.modules.record import AdapterModule, Contents, Modules
 from adapterkit.adapters.formats.modules.tensors import contracted, scaled
-from adapterkit.adapters.formats.peft.kinds import headers_of, replaced_values
 from adapterkit.adapters.formats.peft.layout import KEPT
 from adapterkit.adapters.formats.schema import Format
-from adapterkit.adapters.kinds.common import Kind
 from adapterkit.adapters.kinds.dora_deltas import BaseWeights, dora_problems
-from adapterkit.adapters.kinds.planning import FLATTENED, read_deltas, unknown_kernel
+from adapterkit.adapters.kinds.planning import FLATTENED, unknown_kernel
 from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.commands import CHECK_BASE, command
 from adapterkit.core.errors import Problems, Refused, listed, shown
@@ -176,7 +173,7 @@ def _fitted(contents: Contents, format: Format, rank: int, base: Checkpoint | No
         config = plain_config(config)
     notes = [*contents.notes, *job.notes]
     has_norms = lambda module: magnitudes(module.parts) and module.kind == FACTORS
-    notes.append(_note(Counter("DoRA" if has_norms(m) else m.kind for m in chosen), rank))
+    notes.append(note_of(Counter("DoRA" if has_norms(m) else m.kind for m in chosen), rank))
     notes += [FLATTENED] if job.guessed else []
     return replace(contents, modules=tuple(parts), config=config, notes=notes, refitted=True)
 
@@ -202,45 +199,6 @@ def _without_core(module: AdapterModule) -> AdapterModule:
     return replace(module, parts=parts, alpha=module.scale * rank, rank=rank)
 
 
-def read_fitted(
-    format: Format, folder: Folder, kind: type[Kind], *, rank: int | None, base: Checkpoint | None
-) -> Contents:
-    """An adapter in PEFT's layout, of a type that no format stores, as LoRA factors. `Refused`
-    without a rank."""
-    if rank is None:
-        raise Refused(
-            f"an adapter of type {kind.name.upper()}",
-            expected="--rank N, for LoRA factors of it",
-            where=folder.label,
-            hint="give --rank; the receipt has the error",
-            code="AK402",
-        )
-    notes: list[str] = []
-    errors = Problems()
-    adapter, deltas = read_deltas(kind, folder, base, notes, errors)
-    errors.raise_all()
-    modules = []
-    for one in deltas:
-        fit = Fit(
-            one.module, one.delta, one.trailing_shape, min(rank, one.delta.rank, *one.delta.shape)
-        )
-        parts = fit.parts
-        modules.append(
-            AdapterModule(
-                LANGUAGE, one.module, FACTORS, parts, float(fit.rank), fit.rank, one.embedding
-            )
-        )
-    notes.append(_note({kind.name.upper(): len(deltas)}, rank))
-    return Contents(
-        format.name,
-        (folder,),
-        (*modules, *replaced_values(adapter)),
-        config=plain_config(adapter.config),
-        headers=headers_of(adapter, folder, 0),
-        notes=notes,
-    )
-
-
 def plain_config(config: Mapping[str, Any]) -> Json:
     """The settings of an adapter that still apply to LoRA factors, without ranks."""
     if config["peft_type"] == "LORA":
@@ -250,7 +208,7 @@ def plain_config(config: Mapping[str, Any]) -> Json:
     return own | {"peft_type": "LORA", "bias": "lora_only" if bias.endswith("_only") else bias}
 
 
-def _note(counts: Mapping[str, int], rank: int) -> str:
+def note_of(counts: Mapping[str, int], rank: int) -> str:
     what = ", ".join(f"{count} modules of {kind}" for kind, count in sorted(counts.items()))
     return f"{what} became LoRA factors of rank {rank} at most: the receipt has the error"
 

@@ -24,10 +24,7 @@ from adapterkit.adapters.formats.modules.tensors import reshaped
 from adapterkit.adapters.formats.modules.wide_inputs import base_inputs
 from adapterkit.adapters.formats.peft.kinds import KINDS
 from adapterkit.adapters.formats.peft.layout import read_layout
-from adapterkit.adapters.formats.planning.exact import VALUES, exact_kind, read_exact, read_values
-from adapterkit.adapters.formats.planning.lossy import read_fitted
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT, MODEL, Format
-from adapterkit.adapters.kinds.planning import kind_of
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.targets import has_end
 from adapterkit.core.checkpoint.folder import Folder, WithSubfolders
@@ -198,15 +195,11 @@ def _of_peft(conversion: AdapterConversion) -> Contents:
     """The contents of an adapter in PEFT's layout, of any type."""
     source, options = conversion.source, conversion.options
     format, config = conversion.detection.format, conversion.detection.config
-    peft_type = config.get("peft_type", "LORA")
-    if peft_type in VALUES:
-        return read_values(format, source, peft_type)
-    if peft_type not in ("LORA", *KINDS):
-        kind = kind_of(source, config)
-        if options.rank is None and (exact := exact_kind(config)) is not None:
-            return read_exact(format, source, exact, conversion.base)
-        if kind is not None and kind.name.upper() not in KINDS:
-            return read_fitted(format, source, kind, rank=options.rank, base=conversion.base)
+    if config.get("peft_type", "LORA") not in ("LORA", *KINDS):
+        # here, as LoRA is read without it
+        from adapterkit.adapters.formats.planning.other_types import read_other
+
+        return read_other(conversion)
     model, layout = conversion.model, options.expert_layout
     return read_layout(format, source, model=model, expert_layout=layout)
 

@@ -23,7 +23,6 @@ from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.core.merge.sites import join, levels_of, names_of, targets_of
 from adapterkit.core.plan import Plan, Task
 from adapterkit.core.records import Json
-from adapterkit.core.registry import declarations
 from adapterkit.verbs.combine.records.resize import Resize
 from adapterkit.verbs.combine.tasks.truncate import (
     ConvertedFactors,
@@ -43,14 +42,13 @@ if TYPE_CHECKING:
 def plan_resize(options: Resize) -> Plan:
     """The plan of a resize; `Refused` with all problems."""
     stored = open_unconverted(options.adapter)
-    # the reader refuses adapters without one; deltas of other types are fitted as they are
+    # the reader refuses adapters without one
     config = read_json(stored, CONFIG) if CONFIG in stored.files() else {}
-    has_own_deltas = str(config.get("peft_type")).lower() in declarations("kinds")
-    inputs = together([stored], options.out, as_stored=has_own_deltas)
+    kind, notes = kind_of(stored, config), []
+    inputs = together([stored], options.out, as_is=kind is not None)
     (source,) = inputs.folders
     base, stats = if_given(open_model, options.base), if_given(open_statistics, options.stats)
     config = read_json(source, CONFIG) if CONFIG in source.files() else {}
-    kind, notes = kind_of(source, config), []
     is_plain = kind is None and not config.get("use_dora")
     if options.drop_intruders is not None and not is_plain:
         problem = f"--drop-intruders with {'DoRA' if kind is None else kind.name}"
