@@ -110,7 +110,7 @@ def test_flags_that_mean_other_arithmetic(name, llama, lora, tmp_path):
     ({"use_qalora": True}, "14 keys do not fit the base"),
     ({"use_qalora": True, "qalora_group_size": 0}, "qalora_group_size = 0"),
     ({"use_qalora": True, "use_bdlora": {"nblocks": 2}}, "use_qalora with use_bdlora"),
-    ({"use_bdlora": {"nblocks": 2}}, "q_proj is in none of the lists"),
+    ({"use_bdlora": {"nblocks": 2}}, "is in none of the lists of blocks"),
     ({"use_bdlora": {"nblocks": 0}}, "nblocks = 0"),
     ({"use_bdlora": {"nblocks": 2, "speed": 3}}, "unknown setting speed"),
     ({"use_bdlora": {"nblocks": 3, "match_strict": False, "target_modules_bd_a": ["q_proj"]}},
