@@ -77,7 +77,6 @@ CASES = {
         {"r": 4, "lora_alpha": 6, "qalora_group_size": 8, "rank_pattern": {"k_proj": 2}} | SAVED,
     ),
 }  # fmt: skip
-FACTORS = [name for name in CASES if not name.startswith(("ln_", "trainable"))]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +96,7 @@ def base_of(home: Path, case: Case, dtype: str = "fp32") -> Path:
     return home / f"{case.model}-{dtype}"
 
 
-def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -113,12 +112,12 @@ def save_trained(case: Case, base: Path, out: Path, *, pooled: bool) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "original_module" not in name:
             nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(out)
+    model.save_pretrained(str(out))
 
 
-def pool(model: nn.Module) -> None:
+def pool(model: Any) -> None:
     """QA-LoRA's a and forward, as PEFT gives them to layers of GPTQ alone."""
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]
     config.use_qalora = True
     for layer in model.modules():
         if isinstance(layer, Linear):
@@ -126,7 +125,7 @@ def pool(model: nn.Module) -> None:
             layer.lora_variant["default"] = QALoraLinearVariant()
 
 
-def with_adapter(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def with_adapter(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
     """PEFT's model with the adapter, in evaluation."""
     model = loaded(base, dtype)
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -148,11 +147,12 @@ def known_fields(config: dict) -> dict:
 def merged_by_peft(base: Path, adapter: Path) -> dict[str, Tensor]:
     """The weights that PEFT merges, in float64."""
     model = with_adapter(base, adapter, torch.float64)
+    layer: Any
     for layer in model.modules():
         if isinstance(layer, Linear) and isinstance(
             layer.lora_variant.get("default"), QALoraLinearVariant
         ):
-            eye = torch.eye(layer.in_features, dtype=torch.float64)
+            eye = torch.eye(layer.base_layer.weight.shape[1], dtype=torch.float64)
             added = layer(eye) - layer.base_layer(eye)
             layer.base_layer.weight += added.T
             layer.merged_adapters.append("default")
@@ -199,7 +199,7 @@ def test_a_bf16_base_is_rounded_once(name, home, tmp_path):
     after = oracle.stored(tmp_path / "out")
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
     for key, value in after.items():
-        exact = expected.get(key, expected.get(f"transformer.{key}"))
+        exact = expected[key if key in expected else f"transformer.{key}"]
         wrong = value != exact.to(torch.bfloat16)
         assert int(wrong.sum()) <= 1 + 1e-3 * value.numel(), key
 
@@ -224,7 +224,7 @@ def test_live_logits_are_those_of_peft(name, home, tmp_path):
     assert float((actual - expected).abs().max()) < 1e-4 * scale
 
 
-@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_conversion_is_a_lora_that_peft_merges_the_same(name, home, tmp_path):
     base, adapter = base_of(home, CASES[name]), home / name
     adapterkit.convert(adapter, to="peft", base=base, out=tmp_path / "plain")
@@ -286,13 +286,35 @@ def test_a_pruned_module_of_adalora_keeps_its_scale(home, tmp_path):
     assert max(errors.values()) < 1e-6, errors
 
 
-def test_qalora_into_its_gptq_base_is_the_lora_with_repeated_columns(home, tmp_path):
-    """Byte for byte: a' (r, n) is a (r, n / g) with each column g times, and alpha n / g² times."""
-    base = tmp_path / "gptq"
+@pytest.fixture(scope="module")
+def quantized(home):
+    """The Llama in GPTQ's format."""
+    base = home / "gptq"
     shutil.copytree(home / "llama-bf16", base)
     settings = quantized_llama.GPTQ | {"group_size": 16}
     form = quantized_llama.Form(quantized_llama.gptq(4, 1, size=16), settings, 0)
     quantized_llama.quantize(base, form)
+    return base
+
+
+def same_bytes(base: Path, adapter: Path, plain: Path, out: Path) -> None:
+    """Both adapters make the same quantized weights, which are not the base's."""
+    adapterkit.merge(base, adapter, out=out / "one")
+    adapterkit.merge(base, plain, out=out / "other")
+    before, one, other = (oracle.stored(folder) for folder in (base, out / "one", out / "other"))
+    assert not [key for key, value in one.items() if not torch.equal(value, other[key])]
+    changed = [key for key, value in before.items() if not torch.equal(value, one[key])]
+    assert any("q_proj.qweight" in key for key in changed)
+
+
+def test_vera_into_a_quantized_base_takes_its_widths(quantized, home, tmp_path):
+    adapter = without_head(home / "vera", tmp_path / "adapter")
+    adapterkit.convert(adapter, to="peft", base=home / "llama-fp32", out=tmp_path / "plain")
+    same_bytes(quantized, adapter, tmp_path / "plain", tmp_path)
+
+
+def test_qalora_into_its_gptq_base_is_the_lora_with_repeated_columns(quantized, home, tmp_path):
+    """Byte for byte: a' (r, n) is a (r, n / g) with each column g times, and alpha n / g² times."""
     adapter = without_head(home / "qalora", tmp_path / "adapter")
     alphas = {"lora_alpha": 6 * 32 / 64, "alpha_pattern": {"down_proj": 6 * 48 / 64}}
     plain = oracle.edit_config(adapter, tmp_path / "plain", use_qalora=False, **alphas)
@@ -300,16 +322,7 @@ def test_qalora_into_its_gptq_base_is_the_lora_with_repeated_columns(home, tmp_p
     for key in [key for key in tensors if "lora_A" in key]:
         tensors[key] = tensors[key].repeat_interleave(8, 1)
     save_file(tensors, plain / "adapter_model.safetensors")
-    adapterkit.merge(base, adapter, out=tmp_path / "one")
-    adapterkit.merge(base, plain, out=tmp_path / "other")
-    one, other = oracle.stored(tmp_path / "one"), oracle.stored(tmp_path / "other")
-    assert any("qweight" in key for key in one)
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
-    changed = [
-        key for key, value in oracle.stored(base).items() if not torch.equal(value, one[key])
-    ]
-    assert any("q_proj.qweight" in key for key in changed)
+    same_bytes(quantized, adapter, plain, tmp_path)
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from adapterkit.core.errors import Problems
 from adapterkit.core.records import Json, Settings
 
 PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts in the layout written here
+# PEFT's target_modules for an adapter of no module: an empty list is an error there
+NO_MODULES = "dummy-target-modules"
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 PLAIN = (
     "peft_type", "inference_mode", "init_lora_weights", "lora_dropout", "bias", "use_rslora",

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
+from adapterkit.core.adapter.adapter_config import NO_MODULES
 from adapterkit.core.adapter.config import (
     BASE_CHANGING_INITS,
     IMPLICIT,
@@ -87,8 +88,6 @@ def options_of_peft(init: object, config: Settings) -> Json:
     return {name: value for name, value in options.items() if name not in ignored}
 
 
-# PEFT's target_modules for an adapter of no module: an empty list is an error there
-NO_MODULES = "dummy-target-modules"
 # field -> PEFT's name, if different
 PEFT_NAMES = {
     "rank": "r", "alpha": "lora_alpha", "targets": "target_modules", "rslora": "use_rslora",

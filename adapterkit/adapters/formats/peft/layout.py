@@ -54,7 +54,12 @@ from adapterkit.adapters.formats.schema import Format
 from adapterkit.adapters.formats.task import ConvertedTensor
 from adapterkit.adapters.formats.write import FormatFile
 from adapterkit.core import dtypes
-from adapterkit.core.adapter.adapter_config import PEFT_LAYOUT, base_id, declared_settings
+from adapterkit.core.adapter.adapter_config import (
+    NO_MODULES,
+    PEFT_LAYOUT,
+    base_id,
+    declared_settings,
+)
 from adapterkit.core.adapter.config import INCOMPLETE, check_live_config
 from adapterkit.core.adapter.keys import CONFIG, canonical_key, part_keys, value_key
 from adapterkit.core.adapter.keys import TOKENS as WRAPPER
@@ -280,7 +285,7 @@ def _settings(
     if format.adapter.targets == "ends":
         names = sorted({name.rpartition(".")[2] for name in names})
     settings: Json = {
-        "target_modules": names,
+        "target_modules": names if ranked else NO_MODULES,
         "use_dora": any("magnitude" in m.parts for m in loras),
         "lora_bias": any("bias" in m.parts for m in loras),
     }

@@ -35,6 +35,7 @@ from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.options import StrPath
 from adapterkit.core.plan import Plan
+from adapterkit.core.weights.decoded import decoded_view
 
 T = TypeVar("T")
 PER_EXPERT = "peft-per-expert"
@@ -85,10 +86,11 @@ def converted(
 def _exact(folder: Folder, detection: Detection, base: Folder | None) -> Folder:
     """An adapter of another type or variant as the LoRA that it is, its modules under their own
     names. `base`: the one that it depends on."""
-    checkpoint = None if base is None else read_checkpoint(base, 1)
+    checkpoint = None if base is None else decoded_view(read_checkpoint(base, 1))
     plain = AdapterConversion(folder, detection, ConvertOptions(to=PEFT))
-    read = lambda: read_contents(replace(plain, base=checkpoint))
-    plan = with_own_hints(lambda: plan_contents(plain, read()))
+    contents = with_own_hints(lambda: read_contents(replace(plain, base=checkpoint)))
+    plan = with_own_hints(lambda: plan_contents(plain, contents))
+    plan = replace(plan, notes=tuple(contents.notes))  # not on its other files
     return converted_folder(folder, detection.format.name, detection.container.file, plan)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter import adapter_config
-from adapterkit.core.adapter.adapter_config import rank_settings
+from adapterkit.core.adapter.adapter_config import NO_MODULES, rank_settings
 from adapterkit.core.adapter.factors import Place
 from adapterkit.core.adapter.keys import value_key
 from adapterkit.core.adapter.selection import Selection
@@ -41,7 +41,6 @@ from adapterkit.verbs.combine.tasks.difference import (
 from adapterkit.verbs.combine.tasks.truncate import in_output_norms, within_shares
 from adapterkit.verbs.shared import adapter_output
 from adapterkit.verbs.shared.adapter_output import Output
-from adapterkit.verbs.shared.lora_config import NO_MODULES
 from adapterkit.verbs.shared.options import TruncationOptions
 
 
