@@ -152,7 +152,7 @@ def merged_by_peft(base: Path, adapter: Path) -> dict[str, Tensor]:
         if isinstance(layer, Linear) and isinstance(
             layer.lora_variant.get("default"), QALoraLinearVariant
         ):
-            eye = torch.eye(layer.base_layer.weight.shape[1], dtype=torch.float64)
+            eye = torch.eye(len(layer.base_layer.weight.T), dtype=torch.float64)
             added = layer(eye) - layer.base_layer(eye)
             layer.base_layer.weight += added.T
             layer.merged_adapters.append("default")

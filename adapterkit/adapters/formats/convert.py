@@ -80,9 +80,9 @@ class Convert(WritingVerb, ConvertOptions):
     the family if module names fit several. `alpha` is needed if the source leaves it to the reader.
     `component` selects one component of a pipeline (unet, transformer, text_encoder, ...), or
     names the component of a single model. `rank` fits standard LoRA factors to LoHa, LoKr, OFT,
-    VeRA, AdaLoRA, differences of weights, factors of a larger rank, and DoRA if the format lacks it
-    (DoRA and OFT need `base`); the receipt has the error. `lossy` leaves out differences of norms
-    and biases that the format cannot store. An `out` that ends in .safetensors or .gguf is a file,
+    differences of weights, factors of a larger rank, and DoRA if the format lacks it; the receipt
+    has the error (DoRA, OFT and VeRA need `base`). `lossy` leaves out differences of norms and
+    biases that the format cannot store. An `out` that ends in .safetensors or .gguf is a file,
     otherwise a folder in the format's layout. Raises `Refused` before anything is written.
     """
 

@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 def plan_resize(options: Resize) -> Plan:
     """The plan of a resize; `Refused` with all problems."""
     stored = open_unconverted(options.adapter)
-    # the reader refuses adapters without one
-    config = read_json(stored, CONFIG) if CONFIG in stored.files() else {}
+    config = read_json(stored, CONFIG) if CONFIG in stored.files() else {}  # it is refused later
     kind, notes = kind_of(stored, config), []
     inputs = together([stored], options.out, as_is=kind is not None)
     (source,) = inputs.folders

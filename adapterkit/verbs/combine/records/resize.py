@@ -36,11 +36,10 @@ class Resize(WritingVerb, TruncationOptions):
     begin with the component. The output has the layout of the adapter, also if `out` ends in
     .safetensors.
 
-    LoHa, LoKr, VeRA, AdaLoRA and OFT become standard LoRA of scale 1. With `base`, a model, DoRA
-    does too. OFT needs the base for the weights that it rotates, VeRA for the widths of its layers,
-    convolutions of the others for their kernels, and `target_parameters` with different patterns
-    for their order. For a DoRA without `base`, the magnitudes stay and scale·b@a is approximated; a
-    note says so.
+    LoHa, LoKr, VeRA, AdaLoRA, GraLoRA, OFT, and with `base`, a model, DoRA become standard LoRA of
+    scale 1. OFT needs the base for the weights that it rotates, VeRA for its widths, convolutions
+    of the others for their kernels, `target_parameters` with different patterns for their order.
+    For a DoRA without `base`, the magnitudes stay and scale·b@a is approximated, with a note.
 
     `drop_intruders`: with `base`, the share removed of each intruder dimension: a leading left
     singular vector of W + delta (of 10) whose cosine with all those of W is below 0.5. The delta
@@ -51,7 +50,7 @@ class Resize(WritingVerb, TruncationOptions):
     command = """Change an adapter's rank, or convert it to plain LoRA.
 
     The new factors are the best approximation of each delta with the new rank, computed without the
-    model. LoHa, LoKr, VeRA, AdaLoRA and OFT adapters, and with --base DoRA, become plain LoRA.
+    model. LoHa, LoKr, VeRA, AdaLoRA, GraLoRA, OFT, and with --base DoRA, become plain LoRA.
 
     \b
     Example:
