@@ -147,12 +147,11 @@ def known_fields(config: dict) -> dict:
 def merged_by_peft(base: Path, adapter: Path) -> dict[str, Tensor]:
     """The weights that PEFT merges, in float64."""
     model = with_adapter(base, adapter, torch.float64)
-    layer: Any
-    for layer in model.modules():
-        if isinstance(layer, Linear) and isinstance(
-            layer.lora_variant.get("default"), QALoraLinearVariant
-        ):
-            eye = torch.eye(len(layer.base_layer.weight.T), dtype=torch.float64)
+    for module in model.modules():
+        variants = module.lora_variant if isinstance(module, Linear) else {}
+        if isinstance(variants.get("default"), QALoraLinearVariant):
+            layer: Any = module
+            eye = torch.eye(layer.in_features, dtype=torch.float64)
             added = layer(eye) - layer.base_layer(eye)
             layer.base_layer.weight += added.T
             layer.merged_adapters.append("default")

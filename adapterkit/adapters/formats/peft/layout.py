@@ -74,7 +74,7 @@ from adapterkit.core.records import Json
 # the settings of a source that also apply to other factors
 KEPT = (
     "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping", "bias",
-    "modules_to_save", "trainable_token_indices",
+    "modules_to_save",
 )  # fmt: skip
 # settings of the modules with factors, their ranks and scales
 TARGETS = (

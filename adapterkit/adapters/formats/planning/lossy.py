@@ -204,7 +204,7 @@ def plain_config(config: Mapping[str, Any]) -> Json:
     if config["peft_type"] == "LORA":
         return {key: value for key, value in config.items() if key not in ("r", "use_dora")}
     bias = config.get("bias") or "none"
-    own = {key: config[key] for key in KEPT if key in config}
+    own = {key: config[key] for key in (*KEPT, "trainable_token_indices") if key in config}
     return own | {"peft_type": "LORA", "bias": "lora_only" if bias.endswith("_only") else bias}
 
 
