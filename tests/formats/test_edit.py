@@ -18,6 +18,7 @@ SAMPLES = [
     sample
     for sample in all_samples()
     if formats()[sample.form].writes and formats()[sample.form].file.container == "safetensors"
+    if not sample.is_rewritten
 ]
 WORDS = {"base_id": "org/base", "title": "Dogs", "trigger": "sks dog", "tag": ("dog", "lora")}
 

@@ -110,7 +110,9 @@ def test_a_golden_file_is_recognized_and_read_completely(sample: Sample):
     assert values and all(value.difference(value) < 1e-12 for value in values.values())
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.form in WRITTEN], ids=ids)
+@pytest.mark.parametrize(
+    "sample", [s for s in SAMPLES if s.form in WRITTEN and not s.is_rewritten], ids=ids
+)
 def test_written_again_it_is_the_file(sample: Sample, tmp_path: Path):
     """Every tensor by name, dtype and bytes, and the metadata that the format carries along; where
     names are spelled in the format's first way now, or scales are in factors, the same deltas."""

@@ -47,6 +47,13 @@ class Sample:
         return formats()[self.form].layout == "adapter"
 
     @property
+    def is_rewritten(self) -> bool:
+        """Whether it is of a type or variant in PEFT's layout that is written as a LoRA."""
+        path = self.path / "adapter_config.json"
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        return config.get("peft_type", "LORA") != "LORA" or bool(config.get("use_bdlora"))
+
+    @property
     def id(self) -> str:
         return self.path.relative_to(GOLDEN).as_posix()
 

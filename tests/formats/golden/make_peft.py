@@ -6,7 +6,8 @@ with PEFT 0.18.1 and both versions of transformers: `peft-0.18/`, stacks in its 
 2.13.0.
 
 Each adapter is beside the model that it was made on (`base/`) and the logits of both
-(`logits.safetensors`: tokens, base, adapted).
+(`logits.safetensors`: tokens, base, adapted). Those of other types than LoRA are alone, unless they
+cannot be read without their model.
 """
 
 import json
@@ -113,6 +114,36 @@ def make(folder: Path, kind: str, with_base: bool = True, **settings: Any) -> No
     save_file(values, folder / "logits.safetensors")
 
 
+def make_type(folder: Path, config: peft.PeftConfig, *, with_base: bool = False) -> None:
+    """An adapter of another type or variant on the Llama, alone or beside its model."""
+    model = tiny("llama")
+    if with_base:
+        model.save_pretrained(folder / "base")
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3, generator=generator)
+    wrapped.save_pretrained(str(folder))
+    (folder / "README.md").unlink()
+    finish(folder)
+
+
+def types() -> dict[str, peft.PeftConfig]:
+    """The types and variants that are a LoRA in other words."""
+    blocks = {"target_modules_bd_a": ["down_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
+    targets = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    return {
+        "llama_adalora": peft.AdaLoraConfig(init_r=3, total_step=10, lora_alpha=3, **targets),
+        "llama_bdlora": peft.LoraConfig(
+            r=4, lora_alpha=6, use_bdlora=peft.tuners.lora.config.BdLoraConfig(**blocks), **targets
+        ),
+        "llama_gralora": peft.GraloraConfig(r=4, alpha=5, hybrid_r=1, **targets),
+        "llama_vera": peft.VeraConfig(r=3, **targets),
+    }
+
+
 def finish(folder: Path) -> None:
     """One order of lists and tensors from run to run, and the name of the base as a relative
     path."""
@@ -151,6 +182,8 @@ def main(out: Path) -> None:
             target_parameters=STACKS, rank_pattern={"gate_up_proj": 3},
             alpha_pattern={"down_proj": 5, "q_proj": 7}, use_rslora=True,
         )  # fmt: skip
+        for name, config in types().items():
+            make_type(out / "peft" / name, config, with_base=name == "llama_vera")
     elif old_models:
         for kind, leaves in EACH.items():
             make(out / "peft-per-expert" / kind, kind, target_modules=["q_proj", *leaves])
