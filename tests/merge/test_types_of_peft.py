@@ -388,3 +388,13 @@ def test_a_setting_that_no_weight_equals_is_refused_with_what_to_do(
     adapter = oracle.edit_config(home / "bdlora", tmp_path / "adapter", **changes)
     text = refusal(lambda: adapterkit.merge(home / "llama-fp32", adapter, out=tmp_path / "out"))
     assert f"{setting} is set" in text and advice in text
+
+
+@pytest.mark.parametrize("name", ["adalora", "gralora", "bdlora", "qalora"])
+def test_a_server_that_knows_no_other_types_is_reported(name, home, tmp_path):
+    adapter = without_head(home / name, tmp_path / "adapter")
+    found = adapterkit.check(adapter, program="vllm")["findings"]
+    words = {"bdlora": "use_bdlora is set", "qalora": "use_qalora is set"}
+    assert any(words.get(name, "keys have other names") in one["problem"] for one in found), found
+    adapterkit.convert(adapter, to="vllm", rank=8, out=tmp_path / "out")
+    assert adapterkit.check(tmp_path / "out", program="vllm")["takes"]

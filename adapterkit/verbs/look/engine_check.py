@@ -13,6 +13,7 @@ from adapterkit.adapters.formats.planning.as_plain import conversion_hint
 from adapterkit.adapters.formats.planning.plan import base_for, plan_contents
 from adapterkit.adapters.formats.planning.source import AdapterConversion, read_contents
 from adapterkit.adapters.formats.schema import ADAPTER_LAYOUT
+from adapterkit.core.adapter.config import INCOMPLETE
 from adapterkit.core.adapter.keys import module_of_factors
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.adapter.targets import TargetMatcher
@@ -117,7 +118,9 @@ def _compare(
     if detection.format.adapter.stacks == "axis":  # which is read next to the engine's own form
         read |= {key for key in detection.container.tensors if ".experts." in key}
     own = [key for key in detection.container.tensors if key not in wanted | read]
-    if own:
+    if setting := next(filter(detection.config.get, INCOMPLETE), None):
+        found.add("refuses", f"{setting} is set", found.convert, "standard factors")
+    elif own:
         problem = f"{len(own)} keys have other names there: {listed(own)}"
         expected = f"names such as {listed(sorted(wanted - set(detection.container.tensors)))}"
         found.add("drops", problem, found.convert, expected, len(own))

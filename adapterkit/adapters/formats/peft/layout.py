@@ -230,8 +230,7 @@ def write_layout(
 
 
 def _canonical(key: str) -> str:
-    """A key of a trained value or of rows, as in a LoRA's file; other types have it without the
-    wrapper, or with one of their own."""
+    """A key of a trained value or of rows as in a LoRA's file, where the wrappers differ."""
     path, _, leaf = canonical_key(key).replace(".ln_tuning_layers.", ".").rpartition(".")
     is_bare = leaf == "trainable_tokens_delta" and not path.endswith(WRAPPER)
     return f"{path}{WRAPPER * is_bare}.{leaf}"

@@ -84,8 +84,7 @@ def converted(
 
 
 def _exact(folder: Folder, detection: Detection, base: Folder | None) -> Folder:
-    """An adapter of another type or variant as the LoRA that it is, its modules under their own
-    names. `base`: the one that it depends on."""
+    """An adapter of another type or variant as the LoRA that it is; `base`: if it depends on it."""
     checkpoint = None if base is None else decoded_view(read_checkpoint(base, 1))
     plain = AdapterConversion(folder, detection, ConvertOptions(to=PEFT))
     contents = with_own_hints(lambda: read_contents(replace(plain, base=checkpoint)))

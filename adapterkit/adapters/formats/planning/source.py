@@ -196,7 +196,6 @@ def _of_peft(conversion: AdapterConversion) -> Contents:
     source, options = conversion.source, conversion.options
     format, config = conversion.detection.format, conversion.detection.config
     if config.get("peft_type", "LORA") not in ("LORA", *KINDS):
-        # here, as LoRA is read without it
         from adapterkit.adapters.formats.planning.other_types import read_other
 
         return read_other(conversion)
