@@ -78,6 +78,7 @@ ADAPTERS = {
     "extra deltas": "adapters.formats.extra_deltas:added_deltas",
     "expert order words": "adapters.formats.peft.expert_order:unknown_orders",
     "other arithmetic": "adapters.formats.peft.variants:other_arithmetic",
+    "rows": "adapters.kinds.merging:read_rows",
     "expert order": "adapters.formats.peft.expert_order:order_problem",
 }
 

@@ -61,6 +61,24 @@ def stored_weight(names: Names, module: str, name: str, hint: str) -> StoredPara
     return weight
 
 
+def module_weight(
+    names: Names, module: str, *, embedding: bool, fan_in_fan_out: bool
+) -> StoredParameter:
+    """A module's weight as (out, in), or (out, in, *kernel); `Refused` if the base has none that
+    takes a LoRA."""
+    weight = stored_weight(names, module, f"{module}.weight", CHECK_BASE)
+    transposed = embedding or (
+        len(weight.shape) == 2
+        and names.transposed(
+            module,
+            fan_in_fan_out=fan_in_fan_out,
+            square=weight.shape[0] == weight.shape[1],
+            where=names.base.name,
+        )
+    )
+    return replace(weight, transposed=transposed)
+
+
 class BaseWeights:
     """The base's weights of an adapter's modules."""
 
@@ -80,19 +98,9 @@ class BaseWeights:
         )
 
     def of(self, module: str, embedding: bool) -> StoredParameter:
-        """A module's weight as (out, in), or (out, in, *kernel); `Refused` if the base has none
-        that takes a LoRA."""
-        weight = stored_weight(self.names, module, f"{module}.weight", CHECK_BASE)
-        transposed = embedding or (
-            len(weight.shape) == 2
-            and self.names.transposed(
-                module,
-                fan_in_fan_out=bool(self.adapter.config.get("fan_in_fan_out")),
-                square=weight.shape[0] == weight.shape[1],
-                where=self.base.name,
-            )
-        )
-        return replace(weight, transposed=transposed)
+        """See `module_weight`."""
+        fan_in_fan_out = bool(self.adapter.config.get("fan_in_fan_out"))
+        return module_weight(self.names, module, embedding=embedding, fan_in_fan_out=fan_in_fan_out)
 
     def dora(self, factors: Factors) -> "DoRA":
         """A module's delta; `Refused` if its factors do not fit the base."""

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, WeightDelta, map_rows
+from adapterkit.adapters.kinds.common import AdaptedModule, RowChange, RowDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.commands import EXTRACT
 from adapterkit.core.errors import AdapterkitError, Problems, shown
@@ -18,12 +18,13 @@ ROTATION, EMBEDDING = "oft_R", "oft_embedding_R"
 
 
 @dataclass(frozen=True)
-class Oft(WeightDelta):
+class Oft(RowDelta):
     """delta = W (Rᵀ - I) for a layer, (Rᵀ - I) W for an embedding, whose weight is transposed here.
 
     R is block-diagonal; a block is the Cayley transform (I - Q) (I + Q)⁻¹ of a skew-symmetric
     matrix Q, or some terms of its Neumann series. With `coft`, Q is first projected to within
-    eps / sqrt(blocks) of zero.
+    eps / sqrt(blocks) of zero. GPT-2's layers, stored (in, out), are rotated as in PEFT's forward:
+    its merge rotates their outputs, or fails if they are not square.
     """
 
     # (blocks, size * (size - 1) / 2), upper triangles; one row where all blocks share it
@@ -43,6 +44,7 @@ class Oft(WeightDelta):
     }  # fmt: skip
     unused_settings = frozenset()
     needs_base = "it rotates the base's weights"
+    merges_rows = True
 
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
@@ -90,17 +92,22 @@ class Oft(WeightDelta):
         )
 
     @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.rotation, *self.weight.reads)
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return (self.rotation,)
 
-    def value(self, reader: TensorReader) -> Tensor:
-        turn = less_identity(
-            skew(reader.tensor(self.rotation).double(), self.size, self.eps), self.terms
-        )
+    @property
+    def turned(self) -> bool:
+        return self.embedding
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
+        q = skew(reader.tensor(self.rotation).double(), self.size, self.eps)
+        turn = less_identity(q, self.terms).to(dtype)
         turn = turn if self.embedding else turn.mT
-        stored = self.weight.read(reader).flatten(1)
-        delta = map_rows(stored, lambda rows, here: _rotate(rows, turn))
-        return delta.T if self.weight.transposed else delta
+        return lambda rows, here: rotated(rows, turn)
 
 
 def _size(rotation: TensorSpec) -> int:
@@ -150,9 +157,12 @@ def less_identity(
     return total
 
 
-def _rotate(rows: Tensor, rotation: Tensor) -> Tensor:
-    """Each block of the rows times its R - I; a single one is shared by all."""
-    blocks = rows.view(len(rows), -1, rotation.shape[-1])
+def rotated(
+    rows: Tensor,  # (n, blocks * size)
+    rotation: Tensor,  # (blocks, size, size): R - I; or one, which all share
+) -> Tensor:
+    """Each block of the rows times its R - I."""
+    blocks = rows.reshape(len(rows), -1, rotation.shape[-1])
     return torch.einsum("nbk,bkc->nbc", blocks, rotation.expand(blocks.shape[1], -1, -1)).reshape(
         rows.shape
     )

@@ -59,7 +59,7 @@ PEFT_DEFAULTS: Json = {
 KNOWN_SETTINGS = {*PEFT_DEFAULTS, ORDER, ORDER_DETAIL, "runtime_config", "eps", "num_labels"}
 
 
-def _is_targets(value: object) -> bool:
+def is_targets(value: object) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list | set) and all(isinstance(name, str) for name in value)
     )
@@ -70,7 +70,7 @@ SHARED_SETTINGS: dict[str, Check] = {
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"), optional(FLAG)),
     **dict.fromkeys(("task_type", "peft_version", "bias", "revision"), optional(TEXT)),
     "base_model_name_or_path": optional(TEXT),
-    "target_modules": optional(test("a text, or a list of names", _is_targets)),
+    "target_modules": optional(test("a text, or a list of names", is_targets)),
     **dict.fromkeys(
         ("modules_to_save", "target_parameters"), optional(list_of(NAME, "a list of names"))
     ),

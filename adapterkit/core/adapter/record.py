@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from adapterkit.core.adapter.config import BASE_CHANGING_INITS, IMPLICIT, with_heads
 from adapterkit.core.adapter.keys import BASE_LAYER_VALUE, CONFIG
@@ -12,6 +13,9 @@ from adapterkit.core.adapter.targets import ALL_LINEAR, Patterns, TargetMatcher,
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Refused, shown
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.kinds.merging import ModuleOfRows
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Adapter:
     tensors: dict[str, TensorSpec] = field(repr=False)
     header_sha256: str = ""
     base_fingerprint: str | None = None  # fingerprint of the base that it was made for
+    others: "tuple[ModuleOfRows, ...]" = ()  # modules of types that are no LoRA
 
     @property
     def name(self) -> str:
@@ -73,9 +78,14 @@ class Adapter:
         return self.config.get("task_type"), name
 
     @property
+    def modules(self) -> list[str]:
+        """The adapted modules, once for each of their changes."""
+        return [one.module for one in (*self.loras, *self.others)]
+
+    @property
     def is_factors_alone(self) -> bool:
         """True if the base needs only weights to which products are added."""
-        others = self.replaced, self.tokens, self.saved, self.base_fingerprint
+        others = self.replaced, self.tokens, self.saved, self.base_fingerprint, self.others
         biases = self.config.get("bias") not in (None, "none")
         return not any(others) and not biases and not any(lora.bias for lora in self.loras)
 

@@ -25,6 +25,7 @@ from adapterkit.doors import ADAPTERS
 
 if TYPE_CHECKING:
     from adapterkit.adapters.formats.extra_deltas import AddedDelta
+    from adapterkit.adapters.kinds.merging import ModuleOfRows
 
 
 def resolve_targets(
@@ -241,6 +242,9 @@ def collect_changes(state: MergeState) -> None:
         if adapter.replaced:
             _add_values(state, adapter)
         _add_products(state, adapter)
+        for other in adapter.others:
+            with state.errors.collected():
+                _add_functions(state, adapter, other)
         if ADDED_DELTAS in adapter.folder.files():  # deltas that are not factors
             for added in load(ADAPTERS["extra deltas"])(adapter.folder, adapter.number):
                 with state.errors.collected():
@@ -392,7 +396,7 @@ def _check_complete(state: MergeState, adapter: Adapter) -> None:
         biases = (name for name in names if name.rpartition(".")[2] == "bias")
         expected |= dict.fromkeys(biases, 'bias "all"')
     if adapter.config.get("bias") == "lora_only":
-        biases = (f"{lora.module}.bias" for lora in adapter.loras)
+        biases = (f"{module}.bias" for module in adapter.modules)
         expected |= dict.fromkeys((name for name in biases if name in names), 'bias "lora_only"')
     for name, reason in expected.items():
         parameter = state.names.parameter(name)
@@ -533,6 +537,30 @@ def _add_product(
     change.adapters.append(adapter.name)
 
 
+def _add_functions(state: MergeState, adapter: Adapter, other: "ModuleOfRows") -> None:
+    """Add the changes of a module of another type of adapter, which depend on its weight."""
+    module = other.module
+    weight = state.weight(adapter, module)
+    if not state.changes_module(adapter, module):
+        state.skip(adapter, module)
+        return
+    if state.names.model is not None:
+        _check_acting(state, adapter, module, other.name)
+    for parameter, function in other.on(state.names):
+        if weight != 1.0 and not function.is_linear:
+            state.errors.add(
+                f"{other.name} of {shown(module)} with weight {weight:g}",
+                "weight 1: it is a change of the base's weight, and no addition",
+                "merge it with weight 1",
+                where=adapter.label,
+                code="AK107",
+            )
+            continue
+        change = state.change(parameter)
+        change.functions.append((function, weight))
+        change.adapters.append(adapter.name)
+
+
 def _add_delta(state: MergeState, adapter: Adapter, added: "AddedDelta") -> None:
     """Add a delta that is not plain factors; raises `Refused` for weights of its directions."""
     module = added.module.name
@@ -639,13 +667,18 @@ def _check_method(state: MergeState) -> None:
     for adapter in state.adapters:
         doras = [lora.module for lora in adapter.loras if lora.magnitude is not None]
         biased = [lora.module for lora in adapter.loras if lora.bias is not None]
-        kinds = {"DoRA, whose delta depends on the base": doras, "biases of factors": biased}
+        functions = [other.module for other in adapter.others]
+        kinds = {
+            "DoRA, whose delta depends on the base": doras,
+            "biases of factors": biased,
+            "an adapter of another type, whose delta depends on the base": functions,
+        }
         for what, modules in kinds.items():
             if own := [module for module in modules if state.is_selected(module)]:
                 state.errors.add(
                     f"{name} and {what}: {listed(own)}",
                     "plain deltas",
-                    PLAIN if modules is doras else "remove --method",
+                    "remove --method" if modules is biased else PLAIN,
                     where=adapter.label,
                     code="AK401",
                 )
@@ -676,6 +709,7 @@ def _check_together(state: MergeState) -> None:
                 "merge one after the other, or give --compat peft for PEFT's order",
                 code="AK305",
             )
+        _check_functions(state, name, change)
         rows = [i for _, indices in change.rows for i in indices]
         if len(set(rows)) != len(rows):
             state.errors.add(
@@ -684,3 +718,20 @@ def _check_together(state: MergeState) -> None:
                 "merge one of them",
                 code="AK305",
             )
+
+
+def _check_functions(state: MergeState, name: str, change: Change) -> None:
+    """Refuse other changes of a weight that an adapter multiplies or rotates; products may be added
+    to a linear one's."""
+    functions = [function for function, _ in change.functions]
+    others = [*change.vectors, *change.deltas, *change.rows]
+    if not all(function.is_linear for function in functions):
+        others += change.additions + functions[1:]
+    if functions and (others or any(one.magnitude is not None for one in change.additions)):
+        state.errors.add(
+            f"{shown(name)}: {listed(list(dict.fromkeys(change.adapters)))} change it, and the "
+            "result depends on their order",
+            "one adapter on a weight that it multiplies or rotates",
+            "merge one after the other",
+            code="AK305",
+        )

@@ -23,6 +23,7 @@ from adapterkit.core.merge.verb import MergeOptions
 from adapterkit.core.patterns import MODULES
 from adapterkit.core.records import Json
 from adapterkit.core.registry import load
+from adapterkit.core.tasks.edits import RowFunction
 from adapterkit.core.weights.decoded import decoded_view, quantized_weights
 from adapterkit.core.weights.names import Names, mentions_weight
 from adapterkit.core.weights.parameters import Parameter
@@ -151,6 +152,8 @@ class Change:
     vectors: list[tuple[TensorSpec, float]] = field(default_factory=list)  # biases of b, scales
     # deltas that are not factors, each with its weight
     deltas: list[tuple["PlacedDelta", float]] = field(default_factory=list)
+    # functions of the weight's own rows, each with its weight
+    functions: list[tuple["RowFunction", float]] = field(default_factory=list)
     rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
     # weights of adapters by number, if a method combines them: they are not in the scales
     weights: dict[int, float] = field(default_factory=dict)
@@ -160,7 +163,8 @@ class Change:
     @property
     def has_edits(self) -> bool:
         """True if there are changes besides a new value."""
-        return bool(self.additions or self.vectors or self.deltas or self.rows)
+        others = self.vectors or self.deltas or self.functions or self.rows
+        return bool(self.additions or others)
 
 
 class MergeState:
@@ -276,6 +280,14 @@ class MergeState:
                 added_deltas = load(ADAPTERS["extra deltas"])
                 added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
                 wanted |= {f"{name}.weight": None for name in added if self.is_selected(name)}
+            for other in adapter.others:
+                stored = self.base.tensors.get(name := f"{other.module}.weight")
+                sizes = () if stored is None else stored.shape[:1]
+                may_be_tied = other.embedding or vocabulary.intersection(sizes)
+                if may_be_tied or mentions_weight(self.base.config, other.module):
+                    build_model = True
+                if self.is_selected(other.module):
+                    wanted[name] = None
             replaced = adapter.replaced
             if adapter.tokens or any(len(spec.shape) > 1 for spec in replaced.values()):
                 build_model = True

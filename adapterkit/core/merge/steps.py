@@ -19,6 +19,7 @@ from adapterkit.core.tasks.edits import (
     Assign,
     Band,
     Block,
+    ChangeRows,
     Decompose,
     PlacedFactors,
     ReplaceRows,
@@ -268,6 +269,8 @@ def _edited(
     if state.methods is not None and change.weights:
         edits.append(_combined(state, change, slot, state.methods))
     else:
+        if change.functions:
+            edits.append(ChangeRows(tuple(change.functions), math.prod(slot.shape)))
         for one, weight in change.deltas:
             edits.append(AddDelta(one.delta, weight, Band(one.rows.start, one.rows.stop)))
         if state.options.compat == "peft":
@@ -276,7 +279,8 @@ def _edited(
             _add_factors(edits, change, slot)
     are_stacks = (factors.experts is not None for factors in change.additions)
     # the three axes of a convolution's kernel or of another table are no stack of experts
-    is_stack = len(parameter.shape) == 3 and not change.deltas and all(are_stacks)
+    has_others = bool(change.deltas or change.functions)
+    is_stack = len(parameter.shape) == 3 and not has_others and all(are_stacks)
     has_stack = is_stack and len(slot.shape) in (2, 3) and slot.axes[0].axis is not None
     rows = math.prod(slot.shape[: 2 if has_stack else 1])  # of the stored tensor as a grid
     names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))

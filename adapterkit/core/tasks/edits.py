@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from functools import reduce
+from typing import TYPE_CHECKING, Protocol
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Factors
@@ -311,6 +312,79 @@ class AddDelta(RowEdit):
                 add(part, here)
 
         return Loaded(apply, norm)
+
+
+class RowFunction(Protocol):
+    """A delta whose rows depend on the same rows of the weight; a frozen, picklable record."""
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The adapter's tensors."""
+        ...
+
+    @property
+    def by_columns(self) -> bool:
+        """True if these rows are columns of the stored tensor."""
+        ...
+
+    @property
+    def is_linear(self) -> bool:
+        """True if a multiple of it, and its sum with others, have a meaning too."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Products for each element of the delta."""
+        ...
+
+    def change(self, reader: Reader, dtype: torch.dtype) -> Callable[[Tensor, slice], Tensor]:
+        """Return what computes rows of the delta from rows of the weight and their slice."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRows(RowEdit):
+    """w += Σ scale * function(w), of the same w.
+
+    A function of columns needs all rows, which are read once before."""
+
+    functions: tuple[tuple[RowFunction, float], ...]
+    size: int  # elements of the tensor
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for function, _ in self.functions for spec in function.tensors)
+
+    @property
+    def is_dense(self) -> bool:
+        return any(function.by_columns for function, _ in self.functions)
+
+    @property
+    def flops(self) -> int:
+        return sum(2 * function.width * self.size for function, _ in self.functions)
+
+    @property
+    def memory(self) -> int:
+        """A block of a rotation takes twice its stored elements, in some copies in float64."""
+        return 80 * sum(spec.nbytes for spec in self.reads) + 56 * self.size * self.is_dense
+
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        dtype, stored = inputs.dtype, inputs.view(None)
+        assert dtype is not None
+        changes = [(one.change(stored, dtype), one.by_columns, w) for one, w in self.functions]
+        whole: Tensor | None = None
+        if self.is_dense:
+            w = torch.cat([rows for _, rows in inputs.blocks(source, grid)]).T
+            parts = (change(w, slice(0, len(w))) * by for change, columns, by in changes if columns)
+            whole = reduce(torch.add, parts).T
+
+        def apply(w: Tensor, first: int) -> None:
+            here = slice(first, first + len(w))
+            added = [change(w, here) * by for change, columns, by in changes if not columns]
+            for one in added if whole is None else [*added, whole[here]]:
+                w += one
+
+        return Loaded(apply)
 
 
 @dataclass(frozen=True, slots=True)

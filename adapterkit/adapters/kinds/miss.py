@@ -1,0 +1,102 @@
+"""MiSS: one small matrix that is repeated along the inputs of a weight (arXiv:2409.15371)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adapterkit.adapters.kinds.common import AdaptedModule, RowChange, RowDelta, no_errors
+from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.records import POSITIVE_INT, one_of
+from adapterkit.core.weights.parameters import StoredParameter
+from adapterkit.core.weights.reader import TensorReader
+from adapterkit.kernels.lowrank.algebra import Product
+
+
+@dataclass(frozen=True)
+class Miss(RowDelta):
+    """delta[o, i] = block[i mod r, o], of rank r; with "mini" block[i mod r, o mod mini_r].
+
+    With "bat" a block (r, r) of W changes by W_jk B_j + B_j, where j is the block of its outputs.
+    """
+
+    block: TensorSpec  # (r, out), of mini (r, mini_r), of bat (out / r, r, r)
+    weight: StoredParameter
+    variant: bool | str
+
+    name = "miss"
+    keys = ("miss_block",)
+    shared = ()
+    settings: ClassVar = {
+        "r": POSITIVE_INT, "mini_r": POSITIVE_INT,
+        "init_weights": one_of(True, False, "bat", "mini"),
+    }  # fmt: skip
+    unused_settings = frozenset({"miss_dropout"})
+    needs_base = "its file does not say how many inputs a module has"
+    merges_rows = True
+    check = staticmethod(no_errors)
+
+    @staticmethod
+    def from_module(adapted: AdaptedModule) -> "Miss":
+        assert adapted.weight is not None
+        config, shape = adapted.adapter.config, adapted.weight.weight_shape
+        rank, mini, variant = config["r"], config["mini_r"], config["init_weights"]
+        if len(shape) > 2 or adapted.weight.transposed:
+            adapted.fail(f"MiSS of a weight {shape}", "linear layers, as in PEFT", "leave it out")
+        (block,) = adapted.require(*Miss.keys)
+        out, inputs = shape[0], math.prod(shape[1:])
+        expected = {"bat": (out // rank, rank, rank), "mini": (rank, mini)}.get(
+            variant, (rank, out)
+        )
+        fits = block.shape == expected and rank <= inputs
+        fits = fits and (variant != "bat" or out % rank == inputs % rank == 0)
+        fits = fits and (variant != "mini" or out % mini == 0)
+        adapted.check(fits, f"{expected}, as r, mini_r, init_weights and the base's {shape} say")
+        return Miss(block, adapted.weight, variant)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return (self.block,)
+
+    @property
+    def is_linear(self) -> bool:
+        return self.variant != "bat"
+
+    @property
+    def rank(self) -> int:
+        return min(self.block.shape[0], *self.shape) if self.is_linear else min(self.shape)
+
+    @property
+    def width(self) -> int:
+        return 1 if self.is_linear else self.block.shape[1]
+
+    def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
+        block = reader.tensor(self.block).to(dtype)
+        if self.is_linear:
+            left = self._left(block)
+            times = -(-self.shape[1] // left.shape[1])
+            return lambda rows, here: left[here].repeat(1, times)[:, : rows.shape[1]]
+        rank = block.shape[1]
+
+        def change(rows: Tensor, here: slice) -> Tensor:
+            pieces = rows.reshape(len(rows), -1, rank)
+            added, first, last = torch.empty_like(pieces), here.start, here.start + len(rows)
+            for number in range(first // rank, (last - 1) // rank + 1):
+                own, start = block[number], number * rank
+                low, high = max(first, start), min(last, start + rank)
+                part = slice(low - first, high - first)
+                added[part] = pieces[part] @ own + own[low - start : high - start, None]
+            return added.flatten(1)
+
+        return change
+
+    def value(self, reader: TensorReader) -> Product | Tensor:
+        if not self.is_linear:
+            return super().value(reader)
+        left = self._left(reader.tensor(self.block).double())
+        places = torch.arange(self.shape[1], device=left.device) % left.shape[1]
+        return Product(left, torch.eye(left.shape[1]).to(left)[:, places])
+
+    def _left(self, block: Tensor) -> Tensor:
+        """The stored block as (out, r)."""
+        return block.T.repeat(self.shape[0] // block.shape[1], 1)
