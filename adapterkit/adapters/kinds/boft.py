@@ -18,8 +18,7 @@ class Boft(RowDelta):
 
     Rᵢ is block-diagonal; a block is the Cayley transform (I - Q) (I + Q)⁻¹ of Q = (R - Rᵀ) / 2. Pᵢ
     brings inputs together that are a multiple of half a block apart; with one stage it is I. Biases
-    stay. GPT-2's layers, stored (in, out), change as in PEFT's forward: its merge rotates their
-    outputs, or fails if they are not square. PEFT reads several stages only with its CUDA kernel.
+    stay. PEFT reads several stages only with its CUDA kernel.
     """
 
     rotations: TensorSpec  # (stages, blocks, size, size)

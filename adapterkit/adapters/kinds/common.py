@@ -238,11 +238,6 @@ class RowDelta(WeightDelta):
         return False
 
     @property
-    def by_columns(self) -> bool:
-        """True if these rows are columns of the stored tensor."""
-        return self.turned != self.weight.transposed
-
-    @property
     def width(self) -> int:
         """Products for each element of the delta."""
         return 1

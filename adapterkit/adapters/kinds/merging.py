@@ -9,6 +9,7 @@ from adapterkit.adapters.kinds.dora_deltas import module_weight
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.commands import CHECK_BASE
 from adapterkit.core.errors import Refused, shown
 from adapterkit.core.registry import member
 from adapterkit.core.weights.names import Names
@@ -46,6 +47,14 @@ class ModuleOfRows:
             AdaptedModule(self.adapter, self.module, self.parts, {}, weight)
         )
         assert isinstance(delta, RowDelta)
+        if delta.turned != weight.transposed:
+            raise Refused(
+                f"{self.name} of {shown(self.module)}, whose weight is stored (in, out)",
+                expected="layers whose weight is (out, in): PEFT has no others of this type",
+                where=self.adapter.label,
+                hint=CHECK_BASE,
+                code="AK401",
+            )
         yield self._whole(weight.parameter), delta
         bias = names.parameter(f"{self.module}.bias") if delta.scales_bias else None
         if bias is not None:

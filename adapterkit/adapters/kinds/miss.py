@@ -41,8 +41,6 @@ class Miss(RowDelta):
         assert adapted.weight is not None
         config, shape = adapted.adapter.config, adapted.weight.weight_shape
         rank, mini, variant = config["r"], config["mini_r"], config["init_weights"]
-        if len(shape) > 2 or adapted.weight.transposed:
-            adapted.fail(f"MiSS of a weight {shape}", "linear layers, as in PEFT", "leave it out")
         (block,) = adapted.require(*Miss.keys)
         out, inputs = shape[0], math.prod(shape[1:])
         expected = {"bat": (out // rank, rank, rank), "mini": (rank, mini)}.get(

@@ -23,8 +23,7 @@ class Oft(RowDelta):
 
     R is block-diagonal; a block is the Cayley transform (I - Q) (I + Q)⁻¹ of a skew-symmetric
     matrix Q, or some terms of its Neumann series. With `coft`, Q is first projected to within
-    eps / sqrt(blocks) of zero. GPT-2's layers, stored (in, out), are rotated as in PEFT's forward:
-    its merge rotates their outputs, or fails if they are not square.
+    eps / sqrt(blocks) of zero.
     """
 
     # (blocks, size * (size - 1) / 2), upper triangles; one row where all blocks share it

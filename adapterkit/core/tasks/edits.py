@@ -6,7 +6,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import TYPE_CHECKING, Protocol
 
 from adapterkit.core import dtypes
@@ -323,11 +322,6 @@ class RowFunction(Protocol):
         ...
 
     @property
-    def by_columns(self) -> bool:
-        """True if these rows are columns of the stored tensor."""
-        ...
-
-    @property
     def is_linear(self) -> bool:
         """True if a multiple of it, and its sum with others, have a meaning too."""
         ...
@@ -344,9 +338,7 @@ class RowFunction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ChangeRows(RowEdit):
-    """w += Σ scale * function(w), of the same w.
-
-    A function of columns needs all rows, which are read once before."""
+    """w += Σ scale * function(w), of the same w."""
 
     functions: tuple[tuple[RowFunction, float], ...]
     size: int  # elements of the tensor
@@ -356,33 +348,23 @@ class ChangeRows(RowEdit):
         return tuple(spec for function, _ in self.functions for spec in function.tensors)
 
     @property
-    def is_dense(self) -> bool:
-        return any(function.by_columns for function, _ in self.functions)
-
-    @property
     def flops(self) -> int:
         return sum(2 * function.width * self.size for function, _ in self.functions)
 
     @property
     def memory(self) -> int:
-        """A block of a rotation takes twice its stored elements, in some copies in float64."""
-        return 80 * sum(spec.nbytes for spec in self.reads) + 56 * self.size * self.is_dense
+        # a block of a rotation has twice its stored elements, in some copies in float64
+        return 80 * sum(spec.nbytes for spec in self.reads)
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         dtype, stored = inputs.dtype, inputs.view(None)
         assert dtype is not None
-        changes = [(one.change(stored, dtype), one.by_columns, w) for one, w in self.functions]
-        whole: Tensor | None = None
-        if self.is_dense:
-            w = torch.cat([rows for _, rows in inputs.blocks(source, grid)]).T
-            parts = (change(w, slice(0, len(w))) * by for change, columns, by in changes if columns)
-            whole = reduce(torch.add, parts).T
+        changes = [(one.change(stored, dtype), scale) for one, scale in self.functions]
 
         def apply(w: Tensor, first: int) -> None:
             here = slice(first, first + len(w))
-            added = [change(w, here) * by for change, columns, by in changes if not columns]
-            for one in added if whole is None else [*added, whole[here]]:
-                w += one
+            for added in [change(w, here) * scale for change, scale in changes]:
+                w += added
 
         return Loaded(apply)
 
