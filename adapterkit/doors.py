@@ -75,10 +75,9 @@ ADAPTERS = {
     "part names": "adapters.formats.planning.as_plain:with_part_names",
     "parts": "adapters.formats.planning.as_plain:open_parts",
     "layout": "adapters.formats.planning.as_plain:plan_in_layout",
-    "extra deltas": "adapters.formats.extra_deltas:added_deltas",
+    "others": "adapters.formats.merged_deltas:with_others",
     "expert order words": "adapters.formats.peft.expert_order:unknown_orders",
     "other arithmetic": "adapters.formats.peft.variants:other_arithmetic",
-    "rows": "adapters.kinds.merging:read_rows",
     "expert order": "adapters.formats.peft.expert_order:order_problem",
 }
 

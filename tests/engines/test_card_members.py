@@ -16,9 +16,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import adapterkit
+from adapterkit.adapters.formats import merged_deltas
+from adapterkit.adapters.formats.merged_deltas import AddDelta
 from adapterkit.adapters.formats.modules.deltas import ModuleDelta
 from adapterkit.adapters.formats.modules.record import AdapterModule
 from adapterkit.adapters.formats.modules.tensors import from_spec
+from adapterkit.adapters.kinds import row_edit
+from adapterkit.adapters.kinds.boft import Boft
+from adapterkit.adapters.kinds.hira import Hira
+from adapterkit.adapters.kinds.hra import Hra
+from adapterkit.adapters.kinds.ia3 import Ia3
+from adapterkit.adapters.kinds.miss import Miss
+from adapterkit.adapters.kinds.oft import Oft
+from adapterkit.adapters.kinds.row_edit import ChangeRows
+from adapterkit.adapters.kinds.rows import RowDelta
 from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -29,7 +40,6 @@ from adapterkit.core.plan import RowEdit
 from adapterkit.core.registry import members
 from adapterkit.core.tasks import edits
 from adapterkit.core.tasks.edits import (
-    AddDelta,
     AddLikePeft,
     AddLowRank,
     AddVector,
@@ -41,6 +51,7 @@ from adapterkit.core.tasks.edits import (
     ReplaceRows,
     RoundTo,
 )
+from adapterkit.core.weights.parameters import Parameter, StoredParameter, identity_slot
 from adapterkit.kernels import dense
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.verbs.combine.methods.dare_ties import DareTies
@@ -56,7 +67,9 @@ OUT, IN, RANK, EXPERTS = 12, 10, 3, 2
 STORED = {
     "w": (OUT, IN), "a": (RANK, IN), "b": (OUT, RANK), "vector": (OUT,), "magnitude": (OUT,),
     "columns": (IN,), "rows": (2, IN), "tokens": (2, OUT), "stack_a": (EXPERTS * RANK, IN),
-    "stack_b": (OUT, RANK * EXPERTS),
+    "stack_b": (OUT, RANK * EXPERTS), "oft": (IN // 2, 1), "boft": (1, IN // 2, 2, 2),
+    "outputs": (OUT, 1), "inputs": (1, IN), "hra": (IN, RANK), "miss": (RANK, OUT),
+    "bat": (OUT // 2, 2, 2),
 }  # fmt: skip
 INIT_STATISTICS = {"covariance", "gradient", "components", "variances", "variance"}
 
@@ -108,6 +121,8 @@ def edits_of(s: dict[str, TensorSpec]) -> list[RowEdit]:
         AddLikePeft((term,), "BF16", True),
         AddDelta(ModuleDelta(lora), 0.5, Band(0, OUT)),
         AddDelta(ModuleDelta(full), 0.5, Band(0, OUT)),
+        *(ChangeRows(((function, 1.0),), OUT * IN) for function in functions_of(s)),
+        ChangeRows(tuple((one, 0.5) for one in functions_of(s) if one.is_linear), OUT * IN),
         AddVector(s["vector"], 0.5, scattered),
         RoundTo("BF16"),
         ReplaceRows(s["rows"], (1, 7)),
@@ -123,6 +138,28 @@ def edits_of(s: dict[str, TensorSpec]) -> list[RowEdit]:
     return chosen
 
 
+def functions_of(s: dict[str, TensorSpec]) -> list[RowDelta]:
+    """Each type of adapter whose delta is a function of the weight's rows."""
+    weight = StoredParameter.of(
+        Parameter("w", (OUT, IN), (identity_slot("w", (OUT, IN)),)), {"w": s["w"]}
+    )
+    chosen: list[RowDelta] = [
+        Oft(s["oft"], weight, 2, None, 0.3, False),
+        Oft(s["oft"], weight, 2, 5, None, False),
+        Boft(s["boft"], s["outputs"], weight),
+        Hra(s["hra"], weight, False, "m"),
+        Hra(s["hra"], weight, True, "m"),
+        Hira(s["a"], s["b"], weight),
+        Ia3(s["outputs"], weight, False),
+        Ia3(s["inputs"], weight, True),
+        Miss(s["miss"], weight, True),
+        Miss(s["bat"], weight, "bat"),
+    ]
+    known = {kind for kind in members("kinds").values() if issubclass(kind, RowDelta)}
+    assert {type(one) for one in chosen} == known
+    return chosen
+
+
 def assigned(x: Tensor, at: Any, value: Any) -> None:
     raise AssertionError("an edit writes by indices")
 
@@ -133,7 +170,7 @@ def test_edits_on_a_gpu_need_no_sorting_index(folder: LocalFolder, monkeypatch: 
     monkeypatch.setattr(Tensor, "__setitem__", assigned)
     specs, w = specs_of(folder), torch.randn(OUT, IN)
     chosen = edits_of(specs)
-    known = vars(edits) | vars(combined_edit)
+    known = vars(edits) | vars(combined_edit) | vars(merged_deltas) | vars(row_edit)
     everything = {c for c in known.values() if isinstance(c, type) and issubclass(c, RowEdit)}
     assert {type(edit) for edit in chosen} == {c for c in everything if not isabstract(c)}
     with Sources((folder,), {}) as sources, installed(Card()) as card, torch.inference_mode():

@@ -1,5 +1,6 @@
 """A net, an adapter of each kind on it, and their deltas as PEFT merges them."""
 
+import warnings
 from dataclasses import dataclass, field
 
 import peft
@@ -12,7 +13,8 @@ from adapterkit import resize
 CONFIGS = {
     "adalora": peft.AdaLoraConfig, "dora": peft.LoraConfig, "gralora": peft.GraloraConfig,
     "loha": peft.LoHaConfig, "lokr": peft.LoKrConfig, "oft": peft.OFTConfig,
-    "vera": peft.VeraConfig,
+    "vera": peft.VeraConfig, "boft": peft.BOFTConfig, "hira": peft.HiraConfig,
+    "hra": peft.HRAConfig, "ia3": peft.IA3Config, "miss": peft.MissConfig,
 }  # fmt: skip
 FULL = 10_000  # a rank above all
 
@@ -119,6 +121,16 @@ CASES = [
     ),
     Case("vera", LINEAR, {"r": 4}, base=True),
     Case("vera", ["fit", "deep.1"], {"r": 40}, base=True),
+    Case("boft", [*LINEAR[:3], "deep.0"], {"boft_block_size": 2}, base=True),
+    Case("boft", ["image", "fit"], {"boft_block_size": 0, "boft_block_num": 3}, base=True),
+    Case("hira", [*LINEAR, "tokens"], {"r": 3}, base=True),
+    Case("hira", ["image", "line", "point"], {"r": 2}, base=True),
+    Case("hra", LINEAR, {"r": 2}, base=True),
+    Case("hra", ["image", "point", "fit"], {"r": 5, "apply_GS": True}, base=True),
+    Case("ia3", ["wide", "fit", "image"], {"feedforward_modules": ["fit", "image"]}, base=True),
+    Case("miss", [*LINEAR[:3], "prime"], {"r": 5}, base=True),
+    Case("miss", ["fit", "tall"], {"r": 4, "mini_r": 1, "init_weights": "mini"}, base=True),
+    Case("miss", ["fit", "wide", "deep.0"], {"r": 4, "init_weights": "bat"}, base=True),
 ]
 
 
@@ -135,7 +147,9 @@ def trained(case, base, folder, **more):
         target_modules=list(case.targets),
         **(extra | case.options | {"modules_to_save": ["head"]} | more),
     )
-    model = peft.get_peft_model(net(base), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # BOFT's, of a CUDA kernel
+        model = peft.get_peft_model(net(base), config)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "original_module" not in name:
@@ -181,4 +195,9 @@ SIMPLE = {
     "lokr": Case("lokr", ["fit", "tall"], {"r": 1}),
     "oft": Case("oft", ["fit", "tall"], {"oft_block_size": 3}, base=True),
     "vera": Case("vera", ["fit", "tall"], {"r": 3}, base=True),
+    "boft": Case("boft", ["fit", "tall"], {"boft_block_size": 3}, base=True),
+    "hira": Case("hira", ["fit", "tall"], {"r": 2}, base=True),
+    "hra": Case("hra", ["fit", "tall"], {"r": 2}, base=True),
+    "ia3": Case("ia3", ["fit", "tall"], {"feedforward_modules": ["fit", "tall"]}, base=True),
+    "miss": Case("miss", ["fit", "tall"], {"r": 3}, base=True),
 }

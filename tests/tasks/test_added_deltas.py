@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from adapterkit.adapters.formats.merged_deltas import AddDelta
 from adapterkit.adapters.formats.modules.deltas import ModuleDelta
 from adapterkit.adapters.formats.modules.record import AdapterModule
 from adapterkit.adapters.formats.modules.tensors import from_spec
@@ -11,7 +12,7 @@ from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.engine.reader import LocalReader
-from adapterkit.core.tasks.edits import AddDelta, Band
+from adapterkit.core.tasks.edits import Band
 from adapterkit.kernels.lowrank.algebra import Product
 from tests.tasks.test_laws import peak
 

@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, RowChange, RowDelta, no_errors
-from adapterkit.adapters.kinds.oft import less_identity, rotated
+from adapterkit.adapters.kinds.common import AdaptedModule, no_errors
+from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.core.weights.reader import TensorReader
+from adapterkit.kernels import rotations
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,16 @@ class Boft(RowDelta):
     def from_module(adapted: AdaptedModule) -> "Boft":
         assert adapted.weight is not None
         out, *inputs = adapted.weight.weight_shape
-        rotations, scales = adapted.require(*Boft.keys)
+        turns, scales = adapted.require(*Boft.keys)
         width = math.prod(inputs)
-        fits = len(rotations.shape) == 4 and rotations.shape[2] == rotations.shape[3]
+        fits = len(turns.shape) == 4 and turns.shape[2] == turns.shape[3]
         if fits:
-            stages, blocks, size, _ = rotations.shape
+            stages, blocks, size, _ = turns.shape
             fits = stages > 0 and blocks * size == width
             fits = fits and (stages == 1 or (size % 2 == 0 and blocks % 2 ** (stages - 1) == 0))
         fits = fits and scales.shape == ((out, 1) if len(inputs) == 1 else (1, out))
         adapted.check(fits, f"blocks that tile {width} inputs, and {out} scales")
-        return Boft(rotations, scales, adapted.weight)
+        return Boft(turns, scales, adapted.weight)
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -60,34 +61,25 @@ class Boft(RowDelta):
         return self.rotations.shape[0] * self.rotations.shape[2]
 
     def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
-        rotations = reader.tensor(self.rotations).double()
-        turns = [less_identity((r - r.mT) / 2, None).mT.to(dtype) for r in rotations]
-        scale = reader.tensor(self.scales).double().flatten()
-        factor, more = scale.to(dtype), (scale - 1).to(dtype)
+        stored = reader.tensor(self.rotations).double()
+        turns = [rotations.less_identity((r - r.mT) / 2, None).mT.to(dtype) for r in stored]
+        scale = reader.tensor(self.scales).flatten().to(dtype)
         blocks, size = self.rotations.shape[1:3]
         orders = [
-            butterfly_order(blocks * size, blocks // 2**stage, size // 2, rotations.device)
+            rotations.butterfly_order(blocks * size, blocks // 2**stage, size // 2, stored.device)
             if len(turns) > 1
             else None
             for stage in range(len(turns))
         ]
 
         def change(rows: Tensor, here: slice) -> Tensor:
-            added = torch.zeros_like(rows)
+            now = rows
             for turn, order in zip(turns, orders, strict=True):
-                now = rows + added
                 if order is None:
-                    added += rotated(now, turn)
+                    now = now + rotations.rotated(now, turn)
                 else:
                     apart = torch.empty_like(now).index_copy_(1, order, now)
-                    added += rotated(apart, turn).index_select(1, order)
-            return added * factor[here, None] + rows * more[here, None]
+                    now = now + rotations.rotated(apart, turn).index_select(1, order)
+            return (now * scale[here, None]).sub_(rows)
 
         return change
-
-
-def butterfly_order(width: int, blocks: int, half: int, device: "torch.device") -> Tensor:
-    """Positions of a stage's inputs: in each of the blocks, pieces of `half` with even numbers
-    first, then those with odd ones."""
-    pieces = torch.arange(width, device=device).view(blocks, -1, half)
-    return torch.cat([pieces[:, 0::2], pieces[:, 1::2]], 1).flatten()

@@ -11,6 +11,7 @@ from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.commands import CHECK_BASE
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.records import Settings
 from adapterkit.core.weights.detect import check_not_quantized
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import StoredParameter
@@ -61,20 +62,13 @@ def stored_weight(names: Names, module: str, name: str, hint: str) -> StoredPara
     return weight
 
 
-def module_weight(
-    names: Names, module: str, *, embedding: bool, fan_in_fan_out: bool
-) -> StoredParameter:
-    """A module's weight as (out, in), or (out, in, *kernel); `Refused` if the base has none that
-    takes a LoRA."""
+def module_weight(names: Names, module: str, embedding: bool, config: Settings) -> StoredParameter:
+    """A module's weight as (out, in, *kernel), by the adapter's `config`; see `stored_weight`."""
     weight = stored_weight(names, module, f"{module}.weight", CHECK_BASE)
+    flag, is_square = bool(config.get("fan_in_fan_out")), weight.shape[0] == weight.shape[1]
     transposed = embedding or (
         len(weight.shape) == 2
-        and names.transposed(
-            module,
-            fan_in_fan_out=fan_in_fan_out,
-            square=weight.shape[0] == weight.shape[1],
-            where=names.base.name,
-        )
+        and names.transposed(module, fan_in_fan_out=flag, square=is_square, where=names.base.name)
     )
     return replace(weight, transposed=transposed)
 
@@ -99,8 +93,7 @@ class BaseWeights:
 
     def of(self, module: str, embedding: bool) -> StoredParameter:
         """See `module_weight`."""
-        fan_in_fan_out = bool(self.adapter.config.get("fan_in_fan_out"))
-        return module_weight(self.names, module, embedding=embedding, fan_in_fan_out=fan_in_fan_out)
+        return module_weight(self.names, module, embedding, self.adapter.config)
 
     def dora(self, factors: Factors) -> "DoRA":
         """A module's delta; `Refused` if its factors do not fit the base."""

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, RowChange, RowDelta, no_errors
+from adapterkit.adapters.kinds.common import AdaptedModule, no_errors
+from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Unrecoverable, shown
 from adapterkit.core.lazy import Tensor, torch
@@ -84,5 +85,6 @@ class Hra(RowDelta):
             )
         core = 2 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
         for last in range(1, u.shape[1]) if triangle is None else ():
-            core[:last, last] = -2 * core[:last, :last] @ (u[:, :last].T @ u[:, last])
+            before = u[:, :last].T @ u[:, last]
+            core[:last, last].copy_(core[:last, :last] @ before).mul_(-2)
         return -u, core @ u.T

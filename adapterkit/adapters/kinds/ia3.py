@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, RowChange, RowDelta, no_errors
+from adapterkit.adapters.kinds.common import AdaptedModule, no_errors
+from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.adapter.config import is_targets
 from adapterkit.core.adapter.targets import WHOLE
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.commands import MERGE
 from adapterkit.core.lazy import torch
 from adapterkit.core.patterns import matcher
 from adapterkit.core.records import test
@@ -49,6 +51,8 @@ class Ia3(RowDelta):
             shape = (1, inputs[0] if feedforward else out, *(1 for _ in inputs[1:]))
         what = "input" if feedforward else "output"
         adapted.check(scales.shape == shape, f"{shape}, a number for each {what}")
+        if adapted.has_bias and not feedforward:
+            adapted.fail("it scales the bias too", "no bias, for factors alone", MERGE)
         return Ia3(scales, adapted.weight, feedforward)
 
     @property

@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, RowChange, RowDelta, no_errors
+from adapterkit.adapters.kinds.common import AdaptedModule, no_errors
+from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.records import POSITIVE_INT, one_of
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.core.weights.reader import TensorReader
+from adapterkit.kernels.block_sizes import padded
 from adapterkit.kernels.lowrank.algebra import Product
 
 
@@ -77,14 +79,12 @@ class Miss(RowDelta):
         rank = block.shape[1]
 
         def change(rows: Tensor, here: slice) -> Tensor:
-            pieces = rows.reshape(len(rows), -1, rank)
-            added, first, last = torch.empty_like(pieces), here.start, here.start + len(rows)
-            for number in range(first // rank, (last - 1) // rank + 1):
-                own, start = block[number], number * rank
-                low, high = max(first, start), min(last, start + rank)
-                part = slice(low - first, high - first)
-                added[part] = pieces[part] @ own + own[low - start : high - start, None]
-            return added.flatten(1)
+            first, last = here.start // rank, -(-(here.start + len(rows)) // rank)
+            own, before = block[first:last], here.start - first * rank
+            after = (last - first) * rank - before - len(rows)
+            pieces = padded(rows, (0, 0, before, after)).view(len(own), rank, -1, rank)
+            added = torch.matmul(pieces, own[:, None]).add_(own[:, :, None])
+            return added.view(-1, rows.shape[1])[before : before + len(rows)]
 
         return change
 

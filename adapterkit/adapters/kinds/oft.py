@@ -5,14 +5,16 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, RowChange, RowDelta
+from adapterkit.adapters.kinds.common import AdaptedModule
+from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.commands import EXTRACT
 from adapterkit.core.errors import AdapterkitError, Problems, shown
-from adapterkit.core.lazy import Tensor, torch
+from adapterkit.core.lazy import torch
 from adapterkit.core.records import FINITE, FLAG, NON_NEGATIVE_INT, POSITIVE_INT
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.core.weights.reader import TensorReader
+from adapterkit.kernels import rotations
 
 ROTATION, EMBEDDING = "oft_R", "oft_embedding_R"
 
@@ -103,10 +105,10 @@ class Oft(RowDelta):
         return self.size
 
     def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
-        q = skew(reader.tensor(self.rotation).double(), self.size, self.eps)
-        turn = less_identity(q, self.terms).to(dtype)
+        q = rotations.skew(reader.tensor(self.rotation).double(), self.size, self.eps)
+        turn = rotations.less_identity(q, self.terms).to(dtype)
         turn = turn if self.embedding else turn.mT
-        return lambda rows, here: rotated(rows, turn)
+        return lambda rows, here: rotations.rotated(rows, turn)
 
 
 def _size(rotation: TensorSpec) -> int:
@@ -114,54 +116,3 @@ def _size(rotation: TensorSpec) -> int:
     count = rotation.shape[1] if len(rotation.shape) == 2 else -1
     size = (1 + math.isqrt(1 + 8 * count)) // 2 if count > 0 else 0
     return size if size * (size - 1) // 2 == count else 0
-
-
-def skew(
-    upper: Tensor,  # (blocks, size * (size - 1) / 2)
-    size: int,
-    eps: float | None,
-) -> Tensor:  # (blocks, size, size)
-    """Q = -Qᵀ with these elements above its diagonal, and with eps of norm ≤ eps / sqrt(blocks)."""
-    q = upper.new_zeros(len(upper), size, size)
-    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
-    q[:, rows, columns] = upper
-    q = q - q.mT
-    if eps is None:
-        return q
-    limit = eps / math.sqrt(len(upper))
-    length = torch.linalg.vector_norm(q, dim=(1, 2), keepdim=True)
-    return torch.where(length <= limit, q, q * (limit / length))
-
-
-def less_identity(
-    q: Tensor,  # (blocks, size, size), skew
-    terms: int | None,
-) -> Tensor:
-    """R - I = (I - Q) (I + Q)⁻¹ - I = -2 Q (I + Q)⁻¹.
-
-    With `terms` PEFT's series 2 Q + 2 Q² + ... + Qⁿ⁻¹, whose last term counts once, with the
-    opposite sign of Q. One term gives 0, two give 2 Q, and three the same as four.
-    """
-    if terms is None:
-        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        return torch.linalg.solve(eye + q, -2 * q, left=False)
-    if terms == 1:
-        return torch.zeros_like(q)
-    total, power = 2 * q, q
-    if terms > 2:
-        for _ in range(2, max(terms, 4) - 1):
-            power = power @ q
-            total = total + 2 * power
-        total = total + power @ q
-    return total
-
-
-def rotated(
-    rows: Tensor,  # (n, blocks * size)
-    rotation: Tensor,  # (blocks, size, size): R - I; or one, which all share
-) -> Tensor:
-    """Each block of the rows times its R - I."""
-    blocks = rows.reshape(len(rows), -1, rotation.shape[-1])
-    return torch.einsum("nbk,bkc->nbc", blocks, rotation.expand(blocks.shape[1], -1, -1)).reshape(
-        rows.shape
-    )

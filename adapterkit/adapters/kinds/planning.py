@@ -11,10 +11,9 @@ from adapterkit.core.adapter.keys import CONFIG
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.commands import CHECK_BASE, MERGE
+from adapterkit.core.commands import CHECK_BASE
 from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.registry import members
-from adapterkit.core.weights.names import Names
 
 if TYPE_CHECKING:
     from adapterkit.adapters.kinds.common import Delta, Kind
@@ -73,30 +72,17 @@ def read_deltas(
         embedding = any("embedding" in part for part in parts)
         with errors.collected():
             weight = None if weights is None else weights.of(module, embedding)
-            delta = kind.from_module(AdaptedModule(adapter, module, parts, shared, weight))
-            if weights is not None and getattr(delta, "scales_bias", False):
-                _check_bias(weights.names, module, source.name)
+            bias = weights and weights.names.parameter(f"{module}.bias")
+            own = AdaptedModule(adapter, module, parts, shared, weight, bias is not None)
+            delta = kind.from_module(own)
             if not delta.rank:
                 notes.append(f"{shown(module)} has rank 0: left out")
                 continue
-            shape = None if weight is None else weight.weight_shape
-            trailing_shape = tail_of(module, delta, shape, adapter.name)
+            trailing_shape = tail_of(module, delta, weight and weight.weight_shape, adapter.name)
             modules.append(ModuleOfKind(module, delta, trailing_shape, embedding))
     bias = adapter.config.get("bias") or "none"
     config = adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias}
     return replace(adapter, config=config), modules
-
-
-def _check_bias(names: Names, module: str, where: str) -> None:
-    """Refuse a module whose bias is scaled too, which factors alone cannot do."""
-    if names.parameter(f"{module}.bias") is not None:
-        raise Refused(
-            f"{shown(module)}: the adapter scales its bias too",
-            expected="modules without a bias, for factors alone",
-            where=where,
-            hint=MERGE,
-            code="AK406",
-        )
 
 
 def unknown_kernel(module: str) -> Refused:

@@ -69,7 +69,6 @@ def images_in(checkpoint: Checkpoint, kind: "type[Model]") -> "Model | None":
 def prepare_images(state: "MergeState", errors: Sequence[AdapterkitError]) -> None:
     """`Refused` with these errors, and for modules or components that the file lacks; notes on the
     file join the job's."""
-    from adapterkit.adapters.formats.extra_deltas import added_deltas
     from adapterkit.adapters.formats.image_model import SingleFileModel
     from adapterkit.adapters.formats.library import architectures
 
@@ -79,7 +78,7 @@ def prepare_images(state: "MergeState", errors: Sequence[AdapterkitError]) -> No
     errors = Problems(errors, where=model.name, code="AK401")
     known = {part for one in architectures().values() for part in one.components}
     for adapter in state.adapters:
-        added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
+        added = (one.target for one in adapter.others)
         names = [*(one.module for one in adapter.loras), *added, *adapter.replaced]
         for part in sorted(known):
             own = [one for one in names if one.startswith(f"{part}.") and state.is_selected(one)]

@@ -16,8 +16,7 @@ FACTORS = {  # by the kind of the module, a and b
 PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?!.*(?:experts|unembed))(?:"
     r"[^:]+\.(?:lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)|"
-    r"(?!.*\.(?:lora_|ranknum|hada_|lokr_|oft_|boft_|vera_|ia3_|"
-    r"hra_|hira_|miss_))[^:]+)"
+    r"(?!.*\.(?:lora_|ranknum|hada_|lokr_|oft_|boft_|vera_|ia3_|hra_|hira_|miss_))[^:]+)"
 )
 BASE_LAYER = ".base_layer"  # path component of the layer inside a wrapper
 BASE_LAYER_VALUE = re.compile(r"\.base_layer\.\w+$")  # a value of the layer directly in a wrapper

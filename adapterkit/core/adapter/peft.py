@@ -171,10 +171,7 @@ ROLES: Patterns = [
 TOKENS = re.compile(r"^(.*)\.token_adapter(?:\.\w+)?\.trainable_tokens_delta(?:\.\w+)?$")
 FLOAT_DTYPES = "F32, F16, BF16 or F64"
 NO_ARITHMETIC = re.compile(r"\.lora_(velora_embed$|monteclora_sampler\.)")  # of training alone
-NOT_READ = re.compile(
-    r"\.(lora_\w+|ranknum|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|ia3_\w+|"
-    r"hra_\w+|hira_\w+|miss_\w+)(\.|$)"
-)
+NOT_READ = re.compile(r"\.(ranknum|(?:lora|hada|lokr|oft|boft|vera|ia3|hra|hira|miss)_\w+)(\.|$)")
 
 
 def _classify_keys(

@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from adapterkit.core.adapter.config import BASE_CHANGING_INITS, IMPLICIT, with_heads
 from adapterkit.core.adapter.keys import BASE_LAYER_VALUE, CONFIG
@@ -13,9 +12,6 @@ from adapterkit.core.adapter.targets import ALL_LINEAR, Patterns, TargetMatcher,
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Refused, shown
-
-if TYPE_CHECKING:
-    from adapterkit.adapters.kinds.merging import ModuleOfRows
 
 
 @dataclass(frozen=True)
@@ -49,13 +45,12 @@ class Adapter:
     number: int  # its position among the job's inputs
     config: dict
     loras: tuple[Lora, ...]
-    # parameter -> trained value: modules_to_save, biases, resized embeddings
-    replaced: dict[str, TensorSpec]
+    replaced: dict[str, TensorSpec]  # by parameter: modules_to_save, biases, resized embeddings
     tokens: tuple[Tokens, ...]
     tensors: dict[str, TensorSpec] = field(repr=False)
     header_sha256: str = ""
     base_fingerprint: str | None = None  # fingerprint of the base that it was made for
-    others: "tuple[ModuleOfRows, ...]" = ()  # modules of types that are no LoRA
+    others: tuple = ()  # changes that are no factors, each of a module `target`
 
     @property
     def name(self) -> str:
@@ -78,14 +73,9 @@ class Adapter:
         return self.config.get("task_type"), name
 
     @property
-    def modules(self) -> list[str]:
-        """The adapted modules, once for each of their changes."""
-        return [one.module for one in (*self.loras, *self.others)]
-
-    @property
     def is_factors_alone(self) -> bool:
         """True if the base needs only weights to which products are added."""
-        others = self.replaced, self.tokens, self.saved, self.base_fingerprint, self.others
+        others = self.replaced, self.tokens, self.saved, self.base_fingerprint
         biases = self.config.get("bias") not in (None, "none")
         return not any(others) and not biases and not any(lora.bias for lora in self.loras)
 

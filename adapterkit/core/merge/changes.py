@@ -4,11 +4,9 @@ trained rows."""
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Factors, rank_and_scale
-from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.adapter.record import EMBEDDINGS, Adapter, Lora, is_inside, rank_mismatch
 from adapterkit.core.checkpoint.fingerprint import difference
 from adapterkit.core.checkpoint.header import TensorSpec
@@ -18,14 +16,8 @@ from adapterkit.core.inputs.earlier_merges import merged_change, same_merges
 from adapterkit.core.inputs.model_config import vocabulary_sizes
 from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.merge.sites import flips_square_experts, sites_of
-from adapterkit.core.registry import load
 from adapterkit.core.weights.codec import QuantizedWeight
 from adapterkit.core.weights.parameters import Parameter
-from adapterkit.doors import ADAPTERS
-
-if TYPE_CHECKING:
-    from adapterkit.adapters.formats.extra_deltas import AddedDelta
-    from adapterkit.adapters.kinds.merging import ModuleOfRows
 
 
 def resolve_targets(
@@ -244,11 +236,7 @@ def collect_changes(state: MergeState) -> None:
         _add_products(state, adapter)
         for other in adapter.others:
             with state.errors.collected():
-                _add_functions(state, adapter, other)
-        if ADDED_DELTAS in adapter.folder.files():  # deltas that are not factors
-            for added in load(ADAPTERS["extra deltas"])(adapter.folder, adapter.number):
-                with state.errors.collected():
-                    _add_delta(state, adapter, added)
+                other.add_to(state, adapter)
         if adapter.tokens or adapter.config.get("trainable_token_indices"):
             _check_rows(state, adapter)
             _add_rows(state, adapter)
@@ -396,7 +384,8 @@ def _check_complete(state: MergeState, adapter: Adapter) -> None:
         biases = (name for name in names if name.rpartition(".")[2] == "bias")
         expected |= dict.fromkeys(biases, 'bias "all"')
     if adapter.config.get("bias") == "lora_only":
-        biases = (f"{module}.bias" for module in adapter.modules)
+        modules = [*(lora.module for lora in adapter.loras), *(x.target for x in adapter.others)]
+        biases = (f"{module}.bias" for module in modules)
         expected |= dict.fromkeys((name for name in biases if name in names), 'bias "lora_only"')
     for name, reason in expected.items():
         parameter = state.names.parameter(name)
@@ -466,13 +455,13 @@ def _add_products(state: MergeState, adapter: Adapter) -> None:
             state.skip(adapter, lora.module)
     for module, loras in by_module.items():
         if state.names.model is not None:
-            _check_acting(state, adapter, module, "factors", loras)
+            check_acting(state, adapter, module, "factors", loras)
         with state.errors.collected():
             for name, leaf, lora in resolve_targets(state, adapter, module, loras):
                 _add_product(state, adapter, name, leaf, lora)
 
 
-def _check_acting(
+def check_acting(
     state: MergeState, adapter: Adapter, module: str, what: str, loras: Sequence[Lora] = ()
 ) -> None:
     """Refuse factors that had no effect in training, or another effect than in a merged weight.
@@ -537,62 +526,6 @@ def _add_product(
     change.adapters.append(adapter.name)
 
 
-def _add_functions(state: MergeState, adapter: Adapter, other: "ModuleOfRows") -> None:
-    """Add the changes of a module of another type of adapter, which depend on its weight."""
-    module = other.module
-    weight = state.weight(adapter, module)
-    if not state.changes_module(adapter, module):
-        state.skip(adapter, module)
-        return
-    if state.names.model is not None:
-        _check_acting(state, adapter, module, other.name)
-    for parameter, function in other.on(state.names):
-        if weight != 1.0 and not function.is_linear:
-            state.errors.add(
-                f"{other.name} of {shown(module)} with weight {weight:g}",
-                "weight 1: it is a change of the base's weight, and no addition",
-                "merge it with weight 1",
-                where=adapter.label,
-                code="AK107",
-            )
-            continue
-        change = state.change(parameter)
-        change.functions.append((function, weight))
-        change.adapters.append(adapter.name)
-
-
-def _add_delta(state: MergeState, adapter: Adapter, added: "AddedDelta") -> None:
-    """Add a delta that is not plain factors; raises `Refused` for weights of its directions."""
-    module = added.module.name
-    weight = state.weight(adapter, module)
-    if not state.changes_module(adapter, module):
-        state.skip(adapter, module)
-        return
-    names = [f"{module}.{leaf}" if leaf else module for leaf in added.leaves]
-    parameter = next(filter(None, map(state.names.parameter, names)), None)
-    if parameter is None:
-        state.errors.append(state.unknown_error(adapter, added.module.path, names[0]))
-        return
-    placed = added.on(parameter, state.base.tensors)
-    if placed is None:
-        shapes = [part.shape for part in added.module.parts.values()]
-        state.errors.append(state.shape_error(adapter, module, shapes, parameter.shape))
-        return
-    if placed.needs_base and weight != 1.0:
-        state.errors.add(
-            f"{added.module.kind} of {shown(module)} with weight {weight:g}",
-            "weight 1: it is a change of the base's weight, and no addition",
-            "merge it with weight 1",
-            where=adapter.label,
-            code="AK107",
-        )
-        return
-    change = state.change(parameter)
-    change.deltas.append((placed, weight))
-    change.weights[adapter.number] = weight
-    change.adapters.append(adapter.name)
-
-
 def _add_bias(state: MergeState, adapter: Adapter, lora: Lora, scale: float) -> None:
     assert lora.bias is not None
     parameter = state.names.parameter(f"{lora.module}.bias")
@@ -643,7 +576,7 @@ def _add_rows(state: MergeState, adapter: Adapter) -> None:
         if parameter is None:
             state.errors.append(state.unknown_error(adapter, tokens.values.key, name))
             continue
-        _check_acting(state, adapter, tokens.module, "rows")
+        check_acting(state, adapter, tokens.module, "rows")
         shape = state.changes[name].parameter.shape if name in state.changes else parameter.shape
         above = [i for i in tokens.indices if i >= shape[0]]
         if len(tokens.values.shape) != 2 or tokens.values.shape[1] != shape[1] or above:
@@ -667,18 +600,13 @@ def _check_method(state: MergeState) -> None:
     for adapter in state.adapters:
         doras = [lora.module for lora in adapter.loras if lora.magnitude is not None]
         biased = [lora.module for lora in adapter.loras if lora.bias is not None]
-        functions = [other.module for other in adapter.others]
-        kinds = {
-            "DoRA, whose delta depends on the base": doras,
-            "biases of factors": biased,
-            "an adapter of another type, whose delta depends on the base": functions,
-        }
+        kinds = {"DoRA, whose delta depends on the base": doras, "biases of factors": biased}
         for what, modules in kinds.items():
             if own := [module for module in modules if state.is_selected(module)]:
                 state.errors.add(
                     f"{name} and {what}: {listed(own)}",
                     "plain deltas",
-                    "remove --method" if modules is biased else PLAIN,
+                    PLAIN if modules is doras else "remove --method",
                     where=adapter.label,
                     code="AK401",
                 )
@@ -697,19 +625,21 @@ def _check_together(state: MergeState) -> None:
     """Refuse changes of one parameter by several adapters if their order would matter."""
     for name, change in state.changes.items():
         numbers = {one.a.folder for one in change.additions}
-        parts = (part for one, _ in change.deltas for part in one.delta.module.parts.values())
-        numbers |= {spec.folder for part in parts for spec in part.reads}
-        dora = next((one.a for one in change.additions if one.magnitude is not None), None)
-        if any(one.needs_base for one, _ in change.deltas):
-            dora = next(part.reads[0] for part in change.deltas[0][0].delta.module.parts.values())
-        if dora is not None and len(numbers) > 1 and state.options.compat != "peft":
+        numbers |= {number for one, _ in change.deltas for number in one.folders}
+        doras = {one.a.folder: "DoRA" for one in change.additions if one.magnitude is not None}
+        others = {one.folders[-1]: one.kind for one, _ in change.deltas if one.needs_base}
+        if others:
+            numbers |= {one.folder for one, _ in (*change.vectors, *change.rows)}
+            numbers |= {change.value_from} if change.value is not None else set()
+        if len(numbers) > 1 and (others or (doras and state.options.compat != "peft")):
+            number, kind = next(iter((doras | others).items()))
             state.errors.add(
-                f"{shown(name)}: DoRA of {state.adapter(dora.folder).name} and another adapter",
-                "one adapter on a module that DoRA rescales: the result depends on the order",
-                "merge one after the other, or give --compat peft for PEFT's order",
+                f"{shown(name)}: {kind} of {state.adapter(number).name} and another adapter",
+                f"one adapter on a module that {kind} changes: the result depends on the order",
+                "merge one after the other"
+                + ", or give --compat peft for PEFT's order" * (not others),
                 code="AK305",
             )
-        _check_functions(state, name, change)
         rows = [i for _, indices in change.rows for i in indices]
         if len(set(rows)) != len(rows):
             state.errors.add(
@@ -718,20 +648,3 @@ def _check_together(state: MergeState) -> None:
                 "merge one of them",
                 code="AK305",
             )
-
-
-def _check_functions(state: MergeState, name: str, change: Change) -> None:
-    """Refuse other changes of a weight that an adapter multiplies or rotates; products may be added
-    to a linear one's."""
-    functions = [function for function, _ in change.functions]
-    others = [*change.vectors, *change.deltas, *change.rows]
-    if not all(function.is_linear for function in functions):
-        others += change.additions + functions[1:]
-    if functions and (others or any(one.magnitude is not None for one in change.additions)):
-        state.errors.add(
-            f"{shown(name)}: {listed(list(dict.fromkeys(change.adapters)))} change it, and the "
-            "result depends on their order",
-            "one adapter on a weight that it multiplies or rotates",
-            "merge one after the other",
-            code="AK305",
-        )

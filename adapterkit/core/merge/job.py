@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.core.adapter.factors import Factors
-from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.adapter.record import Adapter, Lora
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.folder import Folder
@@ -23,14 +22,14 @@ from adapterkit.core.merge.verb import MergeOptions
 from adapterkit.core.patterns import MODULES
 from adapterkit.core.records import Json
 from adapterkit.core.registry import load
-from adapterkit.core.tasks.edits import RowFunction
 from adapterkit.core.weights.decoded import decoded_view, quantized_weights
 from adapterkit.core.weights.names import Names, mentions_weight
 from adapterkit.core.weights.parameters import Parameter
-from adapterkit.doors import ADAPTERS, MERGES
+from adapterkit.doors import MERGES
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.formats.extra_deltas import PlacedDelta
+    from adapterkit.adapters.formats.merged_deltas import PlacedDelta
+    from adapterkit.adapters.kinds.merging import PlacedFunctions
     from adapterkit.core.adapter.selection import Selection
     from adapterkit.core.inputs.weights_file import WeightsFile
     from adapterkit.verbs.combine.module_methods import ModuleMethods, ModuleWeights, WeightOf
@@ -151,9 +150,7 @@ class Change:
     additions: list[Factors] = field(default_factory=list)
     vectors: list[tuple[TensorSpec, float]] = field(default_factory=list)  # biases of b, scales
     # deltas that are not factors, each with its weight
-    deltas: list[tuple["PlacedDelta", float]] = field(default_factory=list)
-    # functions of the weight's own rows, each with its weight
-    functions: list[tuple["RowFunction", float]] = field(default_factory=list)
+    deltas: list[tuple["PlacedDelta | PlacedFunctions", float]] = field(default_factory=list)
     rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
     # weights of adapters by number, if a method combines them: they are not in the scales
     weights: dict[int, float] = field(default_factory=dict)
@@ -163,8 +160,7 @@ class Change:
     @property
     def has_edits(self) -> bool:
         """True if there are changes besides a new value."""
-        others = self.vectors or self.deltas or self.functions or self.rows
-        return bool(self.additions or others)
+        return bool(self.additions or self.vectors or self.deltas or self.rows)
 
 
 class MergeState:
@@ -276,18 +272,12 @@ class MergeState:
                     build_model = True
                 if self.is_selected(lora.module) and not has_parameters:
                     wanted[f"{lora.module}.weight"] = None
-            if ADDED_DELTAS in adapter.folder.files():
-                added_deltas = load(ADAPTERS["extra deltas"])
-                added = (one.module.name for one in added_deltas(adapter.folder, adapter.number))
-                wanted |= {f"{name}.weight": None for name in added if self.is_selected(name)}
             for other in adapter.others:
-                stored = self.base.tensors.get(name := f"{other.module}.weight")
-                sizes = () if stored is None else stored.shape[:1]
-                may_be_tied = other.embedding or vocabulary.intersection(sizes)
-                if may_be_tied or mentions_weight(self.base.config, other.module):
+                stored = self.base.tensors.get(name := f"{other.target}.weight")
+                may_be_tied = stored is not None and vocabulary.intersection(stored.shape[:1])
+                if may_be_tied or mentions_weight(self.base.config, other.target):
                     build_model = True
-                if self.is_selected(other.module):
-                    wanted[name] = None
+                wanted |= {name: None} if self.is_selected(other.target) else {}
             replaced = adapter.replaced
             if adapter.tokens or any(len(spec.shape) > 1 for spec in replaced.values()):
                 build_model = True

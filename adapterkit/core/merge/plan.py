@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit.core import dtypes
+from adapterkit.core.adapter.keys import ADDED_DELTAS
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint import layout
@@ -43,7 +44,7 @@ from adapterkit.core.outputs.model import (
     rounding_warnings,
 )
 from adapterkit.core.plan import Files, OutputFile, Plan, Step
-from adapterkit.core.registry import declarations, load
+from adapterkit.core.registry import load
 from adapterkit.core.shared_options import check_has_statistics
 from adapterkit.core.weights.codec import QuantizedWeight, check_writable
 from adapterkit.core.weights.decoded import decoded_view, quantization_files, quantized_weights
@@ -237,21 +238,14 @@ def _scan_adapters(
     errors = Problems()
     for number, (folder, _) in enumerate(sources, start=1):
         adapter, scan, is_typed = scan_adapter(folder, number)
-        kind = str(scan.config.get("peft_type", "LORA")).lower()
-        if kind != "lora" and kind in merged_by_rows():
+        is_other = scan.config.get("peft_type", "LORA") != "LORA"
+        if is_other or ADDED_DELTAS in folder.files():
             with errors.collected():
-                adapters.append(load(ADAPTERS["rows"])(folder, number, kind))
-            continue
+                adapter, scan, is_typed = load(ADAPTERS["others"])(adapter, scan, is_typed)
         errors += scan.errors
         if is_typed and scan.shards:
             adapters.append(adapter)
     return adapters, errors
-
-
-def merged_by_rows() -> list[str]:
-    """The types of adapters, besides LoRA, that a merge computes from the rows of the weights."""
-    known = declarations("kinds")
-    return [name for name, kind in known.items() if kind.constants.get("merges_rows")]
 
 
 def plan_merge_into_original(
@@ -353,7 +347,10 @@ def _plan(state: MergeState, steps: Steps, stats: Checkpoint | None, file: str |
             set_nested(state.config, key, name)
     tokenizer = tokenizer_files(state.adapters, state.options.tokenizer, state.notes)
     merged = zip(state.adapters, state.weights, strict=True)
-    rows = [Merged(one.folder, w, len(one.modules), one.config.get("r", "")) for one, w in merged]
+    rows = [
+        Merged(one.folder, w, len(one.loras) + len(one.others), one.config.get("r", ""))
+        for one, w in merged
+    ]
     how = {}
     if state.options.method is not None:
         how = {"delta": load(MERGES["words"])(state.options)}
@@ -373,7 +370,11 @@ def _plan_of_files(
     inputs = [state.original, *state.adapters, *([stats] if stats else [])]
     decisions = {
         "adapters": [
-            {"name": adapter.name, "weight": weight, "modules": len(adapter.modules)}
+            {
+                "name": adapter.name,
+                "weight": weight,
+                "modules": len(adapter.loras) + len(adapter.others),
+            }
             for adapter, weight in zip(state.adapters, state.weights, strict=True)
         ],
         "left_out": state.skipped,

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Factors
@@ -12,14 +12,12 @@ from adapterkit.core.merge.job import Change, MergeState
 from adapterkit.core.plan import RowEdit, Step
 from adapterkit.core.registry import load
 from adapterkit.core.tasks.edits import (
-    AddDelta,
     AddLikePeft,
     AddLowRank,
     AddVector,
     Assign,
     Band,
     Block,
-    ChangeRows,
     Decompose,
     PlacedFactors,
     ReplaceRows,
@@ -31,6 +29,7 @@ from adapterkit.doors import MERGES
 from adapterkit.kernels.quant.stochastic import Draws
 
 if TYPE_CHECKING:
+    from adapterkit.adapters.formats.merged_deltas import PlacedDelta
     from adapterkit.verbs.combine.module_methods import ModuleMethods
 
 WIDE = ("F32", "F64")  # types whose sums are taken in float64
@@ -269,18 +268,14 @@ def _edited(
     if state.methods is not None and change.weights:
         edits.append(_combined(state, change, slot, state.methods))
     else:
-        if change.functions:
-            edits.append(ChangeRows(tuple(change.functions), math.prod(slot.shape)))
-        for one, weight in change.deltas:
-            edits.append(AddDelta(one.delta, weight, Band(one.rows.start, one.rows.stop)))
+        edits += (one.edit(weight) for one, weight in change.deltas)
         if state.options.compat == "peft":
             _add_like_peft(state, edits, change, slot, step.dtype)
         elif change.additions:
             _add_factors(edits, change, slot)
     are_stacks = (factors.experts is not None for factors in change.additions)
     # the three axes of a convolution's kernel or of another table are no stack of experts
-    has_others = bool(change.deltas or change.functions)
-    is_stack = len(parameter.shape) == 3 and not has_others and all(are_stacks)
+    is_stack = len(parameter.shape) == 3 and not change.deltas and all(are_stacks)
     has_stack = is_stack and len(slot.shape) in (2, 3) and slot.axes[0].axis is not None
     rows = math.prod(slot.shape[: 2 if has_stack else 1])  # of the stored tensor as a grid
     names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
@@ -307,7 +302,8 @@ def _combined(state: MergeState, change: Change, slot: Slot, methods: "ModuleMet
     for factors in change.additions:
         one = place_factors(change.parameter, slot, factors)
         placed.setdefault(factors.a.folder, []).append(one)
-    others = {one.folder: one for one, _ in change.deltas}
+    deltas = [cast("PlacedDelta", one) for one, _ in change.deltas]  # others are refused
+    others = {number: one for one in deltas for number in one.folders}
     weights = {n: w for n, w in change.weights.items() if w} or change.weights
     module = change.parameter.name.removesuffix(".weight")
     whole = Block(Band(0, slot.shape[0]), Band(0, math.prod(slot.shape[1:])))
@@ -325,7 +321,7 @@ def _combined(state: MergeState, change: Change, slot: Slot, methods: "ModuleMet
         parts.append(new_part(weight, own, other.delta if other else None))
         places |= {(each.blocks, each.factors.flip) for each in own} or {((whole,), False)}
     ((blocks, flip),) = places
-    shape = change.additions[0].shape if change.additions else change.deltas[0][0].delta.shape
+    shape = change.additions[0].shape if change.additions else deltas[0].delta.shape
     method = methods.of(module, [number - 1 for number in weights])
     method.check_weights([*weights.values()])
     seed = state.options.seed

@@ -301,7 +301,7 @@ def _equal_changes(state: MergeState, one: Change, other: Change) -> bool:
         return False
     if state.methods and one.weights != other.weights:
         return False
-    if one.functions != other.functions:
+    if one.deltas != other.deltas:
         return False
     if len(one.additions) != len(other.additions) or (one.value is None) != (other.value is None):
         return False
@@ -370,8 +370,6 @@ def _foldable(state: MergeState, names: list[str]) -> bool:
     changes = [state.changes[name] for name in names]
     valued = [change for change in changes if change.value is not None]
     rows = [index for change in changes for _, indices in change.rows for index in indices]
-    if sum(bool(change.functions) for change in changes) > 1:
-        return False  # they are functions of one weight
     if any(_is_saved(state, name) for name in names) or len(set(rows)) != len(rows):
         return False
     weights = {pair for change in changes for pair in change.weights.items()}
@@ -388,7 +386,7 @@ def _sum(state: MergeState, changed: list[str]) -> Change:
         valued,
         additions=[factors for change in changes for factors in change.additions],
         weights={n: weight for change in changes for n, weight in change.weights.items()},
-        functions=[one for change in changes for one in change.functions],
+        deltas=[one for change in changes for one in change.deltas],
         vectors=[vector for change in changes for vector in change.vectors],
         rows=[row for change in changes for row in change.rows],
         adapters=list(dict.fromkeys(name for change in changes for name in change.adapters)),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Factors
@@ -16,10 +15,6 @@ from adapterkit.core.plan import READ, Loaded, RowEdit
 from adapterkit.core.weights.parameters import Positions, taken
 from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels import rows as kernel
-from adapterkit.kernels.lowrank.algebra import Product
-
-if TYPE_CHECKING:
-    from adapterkit.adapters.formats.modules.deltas import ModuleDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,101 +267,6 @@ class RoundTo(RowEdit):
 
 def _round(w: Tensor, dtype: torch.dtype) -> None:
     w.copy_(w.to(dtype))
-
-
-@dataclass(frozen=True, slots=True)
-class AddDelta(RowEdit):
-    """w += scale * delta, of any kind that does not depend on w, on these rows of the grid."""
-
-    delta: ModuleDelta
-    scale: float
-    rows: Band
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return self.delta.reads
-
-    @property
-    def is_dense(self) -> bool:
-        return not self.delta.is_product
-
-    @property
-    def memory(self) -> int:
-        return self.delta.memory if self.is_dense else 40 * self.delta.rank * sum(self.delta.shape)
-
-    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
-        value = self.delta.value(inputs.view(None))  # float64
-        dtype = inputs.dtype
-        if isinstance(value, Product):
-            left, right = (value.left * self.scale).to(dtype), value.right.to(dtype)
-            add = lambda part, here: kernel.add_low_rank(part, left[here], right)
-            norm = kernel.low_rank_norm(left, right)
-        else:
-            dense = (value.reshape(-1, grid[1]) * self.scale).to(dtype)
-            add = lambda part, here: part.add_(dense[here])
-            norm = float(torch.linalg.vector_norm(dense.double()))
-
-        def apply(w: Tensor, first: int) -> None:
-            for part, here in self.rows.overlap(w, first):
-                add(part, here)
-
-        return Loaded(apply, norm)
-
-
-class RowFunction(Protocol):
-    """A delta whose rows depend on the same rows of the weight; a frozen, picklable record."""
-
-    @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        """The adapter's tensors."""
-        ...
-
-    @property
-    def is_linear(self) -> bool:
-        """True if a multiple of it, and its sum with others, have a meaning too."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Products for each element of the delta."""
-        ...
-
-    def change(self, reader: Reader, dtype: torch.dtype) -> Callable[[Tensor, slice], Tensor]:
-        """Return what computes rows of the delta from rows of the weight and their slice."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ChangeRows(RowEdit):
-    """w += Σ scale * function(w), of the same w."""
-
-    functions: tuple[tuple[RowFunction, float], ...]
-    size: int  # elements of the tensor
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for function, _ in self.functions for spec in function.tensors)
-
-    @property
-    def flops(self) -> int:
-        return sum(2 * function.width * self.size for function, _ in self.functions)
-
-    @property
-    def memory(self) -> int:
-        # a block of a rotation has twice its stored elements, in some copies in float64
-        return 80 * sum(spec.nbytes for spec in self.reads)
-
-    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
-        dtype, stored = inputs.dtype, inputs.view(None)
-        assert dtype is not None
-        changes = [(one.change(stored, dtype), scale) for one, scale in self.functions]
-
-        def apply(w: Tensor, first: int) -> None:
-            here = slice(first, first + len(w))
-            for added in [change(w, here) * scale for change, scale in changes]:
-                w += added
-
-        return Loaded(apply)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,13 +44,14 @@ def test_settings_that_make_no_sense_are_refused(simple, base, tmp_path):
     case, adapter = simple
     for key in members("kinds")[case.kind].settings:
         now = json.loads((adapter / "adapter_config.json").read_text())[key]
-        refused(case, base, edited(adapter, **{key: "many"}), tmp_path, f"{key} = 'many'")
+        wrong = 7 if key == "feedforward_modules" else "many"
+        refused(case, base, edited(adapter, **{key: wrong}), tmp_path, f"{key} = {wrong!r}")
         edited(adapter, **{key: now})
     refused(case, base, edited(adapter, modules_to_save="head"), tmp_path, "modules_to_save")
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in SIMPLE if kind != "oft"]
+    "kind", [kind for kind in SIMPLE if kind not in ("oft", "hra", "ia3", "miss")]
 )  # whose modules have one
 def test_a_missing_tensor_is_refused(kind, base, tmp_path):
     adapter = rewritten(
@@ -116,7 +117,7 @@ def test_keeping_alpha_is_refused(simple, base, tmp_path):
     refused(case, base, adapter, tmp_path, "--alpha keep", alpha="keep")
 
 
-@pytest.mark.parametrize("kind", ["oft", "vera"])
+@pytest.mark.parametrize("kind", [kind for kind, case in SIMPLE.items() if case.base])
 def test_without_its_base_it_is_refused(kind, base, tmp_path):
     adapter = trained(SIMPLE[kind], base, tmp_path / "adapter")
     refused(
@@ -137,14 +138,9 @@ def test_verbs_without_a_base_point_to_a_conversion_with_it(base, tmp_path):
 
 
 def test_types_that_nobody_knows_are_refused(base, tmp_path):
-    adapter = edited(trained(SIMPLE["loha"], base, tmp_path / "adapter"), peft_type="IA3")
-    refused(
-        SIMPLE["loha"],
-        base,
-        adapter,
-        tmp_path,
-        "peft_type 'IA3'\n  expected: LORA, ADALORA, GRALORA, LOHA, LOKR, OFT, VERA",
-    )
+    adapter = edited(trained(SIMPLE["loha"], base, tmp_path / "adapter"), peft_type="SHIRA")
+    known = ", ".join(["LORA", *map(str.upper, members("kinds"))])
+    refused(SIMPLE["loha"], base, adapter, tmp_path, f"peft_type 'SHIRA'\n  expected: {known}")
     refused(SIMPLE["loha"], base, edited(adapter, peft_type=None), tmp_path, "peft_type None")
 
 
@@ -183,6 +179,13 @@ def test_oft_of_a_kernel_is_refused(base, tmp_path):
     refused(
         case, base, trained(case, base, tmp_path / "adapter"), tmp_path, "image: OFT of a kernel"
     )
+
+
+def test_ia3_of_outputs_with_biases_needs_a_merge(base, tmp_path):
+    case = Case("ia3", ["fit", "wide", "tall"], {"feedforward_modules": ["tall"]}, base=True)
+    adapter = trained(case, base, tmp_path / "adapter")
+    text = refused(case, base, adapter, tmp_path, "(?s)fit: .*scales the bias.*adapterkit merge")
+    assert "wide" not in text and "tall" not in text
 
 
 def test_the_series_of_old_peft_is_refused(base, tmp_path):

@@ -13,11 +13,11 @@ from torch import nn
 
 from adapterkit import resize
 from adapterkit.adapters.kinds import lokr
-from adapterkit.adapters.kinds.oft import less_identity, skew
 from adapterkit.cli import main
 from adapterkit.core.adapter.peft import read_adapter
 from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.registry import members
+from adapterkit.kernels.rotations import less_identity, skew
 from tests.support.kinds import (
     CASES,
     CONFIGS,

@@ -21,11 +21,11 @@ from adapterkit.adapters.formats.modules.tensors import Expression, contract
 from adapterkit.adapters.kinds.common import ComputedDelta, Delta
 from adapterkit.adapters.kinds.loha import hadamard, with_core
 from adapterkit.adapters.kinds.lokr import kronecker_svd
-from adapterkit.adapters.kinds.oft import less_identity
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.core.weights.reader import Reader, TensorReader
+from adapterkit.kernels import rotations
 from adapterkit.kernels.lowrank import weighted
 from adapterkit.kernels.lowrank.algebra import Product, Svd
 
@@ -166,9 +166,9 @@ def rotation(parts: Values, scale: float, base: Tensor | None) -> Tensor:
     rows = base.flatten(1)
     if q.dim() == 3:
         blocks = rows.view(len(q), q.shape[-1], -1)
-        added = (less_identity(q, None) @ blocks).view(rows.shape)
+        added = (rotations.less_identity(q, None) @ blocks).view(rows.shape)
     else:
-        added = butterfly(less_identity(-q.flatten(0, 1), None).view(q.shape), rows)
+        added = butterfly(rotations.less_identity(-q.flatten(0, 1), None).view(q.shape), rows)
     if "rescale" not in parts:
         return added
     rescale = parts["rescale"].reshape(-1, 1)

@@ -36,10 +36,11 @@ class Resize(WritingVerb, TruncationOptions):
     begin with the component. The output has the layout of the adapter, also if `out` ends in
     .safetensors.
 
-    LoHa, LoKr, VeRA, AdaLoRA, GraLoRA, OFT, and with `base`, a model, DoRA become standard LoRA of
-    scale 1. OFT needs the base for the weights that it rotates, VeRA for its widths, convolutions
-    of the others for their kernels, `target_parameters` with different patterns for their order.
-    For a DoRA without `base`, the magnitudes stay and scale·b@a is approximated, with a note.
+    LoHa, LoKr, VeRA, AdaLoRA, GraLoRA, OFT, BOFT, HRA, HiRA, IA3, MiSS, and with `base`, a model,
+    DoRA become standard LoRA of scale 1. VeRA and MiSS need the base for widths, OFT, BOFT, HRA,
+    HiRA and IA3 for its weights, convolutions of the others for their kernels, `target_parameters`
+    with different patterns for their order. For a DoRA without `base`, the magnitudes stay and
+    scale·b@a is approximated, with a note.
 
     `drop_intruders`: with `base`, the share removed of each intruder dimension: a leading left
     singular vector of W + delta (of 10) whose cosine with all those of W is below 0.5. The delta
@@ -50,7 +51,7 @@ class Resize(WritingVerb, TruncationOptions):
     command = """Change an adapter's rank, or convert it to plain LoRA.
 
     The new factors are the best approximation of each delta with the new rank, computed without the
-    model. LoHa, LoKr, VeRA, AdaLoRA, GraLoRA, OFT, and with --base DoRA, become plain LoRA.
+    model. Adapters of other types, and with --base DoRA, become plain LoRA.
 
     \b
     Example:
