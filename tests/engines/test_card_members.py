@@ -21,14 +21,14 @@ from adapterkit.adapters.formats.merged_deltas import AddDelta
 from adapterkit.adapters.formats.modules.deltas import ModuleDelta
 from adapterkit.adapters.formats.modules.record import AdapterModule
 from adapterkit.adapters.formats.modules.tensors import from_spec
-from adapterkit.adapters.kinds import row_edit
+from adapterkit.adapters.kinds import merging
 from adapterkit.adapters.kinds.boft import Boft
 from adapterkit.adapters.kinds.hira import Hira
 from adapterkit.adapters.kinds.hra import Hra
 from adapterkit.adapters.kinds.ia3 import Ia3
+from adapterkit.adapters.kinds.merging import ChangeRows
 from adapterkit.adapters.kinds.miss import Miss
 from adapterkit.adapters.kinds.oft import Oft
-from adapterkit.adapters.kinds.row_edit import ChangeRows
 from adapterkit.adapters.kinds.rows import RowDelta
 from adapterkit.core.adapter.factors import Factors
 from adapterkit.core.checkpoint.folder import LocalFolder
@@ -121,8 +121,8 @@ def edits_of(s: dict[str, TensorSpec]) -> list[RowEdit]:
         AddLikePeft((term,), "BF16", True),
         AddDelta(ModuleDelta(lora), 0.5, Band(0, OUT)),
         AddDelta(ModuleDelta(full), 0.5, Band(0, OUT)),
-        *(ChangeRows(((function, 1.0),), OUT * IN) for function in functions_of(s)),
-        ChangeRows(tuple((one, 0.5) for one in functions_of(s) if one.is_linear), OUT * IN),
+        *(ChangeRows(((function, 1.0),), OUT) for function in functions_of(s)),
+        ChangeRows(tuple((one, 0.5) for one in functions_of(s) if one.is_linear), OUT),
         AddVector(s["vector"], 0.5, scattered),
         RoundTo("BF16"),
         ReplaceRows(s["rows"], (1, 7)),
@@ -170,7 +170,7 @@ def test_edits_on_a_gpu_need_no_sorting_index(folder: LocalFolder, monkeypatch: 
     monkeypatch.setattr(Tensor, "__setitem__", assigned)
     specs, w = specs_of(folder), torch.randn(OUT, IN)
     chosen = edits_of(specs)
-    known = vars(edits) | vars(combined_edit) | vars(merged_deltas) | vars(row_edit)
+    known = vars(edits) | vars(combined_edit) | vars(merged_deltas) | vars(merging)
     everything = {c for c in known.values() if isinstance(c, type) and issubclass(c, RowEdit)}
     assert {type(edit) for edit in chosen} == {c for c in everything if not isabstract(c)}
     with Sources((folder,), {}) as sources, installed(Card()) as card, torch.inference_mode():

@@ -286,6 +286,16 @@ def test_trained_biases_next_to_a_rotation_are_merged(plain, tmp_path):
     assert not torch.equal(actual["fit.bias"], before["fit.bias"])
 
 
+@pytest.mark.parametrize("name, rank", [("miss", 4), ("miss-mini", 4), ("hra", 5)])
+def test_what_is_of_low_rank_is_converted_exactly(name, rank, home, tmp_path):
+    base = home / "llama"
+    adapterkit.convert(home / name, to="peft", rank=rank, base=base, out=tmp_path / "lora")
+    adapterkit.merge(base, tmp_path / "lora", out=tmp_path / "out")
+    expected = merged_by_peft(oracle.load(oracle.llama, base), home / name)
+    before = oracle.load(oracle.llama, base).state_dict()
+    assert_same_change(oracle.merged(tmp_path / "out", oracle.llama), expected, before)
+
+
 def test_left_out_modules_keep_their_bytes(home, tmp_path):
     adapterkit.merge(home / "llama", home / "hra", exclude="v_proj", out=tmp_path / "out")
     before, after = (oracle.stored(x) for x in (home / "llama", tmp_path / "out"))
@@ -319,13 +329,16 @@ def test_half_of_a_multiplication_is_refused(name, home, tmp_path):
 
 
 def test_two_adapters_on_a_rotated_weight_are_refused(home, tmp_path):
-    for other in ("hra", "hira", "miss"):
-        pair = [home / "oft", home / other]
-        for adapters in (pair, pair[::-1]):
-            text = refused(
-                "of .* and another adapter", home / "llama", adapters, out=tmp_path / "out"
-            )
-            assert "6 problems" in text and "one after the other" in text
+    lora = tmp_path / "lora"
+    oracle.train(oracle.load(oracle.llama, home / "llama"), lora, target_modules=LAYERS)
+    for other in (home / "hira", home / "miss", lora):
+        for adapters in ([home / "oft", other], [other, home / "oft"]):
+            for options in ({}, {"compat": "peft"}):
+                out = tmp_path / "out"
+                text = refused(
+                    "OFT of oft and another", home / "llama", adapters, out=out, **options
+                )
+                assert "6 problems" in text and "one after the other" in text
 
 
 def test_a_method_refuses_what_is_no_plain_delta(home, tmp_path):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, no_errors
+from adapterkit.adapters.kinds.common import AdaptedModule
 from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import Tensor, torch
@@ -28,14 +28,12 @@ class Boft(RowDelta):
 
     name = "boft"
     keys = ("boft_R", "boft_s")
-    shared = ()
     settings: ClassVar = {}
     unused_settings = frozenset(
         {"boft_block_num", "boft_block_size", "boft_dropout", "boft_n_butterfly_factor"}
     )
     needs_base = "it rotates the base's weights"
     merges_rows = True
-    check = staticmethod(no_errors)
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "Boft":
@@ -51,14 +49,6 @@ class Boft(RowDelta):
         fits = fits and scales.shape == ((out, 1) if len(inputs) == 1 else (1, out))
         adapted.check(fits, f"blocks that tile {width} inputs, and {out} scales")
         return Boft(turns, scales, adapted.weight)
-
-    @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        return self.rotations, self.scales
-
-    @property
-    def width(self) -> int:
-        return self.rotations.shape[0] * self.rotations.shape[2]
 
     def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
         stored = reader.tensor(self.rotations).double()

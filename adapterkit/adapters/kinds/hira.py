@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, no_errors
+from adapterkit.adapters.kinds.common import AdaptedModule
 from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import torch
@@ -25,12 +25,10 @@ class Hira(RowDelta):
 
     name = "hira"
     keys = (*FACTORS, *EMBEDDING)
-    shared = ()
     settings: ClassVar = {}
     unused_settings = frozenset({"r", "rank_pattern", "hira_dropout"})
     needs_base = "it multiplies the base's weights"
     merges_rows = True
-    check = staticmethod(no_errors)
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "Hira":
@@ -44,20 +42,12 @@ class Hira(RowDelta):
         return Hira(a, b, adapted.weight)
 
     @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        return self.a, self.b
-
-    @property
     def turned(self) -> bool:
         return self.weight.transposed
 
     @property
     def is_linear(self) -> bool:
         return True
-
-    @property
-    def width(self) -> int:
-        return self.a.shape[0]
 
     def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
         left, right = reader.tensor(self.b).flatten(1), reader.tensor(self.a).flatten(1)

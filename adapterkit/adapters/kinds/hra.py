@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, no_errors
+from adapterkit.adapters.kinds.common import AdaptedModule
 from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Unrecoverable, shown
@@ -32,12 +32,10 @@ class Hra(RowDelta):
 
     name = "hra"
     keys = ("hra_u",)
-    shared = ()
     settings: ClassVar = {"r": POSITIVE_INT, "apply_GS": FLAG}
     unused_settings = frozenset()
     needs_base = "it reflects the base's weights"
     merges_rows = True
-    check = staticmethod(no_errors)
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "Hra":
@@ -49,16 +47,8 @@ class Hra(RowDelta):
         return Hra(reflections, adapted.weight, config["apply_GS"], adapted.module)
 
     @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        return (self.reflections,)
-
-    @property
     def rank(self) -> int:
         return min(self.reflections.shape[1], *self.shape)
-
-    @property
-    def width(self) -> int:
-        return 2 * self.reflections.shape[1]
 
     def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
         left, right = (one.to(dtype) for one in self._factors(reader))

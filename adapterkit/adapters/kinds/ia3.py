@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, no_errors
+from adapterkit.adapters.kinds.common import AdaptedModule
 from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.adapter.config import is_targets
 from adapterkit.core.adapter.targets import WHOLE
@@ -28,12 +28,10 @@ class Ia3(RowDelta):
 
     name = "ia3"
     keys = ("ia3_l",)
-    shared = ()
     settings: ClassVar = {"feedforward_modules": test("a text, or a list of names", is_targets)}
     unused_settings = frozenset({"init_ia3_weights"})
     needs_base = "it multiplies the base's weights"
     merges_rows = True
-    check = staticmethod(no_errors)
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "Ia3":
@@ -54,10 +52,6 @@ class Ia3(RowDelta):
         if adapted.has_bias and not feedforward:
             adapted.fail("it scales the bias too", "no bias, for factors alone", MERGE)
         return Ia3(scales, adapted.weight, feedforward)
-
-    @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        return (self.scales,)
 
     @property
     def turned(self) -> bool:

@@ -7,19 +7,21 @@ from typing import Any, cast
 
 from adapterkit.adapters.kinds.common import AdaptedModule, Kind, read_kind
 from adapterkit.adapters.kinds.dora_deltas import module_weight
-from adapterkit.adapters.kinds.row_edit import ChangeRows
 from adapterkit.adapters.kinds.rows import RowDelta
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.commands import CHECK_BASE, PLAIN
 from adapterkit.core.errors import Refused, shown
+from adapterkit.core.lazy import Tensor
 from adapterkit.core.merge.changes import check_acting
 from adapterkit.core.merge.job import MergeState
+from adapterkit.core.plan import Loaded, RowEdit
 from adapterkit.core.records import Settings
 from adapterkit.core.registry import declarations, member
 from adapterkit.core.weights.names import Names
 from adapterkit.core.weights.parameters import Parameter, StoredParameter
+from adapterkit.core.weights.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ class ModuleOfRows:
             # one edit, and the first, because all are functions of the same weight
             before = change.deltas[0][0] if change.deltas else None
             first = before if isinstance(before, PlacedFunctions) else None
-            own = PlacedFunctions(self.name, parameter.shape, ((function, weight),))
-            if first is not None:
-                own = replace(own, functions=(*first.functions, *own.functions))
+            functions = [*(first.functions if first else ()), (function, weight)]
+            functions.sort(key=lambda one: not one[0].is_linear)
+            own = PlacedFunctions(parameter.shape[0], tuple(functions))
             change.deltas[: first is not None] = [(own, 1.0)]
 
     def _on(self, names: Names, adapter: Adapter) -> Iterator[tuple[Parameter, RowDelta]]:
@@ -100,10 +102,10 @@ class ModuleOfRows:
 
 @dataclass(frozen=True)
 class PlacedFunctions:
-    """The changes of a parameter that are functions of its rows, each with its adapter's weight."""
+    """The changes of a parameter that are functions of its rows, each with its adapter's weight;
+    the linear ones first."""
 
-    kind: str  # the last one's
-    shape: tuple[int, ...]  # the parameter's
+    rows: int  # of the parameter
     functions: tuple[tuple[RowDelta, float], ...]
 
     @property
@@ -112,13 +114,53 @@ class PlacedFunctions:
         return [function.tensors[0].folder for function, _ in self.functions]
 
     @property
+    def kind(self) -> str:
+        """The type of the last one, as PEFT writes it."""
+        return self.functions[-1][0].name.upper()
+
+    @property
     def needs_base(self) -> bool:
         """True if one multiplies or rotates the weight, and no other can be added."""
         return not all(function.is_linear for function, _ in self.functions)
 
-    def edit(self, weight: float) -> ChangeRows:
+    def edit(self, weight: float) -> "ChangeRows":
         """The edit of the stored tensor."""
-        return ChangeRows(self.functions, math.prod(self.shape))
+        return ChangeRows(self.functions, self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRows(RowEdit):
+    """w += Σ scale * function(w), of the same w."""
+
+    functions: tuple[tuple[RowDelta, float], ...]
+    rows: int
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for function, _ in self.functions for spec in function.tensors)
+
+    @property
+    def flops(self) -> int:
+        # about one product for each element of an adapter's tensors and each row
+        return 2 * self.rows * sum(math.prod(spec.shape) for spec in self.reads)
+
+    @property
+    def memory(self) -> int:
+        # a block of a rotation has twice its stored elements, in some copies in float64
+        return 80 * sum(spec.nbytes for spec in self.reads)
+
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        dtype, stored = inputs.dtype, inputs.view(None)
+        assert dtype is not None
+        changes = [(one.change(stored, dtype), scale) for one, scale in self.functions]
+
+        def apply(w: Tensor, first: int) -> None:
+            here = slice(first, first + len(w))
+            added = [change(w, here) for change, _ in changes]  # all of the same w
+            for one, (_, scale) in zip(added, changes, strict=True):
+                w.add_(one, alpha=scale)
+
+        return Loaded(apply)
 
 
 def read_rows(folder: Folder, number: int, config: Settings) -> Adapter | None:

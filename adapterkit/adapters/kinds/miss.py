@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import AdaptedModule, no_errors
+from adapterkit.adapters.kinds.common import AdaptedModule
 from adapterkit.adapters.kinds.rows import RowChange, RowDelta
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import Tensor, torch
@@ -28,7 +28,6 @@ class Miss(RowDelta):
 
     name = "miss"
     keys = ("miss_block",)
-    shared = ()
     settings: ClassVar = {
         "r": POSITIVE_INT, "mini_r": POSITIVE_INT,
         "init_weights": one_of(True, False, "bat", "mini"),
@@ -36,7 +35,6 @@ class Miss(RowDelta):
     unused_settings = frozenset({"miss_dropout"})
     needs_base = "its file does not say how many inputs a module has"
     merges_rows = True
-    check = staticmethod(no_errors)
 
     @staticmethod
     def from_module(adapted: AdaptedModule) -> "Miss":
@@ -55,20 +53,12 @@ class Miss(RowDelta):
         return Miss(block, adapted.weight, variant)
 
     @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        return (self.block,)
-
-    @property
     def is_linear(self) -> bool:
         return self.variant != "bat"
 
     @property
     def rank(self) -> int:
         return min(self.block.shape[0], *self.shape) if self.is_linear else min(self.shape)
-
-    @property
-    def width(self) -> int:
-        return 1 if self.is_linear else self.block.shape[1]
 
     def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
         block = reader.tensor(self.block).to(dtype)

@@ -38,7 +38,6 @@ class Oft(RowDelta):
 
     name = "oft"
     keys = (ROTATION, EMBEDDING)
-    shared = ()
     settings: ClassVar = {
         "r": NON_NEGATIVE_INT, "oft_block_size": NON_NEGATIVE_INT, "coft": FLAG, "eps": FINITE,
         "block_share": FLAG, "use_cayley_neumann": FLAG, "num_cayley_neumann_terms": POSITIVE_INT,
@@ -93,16 +92,8 @@ class Oft(RowDelta):
         )
 
     @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        return (self.rotation,)
-
-    @property
     def turned(self) -> bool:
         return self.embedding
-
-    @property
-    def width(self) -> int:
-        return self.size
 
     def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
         q = rotations.skew(reader.tensor(self.rotation).double(), self.size, self.eps)

@@ -2,8 +2,9 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import WeightDelta, map_rows
+from adapterkit.adapters.kinds.common import WeightDelta, map_rows, no_errors
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.weights.reader import TensorReader
@@ -17,6 +18,10 @@ class RowDelta(WeightDelta):
 
     The rows are those of W (out, in), or if `turned` those of Wᵀ (in, out)."""
 
+    name: ClassVar[str]
+    shared = ()
+    check = staticmethod(no_errors)
+
     @property
     def is_linear(self) -> bool:
         """True if a multiple of it, and its sum with others, have a meaning too."""
@@ -28,9 +33,9 @@ class RowDelta(WeightDelta):
         return False
 
     @property
-    @abstractmethod
     def tensors(self) -> tuple[TensorSpec, ...]:
         """The adapter's tensors."""
+        return tuple(value for value in vars(self).values() if isinstance(value, TensorSpec))
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -40,11 +45,6 @@ class RowDelta(WeightDelta):
     def turned(self) -> bool:
         """True if the rows are those of Wᵀ."""
         return False
-
-    @property
-    def width(self) -> int:
-        """Products for each element of the delta."""
-        return 1
 
     @abstractmethod
     def change(self, reader: TensorReader, dtype: "torch.dtype") -> RowChange:
