@@ -172,7 +172,7 @@ def stage(
     weights = stage / "other-depth" / "adapter_model.safetensors"
     renamed = lambda key: key.replace("layers.1.self_attn.q", "layers.7.self_attn.q")
     save_file({renamed(key): value for key, value in load_file(weights).items()}, weights)
-    train_hra(oracle.load(oracle.llama, base), stage / "hra")
+    train_delora(oracle.load(oracle.llama, base), stage / "delora")
     save_fbgemm(base, stage / "fbgemm")
     golden = ROOT / "tests" / "formats" / "golden"
     shutil.copy(golden / "kohya" / "sdxl.safetensors", stage / "kohya.safetensors")
@@ -250,11 +250,11 @@ def write_gguf(base: Path, file: Path) -> None:
     gguf_files.write(file, "llama", *gguf_files.of_llama(model))
 
 
-def train_hra(model, folder: Path) -> None:
+def train_delora(model, folder: Path) -> None:
     """An adapter of the type that extending.md adds."""
     import peft
 
-    config = peft.HRAConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False)
+    config = peft.DeloraConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False)
     peft.get_peft_model(model, config).save_pretrained(folder)
 
 
@@ -328,7 +328,7 @@ def test_the_recipes_pass_their_own_checks(tmp_path: Path):
     source = methods.read_text()
     methods.write_text(source.replace("ORDERED = {", 'ORDERED = {"recency", ', 1))
     suites = "combine/test_methods.py combine/resize_kinds runtime/test_layers.py".split()
-    chosen = "recency or hra or transposed or every_kind"
+    chosen = "recency or delora or transposed or every_kind"
     for words in (
         ["ruff", "check", *added],
         ["ruff", "format", "--check", *added],
