@@ -167,3 +167,22 @@ def test_the_width_of_texts_distinguishes_cosmos_from_ltx(inputs, architecture, 
     save_file(tensors, tmp_path / "in.safetensors")
     with pytest.raises(Refused, match="ltx, .*cosmos"):
         chosen(tmp_path / "in.safetensors", "comfyui")
+
+
+@pytest.mark.parametrize(("layer", "shape", "architecture"), [
+    ("layers.0.attn.to_q", (2520, 2520), "omnigen2"),
+    ("layers.0.attn.to_q", (2304, 2304), "lumina2"),
+    ("layers.0.feed_forward.linear_1", (10240, 2520), "omnigen2"),
+    ("layers.0.feed_forward.linear_1", (9216, 2304), "lumina2"),
+    ("transformer_blocks.0.attn1.to_q", (1920, 1920), "cogvideox"),
+    ("transformer_blocks.41.attn1.to_q", (3072, 3072), "cogvideox"),
+    ("transformer_blocks.47.attn1.to_q", (3072, 3072), "mochi"),
+])  # fmt: skip
+def test_diffusers_names_of_several_families_are_told_apart(layer, shape, architecture, tmp_path):
+    (rows, inputs), key = shape, f"transformer.{layer}"
+    tensors = {
+        f"{key}.lora_A.weight": torch.ones(1, inputs).half(),
+        f"{key}.lora_B.weight": torch.ones(rows, 1).half(),
+    }
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert chosen(tmp_path / "in.safetensors", "comfyui") == architecture

@@ -1,6 +1,7 @@
 """Adapters on every linear layer of tiny transformers of each family: through the formats of the
 original models' names and back, and into diffusers' models."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from diffusers.loaders import lora_conversion_utils as readers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from adapterkit import Refused
 from adapterkit.adapters.formats.library import described
 from tests.formats.test_video_files import assert_same_deltas, converted, products, saved
 from tests.formats.video_models import MODELS, anima_conditioner, cosmos, drawn
@@ -121,6 +123,9 @@ def test_anima_has_a_conditioner_of_texts(to, prefix, tmp_path):
 
 
 MOD_Y = "diffusion_model.blocks.47.mod_y"
+DECODER = "model.language_model.layers.0.self_attn.q_proj"
+REFINER = "ref_image_refiner.0.attn.to_q"
+BLOCK = "transformer_blocks.0."
 # keys that the programs have: of sd-scripts, musubi-tuner, ComfyUI, ai-toolkit, OneTrainer
 KEYS = [
     ("krea2", "transformer_blocks.0.attn.to_gate", "comfyui", "diffusion_model.blocks.0.attn.gate"),
@@ -188,6 +193,24 @@ KEYS = [
     ),
     ("mochi", "transformer_blocks.47.norm1_context.linear_1", "comfyui", MOD_Y),
     ("sana", "time_embed.linear", "comfyui", "diffusion_model.t_block.1"),
+    # musubi-tuner names modules of the whole model, ai-toolkit and ComfyUI those inside model.
+    ("hidream_o1", DECODER, "kohya", "lora_unet_model_language_model_layers_0_self_attn_q_proj"),
+    (
+        "hidream_o1",
+        DECODER,
+        "ai-toolkit",
+        "diffusion_model.language_model.layers.0.self_attn.q_proj",
+    ),
+    ("hidream_o1", "model.x_embedder.proj1", "comfyui", "diffusion_model.x_embedder.proj1"),
+    ("omnigen2", REFINER, "ai-toolkit", f"diffusion_model.{REFINER}"),
+    ("omnigen2", REFINER, "comfyui", f"diffusion_model.{REFINER}"),
+    # VideoX-Fun's, and ComfyUI's
+    ("cogvideox", BLOCK + "attn1.to_q", "kohya", "lora_unet_transformer_blocks_0_attn1_to_q"),
+    ("cogvideox", BLOCK + "attn1.to_q", "comfyui", "diffusion_model.blocks.0.q"),
+    ("cogvideox", BLOCK + "attn1.to_out.0", "comfyui", "diffusion_model.blocks.0.attn_out"),
+    ("cogvideox", BLOCK + "ff.net.0.proj", "comfyui", "diffusion_model.blocks.0.ff_proj"),
+    ("cogvideox", BLOCK + "norm1.linear", "comfyui", "diffusion_model.blocks.0.norm1.linear"),
+    ("cogvideox", "ofs_embedding.linear_1", "comfyui", "diffusion_model.ofs_embedding_linear_1"),
     ("pixart", "adaln_single.linear", "onetrainer-legacy", "lora_transformer_adaln_single_linear"),
 ]
 
@@ -197,3 +220,33 @@ def test_keys_are_those_of_the_programs(architecture, module, to, key, tmp_path)
     own = {f"transformer.{module}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
     there = load_file(converted(saved(own, tmp_path), to, tmp_path, architecture=architecture))
     assert {key} == {re.sub(r"\.(lora_(A|B|down|up)\.weight|alpha)$", "", one) for one in there}
+
+
+@pytest.mark.parametrize(("key", "module"), [
+    ("lora_unet__transformer_blocks_0_attn1_to_q.lora_down", BLOCK + "attn1.to_q"), # VideoX-Fun
+    ("lora_unet_blocks_0_q.lora_down", BLOCK + "attn1.to_q"),
+    ("lora_unet_language_model_layers_0_self_attn_q_proj.lora_down", DECODER),
+    (f"diffusion_model.{DECODER}.lora_A", DECODER), # an older ai-toolkit
+    (f"lycoris_{REFINER.replace('.', '_')}.lora_down", REFINER),
+])  # fmt: skip
+def test_keys_in_another_spelling_of_the_programs_are_read(key, module, tmp_path):
+    pairs = {"down": "up", "A": "B"}
+    other = re.sub(r"(?<=lora_)\w+$", lambda found: pairs[found[0]], key)
+    own = {f"{key}.weight": torch.ones(2, 6), f"{other}.weight": torch.ones(6, 2)}
+    back = load_file(converted(saved(own, tmp_path), "diffusers", tmp_path))
+    assert {*back} == {f"transformer.{module}.lora_{x}.weight" for x in "AB"}
+
+
+def test_an_adapter_of_qwen3_vl_is_of_hidream_o1_only_if_you_say_so(tmp_path):
+    """PEFT's names of both are the same."""
+    sizes, folder = {"lora_A": (RANK, 6), "lora_B": (6, RANK)}, tmp_path / "peft"
+    folder.mkdir()
+    pair = {f"base_model.model.{DECODER}.{x}.weight": torch.ones(n) for x, n in sizes.items()}
+    save_file(pair, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(Refused, match="of a language model(.|\n)*--architecture hidream_o1"):
+        converted(folder, "comfyui", tmp_path)
+    there = load_file(converted(folder, "comfyui", tmp_path, architecture="hidream_o1"))
+    inner = DECODER.removeprefix("model.")
+    assert {*there} == {f"diffusion_model.{inner}.lora_{x}.weight" for x in "AB"}

@@ -169,6 +169,81 @@ def lumina2() -> nn.Module:
     )
 
 
+def omnigen2() -> nn.Module:
+    """diffusers' model of Lumina 2, of whose layers OmniGen2 is made, and those for references."""
+    from diffusers import Lumina2Transformer2DModel
+    from diffusers.models.transformers.transformer_lumina2 import Lumina2TransformerBlock
+
+    heads = {"num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 256}
+    sizes = {"axes_dim_rope": (14, 14, 14), "axes_lens": (8, 8, 8), "cap_feat_dim": 8}
+    layers = {"in_channels": 4, "num_layers": 1, "num_refiner_layers": 1}
+
+    class OmniGen2Transformer2DModel(Lumina2Transformer2DModel):
+        def __init__(self, hidden_size: int):
+            super().__init__(hidden_size=hidden_size, **heads, **sizes, **layers)
+            self.ref_image_patch_embedder = nn.Linear(self.x_embedder.in_features, hidden_size)
+            block = Lumina2TransformerBlock(
+                hidden_size, **heads, ffn_dim_multiplier=None, norm_eps=1e-5
+            )
+            self.ref_image_refiner = nn.ModuleList([block])
+            self.image_index_embedding = nn.Parameter(torch.randn(5, hidden_size))
+
+    return OmniGen2Transformer2DModel(hidden_size=126)
+
+
+def hidream_o1() -> nn.Module:
+    """transformers' Qwen3-VL and the publisher's layers for pixels, as a model of diffusers."""
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.loaders import PeftAdapterMixin
+    from diffusers.models.modeling_utils import ModelMixin
+    from transformers import Qwen3VLConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+
+    class HiDreamO1Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+        @register_to_config
+        def __init__(self, text: dict, vision: dict, patch: int):
+            super().__init__()
+            width = text["hidden_size"]
+            self.model = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
+            self.model.t_embedder1 = nn.Module()
+            time = nn.Linear(8, width), nn.SiLU(), nn.Linear(width, width)
+            self.model.t_embedder1.mlp = nn.Sequential(*time)
+            self.model.x_embedder = nn.Module()
+            self.model.x_embedder.proj1 = nn.Linear(patch, width // 4, bias=False)
+            self.model.x_embedder.proj2 = nn.Linear(width // 4, width)
+            self.model.final_layer2 = nn.Module()
+            self.model.final_layer2.linear = nn.Linear(width, patch)
+
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 1, "head_dim": WIDTH // HEADS}
+    text = {"vocab_size": 32, "hidden_size": WIDTH, "intermediate_size": 24}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 12, "num_heads": HEADS}
+    patches = {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return HiDreamO1Transformer2DModel(
+        text=text | heads | {"num_hidden_layers": 1},
+        vision=vision | patches | {"out_hidden_size": WIDTH},
+        patch=12,
+    )
+
+
+def cogvideox(**settings) -> nn.Module:
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=1,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=5,
+        max_text_seq_length=4,
+        **settings,
+    )
+
+
 def krea2() -> nn.Module:
     from diffusers import Krea2Transformer2DModel
 
@@ -494,6 +569,10 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "ace_step": ("ace_step", ace_step),
     "mochi": ("mochi", mochi),
     "sana": ("sana", sana),
+    "hidream_o1": ("hidream_o1", hidream_o1),
+    "omnigen2": ("omnigen2", omnigen2),
+    "cogvideox": ("cogvideox", cogvideox),
+    "cogvideox15": ("cogvideox", lambda: cogvideox(patch_size_t=2, ofs_embed_dim=8)),
     "skyreels": ("wan", skyreels),
     "cosmos25": ("cosmos", lambda: cosmos(**COSMOS25)),
 }

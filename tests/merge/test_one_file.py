@@ -525,6 +525,9 @@ TOLD_BY = {
         "vision_in.proj.0.weight",
     ],
     "mochi": ["t5_yproj.weight"],
+    "hidream_o1": ["t_embedder1.mlp.0.weight", "x_embedder.proj1.weight"],
+    "omnigen2": ["time_caption_embed.timestep_embedder.linear_1.bias"],
+    "cogvideox": ["blocks.0.norm1.linear.weight", "patch_embed.proj.weight"],
     "sdxl_refiner": ["input_blocks.0.0.weight", "label_emb.0.0.weight"],
 }
 
@@ -540,6 +543,19 @@ def test_names_are_those_by_which_comfyui_detects_models(family, home):
     model = read_checkpoint(open_model(base))
     assert isinstance(model, SingleFileModel)
     assert model.architecture in (FAMILIES[family].architecture, "sd2" if family == "sd15" else "")
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_file_of_qwen3_vl_is_not_hidream_o1(prefix, home, tmp_path):
+    """Which is Qwen3-VL with layers for pixels."""
+    pixels = re.compile(r"(t_embedder1|x_embedder|final_layer2)\.")
+    whole = {f"{prefix}{k.removeprefix(DENOISER)}": value
+             for k, value in load_file(base_of("hidream_o1", home)).items()}  # fmt: skip
+    words = {key: value for key, value in whole.items() if not pixels.search(key)}
+    for tensors, family in ((whole, "hidream_o1"), (words, None)):
+        save_file(tensors, tmp_path / "base.safetensors")
+        base = read_checkpoint(open_model(tmp_path / "base.safetensors"))
+        assert getattr(base, "architecture", None) == family
 
 
 def test_inspect_names_the_family_and_its_components(home):

@@ -42,12 +42,14 @@ def _clip(projected: bool = False, size: int = 8) -> Callable[[], nn.Module]:
 
 
 NAMINGS = {  # of files that have others than their publisher's
+    "cogvideox": "comfyui",
     "ernie_image": "model",
     "hidream": "model",
     "hunyuan_video15": "comfyui",
     "qwen_image21": "comfyui",
     "hunyuan_image": "comfyui",
     "kandinsky5": "model",
+    "omnigen2": "model",
     "qwen_image": "model",
     "z_image": "comfyui",
 }

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TypeVar
 
-from adapterkit.adapters.formats.library import single_file_format
+from adapterkit.adapters.formats.library import architectures, single_file_format
 from adapterkit.adapters.formats.modules.names import (
     ComponentNames,
     Match,
@@ -87,6 +87,10 @@ class _Known:
     def is_denoiser(self) -> bool:
         return bool(self.matches) and len(self.matches) >= LEAST * self.of
 
+    def has(self, modules: Iterable[str]) -> bool:
+        own = (self.names.models(match) for match in self.matches.values())
+        return {one for models in own for one in models}.issuperset(modules)
+
     @property
     def meaning(self) -> dict[str, tuple]:
         """The model's modules behind its names, and their row orders."""
@@ -108,7 +112,8 @@ def with_parts(checkpoint: Checkpoint, kind: type[Model] = SingleFileModel) -> M
     for name in format.names.architectures:
         denoiser, *others = format.components(name)
         known = _known(format, name, denoiser, modules, LEAST)
-        if known is not None and known.is_denoiser:
+        needed = architectures()[name].detect.modules
+        if known is not None and known.is_denoiser and (not needed or known.has(needed)):
             parts = {one: _known(format, name, one, modules) for one in others}
             found[name] = {denoiser: known} | {k: v for k, v in parts.items() if v and v.matches}
     if not found:

@@ -235,6 +235,7 @@ class ArchitectureHints:
     # likewise -> rows and inputs in their lowest terms, of models of any width
     ratios: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     models: tuple[str, ...] = ()  # model_type in config.json of the base
+    modules: tuple[str, ...] = ()  # names in the model without which a file is of another family
     # path of a stack of blocks -> how many there are, or may be
     blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

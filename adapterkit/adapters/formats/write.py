@@ -212,23 +212,16 @@ def _placed(
         if m.kind in SIZED and (size := inputs_of(m)) is not None
     ]
     fits = likely({name: sizes for name, _ in options}, contents.metadata)
-    if base is not None and base.family in fits:
-        fits = [base.family]
+    of_base = [] if base is None else [name for name in fits if name == base.family]
+    fits = of_base or fits
     options = [option for option in options if option[0] in fits]
     keys = {
         tuple(_keys(format, name, _namings(contents, format, name, placed), placed))
         for name, placed in options
     }
+    if not fits or (needed and len(bare) == len(modules) and architecture is None and not of_base):
+        _check_images(contents, format, fits)
     if len(keys) != 1:
-        if not fits and all(OF_A_LANGUAGE_MODEL.match(m.path) for m in modules):
-            raise Refused(
-                f"{format.title} is for image models, and these are modules of a language model: "
-                f"{listed([m.path for m in modules])}",
-                expected="an adapter of an image model",
-                where=contents.folders[0].label,
-                hint="give --to peft, vllm, mlx or gguf, which are for language models",
-                code="AK502",
-            )
         raise Refused(
             f"modules of {', '.join(fits)}"
             if fits
@@ -244,6 +237,20 @@ def _placed(
     words = [architectures()[name].words.items() for name, _ in options]
     common = {key: text for key, text in words[0] if all((key, text) in own for own in words)}
     return (options[0][0] if needed else None), options[0][1], common
+
+
+def _check_images(contents: Contents, format: Format, fits: Sequence[str]) -> None:
+    """`Refused` for modules of a language model. `fits`: image models with such modules inside."""
+    if all(OF_A_LANGUAGE_MODEL.match(m.path) for m in contents.modules):
+        raise Refused(
+            f"{format.title} is for image models, and these are modules of a language model: "
+            f"{listed([m.path for m in contents.modules])}",
+            expected="an adapter of an image model",
+            where=contents.folders[0].label,
+            hint="give --to peft, vllm, mlx or gguf, which are for language models"
+            + "".join(f", or --architecture {name}" for name in fits),
+            code="AK502",
+        )
 
 
 def _check_spelled(contents: Contents, format: Format) -> None:
