@@ -236,8 +236,7 @@ class ArchitectureHints:
     ratios: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     models: tuple[str, ...] = ()  # model_type in config.json of the base
     modules: tuple[str, ...] = ()  # names in the model without which a file is of another family
-    # path of a stack of blocks -> how many there are, or may be
-    blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # stack -> possible numbers
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Write neutral contents as the tensors, metadata and settings of a file in a format."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -36,7 +35,6 @@ from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, s
 from adapterkit.core.records import Json, Settings
 from adapterkit.core.weights.plan_reader import PlanReader
 
-OF_A_LANGUAGE_MODEL = re.compile(r"(model|model\.language_model|transformer)\.(layers|h)\.\d+\.")
 NUMBERS = ("{rank}", "{alpha}")  # templates of metadata
 
 
@@ -220,7 +218,9 @@ def _placed(
         for name, placed in options
     }
     if not fits or (needed and len(bare) == len(modules) and architecture is None and not of_base):
-        _check_images(contents, format, fits)
+        from adapterkit.adapters.formats.language import check_images
+
+        check_images(contents, format, fits)
     if len(keys) != 1:
         raise Refused(
             f"modules of {', '.join(fits)}"
@@ -237,20 +237,6 @@ def _placed(
     words = [architectures()[name].words.items() for name, _ in options]
     common = {key: text for key, text in words[0] if all((key, text) in own for own in words)}
     return (options[0][0] if needed else None), options[0][1], common
-
-
-def _check_images(contents: Contents, format: Format, fits: Sequence[str]) -> None:
-    """`Refused` for modules of a language model. `fits`: image models with such modules inside."""
-    if all(OF_A_LANGUAGE_MODEL.match(m.path) for m in contents.modules):
-        raise Refused(
-            f"{format.title} is for image models, and these are modules of a language model: "
-            f"{listed([m.path for m in contents.modules])}",
-            expected="an adapter of an image model",
-            where=contents.folders[0].label,
-            hint="give --to peft, vllm, mlx or gguf, which are for language models"
-            + "".join(f", or --architecture {name}" for name in fits),
-            code="AK502",
-        )
 
 
 def _check_spelled(contents: Contents, format: Format) -> None:
