@@ -79,6 +79,9 @@ ADAPTERS = {
     "expert order words": "adapters.formats.peft.expert_order:unknown_orders",
     "other arithmetic": "adapters.formats.peft.variants:other_arithmetic",
     "expert order": "adapters.formats.peft.expert_order:order_problem",
+    "shards alone": "adapters.formats.files.training_shards:shards_alone",
+    "how to join": "adapters.formats.files.training_shards:how_to_join",
+    "lost shards": "verbs.look.factors:lost_shards",
 }
 
 # What a merge does besides a sum with one weight for each adapter, rounded once

@@ -11,6 +11,7 @@ from tests.support import oracle
 from tests.support.inspections import inspect, problems_of
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+GATHER = "gather the shards and save it again (FSDP, ZeRO-3, tensor parallelism)"
 LINEAR = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
@@ -20,6 +21,12 @@ def trained(tmp_path_factory):
     oracle.save_base(oracle.llama(), folder / "base", "fp32")
     oracle.train(oracle.llama(), folder / "adapter", target_modules=LINEAR, r=4)
     return folder
+
+
+def warned(trained, *adapters):
+    """The warnings of a merge."""
+    plan = adapterkit.merge(trained / "base", adapters, out="planned", dry_run=True)
+    return list(plan.warnings)
 
 
 def changed(source, out, change):
@@ -38,17 +45,30 @@ def lost(t, axis, first, last, of):
     return t
 
 
-@pytest.mark.parametrize("first, last, of", [(1, 2, 2), (0, 1, 2), (1, 2, 4), (2, 3, 3), (1, 8, 8)])
+SHARES = {
+    (1, 2, 2): "half of the rows of every b are zero",
+    (0, 1, 2): "half of the rows of every b are zero",
+    (1, 2, 4): "a quarter of the rows of every b are zero",
+    (1, 4, 4): "three quarters of the rows of every b are zero",
+    (2, 3, 3): "10 of 10 trained modules have a block of zeros",
+    (1, 8, 8): "10 of 10 trained modules have a block of zeros",
+}
+
+
+@pytest.mark.parametrize("first, last, of", SHARES)
 def test_a_share_of_all_b_is_a_problem(tmp_path, trained, first, last, of):
     """One problem with all modules; `diagnose` says it too."""
     lose = lambda key, t: lost(t, 0, first, last, of) if "lora_B" in key else t
     adapter = changed(trained / "adapter", tmp_path / "lost", lose)
     (found,) = problems_of(inspect(adapter))
-    assert found.startswith("10 of 10 trained modules have a block of zeros: model.layers.0")
+    assert found.startswith(f"{SHARES[first, last, of]}: model.layers.0")
     assert " rows of b, " in found and found.endswith("and 7 more")
     if of == 2:
         base = trained / "base"
         adapterkit.merge(base, adapter, out=tmp_path / "merged")
+        receipt = json.loads((tmp_path / "merged/adapterkit.json").read_text())
+        assert receipt["warnings"] == [f"lost: {found}; {GATHER}"]
+        assert warned(trained, trained / "adapter", adapter) == receipt["warnings"]
         said = adapterkit.diagnose(tmp_path / "merged", base=base, adapters=[adapter])
         assert [one["problem"] for one in said["findings"]] == [found]
 
@@ -62,9 +82,11 @@ def test_shards_of_rows_and_columns(tmp_path, trained):
         return lost(t, axis, 1, 2, 2) if ("lora_B" in key) == by_rows else t
 
     both = lambda key, t: lost(t, 0, 1, 2, 2)
-    for name, lose in {"tp": parallel, "fsdp": both}.items():
-        (found,) = problems_of(inspect(changed(trained / "adapter", tmp_path / name, lose)))
-        assert found.startswith("10 of 10 trained modules have a block of zeros"), name
+    for name, lose, share in (("tp", parallel, SHARES[2, 3, 3]), ("fsdp", both, SHARES[1, 2, 2])):
+        adapter = changed(trained / "adapter", tmp_path / name, lose)
+        (found,) = problems_of(inspect(adapter))
+        assert found.startswith(share), name
+        assert warned(trained, adapter) == [f"{name}: {found}; {GATHER}"]
 
 
 def test_zeros_that_are_right_are_no_problem(tmp_path, trained):
@@ -91,8 +113,8 @@ def test_zeros_that_are_right_are_no_problem(tmp_path, trained):
         "half": lambda k, t: t * (not is_b(k) or "layers.0" in k),
     }  # fmt: skip
     for name, change in rights.items():
-        found = problems_of(inspect(changed(trained / "adapter", tmp_path / name, change)))
-        assert found == [], name
+        adapter = changed(trained / "adapter", tmp_path / name, change)
+        assert problems_of(inspect(adapter)) == warned(trained, adapter) == [], name
     fused = tmp_path / "fused"
     tensors = {}
     for layer in range(2):

@@ -18,7 +18,7 @@ from adapterkit.core.commands import LIST_FORMATS, command
 from adapterkit.core.errors import AdapterkitError, Refused, shown
 from adapterkit.core.records import Json, Settings
 from adapterkit.core.registry import load
-from adapterkit.doors import CONTAINERS
+from adapterkit.doors import ADAPTERS, CONTAINERS
 
 PICKLE = "pickle"
 ENDINGS = {".safetensors": "safetensors", ".gguf": "gguf"}
@@ -97,6 +97,8 @@ def detect(folder: Folder) -> Detection:
     pickled = pickles_of(folder)
     if pickled:
         raise unsafe(pickled[0], folder.label)
+    if not keys and (refusal := load(ADAPTERS["shards alone"])(folder)):
+        raise refusal
     some = f"keys such as {', '.join(map(shown, keys[:3]))}" if keys else "no file that may be one"
     is_model = "config.json" in folder.files()
     raise Refused(

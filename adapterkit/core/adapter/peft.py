@@ -63,7 +63,7 @@ def scan_adapter(
         k: v for k, v in scan.config.items() if k in KNOWN_SETTINGS and k not in OTHER_ARITHMETIC
     }
     typed = not check_config(plain, "")
-    loras = _loras(keys, scan.errors, folder.name)
+    loras = _loras(keys, scan.errors, folder)
     if typed and scan.shards:
         scan.errors.extend(_check_config_against_file(keys, scan.config, folder.name))
     adapter = replace(adapter, loras=loras)
@@ -138,13 +138,11 @@ def _missing_files(folder: Folder, names: list[str], files: dict[str, int]) -> R
             hint=f"if you trust it, convert the pickle\n{text}",
             code="AK205",
         )
-    elif names == [CONFIG]:
-        hint = (
-            f"copy {CONFIG} there from the training or the repository: without its alpha the scale "
-            "is unknown"
-        )
-    elif names == [WEIGHTS]:
-        hint = f"copy {WEIGHTS} there from the training or the repository"
+    elif WEIGHTS in names and (shards := load(ADAPTERS["shards alone"])(folder)):
+        return shards
+    elif len(names) == 1:
+        hint = f"copy {names[0]} there from the training or the repository"
+        hint += ": without its alpha the scale is unknown" * (names == [CONFIG])
     return Refused(
         problem, expected="an adapter in PEFT's layout", where=folder.name, hint=hint, code="AK206"
     )
@@ -217,8 +215,8 @@ def _duplicate(key: str, other: str, where: str) -> Refused:
     return Refused(problem, expected="each once", where=where, hint="remove one", code="AK302")
 
 
-def _loras(keys: _Keys, errors: Problems, name: str) -> tuple[Lora, ...]:
-    loras = []
+def _loras(keys: _Keys, errors: Problems, folder: Folder) -> tuple[Lora, ...]:
+    loras, name = [], folder.name
     for (module, depth), roles in sorted(keys.roles.items()):
         embedding = "embedding_a" in roles or "embedding_b" in roles
         a, b = (roles.get(f"embedding_{x}" if embedding else x) for x in "ab")
@@ -231,13 +229,8 @@ def _loras(keys: _Keys, errors: Problems, name: str) -> tuple[Lora, ...]:
             continue
         if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
             problem = f"factors of {shown(module)} with shapes {a.shape} and {b.shape}"
-            errors.add(
-                problem,
-                "matrices",
-                "gather the shards before saving (ZeRO-3, FSDP)",
-                where=name,
-                code="AK302",
-            )
+            hint = load(ADAPTERS["how to join"])(folder)
+            errors.add(problem, "matrices", hint, where=name, code="AK302")
             continue
         magnitude, bias = roles.get("magnitude"), roles.get("bias")
         for spec in (a, b, magnitude, bias):

@@ -12,6 +12,7 @@ from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint import layout
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.hub_ids import is_on_hub
+from adapterkit.core.checkpoint.reader import read_small
 from adapterkit.core.checkpoint.shards import stem_of
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.commands import WITHOUT_INITIAL
@@ -166,6 +167,7 @@ def plan_merge(
     if own := base.own("prepare merge"):  # before parameters are matched
         own(state, errors)
     steps, statistics = changed_steps(state, errors), None
+    state.notes += (note for adapter in adapters for note in _lost_shards(adapter))
     if stats is not None:
         statistics = open_checkpoint(stats, len(sources) + 1)
         steps = load(MERGES["compensated"])(state, steps, statistics)
@@ -246,6 +248,16 @@ def _scan_adapters(
         if is_typed and scan.shards:
             adapters.append(adapter)
     return adapters, errors
+
+
+def _lost_shards(adapter: Adapter) -> list[str]:
+    """The warning of factors that lack a process's shard. A long run of zeros in a few b loads the
+    code that checks all; files on the Hub are not read while planning."""
+    some = {lora.module.rpartition(".")[2]: lora.b for lora in adapter.loras}
+    for spec, data in read_small(adapter.folder, [*some.values()][:8], most=0):
+        if any(data) and bytes(spec.nbytes // 8) in bytes(data):
+            return load(ADAPTERS["lost shards"])(adapter)
+    return []
 
 
 def plan_merge_into_original(

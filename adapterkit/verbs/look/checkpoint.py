@@ -13,7 +13,9 @@ from adapterkit.core.checkpoint.spec import Checkpoint, scan_checkpoint, scan_fi
 from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.records import Json
+from adapterkit.core.registry import load
 from adapterkit.core.weights.detect import CONFIG_KEYS, check_not_quantized
+from adapterkit.doors import ADAPTERS
 from adapterkit.verbs.look.configs import printable
 from adapterkit.verbs.look.decoders import whole_decoder
 
@@ -104,7 +106,7 @@ def check_tensors(scan: Checkpoint, *, mixed: bool) -> None:
     empty = [spec.key for spec in tensors if 0 in spec.shape]
     if empty:
         problem = f"{len(empty)} empty tensors: {some_names(empty)}"
-        hint = "gather the shards before saving (ZeRO-3, FSDP)"
+        hint = load(ADAPTERS["how to join"])(scan.folder)
         add_problem(scan, problem, "tensors with elements", hint)
     floats = {
         name: count["tensors"] for name, count in _dtypes(tensors).items() if name in dtypes.FLOATS

@@ -10,16 +10,27 @@ from dataclasses import dataclass, field
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.record import Adapter, Lora
+from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.engine.reader import LocalReader
-from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, listed, shown
+from adapterkit.core.errors import (
+    WARNING,
+    AdapterkitError,
+    Damaged,
+    Problems,
+    Refused,
+    listed,
+    shown,
+)
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.options import Progress, expect
 from adapterkit.core.records import Json
+from adapterkit.core.registry import load
 from adapterkit.core.weights.parameters import Parameter, Slot
 from adapterkit.core.weights.reader import Reader
+from adapterkit.doors import ADAPTERS
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.verbs.look.heatmaps import module_label
@@ -28,6 +39,8 @@ BLOCK = 4 << 20  # bytes of a base's weight that are read at a time
 CHECK_BASE = "check the base"
 NOT_FINITE = "values that are not finite (NaN or infinity)"
 LEAST = 1 / 8  # of an axis: smaller blocks may be heads or neurons that nothing used
+ROWS = "rows of b"
+SHARES = {1 / 2: "half", 1 / 4: "a quarter", 3 / 4: "three quarters"}
 # fused modules: training may have left out the rows, or columns, of one of several
 FUSED = re.compile(
     r"qkv|gate_up|query_key_value|c_attn|in_proj|W_pack|kv_proj|to_kv|experts|linear[12]$", re.I
@@ -37,10 +50,10 @@ FUSED = re.compile(
 @dataclass
 class LostShards:
     """Detect factors that were saved without one process's share: most modules have a block of
-    zeros. `blocks`: those modules, and their zeros."""
+    zeros. `blocks`: those modules, and the first and last of their zeros, of how many and what."""
 
     trained: int = 0
-    blocks: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, tuple[int, int, int, str]] = field(default_factory=dict)
 
     def record_factors(self, lora: Lora, a: Tensor, b: Tensor) -> None:
         """Check a (rank, in) and b (out, rank) of a module. Embeddings are skipped because most
@@ -48,25 +61,49 @@ class LostShards:
         if lora.kind == "embedding" or not b.any():
             return
         self.trained += 1
-        for what, zero in (("columns of a", (a == 0).all(0)), ("rows of b", (b == 0).all(1))):
+        for what, zero in (("columns of a", (a == 0).all(0)), (ROWS, (b == 0).all(1))):
             places = zero.nonzero().flatten().tolist()
             is_block = bool(places) and places[-1] - places[0] + 1 == len(places)
             if is_block and len(places) >= LEAST * len(zero):
-                self.blocks[lora.module] = f"{places[0]} to {places[-1]} of {len(zero)} {what}"
+                self.blocks[lora.module] = places[0], places[-1], len(zero), what
 
-    def problem(self, where: str) -> Refused | None:
+    def problem(self, folder: Folder) -> Refused | None:
         """The problem if most of the trained modules have such a block, and not only fused ones."""
         count, blocks = len(self.blocks), self.blocks
         if count < max(2, self.trained / 2) or all(map(FUSED.search, blocks)):
             return None
+        some = [
+            f"{shown(name)} {i} to {j} of {n} {what}" for name, (i, j, n, what) in blocks.items()
+        ]
         return Refused(
-            f"{count} of {self.trained} trained modules have a block of zeros: "
-            f"{listed([f'{shown(module)} {what}' for module, what in blocks.items()])}",
+            f"{self._share()}: {listed(some)}",
             expected="complete factors: a save that loses the shard of a process leaves such zeros",
-            where=where,
-            hint="gather the shards and save it again (FSDP, ZeRO-3, tensor parallelism)",
+            where=folder.label,
+            hint=load(ADAPTERS["how to join"])(folder),
             code="AK302",
         )
+
+    def _share(self) -> str:
+        """The zeros in words: one share of all b, or a count of modules."""
+        found = list(self.blocks.values())
+        for share, name in SHARES.items() if len(found) == self.trained else ():
+            near = (abs(last - first + 1 - share * size) < 1 for first, last, size, _ in found)
+            if all(near) and all(what == ROWS for *_, what in found):
+                return f"{name} of the rows of every b are zero"
+        return f"{len(found)} of {self.trained} trained modules have a block of zeros"
+
+
+def lost_shards(adapter: Adapter) -> list[str]:
+    """The warning of a merge of an adapter that lost a process's share."""
+    lost = LostShards()
+    with Sources((adapter.folder,) * (adapter.number + 1), {}) as sources:
+        reader = LocalReader(sources, torch.device("cpu"), dtype=None, finite=False)
+        for lora in adapter.loras:
+            lost.record_factors(lora, *(reader.tensor(x).flatten(1) for x in (lora.a, lora.b)))
+    if (problem := lost.problem(adapter.folder)) is None:
+        return []
+    hint = problem.hint.partition("\n")[0]  # the receipt has this text, and no paths of a machine
+    return [f"{WARNING}{adapter.name}: {problem.problem}; {hint}"]
 
 
 def read_factors(
@@ -104,7 +141,7 @@ def read_factors(
         for spec in adapter.tensors.values():
             if spec.key not in factors and spec.dtype in dtypes.FLOATS:
                 _check_values(spec, reader, problems, progress)
-    if (problem := lost.problem(adapter.label)) is not None:
+    if (problem := lost.problem(adapter.folder)) is not None:
         problems.append(problem)
 
 

@@ -131,9 +131,12 @@ def _kind(folder: Folder) -> str:
         return "adapter"
     if "config.json" not in here:
         from adapterkit.adapters.formats.detect import in_another_layout
+        from adapterkit.adapters.formats.files.training_shards import shards_alone
 
         if in_another_layout(folder) is not None:
             return "file"
+        if not any(name.endswith(".safetensors") for name in here):
+            Problems(filter(None, [shards_alone(folder)])).raise_all()
     if pickles(folder) or any(
         name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
         for name in here

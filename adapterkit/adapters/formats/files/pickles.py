@@ -29,6 +29,7 @@ from adapterkit.core.lazy import Tensor, torch
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter")
 # litgpt adds .lora
 _NAME = re.compile(rf"(.+?)({'|'.join(map(re.escape, PICKLES))})(\.lora)?", re.IGNORECASE)
+STATES = "_states.pt"  # ends of the names of DeepSpeed's shards
 MAX_DEPTH = 4  # of wrappers inside each other
 MAX_GROWTH = 16  # times the file's size: tensors may share a storage, but not without end
 # torch's loader has no error of its own; damaged files raised these
@@ -44,7 +45,8 @@ def pickles_of(folder: Folder) -> list[str]:
     names = [name for name in folder.files() if "/" not in name]
     if any(name.endswith(".safetensors") for name in names):
         return []
-    return sorted(name for name in names if is_pickle(name) and not name.startswith(TRAINER))
+    pickled = [name for name in names if is_pickle(name) and not name.endswith(STATES)]
+    return sorted(name for name in pickled if not name.startswith(TRAINER))
 
 
 def is_pickle(name: str) -> bool:
