@@ -133,10 +133,9 @@ def test_the_command_joins_them_and_convert_reads_the_result(shards, lora):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     words = shlex.split(COMMANDS[shards][1])
     subprocess.run(words, check=True, env=os.environ | {"PATH": path}, capture_output=True)
-    shutil.copy(lora / CONFIG, "joined" if os.path.isdir("joined") else ".")
-    joined = "joined" if os.path.isdir("joined") else "joined.pt"
-    alpha = None if joined == "joined" else 16
-    adapterkit.convert(joined, to="peft", allow_pickle=joined != "joined", alpha=alpha, out="whole")
+    is_file = os.path.isfile("joined.pt")
+    shutil.copy(lora / CONFIG, "." if is_file else "joined")
+    adapterkit.convert(words[-1], to="peft", allow_pickle=is_file, out="whole")
     whole, original = load_file(f"whole/{FILE}"), load_file(lora / FILE)
     assert whole.keys() == original.keys()
     assert all(torch.equal(whole[key], original[key]) for key in whole)
