@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 import adapterkit
 from adapterkit.core.errors import Refused
@@ -58,9 +58,9 @@ def shards(request, lora, tmp_path, monkeypatch):
     tensors = load_file(lora / FILE)
     state = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
     state = {"model": state} if "fsdp" in request.param else state
-    torch_checkpoint.save(state, checkpoint_id=f"run/{request.param}", no_dist=True)
+    save_shards(state, checkpoint_id=f"run/{request.param}", no_dist=True)
     optimizer = {"optimizer": {"step": torch.ones(1)}}
-    torch_checkpoint.save(optimizer, checkpoint_id="run/optimizer_0", no_dist=True)
+    save_shards(optimizer, checkpoint_id="run/optimizer_0", no_dist=True)
     return request.param
 
 
