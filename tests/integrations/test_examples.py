@@ -83,6 +83,16 @@ def test_nodes_of_comfyui(nodes, tmp_path):
         nodes["Convert"].execute("one.safetensors", "comfyui", "../../made")
 
 
+def test_each_method_of_the_combine_node_writes_a_lora(nodes, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "loras" / f"{name}.safetensors").write_bytes(sample_file().read_bytes())
+    inputs = ["one.safetensors", 0.75, "two.safetensors", 0.25]
+    entries = {entry.values[0]: entry for entry in nodes["Combine"].define_schema().named["inputs"]}
+    for method in entries["method"].named["options"]:
+        made = nodes["Combine"].execute(*inputs, method, "kohya", method).values[0]
+        assert adapterkit.inspect(made)["modules"], method
+
+
 def test_the_github_action_is_valid(lora, llama, tmp_path, monkeypatch):
     words = ["-m", "check_jsonschema", "--builtin-schema", "vendor.github-actions"]
     action = FOLDER / "github-action" / "action.yml"

@@ -15,6 +15,7 @@ import adapterkit
 
 LORAS, CHECKPOINTS = "loras", "checkpoints"
 METHODS = ["linear", "mean", "ties", "dare_ties", "slerp", "svd"]
+SPARSE = ("ties", "dare_ties")  # keep a share of the elements, the density
 FORMATS = ["comfyui", "kohya", "diffusers", "lycoris"]
 
 
@@ -75,6 +76,7 @@ class Combine(io.ComfyNode):
             io.Combo.Input("method", options=METHODS),
             io.Combo.Input("format", options=FORMATS),
             io.String.Input("save_as", default="combined"),
+            io.Float.Input("density", default=0.2, min=0.01, max=1.0, step=0.01, optional=True),
         )
 
     @classmethod
@@ -87,9 +89,11 @@ class Combine(io.ComfyNode):
         method: str,
         format: str,
         save_as: str,
+        density: float = 0.2,
     ) -> io.NodeOutput:
         pairs = {path_of(LORAS, first): first_weight, path_of(LORAS, second): second_weight}
-        make = lambda sum: adapterkit.combine(pairs, method=method, out=sum)
+        share = density if method in SPARSE else None
+        make = lambda sum: adapterkit.combine(pairs, method=method, density=share, out=sum)
         return done(converted(make, format, output(LORAS, save_as)))
 
 
