@@ -44,8 +44,8 @@ UNKNOWN = {
     "resize-size",
     "resize-dora",
 }
-_, _, TABLE = (ROOT / "docs" / "receipts.md").read_text().partition("Metrics under `parameters`")
-METRICS = {*re.findall(r"`(\w+)`", TABLE.partition("\n\n`survived`")[0])}
+_, _, TABLES = (ROOT / "docs" / "receipt-keys.md").read_text().partition("\n## Metrics\n")
+METRICS = {*re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", TABLES, re.MULTILINE)))}
 GOLDEN: dict[str, Any] = json.loads(compare.GOLDEN.read_bytes())
 
 
