@@ -143,7 +143,7 @@ def _is_of_plan(stage: Stage, plan: Plan, recipe: dict) -> bool:
         and receipt["recipe"] == public_recipe(recipe)
         and {*receipt["files"], RECEIPT} == output_names(plan)
         and is_sealed(data)
-        and stage.is_whole(receipt["files"])
+        and stage.is_complete(receipt["files"])
     )
 
 
@@ -181,7 +181,7 @@ def _build(
 ) -> None:
     """Fill the stage: the shards that are not finished, the small files, the receipt."""
     if fresh:
-        stage.forget()
+        stage.reset()
     done = _done_before(stage, plan, hashed=hash == "sha256")
     stage.clear(keep=[*done, *(name + HANDOFF for name in done)])
     todo = [shard for shard in plan.shards if shard.file not in done]
@@ -215,15 +215,15 @@ def _build(
         seconds = time.monotonic() - began
         receipt = create_receipt(plan, recipe, fingerprint, done, sums, hashes, hash, seconds)
     except Unrecoverable:
-        stage.forget()
+        stage.reset()
         raise
     except Refused:
         if fresh and any(shard.collection for shard in todo):  # a model that runs in another way
-            stage.forget()
+            stage.reset()
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    if not stage.is_whole(receipt["files"]):
+    if not stage.is_complete(receipt["files"]):
         problem, hint = "files that were made have disappeared", "run again with --resume"
         raise Failed(problem, where=str(stage.path), hint=hint, code="AK603")
     stage.write_file(RECEIPT, [seal_receipt(receipt)])
@@ -234,7 +234,7 @@ def _check(stage: Stage, check: FolderCheck) -> None:
     try:
         check(stage.path)
     except AdapterkitError:
-        stage.forget()  # the folder cannot be trusted
+        stage.reset()  # the folder cannot be trusted
         raise
 
 
@@ -284,7 +284,7 @@ def check_space(plan: Plan, todo: Sequence[OutputFile], stage: Stage) -> None:
     """Refuse if the disk has too little space for these files and the small ones."""
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
     needed = stage.output.disk(
-        sum(shard.layout.size for shard in todo) + plan.room(todo) + small + (1 << 20)
+        sum(shard.layout.size for shard in todo) + plan.temporary_disk(todo) + small + (1 << 20)
     )
     work = stage.path.parent / WORK  # some of it is there already
     needed -= sum(path.stat().st_size for path in work.rglob("*") if path.is_file())

@@ -202,7 +202,7 @@ class Step:
         return TensorPlan(self.key, self.dtype, self.shape)
 
     @property
-    def is_whole(self) -> bool:
+    def needs_full_tensor(self) -> bool:
         """True if a task computes the whole tensor."""
         return self.compensation is not None or any(edit.is_dense for edit in self.edits)
 
@@ -337,7 +337,7 @@ class Collecting(Protocol):
     @property
     def effort(self) -> Effort: ...
 
-    def room(self, budget: int) -> int:
+    def temporary_disk(self, budget: int) -> int:
         """Return the temporary bytes of disk, with a memory budget."""
         ...
 
@@ -422,8 +422,8 @@ class OutputFile:
         the header has at least `header_size` bytes."""
         if self.lay_out is not None:
             return self.lay_out(self.file, tensors, self.metadata)
-        room = 0 if self.safetensors_order else header_size
-        return laid_out(self.file, list(tensors), self.metadata, ordered=True, header_size=room)
+        reserved = 0 if self.safetensors_order else header_size
+        return laid_out(self.file, list(tensors), self.metadata, ordered=True, header_size=reserved)
 
     @property
     def file(self) -> str:
@@ -528,7 +528,7 @@ class Placement:
     device: str = "cpu"  # the kind that its bits are of
     # additional totals: those of a GPU, or of an output on the Hub
     totals: Mapping[str, int] = field(default_factory=dict)
-    room: int = 0  # temporary bytes of disk, in addition to the final files
+    temporary_disk: int = 0  # temporary bytes of disk, in addition to the final files
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -652,18 +652,19 @@ class Plan:
             "bytes_changed": sum(stored.nbytes for stored in made),
             "bytes_read": sum(spec.nbytes for spec in read),
             "bytes_written": written,
-            "disk_needed": written + self.room(self.shards),
+            "disk_needed": written + self.temporary_disk(self.shards),
             "memory_peak": BUFFERS * cores()
             + max(self.factors_memory(changed, cores()), self.tasks_memory(cores())),
             **collected,
             **self.placement.totals,
         }
 
-    def room(self, shards: Iterable[OutputFile]) -> int:
+    def temporary_disk(self, shards: Iterable[OutputFile]) -> int:
         """Return the temporary bytes of disk that these files take in addition to their final
         sizes."""
         collections = [shard.collection for shard in shards if shard.collection is not None]
-        return self.placement.room + sum(each.room(self.budget) for each in collections)
+        own = self.placement.temporary_disk
+        return own + sum(each.temporary_disk(self.budget) for each in collections)
 
     @property
     def budget(self) -> int:

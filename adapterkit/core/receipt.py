@@ -170,7 +170,7 @@ def create_receipt(
     seconds: float,
 ) -> Json:
     shards = [done[shard.file] for shard in plan.shards]
-    size, placement = sum(shard.size for shard in shards), replace(plan.placement, room=0)
+    size, placement = sum(shard.size for shard in shards), replace(plan.placement, temporary_disk=0)
     totals, device = replace(plan, placement=placement).totals(), placement.device
     for shard, result in zip(plan.shards, shards, strict=True):
         if result.tensors is not None:  # tensors that were not written had been counted as changed

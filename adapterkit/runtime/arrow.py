@@ -34,7 +34,7 @@ from adapterkit.core.outputs.folder_files import as_json
 from adapterkit.core.patterns import similar_names
 from adapterkit.core.records import Json
 from adapterkit.runtime.layers import kind_of
-from adapterkit.runtime.layers.routed import Experts, RoutedPart
+from adapterkit.runtime.layers.routed import Experts, RoutedPatch
 from adapterkit.runtime.load import writing
 from adapterkit.runtime.load.placing import factor_device
 from adapterkit.runtime.state import Attached, State
@@ -62,10 +62,10 @@ class ArrowRouter(Attached):
     dtype: torch.dtype = torch.float32  # of the stored factors
     general: tuple[StrPath, ...] = ()  # sources of the general adapters, if known
 
-    def routed(self) -> Iterator[tuple[str, RoutedPart]]:
-        for site, part in self.parts():
-            assert isinstance(part, RoutedPart)
-            yield site.path, part
+    def routed(self) -> Iterator[tuple[str, RoutedPatch]]:
+        for site, patch in self.patches():
+            assert isinstance(patch, RoutedPatch)
+            yield site.path, patch
 
 
 # -- onto the model --------------------------------------------------------------------------------
@@ -145,16 +145,16 @@ def _put(
         experts=experts,
         dtype=next(iter(modules.values())).a.dtype,
     )
-    parts = {path: part_at(state, router, path, own) for path, own in modules.items()}
-    state.put(router, parts.items())
+    patches = {path: patch_at(state, router, path, own) for path, own in modules.items()}
+    state.put(router, patches.items())
     return router
 
 
-def part_at(state: State, router: ArrowRouter, path: str, experts: Experts) -> RoutedPart:
+def patch_at(state: State, router: ArrowRouter, path: str, experts: Experts) -> RoutedPatch:
     dtype = torch.promote_types(experts.a.dtype, torch.float32)
     experts = experts.to(factor_device(state.modules[path]), dtype)
     top_k, temperature = router.settings["top_k"], router.settings["temperature"]
-    return RoutedPart(router.name, experts, top_k, temperature)
+    return RoutedPatch(router.name, experts, top_k, temperature)
 
 
 @contextmanager
@@ -205,18 +205,18 @@ def add_expert(
         check_general(router, stored_general)
         modules = read(folder, [name])
     check_modules(state, modules)
-    parts = dict(router.routed())
+    patches = dict(router.routed())
     joined, further = {}, {}  # computed before anything changes
     for path, experts in modules.items():
-        if (part := parts.get(path)) is None:
-            further[path] = part_at(state, router, path, experts)
+        if (patch := patches.get(path)) is None:
+            further[path] = patch_at(state, router, path, experts)
         else:
-            experts = experts.to(part.down.device, part.down.dtype)
-            joined[path] = part.experts.followed_by(experts)
+            experts = experts.to(patch.down.device, patch.down.dtype)
+            joined[path] = patch.experts.followed_by(experts)
     for path, experts in joined.items():
-        parts[path].hold(experts)
-    for path, part in further.items():
-        state.add(router, path, part)
+        patches[path].hold(experts)
+    for path, patch in further.items():
+        state.add(router, path, patch)
     sources = router.settings.get("sources", [])
     router.settings["sources"] = [
         *sources[: len(router.experts)],
@@ -244,15 +244,15 @@ def remove_expert(state: State, name: str, *, arrow: str) -> None:
     sources = router.settings.get("sources", [])
     router.settings["sources"] = sources[:number] + sources[number + 1 :]
     router.settings["top_k"] = min(router.settings["top_k"], len(router.experts))
-    for path, part in list(router.routed()):
-        part.top_k = router.settings["top_k"]
-        if name not in part.names:
+    for path, patch in list(router.routed()):
+        patch.top_k = router.settings["top_k"]
+        if name not in patch.names:
             continue
-        rest = part.experts.without(name)
+        rest = patch.experts.without(name)
         if rest is None:
             state.take(router, path)
         else:
-            part.hold(rest)
+            patch.hold(rest)
 
 
 def find(state: State, name: str) -> ArrowRouter:
@@ -324,8 +324,8 @@ def save(state: State, folder: StrPath, name: str) -> None:
     """Write a router as `adapterkit arrow` does, each file in one step."""
     router = find(state, name)
     tensors: dict[str, Tensor] = {}
-    for path, part in router.routed():
-        experts = part.experts
+    for path, patch in router.routed():
+        experts = patch.experts
         tensors[f"{path}.a"] = writing.stored_value(experts.a).to(router.dtype)
         tensors[f"{path}.b"] = writing.stored_value(experts.b).to(router.dtype)
         tensors[f"{path}.scale"] = torch.tensor(experts.scales, dtype=torch.float32)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
-from adapterkit.runtime.site import Part, Site, sizes_of
+from adapterkit.runtime.site import Patch, Site, sizes_of
 
 # layers that diffusers' fuse_qkv_projections replaces by one
 FUSED = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
@@ -210,18 +210,18 @@ class FirstCallWatch:
         model: nn.Module,
         modules: Mapping[str, nn.Module],
         name: str,
-        parts: Iterable[tuple[Site, Part]],
+        patches: Iterable[tuple[Site, Patch]],
         *,
         strict: bool,
     ):
-        self.name, self.parts, self.strict, self.steps = name, list(parts), strict, STEPS
+        self.name, self.patches, self.strict, self.steps = name, list(patches), strict, STEPS
         self.acts = True  # whether the adapter acts now
         self.looks = False  # whether it acted when the call began, for all modules
         self.around: set[int] = set()  # modules around their hosts
         self._parents = {
             site: parent
-            for site, part in self.parts
-            if part.called and (parent := modules.get(site.path.rpartition(".")[0])) is not None
+            for site, patch in self.patches
+            if patch.called and (parent := modules.get(site.path.rpartition(".")[0])) is not None
         }
         self._inner: list[RemovableHandle] = []
         self._hooks = [
@@ -244,7 +244,7 @@ class FirstCallWatch:
         self.looks = self.acts and all(kwargs.get(name) is None for name in GIVEN)
         if not self.looks:
             return
-        for site, _ in self.parts:
+        for site, _ in self.patches:
             site.watched = True
         self._inner = [
             parent.register_forward_pre_hook(self._enter) for parent in {*self._parents.values()}
@@ -258,7 +258,7 @@ class FirstCallWatch:
             return
         self.around.add(id(model))
         self.release()
-        if any(p.requires_grad for _, part in self.parts for _, p in part.trained()):
+        if any(p.requires_grad for _, patch in self.patches for _, p in patch.trained()):
             _waiting.add(self)
             if not _hook:
                 _hook.append(register_optimizer_step_pre_hook(_on_step))
@@ -269,15 +269,15 @@ class FirstCallWatch:
     def _idle(self) -> Iterator[str]:
         """Paths of modules that were not called. Modules whose parent was not called either, such
         as an expert's, are left out, and so are values shared with a module that was called."""
-        acting = {id(p) for site, part in self.parts if site.called for p in part.parameters()}
-        for site, part in self.parts:
-            own = {*map(id, part.parameters())}
+        acting = {id(p) for site, patch in self.patches if site.called for p in patch.parameters()}
+        for site, patch in self.patches:
+            own = {*map(id, patch.parameters())}
             around = id(self._parents.get(site)) in self.around
             if around and own and not site.called and not own & acting:
                 yield site.path
 
     def _end_call(self) -> None:
-        for site, _ in self.parts:
+        for site, _ in self.patches:
             site.watched = False
         for hook in self._inner:
             hook.remove()
@@ -286,8 +286,8 @@ class FirstCallWatch:
     def step(self, owned: Set[int]) -> None:
         """Check the gradients of an optimizer's parameters, by id."""
         trained = [
-            (site.path, [p for _, p in part.trained() if p.requires_grad])
-            for site, part in self.parts
+            (site.path, [p for _, p in patch.trained() if p.requires_grad])
+            for site, patch in self.patches
             if site.called
         ]
         trained = [(path, own) for path, own in trained if own and {*map(id, own)} <= owned]

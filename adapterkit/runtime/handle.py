@@ -127,9 +127,9 @@ class Adapters:
         names = self.names if name is None else [name]
         self.state.known(names)
         adapters = [self.state.adapters[n] for n in names if self.state.adapters[n].trainable]
-        parts = [part for adapter in adapters for _, part in adapter.parts()]
-        # tied parts share parameters
-        yield from dict.fromkeys(parameter for part in parts for _, parameter in part.trained())
+        patches = [patch for adapter in adapters for _, patch in adapter.patches()]
+        # tied patches share parameters
+        yield from dict.fromkeys(parameter for patch in patches for _, parameter in patch.trained())
 
     def activate(self, names: Names, *, weights: StrPath | None = None) -> None:
         """Activate these adapters, with weights if a map is given; None: the base alone. `Refused`
@@ -264,8 +264,8 @@ class Adapters:
                 hint="give one",
                 code="AK802",
             )
-        for site, part in self.state.adapters[name].parts():
-            part.rescale(number)
+        for site, patch in self.state.adapters[name].patches():
+            patch.rescale(number)
             site.renew()
 
     def report(self) -> ModuleTable:

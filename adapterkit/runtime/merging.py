@@ -15,7 +15,7 @@ from adapterkit.core.engine.device import float32_products
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
 from adapterkit.core.inputs.model_config import SWITCH, has_other_effects
 from adapterkit.runtime.quantized import exchange, quantization_of, rounded, tensors_of, weight_of
-from adapterkit.runtime.site import Part, Site, owner
+from adapterkit.runtime.site import Patch, Site, owner
 from adapterkit.runtime.state import State
 
 
@@ -44,7 +44,7 @@ class ReplacedWeights:
 
 
 class HostWeights(dict[str, Tensor]):
-    """A host's parameters by name, in float32, read on first use; parts change them."""
+    """A host's parameters by name, in float32, read on first use; patches change them."""
 
     def __init__(self, host: nn.Module):
         super().__init__()
@@ -74,12 +74,12 @@ def merge(state: State, table: Mapping[str, float]) -> None:
     sites = {path: site for name in table for path, site in state.adapters[name].sites.items()}
     for site in sites.values():
         values = HostWeights(site.host)
-        parts = [(p, w) for name, w in table.items() for p in site.own_parts(name)]
-        site.select(table)  # for parts that replace the host's values
+        patches = [(p, w) for name, w in table.items() for p in site.own_patches(name)]
+        site.select(table)  # for patches that replace the host's values
         replacements = site.replacements
         try:
-            for part, weight in sorted(parts, key=lambda pair: not pair[0].replaces):
-                acts, factor = part.weighted(weight)
+            for patch, weight in sorted(patches, key=lambda pair: not pair[0].replaces):
+                acts, factor = patch.weighted(weight)
                 acts.merge(values, factor)
         finally:
             site.select(state.active)
@@ -144,7 +144,7 @@ def without_merge(state: State) -> Iterator[None]:
 
 
 def check(state: State, table: Mapping[str, float]) -> None:
-    """`Refused` for merged adapters, and for parts that no weight equals."""
+    """`Refused` for merged adapters, and for patches that no weight equals."""
     errors = Problems(where="merge", code="AK802")
     if not table:
         errors.add("no adapter", "one or more", "name the adapters")
@@ -164,18 +164,20 @@ def check(state: State, table: Mapping[str, float]) -> None:
     _add_covered(state, table, errors)
     for name, weight in table.items():
         errors += state.guard.hosts.problems(state.adapters[name].sites.values(), "merge")
-        parts = state.adapters[name].parts()
-        reasons = by_reason((site.path, _unmergeable(site, part, weight)) for site, part in parts)
+        patches = state.adapters[name].patches()
+        reasons = by_reason(
+            (site.path, _unmergeable(site, patch, weight)) for site, patch in patches
+        )
         for reason, paths in reasons.items():
             problem = f"{shown(name)} cannot be merged into {listed(paths)}: {reason}"
             errors.add(problem, "low-rank factors on plain weights", "run it unmerged")
     errors.raise_all()
 
 
-def _unmergeable(site: Site, part: Part, weight: float) -> str | None:
+def _unmergeable(site: Site, patch: Patch, weight: float) -> str | None:
     if any(parameter.is_meta for parameter in site.host.parameters()):
         return "the weights are offloaded, or on the meta device"
-    acts, factor = part.weighted(weight)
+    acts, factor = patch.weighted(weight)
     return acts.unmergeable(site, factor)
 
 
@@ -184,8 +186,8 @@ def _add_covered(state: State, table: Mapping[str, float], errors: Problems) -> 
     for name in state.active.keys() - table.keys():
         paths = [
             site.path
-            for site, part in state.adapters[name].parts()
-            if part.replaces and any(part.covers(p) for m in table for p in site.own_parts(m))
+            for site, patch in state.adapters[name].patches()
+            if patch.replaces and any(patch.covers(p) for m in table for p in site.own_patches(m))
         ]
         if paths:
             values = f"replaces values of {listed(paths)}"
@@ -247,33 +249,33 @@ def conflicts(state: State, names: Iterable[str], where: str) -> list[Adapterkit
     if len(trained) > 1:
         errors.add(f"{', '.join(map(shown, trained))} have trained biases", expected)
     clashes: dict[tuple[str, str, str], list[str]] = {}
-    for path, parts in _special(state, names).items():
-        for part, other in combinations(parts, 2):
-            reason = part.adapter != other.adapter and (part.clash(other) or other.clash(part))
+    for path, patches in _special(state, names).items():
+        for patch, other in combinations(patches, 2):
+            reason = patch.adapter != other.adapter and (patch.clash(other) or other.clash(patch))
             if reason:
-                clashes.setdefault((part.adapter, other.adapter, reason), []).append(path)
-        for part in parts:
-            if part.role == "copy":
-                for other, inner in _inside(state, names, path, part):
+                clashes.setdefault((patch.adapter, other.adapter, reason), []).append(path)
+        for patch in patches:
+            if patch.role == "copy":
+                for other, inner in _inside(state, names, path, patch):
                     reason = f"a trained copy of {shown(path)}, and modules inside it"
-                    clashes.setdefault((part.adapter, other, reason), []).append(inner)
+                    clashes.setdefault((patch.adapter, other, reason), []).append(inner)
     for (first, second, reason), paths in clashes.items():
         errors.add(f"{shown(first)} and {shown(second)} have {reason}: {listed(paths)}", expected)
     return errors
 
 
-def _special(state: State, names: list[str]) -> dict[str, list[Part]]:
-    """The parts of these adapters that do more than add to a module's output, by module."""
-    special: dict[str, list[Part]] = {}
+def _special(state: State, names: list[str]) -> dict[str, list[Patch]]:
+    """The patches of these adapters that do more than add to a module's output, by module."""
+    special: dict[str, list[Patch]] = {}
     for name in names:
-        for site, part in state.adapters[name].parts():
-            if not part.role.startswith("delta"):
-                special.setdefault(site.path, []).append(part)
+        for site, patch in state.adapters[name].patches():
+            if not patch.role.startswith("delta"):
+                special.setdefault(site.path, []).append(patch)
     return special
 
 
-def _inside(state: State, names: list[str], path: str, copy: Part) -> Iterable[tuple[str, str]]:
-    """The other adapters with parts inside a module that is copied, and the paths."""
+def _inside(state: State, names: list[str], path: str, copy: Patch) -> Iterable[tuple[str, str]]:
+    """The other adapters with patches inside a module that is copied, and the paths."""
     for name in names:
         if name != copy.adapter:
             for inner in state.adapters[name].sites:

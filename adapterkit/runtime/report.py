@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from adapterkit.core.engine.device import float32_products
-from adapterkit.runtime.layers.parameter import ParameterPart
-from adapterkit.runtime.layers.routed import RoutedPart
-from adapterkit.runtime.parts.copies import MirrorPart
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.site import Part
+from adapterkit.runtime.layers.parameter import ParameterPatch
+from adapterkit.runtime.layers.routed import RoutedPatch
+from adapterkit.runtime.patches.copies import MirrorPatch
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.site import Patch
 from adapterkit.runtime.state import State
 
 
@@ -95,22 +95,22 @@ def report(state: State) -> ModuleTable:
         if site is None:
             continue
         shares: dict[str, list[AdapterOnModule]] = {}  # by the name of the module or parameter
-        for name, parts in site.parts.items():
-            for part in parts.values():
-                if isinstance(part, MirrorPart):
+        for name, patches in site.patches.items():
+            for patch in patches.values():
+                if isinstance(patch, MirrorPatch):
                     continue  # the copy's row
-                target = part.target(path) if isinstance(part, ParameterPart) else path
-                for share in _shares(name, part, name in state.active):
+                target = patch.target(path) if isinstance(patch, ParameterPatch) else path
+                for share in _shares(name, patch, name in state.active):
                     shares.setdefault(target, []).append(share)
         rows += [Row(target, type(site.host).__name__, tuple(s)) for target, s in shares.items()]
     return rows
 
 
-def _shares(name: str, part: Part, active: bool) -> Iterator[AdapterOnModule]:
-    if isinstance(part, FactorsPart):
-        yield AdapterOnModule(name, part.rank, part.stored_scale, part.norm(), active)
-    elif isinstance(part, RoutedPart):
-        for expert, scale, norm in zip(part.names, part.scales, part.norms(), strict=True):
-            yield AdapterOnModule(f"{name}: {expert}", part.rank, scale, norm, active)
+def _shares(name: str, patch: Patch, active: bool) -> Iterator[AdapterOnModule]:
+    if isinstance(patch, FactorsPatch):
+        yield AdapterOnModule(name, patch.rank, patch.stored_scale, patch.norm(), active)
+    elif isinstance(patch, RoutedPatch):
+        for expert, scale, norm in zip(patch.names, patch.scales, patch.norms(), strict=True):
+            yield AdapterOnModule(f"{name}: {expert}", patch.rank, scale, norm, active)
     else:
-        yield AdapterOnModule(name, None, None, None, active, part.role.removeprefix("weight."))
+        yield AdapterOnModule(name, None, None, None, active, patch.role.removeprefix("weight."))

@@ -1,7 +1,7 @@
 """Mixed batches: each row of a batch with its own adapter, one pass of the model for all rows.
 
 If the rows differ at a module, its site gets a router: `LinearRows` for linear layers, `run_groups`
-for every other kind of part. Otherwise it runs as with `activate`.
+for every other kind of patch. Otherwise it runs as with `activate`.
 """
 
 import re
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from adapterkit.core.errors import Problems, Refused, by_reason, shown
 from adapterkit.kernels import mixed_batch as mixed
 from adapterkit.runtime.layers.parameter import is_stack, takes_indices
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.memo import ResultCache
-from adapterkit.runtime.site import Args, Kwargs, Part, Site
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.patches.memo import ResultCache
+from adapterkit.runtime.site import Args, Kwargs, Patch, Site
 from adapterkit.runtime.state import State
 from adapterkit.verbs.shared.targets import model_type
 
@@ -69,7 +69,7 @@ class Rows:
         self.kept = ResultCache()
         self.generating = self.on = False
         self.routes = {
-            site: tuple(name if name in site.parts else None for name in names)
+            site: tuple(name if name in site.patches else None for name in names)
             for site in state.sites.values()
         }
         mixed_sites = [site for site, own in self.routes.items() if len(set(own)) > 1]
@@ -285,7 +285,7 @@ def _check_sites(state: State, sites: Iterable[Site]) -> None:
 
 def _refusal_reason(state: State, site: Site, text: list[str]) -> str | None:
     """The reason why a module's inputs are not the batch's rows; `text`: of `_text_paths`."""
-    stacks = [p for parts in site.parts.values() for p in parts.values() if is_stack(p)]
+    stacks = [p for patches in site.patches.values() for p in patches.values() if is_stack(p)]
     if REGROUPED.search(site.path) or (stacks and not takes_indices(site.host)):
         return "get the tokens that are routed to them, not the batch's rows"
     if TABLES.search(site.path):
@@ -488,16 +488,16 @@ class AdapterTerm:
     offset: Tensor | None  # (out,)
 
 
-def share_of(site: Site, parts: Mapping[str, Part]) -> AdapterTerm | None:
-    """The term of an adapter whose only part here is a linear layer's factors, else None."""
-    part = parts.get("delta")
-    if len(parts) != 1 or not isinstance(part, FactorsPart) or not part.mixes_rows:
+def share_of(site: Site, patches: Mapping[str, Patch]) -> AdapterTerm | None:
+    """The term of an adapter whose only patch here is a linear layer's factors, else None."""
+    patch = patches.get("delta")
+    if len(patches) != 1 or not isinstance(patch, FactorsPatch) or not patch.mixes_rows:
         return None
-    if part.magnitude is None:
-        a, b = part.joined()
-        scale = part.stored_scale
-        return AdapterTerm(a, b, scale, None, None if part.bias is None else part.bias * scale)
-    stretch, a, b = part.folded()
+    if patch.magnitude is None:
+        a, b = patch.joined()
+        scale = patch.stored_scale
+        return AdapterTerm(a, b, scale, None, None if patch.bias is None else patch.bias * scale)
+    stretch, a, b = patch.folded()
     bias = site.host._parameters.get("bias")
     assert stretch is not None
     return AdapterTerm(a, b, 1.0, stretch, None if bias is None else (1 - stretch) * bias)
@@ -594,7 +594,7 @@ def linear_rows(site: Site, names: Sequence[str | None], kept: ResultCache) -> L
     # not in inference mode, or no later call could record gradients of its input
     with torch.inference_mode(False), torch.no_grad():
         for name in adapters:
-            share = share_of(site, site.parts[name])
+            share = share_of(site, site.patches[name])
             if share is None:
                 return None
             shares.append(share)

@@ -20,11 +20,11 @@ from adapterkit.runtime.sharding import spread
 from adapterkit.runtime.weights import weight_on
 
 CHILD = "adapterkit"  # the name of the child
-DIRECTED = ":directions"  # how the name of a part's stand-in ends
+DIRECTED = ":directions"  # how the name of a patch's stand-in ends
 OLD_FORWARD = "_old_forward"  # called by accelerate's hooks
 ESCAPED = str.maketrans({"%": "%25", ".": "%2E", ":": "%3A"})  # in children's names
 RESERVED = {  # the site's attributes
-    "parts", "path", "unmerged", "router", "replacing", "changing", "adding", "training", "sizes",
+    "patches", "path", "unmerged", "router", "replacing", "changing", "adding", "training", "sizes",
     "watched", "called", "active", "directed",
 }  # fmt: skip
 SIZES = (
@@ -56,12 +56,12 @@ class Unsaved(nn.Module):
         return super()._apply(lambda t: t.to(moved.device), recurse)
 
 
-class Part(Unsaved):
+class Patch(Unsaved):
     """One adapter's share of one module.
 
-    A delta part changes the output y so far: `forward(y, weight, x, ...) -> y`. A weight part
+    A delta patch changes the output y so far: `forward(y, weight, x, ...) -> y`. A weight patch
     changes the module's parameters while its forward runs: `change(values, weight)`. A replacing
-    part runs instead of the module: `run(site, x, ...) -> y`, where `site.base` is the module.
+    patch runs instead of the module: `run(site, x, ...) -> y`, where `site.base` is the module.
     """
 
     role: str = "delta"  # its beginning is the kind: delta, weight, or another word
@@ -73,7 +73,7 @@ class Part(Unsaved):
 
     @classmethod
     def place(cls, path: str) -> str:
-        """The path of the site for a part of the module `path`."""
+        """The path of the site for a patch of the module `path`."""
         return path
 
     @property
@@ -95,13 +95,13 @@ class Part(Unsaved):
         """The reason why it cannot act with these weights of its delta's directions, or None."""
         return "it has no low-rank factors"
 
-    def directed(self, weights: tuple[float, ...]) -> "Part":
-        """The part that acts with these weights of its delta's directions; called only if
+    def directed(self, weights: tuple[float, ...]) -> "Patch":
+        """The patch that acts with these weights of its delta's directions; called only if
         `undirected` gives no reason."""
         raise NotImplementedError
 
-    def weighted(self, weight: float) -> "tuple[Part, float]":
-        """The part that acts with an adapter's weight, and its own weight."""
+    def weighted(self, weight: float) -> "tuple[Patch, float]":
+        """The patch that acts with an adapter's weight, and its own weight."""
         own = weight_on(weight, self.named(self.site.path))
         return (self.directed(own), 1.0) if isinstance(own, tuple) else (self, own)
 
@@ -130,7 +130,7 @@ class Part(Unsaved):
         """Its parameters and buffers by name."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
-    def requires_grad_(self, requires_grad: bool = True) -> "Part":
+    def requires_grad_(self, requires_grad: bool = True) -> "Patch":
         for _, parameter in self.trained():
             parameter.requires_grad_(requires_grad)
         return self
@@ -138,28 +138,28 @@ class Part(Unsaved):
     def run(self, site: "Site | Inside", *args: object, **kwargs: object) -> Any:
         raise NotImplementedError
 
-    def clash(self, other: "Part") -> str | None:
-        """The reason why it cannot act together with another part of the same module, or None."""
+    def clash(self, other: "Patch") -> str | None:
+        """The reason why it cannot act together with another patch of the same module, or None."""
         return None
 
-    def covers(self, other: "Part") -> bool:
-        """Return whether its values hide another part's merged changes to the host."""
+    def covers(self, other: "Patch") -> bool:
+        """Return whether its values hide another patch's merged changes to the host."""
         return self.replaces and not other.replaces
 
-    def values_in(self, other: "Part") -> dict[str, Tensor]:
-        """Another part's values, as it was read, in the form of its own parameters and buffers."""
+    def values_in(self, other: "Patch") -> dict[str, Tensor]:
+        """Another patch's values, as it was read, in the form of its own parameters and buffers."""
         return other.tensors()
 
-    def fits(self, other: "Part") -> bool:
-        """Return whether `take` accepts another part's values."""
+    def fits(self, other: "Patch") -> bool:
+        """Return whether `take` accepts another patch's values."""
         own, values = self.tensors(), self.values_in(other)
         return {name for name, _ in self.named_parameters()} <= values.keys() <= own.keys() and all(
             value.shape == own[name].shape for name, value in values.items()
         )
 
     @torch.no_grad()
-    def take(self, other: "Part") -> None:
-        """Copy the values of another part, as it was read."""
+    def take(self, other: "Patch") -> None:
+        """Copy the values of another patch, as it was read."""
         own = self.tensors()
         for name, value in self.values_in(other).items():
             own[name].copy_(spread(value.to(own[name]), own[name]))
@@ -169,11 +169,11 @@ class Part(Unsaved):
         return None
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
-        """Change the host's parameters, float32 or wider, as this part changes the output."""
+        """Change the host's parameters, float32 or wider, as this patch changes the output."""
         raise NotImplementedError
 
     def unmergeable(self, site: "Site", weight: float) -> str | None:
-        """The reason why no weights of the host give this part's weighted output, or None."""
+        """The reason why no weights of the host give this patch's weighted output, or None."""
         return None
 
     def rescale(self, factor: float) -> None:
@@ -211,8 +211,8 @@ def sizes_of(host: nn.Module) -> dict[str, int]:
 Host = Any  # a module, with the attributes of its class
 Args = Sequence[Any]  # of a call of a module
 Kwargs = Mapping[str, Any]
-Replacing = tuple[Part, ...]
-Changing = tuple[tuple[Part, float], ...]
+Replacing = tuple[Patch, ...]
+Changing = tuple[tuple[Patch, float], ...]
 
 
 class Steps(dict[str, nn.Module]):
@@ -226,19 +226,19 @@ class Steps(dict[str, nn.Module]):
 
 
 class Site(Unsaved):
-    """The adapters of one module, the host: its parts, and which of them act."""
+    """The adapters of one module, the host: its patches, and which of them act."""
 
     _host: tuple[nn.Module]
-    replacing: Replacing  # active parts, each around those before it
+    replacing: Replacing  # active patches, each around those before it
     changing: Changing
-    adding: tuple[tuple[Part, float], ...]
+    adding: tuple[tuple[Patch, float], ...]
 
     def __init__(self, host: nn.Module, path: str):
         super().__init__()
         # in a tuple: a child of its own child would be a ring
         object.__setattr__(self, "_host", (host,))
         self.path, self.sizes = path, sizes_of(host)
-        self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
+        self.patches: dict[str, dict[str, Patch]] = {}  # adapter -> role -> patch
         self.unmerged: dict[str, Tensor] = {}  # the values before the merge
         self.watched = self.called = False  # see `FirstCallWatch`
         self.active: Mapping[str, float] = {}
@@ -257,7 +257,7 @@ class Site(Unsaved):
         return self._host[0]
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Its parts; none for accelerate's hooks, which offload these and would restore them from
+        """Its patches; none for accelerate's hooks, which offload these and would restore them from
         the state dict, where they are missing."""
         caller = sys._getframe(1).f_globals.get("__name__")
         return iter(()) if caller == "accelerate.hooks" else super().named_children()
@@ -279,8 +279,8 @@ class Site(Unsaved):
         return type(self._host[0]) is nn.Linear and self.own_forward is None and not self.replacing
 
     def run(self, replacing: Replacing, changing: Changing, *args: object, **kwargs: object) -> Any:
-        """Run the outermost replacing part around the others, and these around the host's own
-        forward with the changes of weight parts."""
+        """Run the outermost replacing patch around the others, and these around the host's own
+        forward with the changes of weight patches."""
         if replacing:
             *others, outer = replacing
             inside = Inside(self, tuple(others), changing) if others or changing else self
@@ -301,12 +301,12 @@ class Site(Unsaved):
             return y
         x = args[0] if args else next(iter(kwargs.values()))
         dtype = y.dtype
-        for part, weight in self.adding:
-            y = part(y, weight, x)
+        for patch, weight in self.adding:
+            y = patch(y, weight, x)
         return y if y.dtype == dtype else y.to(dtype)
 
     def _changed(self, changing: Changing, *args: object, **kwargs: object) -> Any:
-        """The host's own forward with the parameters changed by weight parts."""
+        """The host's own forward with the parameters changed by weight patches."""
         if torch.compiler.is_compiling():  # traced by one thread
             return self._exchanged(changing, *args, **kwargs)
         with _exchange:
@@ -314,14 +314,14 @@ class Site(Unsaved):
 
     def _exchanged(self, changing: Changing, *args: object, **kwargs: object) -> Any:
         values = Values(self.host)
-        for part, weight in changing:
-            part.change(values, weight)
+        for patch, weight in changing:
+            patch.change(values, weight)
         places = [owner(self.host, name) for name in values]
         own = [module._parameters[leaf] for module, leaf in places]
         try:
             for (module, leaf), parameter, value in zip(places, own, values.values(), strict=True):
                 if parameter is not None and value.dtype != parameter.dtype:
-                    value = value.to(parameter.dtype)  # rounded once, after the last part
+                    value = value.to(parameter.dtype)  # rounded once, after the last patch
                 module._parameters[leaf] = value
             y = self.base(*args, **kwargs)
         finally:
@@ -329,41 +329,41 @@ class Site(Unsaved):
                 module._parameters[leaf] = parameter
         is_empty = isinstance(y, Tensor) and y.numel() == 0  # no tokens: nothing was computed
         if not torch.compiler.is_compiling() and not is_empty:
-            for part, _ in changing:
-                part.check(values)
+            for patch, _ in changing:
+                patch.check(values)
         return y
 
-    def own_parts(self, adapter: str) -> Iterable[Part]:
-        """The parts of an adapter here."""
-        return self.parts.get(adapter, {}).values()
+    def own_patches(self, adapter: str) -> Iterable[Patch]:
+        """The patches of an adapter here."""
+        return self.patches.get(adapter, {}).values()
 
-    def add(self, part: Part) -> None:
-        """Add a part of an adapter; it does not act yet."""
-        object.__setattr__(part, "_host", self._host)
-        self.parts.setdefault(part.adapter, {})[part.role] = part
-        self._modules[_child_name(part)] = part
+    def add(self, patch: Patch) -> None:
+        """Add a patch of an adapter; it does not act yet."""
+        object.__setattr__(patch, "_host", self._host)
+        self.patches.setdefault(patch.adapter, {})[patch.role] = patch
+        self._modules[_child_name(patch)] = patch
 
     def remove(self, adapter: str) -> None:
-        for part in self.parts.pop(adapter, {}).values():
-            del self._modules[_child_name(part)]
+        for patch in self.patches.pop(adapter, {}).values():
+            del self._modules[_child_name(patch)]
 
     def select(self, active: Mapping[str, float]) -> None:
-        """Activate the parts of these adapters, each with its weight, in this order."""
+        """Activate the patches of these adapters, each with its weight, in this order."""
         adding, changing, replacing = [], [], []
         self.active = dict(active)
         for name in [name for name in self._modules if name.endswith(DIRECTED)]:
             del self._modules[name]
         for adapter, weight in active.items():
-            for part in self.parts.get(adapter, {}).values():
-                acts, own = part.weighted(weight)
-                if acts is not part:
-                    self._modules[_child_name(part) + DIRECTED] = acts
-                if part.role.startswith("delta"):
+            for patch in self.patches.get(adapter, {}).values():
+                acts, own = patch.weighted(weight)
+                if acts is not patch:
+                    self._modules[_child_name(patch) + DIRECTED] = acts
+                if patch.role.startswith("delta"):
                     adding.append((acts, own))
-                elif part.role.startswith("weight"):
+                elif patch.role.startswith("weight"):
                     changing.append((acts, own))
                 else:
-                    replacing.append(part)
+                    replacing.append(patch)
         changing.sort(key=lambda pair: not pair[0].replaces)
         self.replacing, self.changing = nested(replacing), tuple(changing)
         self.adding = tuple(adding)
@@ -378,23 +378,23 @@ class Site(Unsaved):
             self.register_forward_pre_hook(nothing)
 
     def renew(self) -> None:
-        """Replace directed copies of parts whose values have changed."""
+        """Replace directed copies of patches whose values have changed."""
         if not self.directed:
             return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return  # a graph waits for nothing
-        parts = [(p, w) for name, w in self.active.items() for p in self.own_parts(name)]
-        if any(p.weighted(w)[0] not in self._modules.values() for p, w in parts):
+        patches = [(p, w) for name, w in self.active.items() for p in self.own_patches(name)]
+        if any(p.weighted(w)[0] not in self._modules.values() for p, w in patches):
             self.select(self.active)
 
     @property
     def replacements(self) -> dict[str, Tensor]:
-        """Values that replace parameters of the host before anything is added: those of parts, and
-        the originals during a merge."""
+        """Values that replace parameters of the host before anything is added: those of patches,
+        and the originals during a merge."""
         values = Values(self.host)
-        for part, weight in self.changing:
-            if part.replaces:
-                part.change(values, weight)
+        for patch, weight in self.changing:
+            if patch.replaces:
+                patch.change(values, weight)
         return {**self.unmerged, **values}
 
     @property
@@ -427,7 +427,7 @@ def set_forward(host: nn.Module, slots: Iterable[str], forward: Callable[..., An
 
 @dataclass(frozen=True)
 class Inside:
-    """A site as seen by the outer one of its replacing parts."""
+    """A site as seen by the outer one of its replacing patches."""
 
     site: Site
     replacing: Replacing
@@ -439,30 +439,30 @@ class Inside:
 
     def value(self, name: str) -> Tensor | None:
         """A parameter of the host as its forward, or that of its copy, sees it."""
-        for part in reversed(self.replacing):
-            if (value := part.own_value(name)) is not None:
+        for patch in reversed(self.replacing):
+            if (value := patch.own_value(name)) is not None:
                 return value
         values = Values(self.host)
-        for part, weight in self.changing:
-            part.change(values, weight)
+        for patch, weight in self.changing:
+            patch.change(values, weight)
         return values[name]
 
     def base(self, *args: object, **kwargs: object) -> Any:
-        """The forward that the outer part replaces."""
+        """The forward that the outer patch replaces."""
         return self.site.run(self.replacing, self.changing, *args, **kwargs)
 
 
-def nested(parts: Iterable[Part]) -> Replacing:
-    """Replacing parts in the order of `Site.run`: copies of the module inside token rows."""
-    return tuple(sorted(parts, key=lambda part: part.role != "copy"))
+def nested(patches: Iterable[Patch]) -> Replacing:
+    """Replacing patches in the order of `Site.run`: copies of the module inside token rows."""
+    return tuple(sorted(patches, key=lambda patch: patch.role != "copy"))
 
 
-def _child_name(part: Part) -> str:
+def _child_name(patch: Patch) -> str:
     """The adapter's name, if it can be a child's: no dots, no attribute of the site; every role
     except the plain one is appended."""
-    name = part.adapter.translate(ESCAPED)
-    if part.role != "delta":
-        return f"{name}:{part.role.replace('.', '%2E')}"
+    name = patch.adapter.translate(ESCAPED)
+    if patch.role != "delta":
+        return f"{name}:{patch.role.replace('.', '%2E')}"
     return f"{name}%" if hasattr(Site, name) or name in RESERVED else name
 
 

@@ -15,9 +15,9 @@ from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.runtime.guard import FirstCallWatch, Guard
-from adapterkit.runtime.layers.alora import Invocations, InvokedPart
+from adapterkit.runtime.layers.alora import Invocations, InvokedPatch
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
-from adapterkit.runtime.site import CHILD, Args, Host, Kwargs, Part, Site
+from adapterkit.runtime.site import CHILD, Args, Host, Kwargs, Patch, Site
 from adapterkit.verbs.shared.lora_config import LoraConfig
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ class Attached:
     base: str | None = None  # the base's id, as its config says
     sites: dict[str, Site] = field(default_factory=dict)  # by path
     base_fingerprint: str | None = None
-    strict: bool = False  # parts that do nothing are an error, not a warning
+    strict: bool = False  # patches that do nothing are an error, not a warning
     watch: FirstCallWatch | None = None  # since it was active first
 
-    def parts(self) -> Iterator[tuple[Site, Part]]:
+    def patches(self) -> Iterator[tuple[Site, Patch]]:
         for site in self.sites.values():
-            for part in site.parts[self.name].values():
-                yield site, part
+            for patch in site.patches[self.name].values():
+                yield site, patch
 
 
 class State:
@@ -122,27 +122,27 @@ class State:
         """The adapters that act in the next call of the model."""
         return self.active if self.rows is None else self.rows.acting
 
-    def add(self, adapter: Attached, path: str, part: Part) -> None:
-        site = self.site(part.place(path))
-        part.train(site.training)
+    def add(self, adapter: Attached, path: str, patch: Patch) -> None:
+        site = self.site(patch.place(path))
+        patch.train(site.training)
         if torch.float64 in {p.dtype for p in site.host._parameters.values() if p is not None}:
-            part.double()  # as in PEFT: narrower factors would round the layer's input
-        if isinstance(part, InvokedPart):
+            patch.double()  # as in PEFT: narrower factors would round the layer's input
+        if isinstance(patch, InvokedPatch):
             if self.invocations is None:
                 self.invocations = Invocations(self.model, self.acting)
-            part.invocations = self.invocations
-            part.invocations.tokens[adapter.name] = tuple(adapter.config.invocation_tokens or ())
-        site.add(part)
+            patch.invocations = self.invocations
+            patch.invocations.tokens[adapter.name] = tuple(adapter.config.invocation_tokens or ())
+        site.add(patch)
         adapter.sites[site.path] = site
 
-    def put(self, adapter: Attached, parts: Iterable[tuple[str, Part]]) -> None:
-        """Add an adapter with its parts; it does not act yet."""
-        for path, part in parts:
-            self.add(adapter, path, part)
+    def put(self, adapter: Attached, patches: Iterable[tuple[str, Patch]]) -> None:
+        """Add an adapter with its patches; it does not act yet."""
+        for path, patch in patches:
+            self.add(adapter, path, patch)
         self.adapters[adapter.name] = adapter
 
     def remove(self, name: str) -> None:
-        """Remove an adapter from all its modules; sites without parts are removed too."""
+        """Remove an adapter from all its modules; sites without patches are removed too."""
         adapter = self.adapters.pop(name)
         if adapter.watch is not None:
             adapter.watch.release()
@@ -160,7 +160,7 @@ class State:
         """Remove an adapter from one module."""
         site = adapter.sites.pop(path)
         site.remove(adapter.name)
-        if site.parts:
+        if site.patches:
             site.select(self.active)
         else:
             site.leave()
@@ -176,17 +176,17 @@ class State:
                 continue
             trained = adapter.trainable and name in self.active
             if name in self.active and adapter.watch is None:
-                parts = adapter.parts()
+                patches = adapter.patches()
                 adapter.watch = FirstCallWatch(
-                    self.model, self.modules, name, parts, strict=adapter.strict
+                    self.model, self.modules, name, patches, strict=adapter.strict
                 )
             if adapter.watch is not None:
                 adapter.watch.acts = name in self.active
             if trained:
                 self._unpacked += keep_unpacked(self.model)
-            for site, part in adapter.parts():
+            for site, patch in adapter.patches():
                 site.select(self.active)
-                part.requires_grad_(trained)
+                patch.requires_grad_(trained)
         self.pad_encoders()
         self.guard.watch(on=bool(self.active))
 

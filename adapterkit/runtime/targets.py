@@ -45,8 +45,8 @@ class LiveResolver(Resolver):
         return unread(self.model, self.modules, path)
 
     def kind_of(self, module: nn.Module) -> str | None:
-        part = layers.kind_of(module)
-        return None if part is None else part.kind
+        patch = layers.kind_of(module)
+        return None if patch is None else patch.kind
 
     def is_quantized(self, module: nn.Module) -> bool:
         return quantization_of(module) is not None
@@ -74,15 +74,15 @@ class LiveResolver(Resolver):
         return super().refusal_reason(path) or self._parameter_refusal(path)
 
     def unfit_settings(self, target: Target) -> Iterator[Refused]:
-        part, config = layers.KINDS[target.kind], self.config
+        patch, config = layers.KINDS[target.kind], self.config
         wrong = [
             (setting, expected)
             for setting, expected in SETTINGS.items()
-            if getattr(config, setting) and setting not in part.takes
+            if getattr(config, setting) and setting not in patch.takes
         ]
-        if target.tied is not None and (config.dora or "tie" not in part.takes):
+        if target.tied is not None and (config.dora or "tie" not in patch.takes):
             wrong.append(("dora with tie" if config.dora else "tie", "a linear head without dora"))
-        if (unfit := part.refusal_reason(target.module, target.rank)) is not None:
+        if (unfit := patch.refusal_reason(target.module, target.rank)) is not None:
             wrong.append(unfit)
         for setting, expected in wrong:
             yield Refused(

@@ -135,11 +135,11 @@ def undirected(state: State, table: Mapping[str, float], where: str) -> Problems
     errors = Problems(where=where, hint="choose the weights for these adapters", code="AK112")
     for name, weight in table.items():
         adapter, found = state.adapters[name], []
-        for site, part in adapter.parts():
-            own = weight_on(weight, module := part.named(site.path))
+        for site, patch in adapter.patches():
+            own = weight_on(weight, module := patch.named(site.path))
             if isinstance(own, tuple):
                 trained = "it is trainable" if adapter.trainable else None
-                found.append((module, trained or part.undirected(own)))
+                found.append((module, trained or patch.undirected(own)))
         for reason, modules in by_reason(found).items():
             errors.add(
                 f"weights of directions of {shown(name)} on {listed(modules)}: {reason}",
@@ -161,5 +161,5 @@ def as_file(state: State, table: Mapping[str, float]) -> WeightsFile | None:
 
 def _modules_of(state: State, names: Iterable[str]) -> set[str]:
     """The modules of adapters, as a weights file names them."""
-    parts = [pair for name in names for pair in state.adapters[name].parts()]
-    return {part.named(site.path) for site, part in parts}
+    patches = [pair for name in names for pair in state.adapters[name].patches()]
+    return {patch.named(site.path) for site, patch in patches}

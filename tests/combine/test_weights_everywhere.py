@@ -21,7 +21,7 @@ from adapterkit.core.inputs.weights_file import (
     write_weights,
 )
 from adapterkit.runtime import load
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.patches.factors import FactorsPatch
 from tests.support import deltas, experts, oracle
 
 LEVELS = ("adapter", "module", "direction")
@@ -60,8 +60,8 @@ def sites_of(model: nn.Module, folders: list[Path]) -> dict[str, list[int]]:
     handle.load(folders[1], name="1")
     counts: dict[str, list[int]] = {}
     for number, adapter in enumerate(handle.state.adapters.values()):
-        for site, part in adapter.parts():
-            assert isinstance(part, FactorsPart)
+        for site, part in adapter.patches():
+            assert isinstance(part, FactorsPatch)
             lefts, rights = part._matrices()
             count = len(lefts) * min(part.stored_rank, lefts[0].shape[0], rights[0].shape[1])
             counts.setdefault(part.named(site.path), [0, 0])[number] = count

@@ -312,7 +312,7 @@ class Run:
             self.h.attach(config, name=name, seed=self.seed)
         generator = torch.Generator().manual_seed(self.rng.randrange(2**31))
         with torch.no_grad():
-            for part in self.h.state.adapters[name].parts():
+            for part in self.h.state.adapters[name].patches():
                 for _, value in part[1].trained():
                     value += 0.2 * torch.randn(value.shape, generator=generator)
         folder = self.new_folder()
@@ -489,7 +489,7 @@ class Run:
         fits = self.needs()
         if self.state.merged:  # which holds the values of before
             return fits
-        parts = [part for _, part in self.h.state.adapters[self.name()].parts()]
+        parts = [part for _, part in self.h.state.adapters[self.name()].patches()]
         for value in {p for part in parts for p in part.parameters()}:
             self.rng.choice(WRITES)(value)
         self.reread()

@@ -23,7 +23,7 @@ from adapterkit.core.adapter.config import TASK_HEADS
 from adapterkit.core.adapter.keys import CONFIG
 from adapterkit.core.inputs.weights_file import NamedAdapter, WeightsFile, write_weights
 from adapterkit.runtime import Adapters, attach, load
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.verbs.shared.lora_config import LoraConfig
 from tests.support.beside_peft import JUNK, parameters_of
 from tests.support.oracle import stored
@@ -259,7 +259,9 @@ def _go_round(adapters: Adapters, path: Path, outcome: Outcome) -> None:
     """Weights of modules act as before where `active` is given again, and where it is merged."""
     ((name, adapter),) = adapters.state.adapters.items()
     model, rng = adapters.model, random.Random(len(outcome.jobs))
-    modules = {part.named(s.path) for s, part in adapter.parts() if isinstance(part, FactorsPart)}
+    modules = {
+        part.named(s.path) for s, part in adapter.patches() if isinstance(part, FactorsPatch)
+    }
     chosen = {module: (round(rng.uniform(-1, 2), 2),) for module in modules if rng.random() < 0.7}
     write_weights(WeightsFile((NamedAdapter("one"),), (0.5,), chosen), path)
     adapters.activate(name, weights=path)

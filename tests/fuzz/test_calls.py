@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.patches.factors import FactorsPatch
 from tests.fuzz import calls
 
 
@@ -15,7 +15,7 @@ def test_sequences_of_calls(seed, tmp_path):
 
 
 def test_a_wrong_state_is_seen():
-    with mock.patch.object(FactorsPart, "rescale", lambda self, factor: None):
+    with mock.patch.object(FactorsPatch, "rescale", lambda self, factor: None):
         _, wrong = calls.run_all(range(4))
     assert wrong and all("rescale" in text for text in wrong)
 

@@ -326,7 +326,7 @@ def test_a_new_adapter_is_trained_next_to_a_router_and_added(experts):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     router = h.state.adapters["arrow"]
-    assert all(p.grad is None for _, part in router.parts() for p in part.parameters())
+    assert all(p.grad is None for _, part in router.patches() for p in part.parameters())
     h.add_expert("new", name="new")
     h.activate("arrow")
     assert h.experts() == ["e0", "e1", "e2", "new"]
@@ -435,7 +435,7 @@ def test_arrow_on_a_bf16_base_rounds_once_per_layer(experts, tmp_path):
     expected = logits(routed_by_the_rule(base().bfloat16(), tmp_path / "arrow"))
     model = base().bfloat16()
     h = load_arrow(model, tmp_path / "arrow")
-    assert all(p.dtype == torch.float32 for _, part in h.state.adapters["arrow"].parts()
+    assert all(p.dtype == torch.float32 for _, part in h.state.adapters["arrow"].patches()
                for p in part.parameters())  # fmt: skip
     assert logits(model).dtype == torch.bfloat16
     assert torch.allclose(logits(model).float(), expected.float(), atol=2e-2)

@@ -62,7 +62,7 @@ def uneven(model: nn.Module) -> nn.Module:
 
 
 def parts_of(adapters) -> dict:
-    return {site.path: part for site, part in adapters.state.adapters["default"].parts()}
+    return {site.path: part for site, part in adapters.state.adapters["default"].patches()}
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -167,7 +167,7 @@ def referenced(rank):
     from adapterkit.runtime.training.trainer import Reference, current_values
 
     h = make("lora")
-    parts = [part for _, part in h.state.adapters["default"].parts()]
+    parts = [part for _, part in h.state.adapters["default"].patches()]
     reference = Reference(h.model, current_values(parts))
     x = batch(9)
     before = h.model(x).logits.detach()

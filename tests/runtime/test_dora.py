@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from adapterkit import LoraConfig, merge
 from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.runtime import attach, load
-from adapterkit.runtime.parts import dora as dora_module
-from adapterkit.runtime.parts.dora import RowNorms
+from adapterkit.runtime.patches import dora as dora_module
+from adapterkit.runtime.patches.dora import RowNorms
 from tests.support import oracle
 from tests.support.live import llama, peft_of, tokens
 
@@ -115,7 +115,7 @@ def gradients_of_peft(model: nn.Module, name: str = "default") -> list[list[Tens
 
 
 def parts_of(adapters: Any, name: str = "default") -> list[Any]:
-    return [part for _, part in adapters.state.adapters[name].parts()]
+    return [part for _, part in adapters.state.adapters[name].patches()]
 
 
 def gradients(adapters: Any, name: str = "default") -> list[list[Tensor]]:

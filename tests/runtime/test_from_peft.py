@@ -198,7 +198,7 @@ def test_each_init_from_data_on_both_sides(number: int, init: str, tmp_path):
         for path, module in theirs["model"].named_modules()
         if isinstance(module, peft.tuners.lora.Linear)
     }
-    parts = {site.path: part for site, part in ours["adapters"].state.adapters["default"].parts()}
+    parts = {site.path: part for site, part in ours["adapters"].state.adapters["default"].patches()}
     assert parts.keys() == layers.keys()
     for path, part in parts.items():
         a, b = (layers[path].get_submodule(f"lora_{x}.default").weight.detach() for x in "AB")

@@ -87,7 +87,7 @@ def test_from_the_original_base_to_the_trained_model(started):
 def test_the_norm_is_of_the_change_from_the_start(started):
     build, folder, _ = started
     adapters = load(build(), folder)
-    parts = [part for _, part in adapters.state.adapters["default"].parts()]
+    parts = [part for _, part in adapters.state.adapters["default"].patches()]
     assert all(part.norm() < 1e-5 * float((part.b @ part.a).norm()) for part in parts)
     assert all(part.delta().abs().max() < 1e-6 for part in parts)
 

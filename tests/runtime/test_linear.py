@@ -81,7 +81,7 @@ class Scaled(nn.Module):
 def test_unknown_linear_layers_run_unmerged(tmp_path):
     case = Case("linear", Scaled, 5, values(2, 6))
     net, adapters = adapted(case)
-    part = net.layer.adapterkit.parts["default"]["delta"]
+    part = net.layer.adapterkit.patches["default"]["delta"]
     expected = 3 * case.x @ net.layer.weight.T + 1.5 * case.x @ part.a.T @ part.b.T
     torch.testing.assert_close(net.layer(case.x), expected)
     with pytest.raises(AdapterkitError, match="how a Scaled uses its weight"):
@@ -155,7 +155,7 @@ def test_one_module_under_two_names(tmp_path):
     base = model(x)
     adapters = attach(model, LoraConfig(2, 2, ["first"], init=False), seed=1)
     y = model(x)
-    part = model.first.adapterkit.parts["default"]["delta"]
+    part = model.first.adapterkit.patches["default"]["delta"]
     weight = model.first.weight + part.b @ part.a
     expected = F.linear(torch.tanh(F.linear(x, weight, model.first.bias)), weight, model.first.bias)
     torch.testing.assert_close(y, expected)
@@ -260,7 +260,7 @@ def test_copies_of_an_embedding_s_weight(tmp_path):
     adapters = load(net, tmp_path / "theirs")
     y = net(input_ids=ids).logits
     torch.testing.assert_close(y, theirs(input_ids=ids).logits)
-    assert len(net.model.embed_tokens.adapterkit.parts["default"]) == 1
+    assert len(net.model.embed_tokens.adapterkit.patches["default"]) == 1
     adapters.save(tmp_path / "ours")
     assert len(load_file(tmp_path / "ours/adapter_model.safetensors")) == 2
     again = live.peft_of(tmp_path / "ours", live.llama())

@@ -72,7 +72,7 @@ def test_equal_to_peft_step_by_step(name, folder, monkeypatch):
     assert pairs[0] == pytest.approx(pairs[1], rel=1e-5)
     assert pairs[0][-1] < pairs[0][0] - 1e-3
     trained = dict(peft.named_parameters())
-    for _, part in h.state.adapters["default"].parts():
+    for _, part in h.state.adapters["default"].patches():
         path = next(path for path, site in h.state.sites.items() if part in site.children())
         for role, factor in (("a", "lora_A"), ("b", "lora_B")):
             other = trained[f"base_model.model.{path}.{factor}.default.weight"]
@@ -139,7 +139,7 @@ def language_loss(model):
 
 def check_lorafa(model, h, loss=language_loss, **options):
     """LoRA-FA's b's against the formula in float64, where a stays bit for bit."""
-    parts = [part for adapter in h.state.adapters.values() for _, part in adapter.parts()]
+    parts = [part for adapter in h.state.adapters.values() for _, part in adapter.patches()]
     optimizer = LoraFA(h, lr=1e-2, **options)
     before = [(part.a.clone(), part.b.double()) for part in parts]
     gradients = [[] for _ in parts]
@@ -171,7 +171,7 @@ def test_lorafa_trains_what_is_no_factor(folder):
     """Biases of b by plain AdamW; PEFT fails."""
     h = attach(model := llama(), LoraConfig(4, 8, TARGETS, init=False, lora_bias=True), seed=1)
     check_lorafa(model, h)
-    biases = [part.bias for _, part in h.state.adapters["default"].parts()]
+    biases = [part.bias for _, part in h.state.adapters["default"].patches()]
     assert all(bias.abs().max() > 1e-3 for bias in biases)
 
 
@@ -180,7 +180,7 @@ def test_lorafa_of_magnitudes_and_embeddings(settings):
     """PEFT fails with both."""
     config = LoraConfig(4, 8, init=False, **{"targets": TARGETS, **settings})
     h = attach(model := llama(), config, seed=1)
-    magnitudes = [part.magnitude for _, part in h.state.adapters["default"].parts()]
+    magnitudes = [part.magnitude for _, part in h.state.adapters["default"].patches()]
     before = [value.clone() for value in magnitudes if value is not None]
     check_lorafa(model, h)
     assert not any(map(torch.equal, before, magnitudes))
@@ -204,7 +204,7 @@ def test_loraplus_of_embeddings_in_8_bits():
     optimizer = loraplus(h, Adam8bit, lr=1e-3, ratio=4, embedding_lr=1e-2)
     losses(model, optimizer, 2)
     dtypes = {"q_proj": set(), "embed_tokens": set()}
-    for site, part in h.state.adapters["default"].parts():
+    for site, part in h.state.adapters["default"].patches():
         for parameter in (part.a, part.b):
             assert parameter.numel() >= 4096  # smaller ones have 32 bits anyway
             dtypes[site.path.split(".")[-1]].add(optimizer.state[parameter]["state1"].dtype)
@@ -239,7 +239,7 @@ def test_lorafa_uses_the_current_a(folder):
     h = load(model := llama(), folder, trainable=True)
     optimizer = LoraFA(h, lr=1e-2)
     losses(model, optimizer, 1)
-    part = next(part for _, part in h.state.adapters["default"].parts())
+    part = next(part for _, part in h.state.adapters["default"].patches())
     with torch.no_grad():
         part.a.mul_(2)
     optimizer.zero_grad()
@@ -254,7 +254,7 @@ def test_loraplus_gives_b_its_own_learning_rate(folder):
     h.model.lm_head.requires_grad_(True)  # a part of the base that is trained too
     optimizer = loraplus(h, torch.optim.SGD, lr=0.5, ratio=8, weight_decay=0.25)
     groups = {(g["lr"], g["weight_decay"]): {*g["params"]} for g in optimizer.param_groups}
-    parts = [part for _, part in h.state.adapters["default"].parts()]
+    parts = [part for _, part in h.state.adapters["default"].patches()]
     assert groups == {
         (0.5, 0.25): {*(part.a for part in parts), h.model.lm_head.weight},
         (4.0, 0.25): {part.b for part in parts},
@@ -267,7 +267,7 @@ def test_riemannian_of_two_adapters(folder):
     h = load(model := llama(), folder, trainable=True)
     h.attach(LoraConfig(2, 4, ["q_proj"], init=False), name="second", seed=2)
     h.activate(["default", "second"])
-    parts = [part for adapter in h.state.adapters.values() for _, part in adapter.parts()]
+    parts = [part for adapter in h.state.adapters.values() for _, part in adapter.patches()]
     optimizer = Riemannian(h, torch.optim.SGD, lr=0.5, reg=0.1)
     x = tokens(4, 8)
     model(input_ids=x, labels=x).loss.backward()

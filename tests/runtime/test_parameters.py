@@ -79,7 +79,7 @@ def test_float32_factors_on_a_bfloat16_base(implementation, tmp_path):
     """Against float64, experts alone; PEFT rounds the factors and the sum to bfloat16."""
     handle = attach(tiny("mixtral"), LoraConfig(3, 5, [], parameters=EXPERTS), seed=0)
     randomize(p.mul_(0.05) for p in handle.parameters())
-    for _, part in handle.state.adapters["default"].parts():
+    for _, part in handle.state.adapters["default"].patches():
         part.rescale(0.05)  # small against the weights, as a trained delta is
     handle.save(tmp_path)
     base = tiny("mixtral", implementation).bfloat16()
@@ -89,7 +89,7 @@ def test_float32_factors_on_a_bfloat16_base(implementation, tmp_path):
     handle = load(base, tmp_path)
     PeftModel.from_pretrained(other, tmp_path)
     for path, site in handle.state.sites.items():
-        for part in site.parts["default"].values():
+        for part in site.patches["default"].values():
             assert part.a.dtype == torch.float32
             parameter = exact.get_submodule(path).get_parameter(part.leaf)
             parameter.data += part.delta()

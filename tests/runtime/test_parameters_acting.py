@@ -39,7 +39,7 @@ def test_several_adapters_with_weights(implementation):
     with torch.no_grad():
         for path, site in handle.state.sites.items():
             for name, weight in table.items():
-                for part in site.parts[name].values():
+                for part in site.patches[name].values():
                     parameter = other.get_submodule(path).get_parameter(part.leaf)
                     parameter += weight * part.delta()
     close(base(TOKENS).logits, other(TOKENS).logits)
@@ -55,7 +55,7 @@ def test_a_module_and_its_weight_in_two_adapters():
     handle.activate(["module", "parameter"])
     with torch.no_grad():
         for path, site in handle.state.sites.items():
-            for parts in site.parts.values():
+            for parts in site.patches.values():
                 for part in parts.values():
                     want.get_submodule(path).weight += part.delta()
     close(base(TOKENS).logits, want(TOKENS).logits)
@@ -205,7 +205,7 @@ def test_report_and_rescale():
     (share,) = rows[0].adapters
     assert share.rank == 3 and share.scale == pytest.approx(5 / 6)
     site = handle.state.sites["model.layers.0.mlp.experts"]
-    delta = site.parts["default"]["weight:gate_up_proj"].delta()
+    delta = site.patches["default"]["weight:gate_up_proj"].delta()
     assert share.norm == pytest.approx(float(delta.norm()), rel=1e-5)
 
 
@@ -222,7 +222,7 @@ def test_mixed_rows_of_experts_equal_each_adapter_alone(kind, implementation, pa
         parameters = [name.replace("mlp.gate.", "mlp.router.") for name in parameters]
     handle = two_adapters(base, parameters)
     for name in handle.names:
-        for parameter in handle.state.adapters[name].parts():
+        for parameter in handle.state.adapters[name].patches():
             parameter[1].requires_grad_(False)
     names = ["second", None, "first", "second", "first"]
     tokens = torch.cat([TOKENS, TOKENS.flip(0), TOKENS[:1] + 3])
@@ -288,7 +288,7 @@ def test_optimizers_take_each_expert_as_a_layer(optimizer):
         model = Two(stacked)
         settings = {"targets": [], "parameters": ["weight"]} if stacked else {"targets": ["0", "1"]}
         handle = attach(model, LoraConfig(2, 3, **settings), seed=0)
-        parts = [part for _, part in handle.state.adapters["default"].parts()]
+        parts = [part for _, part in handle.state.adapters["default"].patches()]
         steps = optimizer(handle)
         generator = torch.Generator().manual_seed(2)
         starts = (

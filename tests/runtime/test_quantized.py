@@ -86,7 +86,7 @@ def test_layers_of_bitsandbytes(kind, dora, tmp_path):
     results = [forward_and_backward(model, X) for model in (theirs, ours)]
     torch.testing.assert_close(results[1], results[0])
     layers = [theirs.base_model.model[int(name)] for name in NAMES]
-    for layer, (_, part) in zip(layers, adapters.state.adapters["default"].parts(), strict=True):
+    for layer, (_, part) in zip(layers, adapters.state.adapters["default"].patches(), strict=True):
         torch.testing.assert_close(part.a.grad, layer.lora_A["default"].weight.grad)
         torch.testing.assert_close(part.b.grad, layer.lora_B["default"].weight.grad)
         if dora:
@@ -143,7 +143,7 @@ def test_a_dora_next_to_a_merged_adapter_has_the_norms_of_the_base(dora, tmp_pat
     expected = net(X)
     adapters.merge("first")
     torch.testing.assert_close(net(X), expected, atol=0.05, rtol=0)
-    second = [part for _, part in adapters.state.adapters["second"].parts()]
+    second = [part for _, part in adapters.state.adapters["second"].patches()]
     norms = [part.row_norms(part.host) for part in second]
     adapters.unmerge()
     for part, merged in zip(second, norms, strict=True):
@@ -158,7 +158,7 @@ def test_a_quantized_weight_that_two_layers_share():
     net[1].weight = net[0].weight
     weight = weight_of(net[0])
     adapters = attach(net, LoraConfig(64, alpha=64, targets=["0", "1"]), seed=0)
-    second = [part for _, part in adapters.state.adapters["default"].parts()][1]
+    second = [part for _, part in adapters.state.adapters["default"].patches()][1]
     with torch.no_grad():
         second.a.copy_(weight)
         second.b.copy_(torch.eye(64))

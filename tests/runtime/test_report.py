@@ -30,7 +30,7 @@ def test_every_part_of_every_adapter():
     }  # fmt: skip
     assert [shares[layer(i), "default", "factors"].rank for i in (0, 1)] == [4, 2]
     assert shares[layer(1), "default", "factors"].scale == 3
-    part = adapters.state.sites[layer(0)].parts["default"]["delta"]
+    part = adapters.state.sites[layer(0)].patches["default"]["delta"]
     norm = torch.linalg.norm(1.5 * part.b @ part.a).item()
     assert shares[layer(0), "default", "factors"].norm == pytest.approx(norm, rel=1e-5)
     assert not shares[layer(0), "other", "factors"].active

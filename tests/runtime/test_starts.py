@@ -63,7 +63,7 @@ def test_factors_are_pefts(name: str, tmp_path):
         if not isinstance(module, peft.tuners.lora.Linear):
             continue
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        part = ours.state.sites[path.removeprefix("base_model.model.")].parts["default"]["delta"]
+        part = ours.state.sites[path.removeprefix("base_model.model.")].patches["default"]["delta"]
         if name == "orthogonal":
             assert (part.b @ part.a).abs().max() < 1e-6 < part.a.abs().max()
             torch.testing.assert_close(part.a.norm(), a.norm(), rtol=0.3, atol=0)
@@ -109,7 +109,7 @@ def test_same_records_as_offline(tmp_path):
     stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     adapters = attach(model, LoraConfig(4, 4, ["q_proj"], init="pissa"))
     for path, site in adapters.state.sites.items():
-        part = site.parts["default"]["delta"]
+        part = site.patches["default"]["delta"]
         product = [stored[f"base_model.model.{path}.lora_{x}.weight"] for x in "BA"]
         torch.testing.assert_close(part.b @ part.a, product[0] @ product[1], rtol=1e-4, atol=1e-6)
 

@@ -113,7 +113,7 @@ def test_changed_and_trainable_ones_stay(adapters):
     adapters.activate("de")
     adapters.activate("it")
     assert adapters.model.store.loaded == ["fr", "it"]
-    next(iter(adapters.state.adapters["it"].parts()))[1].a.add_(1)
+    next(iter(adapters.state.adapters["it"].patches()))[1].a.add_(1)
     with pytest.raises(AdapterkitError, match="1 adapters of the store at once, and fr, it active"):
         adapters.activate("de")
     assert adapters.active == {"it": 1.0}

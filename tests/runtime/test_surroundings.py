@@ -66,7 +66,7 @@ def test_autocast_as_peft(reference):
         loss[each].backward()
     assert torch.equal(loss[model], loss[peft])
     gradients = {name: p.grad for name, p in peft.named_parameters() if p.requires_grad}
-    for site, part in h.state.adapters["default"].parts():
+    for site, part in h.state.adapters["default"].patches():
         for role, factor in (("a", "lora_A"), ("b", "lora_B")):
             other = gradients[f"base_model.model.{site.path}.{factor}.default.weight"]
             assert torch.equal(getattr(part, role).grad, other)
@@ -76,7 +76,7 @@ def test_to_other_dtypes(reference):
     """The adapter goes with the model."""
     folder, expected, _ = reference
     h = load(model := llama(), folder)
-    parts = [part for _, part in h.state.adapters["default"].parts()]
+    parts = [part for _, part in h.state.adapters["default"].patches()]
     values = [p.clone() for part in parts for p in part.parameters()]
     for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float64, 2e-2)):
         model.to(dtype)
@@ -280,7 +280,7 @@ def test_to_empty_is_distinguished_from_moves_although_memory_is_reused():
     h = attach(
         model := nn.Sequential(nn.Linear(4, 4, bias=False)), LoraConfig(2, 4, ["0"], init=False)
     )
-    part = next(part for _, part in h.state.adapters["default"].parts())
+    part = next(part for _, part in h.state.adapters["default"].patches())
     expected, freed = part.a.clone(), []
 
     def move(tensor):

@@ -139,7 +139,7 @@ def test_parameters_are_the_same_objects_and_train(first, second):
     optimizer.step()
     changed = adapters.model(tokens()).logits
     assert not torch.allclose(changed, logits(second), **CLOSE)
-    ranks = {part.stored_rank for _, part in adapters.state.adapters["default"].parts()}
+    ranks = {part.stored_rank for _, part in adapters.state.adapters["default"].patches()}
     assert ranks == {0, 2, 8}  # zeros behind a rank have no gradient
 
 
@@ -158,7 +158,7 @@ def test_the_scale_stays_exact_in_a_half_precision_model(tmp_path):
     adapters.model.to(torch.bfloat16)
     adapters.save(tmp_path / "b")
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["lora_alpha"] == 1
-    part = next(iter(adapters.state.adapters["default"].parts()))[1]
+    part = next(iter(adapters.state.adapters["default"].patches()))[1]
     assert part.scale.dtype == torch.float32
 
 
@@ -195,7 +195,7 @@ def test_ranks_above_pad_rank(first, second):
 @pytest.mark.parametrize("options", [{"dora": True}, {"lora_bias": True}], ids=str)
 def test_a_swap_to_another_kind_is_refused(tmp_path, first, options):
     other = write(tmp_path / "other", LoraConfig(4, 8, ["q_proj"], **options), 3)
-    refuses(load(llama(), first), other, "LinearPart with", "q_proj")
+    refuses(load(llama(), first), other, "LinearPatch with", "q_proj")
     refuses(
         load(llama(), other), write(tmp_path / "plain", LoraConfig(4, 8, ["q_proj"]), 1), "with"
     )

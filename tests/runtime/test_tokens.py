@@ -165,7 +165,7 @@ def test_the_bias_of_a_head_is_kept(tmp_path):
     nn.init.normal_(base.cls.predictions.bias)
     h = attach(copy.deepcopy(base), LoraConfig(targets=["query"], trainable_tokens=[4, 2]), seed=1)
     rows = torch.randn(2, 16)
-    part = h.state.sites["bert.embeddings.word_embeddings"].parts["default"]["tokens"]
+    part = h.state.sites["bert.embeddings.word_embeddings"].patches["default"]["tokens"]
     with torch.no_grad():
         part.rows.copy_(rows)
     weight = "bert.embeddings.word_embeddings.weight"
@@ -182,7 +182,7 @@ def test_factors_add_to_trained_rows(model, tmp_path):
     base = MODELS[model]().eval()
     config = LoraConfig(targets=["q_proj", "embed_tokens"], trainable_tokens=[4, 2])
     h = attach(copy.deepcopy(base), config, seed=1)
-    parts = h.state.sites["model.embed_tokens"].parts["default"]
+    parts = h.state.sites["model.embed_tokens"].patches["default"]
     rows = torch.randn(2, 16)
     with torch.no_grad():
         parts["tokens"].rows.copy_(rows)
@@ -208,7 +208,7 @@ def test_rows_of_several_adapters():
     h.attach(LoraConfig(targets=Q, trainable_tokens=[2, 3]), name="c")
     table = {}
     for name, indices in (("a", [4, 2]), ("b", [3]), ("c", [2, 3])):
-        part = h.state.sites["model.embed_tokens"].parts[name]["tokens"]
+        part = h.state.sites["model.embed_tokens"].patches[name]["tokens"]
         nn.init.normal_(part.rows)
         table[name] = indices, part.rows.detach()
     h.activate(["a", "b"])
@@ -258,7 +258,7 @@ def test_rows_of_a_small_dtype(dtype, tmp_path):
     theirs = in_peft(make(), target_modules=Q, trainable_token_indices=[4, 2]).eval()
     theirs.save_pretrained(tmp_path)
     h = load(make().eval(), tmp_path)
-    part = h.state.sites["model.embed_tokens"].parts["default"]["tokens"]
+    part = h.state.sites["model.embed_tokens"].patches["default"]["tokens"]
     assert part.rows.dtype == torch.float32
     torch.testing.assert_close(logits(h.model), logits(theirs))
 
@@ -340,7 +340,7 @@ def test_weights_of_the_base_in_files(base, tied, targets, tmp_path):
     theirs = in_peft(resized(base, 20, 0), target_modules=targets).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     h = load(resized(base, 20, 0), tmp_path / "theirs")
-    assert not [part for _, part in h.state.adapters["default"].parts() if part.replaces]
+    assert not [part for _, part in h.state.adapters["default"].patches() if part.replaces]
     torch.testing.assert_close(logits(h.model), logits(theirs))
     other = resized(base, 20, 0)
     shake([other.model.embed_tokens.weight, *([] if tied else [other.lm_head.weight])])

@@ -208,7 +208,7 @@ def test_padded_factors_are_restored(init, tmp_path):
         lr_scheduler_type="constant", load_best_model_at_end=True,
     )  # fmt: skip
     rank = 4 if init == "default" else 8
-    for _, part in h.state.adapters["default"].parts():
+    for _, part in h.state.adapters["default"].patches():
         assert part.stored_rank == rank and part.stored_scale == float(part.scale) == 1.5
         assert part.a.shape[part.rank_axes[0]] == 12
     h.swap("default", tmp_path / "whole" / "checkpoint-8")

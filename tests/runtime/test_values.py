@@ -186,7 +186,7 @@ def test_layers_of_all_kinds(settings, tmp_path, monkeypatch):
         monkeypatch.undo()
         torch.testing.assert_close(rows_of_small(model), y)
     if "modules_to_save" in settings:
-        copies = adapters.state.sites["bn"].parts["default"]["copy"]
+        copies = adapters.state.sites["bn"].patches["default"]["copy"]
         statistics = copies.module.running_mean
         assert torch.equal(model.bn.running_mean, torch.zeros(8))
         assert statistics.abs().max() > 0
@@ -237,7 +237,7 @@ def test_rows_of_a_head_have_the_bias_of_its_copy():
 def test_tied_copies_are_one_parameter(tmp_path):
     h = attach(MODELS["tied"](), LoraConfig(targets=QV, modules_to_save=["lm_head"], tie=True))
     sites = [h.state.sites[path] for path in ("model.embed_tokens", "lm_head")]
-    parts = [site.parts["default"]["copy"] for site in sites]
+    parts = [site.patches["default"]["copy"] for site in sites]
     assert parts[0].module.weight is parts[1].module.weight
     assert len(list(h.parameters())) == len(set(h.parameters())) == 4 * 2 + 1
 
@@ -287,8 +287,8 @@ def test_a_copy_and_another_adapters_factors_act_together():
     h.attach(LoraConfig(targets=["lm_head"]), name="b", seed=2)
     shake(h.parameters())
     h.activate({"a": 1, "b": 0.5})
-    part = h.state.sites["lm_head"].parts["b"]["delta"]
-    weight = h.state.sites["lm_head"].parts["a"]["copy"].module.weight + 0.5 * part.delta()
+    part = h.state.sites["lm_head"].patches["b"]["delta"]
+    weight = h.state.sites["lm_head"].patches["a"]["copy"].module.weight + 0.5 * part.delta()
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
     logits(model)

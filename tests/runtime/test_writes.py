@@ -12,8 +12,8 @@ from adapterkit import LoraConfig
 from adapterkit.core.errors import Refused
 from adapterkit.core.inputs.weights_file import NamedAdapter, WeightsFile, write_weights
 from adapterkit.runtime import Adapters, LoraFA, attach, load
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.memo import bits_of
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.patches.memo import bits_of
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 DORA = LoraConfig(4, 8, ["0"], dora=True, init=False)
@@ -24,8 +24,8 @@ def handle(config: LoraConfig = DORA, seed: int = 1) -> Adapters:
     return attach(nn.Sequential(nn.Linear(16, 12)).eval(), config, seed=seed)
 
 
-def factors(h: Adapters) -> FactorsPart:
-    return h.state.sites["0"].parts["default"]["delta"]
+def factors(h: Adapters) -> FactorsPatch:
+    return h.state.sites["0"].patches["default"]["delta"]
 
 
 def output(h: Adapters) -> Tensor:
@@ -204,7 +204,7 @@ def directed(folder) -> Adapters:
 @pytest.mark.parametrize("value", ["a", "b"])
 def test_directions_are_those_of_what_was_written(way, value, tmp_path):
     h = directed(tmp_path)
-    (part,) = h.state.sites["0"].parts[next(iter(h.names))].values()
+    (part,) = h.state.sites["0"].patches[next(iter(h.names))].values()
     check(h, lambda: ON_TENSORS[way](getattr(part, value)))
 
 
@@ -231,7 +231,7 @@ def test_a_store_keeps_what_was_written_unseen(tmp_path):
     h = load(nn.Sequential(nn.Linear(16, 12)), tmp_path / "c", name="own")
     store = h.store(tmp_path, max_loaded=1)
     h.activate("a")
-    (part,) = h.state.sites["0"].parts["a"].values()
+    (part,) = h.state.sites["0"].patches["a"].values()
     part.b.data.mul_(2)
     h.activate("own")
     with pytest.raises(Refused, match="active or changed"):

@@ -248,8 +248,10 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(base, texts, tmp_path) -> Non
     assert planned["disk_needed"] >= real["bytes_written"] - 100_000
     collected = plan.shards[0].collection
     assert collected is not None and collected.work > 0
-    assert collected.room(collected.sizes.activations) == collected.work
-    assert collected.room(0) == collected.work + collected.sizes.activations > collected.work
+    assert collected.temporary_disk(collected.sizes.activations) == collected.work
+    assert (
+        collected.temporary_disk(0) == collected.work + collected.sizes.activations > collected.work
+    )
     for key in ("samples", "tokens", "tokens_counted", "modules", "batches"):
         assert planned[key] == real[key] > 0, key
     assert plan.recipe()["options"] == receipt.data["recipe"]["options"]

@@ -101,7 +101,7 @@ def loss_of(model, inputs=TOKENS):
 def stored_gradients(handle, name="default"):
     """The gradients of an adapter by their keys in a file."""
     gradients = {}
-    for site, part in handle.state.adapters[name].parts():
+    for site, part in handle.state.adapters[name].patches():
         values = part.a.data, part.b.data
         part.a.data, part.b.data = part.a.grad, part.b.grad
         gradients |= part.stored(site.path)

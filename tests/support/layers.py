@@ -206,7 +206,7 @@ def deltas(case: Case, net: Net, name: str) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for path in ("layer", "head"):
         kind = case.kind if path == "layer" else "linear"
-        for part in getattr(net, path).adapterkit.parts[name].values():
+        for part in getattr(net, path).adapterkit.patches[name].values():
             a, b = part.a.detach().double(), part.b.detach().double()
             delta = part.scale * (b.flatten(1) @ a.flatten(1))
             leaf = {"weight": "in_proj_weight", "weight:out_proj": "out_proj.weight"}.get(part.role)

@@ -92,13 +92,13 @@ class Kernel:
         self.error = code
         return 0
 
-    def ReadFile(self, handle, room, size, done, at) -> int:
-        view = memoryview(room).cast("B")[:size]
+    def ReadFile(self, handle, buffer, size, done, at) -> int:
+        view = memoryview(buffer).cast("B")[:size]
         done._obj.value = self.preadv(handle.value or 0, [view], place_of(at))
         return 1 if done._obj.value or not size else self.fail(38)
 
-    def WriteFile(self, handle, room, size, done, at) -> int:
-        done._obj.value = self.pwrite(handle.value or 0, bytes(room)[:size], place_of(at))
+    def WriteFile(self, handle, buffer, size, done, at) -> int:
+        done._obj.value = self.pwrite(handle.value or 0, bytes(buffer)[:size], place_of(at))
         return 1
 
     def _open_process(self, access: int, inherit: bool, pid: int) -> int:

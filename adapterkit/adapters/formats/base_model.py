@@ -83,7 +83,9 @@ class NamedBase:
         """The parameter of each stored tensor that holds a whole one."""
         parameters = [self.names.parameter(name) for name in self.names.all()]
         return {
-            one.slots[0].key: one.name for one in parameters if one is not None and one.is_whole
+            one.slots[0].key: one.name
+            for one in parameters
+            if one is not None and one.is_full_tensor
         }
 
 

@@ -72,7 +72,7 @@ class MergedDelta(AddedDelta):
         rows = self.rows or range(parameter.shape[0])
         out, inputs = matrix_shape(self.module.kind, self.module.parts)
         fits = out == len(rows) and inputs in (math.prod(parameter.shape[1:]), 0)  # 0: any
-        if not (fits and parameter.is_whole):
+        if not (fits and parameter.is_full_tensor):
             return None
         weight = None
         if depends_on_base(self.module):

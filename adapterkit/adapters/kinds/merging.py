@@ -87,7 +87,7 @@ class ModuleOfRows:
             yield self._whole(bias, adapter), replace(cast(Any, delta), weight=stored)
 
     def _whole(self, parameter: Parameter, adapter: Adapter) -> Parameter:
-        if not parameter.is_whole:
+        if not parameter.is_full_tensor:
             raise Refused(
                 f"{self.name} of {shown(parameter.name)}, which the base stores in pieces, or "
                 "within another tensor",

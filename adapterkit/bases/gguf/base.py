@@ -50,7 +50,9 @@ class GgufBase(Base):
         "prepare merge": "bases.images.base:prepare_images",
         "merged files": "bases.gguf.base:merged_files",
     }
-    unfit: ClassVar = {"a base of safetensors": ("dtype", "compat", "dequantize", *OF_FOLDERS)}
+    inapplicable: ClassVar = {
+        "a base of safetensors": ("dtype", "compat", "dequantize", *OF_FOLDERS)
+    }
 
     @cached_property
     def files(self) -> GgufFiles:

@@ -126,7 +126,7 @@ class BoundedSources(Sources):
         if self._kept.sizes[name]:
             gone = self._kept.read(name)
             for other in gone or ():
-                self.forget((0, other))
+                self.close_removed((0, other))
                 self.folder.drop(other)
             if gone is not None:
                 run_stoppable(partial(self.folder.download, name))

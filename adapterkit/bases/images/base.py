@@ -25,7 +25,7 @@ class ImageBase(Base):
         "quantize": "bases.images.quantize:plan_image_quantization",
         "prepare merge": "bases.images.base:prepare_images",
     }
-    unfit_for_files: ClassVar = OF_FOLDERS
+    inapplicable_to_files: ClassVar = OF_FOLDERS
 
     @cached_property
     def images(self) -> "SingleFileModel | None":

@@ -86,13 +86,13 @@ def grouped(items: list[T], sizes: list[int], limit: int, stem: str) -> dict[str
     """Return items by file name, in this order, for files of at most `limit` bytes, called
     `stem`."""
     groups: list[list[T]] = [[]]
-    room = limit
+    left = limit
     for item, size in zip(items, sizes, strict=True):
-        if groups[-1] and size > room:
+        if groups[-1] and size > left:
             groups.append([])
-            room = limit
+            left = limit
         groups[-1].append(item)
-        room -= size
+        left -= size
     if len(groups) == 1:
         return {f"{stem}.safetensors": groups[0]}
     names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]

@@ -126,7 +126,7 @@ class Sources:
         if after != before:
             raise changed(self._label(which))
 
-    def forget(self, which: tuple[int, str]) -> None:
+    def close_removed(self, which: tuple[int, str]) -> None:
         """Close a file that will be removed: the next read opens a new one."""
         with self._lock:
             if which in self._open:

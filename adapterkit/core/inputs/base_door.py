@@ -36,10 +36,10 @@ class Base:
     in_safetensors: ClassVar[bool] = True
     does: ClassVar[Mapping[str, str]] = {}  # entries MODULE:FUNCTION by task
     # options of a merge that do not apply, by the kind of base that they are for
-    unfit: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    inapplicable: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "a base in a GGUF file": ("imatrix", "changed_type", "gguf_scales", "modelfile")
     }
-    unfit_for_files: ClassVar[tuple[str, ...]] = ()  # likewise, for a single-file output
+    inapplicable_to_files: ClassVar[tuple[str, ...]] = ()  # likewise, for a single-file output
 
     def own(self, work: str) -> Callable[..., Any] | None:
         """The function that does a task for this kind of base; None if it is done as for a
@@ -71,8 +71,8 @@ class Base:
         """Refuse options of a merge that do not apply to this base; `file`: the name of a
         single-file output."""
         errors, given = Problems(where="options", hint="remove it", code="AK102"), vars(options)
-        unfit = {**self.unfit, "a folder": self.unfit_for_files if file is not None else ()}
-        for expected, names in unfit.items():
+        files = () if file is None else self.inapplicable_to_files
+        for expected, names in {**self.inapplicable, "a folder": files}.items():
             for name in names:
                 if imatrix if name == "imatrix" else given[name]:
                     errors.add(f"{flag_of(name)} with this base", expected)

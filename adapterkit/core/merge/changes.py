@@ -139,12 +139,12 @@ def _trained(state: MergeState, adapter: Adapter) -> dict[str, TensorSpec]:
             continue  # refused when the file was read
         stored = state.base.tensors[parameter.slots[0].key]
         is_plain = type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
-        comparable = parameter.is_whole and is_plain
+        comparable = parameter.is_full_tensor and is_plain
         copy, count, error = (adapter.folder, spec), spec.shape[0], None
         if comparable:
             count = differing_rows(copy, (state.base.folder, stored))
         elif (
-            parameter.is_whole
+            parameter.is_full_tensor
             and isinstance(stored, QuantizedWeight)
             and state.options.embedding_copies is None
         ):

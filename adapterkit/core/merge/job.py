@@ -250,10 +250,7 @@ class MergeState:
 
         selection = shared or Selection(include, exclude)
         for adapter in self.adapters:
-            names = selectable_names(adapter)
-            if ADDED_DELTAS in adapter.folder.files():
-                added = load(ADAPTERS["extra deltas"])(adapter.folder, adapter.number)
-                names.update(one.module.name for one in added)
+            names = selectable_names(adapter).union(one.target for one in adapter.others)
             selection.known |= {self._prefix + name for name in names}
         return selection
 

@@ -39,7 +39,7 @@ def place_factors(parameter: Parameter, slot: Slot, factors: Factors) -> PlacedF
     """The factors on one slot; `Refused` if the slot's layout does not allow it."""
     shape = parameter.shape
     if factors.experts is None and len(shape) > 2:  # a convolution: one row per output channel
-        if not parameter.is_whole:
+        if not parameter.is_full_tensor:
             raise _layout_error(parameter, slot)
         whole = Block(Band(0, shape[0]), Band(0, math.prod(shape[1:])))
         return PlacedFactors(factors, (whole,))
@@ -112,7 +112,7 @@ def place_magnitude(
     magnitude, axis = factors.magnitude, int(factors.flip)
     assert magnitude is not None
     if len(parameter.shape) > 2:
-        if not parameter.is_whole:
+        if not parameter.is_full_tensor:
             raise _layout_error(parameter, slot)
         return Decompose(magnitude, Band(0, parameter.shape[0]), False, before)
     outputs, inputs = slot.axes[axis], slot.axes[1 - axis]
@@ -122,7 +122,7 @@ def place_magnitude(
     rows = _band(outputs, shape[axis])
     by_columns = outputs.axis == 1
     if rows.of is not None or (
-        by_columns and not slot.is_whole and slot.shape[1] != len(outputs.of)
+        by_columns and not slot.is_full_tensor and slot.shape[1] != len(outputs.of)
     ):
         raise _layout_error(parameter, slot)
     return Decompose(magnitude, rows, by_columns, before)
@@ -236,7 +236,7 @@ def _place(state: MergeState, steps: dict[str, Step], change: Change, slot: Slot
     edits: list[RowEdit] = list(step.edits)
     resized = slot
     if change.value is not None:
-        if parameter.is_whole:
+        if parameter.is_full_tensor:
             value = change.value
             step = replace(
                 step,

@@ -241,7 +241,7 @@ class Stage:
         is_here = disk.size_below(self.path, name) == size
         return is_here or self.output.has(self, name, sha256)
 
-    def is_whole(self, files: Mapping[str, dict]) -> bool:
+    def is_complete(self, files: Mapping[str, dict]) -> bool:
         """Return whether the files of a receipt are there to be published; if files move one by
         one, some may have moved."""
         return all(
@@ -263,7 +263,7 @@ class Stage:
                     with contextlib.suppress(OSError):  # it holds finished shards
                         path.rmdir()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Remove an earlier run's stage and journal, so that the next run starts again."""
         self._close_journal()
         with storage_errors(self.control):

@@ -167,7 +167,8 @@ def plan_shard(
     """One output file of these steps, with quantized weights in their format or as floats; streamed
     if nothing is decoded. `header`: of the base's file."""
     if keep_format and not any(
-        (isinstance(step.source, QuantizedWeight) and step.edits) or step.is_whole for step in steps
+        (isinstance(step.source, QuantizedWeight) and step.edits) or step.needs_full_tensor
+        for step in steps
     ):
         plain = [part for step in steps for part in _stored_steps(step)]
         by_key = {step.key: step for step in plain}
@@ -201,7 +202,7 @@ def plan_laid_out(
 ) -> OutputFile:
     """One output file of these float steps, in this order; streamed if no tensor is computed as a
     whole."""
-    if not any(step.is_whole for step in steps):
+    if not any(step.needs_full_tensor for step in steps):
         return OutputFile(layout, tuple(steps))
     tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
     return OutputFile.computed(layout.file, tasks, metadata)

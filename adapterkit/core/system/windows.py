@@ -81,11 +81,11 @@ class Windows(System):
     def _transfer(self, name: str, descriptor: int, data: memoryview, position: int) -> int:
         handle = wintypes.HANDLE(msvcrt.get_osfhandle(descriptor))
         size = min(len(data), 1 << 30)
-        room = _address_of(data[:size])
+        buffer = _address_of(data[:size])
         done = wintypes.DWORD()
         at = Overlapped(offset=position & 0xFFFFFFFF, offset_high=position >> 32)
         function = getattr(self.kernel, name)
-        if not function(handle, room, size, ctypes.byref(done), ctypes.byref(at)):
+        if not function(handle, buffer, size, ctypes.byref(done), ctypes.byref(at)):
             code = ctypes.get_last_error()
             if code == HANDLE_EOF:
                 return 0

@@ -56,7 +56,7 @@ class Slot:
     axes: tuple[Axis, ...]  # one per axis of the parameter
 
     @property
-    def is_whole(self) -> bool:
+    def is_full_tensor(self) -> bool:
         """True if the slot is the complete stored tensor, in its order, from the parameter's start.
         Without other slots it is then the complete parameter."""
         return len(self.shape) == len(self.axes) and all(
@@ -106,9 +106,9 @@ class Parameter:
     is_alias: bool = False  # the file has it under a tied name only
 
     @property
-    def is_whole(self) -> bool:
+    def is_full_tensor(self) -> bool:
         """True if the parameter is one complete stored tensor, in its order."""
-        return len(self.slots) == 1 and self.slots[0].is_whole
+        return len(self.slots) == 1 and self.slots[0].is_full_tensor
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class StoredParameter:
     @property
     def is_one_tensor(self) -> bool:
         """True if it is one stored tensor, in its own order and shape."""
-        return self.parameter.is_whole and self.specs[0].shape == self.shape
+        return self.parameter.is_full_tensor and self.specs[0].shape == self.shape
 
     @property
     def widest(self) -> torch.dtype:
@@ -171,7 +171,7 @@ class StoredParameter:
 
     def _joined(self, read: Callable[[TensorSpec], Tensor]) -> Tensor:
         parameter = self.parameter
-        if parameter.is_whole:
+        if parameter.is_full_tensor:
             return read(self.specs[0]).reshape(parameter.shape)
         value: Tensor | None = None
         for slot in parameter.slots:

@@ -258,7 +258,7 @@ def _conversions(model) -> tuple[list, list]:
 def _stored_shape(shape: tuple[int, ...], slots: tuple[Slot, ...]) -> tuple[int, ...]:
     """The parameter's true shape, because a checkpoint may have another vocabulary size than the
     config."""
-    if len(slots) == 1 and slots[0].is_whole:
+    if len(slots) == 1 and slots[0].is_full_tensor:
         return tuple(len(axis.of) for axis in slots[0].axes)
     return shape
 

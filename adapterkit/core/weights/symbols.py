@@ -193,7 +193,7 @@ def _reshape(tensor: Symbol, *shape) -> Symbol:
             if shape[:axis] == old[:axis] and shape[axis + extra + 1 :] == old[axis + 1 :]:
                 positions = np.arange(old[axis]).reshape(shape[axis : axis + extra + 1])
                 return _symbol(shape, tensor.slots, _Split(axis, positions))
-    elif len(tensor.slots) == 1 and tensor.slots[0].is_whole:
+    elif len(tensor.slots) == 1 and tensor.slots[0].is_full_tensor:
         # several stored axes joined to one (a convolution as a matrix): the bytes keep their order
         return _symbol(shape, (identity_slot(tensor.slots[0].key, shape),))
     raise Unsupported(f"a view of {old} as {shape}")

@@ -64,7 +64,7 @@ class WorkerJob:
 def prepare_workers(plan: Plan, job: WorkerJob, how: RunOptions) -> Plan:
     """Check a job, make its stage, and leave the files to workers. Returns the plan, with the disk
     space that workers need."""
-    plan = replace(plan, placement=Placement(room=part_bytes(plan.shards)))
+    plan = replace(plan, placement=Placement(temporary_disk=part_bytes(plan.shards)))
     stage = stage_of(plan, Path(how.out))
     options = {"resume": False, "overwrite": how.overwrite}
     state_of(stage, job.fingerprint, **options)  # refuses before anything is made

@@ -33,7 +33,7 @@ HEARTBEAT = ".heartbeat"  # suffix of a file: a process says that it lives, and 
 def prepare(stage: Stage, job: str, names: Iterable[str], head: Json) -> None:
     """Make the folders of the workers; the journal's only entry is `head`. The caller owns the
     stage's lock."""
-    stage.forget()
+    stage.reset()
     root = _root(stage.control, job)
     folders = {Path(), *(Path(name).parent for name in names)}
     with storage_errors(root):

@@ -39,14 +39,15 @@ class Older:
 
     def is_of(self, plan: Plan) -> bool:
         """True if it is complete, and the plan would write the same from the current inputs."""
-        if self.receipt.get("fingerprint") != fingerprint_of(plan.recipe()) or not self._is_whole():
+        is_same = self.receipt.get("fingerprint") == fingerprint_of(plan.recipe())
+        if not is_same or not self._is_complete():
             return False
         if "inputs" in self.pipeline:
             return self.pipeline["inputs"] == inputs_digest(plan)
         times = [time for _, time, _ in _local_inputs(plan).values()]
         return all(self.written is not None and time <= self.written for time in times)
 
-    def _is_whole(self) -> bool:
+    def _is_complete(self) -> bool:
         return not lacking({"files": {}} | self.receipt, self.folder.files().get)
 
     def damage(self) -> str:
@@ -76,7 +77,7 @@ def older_output(place: Location) -> Older | None:
 
 def is_pushed(older: Older, there: Older | None) -> bool:
     """True if a repository has all files of an output, and the same receipt."""
-    return there is not None and there.receipt == older.receipt and there._is_whole()
+    return there is not None and there.receipt == older.receipt and there._is_complete()
 
 
 def _with_receipt(out: Path, receipt: Path) -> Older | None:

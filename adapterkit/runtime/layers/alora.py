@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.core.errors import Refused
-from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.memo import ResultCache
+from adapterkit.runtime.layers.linear import Conv1DPatch, LinearPatch
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.patches.memo import ResultCache
 from adapterkit.runtime.site import Args, Kwargs, Site
 
 MEMORY = "_adapterkit_invocations"  # of a cache
@@ -185,7 +185,7 @@ def last_start(
     return torch.where(equal, positions, -1).amax(1)
 
 
-class InvokedPart(LinearPart):
+class InvokedPatch(LinearPatch):
     """Factors that act on the last tokens of each row, as many as follow the invocation."""
 
     mixes_rows = False
@@ -224,11 +224,11 @@ class InvokedPart(LinearPart):
         return "an activated LoRA acts on the tokens after its invocation only"
 
 
-class InvokedConv1DPart(InvokedPart, Conv1DPart):
-    """An `InvokedPart` on GPT-2's Conv1D."""
+class InvokedConv1DPatch(InvokedPatch, Conv1DPatch):
+    """An `InvokedPatch` on GPT-2's Conv1D."""
 
 
-INVOKED: dict[type[FactorsPart], type[InvokedPart]] = {
-    LinearPart: InvokedPart,
-    Conv1DPart: InvokedConv1DPart,
+INVOKED: dict[type[FactorsPatch], type[InvokedPatch]] = {
+    LinearPatch: InvokedPatch,
+    Conv1DPatch: InvokedConv1DPatch,
 }

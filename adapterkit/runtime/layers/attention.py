@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.runtime.site import CHILD, Host, Values
 
 OUTPUT = "out_proj"  # the child that the attention reads and does not call
 
 
-class AttentionPart(FactorsPart):
+class AttentionPatch(FactorsPatch):
     """in_proj_weight (3·E, E) + weight·scale·b·a while the attention runs: a (r, E), b (3·E, r).
 
     The sum is computed in float32 or wider and rounded once. As in PEFT, dropout does nothing,
@@ -24,8 +24,8 @@ class AttentionPart(FactorsPart):
         return (rank, host.embed_dim), (3 * host.embed_dim, rank)
 
     @classmethod
-    def members(cls, path: str) -> list[tuple[str, type[FactorsPart]]]:
-        return [(path, cls), (f"{path}.{OUTPUT}", AttentionOutputPart)]
+    def members(cls, path: str) -> list[tuple[str, type[FactorsPatch]]]:
+        return [(path, cls), (f"{path}.{OUTPUT}", AttentionOutputPatch)]
 
     @classmethod
     def refusal_reason(cls, host: Host, rank: int) -> tuple[str, str] | None:
@@ -48,7 +48,7 @@ class AttentionPart(FactorsPart):
         return b @ a
 
 
-class AttentionOutputPart(AttentionPart):
+class AttentionOutputPatch(AttentionPatch):
     """out_proj.weight (E, E) + weight·scale·b·a while the attention runs, at the attention's site.
 
     PEFT adapts both projections, or neither, and adds this delta twice."""
@@ -58,7 +58,7 @@ class AttentionOutputPart(AttentionPart):
     host_bias = f"{OUTPUT}.bias"
 
     @classmethod
-    def members(cls, path: str) -> list[tuple[str, type[FactorsPart]]]:
+    def members(cls, path: str) -> list[tuple[str, type[FactorsPatch]]]:
         return [(path, cls)]
 
     @classmethod
@@ -79,5 +79,5 @@ class AttentionOutputPart(AttentionPart):
     def target(self, path: str) -> str:
         """The attention if both projections have factors, as PEFT adapts them; otherwise itself."""
         site: Host = self.host._modules[CHILD]
-        has_other = AttentionPart.role in site.parts[self.adapter]
+        has_other = AttentionPatch.role in site.patches[self.adapter]
         return path if has_other else self.module(path)

@@ -3,13 +3,13 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.runtime.site import Host, Site
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
-class ConvPart(FactorsPart):
+class ConvPatch(FactorsPatch):
     """y + weight·scale·(b ∗ (a ∗ x)): a (r, in, *kernel), b (out, r, 1, ...), delta (out, in,
     *kernel).
 

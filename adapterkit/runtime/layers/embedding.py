@@ -3,11 +3,11 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.runtime.site import Host, Site
 
 
-class EmbeddingPart(FactorsPart):
+class EmbeddingPatch(FactorsPatch):
     """y + weight·scale·aᵀ[x]·bᵀ: a (r, V), b (D, r), delta (V, D) = (b·a)ᵀ.
 
     The delta is multiplied by the host's own factor, such as Gemma's `embed_scale`. As in PEFT,

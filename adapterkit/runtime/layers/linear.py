@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.core.weights.layers import is_conv1d
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.runtime.quantized import quantization_of, weight_of
 from adapterkit.runtime.site import Host, Site
 
 
-class LinearPart(FactorsPart):
+class LinearPatch(FactorsPatch):
     """a (r, in), b (out, r); delta (out, in)."""
 
     kind, axis = "linear", 0
@@ -61,7 +61,7 @@ class LinearPart(FactorsPart):
         return b @ a
 
 
-class Conv1DPart(LinearPart):
+class Conv1DPatch(LinearPatch):
     """GPT-2's Conv1D stores its weight as (in, out); delta is (b·a)ᵀ."""
 
     kind, axis = "conv1d", 1

@@ -16,8 +16,8 @@ from adapterkit.core.errors import Problems, Refused, shown
 from adapterkit.core.merge.sites import JoinedSite, flips_square_experts, sites_of
 from adapterkit.core.weights.layers import is_linear, is_taken_for_experts
 from adapterkit.kernels.lazy_sum import LowRankSum, Term, summed
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.site import Part, Values
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.site import Patch, Values
 from adapterkit.runtime.site import Site as LiveSite
 from adapterkit.verbs.shared.targets import PARAMETER, model_type
 
@@ -27,7 +27,7 @@ FACTORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HINT = "write the peft_version that trained it into adapter_config.json"
 
 
-class ParameterPart(FactorsPart):
+class ParameterPatch(FactorsPatch):
     """Replaces a parameter W of a module by W + weight·scale·b·a while the module runs.
 
     W (out, in): a (r, in), b (out, r). Experts W (E, out, in): a (E, r, in), b (E, out, r), so that
@@ -117,9 +117,9 @@ class ParameterPart(FactorsPart):
         return {keys["a"]: a, keys["b"]: b}
 
 
-def is_stack(part: Part) -> bool:
-    """Return whether a part is on experts' matrices."""
-    return isinstance(part, ParameterPart) and part.a.ndim == 3
+def is_stack(patch: Patch) -> bool:
+    """Return whether a patch is on experts' matrices."""
+    return isinstance(patch, ParameterPatch) and patch.a.ndim == 3
 
 
 def takes_indices(host: nn.Module) -> bool:
@@ -154,7 +154,7 @@ class ModelParameters:
 
 
 def of_parameter(factors: Factors, host: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b in the part's layout; a file stores experts' as a (E * r, in) and b (out, r * E)."""
+    """a and b in the patch's layout; a file stores experts' as a (E * r, in) and b (out, r * E)."""
     parameter = host._parameters[factors.leaf or ""]
     assert parameter is not None
     if parameter.ndim == 3:

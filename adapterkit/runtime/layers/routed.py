@@ -11,9 +11,9 @@ from adapterkit.core.errors import Refused, shown
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
 from adapterkit.kernels.routing import add_routed
-from adapterkit.runtime.parts.factors import padded
+from adapterkit.runtime.patches.factors import padded
 from adapterkit.runtime.sharding import full_tensor, spread
-from adapterkit.runtime.site import Part, Site
+from adapterkit.runtime.site import Patch, Site
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Experts:
         )
 
 
-class RoutedPart(Part):
+class RoutedPatch(Patch):
     """y + weight·Σ_e coefficient_e·scale_e·b_e·a_e·x, e the `top_k` experts with the largest
     |x·prototype_e| and the coefficients their softmax at `temperature`, for each token.
 

@@ -14,11 +14,11 @@ from adapterkit.core.errors import Problems, Refused, Unrecoverable, by_reason, 
 from adapterkit.core.registry import members
 from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.layers.parameter import is_transposed
-from adapterkit.runtime.load.placing import OtherValues, PartMaker
-from adapterkit.runtime.parts import dora
-from adapterkit.runtime.parts.copies import biases, known_parameter
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.tokens import own_rows
+from adapterkit.runtime.load.placing import OtherValues, PatchMaker
+from adapterkit.runtime.patches import dora
+from adapterkit.runtime.patches.copies import biases, known_parameter
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.patches.tokens import own_rows
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Host
@@ -149,7 +149,7 @@ def redistributed(
 def start(
     method: Initialization,
     target: Target,
-    kind: type[FactorsPart],
+    kind: type[FactorsPatch],
     host: Host,
     generator: Generator,
     statistics: Mapping[str, Tensor],
@@ -175,7 +175,7 @@ def start(
         ) from error
 
 
-def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPart], host: Host) -> Tensor:
+def _matrix(method: ComputedInit, target: Target, kind: type[FactorsPatch], host: Host) -> Tensor:
     """The weight (out, in), without values if the method does not need them."""
     if "weight" not in method.needs:
         (_, width), (out, _) = kind.shapes(host, target.rank)
@@ -239,23 +239,23 @@ def attach(
         generator.seed() if seed is None else generator.manual_seed(seed)
         with statistics_for(method, targets, stats) as statistics:
             config, targets = redistributed(method, config, targets, statistics)
-            maker = PartMaker(state, name, config, dtype, ephemeral_gpu_offload)
+            maker = PatchMaker(state, name, config, dtype, ephemeral_gpu_offload)
             heads = {target.path: target.tied for target in targets if target.tied is not None}
             values = _other_values(state, resolver, [target.path for target in targets])
             factors = list(_new_factors(maker, targets, method, statistics, generator))
-            parts = maker.all_parts(factors, values, heads)
+            patches = maker.all_patches(factors, values, heads)
     adapter = Attached(name, config, trainable=True, base=state.base_name, strict=strict)
     adapter.base_fingerprint = state.base_fingerprint
-    state.put(adapter, parts)
+    state.put(adapter, patches)
 
 
 def _new_factors(
-    maker: PartMaker,
+    maker: PatchMaker,
     targets: Sequence[Target],
     method: Initialization,
     statistics: Statistics,
     generator: Generator,
-) -> Iterator[tuple[str, FactorsPart]]:
+) -> Iterator[tuple[str, FactorsPatch]]:
     further = Counter(target.path for target in targets)  # parameters of a module, after this one
     config = maker.config
     for target in targets:
@@ -263,21 +263,21 @@ def _new_factors(
             further[target.path] -= 1
             a, b = start_parameter(method, target, generator)
             depth = further[target.path]
-            part = maker.on_parameter(target.path, target.leaf, a, b, target.scale, depth)
-            part.fix(*method.fixed)
-            yield target.path, part
+            patch = maker.on_parameter(target.path, target.leaf, a, b, target.scale, depth)
+            patch.fix(*method.fixed)
+            yield target.path, patch
             continue
         for path, kind in KINDS[target.kind].members(target.path):
             host = maker.state.modules[path]
             a, b = start(method, target, kind, host, generator, statistics(path))
             bias = torch.zeros(b.shape[0]) if config.lora_bias else None
-            part = maker.on_layer(
+            patch = maker.on_layer(
                 path, kind, a, b, target.scale, bias=bias, base_lacks=method.changes_base
             )
-            part.fix(*method.fixed)
+            patch.fix(*method.fixed)
             if config.dora:
-                part.decompose(host, maker.dtype)
-            yield path, part
+                patch.decompose(host, maker.dtype)
+            yield path, patch
 
 
 def _check_dora(targets: Sequence[Target]) -> None:

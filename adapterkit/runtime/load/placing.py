@@ -1,4 +1,4 @@
-"""Make the parts of an adapter at the modules of a model from new or stored values."""
+"""Make the patches of an adapter at the modules of a model from new or stored values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from adapterkit.core.adapter.targets import has_end
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.errors import Problems, shown
 from adapterkit.core.patterns import similar_names
-from adapterkit.runtime.layers import part_class
-from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed
+from adapterkit.runtime.layers import patch_class
+from adapterkit.runtime.layers.parameter import ParameterPatch, is_transposed
 from adapterkit.runtime.layers.tied import share, shared_heads
-from adapterkit.runtime.parts.copies import (
-    CopyPart,
+from adapterkit.runtime.patches.copies import (
+    CopyPatch,
     bare_copy,
     known_parameter,
     mirrors,
     outermost,
     parameter_of,
-    value_parts,
+    value_patches,
 )
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.tokens import token_parts
-from adapterkit.runtime.site import Part, owner
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.patches.tokens import token_patches
+from adapterkit.runtime.site import Patch, owner
 from adapterkit.runtime.state import State
 from adapterkit.runtime.targets import own_modules
 from adapterkit.runtime.targets import unread as why_unread
@@ -48,8 +48,8 @@ class OtherValues(Generic[T]):
 
 
 @dataclass(frozen=True)
-class PartMaker:
-    """Makes the parts of an adapter, on the devices of their modules' weights."""
+class PatchMaker:
+    """Makes the patches of an adapter, on the devices of their modules' weights."""
 
     state: State
     name: str
@@ -60,7 +60,7 @@ class PartMaker:
     def on_layer(
         self,
         path: str,
-        kind: type[FactorsPart],
+        kind: type[FactorsPatch],
         a: Tensor,
         b: Tensor,
         scale: float,
@@ -68,10 +68,10 @@ class PartMaker:
         bias: Tensor | None = None,
         magnitude: Tensor | None = None,
         base_lacks: bool = False,  # the product of these first factors, which is subtracted
-    ) -> FactorsPart:
+    ) -> FactorsPatch:
         where = factor_device(self.state.modules[path])
         a, b = a.to(where, self.dtype), b.to(where, self.dtype)
-        return part_class(kind, self.config)(
+        return patch_class(kind, self.config)(
             self.name,
             a,
             b,
@@ -85,42 +85,42 @@ class PartMaker:
 
     def on_parameter(
         self, path: str, leaf: str, a: Tensor, b: Tensor, scale: float, depth: int
-    ) -> ParameterPart:
+    ) -> ParameterPatch:
         host = self.state.modules[path]
         a, b = (value.to(factor_device(host), self.dtype) for value in (a, b))
         transposed = is_transposed(host, leaf)
-        return ParameterPart(self.name, a, b, scale, leaf=leaf, transposed=transposed, depth=depth)
+        return ParameterPatch(self.name, a, b, scale, leaf=leaf, transposed=transposed, depth=depth)
 
-    def all_parts(
+    def all_patches(
         self,
-        factors: Sequence[tuple[str, FactorsPart]],
+        factors: Sequence[tuple[str, FactorsPatch]],
         values: OtherValues[Tensor],
         heads: Mapping[str, str] | None = None,
-    ) -> list[tuple[str, Part]]:
-        """All parts by their modules, factors first. `heads`: the embedding that each head shares
+    ) -> list[tuple[str, Patch]]:
+        """All patches by their modules, factors first. `heads`: the embedding that each head shares
         factors with; None: those with equal factors."""
         model, modules, whole = self.state.model, self.state.modules, own_modules(self.state.model)
-        parts: list[tuple[str, Part]] = [*factors]
+        patches: list[tuple[str, Patch]] = [*factors]
         if self.config.tie:
-            heads = shared_heads(parts, modules) if heads is None else heads
-            parts = share(parts, heads, self.config.dropout)
-        copied: list[tuple[str, CopyPart]] = []
+            heads = shared_heads(patches, modules) if heads is None else heads
+            patches = share(patches, heads, self.config.dropout)
+        copied: list[tuple[str, CopyPatch]] = []
         shared: dict[int, Any] = {}  # weights of tied modules, of which the copies have one, too
         for path, own in values.copies.items():
             twin = bare_copy(modules[path], shared if self.config.tie else {})
             for leaf, value in own.items():
                 _fill(twin, leaf, value)
-            copied.append((path, CopyPart(self.name, twin)))
+            copied.append((path, CopyPatch(self.name, twin)))
         biases = {name: self._moved(value, modules, name) for name, value in values.biases.items()}
         rows = {
             path: (indices, self._moved(value, whole, f"{path}.weight"))
             for path, (indices, value) in values.rows.items()
         }
-        parts += [*copied, *mirrors(modules, copied)]
+        patches += [*copied, *mirrors(modules, copied)]
         for own, trained in ((biases, True), (values.weights, False)):
-            parts += value_parts(modules, self.name, own, trained=trained, copied=values.copies)
+            patches += value_patches(modules, self.name, own, trained=trained, copied=values.copies)
         embedding = input_embedding(model, whole) if rows else None
-        return parts + token_parts(model, whole, self.name, rows, embedding)
+        return patches + token_patches(model, whole, self.name, rows, embedding)
 
     def _moved(self, value: Tensor, modules: Mapping[str, nn.Module], name: str) -> Tensor:
         """A value on the device of a parameter; on the CPU while that is on meta."""

@@ -27,11 +27,11 @@ from adapterkit.core.registry import members
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.layers.parameter import of_parameter, split_parameters
 from adapterkit.runtime.layers.tied import both_sides
-from adapterkit.runtime.load.placing import OtherValues, PartMaker, find_values, read_values
-from adapterkit.runtime.parts import dora
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.load.placing import OtherValues, PatchMaker, find_values, read_values
+from adapterkit.runtime.patches import dora
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.runtime.replication import replicate, replicating
-from adapterkit.runtime.site import Part
+from adapterkit.runtime.site import Patch
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import unread
 from adapterkit.verbs.init.methods import created_init
@@ -41,11 +41,11 @@ from adapterkit.verbs.shared.lora_config import LoraConfig
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter's files, matched with the model: the kind and tensors of each part."""
+    """An adapter's files, matched with the model: the kind and tensors of each patch."""
 
     adapter: Adapter
     config: LoraConfig
-    factors: tuple[tuple[type[FactorsPart], Factors], ...]
+    factors: tuple[tuple[type[FactorsPatch], Factors], ...]
     parameters: tuple[Factors, ...]
     values: OtherValues[TensorSpec]
 
@@ -64,10 +64,10 @@ def load(
     """Add an adapter from disk; `Refused` with every mismatch, before anything changes."""
     state.unused(name)
     with replicating(state):
-        stored, parts = read(
+        stored, patches = read(
             state, source, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload
         )
-        factors = [(path, part) for path, part in parts if isinstance(part, FactorsPart)]
+        factors = [(path, patch) for path, patch in patches if isinstance(patch, FactorsPatch)]
         if pad_rank is not None:
             _pad(factors, pad_rank)
         if trainable and stored.config.tie and stored.config.dora:
@@ -81,7 +81,7 @@ def load(
                 )
     adapter = Attached(name, stored.config, trainable, strict=strict)
     take_base(state, adapter, stored.adapter)
-    state.put(adapter, parts)
+    state.put(adapter, patches)
 
 
 def read(
@@ -91,12 +91,14 @@ def read(
     dtype: torch.dtype | None,
     *,
     ephemeral_gpu_offload: bool = False,
-) -> tuple[StoredAdapter, list[tuple[str, Part]]]:
-    """A stored adapter, and its parts for the base as it is."""
+) -> tuple[StoredAdapter, list[tuple[str, Patch]]]:
+    """A stored adapter, and its patches for the base as it is."""
     stored = join_folder(state, open_adapter(source))
-    parts = read_parts(PartMaker(state, name, stored.config, dtype, ephemeral_gpu_offload), stored)
-    _subtract_initial(state, stored, parts)
-    return stored, parts
+    patches = read_patches(
+        PatchMaker(state, name, stored.config, dtype, ephemeral_gpu_offload), stored
+    )
+    _subtract_initial(state, stored, patches)
+    return stored, patches
 
 
 def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
@@ -122,7 +124,7 @@ def join_folder(
         replicate(state, config.layer_replication, adapter.where)
     hint = "the adapter was trained on another model"
     errors = Problems(where=adapter.label, hint=hint, code="AK803")
-    factors: list[tuple[type[FactorsPart], Factors]] = []
+    factors: list[tuple[type[FactorsPatch], Factors]] = []
     loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
     hosts: dict[int, str] = {}
     for lora in loras:
@@ -153,8 +155,8 @@ def join_folder(
     return StoredAdapter(adapter, config, tuple(factors), tuple(parameters), values)
 
 
-def read_parts(maker: PartMaker, stored: StoredAdapter) -> list[tuple[str, Part]]:
-    """The parts of an adapter with their values; the default dtype is at least float32."""
+def read_patches(maker: PatchMaker, stored: StoredAdapter) -> list[tuple[str, Patch]]:
+    """The patches of an adapter with their values; the default dtype is at least float32."""
     folders = (stored.adapter.folder,)
     with Sources(folders, identities(folders, header_hashes([stored.adapter]))) as sources:
         read = LocalReader(sources, torch.device("cpu"), dtype=None).tensor
@@ -166,20 +168,20 @@ def read_parts(maker: PartMaker, stored: StoredAdapter) -> list[tuple[str, Part]
         read_trained = read if maker.dtype else read_wide
         factors = list(_read_factors(maker, stored, read_trained))
         values = read_values(maker.state, stored.values, read, read_trained)
-        parts = maker.all_parts(factors, values)
-    Problems(list(_ignored(maker.state, stored.adapter, parts))).raise_all()
-    return parts
+        patches = maker.all_patches(factors, values)
+    Problems(list(_ignored(maker.state, stored.adapter, patches))).raise_all()
+    return patches
 
 
 def _read_factors(
-    maker: PartMaker, stored: StoredAdapter, read: Callable[[TensorSpec], Tensor]
-) -> Iterator[tuple[str, FactorsPart]]:
+    maker: PatchMaker, stored: StoredAdapter, read: Callable[[TensorSpec], Tensor]
+) -> Iterator[tuple[str, FactorsPatch]]:
     for kind, own in stored.factors:
         a, b = read(own.a), read(own.b)
         bias = None if own.bias is None else read(own.bias)
         magnitude = None if own.magnitude is None else read(own.magnitude)
-        part = maker.on_layer(own.module, kind, a, b, own.scale, bias=bias, magnitude=magnitude)
-        yield own.module, part
+        patch = maker.on_layer(own.module, kind, a, b, own.scale, bias=bias, magnitude=magnitude)
+        yield own.module, patch
     for own in stored.parameters:
         host, leaf = maker.state.modules[own.module], own.leaf or ""
         a, b = of_parameter(own, host, read(own.a), read(own.b))
@@ -187,15 +189,15 @@ def _read_factors(
 
 
 def _ignored(
-    state: State, adapter: Adapter, parts: Sequence[tuple[str, Part]]
+    state: State, adapter: Adapter, patches: Sequence[tuple[str, Patch]]
 ) -> Iterator[AdapterkitError]:
     """Refusals of factors that would not act, except zeros, which PEFT's training leaves there."""
-    for path, part in parts:
+    for path, patch in patches:
         problem = unread(state.model, state.modules, path)
-        if problem is None or not isinstance(part, FactorsPart) or part.place(path) != path:
+        if problem is None or not isinstance(patch, FactorsPatch) or patch.place(path) != path:
             continue
-        part.called = False
-        if part.a.any() and part.b.any():
+        patch.called = False
+        if patch.a.any() and patch.b.any():
             yield Refused(
                 f"factors that do nothing: {problem.problem}",
                 expected="factors of layers that are called",
@@ -205,28 +207,28 @@ def _ignored(
             )
 
 
-def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
+def _pad(patches: Sequence[tuple[str, FactorsPatch]], rank: int) -> None:
     """Pad factors to a rank; `Refused` for higher ones, and for layers that cannot be padded."""
     errors = Problems(where="pad_rank", code="AK108")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise Refused(
             f"pad_rank {rank!r}", expected="a positive whole number", where="pad_rank", code="AK108"
         )
-    for path, part in parts:
-        if not part.can_be_padded:
-            problem, expected = f"{type(part).__name__} at {shown(path)}", "factors of layers"
-        elif part.rank > rank:
-            problem, expected = f"rank {part.rank} at {shown(path)}", f"at most {rank}"
+    for path, patch in patches:
+        if not patch.can_be_padded:
+            problem, expected = f"{type(patch).__name__} at {shown(path)}", "factors of layers"
+        elif patch.rank > rank:
+            problem, expected = f"rank {patch.rank} at {shown(path)}", f"at most {rank}"
         else:
             continue
         hint = "give pad_rank the highest rank that you will swap in"
         errors.add(problem, expected, hint)
     errors.raise_all()
-    for _, part in parts:
-        part.pad(rank)
+    for _, patch in patches:
+        patch.pad(rank)
 
 
-def _fits(lora: Lora, host: nn.Module, kind: type[FactorsPart], errors: Problems) -> bool:
+def _fits(lora: Lora, host: nn.Module, kind: type[FactorsPatch], errors: Problems) -> bool:
     """Return whether factors have a module's names and shapes; otherwise errors are added."""
     shapes = kind.shapes(host, lora.a.shape[0])
     if lora.kind != kind.stored_as:
@@ -244,7 +246,7 @@ def _fits(lora: Lora, host: nn.Module, kind: type[FactorsPart], errors: Problems
 
 
 def _check_magnitude(
-    lora: Lora, host: nn.Module, kind: type[FactorsPart], errors: Problems
+    lora: Lora, host: nn.Module, kind: type[FactorsPatch], errors: Problems
 ) -> None:
     name = shown(lora.module)
     if (problem := dora.problem(host, kind.axis)) is not None:
@@ -272,21 +274,23 @@ def _add_no_module(state: State, lora: Lora, host: object, errors: Problems) -> 
         errors.add(problem, "a layer that takes factors", code="AK803")
 
 
-def _subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str, Part]]) -> None:
-    """Subtract the changed base's initial factors from parts trained on it: those in the adapter's
-    folder, or the method's again; `Refused` if there are neither."""
+def _subtract_initial(
+    state: State, stored: StoredAdapter, patches: list[tuple[str, Patch]]
+) -> None:
+    """Subtract the changed base's initial factors from patches trained on it: those in the
+    adapter's folder, or the method's again; `Refused` if there are neither."""
     init = stored.adapter.changed_base()
     if init is None:
         return
     if (folder := initial_of(stored.adapter.folder)) is not None:
-        _subtract_stored(state, stored.adapter, folder, parts)
+        _subtract_stored(state, stored.adapter, folder, patches)
         return
     name = init.lower()
     method = created_init(name, {}) if name in members("inits") else None
     if (
         not isinstance(method, ComputedInit)
         or method.needs != ("weight",)
-        or not all(isinstance(part, FactorsPart) and part.is_matrix for _, part in parts)
+        or not all(isinstance(patch, FactorsPatch) and patch.is_matrix for _, patch in patches)
     ):
         raise Refused(
             f"init_lora_weights {shown(init)}: the factors are relative to a changed base",
@@ -295,21 +299,21 @@ def _subtract_initial(state: State, stored: StoredAdapter, parts: list[tuple[str
             hint=WITHOUT_INITIAL,
             code="AK304",
         )
-    for path, part in parts:
-        assert isinstance(part, FactorsPart)
-        a, b = method.factors(part.matrix(state.modules[path]), part.rank, part.scale)
-        part.initial_a, part.initial_b = a.to(part.a), b.to(part.b)
+    for path, patch in patches:
+        assert isinstance(patch, FactorsPatch)
+        a, b = method.factors(patch.matrix(state.modules[path]), patch.rank, patch.scale)
+        patch.initial_a, patch.initial_b = a.to(patch.a), b.to(patch.b)
 
 
 def _subtract_stored(
-    state: State, adapter: Adapter, folder: Folder, parts: list[tuple[str, Part]]
+    state: State, adapter: Adapter, folder: Folder, patches: list[tuple[str, Patch]]
 ) -> None:
-    """Give parts the initial factors in their adapter's folder."""
+    """Give patches the initial factors in their adapter's folder."""
     stored = join_folder(state, folder, is_second=True)
-    initial = read_parts(PartMaker(state, "initial", stored.config, None), stored)
+    initial = read_patches(PatchMaker(state, "initial", stored.config, None), stored)
     own, others = (
-        {(path, part.role): part for path, part in each if isinstance(part, FactorsPart)}
-        for each in (parts, initial)
+        {(path, patch.role): patch for path, patch in each if isinstance(patch, FactorsPatch)}
+        for each in (patches, initial)
     )
     if different := sorted({path for path, _ in own.keys() ^ others.keys()}):
         raise Refused(
@@ -319,7 +323,7 @@ def _subtract_stored(
             hint="keep the folder that `adapterkit init` wrote together",
             code="AK304",
         )
-    for key, part in own.items():
+    for key, patch in own.items():
         other = others[key]
-        part.initial_a = other.a.detach().to(part.a)
-        part.initial_b = (other.b.detach() * (other.scale / part.scale)).to(part.b)
+        patch.initial_a = other.a.detach().to(patch.a)
+        patch.initial_b = (other.b.detach() * (other.scale / patch.scale)).to(patch.b)

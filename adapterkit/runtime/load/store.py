@@ -11,8 +11,8 @@ from adapterkit.core.checkpoint.folder import is_plain_path
 from adapterkit.core.errors import Refused, did_you_mean, shown
 from adapterkit.core.options import StrPath
 from adapterkit.runtime.load import reading
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.memo import bits_of, same
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.patches.memo import bits_of, same
 from adapterkit.runtime.state import State
 
 # changes with an adapter's values or scales, or if another one gets its name
@@ -121,6 +121,6 @@ class Store:
         return scales != old or not same(bits, before)
 
     def _stamp(self, name: str) -> Stamp:
-        parts = [part for _, part in self.state.adapters[name].parts()]
-        scales = [part.stored_scale for part in parts if isinstance(part, FactorsPart)]
-        return scales, bits_of([p for part in parts for p in part.parameters()], wait=True)
+        patches = [patch for _, patch in self.state.adapters[name].patches()]
+        scales = [patch.stored_scale for patch in patches if isinstance(patch, FactorsPatch)]
+        return scales, bits_of([p for patch in patches for p in patch.parameters()], wait=True)

@@ -4,14 +4,14 @@ import torch
 
 from adapterkit.core.errors import Problems, shown
 from adapterkit.core.options import StrPath
-from adapterkit.runtime.layers.alora import InvokedPart
+from adapterkit.runtime.layers.alora import InvokedPatch
 from adapterkit.runtime.load.reading import read, take_base
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.runtime.replication import replicating
-from adapterkit.runtime.site import Part
+from adapterkit.runtime.site import Patch
 from adapterkit.runtime.state import State
 
-Parts = dict[tuple[int, str], tuple[str, Part]]  # by host and role, with the module's path
+Patches = dict[tuple[int, str], tuple[str, Patch]]  # by host and role, with the module's path
 VALUES = ("bias", "magnitude", "initial_a", "initial_b")  # optional attributes of factors
 
 
@@ -24,72 +24,74 @@ def swap(state: State, name: str, source: StrPath) -> None:
     state.own_weights("swap")
     adapter = state.adapters[name]
     with replicating(state):
-        stored, parts = read(state, source, name, None)
-    new: Parts = {
-        (id(state.modules[part.place(path)]), part.role): (path, part) for path, part in parts
+        stored, patches = read(state, source, name, None)
+    new: Patches = {
+        (id(state.modules[patch.place(path)]), patch.role): (path, patch) for path, patch in patches
     }
-    old: Parts = {(id(site.host), part.role): (site.path, part) for site, part in adapter.parts()}
+    old: Patches = {
+        (id(site.host), patch.role): (site.path, patch) for site, patch in adapter.patches()
+    }
     _check(old, new, stored.adapter.label)
     take_base(state, adapter, stored.adapter)
-    for key, (_, part) in old.items():
+    for key, (_, patch) in old.items():
         other = new.get(key)
-        if isinstance(part, FactorsPart):
-            _copy_factors(part, None if other is None else other[1])
+        if isinstance(patch, FactorsPatch):
+            _copy_factors(patch, None if other is None else other[1])
         elif other is not None:
             values = other[1].tensors()
-            for leaf, value in part.tensors().items():
+            for leaf, value in patch.tensors().items():
                 value.copy_(values[leaf])
-        if isinstance(part, InvokedPart):
-            part.invocations.tokens[name] = tuple(stored.config.invocation_tokens or ())
-        part.site.renew()
+        if isinstance(patch, InvokedPatch):
+            patch.invocations.tokens[name] = tuple(stored.config.invocation_tokens or ())
+        patch.site.renew()
     adapter.config = stored.config
 
 
-def _copy_factors(part: FactorsPart, new: Part | None) -> None:
+def _copy_factors(patch: FactorsPatch, new: Patch | None) -> None:
     if new is None:
-        part.a.zero_()
-        part.b.zero_()
-        part.set_own(0, 0.0)
-        if part.bias is not None:
-            part.bias.zero_()
-        if part.magnitude is not None:
-            part.magnitude.copy_(part.row_norms(part.host).view_as(part.magnitude))
+        patch.a.zero_()
+        patch.b.zero_()
+        patch.set_own(0, 0.0)
+        if patch.bias is not None:
+            patch.bias.zero_()
+        if patch.magnitude is not None:
+            patch.magnitude.copy_(patch.row_norms(patch.host).view_as(patch.magnitude))
         return
-    assert isinstance(new, FactorsPart)
-    part.dropout = new.dropout
-    for leaf, axis in zip("ab", part.rank_axes, strict=True):
-        value, other = getattr(part, leaf), getattr(new, leaf)
+    assert isinstance(new, FactorsPatch)
+    patch.dropout = new.dropout
+    for leaf, axis in zip("ab", patch.rank_axes, strict=True):
+        value, other = getattr(patch, leaf), getattr(new, leaf)
         value.zero_()
         value.narrow(axis, 0, other.shape[axis]).copy_(other)
-    part.set_own(new.rank, new.stored_scale)
+    patch.set_own(new.rank, new.stored_scale)
     for leaf in VALUES:
-        value, other = getattr(part, leaf), getattr(new, leaf)
+        value, other = getattr(patch, leaf), getattr(new, leaf)
         if value is not None:
             value.copy_(other)
 
 
-def _check(old: Parts, new: Parts, where: str) -> None:
+def _check(old: Patches, new: Patches, where: str) -> None:
     """`Refused` for modules that the old adapter lacks, other kinds, and higher ranks."""
     errors = Problems(where=where, hint="load it under a name of its own", code="AK803")
-    for key, (path, part) in new.items():
+    for key, (path, patch) in new.items():
         if key in old:
-            _compare(path, old[key][1], part, errors)
+            _compare(path, old[key][1], patch, errors)
         else:
             problem = f"{shown(path)}is not in the old adapter"
             errors.add(problem, "modules of the old adapter, all or some")
-    for key, (path, part) in old.items():
-        if key not in new and not isinstance(part, FactorsPart):
-            problem = f"{shown(path)} has {part.role} values and the new adapter none"
+    for key, (path, patch) in old.items():
+        if key not in new and not isinstance(patch, FactorsPatch):
+            problem = f"{shown(path)} has {patch.role} values and the new adapter none"
             errors.add(problem, "the same kinds of values")
     errors.raise_all()
 
 
-def _compare(path: str, old: Part, new: Part, errors: Problems) -> None:
+def _compare(path: str, old: Patch, new: Patch, errors: Problems) -> None:
     at = f"at {shown(path)}"
-    if not isinstance(old, FactorsPart) or not isinstance(new, FactorsPart):
+    if not isinstance(old, FactorsPatch) or not isinstance(new, FactorsPatch):
         before, after = (
-            {leaf: tuple(value.shape) for leaf, value in part.tensors().items()}
-            for part in (old, new)
+            {leaf: tuple(value.shape) for leaf, value in patch.tensors().items()}
+            for patch in (old, new)
         )
         if type(old) is not type(new) or before != after:
             errors.add(f"{after} {at}", f"{before}", code="AK803")

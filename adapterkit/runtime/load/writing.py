@@ -24,11 +24,11 @@ from adapterkit.core.inputs.model_config import vocabulary_sizes
 from adapterkit.core.options import StrPath
 from adapterkit.core.system import system
 from adapterkit.core.weights.layers import is_taken_for_experts
-from adapterkit.runtime.layers.linear import Conv1DPart
-from adapterkit.runtime.layers.parameter import ParameterPart
-from adapterkit.runtime.parts.copies import CopyPart, ValuePart, entries_for_peft
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.tokens import TokensPart
+from adapterkit.runtime.layers.linear import Conv1DPatch
+from adapterkit.runtime.layers.parameter import ParameterPatch
+from adapterkit.runtime.patches.copies import CopyPatch, ValuePatch, entries_for_peft
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.patches.tokens import TokensPatch
 from adapterkit.runtime.sharding import full_tensor
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import parameter_refusal
@@ -59,8 +59,8 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
     state.own_weights("save", [name])
     adapter = state.adapters[name]
     Problems(state.guard.hosts.problems(adapter.sites.values(), "save")).raise_all()
-    factors = [part for _, part in adapter.parts() if isinstance(part, FactorsPart)]
-    if any(part.a.ndim < 2 or part.b.ndim < 2 for part in factors):
+    factors = [patch for _, patch in adapter.patches() if isinstance(patch, FactorsPatch)]
+    if any(patch.a.ndim < 2 or patch.b.ndim < 2 for patch in factors):
         raise Refused(
             f"factors of {shown(name)} as flat shards",
             expected="whole parameters, or FSDP2's",
@@ -98,26 +98,28 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     modules, parameters = [], list(adapter.config.parameters or ())
     taken = as_parameters(state.model, adapter)
     levels = Counter(
-        part.module(site.path) for site, part in adapter.parts() if isinstance(part, FactorsPart)
+        patch.module(site.path)
+        for site, patch in adapter.patches()
+        if isinstance(patch, FactorsPatch)
     )
-    with_rows = {site.path for site, part in adapter.parts() if isinstance(part, TokensPart)}
-    for site, part in adapter.parts():
-        path = part.module(site.path) if isinstance(part, FactorsPart) else site.path
+    with_rows = {site.path for site, patch in adapter.patches() if isinstance(patch, TokensPatch)}
+    for site, patch in adapter.patches():
+        path = patch.module(site.path) if isinstance(patch, FactorsPatch) else site.path
         plain, nested = value_key(path), value_key(path, levels)
-        for key, value in part.stored(site.path).items():
-            if isinstance(part, CopyPart | ValuePart):
+        for key, value in patch.stored(site.path).items():
+            if isinstance(patch, CopyPatch | ValuePatch):
                 key = replaced_key(key.removeprefix(PREFIX), levels, with_rows)
             else:
                 key = nested + key.removeprefix(plain)
             tensors[key] = stored_value(value)
-        if isinstance(part, FactorsPart) and part.stored_rank:
-            target = part.target(site.path)
+        if isinstance(patch, FactorsPatch) and patch.stored_rank:
+            target = patch.target(site.path)
             if target in taken:
                 target = f"{target}.weight"
                 parameters.append(target)
-            elif not isinstance(part, ParameterPart):
+            elif not isinstance(patch, ParameterPatch):
                 modules.append(target)
-            scales[target] = (part.stored_rank, part.stored_scale)
+            scales[target] = (patch.stored_rank, patch.stored_scale)
     for name, value in resized_embeddings(state, adapter.base).items():
         key = replaced_key(name, levels, with_rows)
         if key not in tensors:
@@ -126,7 +128,7 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     plain = dataclasses.replace(adapter.config, init="default", init_options={})
     config = plain.to_peft(adapter.base)
     # PEFT requires it, although the layer's class determines it
-    config["fan_in_fan_out"] = any(isinstance(part, Conv1DPart) for _, part in adapter.parts())
+    config["fan_in_fan_out"] = any(isinstance(patch, Conv1DPatch) for _, patch in adapter.patches())
     config |= _names_for_peft(state, adapter)
     config |= scale_settings(scales, config)
     if taken:
@@ -145,8 +147,8 @@ def as_parameters(model: nn.Module, adapter: Attached) -> set[str]:
     their weights are written as target parameters. `Refused` for features that these lack."""
     paths, errors = set[str](), Problems()
     kind = model_type(model)
-    for site, part in adapter.parts():
-        if not isinstance(part, FactorsPart) or isinstance(part, ParameterPart):
+    for site, patch in adapter.patches():
+        if not isinstance(patch, FactorsPatch) or isinstance(patch, ParameterPatch):
             continue
         if is_taken_for_experts(kind, site.path):
             paths.add(site.path)
@@ -160,9 +162,9 @@ def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
     """Names for PEFT of fully trained modules (`modules_to_save`), and of modules with rows."""
     config, names = adapter.config, {}
     if config.modules_to_save:
-        copies = [(site.path, p) for site, p in adapter.parts() if isinstance(p, CopyPart)]
+        copies = [(site.path, p) for site, p in adapter.patches() if isinstance(p, CopyPatch)]
         # a norm without weights has nothing in the file
-        saved = [path for path, part in copies if any(part.values())]
+        saved = [path for path, patch in copies if any(patch.values())]
         entries = [
             end for end in config.modules_to_save if any(path.endswith(end) for path in saved)
         ]
@@ -172,7 +174,7 @@ def _names_for_peft(state: State, adapter: Attached) -> dict[str, object]:
             saved = [p for p in saved if p in meant or weights[p] not in meant.values()]
         entries = entries_for_peft(entries, saved, state.modules)
         # parameters, which PEFT loads into the model
-        values = {f"{s.path}.{p.leaf}" for s, p in adapter.parts() if isinstance(p, ValuePart)}
+        values = {f"{s.path}.{p.leaf}" for s, p in adapter.patches() if isinstance(p, ValuePatch)}
         values = {name.removeprefix(".") for name in values}.intersection(config.modules_to_save)
         names["modules_to_save"] = [*entries, *sorted(values)] or None
     if isinstance(config.trainable_tokens, Mapping):

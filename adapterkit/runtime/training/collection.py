@@ -231,4 +231,4 @@ def _write(out: StrPath, tensors: dict[str, Tensor], about: Json) -> None:
     metadata = {"format": "pt", METADATA: json.dumps(about)}
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, lambda part: save_file(tensors, part, metadata))
+        replace(path, lambda patch: save_file(tensors, patch, metadata))

@@ -20,11 +20,11 @@ from adapterkit.core.records import Json
 from adapterkit.core.registry import experimental
 from adapterkit.kernels.block_sizes import piece
 from adapterkit.runtime.handle import Adapters
-from adapterkit.runtime.layers.parameter import ParameterPart
-from adapterkit.runtime.parts.factors import FactorsPart
-from adapterkit.runtime.parts.memo import bits_of, same
+from adapterkit.runtime.layers.parameter import ParameterPatch
+from adapterkit.runtime.patches.factors import FactorsPatch
+from adapterkit.runtime.patches.memo import bits_of, same
 from adapterkit.runtime.sharding import full_tensor, is_sharded, spread
-from adapterkit.runtime.site import Part, Site
+from adapterkit.runtime.site import Patch, Site
 
 T = TypeVar("T")
 CACHED = 1 << 18  # values of parameters that a CPU computes with together
@@ -54,8 +54,8 @@ def loraplus(
         embedding_lr=(embedding_lr, embedding_lr >= 0, "a number from 0"),
     )
     kinds: dict[str, list[nn.Parameter]] = {"a": [], "embedding": [], "b": [], "vector": []}
-    for site, part, name, parameter in trained(h):
-        kinds[_kind(site, part, name, parameter)].append(parameter)
+    for site, patch, name, parameter in trained(h):
+        kinds[_kind(site, patch, name, parameter)].append(parameter)
     for parameter in unfrozen(h):
         kinds["vector" if parameter.ndim == 1 else "a"].append(parameter)
     rates = {"a": lr, "embedding": embedding_lr, "b": lr * ratio, "vector": lr * ratio}
@@ -74,9 +74,9 @@ def loraplus(
     return optimizer
 
 
-def _kind(site: Site, part: Part, name: str, parameter: nn.Parameter) -> str:
+def _kind(site: Site, patch: Patch, name: str, parameter: nn.Parameter) -> str:
     """The group of LoRA+'s rates that a parameter belongs to."""
-    if isinstance(part, FactorsPart):
+    if isinstance(patch, FactorsPatch):
         if name in ("a", "b"):
             return "embedding" if isinstance(site.host, nn.Embedding) else name
         if name == "magnitude":
@@ -114,17 +114,17 @@ class LoraFA(Optimizer):
             eps=(eps, eps >= 0, "a number from 0"),
             weight_decay=(weight_decay, weight_decay >= 0, "a number from 0"),
         )
-        self._factors: dict[nn.Parameter, FactorsPart] = {}  # by b
+        self._factors: dict[nn.Parameter, FactorsPatch] = {}  # by b
         self._projections: dict[nn.Parameter, tuple[Tensor | None, Tensor]] = {}
         parameters = []
-        for _, part, name, parameter in trained(h, names):
-            if isinstance(part, FactorsPart) and name == "a":
+        for _, patch, name, parameter in trained(h, names):
+            if isinstance(patch, FactorsPatch) and name == "a":
                 continue
-            if isinstance(part, FactorsPart) and name == "b":
-                self._factors[parameter] = part
+            if isinstance(patch, FactorsPatch) and name == "b":
+                self._factors[parameter] = patch
             parameters.append(parameter)
-        for part in self._factors.values():
-            part.fix("a")
+        for patch in self._factors.values():
+            patch.fix("a")
         if names is None:
             parameters += unfrozen(h)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -171,24 +171,24 @@ class LoraFA(Optimizer):
     def _projected(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
         """g_b·(a aᵀ + 1e-8·I)⁺ / scale² of each b; with a scale of 0 the gradient is 0."""
         projected: dict[nn.Parameter, Tensor] = {}
-        for parts in _alike(self._factors[b] for b in parameters if b in self._factors):
-            gradients = [_gradient(part.b) for part in parts]
-            products = (stacked(parts, gradients) @ self._inverses(parts)).chunk(len(parts))
-            torch._foreach_div_(products, [part.stored_scale**2 or 1.0 for part in parts])
-            for part, product, gradient in zip(parts, products, gradients, strict=True):
-                projected[part.b] = shaped_as(product, gradient)
+        for patches in _alike(self._factors[b] for b in parameters if b in self._factors):
+            gradients = [_gradient(patch.b) for patch in patches]
+            products = (stacked(patches, gradients) @ self._inverses(patches)).chunk(len(patches))
+            torch._foreach_div_(products, [patch.stored_scale**2 or 1.0 for patch in patches])
+            for patch, product, gradient in zip(patches, products, gradients, strict=True):
+                projected[patch.b] = shaped_as(product, gradient)
         return projected
 
-    def _inverses(self, parts: Sequence[FactorsPart]) -> Tensor:
-        """(a aᵀ + 1e-8·I)⁺ of each part; usually computed once, because a is frozen."""
-        stamps, kept = {part: _stamp(part.a) for part in parts}, self._projections
-        old = [part for part in parts if not same(stamps[part], kept.get(part.b, (None,))[0])]
+    def _inverses(self, patches: Sequence[FactorsPatch]) -> Tensor:
+        """(a aᵀ + 1e-8·I)⁺ of each patch; usually computed once, because a is frozen."""
+        stamps, kept = {patch: _stamp(patch.a) for patch in patches}, self._projections
+        old = [patch for patch in patches if not same(stamps[patch], kept.get(patch.b, (None,))[0])]
         if old:
-            grams = damped_grams(stacked(old, [part.a for part in old]), 1e-8)
+            grams = damped_grams(stacked(old, [patch.a for patch in old]), 1e-8)
             inverses = torch.linalg.pinv(grams, hermitian=True).chunk(len(old))
-            for part, inverse in zip(old, inverses, strict=True):
-                kept[part.b] = stamps[part], inverse
-        return joined([kept[part.b][1] for part in parts])
+            for patch, inverse in zip(old, inverses, strict=True):
+                kept[patch.b] = stamps[patch], inverse
+        return joined([kept[patch.b][1] for patch in patches])
 
 
 def _stamp(a: Tensor) -> Tensor | None:
@@ -220,13 +220,13 @@ def Riemannian(
         ),
         reg=(reg, reg >= 0, "a number from 0"),
     )
-    parameters, factors = [], list[FactorsPart]()
-    for site, part, name, parameter in trained(h):
+    parameters, factors = [], list[FactorsPatch]()
+    for site, patch, name, parameter in trained(h):
         parameters.append(parameter)
-        if isinstance(part, FactorsPart) and name == "b" and not part.fixed:
-            is_linear = part.b.ndim == 2 and not isinstance(site.host, nn.Embedding)
-            if is_linear or isinstance(part, ParameterPart):
-                factors.append(part)
+        if isinstance(patch, FactorsPatch) and name == "b" and not patch.fixed:
+            is_linear = patch.b.ndim == 2 and not isinstance(site.host, nn.Embedding)
+            if is_linear or isinstance(patch, ParameterPatch):
+                factors.append(patch)
     if not factors:
         raise Refused(
             "no adapter trains both factors of a linear layer",
@@ -247,9 +247,9 @@ def Riemannian(
             )
         with torch.no_grad():
             for name in ("a", "b"):
-                own = [part for part in factors if getattr(part, name).grad is not None]
-                for parts in _alike(own):
-                    _precondition(parts, name, reg)
+                own = [patch for patch in factors if getattr(patch, name).grad is not None]
+                for patches in _alike(own):
+                    _precondition(patches, name, reg)
 
     # as in `loraplus`: every optimizer takes lr
     optimizer = optimizer_class([*parameters, *unfrozen(h)], lr=lr, **kwargs)  # type: ignore[call-arg]
@@ -257,15 +257,15 @@ def Riemannian(
     return optimizer
 
 
-def _precondition(parts: Sequence[FactorsPart], name: str, reg: float) -> None:
-    """Precondition the gradients of a, or of b, of parts with equal shapes."""
-    gradients = [_gradient(getattr(part, name)) for part in parts]
-    stack = stacked(parts, gradients)
+def _precondition(patches: Sequence[FactorsPatch], name: str, reg: float) -> None:
+    """Precondition the gradients of a, or of b, of patches with equal shapes."""
+    gradients = [_gradient(getattr(patch, name)) for patch in patches]
+    stack = stacked(patches, gradients)
     if name == "a":
-        product = damped_inverses(stacked(parts, [part.b for part in parts]).mT, reg) @ stack
+        product = damped_inverses(stacked(patches, [patch.b for patch in patches]).mT, reg) @ stack
     else:
-        product = stack @ damped_inverses(stacked(parts, [part.a for part in parts]), reg)
-    pairs = zip(product.chunk(len(parts)), gradients, strict=True)
+        product = stack @ damped_inverses(stacked(patches, [patch.a for patch in patches]), reg)
+    pairs = zip(product.chunk(len(patches)), gradients, strict=True)
     products = [shaped_as(one, gradient) for one, gradient in pairs]
     if is_sharded(gradients[0]):
         for one, gradient in zip(products, gradients, strict=True):
@@ -303,30 +303,30 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _alike(parts: Iterable[FactorsPart]) -> Iterator[list[FactorsPart]]:
-    """Parts whose factors have equal shapes, to be stacked."""
+def _alike(patches: Iterable[FactorsPatch]) -> Iterator[list[FactorsPatch]]:
+    """Patches whose factors have equal shapes, to be stacked."""
 
-    def kind(part: FactorsPart) -> tuple:
-        a, b = part.a, part.b
+    def kind(patch: FactorsPatch) -> tuple:
+        a, b = patch.a, patch.b
         shapes = a.shape, a.dtype, b.shape, b.dtype
-        return *_place(b), isinstance(part, ParameterPart), *shapes
+        return *_place(b), isinstance(patch, ParameterPatch), *shapes
 
-    return _together(parts, kind, lambda part: part.a.numel() + part.b.numel())
+    return _together(patches, kind, lambda patch: patch.a.numel() + patch.b.numel())
 
 
-def stacked(parts: Sequence[FactorsPart], values: Sequence[Tensor]) -> Tensor:
-    """a of parts with equal shapes as (n, r, in), or b as (n, out, r), or their gradients, float32
-    or wider: one matrix per part, expert, or group of a convolution."""
-    matrices = joined([_matrices(*pair) for pair in zip(parts, values, strict=True)])
+def stacked(patches: Sequence[FactorsPatch], values: Sequence[Tensor]) -> Tensor:
+    """a of patches with equal shapes as (n, r, in), or b as (n, out, r), or their gradients,
+    float32 or wider: one matrix per patch, expert, or group of a convolution."""
+    matrices = joined([_matrices(*pair) for pair in zip(patches, values, strict=True)])
     return matrices.to(torch.promote_types(matrices.dtype, torch.float32))
 
 
-def _matrices(part: FactorsPart, value: Tensor) -> Tensor:
-    """As `stacked` for one part, gathered if it is sharded."""
+def _matrices(patch: FactorsPatch, value: Tensor) -> Tensor:
+    """As `stacked` for one patch, gathered if it is sharded."""
     value = full_tensor(value.detach())
-    if isinstance(part, ParameterPart) and value.ndim == 3:
+    if isinstance(patch, ParameterPatch) and value.ndim == 3:
         return value
-    groups = part.a.shape[0] // part.b.shape[1]
+    groups = patch.a.shape[0] // patch.b.shape[1]
     return value.flatten(1).unflatten(0, (groups, -1))
 
 
@@ -370,17 +370,17 @@ def shaped_as(value: Tensor, other: Tensor) -> Tensor:
 
 def trained(
     h: Adapters, names: str | Iterable[str] | None = None
-) -> Iterator[tuple[Site, Part, str, nn.Parameter]]:
-    """Parameters of trainable adapters with their names in their parts; `Refused` without any."""
+) -> Iterator[tuple[Site, Patch, str, nn.Parameter]]:
+    """Parameters of trainable adapters with their names in their patches; `Refused` without any."""
     names = h.names if names is None else [names] if isinstance(names, str) else list(names)
     h.state.known(names)
     adapters = [h.state.adapters[name] for name in names]
     table = {
-        parameter: (site, part, name)
+        parameter: (site, patch, name)
         for adapter in adapters
         if adapter.trainable
-        for site, part in adapter.parts()
-        for name, parameter in part.trained()
+        for site, patch in adapter.patches()
+        for name, parameter in patch.trained()
     }
     if not table:
         raise Refused(
@@ -397,7 +397,7 @@ def trained(
 def unfrozen(h: Adapters) -> list[nn.Parameter]:
     """Trained parameters of the model that belong to no adapter."""
     adapters = h.state.adapters.values()
-    own = {p for adapter in adapters for _, part in adapter.parts() for p in part.parameters()}
+    own = {p for adapter in adapters for _, patch in adapter.patches() for p in patch.parameters()}
     return [p for p in h.model.parameters() if p.requires_grad and p not in own]
 
 

@@ -15,11 +15,11 @@ from adapterkit.core.inputs.sources import open_adapter
 from adapterkit.core.options import StrPath
 from adapterkit.runtime.guard import OWNER
 from adapterkit.runtime.load import reading, writing
-from adapterkit.runtime.load.placing import PartMaker
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.load.placing import PatchMaker
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.runtime.quantized import quantization_of
 from adapterkit.runtime.sharding import full_tensor, is_sharded, spread
-from adapterkit.runtime.site import CHILD, Part, Site, owner
+from adapterkit.runtime.site import CHILD, Patch, Site, owner
 from adapterkit.runtime.state import State
 
 ARGUMENTS = "training_args.bin"  # transformers' name
@@ -36,13 +36,13 @@ def trainer(state: State, cls: type) -> type:
             _check_model(state, model)
             settings = (each for each in (*args, *kwargs.values()) if hasattr(each, "output_dir"))
             check_reference(state, cls, next(settings, None))
-            parts = [p for name in trained(state) for _, p in state.adapters[name].parts()]
-            with _accepted(state.model), reference_from_model(model, cls, parts):
+            patches = [p for name in trained(state) for _, p in state.adapters[name].patches()]
+            with _accepted(state.model), reference_from_model(model, cls, patches):
                 super().__init__(*args, **kwargs)
             if getattr(self.args, "disable_dropout", False):  # TRL's: PEFT's dropout is a module
-                for part in parts:
-                    if isinstance(part, FactorsPart):
-                        part.dropout = 0.0
+                for patch in patches:
+                    if isinstance(patch, FactorsPatch):
+                        patch.dropout = 0.0
             setattr(self, OWNER, (state.model,))
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -127,24 +127,24 @@ def restore(state: State, folder: StrPath) -> None:
     )
     for name, place in _places(state, Path(folder)).items():
         own = {
-            (site.path, part.role): part
-            for site, part in state.adapters[name].parts()
-            if not isinstance(part, FactorsPart) or part.stored_rank  # of rank 0: not in a file
+            (site.path, patch.role): patch
+            for site, patch in state.adapters[name].patches()
+            if not isinstance(patch, FactorsPatch) or patch.stored_rank  # of rank 0: not in a file
         }
         stored = reading.join_folder(state, open_adapter(place))
-        maker = PartMaker(state, name, stored.config, None)
-        parts = {(path, part.role): part for path, part in reading.read_parts(maker, stored)}
-        for path, _ in own.keys() ^ parts.keys():
+        maker = PatchMaker(state, name, stored.config, None)
+        patches = {(path, patch.role): patch for path, patch in reading.read_patches(maker, stored)}
+        for path, _ in own.keys() ^ patches.keys():
             problem = f"{shown(path)} of {shown(name)}, either trained or stored"
             errors.add(problem, "the modules that are trained", where=str(place))
-        for (path, role), part in own.items():
-            if (other := parts.get((path, role))) is not None and not part.fits(other):
+        for (path, role), patch in own.items():
+            if (other := patches.get((path, role))) is not None and not patch.fits(other):
                 problem = f"{shown(path)} of {shown(name)}: {other}"
-                errors.add(problem, str(part), where=str(place))
-        pairs += [(own[key], parts[key]) for key in own.keys() & parts.keys()]
+                errors.add(problem, str(patch), where=str(place))
+        pairs += [(own[key], patches[key]) for key in own.keys() & patches.keys()]
     errors.raise_all()
-    for part, other in pairs:
-        part.take(other)
+    for patch, other in pairs:
+        patch.take(other)
 
 
 def _places(state: State, folder: Path) -> dict[str, Path]:
@@ -192,7 +192,7 @@ def _accepted(model: object) -> Iterator[None]:
 LOADER = "create_model_from_path"  # TRL's, by which its trainers load a reference
 HEAD = "add_fused_lm_head"  # TRL's, of trainers that multiply by the head's weight themselves
 
-Values = list[tuple[Part, str, Tensor]]  # names of parameters and buffers in parts
+Values = list[tuple[Patch, str, Tensor]]  # names of parameters and buffers in patches
 
 
 class Reference(nn.Module):
@@ -205,7 +205,7 @@ class Reference(nn.Module):
         super().__init__()
         # in a tuple: a child would have the model's parameters
         self._policy = (model,)
-        self._values = [(part, name, value.clone()) for part, name, value in values]
+        self._values = [(patch, name, value.clone()) for patch, name, value in values]
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         with self._as_it_was():
@@ -219,8 +219,8 @@ class Reference(nn.Module):
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         """Keep the versions of the parameters, which backward compares."""
-        # by name: FSDP2 puts other parameters into the parts
-        before = [(_tensor(part, name), value) for part, name, value in self._values]
+        # by name: FSDP2 puts other parameters into the patches
+        before = [(_tensor(patch, name), value) for patch, name, value in self._values]
         present = [_exchange(now, value) for now, value in before]
         try:
             yield
@@ -229,13 +229,15 @@ class Reference(nn.Module):
                 _exchange(now, value)
 
 
-def current_values(parts: list[Part]) -> Values:
-    """The current values of parts; no copies."""
-    return [(part, name, value.data) for part in parts for name, value in part.tensors().items()]
+def current_values(patches: list[Patch]) -> Values:
+    """The current values of patches; no copies."""
+    return [
+        (patch, name, value.data) for patch in patches for name, value in patch.tensors().items()
+    ]
 
 
-def _tensor(part: Part, name: str) -> Tensor:
-    return getattr(*owner(part, name))
+def _tensor(patch: Patch, name: str) -> Tensor:
+    return getattr(*owner(patch, name))
 
 
 def _exchange(tensor: Tensor, value: Tensor) -> Tensor:
@@ -251,10 +253,10 @@ def _exchange(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 @contextmanager
-def reference_from_model(model: Any, cls: type, parts: list[Part]) -> Iterator[None]:
+def reference_from_model(model: Any, cls: type, patches: list[Patch]) -> Iterator[None]:
     """While a TRL trainer is created, replace the reference that it would load by the model itself
     with its adapters' current values."""
-    values = current_values(parts)
+    values = current_values(patches)
     own_path = getattr(getattr(model, "config", None), "_name_or_path", "")
     loaders = [(vars(module), vars(module)[LOADER]) for module in _modules(cls, LOADER)]
     for table, load in loaders:
@@ -266,8 +268,8 @@ def reference_from_model(model: Any, cls: type, parts: list[Part]) -> Iterator[N
     finally:
         for table, load in loaders:
             table[LOADER] = load
-        for part, name, value in values:  # TRL casts what is trained on quantized bases
-            tensor = _tensor(part, name)
+        for patch, name, value in values:  # TRL casts what is trained on quantized bases
+            tensor = _tensor(patch, name)
             if tensor.dtype != value.dtype:
                 tensor.data = value
 
@@ -306,7 +308,7 @@ def _acts_on_head(state: State) -> bool:
     ask: Any = getattr(state.model, "get_output_embeddings", None)
     head = None if ask is None else ask()
     site = None if head is None else head._modules.get(CHILD)
-    return isinstance(site, Site) and any(name in site.parts for name in state.active)
+    return isinstance(site, Site) and any(name in site.patches for name in state.active)
 
 
 BITSANDBYTES = ("Linear4bit", "Linear8bitLt")

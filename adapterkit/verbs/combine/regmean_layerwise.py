@@ -60,7 +60,7 @@ class LayerwiseFactors(CombinedFactors):
 
     @property
     def memory(self) -> int:
-        return super().memory + (4 * (len(self.parts) + 1) + 28) * self.shape[1] ** 2
+        return super().memory + (4 * (len(self.operands) + 1) + 28) * self.shape[1] ** 2
 
     @property
     def effort(self) -> Effort:
@@ -154,14 +154,14 @@ def job_of(
     job = CollectionPlan(stored, options, [batch for _, batch in batches])
     job.runs, job.targets = list(batches), names
     errors = Problems(where=stored.base.name, code="AK901")
-    if job.is_whole:
+    if job.runs_whole_model:
         errors.add("no list of layers in the model", "layers, which run one after the other", HINT)
     modules = dict(stored.model.named_modules())
     wrong = [n for n in names if n not in modules or not is_linear(modules[n])]
     outside = [n for n in names if n not in wrong and job.units.unit_of(n) is None]
     if wrong:
         errors.add(f"factors of {listed(wrong)}", "linear layers of the model", HINT)
-    if outside and not job.is_whole:
+    if outside and not job.runs_whole_model:
         errors.add(f"{listed(outside)} outside of the list of layers", "layers in it", HINT)
     errors.raise_all()
     return job
@@ -248,16 +248,19 @@ class _LayerwiseCombiner(PassReader):
         """An adapter's factors in these modules, in float32."""
         pairs = {}
         for task in tasks:
-            for part in task.parts:
-                if part.number == number:
-                    ((left, right),) = part.factors.products(self.inputs)
+            for operand in task.operands:
+                if operand.number == number:
+                    ((left, right),) = operand.factors.products(self.inputs)
                     pairs[task.name] = right.float(), left.float()
         return pairs
 
     def _combine(self, task: LayerwiseFactors) -> None:
-        seen = [self.collected[part.number].sums.by_module.get(task.name) for part in task.parts]
+        seen = [
+            self.collected[operand.number].sums.by_module.get(task.name)
+            for operand in task.operands
+        ]
         sums = tuple(one for one in seen if one is not None and one.vectors)
-        if len(sums) == len(task.parts):
+        if len(sums) == len(task.operands):
             result = replace(task, sums=sums).compute(self.inputs)
             self.made[task.name] = result
             a, b = task.place.pair(result.tensors)
@@ -342,4 +345,4 @@ def _can_run(task: object) -> bool:
     """True if a task makes factors of a linear layer from the adapters' factors alone."""
     if not isinstance(task, CombinedFactors):
         return False
-    return task.place.is_linear and not any(part.dora for part in task.parts)
+    return task.place.is_linear and not any(operand.dora for operand in task.operands)

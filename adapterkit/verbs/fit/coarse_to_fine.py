@@ -216,8 +216,8 @@ def closed_form(fit: FitCollection, runs: Runs, start: Tensor) -> Tensor:
     modules = []
     for place in weighted_model.places:
         with runs.loaded(place):
-            assert place.part is not None
-            if place.part.a.ndim != 3 or place.leaf is None:
+            assert place.patch is not None
+            if place.patch.a.ndim != 3 or place.leaf is None:
                 modules.append((str(groups[place.first]), *_equations(place, count, seen)))
     found = span_weights(modules, fit.shares.tolist(), 0.0)
     pairs = zip(owners.tolist(), groups, start.tolist(), strict=True)
@@ -229,13 +229,13 @@ def _equations(
     place: WeightedModule, count: int, seen: Sequence[ActivationGram]
 ) -> tuple[list[Product | None], Callable[[int], Tensor]]:
     """The deltas of a module, None for an adapter that lacks it, by their rows of u; E[u uᵀ]."""
-    part = place.part
-    assert part is not None
-    a, b = part.a.flatten(1).double().cpu(), part.b.flatten(1).double().cpu()
+    patch = place.patch
+    assert patch is not None
+    a, b = patch.a.flatten(1).double().cpu(), patch.b.flatten(1).double().cpu()
     rows = torch.eye(len(a), dtype=torch.float64)
     products: list[Product | None] = [None] * count
     for column, number in enumerate(place.members):
-        own = part.columns == place.first + column
+        own = patch.columns == place.first + column
         products[number] = Product(b[:, own], rows[own])
 
     def covariance(number: int) -> Tensor:

@@ -69,7 +69,7 @@ class WeightsCollection(ByOneProcess, ABC):
     work = device_memory = 0
     effort = Effort()
 
-    def room(self, budget: int) -> int:
+    def temporary_disk(self, budget: int) -> int:
         return 0
 
     @property

@@ -66,8 +66,8 @@ class Search:
         cma = Cma(torch.tensor(start), STEP, low, high, seed)
         while self.evaluations > len(self.scores):
             points = (cma.ask() * 10**DIGITS).round() / 10**DIGITS
-            room = self.evaluations - len(self.scores)
-            values = [-self._of(point) for point in points[:room]]
+            left = self.evaluations - len(self.scores)
+            values = [-self._of(point) for point in points[:left]]
             if len(values) == len(points):
                 cma.tell(points, torch.tensor(values).double())
 

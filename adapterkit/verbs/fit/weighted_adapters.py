@@ -18,14 +18,14 @@ from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Problems
 from adapterkit.kernels.lowrank import algebra
 from adapterkit.kernels.lowrank.algebra import Product
-from adapterkit.runtime.layers.linear import LinearPart
-from adapterkit.runtime.layers.parameter import ParameterPart, is_transposed, of_parameter
+from adapterkit.runtime.layers.linear import LinearPatch
+from adapterkit.runtime.layers.parameter import ParameterPatch, is_transposed, of_parameter
 from adapterkit.runtime.load.reading import StoredAdapter, join_folder
-from adapterkit.runtime.parts.factors import FactorsPart
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.runtime.state import State
 from adapterkit.verbs.look.heatmaps import place_of
 
-NAME = "fit"  # of the parts at the sites
+NAME = "fit"  # of the patches at the sites
 ENDS = {"adapter": 1, "layer": 2, "module": 3}  # of a coefficient's owner
 
 
@@ -38,7 +38,7 @@ class Acting:
     teacher: Tensor | None = None
 
 
-class WeightedFactors(FactorsPart):
+class WeightedFactors(FactorsPatch):
     """y + b·(g ⊙ a·x): the stacked factors of all adapters of a module; g: the coefficients of a's
     rows for the current pass."""
 
@@ -82,7 +82,7 @@ class ActivationGram:
 
 
 @cache
-def weighted_kind(kind: type[FactorsPart]) -> type[WeightedFactors]:
+def weighted_kind(kind: type[FactorsPatch]) -> type[WeightedFactors]:
     """The class of these layers with coefficients."""
     return type(f"Weighted{kind.__name__}", (WeightedFactors, kind), {})
 
@@ -94,10 +94,10 @@ class WeightedModule:
 
     path: str
     leaf: str | None
-    kind: type[FactorsPart]
+    kind: type[FactorsPatch]
     members: dict[int, Factors] = field(default_factory=dict)
     first: int = 0
-    part: WeightedFactors | None = None
+    patch: WeightedFactors | None = None
 
     @property
     def name(self) -> str:
@@ -145,12 +145,12 @@ class WeightedModel:
         model: Any = self.model
         return model.get_output_embeddings()
 
-    def _kind(self, factors: Factors) -> type[FactorsPart]:
+    def _kind(self, factors: Factors) -> type[FactorsPatch]:
         """The class for a parameter; the head's weight acts on rows, because some may be a
         teacher's."""
         host = self.state.modules[factors.module]
         is_head = host is self.head and isinstance(host, nn.Linear)
-        return LinearPart if is_head and factors.leaf == "weight" else ParameterPart
+        return LinearPatch if is_head and factors.leaf == "weight" else ParameterPatch
 
     def number(self, directions: bool) -> None:
         """Give each member its coefficients: one, or one for each triplet."""
@@ -188,15 +188,15 @@ class WeightedModel:
         for place in self.places:
             host = self.state.modules[place.path]
             more: dict[str, Any] = {}
-            if place.leaf is not None and place.kind is ParameterPart:
+            if place.leaf is not None and place.kind is ParameterPatch:
                 transposed = is_transposed(host, place.leaf)
                 more = {"leaf": place.leaf, "transposed": transposed, "depth": 0}
             empty = torch.empty(0, device="meta")
-            place.part = weighted_kind(place.kind)(NAME, empty, empty, 1.0, **more)
-            place.part.weighted_model = self
+            place.patch = weighted_kind(place.kind)(NAME, empty, empty, 1.0, **more)
+            place.patch.weighted_model = self
             if place.leaf is not None and not more:
-                place.part.role = f"delta:{place.leaf}"  # the module may have factors, too
-            self.state.site(place.path).add(place.part.eval())
+                place.patch.role = f"delta:{place.leaf}"  # the module may have factors, too
+            self.state.site(place.path).add(place.patch.eval())
         for site in self.state.sites.values():
             site.select({NAME: 1.0})
         try:
@@ -214,14 +214,14 @@ class WeightedModel:
         with Sources(self.folders, {}) as sources:
             reader = LocalReader(sources, device, dtype=None)
             for place in places:
-                assert place.part is not None
-                self._fill(place, place.part, reader, torch.promote_types(dtype, torch.float32))
+                assert place.patch is not None
+                self._fill(place, place.patch, reader, torch.promote_types(dtype, torch.float32))
 
     def _fill(
-        self, place: WeightedModule, part: WeightedFactors, reader: LocalReader, dtype: torch.dtype
+        self, place: WeightedModule, patch: WeightedFactors, reader: LocalReader, dtype: torch.dtype
     ) -> None:
         host, at = self.state.modules[place.path], place.first
-        a_axis, b_axis = part.rank_axes
+        a_axis, b_axis = patch.rank_axes
         rows, outputs, columns = [], [], []
         counts = place.counts(self.directions)
         for factors, count in zip(place.members.values(), counts, strict=True):
@@ -237,15 +237,15 @@ class WeightedModel:
             outputs.append(b * factors.scale)
             columns.append(own if self.directions else own.expand(a.shape[a_axis]))
             at += count
-        part.a = nn.Parameter(torch.cat(rows, a_axis), False)
-        part.b = nn.Parameter(torch.cat(outputs, b_axis), False)
-        part.columns = torch.cat(columns, -1)
+        patch.a = nn.Parameter(torch.cat(rows, a_axis), False)
+        patch.b = nn.Parameter(torch.cat(outputs, b_axis), False)
+        patch.columns = torch.cat(columns, -1)
 
     def free(self, places: Sequence[WeightedModule]) -> None:
         for place in places:
-            assert place.part is not None
+            assert place.patch is not None
             empty = nn.Parameter(torch.empty(0, device="meta"), False)
-            place.part.a = place.part.b = empty
+            place.patch.a = place.patch.b = empty
 
     def zeros(self) -> set[int]:
         """The adapters whose deltas are all zero."""

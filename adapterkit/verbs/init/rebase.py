@@ -56,8 +56,8 @@ def plan_rebase(options: Rebase) -> Plan:
     tasks: list[Task] = []
     levels = levels_of(joined.values())
     for name, site in joined.items():
-        parts = (Operand(0, site.members[0], 1.0), Operand(1, site.members[1], -1.0))
-        tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, Linear(), refit))
+        operands = (Operand(0, site.members[0], 1.0), Operand(1, site.members[1], -1.0))
+        tasks.append(CombinedFactors(name, site.place(levels), dtype, operands, Linear(), refit))
     tasks += adapter_output.copy_all_but_factors(_without_changed_base(trained, notes), dtype)
     settings = adapter_output.settings_of(trained)
     decisions = {"adapters": adapter_output.modules_of([trained, before]), "init": init}

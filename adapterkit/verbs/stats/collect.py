@@ -65,7 +65,7 @@ def collect(
         ledger = Ledger(job, work, attempt)
         name = f"activations.{attempt}.part" if attempt else "activations"
         with closing(ActivationStore(work, memory, name)) as store:
-            if job.is_whole:
+            if job.runs_whole_model:
                 _run_whole(job, ledger, progress)
             else:
                 reader = run_layerwise(job, partial(SumsReader, job, ledger), store, progress)

@@ -120,8 +120,8 @@ class CollectionPlan:
                 code="AK902",
             )
         self._check_parameters()
-        self.is_whole = options.whole_model or not self.units.has_layers
-        if self.is_whole and not options.whole_model:
+        self.runs_whole_model = options.whole_model or not self.units.has_layers
+        if self.runs_whole_model and not options.whole_model:
             self.notes.append("the model has no list of layers, so it was run as a whole")
 
     def _check_labels(self) -> None:

@@ -78,7 +78,7 @@ class ModelRun(ABC):
     def device_memory(self) -> int:
         return self.sizes.device + self.sizes.computed + self.sizes.sums + TABLES
 
-    def room(self, budget: int) -> int:
+    def temporary_disk(self, budget: int) -> int:
         return self.work + max(0, self.sizes.activations - budget)
 
     def totals_of(self, samples: Sequence[Samples], batches: int, budget: int) -> dict[str, int]:
@@ -383,7 +383,7 @@ def reads_of(job: CollectionPlan) -> list[str]:
     """The base's files in reading order, as far as known: a model's code may call its layers in
     another one."""
     units = job.units
-    if job.is_whole:
+    if job.runs_whole_model:
         return job.stored.reads([job.stored.parameters()])
     forward = [unit.parameters for unit in units.outer if unit is not job.head]
     backward = reversed(forward) if job.gradients else ()
@@ -394,19 +394,19 @@ def sizes_of(job: CollectionPlan, shapes: dict[str, tuple[int, int]]) -> Sizes:
     """The job's sizes, from its layers' shapes."""
     stored, units = job.stored, job.units
     layers = [unit for unit in units.outer if unit.is_layer]
-    is_whole = job.options.whole_model or not layers
+    runs_whole_model = job.options.whole_model or not layers
     weights = device = stored.nbytes(stored.parameters())
-    if not is_whole:
+    if not runs_whole_model:
         device = max(stored.nbytes(unit.parameters) for unit in units.outer)
         weights = stored.nbytes(units.outside) + device
     squares, widths = Counter[Any](), Counter[Any]()  # of a unit's modules together
     for name, (rows, width) in shapes.items():
-        unit = None if is_whole else units.unit_of(name)
+        unit = None if runs_whole_model else units.unit_of(name)
         squares[unit] += width**2
         widths[unit] += rows + width
     needs_sums = {"covariance", "pca"}.intersection(job.inputs)
     # blocks take turns outside the layers
-    outside = 0 if is_whole else squares.pop(None, 0)
+    outside = 0 if runs_whole_model else squares.pop(None, 0)
     sums = max(squares.values(), default=0) * (SUMS + SUMMING) + outside * (SUMS + BLOCKS * SUMMING)
     hidden = getattr(stored.model.config.get_text_config(), "hidden_size", 0)
     states = len(layers) + 1 if job.gradients else 1

@@ -323,7 +323,7 @@ def _names_of(
         return []
     if not in_file:
         return [parameter.name.removesuffix(".weight")]
-    if parameter.is_alias or not parameter.is_whole:
+    if parameter.is_alias or not parameter.is_full_tensor:
         return [name]  # a tied head, or part of a fused weight: both go by the model's names
     return [parameter.slots[0].key.removesuffix(".weight")]
 

@@ -262,7 +262,7 @@ def _add_weight(plan: QuantizationPlan, name: str, kind: str) -> None:
 
 def _plain_weight(plan: QuantizationPlan, parameter: Parameter, module: str) -> PlainWeight:
     """The stored weight; `Refused` unless it is a single float tensor."""
-    if not parameter.is_whole:
+    if not parameter.is_full_tensor:
         raise Refused(
             f"{shown(parameter.name)} is stored in another layout than the model's",
             expected="one stored tensor for each linear layer",

@@ -77,10 +77,10 @@ def plan_combine(options: Combine) -> Plan:
     tasks: list[CombinedFactors] = []
     for name, site in joined.items():
         with errors.collected():
-            parts = _parts(name, site, weights, decomposed, method, options.space)
-            _check_fit(name, parts, adapters, options, (method, refit), errors)
+            operands = _operands(name, site, weights, decomposed, method, options.space)
+            _check_fit(name, operands, adapters, options, (method, refit), errors)
             how = method, refit, options.space, options.seed
-            tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, *how))
+            tasks.append(CombinedFactors(name, site.place(levels), dtype, operands, *how))
     first = len(adapters) + (model is not None)
     statistics = [open_checkpoint(folder, number) for number, folder in enumerate(stats, first)]
     parameters = {n for n, site in joined.items() if site.parameter}
@@ -222,7 +222,7 @@ def _check_count(options: Combine, count: int) -> None:
         )
 
 
-def _parts(
+def _operands(
     name: str,
     site: JoinedSite,
     weights: AdapterWeights,
@@ -235,15 +235,15 @@ def _parts(
     Adapters of weight 0 are skipped unless all weights are 0, so weights (1, 0) give the method's
     result for the first one alone. Factor space keeps them, as PEFT does, because their signs count
     there."""
-    parts = []
+    operands = []
     for number, factors in site.members.items():
         dora = decomposed[number].dora(factors) if number in decomposed else None
         weight, factors = weights.on(number, name, factors)
-        parts.append(Operand(number, factors, weight, dora))
+        operands.append(Operand(number, factors, weight, dora))
     if space == "delta":
-        parts = [part for part in parts if part.weight] or parts
-    method.check_weights([part.weight for part in parts])
-    return tuple(parts)
+        operands = [operand for operand in operands if operand.weight] or operands
+    method.check_weights([operand.weight for operand in operands])
+    return tuple(operands)
 
 
 def _resolve_method(options: Combine) -> tuple[Method, Refit]:
@@ -267,7 +267,7 @@ def _resolve_method(options: Combine) -> tuple[Method, Refit]:
 
 def _check_fit(
     name: str,
-    parts: tuple[Operand, ...],
+    operands: tuple[Operand, ...],
     adapters: Sequence[Adapter],
     options: Combine,
     how: tuple[Method, Refit],
@@ -277,7 +277,7 @@ def _check_fit(
     cannot be added one by one."""
     method, refit = how
     by_factors = options.space == "factors"
-    if any(part.factors.directions and (part.dora or by_factors) for part in parts):
+    if any(operand.factors.directions and (operand.dora or by_factors) for operand in operands):
         what = (
             "a and b separately (--space factors)" if by_factors else "a DoRA, whose rank is full"
         )
@@ -288,7 +288,7 @@ def _check_fit(
             where="--weights",
             code="AK305",
         )
-    doras = [adapters[part.number].name for part in parts if part.dora]
+    doras = [adapters[operand.number].name for operand in operands if operand.dora]
     if doras and method.by_factors:
         errors.add(
             f"{shown(name)}: {method.name} needs b and a, not the delta of a DoRA "
@@ -307,8 +307,8 @@ def _check_fit(
             where="options",
             code="AK305",
         )
-    elif by_factors and len({part.factors.rank for part in parts}) > 1:
-        listing = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
+    elif by_factors and len({operand.factors.rank for operand in operands}) > 1:
+        listing = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in operands)
         problem = f"{shown(name)}: the ranks differ, {listing}"
         expected, hint = "one rank in --space factors", "use --space delta"
         errors.add(problem, expected, hint, where="adapters", code="AK305")

@@ -39,10 +39,10 @@ def with_group_weights(
     def modules() -> Iterator[tuple[str, list[Product | None], Callable[[int], Tensor]]]:
         for task in tasks:
             if task.covariances:
-                numbers = [part.number for part in task.parts]
+                numbers = [operand.number for operand in task.operands]
                 own: list[Product | None] = [None] * count
-                for part in task.parts:
-                    (own[part.number],) = part.factors.products(reader)
+                for operand in task.operands:
+                    (own[operand.number],) = operand.factors.products(reader)
                 specs = dict(zip(numbers, task.covariances, strict=True))
                 yield group_of(task), own, lambda n, its=specs: read_covariance(reader, its[n])
 
@@ -56,9 +56,11 @@ def with_group_weights(
     for task in tasks:
         if group_of(task) in found:
             c, _ = found[group_of(task)]
-            parts = [replace(part, weight=float(c[part.number])) for part in task.parts]
+            operands = [
+                replace(operand, weight=float(c[operand.number])) for operand in task.operands
+            ]
             read = () if task.refit.exact else task.covariances
-            task = replace(task, method=Linear(), parts=tuple(parts), covariances=read)
+            task = replace(task, method=Linear(), operands=tuple(operands), covariances=read)
         changed.append(task)
     return changed, {group: c.tolist() for group, (c, _) in found.items()}
 
@@ -132,7 +134,7 @@ def with_statistics(
             task.name: widths[task.name]
             for task in tasks
             if task.name in widths
-            and (len(stats) == 1 or any(part.number == number for part in task.parts))
+            and (len(stats) == 1 or any(operand.number == number for operand in task.operands))
         }
         selected.append({})
         with errors.collected():
@@ -142,7 +144,9 @@ def with_statistics(
         if task.name not in widths:
             weighted.append(replace(task, method=replaced))
             continue
-        files = selected if len(stats) == 1 else [selected[part.number] for part in task.parts]
+        files = (
+            selected if len(stats) == 1 else [selected[operand.number] for operand in task.operands]
+        )
         specs = tuple(file[task.name] for file in files if task.name in file)
         weighted.append(replace(task, covariances=specs))
     return weighted

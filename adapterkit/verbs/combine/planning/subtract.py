@@ -162,8 +162,8 @@ def _output(
             others = tuple(f for n, f in members.items() if n != task_adapter.number)
             tasks.append(SubtractedFactors(prefix + name, place, dtype, own.rank, own, others))
             continue
-        parts = tuple(Operand(n, factors, weights[n]) for n, factors in members.items())
-        tasks.append(CombinedFactors(prefix + name, place, dtype, parts, Linear(), refit))
+        operands = tuple(Operand(n, factors, weights[n]) for n, factors in members.items())
+        tasks.append(CombinedFactors(prefix + name, place, dtype, operands, Linear(), refit))
     tasks += adapter_output.sum_biases(
         joined, lambda number, module: weights[number], dtype, errors, prefix
     )

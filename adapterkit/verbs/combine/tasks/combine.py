@@ -83,29 +83,29 @@ class CombinedFactors(FactorsTask):
     """The factors of one module that a method computes from all adapters' deltas, or from their
     factors (space "factors")."""
 
-    parts: tuple[Operand, ...] = field(metadata=READ)
+    operands: tuple[Operand, ...] = field(metadata=READ)
     method: Method
     refit: Refit
     space: str = "delta"
     seed: int = 0
-    # of the module's inputs: of each part's, or one for all; with them the refit is in the norm of
-    # the outputs
+    # of the module's inputs: of each operand's, or one for all; with them the refit is in the norm
+    # of the outputs
     covariances: tuple[TensorSpec, ...] = field(default=(), metadata=READ)
 
     @property
     def is_dense(self) -> bool:
         """True if the result is dense: the method needs the deltas multiplied out, or one of them
         is no product."""
-        return self.method.acts_on == "elements" or any(part.dora for part in self.parts)
+        return self.method.acts_on == "elements" or any(operand.dora for operand in self.operands)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of each delta."""
-        return self.parts[0].factors.shape
+        return self.operands[0].factors.shape
 
     @property
     def max_rank(self) -> int:
-        ranks = [part.factors.rank for part in self.parts]
+        ranks = [operand.factors.rank for operand in self.operands]
         if self.space == "factors":
             return ranks[0]
         full = min(self.shape)
@@ -124,22 +124,22 @@ class CombinedFactors(FactorsTask):
         if not self.is_dense:
             return roots
         size = math.prod(self.shape) * (self.place.experts or 1)
-        flops = 2 * size * sum(part.factors.rank for part in self.parts)
-        elements = size * len(self.parts)
+        flops = 2 * size * sum(operand.factors.rank for operand in self.operands)
+        elements = size * len(self.operands)
         drawn = elements if self.method.draws else 0
         dense = Effort(elected=elements, drawn=drawn, flops=flops)
         return roots + dense + self.decomposition(self.max_rank)
 
     @property
     def memory(self) -> int:
-        parts, size = sum(part.memory for part in self.parts), math.prod(self.shape)
+        factors, size = sum(operand.memory for operand in self.operands), math.prod(self.shape)
         if self.covariances:
             dense = 8 * size if self.is_dense else 0
-            parts += parts + dense + root_memory(*self.covariances)
+            factors += factors + dense + root_memory(*self.covariances)
         by_elements = self.method.acts_on == "elements" or isinstance(self.method, WeightedSum)
         if self.is_dense and not by_elements:
-            return parts + 40 * len(self.parts) * size  # dense deltas as products in float64
-        return parts + (12 * size if self.is_dense else 0)
+            return factors + 40 * len(self.operands) * size  # dense deltas as products in float64
+        return factors + (12 * size if self.is_dense else 0)
 
     @property
     def gpu_memory(self) -> int:
@@ -147,19 +147,19 @@ class CombinedFactors(FactorsTask):
         delta whose largest are selected."""
         if not self.is_dense:
             return super().gpu_memory
-        size, each = math.prod(self.shape), 8 * len(self.parts) + PIECE_BYTES
+        size, each = math.prod(self.shape), 8 * len(self.operands) + PIECE_BYTES
         return super().gpu_memory + each * min(GPU, size) + 16 * min(elementwise.AT_ONCE, size)
 
     def compute(self, inputs: Reader) -> TaskResult:
         if self.space == "factors":
             return self._on_factors(inputs)
-        weights = [part.weight for part in self.parts]
+        weights = [operand.weight for operand in self.operands]
         results, metrics, spans = [], [], []
         root, damping = None, {}
         if self.method.acts_on != "covariances":
             root, damping = read_root(inputs, *self.covariances)
         for expert, deltas in enumerate(
-            zip(*(part.deltas(inputs) for part in self.parts), strict=True)
+            zip(*(operand.deltas(inputs) for operand in self.operands), strict=True)
         ):
             if self.method.acts_on == "covariances":
                 result, root, measured = self._regress(deltas, weights, inputs)
@@ -236,10 +236,10 @@ class CombinedFactors(FactorsTask):
     def _on_factors(self, inputs: Reader) -> TaskResult:
         """PEFT's rule: the method acts on the a's with sign(c)√|c| and on the b's with √|c|, c =
         weight · scale; the products have cross terms."""
-        pairs = [part.factors.stored(inputs) for part in self.parts]
+        pairs = [operand.factors.stored(inputs) for operand in self.operands]
         roots = [
             (math.copysign(abs(c) ** 0.5, c), abs(c) ** 0.5)
-            for c in (p.weight * p.factors.scale for p in self.parts)
+            for c in (p.weight * p.factors.scale for p in self.operands)
         ]
         sides = []
         for side in (0, 1):
@@ -249,7 +249,7 @@ class CombinedFactors(FactorsTask):
                 sides.append(self.method.combine_elements(Deltas(matrices), weights, seeds)[0])
             else:
                 sides.append(sum(m * w for m, w in zip(matrices, weights, strict=True)))
-        rank = self.parts[0].factors.rank
+        rank = self.operands[0].factors.rank
         a, b = sides
         return TaskResult(self.round_matrices(a, b, rank), {"rank": rank})
 

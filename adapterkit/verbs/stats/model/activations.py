@@ -222,7 +222,7 @@ class Activations:
                 known.copy.fill(storage)
                 known.is_out = False
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Release the tensors of a finished batch."""
         for known in self._tracked.values():
             self.store.used -= known.taken

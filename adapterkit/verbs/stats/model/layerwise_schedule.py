@@ -244,7 +244,7 @@ class LayerwiseSchedule:
         if one.request is not None and one.request.unit is self.stop_at:
             one.close()
         if one.request is None:
-            one.activations.forget()
+            one.activations.release()
         else:
             one.activations.track(one.request.tensors, one.request.is_backward)
             one.activations.park()

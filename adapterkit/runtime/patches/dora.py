@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.core.engine.device import has_float64
-from adapterkit.runtime.parts.memo import Memo
+from adapterkit.runtime.patches.memo import Memo
 from adapterkit.runtime.quantized import plainly_stored, unreadable, weight_of
 
 BLOCK = 2**24  # values that are widened to float32 at a time

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from adapterkit.core.adapter.keys import token_key
 from adapterkit.core.errors import Refused, shown
-from adapterkit.runtime.site import Inside, Part, Site
+from adapterkit.runtime.site import Inside, Patch, Site
 from adapterkit.runtime.targets import weight_reader
 from adapterkit.verbs.shared.targets import tied_modules
 
 
-class TokensPart(Part):
+class TokensPatch(Patch):
     """Replaces rows of the host's weight (V, d) by trained rows (n, d).
 
     Embedding: y[ids = indices[i]] = rows[i], times the factor of scaled embeddings. Head:
@@ -32,7 +32,7 @@ class TokensPart(Part):
         indices: Sequence[int],
         rows: nn.Parameter,
         *,
-        saved: bool = True,  # False: the part of the embedding to which the host is tied is
+        saved: bool = True,  # False: the patch of the embedding to which the host is tied is
     ):
         super().__init__()
         self.adapter, self.rows, self.saved = adapter, rows, saved
@@ -75,8 +75,8 @@ class TokensPart(Part):
             values = values * (factor.to(values.dtype) if isinstance(factor, Tensor) else factor)
         return torch.where((slots < count)[..., None], values.to(y.dtype), y)
 
-    def clash(self, other: Part) -> str | None:
-        if not isinstance(other, TokensPart):
+    def clash(self, other: Patch) -> str | None:
+        if not isinstance(other, TokensPatch):
             return None
         both = sorted({*self.indices.tolist()} & {*other.indices.tolist()})
         return f"rows of tokens {both}" if both else None
@@ -92,30 +92,30 @@ class TokensPart(Part):
         return f"{len(self.indices)} rows"
 
 
-def token_parts(
+def token_patches(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     adapter: str,
     rows: Mapping[str, tuple[Sequence[int], Tensor]],  # by module: indices, values
     embedding: str | None,  # the model's input embedding
-) -> list[tuple[str, TokensPart]]:
-    """Parts for rows; those of the input embedding are also its tied heads'.
+) -> list[tuple[str, TokensPatch]]:
+    """Patches for rows; those of the input embedding are also its tied heads'.
 
     As in PEFT, a head with the same indices shares them, and with other indices both have their own
     rows; rows of a head alone do not change the embedding. A head gets none if code around it reads
     its weight directly."""
-    parts = []
+    patches = []
     for path, (indices, values) in rows.items():
         shared = nn.Parameter(values, requires_grad=False)
-        parts.append((path, TokensPart(adapter, modules[path], indices, shared)))
+        patches.append((path, TokensPatch(adapter, modules[path], indices, shared)))
         heads = tied_modules(modules, path) if path == embedding else []
         heads = [head for head in heads if weight_reader(model, modules, head) is None]
         if not set(heads) & set(rows):
-            parts += [
-                (head, TokensPart(adapter, modules[head], indices, shared, saved=False))
+            patches += [
+                (head, TokensPatch(adapter, modules[head], indices, shared, saved=False))
                 for head in heads
             ]
-    return parts
+    return patches
 
 
 def own_rows(

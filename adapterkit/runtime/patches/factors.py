@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from adapterkit.core.adapter.keys import part_keys
 from adapterkit.kernels.lowrank import directions
-from adapterkit.runtime.parts import dora
-from adapterkit.runtime.parts.memo import Memo
+from adapterkit.runtime.patches import dora
+from adapterkit.runtime.patches.memo import Memo
 from adapterkit.runtime.quantized import plainly_stored, unmergeable
-from adapterkit.runtime.site import Host, Inside, Part, Site, Values
+from adapterkit.runtime.site import Host, Inside, Patch, Site, Values
 
 
-class FactorsPart(Part):
+class FactorsPatch(Patch):
     """y + weight·scale·b(a(dropout(x))) of one adapter on one module.
 
     a (r, in) and b (out, r) as in the file, float32 unless the caller says otherwise. Subclasses
@@ -62,7 +62,7 @@ class FactorsPart(Part):
             self.register_buffer(name, value)
         self.norms = dora.RowNorms(offload=ephemeral_gpu_offload)
         self._folded: Memo[tuple[Tensor, Tensor, Tensor]] = Memo()
-        self._directed: Memo[FactorsPart] = Memo(waits=True)
+        self._directed: Memo[FactorsPatch] = Memo(waits=True)
 
     @property
     def stored_rank(self) -> int:
@@ -96,7 +96,7 @@ class FactorsPart(Part):
         return False
 
     @classmethod
-    def members(cls, path: str) -> "list[tuple[str, type[FactorsPart]]]":
+    def members(cls, path: str) -> "list[tuple[str, type[FactorsPatch]]]":
         """The modules, with their kinds, that get factors if `path` is a target."""
         return [(path, cls)]
 
@@ -293,7 +293,7 @@ class FactorsPart(Part):
         count = len(lefts) * directions.count(shape, self.stored_rank)
         return None if len(weights) == count else f"it has {count} directions, not {len(weights)}"
 
-    def directed(self, weights: tuple[float, ...]) -> "FactorsPart":
+    def directed(self, weights: tuple[float, ...]) -> "FactorsPatch":
         return self._directed(
             lambda: self._direct(weights), [self.a, self.b], weights, self.padded, self.stored_scale
         )
@@ -305,7 +305,7 @@ class FactorsPart(Part):
             return list(b), list(a)
         return [b.flatten(1)], [a.flatten(1)]
 
-    def _direct(self, weights: tuple[float, ...]) -> "FactorsPart":
+    def _direct(self, weights: tuple[float, ...]) -> "FactorsPatch":
         """A copy with other values of b, in which only b is trained."""
         a, b = self.stored_factors()
         pairs = list(zip(*self._matrices(), strict=True))
@@ -316,7 +316,7 @@ class FactorsPart(Part):
         ]
         return self._with_factors(a.detach(), torch.stack(lefts).reshape(b.shape))
 
-    def _with_factors(self, a: Tensor, b: Tensor) -> "FactorsPart":
+    def _with_factors(self, a: Tensor, b: Tensor) -> "FactorsPatch":
         twin = copy.copy(self)
         twin._parameters = {**self._parameters}
         twin._buffers = {**self._buffers}
@@ -347,8 +347,8 @@ class FactorsPart(Part):
         keys = part_keys(self.module(path), self.stored_as)
         return {keys[role]: value for role, value in values.items() if value is not None}
 
-    def values_in(self, other: Part) -> dict[str, Tensor]:
-        """Values of another part as stored: initial factors follow the trained ones, see `joined`,
+    def values_in(self, other: Patch) -> dict[str, Tensor]:
+        """Values of another patch as stored: initial factors follow the trained ones, see `joined`,
         without padding."""
         values = super().values_in(other)
         if not {"a", "b"} <= values.keys():
@@ -364,9 +364,9 @@ class FactorsPart(Part):
                 values[name] = padded(values[name], axis, rows)
         return values
 
-    def take(self, other: Part) -> None:
-        """Copy another part's values, rank and scale, as it was read."""
-        assert isinstance(other, FactorsPart)
+    def take(self, other: Patch) -> None:
+        """Copy another patch's values, rank and scale, as it was read."""
+        assert isinstance(other, FactorsPatch)
         super().take(other)
         initial = 0 if self.initial_a is None else self.initial_a.shape[self.rank_axes[0]]
         self.set_own(other.rank - initial, other.stored_scale)

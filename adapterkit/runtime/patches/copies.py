@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from adapterkit.core.adapter.keys import PREFIX
 from adapterkit.core.weights.layers import reads_value
-from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, nothing, set_forward
+from adapterkit.runtime.site import CHILD, Inside, Patch, Site, Values, nothing, set_forward
 
 OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
 
 
-class CopyPart(Part):
+class CopyPatch(Patch):
     """A trained copy of a module, which runs in its place (modules_to_save).
 
     Its values have the dtypes of the module's own. Copies of tied modules are not tied, unless
@@ -37,7 +37,7 @@ class CopyPart(Part):
     def own_value(self, name: str) -> Tensor | None:
         return getattr(self.module, name, None)
 
-    def clash(self, other: Part) -> str | None:
+    def clash(self, other: Patch) -> str | None:
         return None if other.role.startswith("delta") else "a trained copy of the module"
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
@@ -60,7 +60,7 @@ class CopyPart(Part):
         return {f"{PREFIX}{path}.{name}": value for name, value in self.values()}
 
 
-class ValuePart(Part):
+class ValuePatch(Patch):
     """A value that replaces one parameter of the host: a trained bias, or the weight that the
     adapter's base had.
 
@@ -77,7 +77,7 @@ class ValuePart(Part):
         value: nn.Parameter,
         *,
         trained: bool = True,
-        saved: bool = True,  # False: another part of the adapter with this value is
+        saved: bool = True,  # False: another patch of the adapter with this value is
     ):
         super().__init__()
         self.adapter, self.leaf, self.saved = adapter, leaf, saved
@@ -94,14 +94,14 @@ class ValuePart(Part):
     def change(self, values: Values, weight: float) -> None:
         values[self.leaf] = self.value
 
-    def clash(self, other: Part) -> str | None:
-        if not isinstance(other, ValuePart) or other.leaf != self.leaf:
+    def clash(self, other: Patch) -> str | None:
+        if not isinstance(other, ValuePatch) or other.leaf != self.leaf:
             return None
         # weights of one base are in the files of all adapters that were trained on it
         same = self.value.shape == other.value.shape and torch.equal(self.value, other.value)
         return None if same else f"a {self.leaf} of their own"
 
-    def covers(self, other: Part) -> bool:
+    def covers(self, other: Patch) -> bool:
         if other.replaces or not self.leaf.endswith("bias"):
             return not other.replaces
         return getattr(other, "bias", None) is not None
@@ -114,8 +114,8 @@ class ValuePart(Part):
         return {f"{PREFIX}{name}": self.value} if self.saved else {}
 
 
-class MirrorPart(ValuePart):
-    """A value of a trained copy, read by code around the module; the `CopyPart` saves and merges
+class MirrorPatch(ValuePatch):
+    """A value of a trained copy, read by code around the module; the `CopyPatch` saves and merges
     it."""
 
     def __init__(self, adapter: str, leaf: str, value: nn.Parameter):
@@ -155,14 +155,14 @@ def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def mirrors(
-    modules: Mapping[str, nn.Module], parts: Iterable[tuple[str, Part]]
-) -> list[tuple[str, MirrorPart]]:
-    """Parts for the values of copies that code around their modules reads."""
+    modules: Mapping[str, nn.Module], patches: Iterable[tuple[str, Patch]]
+) -> list[tuple[str, MirrorPatch]]:
+    """Patches for the values of copies that code around their modules reads."""
     return [
-        (host, MirrorPart(part.adapter, leaf, value))
-        for path, part in parts
-        if isinstance(part, CopyPart)
-        for name, value in part.module.named_parameters()
+        (host, MirrorPatch(patch.adapter, leaf, value))
+        for path, patch in patches
+        if isinstance(patch, CopyPatch)
+        for name, value in patch.module.named_parameters()
         for host, leaf in [reader(modules, f"{path}.{name}")]
         if not host.startswith(path)
     ]
@@ -195,22 +195,22 @@ def reader(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
         host, inside = ".".join(parts[:i]), parts[i:]
         # generate asks a whole model's forward for its arguments
         if host in modules and not (host == "" and hasattr(modules[host], "config")):
-            attributes = tuple(part for part in inside if not part.isdecimal())
+            attributes = tuple(patch for patch in inside if not patch.isdecimal())
             around = type(modules[host]).__mro__
             if len(attributes) > 1 and reads_value(around, attributes, owner):
                 return host, ".".join(inside)
     return ".".join(parts[:-1]), parts[-1]
 
 
-def value_parts(
+def value_patches(
     modules: Mapping[str, nn.Module],
     adapter: str,
     values: Mapping[str, Tensor],  # by the parameters' names; of a shared one the last counts
     *,
     trained: bool,
     copied: Iterable[str] = (),  # modules that copies replace
-) -> list[tuple[str, ValuePart]]:
-    """Parts for values that replace parameters: one for each use of a shared parameter."""
+) -> list[tuple[str, ValuePatch]]:
+    """Patches for values that replace parameters: one for each use of a shared parameter."""
     by_id: dict[int, nn.Parameter] = {}
     by_name: dict[str, nn.Parameter] = {}
     for name, value in values.items():
@@ -220,7 +220,7 @@ def value_parts(
             other = nn.Parameter(value, requires_grad=False)
         by_id.setdefault(key, other)
         by_name[name] = other
-    parts = []
+    patches = []
     first = {id(module): path for path, module in reversed(list(modules.items()))}
     for path, module in modules.items():
         if first[id(module)] != path:
@@ -231,9 +231,9 @@ def value_parts(
             if value is None or any(name.startswith(f"{copy}.") for copy in copied):
                 continue
             host, leaf = reader(modules, name)
-            part = ValuePart(adapter, leaf, value, trained=trained, saved=name in values)
-            parts.append((host, part))
-    return parts
+            patch = ValuePatch(adapter, leaf, value, trained=trained, saved=name in values)
+            patches.append((host, patch))
+    return patches
 
 
 def parameter_of(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter | None:

@@ -1,1 +1,0 @@
-"""Parts that act at modules of any kind: factors, copies, rows of tokens, DoRA."""

@@ -1,0 +1,1 @@
+"""Patches that act at modules of any kind: factors, copies, rows of tokens, DoRA."""
