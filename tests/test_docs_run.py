@@ -284,7 +284,7 @@ def documents(stage: Path, server: Forks, tmp_path_factory) -> dict[Path, list[t
     """Every document's tasks, and the status, output and messages of each."""
     root, tasks = tmp_path_factory.mktemp("documents"), {}
     for document in DOCUMENTS:
-        folder = shutil.copytree(stage, root / document.stem)
+        folder = shutil.copytree(stage, root / document.stem, symlinks=True)
         tasks[document] = list(tasks_of(document, folder))
     results = iter(run([task for of_one in tasks.values() for task in of_one], server))
     return {document: [(t, next(results)) for t in of_one] for document, of_one in tasks.items()}
