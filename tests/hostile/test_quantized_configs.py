@@ -33,7 +33,8 @@ SIBLINGS = {
 
 def quantized(message: str) -> None:
     assert "this base is quantized" in message
-    assert "dequantize it" in message
+    assert "adapterkit dequantize" not in message  # it would give the same refusal
+    assert "the 16-bit model that it was made from" in message or "restore the base" in message
 
 
 @pytest.mark.parametrize("name", SAID)

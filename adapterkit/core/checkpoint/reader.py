@@ -195,7 +195,8 @@ def read_small(
         if is_remote and most is not None and len(ranges) > most:
             continue
         bounds = [(first, stop) for first, stop, _ in ranges]
-        read = zip(ranges, _read_ranges(folder, name, bounds), strict=True)
+        labels = [f"{name}: {shown(together[0].key)}" for _, _, together in ranges]
+        read = zip(ranges, _read_ranges(folder, name, bounds, labels), strict=True)
         for (first, stop, together), data in read:
             if len(data) < stop - first:
                 raise Damaged(
@@ -210,13 +211,15 @@ def read_small(
 
 
 def _read_ranges(
-    folder: Folder, name: str, ranges: list[tuple[int, int]]
+    folder: Folder, name: str, ranges: list[tuple[int, int]], labels: list[str]
 ) -> Iterator[bytes | memoryview]:
     """Yield the bytes of each range, in order; several ranges of a remote file are requested at a
-    time."""
+    time. `labels`: their names in errors of the disk."""
     if isinstance(folder, LocalFolder):
         with _opened(folder.path(name)) as descriptor:
-            yield from (_read_at(descriptor, first, stop, name) for first, stop in ranges)
+            yield from (
+                _read_at(descriptor, *at, label) for at, label in zip(ranges, labels, strict=True)
+            )
         return
     with ThreadPoolExecutor(REQUESTS, "ranges") as pool:
         for at in range(0, len(ranges), REQUESTS):
@@ -251,7 +254,8 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):  # what was read is right
+            os.close(descriptor)
 
 
 def _read_at(descriptor: int, start: int, stop: int, name: str) -> memoryview:

@@ -17,7 +17,7 @@ from adapterkit.core.checkpoint.reader import read_small
 from adapterkit.core.checkpoint.shards import stem_of
 from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.commands import WITHOUT_INITIAL
-from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.errors import AdapterkitError, Damaged, Problems, Refused, shown
 from adapterkit.core.inputs.base_door import Base, kind_of
 from adapterkit.core.inputs.earlier_merges import history_notes, merged_adapters
 from adapterkit.core.inputs.input_identity import plan_of
@@ -255,7 +255,7 @@ def _lost_shards(adapter: Adapter) -> list[str]:
     """The warning of factors that lack a process's shard. A long run of zeros in a few b loads the
     code that checks all; files on the Hub are not read while planning."""
     some = {lora.module.rpartition(".")[2]: lora.b for lora in adapter.loras}
-    with suppress(AdapterkitError):  # the job itself reports files that cannot be read
+    with suppress(Damaged):  # the job itself reports files that end too early
         for spec, data in read_small(adapter.folder, [*some.values()][:8], most=0):
             if any(data) and bytes(spec.nbytes // 8) in bytes(data):
                 return load(ADAPTERS["lost shards"])(adapter)
