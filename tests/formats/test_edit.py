@@ -43,11 +43,19 @@ def source_file(sample):
     return sample.path if sample.path.is_file() else sample.path / formats()[sample.form].file.name
 
 
+# SGLang's own layout of experts, which only `convert` writes
+STACKS = ("sglang/shared", "sglang/stacked")
+
+
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.id)
 def test_words_change_and_tensors_do_not(sample, tmp_path):
     try:
         adapterkit.edit(sample.path, **WORDS, metadata={"note": "mine"}, out=tmp_path / "out")
-    except Refused:  # what cannot be read without an option
+    except Refused as error:
+        if sample.id in STACKS:
+            assert "is not edited" in str(error)
+            return
+        # what cannot be read without an option
         with pytest.raises(Refused):
             adapterkit.convert(sample.path, to=sample.form, out=tmp_path / "out")
         return

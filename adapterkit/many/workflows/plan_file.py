@@ -88,9 +88,10 @@ def write_plan(file: StrPath, verb: str, *sources: object, **options: object) ->
 def read_plan(file: StrPath) -> PlanFile:
     """A plan file; `Refused` if it is none, or has another version."""
     path = Path(file).absolute()
-    if not path.is_file():
+    if not path.exists():
         raise Refused(
             f"no such file: {shown(file)}",
+            where=str(path.parent),
             expected="a plan file, a pipeline (.toml) or a recipe (.yml)",
             hint=similar_path(str(file)) or "check the path",
             code="AK201",

@@ -310,7 +310,8 @@ def test_options_that_do_not_fit_are_refused(options, three, tmp_path):
 def test_shapes_and_ranks_that_differ_are_refused(mixed, tmp_path):
     with pytest.raises(Refused, match="ranks") as caught:
         combined(mixed[:2], tmp_path / "out", (1.0, 1.0), method="linear", space="factors")
-    assert "fit" in str(caught.value) and "narrow" in str(caught.value)
+    named = " ".join(error.problem for error in caught.value.errors)
+    assert "fit" in named and "narrow" in named
     tensors = load_file(mixed[0] / "adapter_model.safetensors")
     wide = oracle.edit_config(mixed[0], tmp_path / "wide")
     key = "base_model.model.fit.lora_A.weight"

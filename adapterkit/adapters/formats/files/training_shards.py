@@ -25,7 +25,7 @@ class Program(NamedTuple):
 PROGRAMS = (
     Program(
         "shards of ZeRO",
-        re.compile(r"(?:^|/)(?:\w+_)?zero_pp_rank_\w+_optim_states\.pt$"),
+        re.compile(r"(?:^|[/_])zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt$"),
         # the checkpoint has a copy of this script, but code in a stranger's folder is not advised
         "python -m deepspeed.utils.zero_to_fp32 {folder} joined --exclude_frozen_parameters",
         up="..",
