@@ -113,6 +113,7 @@ def serving(model: nn.Module, weights: dict[str, float]) -> None:
     adapters.delete("both")
     adapters.detach()
     print(adapters.names, adapters.active["style"], adapters.merged)
+    print(adapters.missed_invocations["style"] + 1)
 
 
 def routing(model: nn.Module) -> None:

@@ -64,6 +64,13 @@ class Adapters:
         """The adapters that are merged into the base's weights, with their weights."""
         return dict(self.state.merged)
 
+    @property
+    def missed_invocations(self) -> dict[str, int]:
+        """The number of rows in which each activated LoRA did not find its invocation sequence, and
+        therefore did not act. A call that continues a cache counts no row again."""
+        found = self.state.invocations
+        return {} if found is None else {name: found.missed[name] for name in found.tokens}
+
     def attach(
         self,
         config: LoraConfig | Mapping[str, object],

@@ -1,7 +1,7 @@
 """The adapters of a model: their modules, and which of them act."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -122,6 +122,13 @@ class State:
         """The adapters that act in the next call of the model."""
         return self.active if self.rows is None else self.rows.acting
 
+    def rows_of(self, name: str, size: int) -> Sequence[int]:
+        """The rows that an acting adapter acts on, in a call of that size."""
+        if self.rows is None:
+            return range(size)
+        names = self.rows.names  # each for as many rows as there are beams
+        return [row for row in range(size) if names[row * len(names) // size] == name]
+
     def add(self, adapter: Attached, path: str, patch: Patch) -> None:
         site = self.site(patch.place(path))
         patch.train(site.training)
@@ -129,7 +136,7 @@ class State:
             patch.double()  # as in PEFT: narrower factors would round the layer's input
         if isinstance(patch, InvokedPatch):
             if self.invocations is None:
-                self.invocations = Invocations(self.model, self.acting)
+                self.invocations = Invocations(self.model, self.acting, self.rows_of)
             patch.invocations = self.invocations
             patch.invocations.tokens[adapter.name] = tuple(adapter.config.invocation_tokens or ())
         site.add(patch)
@@ -150,6 +157,7 @@ class State:
             self.take(adapter, path)
         if self.invocations is not None:
             self.invocations.tokens.pop(name, None)
+            self.invocations.missed.pop(name, None)
             if not self.invocations.tokens:
                 self.invocations.release()
                 self.invocations = None

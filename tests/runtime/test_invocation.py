@@ -1,6 +1,7 @@
 """aLoRA: factors act from the last invocation sequence on; everything before is the base's."""
 
 import copy
+import dataclasses
 from inspect import signature
 
 import peft
@@ -258,6 +259,47 @@ def test_saved_adapters_load_with_equal_outputs(adapters, prompts, tmp_path):
     again.activate(None)
     again.delete("default")
     assert not again.model._forward_pre_hooks and not again.model._forward_hooks
+
+
+def test_rows_without_the_sequence_are_counted_once(adapters, prompts):
+    model = adapters.model
+    assert adapters.missed_invocations == {"default": 0}
+    model(prompts)
+    assert adapters.missed_invocations == {"default": 1}
+    model.generate(prompts, **GREEDY)  # 8 calls, which continue a cache
+    assert adapters.missed_invocations == {"default": 2}
+    with adapters.disabled():
+        model(prompts)
+    assert adapters.missed_invocations == {"default": 2}
+    model(torch.full((3, 1), 11))  # shorter than the sequence
+    assert adapters.missed_invocations == {"default": 5}
+
+
+@torch.no_grad()
+def test_in_mixed_batches_each_adapter_counts_its_own_rows(adapters, prompts):
+    adapters.attach(LoraConfig(2, 4, ["v_proj"], init=False), name="plain", seed=2)
+    adapters.attach(settings(targets=["q_proj"]), name="other", seed=3)
+    with adapters.rows(["default", "other", "plain", "other"]):
+        adapters.model(prompts)  # only the last row lacks the sequence
+        assert adapters.missed_invocations == {"default": 0, "other": 1}
+        adapters.model.generate(prompts, **GREEDY | {"num_beams": 3})
+    assert adapters.missed_invocations == {"default": 0, "other": 4}
+    adapters.delete("other")
+    assert adapters.missed_invocations == {"default": 0}
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_a_task_for_which_peft_runs_no_alora_is_a_warning(task, prompts, tmp_path):
+    config = dataclasses.replace(settings(), task_type=task)
+    text = f"task_type {task}: PEFT runs an activated LoRA only with CAUSAL_LM"
+    with pytest.warns(UserWarning, match=text) as ours:
+        adapters = attach(llama(), config, seed=1)
+    assert len(ours) == 1
+    adapters.save(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="only supported for CAUSAL_LM"):
+        theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "saved")
+    if task is None:
+        assert torch.equal(theirs(input_ids=prompts).logits, llama()(prompts).logits)
 
 
 @pytest.mark.parametrize(

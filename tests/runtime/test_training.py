@@ -134,7 +134,7 @@ KINDS = {
     "tokens": {"trainable_tokens": [3, 5, 7]},
     "embedding": {"targets": ["q_proj", "embed_tokens"]},
     "pissa": {"init": "pissa"},
-    "aLoRA": {"invocation_tokens": [9]},
+    "aLoRA": {"invocation_tokens": [9], "task_type": "CAUSAL_LM"},
 }
 
 

@@ -3,7 +3,8 @@
 Tokens before it, and therefore their cached keys and values, are the base's, bit for bit.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,9 +38,15 @@ class Invocations:
     after the start. A copied cache keeps it; one that is cut before it, or reset, does not.
     """
 
-    def __init__(self, model: nn.Module, acting: Callable[[], Collection[str]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        acting: Callable[[], Collection[str]],
+        rows_of: Callable[[str, int], Sequence[int]],  # of an adapter, in a call with that many
+    ):
         self.tokens: dict[str, tuple[int, ...]] = {}
-        self.acting = acting
+        self.missed = Counter[str]()  # rows without the sequence of an adapter that acts on them
+        self.acting, self.rows_of = acting, rows_of
         self.shape = (0, 0)  # rows and tokens of the call
         self._counts: dict[str, tuple[int, ...]] = {}  # acting tokens of each row, from the end
         # those of the last call that records gradients
@@ -122,6 +129,10 @@ class Invocations:
             starts[adapter] = start
             counts[adapter] = torch.where(start >= 0, (end - start).clamp(max=ids.shape[1]), 0)
         self._record(_numbers(counts))
+        for adapter in acting:
+            if memory is None or adapter not in memory.starts:  # else its rows were counted before
+                own = self.rows_of(adapter, ids.shape[0])
+                self.missed[adapter] += sum(not self._counts[adapter][row] for row in own)
         longest = max(map(len, self.tokens.values()))
         self._memory = Memory(starts, text[:, max(0, text.shape[1] - longest + 1) :].clone(), end)
         if cache is not None:

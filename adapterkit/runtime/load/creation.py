@@ -1,5 +1,6 @@
 """Create adapters on a live model, with initial values from the methods of `init`."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -247,6 +248,9 @@ def attach(
     adapter = Attached(name, config, trainable=True, base=state.base_name, strict=strict)
     adapter.base_fingerprint = state.base_fingerprint
     state.put(adapter, patches)
+    if config.invocation_tokens and config.task_type != "CAUSAL_LM":
+        text = "PEFT runs an activated LoRA only with CAUSAL_LM"
+        warnings.warn(f"task_type {config.task_type}: {text}", stacklevel=3)
 
 
 def _new_factors(
