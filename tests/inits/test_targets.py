@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import pytest
 import transformers
@@ -16,6 +17,7 @@ from adapterkit.verbs.init.records import Init
 from adapterkit.verbs.init.targets import find_targets
 from tests.runtime.test_targets import BUILDS, wrapped
 from tests.support import oracle, tiny
+from tests.support.documents import ROOT
 
 SHRUNK = (
     "bart", "bloom", "codegen", "electra", "falcon", "gemma2", "gpt_neo", "gptj", "mistral", "mpt",
@@ -154,6 +156,21 @@ def test_layers_narrow_every_kind_of_targets(layers, expected, stored):
 def test_experts_are_parameters(name, stored):
     expected = theirs(name, targets=["q_proj"], parameters=["gate_up_proj", "experts.down_proj"])
     assert ours(stored(name), "q_proj,gate_up_proj,experts.down_proj") == expected
+
+
+def test_the_guides_ranks_of_experts_are_those_of_peft(stored):
+    """The table of docs/init.md, with its `--rank` and `--rank-for` for 8 experts."""
+    section = (ROOT / "docs" / "init.md").read_text("utf-8").split("### Ranks of experts")[1]
+    rows = [re.findall(r"`([^`]+)`", line) for line in section.splitlines() if line[:3] == "| `"]
+    (_, targets), (_, rank), (_, *rules) = rows[:3]
+    patterns = {rule.split("=")[0]: int(rule.split("=")[1]) for rule in rules}
+    assert targets.endswith(",".join(patterns)) and {*patterns.values()} == {int(rank) // 8}
+    actual = ours(stored("mixtral"), targets, rank=int(rank), alpha=None, rank_for=rules)
+    assert {scale for *_, scale in actual} == {1}
+    assert actual == theirs(
+        "mixtral", rank=int(rank), alpha=int(rank), targets=["q_proj", "v_proj"],
+        parameters=[*patterns], rank_pattern=patterns, alpha_pattern=patterns,
+    )  # fmt: skip
 
 
 def test_ranks_and_scales_are_those_of_peft(stored):

@@ -82,6 +82,22 @@ def test_a_config_of_peft_is_a_config(settings):
     adapters.attach(theirs.to_dict(), name="second")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_a_tied_model_ties_its_factors(tied: bool):
+    """The text below *Settings*: PEFT warns where `tie` is refused."""
+    theirs = peft.LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    models = [llama(tie_word_embeddings=tied) for _ in range(2)]
+    if tied:
+        adapted = peft.get_peft_model(models[0], theirs)
+        assert {*adapted.targeted_module_names} == {"model.embed_tokens", "lm_head"}
+        assert {*attach(models[1], theirs).state.sites} == {"model.embed_tokens", "lm_head"}
+        return
+    with pytest.warns(UserWarning, match="no tied modules were found"):
+        peft.get_peft_model(models[0], theirs)
+    with pytest.raises(AdapterkitError, match="tie = True, but the model has no tied weights"):
+        attach(models[1], theirs)
+
+
 def peft_json(config: peft.LoraConfig) -> dict:
     return {
         key: sorted(value) if isinstance(value, set) else value
