@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapters.formats.engines import engines
+from adapterkit.adapters.formats.engines import RankLimit, engines
 from adapterkit.verbs.look.formats import list_formats, scale_text
 
 PAGES = [Path(__file__).with_name(name) for name in ("format-tables.md", "integrations.md")]
@@ -92,11 +92,18 @@ def engine_table() -> str:
             f"[`{name}`]({one.sources[0]})",
             f"{one.title} {one.version}",
             f"`{one.format}`",
-            " or ".join(filter(None, (str(one.rank.most or ""), one.rank.flag))) or "any",
+            _largest_rank(one.rank),
         ]
         for name, one in engines().items()
     ]
     return table(["`--for`", "engine", "reads", "largest rank"], rows)
+
+
+def _largest_rank(rank: RankLimit) -> str:
+    """The engine's option with its default, or the number that no option changes."""
+    if not rank.flag:
+        return str(rank.most or "any")
+    return f"`{rank.flag}`" + (f" (default {rank.most})" if rank.most else "")
 
 
 def limits() -> str:
@@ -113,8 +120,12 @@ def limits() -> str:
             elif models:
                 modules += f" of {', '.join(models)}"
             found.setdefault((modules, rule.verdict, rule.why), []).append(one.title)
-    rows = [[", ".join(titles), *row] for row, titles in found.items()]
-    columns = ["engine", "modules", "it", "reason, or how"]
+    happens = {"drops": "dropped", "refuses": "refused", "renames": "renamed"}
+    rows = [
+        [", ".join(titles), modules, happens[verdict], why]
+        for (modules, verdict, why), titles in found.items()
+    ]
+    columns = ["engine", "modules", "what happens", "why"]
     return "\n\n".join([table(columns, rows), *lists])
 
 

@@ -16,6 +16,7 @@ import yaml
 
 import adapterkit
 from adapterkit import doors, runtime
+from adapterkit.adapters.formats.engines import engines
 from adapterkit.cli import main
 from adapterkit.cli.parameters import arguments_of
 from adapterkit.core import registry
@@ -152,6 +153,7 @@ def test_options_in_the_text_exist(document: Path):
     known |= {name for s in scripts for name in re.findall(r'"(--[\w-]+)"', s.read_text())}
     methods = registry.members("combinations").values()
     known |= {f"--{option}" for record in methods for option in registry.options(record)}
+    known |= {f"--{setting}" for engine in engines().values() for setting in engine.settings}
     for code in CODE.findall(prose(document)):
         verb = code.removeprefix("adapterkit ").partition(" ")[0]
         allowed = options(verb) if verb in main.commands else known
