@@ -232,10 +232,9 @@ def _next(receipt: "Receipt") -> str:
         return upload if is_verified else command("adapterkit verify", out)
     page = command("adapterkit report", out, out="report.html")
     if verb == "convert" and (name := data["to"]) != "peft":
-        loading = (
-            one.loading(name, out, "BASE") for one in engines().values() if one.format == name
-        )
-        return next(loading, page)
+        readers = [one for one in engines().values() if one.format == name]
+        readers.sort(key=lambda one: one.name != name)  # vLLM before vLLM-Omni
+        return readers[0].loading(name, out, "BASE") if readers else page
     return page
 
 
