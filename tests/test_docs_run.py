@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -160,11 +161,10 @@ def stage(
     write_rows(
         stage / "texts.jsonl", *({"text": f"{chr(97 + n)} text {n * 'words '}"} for n in range(20))
     )
-    for name in ("english", "french"):
-        write_rows(stage / f"{name}.jsonl", *({"text": f"{name} {n * 'words '}"} for n in range(9)))
     write_rows(stage / "pairs.jsonl", *({"prompt": "who? ", "completion": "we"} for _ in range(9)))
     for name in CAST:
         shutil.copytree(cached_folder("lora", train), stage / name)
+    teach_languages(stage)
     write_gguf(base, stage / "BASE.gguf")
     save_gptq(base, stage / "BASE-GPTQ")
     for status, _, errors in run([Task(stage, line.split()) for line in PREPARATION], server):
@@ -240,6 +240,42 @@ def save_wan(stage: Path) -> None:
     tensors = load_file(stage / "wan.safetensors").items()
     own = {key.removeprefix(one_file.DENOISER): value for key, value in tensors}
     gguf_files.write_images(stage / "wan-q8_0.gguf", own, "Q8_0", arch="wan", in_rows=True)
+
+
+LANGUAGES = {
+    "english": "the cat and the dog sleep in the house because it rains all day",
+    "french": "le chat et le chien dorment dans la maison parce que la pluie tombe",
+}
+
+
+def teach_languages(stage: Path) -> None:
+    """An adapter for each language, and a file of the texts that it learned."""
+    import peft
+    from transformers import AutoTokenizer
+
+    from tests.support import oracle
+
+    tokens = AutoTokenizer.from_pretrained(stage / "BASE")
+    for name, words in LANGUAGES.items():
+        draw = random.Random(1)
+        texts = [" ".join(draw.choices(words.split(), k=8)) for _ in range(40)]
+        write_rows(stage / f"{name}.jsonl", *({"text": text} for text in texts[:32]))
+        rows = [tokens(text)["input_ids"] for text in texts]
+        shortest = min(map(len, rows))
+        ids = torch.tensor([row[:shortest] for row in rows])
+        torch.manual_seed(0)
+        with oracle.quiet():
+            base = oracle.load(oracle.llama, stage / "BASE").float()
+            config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=oracle.LINEAR)
+            model = peft.get_peft_model(base, config)
+            trained = [value for value in model.parameters() if value.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=5e-3)
+            for _ in range(40):
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            shutil.rmtree(stage / name)
+            model.save_pretrained(stage / name)
 
 
 def write_gguf(base: Path, file: Path) -> None:
