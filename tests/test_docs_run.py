@@ -266,7 +266,7 @@ def teach_languages(stage: Path) -> None:
         torch.manual_seed(0)
         with oracle.quiet():
             base = oracle.load(oracle.llama, stage / "BASE").float()
-            config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=oracle.LINEAR)
+            config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[*oracle.LINEAR])
             model = peft.get_peft_model(base, config)
             trained = [value for value in model.parameters() if value.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=5e-3)
