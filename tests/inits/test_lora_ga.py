@@ -160,8 +160,8 @@ def test_gradients_with_few_triplets(gradient, direction):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"direction": "ArAr"}, "--direction 'ArAr'(?s:.*)ArB2r or A2rBr or ArBr or random"),
-    ({"scale": "big"}, "--scale 'big'(?s:.*)stable or weight_svd"),
+    ({"direction": "ArAr"}, "--direction 'ArAr'(?s:.*)ArB2r, A2rBr, ArBr or random"),
+    ({"scale": "big"}, "--scale 'big'(?s:.*)stable, weight_svd, gd_scale or unit"),
     ({"stable_gamma": 0}, "--stable-gamma 0"),
 ])  # fmt: skip
 def test_invalid_lora_ga_settings_are_refused(settings, message):

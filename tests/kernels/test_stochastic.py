@@ -206,7 +206,7 @@ def test_options_that_contradict_are_refused(tmp_path):
     job(tmp_path)
     for options, text in [
         ({"seed": 3}, "--rounding stochastic"),
-        ({"rounding": "up"}, "nearest or stochastic"),
+        ({"rounding": "up"}, "nearest, stochastic or compensated"),
         ({"rounding": "stochastic", "compat": "peft"}, "--compat"),
     ]:
         with pytest.raises(Refused, match=text):

@@ -47,7 +47,7 @@ REASONS = {  # setting -> why no standard factors are its delta, and what to do
     ),
     "arrow_config": (
         "an Arrow router picks experts for each token: no weight equals it",
-        "merge one of its experts\nadapterkit merge BASE EXPERT --out merged",
+        "merge one of its experts\nadapterkit merge BASE ADAPTER --out merged",
     ),
     "kasa_config": ("KaSA truncates the base and has a diagonal of its own", EXTRACT),
     "megatron_config": (
