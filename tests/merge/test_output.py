@@ -216,7 +216,7 @@ def test_an_overflow_is_an_error_that_names_the_tensor(dtype, where, lora, tmp_p
         lora = tmp_path / "adapter"
     elif dtype is None:
         return  # 65504 copied as it is
-    with pytest.raises(Failed, match=f"{name} overflows in F16"):
+    with pytest.raises(Failed, match=f"{name}: the merged value overflows in F16"):
         out_of(tmp_path, tmp_path / "base", lora, dtype=dtype)
     assert not (tmp_path / "out").exists()
     # as the message advises: nothing of the failed run is in the way

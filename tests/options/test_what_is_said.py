@@ -219,7 +219,7 @@ def test_the_printed_command_converts_a_pickle(odd, monkeypatch):
 
 
 OF_OPTIONS = {
-    ("check", "a", "--for", "vlm"): ("--for 'vlm'", "comfyui, diffusers", "'vllm'"),
+    ("check", "a", "--for", "vlm"): ("--for 'vlm'", "vllm, vllm-omni", "'vllm'"),
     ("combine", "a", "b", "--method", "ties", "--out", "x"): (
         "ties needs --density", "the share of elements to keep, 0 to 1", "--density 0.2",
     ),

@@ -260,8 +260,9 @@ def _check_adapter(state: MergeState, adapter: Adapter) -> None:
             f"init_lora_weights {init!r}: this adapter was trained on a base that the init had "
             "changed",
             "an adapter of the base as it is",
-            "give --base-is-residual if BASE is that changed base, or convert the adapter to a "
-            "plain LoRA first\nadapterkit rebase ADAPTER --initial INITIAL --out plain",
+            "give --base-is-residual if BASE is that changed base, or make a plain LoRA first (in "
+            "PEFT: path_initial_model_for_weight_conversion)\n"
+            "adapterkit rebase ADAPTER --initial INITIAL --out plain",
             where=adapter.where,
             code="AK304",
         )

@@ -245,7 +245,7 @@ def test_invalid_options_of_quantize_to_gguf_are_refused(tiny: Path, tmp_path: P
     oracle.save_base(llama()[0], base)
     for source, how, problem in [
         (tiny, {"to": "nf4"}, "--to nf4"),
-        (tiny, {"to": "q8_0", "skip": "x", "block_size": 64}, "--skip --block-size"),
+        (tiny, {"to": "q8_0", "skip": "x", "block_size": 64}, "--skip and --block-size"),
         (tiny, {"to": "q8_0", "rounding": "compensated", "stats": base}, "--stats|statistics"),
         (base, {"to": "q4_k_m"}, "--to q4_k_m"),
         (base, {"to": "nf4", "modelfile": True}, "--modelfile"),
