@@ -131,7 +131,7 @@ def test_commands_print_the_code(tmp_path: Path):
     error, other = json.loads(done.stdout)["errors"]
     assert error["code"] == other["code"] == "AK201"
     assert done.returncode == 1 and f"[{error['code']}]\n" in done.stderr
-    assert set(error) == {"found", "expected", "where", "do", "command", "code"}
+    assert set(error) == {"problem", "expected", "where", "hint", "command", "code"}
     assert run(main, ["explain"]).stdout.count("\n") == len(codes())
 
 

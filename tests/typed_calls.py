@@ -48,7 +48,7 @@ def verbs_that_read() -> None:
     print(adapterkit.inspect("lora")["kind"], adapterkit.inspect(["a", "b"], base="BASE"))
     print(adapterkit.diff("a", "b")["same"], adapterkit.verify("m", base="BASE", adapters=["a"]))
     print(adapterkit.check("lora", program="vllm")["takes"])
-    print([row["do"] for row in adapterkit.diagnose("m", base="BASE")["findings"]])
+    print([row["hint"] for row in adapterkit.diagnose("m", base="BASE")["findings"]])
     print(adapterkit.report(["a", "b"], out="page.html")["advice"]["command"])
     print(adapterkit.fit("BASE", ["a", "b"], data="d.jsonl", out="w.json")["written"])
     print(adapterkit.rerun("m", inputs=["BASE", "lora"])["files"])

@@ -127,7 +127,7 @@ def check(verb: type[Verb], adapter: str, as_json: bool, quiet: bool, **options:
     elif not quiet:
         for row in result["findings"]:
             expected = f"\n  expected: {row['expected']}" if row["expected"] else ""
-            click.echo(f"- {row['verdict']}: {row['problem']}{expected}\n  {advised('do', row)}")
+            click.echo(f"- {row['verdict']}: {row['problem']}{expected}\n  {advised(row)}")
         takes = f"takes all {result['modules']} modules" if result["takes"] else "does not take it"
         click.echo(f"{result['engine']} {result['version']} {takes}")
     click.get_current_context().exit(0 if result["takes"] else 1)
@@ -135,7 +135,7 @@ def check(verb: type[Verb], adapter: str, as_json: bool, quiet: bool, **options:
 
 def _show_findings(result: Json) -> None:
     for row in result["findings"]:
-        click.echo(f"- {row['problem']}\n  evidence: {row['evidence']}\n  {advised('do', row)}")
+        click.echo(f"- {row['problem']}\n  evidence: {row['evidence']}\n  {advised(row)}")
     click.echo(f"found: {len(result['findings']) or 'nothing'}")
 
 

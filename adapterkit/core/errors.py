@@ -53,7 +53,7 @@ class AdapterkitError(Exception):
 
     def row(self) -> dict[str, str]:
         """Return the error as an entry of a JSON document."""
-        four = {"found": self.problem, "expected": self.expected, "where": self.where}
+        four = {"problem": self.problem, "expected": self.expected, "where": self.where}
         return four | advice(self.hint) | {"code": self.code}
 
 
@@ -158,15 +158,15 @@ def _text(where: str, problems: list[str], expected: str, hint: str, code: str) 
 
 
 def advice(hint: str) -> dict[str, str]:
-    """Return a hint for a JSON document: what to do, and the command that does it, if there is
+    """Return a hint for a JSON document: its sentence, and the command that does it, if there is
     one."""
-    do, *commands = _COMMANDS.split(hint)
-    return {"do": do, "command": "\n".join(commands)}
+    sentence, *commands = _COMMANDS.split(hint)
+    return {"hint": sentence, "command": "\n".join(commands)}
 
 
-def advised(label: str, row: Mapping[str, str]) -> str:
+def advised(row: Mapping[str, str]) -> str:
     """Return the `advice` in a row as lines, with the command on a line of its own."""
-    return "\n  ".join(filter(None, (f"{label}: {row['do']}", row["command"])))
+    return "\n  ".join(filter(None, (f"hint: {row['hint']}", row["command"])))
 
 
 @cache

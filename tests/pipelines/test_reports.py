@@ -47,7 +47,7 @@ def test_inspect_lists_problems_of_each_component(base, tmp_path):
     file.write_bytes(file.read_bytes()[:-4])
     shutil.rmtree(base / "text_encoder")
     result = adapterkit.inspect(base)
-    found = [problem["found"] for problem in result["problems"]]
+    found = [problem["problem"] for problem in result["problems"]]
     assert not result["readable"]
     assert any(text.startswith("vae: ") and "cut off" in text for text in found)
     assert any("names text_encoder" in text for text in found)

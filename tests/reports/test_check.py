@@ -110,7 +110,8 @@ def test_a_rank_above_the_server_s(llama, tmp_path):
     oracle.train(model, tmp_path / "large", r=20, target_modules=["q_proj"])
     document = adapterkit.check(tmp_path / "large", program="vllm", base=llama)
     assert (
-        verdicts(document) == ["refuses"] and "--max-lora-rank 32" in document["findings"][0]["do"]
+        verdicts(document) == ["refuses"]
+        and "--max-lora-rank 32" in document["findings"][0]["hint"]
     )
     made = repaired(document, tmp_path / "large", llama, tmp_path / "small")
     assert adapterkit.check(made, program="vllm", base=llama)["takes"]
@@ -154,7 +155,7 @@ def test_modules_that_the_server_s_targets_leave_out(lora, llama):
     document = served(lora, "lora-target-modules=q_proj;v_proj")
     (row,) = document["findings"]
     assert row["verdict"] == "drops" and row["modules"] == 8  # of o, gate, up, down in two layers
-    assert "add down_proj gate_proj o_proj up_proj to --lora-target-modules" in row["do"]
+    assert "add down_proj gate_proj o_proj up_proj to --lora-target-modules" in row["hint"]
     assert row["command"] == f"adapterkit merge BASE {lora} --out merged"
     assert served(lora, "lora-target-modules=qkv_proj;o_proj;gate_up_proj;down_proj")["takes"]
     rows = adapterkit.check(

@@ -198,7 +198,8 @@ def test_wrappers_with_patterns_need_the_base(tmp_path):
     result = inspect(tmp_path / "adapter")
     assert all(module["scale"] is None and module["norm"] is None for module in result["modules"])
     assert (
-        "ambiguous parameters" in problems_of(result)[0] and "--base" in result["problems"][0]["do"]
+        "ambiguous parameters" in problems_of(result)[0]
+        and "--base" in result["problems"][0]["hint"]
     )
     scales = {
         m["parameter"].rpartition(".")[2]: m["scale"]

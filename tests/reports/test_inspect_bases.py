@@ -121,7 +121,7 @@ def test_weights_as_pickles_alone(lora, tmp_path):
             "no adapter_model.safetensors, but adapter_model.bin, a pickle: loading it may run the "
             "code in it"
         ]
-        and "convert the pickle" in result["problems"][0]["do"]
+        and "convert the pickle" in result["problems"][0]["hint"]
     )
 
 

@@ -305,8 +305,8 @@ def test_a_module_whose_delta_is_zero_is_among_the_problems(side, tmp_path):
     key = next(key for key in tensors if "layers.1." in key and side in key)
     save_file(tensors | {key: torch.zeros_like(tensors[key])}, one / "adapter_model.safetensors")
     (problem,) = report(tmp_path, one)["adapters"][0]["problems"]
-    assert "1 of 3 modules are zero: model.layers.1.self_attn.q_proj" in problem["found"]
-    assert problem["found"] in (tmp_path / "report.html").read_text()
+    assert "1 of 3 modules are zero: model.layers.1.self_attn.q_proj" in problem["problem"]
+    assert problem["problem"] in (tmp_path / "report.html").read_text()
 
 
 def test_each_problem_on_the_page_has_its_command_once(tmp_path):

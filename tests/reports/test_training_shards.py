@@ -81,10 +81,10 @@ def test_lost_rows_next_to_shards(shards, llama):
     what, command = COMMANDS[shards]
     change(half)
     (problem,) = inspect("run")["problems"]
-    assert problem["found"].startswith("half of the rows of every b are zero: ")
-    assert (problem["do"], problem["command"]) == (f"the folder has {what}: {DO}", command)
+    assert problem["problem"].startswith("half of the rows of every b are zero: ")
+    assert (problem["hint"], problem["command"]) == (f"the folder has {what}: {DO}", command)
     (warning,) = adapterkit.merge(llama, "run", out="out", dry_run=True).warnings
-    assert warning == f"run: {problem['found']}; the folder has {what}: {DO}"
+    assert warning == f"run: {problem['problem']}; the folder has {what}: {DO}"
 
 
 def test_empty_factors_next_to_shards(shards, llama):
@@ -111,7 +111,7 @@ def test_shards_without_the_weights_of_an_adapter(shards, llama, verb, missing):
     for folder in ("run", f"run/{shards}"):
         if folder == "run" and verb == "inspect" and CONFIG not in missing:
             (found,) = inspect("run")["problems"]
-            assert (found["do"], found["command"], found["code"]) == (DO, command, "AK206")
+            assert (found["hint"], found["command"], found["code"]) == (DO, command, "AK206")
             continue
         with pytest.raises(Refused, match=f"no weights of an adapter, but {what}") as error:
             call(folder)

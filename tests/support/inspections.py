@@ -38,7 +38,7 @@ def inspect(*words, **options):
     assert set(result) == (ADAPTER if result["kind"] == "adapter" else EVERY)
     assert result["inspect"] == 1
     assert all(
-        set(problem) == {"found", "expected", "where", "do", "command", "code"}
+        set(problem) == {"problem", "expected", "where", "hint", "command", "code"}
         for problem in result["problems"]
     )
     assert all(set(module) == MODULE for module in result["modules"])
@@ -46,7 +46,7 @@ def inspect(*words, **options):
 
 
 def problems_of(result):
-    return [problem["found"] for problem in result["problems"]]
+    return [problem["problem"] for problem in result["problems"]]
 
 
 def edited(source, out, edit, **config):

@@ -62,8 +62,8 @@ class _Findings:
     def include(self, kind: str, problems: Sequence[Json]) -> None:
         """Add the problems that `inspect` finds."""
         for one in problems:
-            do = "\n".join(filter(None, (one["do"], one["command"])))
-            self.add(kind, one["found"], one["where"], do, one["where"])
+            hint = "\n".join(filter(None, (one["hint"], one["command"])))
+            self.add(kind, one["problem"], one["where"], hint, one["where"])
 
 
 @torch.inference_mode()

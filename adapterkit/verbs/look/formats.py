@@ -162,7 +162,5 @@ def detection_table(document: Settings) -> str:
 
 
 def _problems(problems: Sequence[Mapping[str, str]]) -> list[str]:
-    return [
-        f"problem: {shown(one['where'])}: {shown(one['found'])}; expected: {shown(one['expected'])}"
-        for one in problems
-    ]
+    rows = [[shown(one[name]) for name in ("where", "problem", "expected")] for one in problems]
+    return [f"problem: {where}: {problem}; expected: {value}" for where, problem, value in rows]

@@ -49,7 +49,7 @@ def inspect_pipeline(base: Base, headers: bool) -> Json:
         "readable": not pipeline.absent and all(result["readable"] for result in parts.values()),
         "problems": [error.row() for error in problems]
         + [
-            problem | {"found": f"{name}: {problem['found']}"}
+            problem | {"problem": f"{name}: {problem['problem']}"}
             for name, result in parts.items()
             for problem in result["problems"]
         ],

@@ -235,13 +235,13 @@ def _problem_lines(problems: list[dict[str, str]]) -> list[str]:
     first is listed and the others are counted."""
     kinds: dict[str, list[dict[str, str]]] = {}
     for problem in problems:
-        kinds.setdefault(NAMES.sub("#", problem["found"]), []).append(problem)
+        kinds.setdefault(NAMES.sub("#", problem["problem"]), []).append(problem)
     lines = [f"problems: {len(problems) or 'none'}"]
     for first, *others in list(kinds.values())[:MAX_PROBLEMS]:
-        found = f"{first['where']}: {first['found']}" if first["where"] else first["found"]
+        found = f"{first['where']}: {first['problem']}" if first["where"] else first["problem"]
         parts = [f"{found} [{first['code']}]"]
         parts += [f"expected: {first['expected']}"] if first["expected"] else []
-        parts += [advised("hint", first)] if first["do"] else []
+        parts += [advised(first)] if first["hint"] else []
         lines.append("- " + "\n  ".join(parts))
         lines += [f"  and {len(others)} more like it"] if others else []
     more = len(kinds) - MAX_PROBLEMS

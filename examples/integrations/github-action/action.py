@@ -35,13 +35,13 @@ def _checked(adapter: str) -> tuple[int, list[str]]:
     """Its bytes, and its problems."""
     base, most = os.environ.get("BASE") or None, os.environ.get("MOST")
     found = adapterkit.inspect(adapter, base=base)
-    problems = [problem["found"] for problem in found["problems"]]
+    problems = [problem["problem"] for problem in found["problems"]]
     if most and found["bytes"] > int(most):
         problems.append(f"{found['bytes']} bytes are more than {most}")
     for engine in os.environ.get("ENGINES", "").split():
         document = adapterkit.check(adapter, program=engine, base=base)
         problems += [
-            f"{document['engine']} {one['verdict']}: {one['problem']}; {one['do']}"
+            f"{document['engine']} {one['verdict']}: {one['problem']}; {one['hint']}"
             + f" {one['command']}" * bool(one["command"])
             for one in document["findings"]
         ]

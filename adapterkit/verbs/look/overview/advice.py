@@ -24,7 +24,7 @@ def advise(document: Json, sources: Sequence[StrPath], base: StrPath) -> Json:
     broken = next((one for one in adapters if one["problems"]), None)
     if broken is not None:
         problem = broken["problems"][0]
-        reason = f"{broken['name']}: {problem['found']}; {problem['do']}"
+        reason = f"{broken['name']}: {problem['problem']}; {problem['hint']}"
         return {"command": problem["command"], "reason": reason}
     if document["pairs"] is None:
         return _of_one(adapters[0], sources[0], base)

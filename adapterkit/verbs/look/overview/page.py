@@ -105,7 +105,7 @@ def _verdict(document: Json) -> list[str]:
     for adapter in document["adapters"]:
         problems = adapter["problems"]
         for problem in problems[:MOST_PROBLEMS]:
-            text = f"{problem['found']} (in {problem['where']}). {problem['do']}."
+            text = f"{problem['problem']} (in {problem['where']}). {problem['hint']}."
             lines.append(f"<p><strong>{inline(adapter['name'])}</strong>: ")
             lines.append(f"{inline(text)}</p>")
             lines += [command(problem["command"])] if problem["command"] else []

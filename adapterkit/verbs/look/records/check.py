@@ -22,8 +22,8 @@ class EngineCheck(Verb[Json]):
     - `check`: 1, the version of this document; `engine`, its `version`; the adapter's `format`
     - `takes`: whether the program loads all of it, unchanged
     - `modules`: their number; `findings`: each with `verdict` ("refuses", "drops", or "differs":
-      it is loaded and acts differently), `problem`, `modules` (their number), `expected`, `source`
-      and `do`, the command that repairs it
+      it is loaded and acts differently), `problem`, `modules` (their number), `expected`, `source`,
+      `hint` and `command`, which repairs it
 
     With `base`, names, shapes and the base's id are compared too; with `serving`, the settings of
     the server count. Raises `Refused` for anything but an adapter, and for unknown settings."""

@@ -24,14 +24,15 @@ class Diagnose(Verb[Json]):
     MODEL - BASE, by least squares over sampled rows, with `unexplained`, the share of the change
     that no adapter explains.
 
-    A finding has `kind`, `problem`, `evidence` and `do`. Kinds: `headers` (files, parameters that a
-    loader would make up, a stored head that is tied), `not_finite`, `quantization` (of floats, or
-    none of packed values), `tokenizer` (of another model, or with tokens that have no row),
-    `history` (receipts that show a second merge); with `base` also `wrong_base` (weights are
-    missing, or those that no adapter touches differ) and `other_changes`; with `adapters` also
-    `adapter` (problems that `inspect` finds), `not_merged`, `merged_twice`, `subtracted`, `scale`
-    (the delta without alpha / rank, or with it twice, or with the root of the rank) and `strength`
-    (another factor than 1). Raises `Refused` if the files cannot be compared."""
+    A finding has `kind`, `problem`, `evidence`, `hint` and `command`. Kinds: `headers` (files,
+    parameters that a loader would make up, a stored head that is tied), `not_finite`,
+    `quantization` (of floats, or none of packed values), `tokenizer` (of another model, or with
+    tokens that have no row), `history` (receipts that show a second merge); with `base` also
+    `wrong_base` (weights are missing, or those that no adapter touches differ) and `other_changes`;
+    with `adapters` also `adapter` (problems that `inspect` finds), `not_merged`, `merged_twice`,
+    `subtracted`, `scale` (the delta without alpha / rank, or with it twice, or with the root of the
+    rank) and `strength` (another factor than 1). Raises `Refused` if the files cannot be
+    compared."""
 
     runner = "verbs.look.diagnosis:diagnose_model"
     command = """Find out why a merged model answers badly.
