@@ -155,7 +155,7 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        say('no picture: pip install "adapterkit[plot]"')
+        say("no picture: pip install matplotlib")
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -12,8 +12,8 @@ from tests.support.forks import program
 Ended = dict[str, tuple[int, str, list[str]]]  # command -> exit status, message, what it left
 
 REFUSED = {
-    "dequantize model.gguf --out out": 'gguf pip install "adapterkit[gguf]"',
-    "merge base style --engine ray --out out": 'ray pip install "adapterkit[ray]"',
+    "dequantize model.gguf --out out": "gguf pip install gguf",
+    "merge base style --engine ray --out out": "ray pip install ray",
     "stats base --data rows.parquet --out s.safetensors": "pyarrow pip install pyarrow, or",
     "stats base --data rows --out s.safetensors": "datasets pip install datasets, or",
 }

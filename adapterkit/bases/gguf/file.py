@@ -82,7 +82,7 @@ class GgufFile:
 def gguf_package() -> Any:
     """The `gguf` package, an optional dependency."""
     expected = "gguf 0.17 or later, with which transformers reads the metadata"
-    return optional("gguf", install='"adapterkit[gguf]"', expected=expected)
+    return optional("gguf", install="gguf", expected=expected)
 
 
 def number_of(architecture: str) -> Any:

@@ -101,7 +101,7 @@ def _connected(address: str | None) -> Iterator[Any]:
     """The package ray, connected to a cluster within the block."""
     ray = optional(
         "ray",
-        install='"adapterkit[ray]"',
+        install="ray",
         expected="ray, on this machine and on the cluster's",
         where="--engine",
     )

@@ -14,10 +14,10 @@ class Dequantize(WritingVerb):
     quantized do not change. The output has the base's files, or with `max_shard_size` (5GB) files
     up to that size. Raises `Refused` before anything is written.
 
-    A GGUF model file (`pip install "adapterkit[gguf]"`) becomes a checkpoint of transformers' names
-    and layouts, with config and tokenizer, in files of 5 GB at most. The default `dtype` is bf16
-    for blocks, because their quantization error is larger than its rounding; a file of floats keeps
-    its dtype. An image model becomes one safetensors file with its own names.
+    A GGUF model file (`pip install gguf`) becomes a checkpoint of transformers' names and layouts,
+    with config and tokenizer, in files of 5 GB at most. The default `dtype` is bf16 for blocks,
+    because their quantization error is larger than its rounding; a file of floats keeps its dtype.
+    An image model becomes one safetensors file with its own names.
     """
 
     planner = "bases.quantized.planning.dequantize:plan_dequantize"
@@ -26,7 +26,7 @@ class Dequantize(WritingVerb):
     \b
     Example:
       adapterkit dequantize ./model-nf4 --dtype bf16 --out model-bf16
-      adapterkit dequantize ./model.Q4_K_M.gguf --out model            # needs adapterkit[gguf]
+      adapterkit dequantize ./model.Q4_K_M.gguf --out model            # needs: pip install gguf
     """
 
     base: StrPath = argument(kw_only=False, check=SOURCE)
