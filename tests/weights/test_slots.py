@@ -11,6 +11,11 @@ from tests.support.slots import gathered
 
 pytestmark = pytest.mark.quick
 
+
+def rope(module, **given):
+    return module.PermuteForRope(permute_layer_names=["s0"], **given)  # 5.16 has no default
+
+
 OPERATIONS = [
     ("Chunk", lambda o: o.Chunk(dim=0), [(12, 5)], 3),
     ("Chunk unequal", lambda o: o.Chunk(dim=0), [(10, 5)], 3),
@@ -19,8 +24,8 @@ OPERATIONS = [
     ("Interleave inverse", lambda o: o.Interleave(dim=1, inverse=True), [(3, 8)], 1),
     ("Transpose", lambda o: o.Transpose(0, 1), [(4, 7)], 1),
     ("Transpose stack", lambda o: o.Transpose(1, 2), [(2, 4, 7)], 1),
-    ("PermuteForRope", lambda o: o.PermuteForRope(), [(16, 3)], 1),
-    ("PermuteForRope inverse", lambda o: o.PermuteForRope(inverse=True), [(16, 3)], 1),
+    ("PermuteForRope", rope, [(16, 3)], 1),
+    ("PermuteForRope inverse", lambda o: rope(o, inverse=True), [(16, 3)], 1),
     ("Conv3dToLinear", lambda o: o.Conv3dToLinear(2, (1, 3, 3)), [(4, 2, 1, 3, 3)], 1),
 ]
 

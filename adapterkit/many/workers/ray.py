@@ -100,10 +100,7 @@ def _state(plan: Plan, job: WorkerJob, how: RunOptions) -> str:
 def _connected(address: str | None) -> Iterator[Any]:
     """The package ray, connected to a cluster within the block."""
     ray = optional(
-        "ray",
-        install="ray",
-        expected="ray, on this machine and on the cluster's",
-        where="--engine",
+        "ray", install="ray", expected="ray, on this machine and on the cluster's", where="--engine"
     )
     connects = not ray.is_initialized()
     if connects:
