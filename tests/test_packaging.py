@@ -23,7 +23,11 @@ from tests.support.forks import command
 PACKAGE = Path(adapterkit.__file__).parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 NAME, SOURCE = SETTINGS["project"]["name"], SETTINGS["project"]["urls"]["Source"]
-IGNORED = (".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split()))
+IGNORED = (
+    ".git",
+    "PKG-INFO",
+    *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split()),
+)
 LIST = "from adapterkit.cli import main; main(['convert', '--list', '--json'])"
 
 
