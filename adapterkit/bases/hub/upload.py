@@ -201,7 +201,7 @@ def _sent(target: HubId, file: Uploaded):
     from huggingface_hub.lfs import UploadInfo
 
     addition = CommitOperationAdd(target.path(file.file), b"")
-    addition.upload_info = UploadInfo(file.size, b"", sha256=bytes.fromhex(file.sha256))
+    addition.upload_info = UploadInfo(size=file.size, sample=b"", sha256=bytes.fromhex(file.sha256))
     addition._upload_mode, addition._should_ignore, addition._is_uploaded = "lfs", False, True
     return addition
 
