@@ -24,7 +24,7 @@ COMPENSATED = {"rounding": "compensated", "stats": STATS}
 ROUNDED = (
     (("quantize-compensated", "base"), {"to": "w4a16"}),
     (("merge-compensated", "base", "style"), {}),
-    (("merge-nf4-compensated", "quantize-nf4-double", "style"), {"exclude": ".*layers.0[.]mlp.*"}),
+    (("merge-nf4-compensated", "quantize-nf4-double", "style"), {}),
 )
 
 
@@ -61,7 +61,7 @@ def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
             jobs.job("resize-by-size", "skill", max_size="64KB"),
             jobs.job("resize-stats", "style", rank=2, stats=STATS),
             jobs.job("resize-dora-stats", "dora", base="base", rank=2, stats=STATS),
-            jobs.job("extract-stats", "base32", "tuned", rank=3, exclude="head", stats=STATS),
+            jobs.job("extract-stats", "base32", "tuned", rank=3, exclude="lm_head", stats=STATS),
             jobs.job("combine-stats", "law", "medicine", method="linear", rank=3, stats=STATS),
             jobs.job("combine-dense", "dora", "dora=0.5", method="tsv", rank=3, base="base"),
             jobs.job("combine-ties-stats", "law", "medicine", **TIES, stats=STATS),
