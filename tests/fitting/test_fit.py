@@ -124,7 +124,7 @@ def test_a_layer_at_a_time_holds_its_factors_alone(tmp_path, adapters, large):
 
         def counted(*args):
             load_more(*args)
-            held.append(sum(not place.part.a.is_meta for place in places))
+            held.append(sum(not place.patch.a.is_meta for place in places))
 
         runs.weighted_model.load = counted
         ids = tokens(2, 6)
