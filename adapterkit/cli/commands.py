@@ -13,6 +13,7 @@ from adapterkit.cli.group import Rows, VerbCommand
 from adapterkit.cli.output import print_json, run_verb
 from adapterkit.cli.parameters import arguments_of, parameters_of, sections_of
 from adapterkit.core.errors import AdapterkitError, Interrupted, Refused, Waiting, codes, shown
+from adapterkit.core.merge.verb import merge_methods
 from adapterkit.core.options import option_of
 from adapterkit.core.records import Json
 from adapterkit.core.registry import TIERS, Declaration, as_flag, declarations, verb_named
@@ -39,8 +40,8 @@ def combinations() -> dict[str, Rows]:
 def methods() -> dict[str, Rows]:
     """Methods for merging deltas."""
     factors, elements, _ = combinations().values()
-    rows = [row for row in [*factors, *elements] if row[0] != "regmean"]
-    return {"Methods": sorted(rows)}
+    possible = merge_methods()
+    return {"Methods": sorted(row for row in [*factors, *elements] if row[0] in possible)}
 
 
 def initializations() -> dict[str, Rows]:

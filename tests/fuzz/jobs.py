@@ -58,7 +58,7 @@ JUDGED = (
     ("code that ties whatever the config says", r"cannot be untied: this model's code"),
     (
         "one row of an embedding trained by two adapters",
-        r"a token row trained by two adapters|other token rows trained by each",
+        r"a token row trained by two adapters|trained different token rows",
     ),
     (
         "a DoRA's delta needs the base's weights and a rank",

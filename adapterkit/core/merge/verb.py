@@ -93,7 +93,7 @@ class PlainMergeOptions(ModuleFilters, MethodOptions):
     )
 
 
-def _methods() -> list[str]:
+def merge_methods() -> list[str]:
     """Names of the methods that need only the adapters."""
     known = declarations("combinations").items()
     return [name for name, one in known if one.constants["acts_on"] != "covariances"]
@@ -128,7 +128,7 @@ class MethodMergeOptions(OptionRecord):
 
     method: str | None = option(
         default=None,
-        check=choice(_methods),
+        check=choice(merge_methods),
         metavar="NAME",
         help="Method that combines the deltas, listed below (default: linear, their sum).",
         excludes=("compat",),
