@@ -25,6 +25,9 @@ def test_every_action_is_pinned_by_its_commit_and_names_its_version():
     used = [found for file in FILES for found in USES.findall(file.read_text("utf-8"))]
     assert len(FILES) > 1 and len(used) > 2
     for name, comment in used:
+        if name.startswith("./"):  # a workflow of the same commit
+            assert (ROOT / name).is_file()
+            continue
         assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", name), name
         assert re.fullmatch(r" # v\d+\.\d+\.\d+", comment), name
 
