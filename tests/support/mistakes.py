@@ -323,7 +323,7 @@ def write_examples(codes: Iterable[str], folder: Path) -> None:
     for code in codes:
         example = printed(run(code, folder).stderr, folder).replace("\\", "\\\\")
         block = re.compile(rf'(\[{code}\]\n(?:(?!\n\[).)*?example = """\n).*?("""\n)', re.DOTALL)
-        text, count = block.subn(lambda m: m[1] + example + m[2], text + "\n")  # noqa: B023
+        text, count = block.subn(lambda m, new=example: m[1] + new + m[2], text + "\n")
         assert count == 1, code
         text = text.rstrip("\n") + "\n"
     path.write_text(text, "utf-8")

@@ -95,20 +95,27 @@ class BaseWeights:
         """See `module_weight`."""
         return module_weight(self.names, module, embedding, self.adapter.config)
 
-    def dora(self, factors: Factors) -> "DoRA":
-        """A module's delta; `Refused` if its factors do not fit the base."""
-        from adapterkit.adapters.kinds.dora import DoRA
-
-        delta = DoRA(factors, self.of(factors.module, factors.kind == "embedding"))
-        weight, magnitude = delta.weight, delta.magnitude.shape
+    def fitting(self, factors: Factors, found: str, rows: int | None = None) -> StoredParameter:
+        """The weight of a module; `Refused` with what was found if its factors, or `rows`
+        magnitudes, do not fit it."""
+        weight = self.of(factors.module, factors.kind == "embedding")
         shape = weight.weight_shape[0], math.prod(weight.weight_shape[1:])
-        fits = factors.shape == shape and math.prod(magnitude) == shape[0]
+        fits = factors.shape == shape and rows in (None, shape[0])
         if factors.depth or factors.experts is not None or not fits:
             raise Refused(
-                f"DoRA of {shown(factors.module)} {factors.shape}, magnitudes {magnitude}",
+                found,
                 expected=f"one that fits the base's {weight.weight_shape}",
                 where=self.adapter.name,
                 hint=CHECK_BASE,
                 code="AK401",
             )
-        return delta
+        return weight
+
+    def dora(self, factors: Factors) -> "DoRA":
+        """A module's delta; `Refused` if its factors do not fit the base."""
+        from adapterkit.adapters.kinds.dora import DoRA
+
+        assert factors.magnitude is not None
+        magnitude = factors.magnitude.shape
+        found = f"DoRA of {shown(factors.module)} {factors.shape}, magnitudes {magnitude}"
+        return DoRA(factors, self.fitting(factors, found, math.prod(magnitude)))

@@ -1,6 +1,5 @@
 """Intruder dimensions of an adapter's modules on their base."""
 
-import math
 from collections.abc import Callable
 
 from adapterkit.adapters.kinds.dora_deltas import BaseWeights
@@ -9,9 +8,8 @@ from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.commands import CHECK_BASE
 from adapterkit.core.engine.reader import LocalReader
-from adapterkit.core.errors import Problems, Refused, shown
+from adapterkit.core.errors import Problems, shown
 from adapterkit.core.inputs.base_door import read_checkpoint
 from adapterkit.core.lazy import torch
 from adapterkit.core.merge.sites import join, names_of
@@ -36,17 +34,7 @@ def intruders_of(factors: Factors, weight: StoredParameter, reader: TensorReader
 
 def weight_of(weights: BaseWeights, factors: Factors) -> StoredParameter:
     """A module's weight; `Refused` if its factors do not fit."""
-    weight = weights.of(factors.module, factors.kind == "embedding")
-    shape = weight.weight_shape[0], math.prod(weight.weight_shape[1:])
-    if factors.depth or factors.experts is not None or factors.shape != shape:
-        raise Refused(
-            f"factors {factors.shape} of {shown(factors.module)}",
-            expected=f"one pair that fits the base's {weight.weight_shape}",
-            where=weights.adapter.name,
-            hint=CHECK_BASE,
-            code="AK401",
-        )
-    return weight
+    return weights.fitting(factors, f"factors {factors.shape} of {shown(factors.module)}")
 
 
 def intruders_text(counts: dict[str, int]) -> str:

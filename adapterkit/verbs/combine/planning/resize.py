@@ -103,9 +103,10 @@ class _ResizePlanner:
             from adapterkit.verbs.combine.tasks.intruders import reduced
 
             assert self.base is not None
-            self.ranked += reduced(
-                self.options, self.base, adapter, joined, self.notes, self.errors
-            )
+            modules = [factors.module for factors in joined.values()]
+            weights = BaseWeights(self.base, adapter, modules, self.notes)
+            its = weights, joined, self.dtype, self.options.drop_intruders, self.errors
+            self.ranked += reduced(*its, truncation=self.truncation, alpha=self.alpha)
             return
         if self.base is None or not adapter.config.get("use_dora"):
             if adapter.config.get("use_dora"):

@@ -3,21 +3,17 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from adapterkit.adapters.kinds.dora_deltas import BaseWeights
 from adapterkit.adapters.kinds.intruders import intruders_of, weight_of
-from adapterkit.core import dtypes
 from adapterkit.core.adapter.factors import Factors, Place
-from adapterkit.core.adapter.record import Adapter
-from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.errors import Problems
 from adapterkit.core.plan import READ, TaskResult
 from adapterkit.core.weights.parameters import StoredParameter
 from adapterkit.core.weights.reader import Reader
 from adapterkit.kernels.lowrank import intruders, weighted
-from adapterkit.verbs.combine.records.resize import Resize
 from adapterkit.verbs.combine.tasks.truncate import FittedFactors
-from adapterkit.verbs.shared.options import TruncationOptions
 from adapterkit.verbs.shared.statistics_file import read_root, root_memory
 
 SVD_BYTES = 80  # per element, at most: the weight, the sum, their factors, and LAPACK's workspace
@@ -49,21 +45,14 @@ class ReducedFactors(FittedFactors):
 
 
 def reduced(
-    options: Resize,
-    base: Checkpoint | None,
-    adapter: Adapter,
+    weights: BaseWeights,
     joined: Mapping[str, Factors],
-    notes: list[str],
+    dtype: str,
+    share: float,
     errors: Problems,
+    **how: Any,  # truncation and alpha
 ) -> Iterator[ReducedFactors]:
     """The tasks of a LoRA's modules, by the names of their factors."""
-    share = options.drop_intruders
-    assert share is not None and base is not None
-    modules = [factors.module for factors in joined.values()]
-    weights = BaseWeights(base, adapter, modules, notes)
-    alpha = adapter.config["lora_alpha"] if options.alpha == "keep" else None
-    how = {"truncation": options.only(TruncationOptions), "alpha": alpha}
-    dtype = dtypes.parse(options.dtype)
     for name, factors in joined.items():
         with errors.collected():
             weight = weight_of(weights, factors)
