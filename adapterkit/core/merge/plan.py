@@ -120,6 +120,28 @@ def plan_merge(
     all problems."""
     check_has_statistics(options.rounding, stats)
     base.check_options(options, imatrix, file)
+    state, errors = open_merge(base, sources, options, weight_of, weights, selection)
+    steps, statistics = changed_steps(state, errors), None
+    state.notes += (note for adapter in state.adapters for note in _lost_shards(adapter))
+    if stats is not None:
+        statistics = open_checkpoint(stats, len(state.adapters) + 1)
+        steps = load(MERGES["compensated"])(state, steps, statistics)
+    if own := base.own("merged files"):
+        shards, files, more = own(state, list(_all_steps(steps)), file, imatrix)
+        plan = _plan_of_files(state, steps, statistics, shards, files)
+        return replace(plan, options=plan.options | more, is_file=len(shards) == 1)
+    return _plan(state, steps, statistics, file)
+
+
+def open_merge(
+    base: Base,
+    sources: list[tuple[Folder, float]],
+    options: MergeOptions,
+    weight_of: "WeightOf | None" = None,
+    weights: "WeightsFile | None" = None,
+    selection: "Selection | None" = None,
+) -> tuple[MergeState, list[AdapterkitError]]:
+    """The state of a merge before its parameters are matched, and the problems found so far."""
     if not sources:
         raise Refused(
             "no adapter",
@@ -167,16 +189,7 @@ def plan_merge(
         state.notes += history_notes(whole, state.merged_before, adapters, state.weights)
     if own := base.own("prepare merge"):  # before parameters are matched
         own(state, errors)
-    steps, statistics = changed_steps(state, errors), None
-    state.notes += (note for adapter in adapters for note in _lost_shards(adapter))
-    if stats is not None:
-        statistics = open_checkpoint(stats, len(sources) + 1)
-        steps = load(MERGES["compensated"])(state, steps, statistics)
-    if own := base.own("merged files"):
-        shards, files, more = own(state, list(_all_steps(steps)), file, imatrix)
-        plan = _plan_of_files(state, steps, statistics, shards, files)
-        return replace(plan, options=plan.options | more, is_file=len(shards) == 1)
-    return _plan(state, steps, statistics, file)
+    return state, errors
 
 
 def _decode_to_16_bits(state: MergeState) -> None:

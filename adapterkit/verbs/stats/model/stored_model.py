@@ -40,6 +40,7 @@ class StoredModel:
         *,
         buffers: bool = True,
         dtype: torch.dtype | None = None,
+        reader: type[LocalReader] = LocalReader,
     ):
         self.base, self.device, self.notes = decoded_view(base), device, []
         self.names = Names(self.base, build_model=True, notes=self.notes)
@@ -57,7 +58,7 @@ class StoredModel:
         self.dtype = dtype or self._dtype(config)
         self.model = _without_data(type(skeleton.model), config, self.dtype)
         self.model.requires_grad_(False)
-        self._reader = LocalReader(sources, device, dtype=None)
+        self._reader = reader(sources, device, dtype=None)
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._stored, self._absent = self._find_parameters()
         self._stored_buffers = self._find_buffers()

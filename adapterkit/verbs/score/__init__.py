@@ -1,0 +1,1 @@
+"""Measure checkpoints on texts, without loading a model."""
