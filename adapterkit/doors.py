@@ -34,6 +34,7 @@ SECTIONS = {
         "verify": "core.verify.verb",
         "rerun": "many.workflows.rerun",
         "diagnose": "verbs.look.records.diagnose",
+        "score": "verbs.score.verb",
     },
 }
 VERBS = {verb: module for verbs in SECTIONS.values() for verb, module in verbs.items()}

@@ -119,6 +119,18 @@ def fit(
         click.echo("\n".join(fit_table(result)))
 
 
+def score(verb: type[Verb], models: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure models, and print a table of their losses."""
+    with ProgressBar(quiet, "layers") as bar:
+        result = function_of(verb)(models, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        from adapterkit.verbs.look.tables import score_table
+
+        click.echo("\n".join(score_table(result)))
+
+
 def check(verb: type[Verb], adapter: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Print an engine's treatment of an adapter; the exit status is 1 unless it loads all of it."""
     result = function_of(verb)(adapter, **options)
@@ -270,9 +282,10 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "report": report,
     "rerun": reading(_show_same),
     "run": run,
+    "score": score,
     "verify": reading(print_verified),
 }
-QUIETLY = ("check", "diagnose", "finish", "fit", "report", "rerun", "run", "verify")
+QUIETLY = ("check", "diagnose", "finish", "fit", "report", "rerun", "run", "score", "verify")
 OWN_OPTIONS = {name: [json_option, quiet_option] for name in QUIETLY} | {
     "convert": CONVERT_OPTIONS,
     "diff": [json_option, QUIET_DIFF],

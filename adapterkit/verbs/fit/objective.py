@@ -2,17 +2,17 @@
 those of each file's own adapter."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from adapterkit.verbs.stats.data.masks import IGNORED
 from adapterkit.verbs.stats.model.coroutines import Coroutine
+from adapterkit.verbs.stats.model.predictions import Predictions
 
 if TYPE_CHECKING:
     from adapterkit.verbs.fit.runs import FitBatch
@@ -22,56 +22,19 @@ STATES = 0.1  # weight of the last hidden states, relative to the predictions
 LARGEST = 65504.0  # of float16
 
 
-class WithoutLoss(TorchFunctionMode):
-    """Replace cross entropy by zero in a model that makes its decoder's inputs of labels: it needs
-    no loss, and the head may predict more rows than there are labels."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0].new_zeros(()) if func is F.cross_entropy else func(*args, **(kwargs or {}))
-
-
 @dataclass
-class Objective:
-    """The model's own loss of each sample, the mean over its tokens that count, in nats.
-
-    Labels are those of the batch: the next tokens for a causal model, else tokens at the same
-    position; one for each whole input, such as an image."""
-
-    model: Any
-
-    @property
-    def has_decoder(self) -> bool:
-        """True if the model makes its decoder's inputs of the labels."""
-        return bool(getattr(self.model.config, "is_encoder_decoder", False))
-
-    @property
-    def is_causal(self) -> bool:
-        others = ("ForMaskedLM", "Classification")  # labels at the same position, or one per input
-        own = any(word in type(self.model).__name__ for word in others)
-        return not self.has_decoder and not own
-
-    def logits(self, batch: "FitBatch") -> Tensor:
-        """(rows, tokens, vocabulary), at least float32."""
-        given = batch.inputs.items()
-        inputs = {key: value for key, value in given if key != "labels" or self.has_decoder}
-        with WithoutLoss() if self.has_decoder else nullcontext():
-            logits = self.model(**inputs).logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+class Objective(Predictions):
+    """The model's own loss of each sample, the mean over its tokens that count, in nats."""
 
     def losses(self, batch: "FitBatch") -> Tensor:
         """(rows,)"""
-        logits, labels = self.logits(batch), batch.inputs["labels"]
+        logits, labels = self.logits(batch.inputs), batch.inputs["labels"]
         if labels.ndim < 2:  # one for each input
             return F.cross_entropy(logits, labels, reduction="none")
         labels = self.targets(labels)
         options = {"ignore_index": IGNORED, "reduction": "none"}
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), **options)
         return losses.view_as(labels).sum(1) / (labels != IGNORED).sum(1)
-
-    def targets(self, labels: Tensor) -> Tensor:
-        """The token to predict at each position (rows, tokens); a causal model's last position has
-        none. Labels are shifted, because a slice of the logits would copy them."""
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.is_causal else labels
 
     @contextmanager
     def watching(self, weighted_model: "WeightedModel") -> Iterator[None]:
@@ -114,7 +77,7 @@ class TeacherObjective(Objective):
     def look(self, batch: "FitBatch") -> Tensor:
         """Keep the states of a batch, with only the teacher active, and its coefficients of
         members; return (rows,) zeros."""
-        logits = self.logits(batch)
+        logits = self.logits(batch.inputs)
         states = self.seen.pop(Coroutine.current(), logits).detach()
         short = torch.float16 if float(states.abs().max()) < LARGEST else torch.bfloat16
         self.states[batch.samples] = (
@@ -128,7 +91,7 @@ class TeacherObjective(Objective):
         one, (states, c) = Coroutine.current(), self.states[batch.samples]
         self.added[one] = states
         self.weighted_model.acting.teacher = self.weighted_model.expanded(c)
-        both = self.logits(batch)
+        both = self.logits(batch.inputs)
         del self.added[one]
         logits, theirs = (
             (both, states.to(both)) if self.weighted_model.head is None else both.chunk(2)

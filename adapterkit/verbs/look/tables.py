@@ -160,6 +160,32 @@ def fit_table(document: Json) -> list[str]:
     return [*_align(table, 1), "", *_align(spread, 1), "", last, *notes]
 
 
+def score_table(document: Json) -> list[str]:
+    """The losses of models, the least first, and their distances from a reference."""
+    against = document["against"]
+    far = ["KL per token", "same top 1"] if against else []
+    table = [["", "loss", "95 %", "perplexity", *far, "more than the best"]]
+    for row in document["rows"]:
+        loss, more = row["loss"], row.get("more")
+        cells = [f"{loss['value']:.4f}", _within(loss), f"{row['perplexity']:.4g}"]
+        if against:
+            cells += [f"{row['kl']['value']:.3g}", f"{row['same_top1']:.2%}"]
+        text = "" if more is None else f"{more['value']:+.4f}"
+        text += ", within noise" if more is not None and more["within_noise"] else ""
+        table.append([row["model"], *cells, text])
+    data = document["data"]
+    texts = [f"{data['tokens']:,} tokens of {data['samples']:,} samples, nats per token"]
+    texts += [f"KL from {against}"] if against else []
+    notes = [f"note: {note}" for note in document["notes"]]
+    return [*_align(table, 1), "", "; ".join(texts), *notes]
+
+
+def _within(estimate: Json) -> str:
+    if estimate["low"] is None:
+        return "-"
+    return f"± {(estimate['high'] - estimate['low']) / 2:.4f}"
+
+
 def _search_table(document: Json) -> list[str]:
     """The best candidates of a search so far."""
     table, best = [["evaluation", "score", "weights"]], float("-inf")

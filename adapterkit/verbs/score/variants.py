@@ -140,7 +140,9 @@ def _exact(step: Step) -> Step:
 
 def _changed(base: Checkpoint, steps: Iterator[Step], config: dict) -> Checkpoint:
     """The model after these steps."""
-    steps = (step for step in steps if step.edits or step.source.folder or step.key not in base.tensors)
+    steps = (
+        step for step in steps if step.edits or step.source.folder or step.key not in base.tensors
+    )
     changed = {step.key: PlannedTensor.of(EditedTensor(step.key, step)) for step in steps}
     return replace(base, tensors=base.tensors | changed, config=config)
 
