@@ -16,16 +16,25 @@ from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.checkpoint.disk import replace_file
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.reader import Sources
+from adapterkit.core.commands import command
 from adapterkit.core.engine.device import pick_device
 from adapterkit.core.errors import Failed, Problems, Refused, shown
 from adapterkit.core.inputs.earlier_merges import merged_adapters, same_merges
 from adapterkit.core.inputs.input_identity import header_hashes, identities
 from adapterkit.core.inputs.sources import open_adapter, open_model, open_weighted
-from adapterkit.core.options import Progress, StrPath, expect, files, parse_size, unweighted
+from adapterkit.core.options import (
+    Progress,
+    StrPath,
+    expect,
+    files,
+    no_progress,
+    parse_size,
+    unweighted,
+)
 from adapterkit.core.records import Json
 from adapterkit.core.system import quarter_of_memory
 from adapterkit.verbs.score.results import SampleSums, score_row
-from adapterkit.verbs.score.run import Reference, run
+from adapterkit.verbs.score.run import run
 from adapterkit.verbs.score.variants import Variant, stored, with_adapters
 from adapterkit.verbs.score.verb import SampleOptions, Score
 from adapterkit.verbs.stats.data.records import draw_records
@@ -35,7 +44,7 @@ from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.plan import samples_of
 
 VERSION = 1
-Weighted = Sequence[tuple[Folder, float]]
+KEPT = 128  # samples after which results are kept, if they are
 
 
 def score_models(options: Score) -> Json:
@@ -45,29 +54,22 @@ def score_models(options: Score) -> Json:
     with _work(out, options.resume) as (work, kept):
         variants, reference = _variants(options)
         texts = measured_texts(variants[0], files(options.data), options, work)
-        measured = [reference, *variants] if reference is not None else variants
-        runs = [Run(one, texts, options, work, kept) for one in measured]
-        expect(options.progress, sum(one.steps for one in runs))
-        document = _document(runs, texts, reference is not None, options.progress)
+        every = [reference, *variants] if reference is not None else variants
+        sums = measured(
+            every, texts, options, work, options.progress, compared=reference is not None, kept=kept
+        )
+        rows = list(zip(every, sums, strict=True))[reference is not None :]
+        document = {
+            "score": VERSION,
+            "data": texts.about,
+            "against": reference and reference.name,
+            "rows": score_rows(rows, reference is not None),
+            "notes": [*dict.fromkeys([*texts.notes, *(n for one in every for n in one.notes)])],
+        }
         if out is not None:
             data = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
             replace_file(out, data.encode(), out.with_name(f".{out.name}.part"))
     return document
-
-
-def _document(runs: Sequence["Run"], texts: "Texts", compared: bool, progress: Progress) -> Json:
-    against = Reference(runs[0].variant) if compared else None
-    if against is not None:
-        runs[0].sums(progress, records=against)
-    rows = [(one, one.sums(progress, against=against)) for one in runs[compared:]]
-    notes = [note for one in runs for note in one.variant.notes]
-    return {
-        "score": VERSION,
-        "data": texts.about,
-        "against": runs[0].variant.name if compared else None,
-        "rows": score_rows([(one.variant, sums) for one, sums in rows], compared),
-        "notes": list(dict.fromkeys([*texts.notes, *notes])),
-    }
 
 
 def score_rows(
@@ -119,82 +121,91 @@ def measured_texts(
     return Texts(samples, about, [*drawn.notes, *samples.notes])
 
 
-@dataclass(frozen=True)
-class Run:
-    """One model on the samples; `kept`: the folder of finished results, if there is one."""
+def measured(
+    variants: Sequence[Variant],
+    texts: Texts,
+    options: SampleOptions,
+    work: Path,
+    progress: Progress = no_progress,
+    *,
+    compared: bool = False,
+    kept: Path | None = None,
+) -> list[SampleSums]:
+    """The sums of each model, in their order. `compared`: with the first one too. `kept`: a folder
+    for finished sums, which are read if they are there. `Failed` if they are not finite."""
+    count, dtype = len(texts.samples.samples), options.dtype
+    sums = [SampleSums(count) for _ in variants]
+    path = None if kept is None else kept / f"{_digest(variants, texts, options, compared)}.pt"
+    done = _read(path, sums)
+    expect(progress, sum(map(_steps, variants)) * (count - done))
 
-    variant: Variant
-    texts: Texts
-    options: SampleOptions
-    work: Path
-    kept: Path | None = None
-
-    @property
-    def steps(self) -> int:
-        """How often `run` calls its `step`."""
-        with Sources(self.variant.folders, {}) as sources:
-            cpu = torch.device("cpu")
-            units = OffloadedLayers.of(StoredModel(self.variant.base, sources, cpu, buffers=False))
-        return len(self.texts.samples.samples) * (len(units.outer) if units.has_layers else 1)
-
-    def sums(
-        self,
-        progress: Progress,
-        *,
-        records: Reference | None = None,
-        against: Reference | None = None,
-    ) -> SampleSums:
-        """The sums of each sample, measured now or read. `Failed` if they are not finite."""
-        sums = SampleSums(len(self.texts.samples.samples))
-        path = None if self.kept is None or records else self.kept / f"{self._digest(against)}.pt"
-        if path is not None and path.exists():
-            sums.table = torch.load(path, weights_only=True)
-            progress(self.steps)
-            return sums
-        options, dtype = self.options, self.options.dtype
-        memory = parse_size(options.memory) if options.memory else quarter_of_memory()
-        run(
-            self.variant,
-            self.texts.samples,
-            sums,
-            device=pick_device(options.device),
-            dtype=dtypes.torch_dtype(dtypes.parse(dtype)) if dtype else torch.float32,
-            work=self.work,
-            memory=memory,
-            step=lambda: progress(1),
-            records=records,
-            against=against,
-        )
-        self._check(sums)
+    def keep(now: int) -> None:
         if path is not None:
-            torch.save(sums.table, path)
-        return sums
+            part = path.with_suffix(".part")
+            torch.save((now, [one.table for one in sums]), part)
+            part.replace(path)
 
-    def _check(self, sums: SampleSums) -> None:
-        wrong = (~sums.table.isfinite().all(1)).nonzero().flatten().tolist()
-        if wrong:
-            raise Failed(
-                f"the predictions of {self.variant.name} are not finite, for {len(wrong)} of "
-                f"{sums.count} samples",
-                expected="finite numbers",
-                where=shown(self.texts.samples.samples[wrong[0]].where),
-                hint="give --dtype fp32, or check the model\nadapterkit diagnose MODEL",
-                code="AK903",
-            )
+    run(
+        variants,
+        texts.samples,
+        sums,
+        device=pick_device(options.device),
+        dtype=dtypes.torch_dtype(dtypes.parse(dtype)) if dtype else torch.float32,
+        work=work,
+        memory=parse_size(options.memory) if options.memory else quarter_of_memory(),
+        step=lambda: progress(1),
+        compared=compared,
+        group=count if path is None else KEPT,
+        first=done,
+        finished=keep,
+    )
+    for variant, own in zip(variants, sums, strict=True):
+        _check(variant, texts, own)
+    return sums
 
-    def _digest(self, against: Reference | None) -> str:
-        others = [against.variant] if against is not None else []
-        about = [
-            [
-                header_hashes([one.base], (0,)),
-                _identity(one),
-                one.adapters,
-                sorted(one.base.tensors),
-            ]
-            for one in (self.variant, *others)
-        ]
-        about += [self.texts.about["sha256"], self.options.dtype]
-        return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+
+def _read(path: Path | None, sums: Sequence[SampleSums]) -> int:
+    """Fill the sums with kept ones; return how many samples are done."""
+    if path is None or not path.exists():
+        return 0
+    done, tables = torch.load(path, weights_only=True)
+    for one, table in zip(sums, tables, strict=True):
+        one.table = table
+    return done
+
+
+def _steps(variant: Variant) -> int:
+    """How often `run` calls its `step` for each sample."""
+    with Sources(variant.folders, {}) as sources:
+        cpu = torch.device("cpu")
+        units = OffloadedLayers.of(StoredModel(variant.base, sources, cpu, buffers=False))
+    return len(units.outer) if units.has_layers else 1
+
+
+def _check(variant: Variant, texts: Texts, sums: SampleSums) -> None:
+    wrong = (~sums.table.isfinite().all(1)).nonzero().flatten().tolist()
+    if wrong:
+        raise Failed(
+            f"the predictions of {variant.name} are not finite, for {len(wrong)} of {sums.count} "
+            "samples",
+            expected="finite numbers",
+            where=shown(texts.samples.samples[wrong[0]].where),
+            hint="give --dtype fp32, or check the model\n"
+            + command("adapterkit diagnose", variant.folders[0].label),
+            code="AK903",
+        )
+
+
+def _digest(
+    variants: Sequence[Variant], texts: Texts, options: SampleOptions, compared: bool
+) -> str:
+    """A name for the results of these models on these texts."""
+    about = [
+        [header_hashes([one.base], (0,)), _identity(one), one.adapters, sorted(one.base.tensors)]
+        for one in variants
+    ]
+    about += [texts.about["sha256"], options.dtype, compared]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
 
 def _identity(variant: Variant) -> object:

@@ -126,6 +126,18 @@ class LayerwiseSchedule:
     ) -> None:
         """Run the passes of batches, each with its block's number. `loss` returns a batch's loss,
         whose gradients are computed too, or None."""
+        with self.started(batches, loss, masks) as passes:
+            while waiting := [one for one in passes if one.request is not None]:
+                self.visit(next_unit(waiting), waiting)
+
+    @contextmanager
+    def started(
+        self,
+        batches: Sequence[tuple[int, Mapping[str, Tensor]]],
+        loss: Callable[[Mapping[str, Tensor]], Tensor | None],
+        masks: Sequence[Masks | None],
+    ) -> Iterator[list[Pass]]:
+        """The passes of batches at their first stops, as of `run`."""
         self._fix(tensor for _, batch in batches for tensor in batch.values())
         passes: list[Pass] = []
         for number, ((block, batch), mask) in enumerate(zip(batches, masks, strict=True)):
@@ -142,8 +154,7 @@ class LayerwiseSchedule:
             for one in passes:
                 self._go_on(one, None)
                 torch.set_num_threads(threads)  # the pass has changed the default of new threads
-            while waiting := [one for one in passes if one.request is not None]:
-                self._visit(_next(waiting), waiting)
+            yield passes
 
     def _fix(self, others: Iterable[Tensor] = ()) -> None:
         """Protect the model's own tensors from emptying: parameters, buffers, tables in its
@@ -155,7 +166,7 @@ class LayerwiseSchedule:
             if not tensor.is_meta:
                 self.fixed.add(tensor.untyped_storage().data_ptr())
 
-    def _visit(self, unit: OffloadedLayer, waiting: Sequence[Pass]) -> None:
+    def visit(self, unit: OffloadedLayer, waiting: Sequence[Pass]) -> None:
         """Run all passes that wait for a unit through it."""
         with self.reader.visited(unit):
             self.stored.load(unit.parameters, self.stored.device)
@@ -381,7 +392,7 @@ def _backward(
     return list(values[: len(inputs)])
 
 
-def _next(waiting: Sequence[Pass]) -> OffloadedLayer:
+def next_unit(waiting: Sequence[Pass]) -> OffloadedLayer:
     """The unit to run next: the model's first in the forward pass, then the last one in the
     backward pass."""
     stops: list[Stop] = [one.request for one in waiting]

@@ -125,6 +125,10 @@ class StoredModel:
         ]
         return [name for name, _ in itertools.groupby(files)]
 
+    def stored_parameter(self, name: str) -> StoredParameter | None:
+        """The stored tensors of a parameter; None if it is not stored."""
+        return self._stored.get(name)
+
     def absent(self) -> list[str]:
         """Parameters that are not stored."""
         return [name for name in self._meta if name in self._absent]
