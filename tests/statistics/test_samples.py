@@ -192,6 +192,18 @@ def test_samples_of_which_nothing_counts_are_left_out(tokenizer, tmp_path: Path)
         tokenize(records[:1], tokenizer, 5, len(WORDS))
 
 
+@pytest.mark.parametrize("row", [
+    {"text": "who me?"},
+    {"prompt": "who", "completion": " me?"},
+    {"messages": [USER, REPLY]},
+    {"input_ids": [3] * 7},
+])  # fmt: skip
+def test_samples_of_more_tokens_than_the_length_are_counted_in_a_note(row, marking, tmp_path):
+    records = draw_records([write_rows(tmp_path / "a.jsonl", row, row)], ALL, 0).records
+    assert tokenize(records, marking, 7, len(WORDS)).notes == []
+    assert tokenize(records, marking, 6, len(WORDS)).notes == ["2 of 2 samples are cut to 6 tokens"]
+
+
 def test_tokens_added_by_the_tokenizer_stay(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 

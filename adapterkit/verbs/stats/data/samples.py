@@ -199,6 +199,8 @@ def tokenize(
     notes = list(reader.notes)
     if uncounted:
         notes.append(f"{uncounted} samples left out: none of their first {length} tokens counts")
+    if reader.cut:
+        notes.append(f"{len(reader.cut)} of {len(records)} samples are cut to {length} tokens")
     return Samples(samples, _pad_id(tokenizer, pad, vocabulary), notes, is_encoder_decoder)
 
 
@@ -215,15 +217,22 @@ class _Tokenization:
     def __init__(self, tokenizer: Any, length: int, is_encoder_decoder: bool):
         self.tokenizer, self.length, self.pairs_only = tokenizer, length, is_encoder_decoder
         self.notes: dict[str, None] = {}  # in their order, each once
+        self.cut: set[str] = set()  # samples, by their locations
         self.templates = TemplateProcess()
 
     def sample(self, record: Record) -> Sample:
         return getattr(self, f"_{record.kind}")(record.fields, record.where)
 
+    def _first(self, tokens: tuple[int, ...], where: str) -> tuple[int, ...]:
+        """The tokens that a sample may have."""
+        if len(tokens) > self.length:
+            self.cut.add(where)
+        return tokens[: self.length]
+
     def _text(self, fields: Mapping[str, Any], where: str) -> Sample:
         if self.pairs_only:
             raise _needs_pairs("text", where)
-        tokens = self._ids(fields["text"])
+        tokens = self._ids(fields["text"], where)
         return Sample(tokens, tokens)
 
     def _pair(self, fields: Mapping[str, Any], where: str) -> Sample:
@@ -233,11 +242,9 @@ class _Tokenization:
                 raise _needs_pairs("messages", where)
             return self._reply(prompt, completion, fields, where)
         if self.pairs_only:
-            target = self.tokenizer(
-                text_target=completion, truncation=True, max_length=self.length, verbose=False
-            )
-            return Sample(self._ids(prompt), tuple(target["input_ids"]))
-        return self._after(self._ids(prompt, cut=False), self._ids(prompt + completion, cut=False))
+            return Sample(self._ids(prompt, where), self._ids(completion, where, "text_target"))
+        whole = self._ids(prompt + completion)
+        return self._after(self._ids(prompt), whole, where)
 
     def _messages(self, fields: Mapping[str, Any], where: str) -> Sample:
         if self.pairs_only:
@@ -253,7 +260,7 @@ class _Tokenization:
             self.notes["the chat template does not mark who says what: all tokens count"] = None
             mask = (1,) * len(tokens)
         labels = tuple(t if m else IGNORED for t, m in zip(tokens, mask, strict=True))
-        return Sample(tokens[: self.length], labels[: self.length])
+        return Sample(self._first(tokens, where), labels[: self.length])
 
     def _tokens(self, fields: Mapping[str, Any], where: str) -> Sample:
         tokens, labels = fields["input_ids"], fields.get("labels")
@@ -263,7 +270,7 @@ class _Tokenization:
                 raise _needs_pairs("input_ids without labels", where)
             tokens = [token for token, is_one in zip(tokens, mask, strict=True) if is_one]
             labels = [label for label in labels if label != IGNORED]
-            return Sample(tuple(tokens[: self.length]), tuple(labels[: self.length]))
+            return Sample(self._first(tuple(tokens), where), self._first(tuple(labels), where))
         if labels is not None and len(labels) != len(tokens):
             raise Refused(
                 f"the sample has {len(tokens)} input_ids and {len(labels)} labels",
@@ -273,27 +280,35 @@ class _Tokenization:
                 code="AK901",
             )
         rows = [row for *row, is_one in zip(tokens, labels or tokens, mask, strict=True) if is_one]
-        cut = rows[: self.length]
-        return Sample(tuple(token for token, _ in cut), tuple(label for _, label in cut))
+        tokens = self._first(tuple(token for token, _ in rows), where)
+        return Sample(tokens, tuple(label for _, label in rows[: self.length]))
 
     def _reply(
         self, prompt: list, completion: list, fields: Mapping[str, Any], where: str
     ) -> Sample:
         before = self._rendered(prompt, fields, where, add_generation_prompt=True)
         whole = self._rendered([*prompt, *completion], fields, where)
-        return self._after(tuple(before["input_ids"]), tuple(whole["input_ids"]))
+        return self._after(tuple(before["input_ids"]), tuple(whole["input_ids"]), where)
 
-    def _after(self, prompt: tuple[int, ...], whole: tuple[int, ...]) -> Sample:
+    def _after(self, prompt: tuple[int, ...], whole: tuple[int, ...], where: str) -> Sample:
         """The sample in which the tokens after those of the prompt count. A token across the end of
         the prompt and the beginning of the completion belongs to the completion."""
         pairs = zip(prompt, whole, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         labels = (IGNORED,) * same + whole[same:]
-        return Sample(whole[: self.length], labels[: self.length])
+        return Sample(self._first(whole, where), labels[: self.length])
 
-    def _ids(self, text: str, *, cut: bool = True) -> tuple[int, ...]:
-        options = {"truncation": True, "max_length": self.length} if cut else {}
-        return tuple(self.tokenizer(text, verbose=False, **options)["input_ids"])
+    def _ids(self, text: str, where: str | None = None, kind: str = "text") -> tuple[int, ...]:
+        """The tokens of a text, all of them or, for a sample, those that it may have."""
+        options: Json = {kind: text, "verbose": False}
+        if where is None:
+            return tuple(self.tokenizer(**options)["input_ids"])
+        options |= {"truncation": True}
+        tokens = tuple(self.tokenizer(**options, max_length=self.length)["input_ids"])
+        if len(tokens) == self.length:  # a token more tells whether it was cut
+            longer = self.tokenizer(**options, max_length=self.length + 1)["input_ids"]
+            self.cut |= {where} if len(longer) > self.length else set()
+        return tokens
 
     def _template(self, where: str) -> str:
         try:
