@@ -333,6 +333,12 @@ def test_the_command_and_notebooks(lora, llama, tmp_path):
     assert receipt.data["fingerprint"] in receipt._repr_html_()
 
 
+def test_a_notebook_shows_the_page_of_a_report_as_it_is_written(lora, tmp_path):
+    found = report(tmp_path, lora)
+    shown = re.search('<iframe sandbox [^>]* srcdoc="([^"]*)"', found._repr_html_())
+    assert shown and html.unescape(shown[1]) == (tmp_path / "report.html").read_text()
+
+
 def test_weights_are_on_the_page(tmp_path):
     one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two", 1)
     name = "model.layers.{}.self_attn.q_proj".format

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from adapterkit import __version__
 from adapterkit.core.errors import Refused
@@ -44,12 +45,22 @@ MOST_PROBLEMS = 12  # that are shown of each adapter
 Cells = Sequence[Sequence[float | None]]
 
 
+class Document(dict[str, Any]):
+    """The numbers of a report; notebooks show its page."""
+
+    page = ""
+
+    def _repr_html_(self) -> str:
+        return frame(self.page)
+
+
 def write_report(report: Report) -> Json:
     """Write the page of a report; return its document."""
     path = Path(report.out)
     check_page(path, "--out", report.overwrite)
-    document = document_of(report)
-    write_page(path, report_page(for_others(document, report)))
+    document = Document(document_of(report))
+    document.page = report_page(for_others(document, report))
+    write_page(path, document.page)
     return document
 
 
