@@ -1,14 +1,22 @@
 """The examples on real models, cut short: each runs, and what must hold holds."""
 
+import html
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import notebooks
+from tests.test_prose import turns
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+AGAIN = f"python -m tests.support.notebooks {NOTEBOOK.relative_to(ROOT)} FOLDER"
 
 
 def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -19,10 +27,52 @@ def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder like examples/ in which the quickstart ran, and what it printed."""
+    folder = tmp_path_factory.mktemp("examples")
+    for name in ("quickstart.py", "realmodel.py", NOTEBOOK.name):
+        shutil.copy(EXAMPLES / name, folder)
+    words = [sys.executable, "quickstart.py"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
 @pytest.mark.timeout(280)
-def test_the_quickstart_runs(tmp_path: Path):
-    done = run("quickstart", str(tmp_path / "out"))
-    assert "the merged model is the base with the adapter on it" in done.stdout
+def test_the_quickstart_runs(quickstart: tuple[Path, str]):
+    assert "the merged model is the base with the adapter on it" in quickstart[1]
+
+
+@pytest.mark.timeout(280)
+def test_the_notebook_prints_what_it_is_committed_with(quickstart: tuple[Path, str]):
+    folder = quickstart[0]
+    ran = notebooks.run(folder / NOTEBOOK.name, folder)
+    committed = [cell["outputs"] for cell in notebooks.code_cells(NOTEBOOK)]
+    assert [notebooks.stored(outputs) for outputs in ran] == committed, AGAIN
+    drawn = [one["data"]["text/html"][0] for outputs in ran for one in outputs if "data" in one]
+    receipt, page = map(html.unescape, drawn)
+    assert "model.layers.0.self_attn.q_proj" in receipt and "<title>lighthouse: " in page
+    assert (folder / "quickstart-output" / "report.html").read_text("utf-8") in page
+    assert not (folder / "quickstart-output" / "refused").exists()
+
+
+def test_the_notebook_is_small_and_names_no_machine():
+    content = notebooks.read(NOTEBOOK)
+    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
+    names = [cell["id"] for cell in content["cells"]]
+    assert len({*names}) == len(names) and all(re.fullmatch("[a-z0-9-]+", one) for one in names)
+    text = NOTEBOOK.read_text("utf-8")
+    assert len(text) < 20_000 and not re.search(r"(?<![\w.:/])/[A-Za-z]+/\w", text)
+    assert NOTEBOOK.name in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_notebook_reads_like_the_pages():
+    cells = notebooks.read(NOTEBOOK)["cells"]
+    text = "\n".join("".join(one["source"]) for one in cells if one["cell_type"] == "markdown")
+    assert "not on PyPI yet" in text and not turns(iter([text]))
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert len(links) > 5 and all((EXAMPLES / link).is_file() for link in links)
 
 
 @pytest.mark.parametrize(

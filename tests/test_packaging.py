@@ -155,8 +155,8 @@ def test_other_files_have_the_name_and_the_address_of_the_project():
     texts = {
         path: path.read_text("utf-8")
         for folder in ("docs", "examples/integrations", ".github")
-        for path in [*(ROOT / folder).rglob("*"), *ROOT.glob("*.*")]
-        if path.suffix in {".md", ".yml", ".yaml", ".toml", ".py", ".cff", ""} and path.is_file()
+        for path in [*(ROOT / folder).rglob("*"), *ROOT.glob("*.*"), *ROOT.glob("examples/*.ipynb")]
+        if path.suffix in {".md", ".yml", ".toml", ".py", ".cff", ".ipynb", ""} and path.is_file()
     }
     for path, text in texts.items():
         for found in re.findall(rf"https://github\.com/[\w-]+/{NAME}\b", text):
