@@ -98,6 +98,18 @@ def test_the_release_is_built_checked_and_attested_before_it_is_published():
     assert jobs["publish"]["environment"]["name"] == "pypi"
 
 
+def test_contributing_names_what_a_maintainer_sets_up_for_the_workflows():
+    page = (ROOT / "docs" / "CONTRIBUTING.md").read_text("utf-8").partition("\n## Release\n")[2]
+    environments = {
+        job["environment"]["name"]
+        for path in WORKFLOWS
+        for job in read(path)["jobs"].values()
+        if "environment" in job
+    }
+    assert environments == {"pypi", "github-pages"}
+    assert all(f"`{name}`" in page for name in (*environments, "release.yml"))
+
+
 def test_scripts_of_the_shell_parse():
     for path in (ROOT / ".ci").iterdir():
         if path.read_text("utf-8").startswith("#!/usr/bin/env bash"):
