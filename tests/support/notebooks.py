@@ -54,11 +54,11 @@ def write(notebook: Path, folder: Path) -> None:
 def outputs_of(source: str, namespace: dict[str, Any]) -> Outputs:
     """What a cell prints, then the value of its last line, if that is an expression."""
     body, printed, value = ast.parse(source).body, io.StringIO(), None
-    last = body.pop().value if body and isinstance(body[-1], ast.Expr) else None
+    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(printed):
         exec(compile(ast.Module(body, []), "cell", "exec"), namespace)
-        if last is not None:
-            value = eval(compile(ast.Expression(last), "cell", "eval"), namespace)
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
     lines = printed.getvalue().splitlines(keepends=True)
     found: Outputs = [{"name": "stdout", "output_type": "stream", "text": lines}] if lines else []
     if value is None:
