@@ -1,10 +1,10 @@
 """The adapters of a model: their modules, and which of them act."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adapterkit.core.checkpoint.fingerprint import fingerprint
 from adapterkit.core.checkpoint.folder import LocalFolder
-from adapterkit.core.checkpoint.spec import open_checkpoint
+from adapterkit.core.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, did_you_mean, listed, shown
 from adapterkit.runtime.guard import FirstCallWatch, Guard
 from adapterkit.runtime.layers.alora import Invocations, InvokedPatch
@@ -37,6 +37,7 @@ class Attached:
     base: str | None = None  # the base's id, as its config says
     sites: dict[str, Site] = field(default_factory=dict)  # by path
     base_fingerprint: str | None = None
+    base_change: str | None = None
     strict: bool = False  # patches that do nothing are an error, not a warning
     watch: FirstCallWatch | None = None  # since it was active first
 
@@ -88,11 +89,15 @@ class State:
     @cached_property
     def base_fingerprint(self) -> str | None:
         """The fingerprint of the folder that a transformers model was loaded from, or None."""
+        return self.of_base(fingerprint)
+
+    def of_base(self, find: Callable[[Checkpoint], Any]) -> Any:
+        """`find` of that folder, or None."""
         path = self.base_name
         try:
             if not isinstance(path, str) or not os.path.isfile(os.path.join(path, "config.json")):
                 return None
-            return fingerprint(open_checkpoint(LocalFolder(path)))
+            return find(open_checkpoint(LocalFolder(path)))
         except (AdapterkitError, OSError):
             return None
 

@@ -37,6 +37,7 @@ OTHER_ARITHMETIC = (
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # an init whose factors are still in the base; the adapter's initial factors are stored with it
 IMPLICIT = "implicit_"
+CHANGED = "changed-by-"  # in `revision`, before the name of a change to the base
 OTHER_INITS = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
 MAX_LAYERS = 100_000
 # what PEFT 0.21 writes for a plain LoRA

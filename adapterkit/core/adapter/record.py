@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from adapterkit.core.adapter.config import BASE_CHANGING_INITS, IMPLICIT, with_heads
+from adapterkit.core.adapter.config import BASE_CHANGING_INITS, CHANGED, IMPLICIT, with_heads
 from adapterkit.core.adapter.keys import BASE_LAYER_VALUE, CONFIG
 from adapterkit.core.adapter.targets import ALL_LINEAR, Patterns, TargetMatcher, has_end
 from adapterkit.core.checkpoint.folder import Folder
@@ -84,6 +84,11 @@ class Adapter:
         init = self.config.get("init_lora_weights", True)
         inits = (*BASE_CHANGING_INITS, IMPLICIT)
         return init if isinstance(init, str) and init.lower().startswith(inits) else None
+
+    @property
+    def base_change(self) -> str | None:
+        """The name of the change to its base (`core/outputs/changed_base.py`), if it has one."""
+        return str(self.config.get("revision")).partition(CHANGED)[2] or None
 
     @property
     def has_old_stacks(self) -> bool | None:

@@ -42,9 +42,9 @@ class ShardLayout:
 
 
 def like_base(file: str, tensors: list[TensorPlan], base: Header | None) -> ShardLayout:
-    """Return a file in the base's order, with the base's header bytes if no key, dtype or shape
-    changes."""
-    if base is not None:
+    """Return a file in the base's order, with the base's header bytes, if there are any and no key,
+    dtype or shape changes."""
+    if base is not None and base.raw:
         before = [(t.key, t.dtype, t.shape) for t in base.tensors]
         if before == [(t.key, t.dtype, t.shape) for t in tensors]:
             return ShardLayout(file, base.raw, tuple(tensors), tuple(t.start for t in base.tensors))

@@ -266,6 +266,10 @@ def _check_adapter(state: MergeState, adapter: Adapter) -> None:
             where=adapter.where,
             code="AK304",
         )
+    if adapter.base_change and not state.options.base_is_residual:
+        from adapterkit.core.outputs.changed_base import changes_of, unmarked
+
+        state.errors += unmarked(adapter, changes_of(state.original), state.original.name)
     has_magnitudes = any(lora.magnitude is not None for lora in adapter.loras)
     if has_magnitudes or adapter.replaced or adapter.tokens:
         with state.errors.collected():

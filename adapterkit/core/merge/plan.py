@@ -38,7 +38,6 @@ from adapterkit.core.options import StrPath, flag_of, parse_size
 from adapterkit.core.outputs.cards import Merged, merged_card
 from adapterkit.core.outputs.folder_files import model_files, tokenizer_files
 from adapterkit.core.outputs.model import (
-    CHANGED_BY,
     check_gaps,
     plan_laid_out,
     plan_shard,
@@ -285,16 +284,17 @@ def plan_merge_into_original(
 ) -> Plan:
     """The plan of a merge into `unquantized`, the 16-bit original of the quantized base that the
     adapters were trained on; `Refused` if it is not that original."""
+    from adapterkit.core.outputs.changed_base import changes_of
+
     quantized, original = (open_checkpoint(open_model(one)) for one in (base, unquantized))
     errors = Problems(where=quantized.name, code="AK408")
     weights = quantized_weights(decoded_view(quantized).tensors)
-    verbs = (header.metadata.get(CHANGED_BY) for header in quantized.shards.values())
-    changed_by = next(filter(None, verbs), None)
     if not weights:
         errors.add("no quantized weights", "a quantized base", "remove --original")
-    if changed_by:
+    for change in changes_of(quantized):
+        by = change.partition("-")[0]
         errors.add(
-            f"a base made by {changed_by}: its adapter corrects changes that the original lacks",
+            f"a base made by {by}: its adapter corrects changes that the original lacks",
             "a quantized copy of the original",
             "merge into the base itself",
         )

@@ -3,11 +3,10 @@
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.core.checkpoint.fingerprint import of_headers
 from adapterkit.core.checkpoint.header import Header
 from adapterkit.core.checkpoint.layout import ShardLayout, TensorPlan, grouped, like_base
 from adapterkit.core.checkpoint.spec import Checkpoint
@@ -47,18 +46,8 @@ def check_gaps(
     return []
 
 
-# metadata of a base that was changed for an adapter, and is no copy of the original
-CHANGED_BY = "adapterkit_changed_by"
 # shares of the delta below which a merge warns
 LEAST_SURVIVAL = {"quantized": 0.5, "float": 0.8}
-
-
-def planned_fingerprint(shards: Sequence[OutputFile]) -> str | None:
-    """The fingerprint, without values, of a base of these files; None if a tensor's shape depends
-    on the values."""
-    if any(shard.variable_size for shard in shards):
-        return None
-    return of_headers(stored for shard in shards for stored in shard.layout.tensors)
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,7 @@ class QuantizedModel:
     tasks: Mapping[str, Task]
     config: Json
     folder: str = ""
-    changed_by: str = ""  # the verb that changed it for an adapter, for the files' metadata
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of its files, besides the base's
     file: str | None = None  # the name of a single-file output, if not the base's
 
     def shards(self) -> tuple[OutputFile, ...]:
@@ -79,12 +68,11 @@ class QuantizedModel:
         for key, spec in self.base.tensors.items():
             groups[spec.file].append(self._task(key))
         prefix = f"{self.folder}/" if self.folder else ""
-        changed_by = {CHANGED_BY: self.changed_by} if self.changed_by else {}
         return tuple(
             OutputFile.computed(
                 prefix + (self.file or name),
                 sorted(tasks, key=lambda task: task.name),
-                (self.base.shards[name].metadata or {"format": "pt"}) | changed_by,
+                (self.base.shards[name].metadata or {"format": "pt"}) | {**self.metadata},
                 safetensors_order=True,
             )
             for name, tasks in groups.items()

@@ -22,6 +22,7 @@ from adapterkit.core.errors import AdapterkitError, Problems, Refused, listed, s
 from adapterkit.core.inputs.input_identity import header_hashes, identities
 from adapterkit.core.inputs.sources import initial_of, open_adapter
 from adapterkit.core.options import StrPath
+from adapterkit.core.outputs.changed_base import changes_of, unmarked
 from adapterkit.core.patterns import similar_names
 from adapterkit.core.registry import members
 from adapterkit.runtime.layers import kind_of
@@ -102,9 +103,11 @@ def read(
 
 
 def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
-    """Record the base that a stored adapter is for; warn if the model has other values."""
+    """Record the base that a stored adapter is for; warn if the model is another one."""
     adapter.base, adapter.base_fingerprint = base_id(stored), stored.base_fingerprint
-    made_for = stored.base_fingerprint
+    made_for, adapter.base_change = stored.base_fingerprint, stored.base_change
+    for error in unmarked(stored, state.of_base(changes_of), state.base_name or "the model"):
+        warnings.warn(error.problem, stacklevel=4)
     if made_for and difference(made_for, state.base_fingerprint or made_for) == "values":
         warnings.warn(
             f"{stored.name} was made for a base with other values than {shown(state.base_name)} "

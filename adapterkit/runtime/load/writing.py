@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adapterkit.adapters.formats.engines import adapter_card
 from adapterkit.adapters.formats.peft.expert_order import in_order_of_peft
+from adapterkit.core.adapter.config import CHANGED
 from adapterkit.core.adapter.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.core.adapter.targets import ALL_LINEAR
 from adapterkit.core.calls import COMMAND
@@ -126,7 +127,8 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
             tensors[key] = stored_value(value)
     # whatever the init was, the factors are for the original base
     plain = dataclasses.replace(adapter.config, init="default", init_options={})
-    config = plain.to_peft(adapter.base)
+    revision = {"revision": CHANGED + adapter.base_change} if adapter.base_change else {}
+    config = plain.to_peft(adapter.base) | revision
     # PEFT requires it, although the layer's class determines it
     config["fan_in_fan_out"] = any(isinstance(patch, Conv1DPatch) for _, patch in adapter.patches())
     config |= _names_for_peft(state, adapter)

@@ -22,14 +22,10 @@ from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.core.merge.job import MergeState
 from adapterkit.core.merge.plan import changed_steps
 from adapterkit.core.merge.verb import MergeOptions
+from adapterkit.core.outputs import changed_base
 from adapterkit.core.outputs.cards import model_card
 from adapterkit.core.outputs.folder_files import model_files
-from adapterkit.core.outputs.model import (
-    CHANGED_BY,
-    QuantizedModel,
-    plan_shard,
-    planned_fingerprint,
-)
+from adapterkit.core.outputs.model import QuantizedModel, plan_shard
 from adapterkit.core.plan import Files, OutputFile, Plan, Task, no_warnings
 from adapterkit.core.records import Json
 from adapterkit.core.tasks.handoff import HandoffFactors, handed_on
@@ -66,7 +62,7 @@ def planned_adapter(config: bytes, targets: Sequence[InitialTarget], dtype: str)
 
 
 def plan_residual(
-    base: Checkpoint, adapter: Adapter, method: str, notes: list[str]
+    base: Checkpoint, adapter: Adapter, method: str, change: str, notes: list[str]
 ) -> tuple[tuple[OutputFile, ...], Files]:
     """The files of W - scale·b@a in the base's own dtypes and formats: shards, and the others.
 
@@ -78,15 +74,19 @@ def plan_residual(
     for name, group in steps.items():
         group = [replace(step, measures_error=bool(step.edits)) for step in group]
         header = base.shards[name]
-        metadata = (header.metadata or {"format": "pt"}) | {CHANGED_BY: "init"}
-        header = replace(header, metadata=metadata)
+        metadata = (header.metadata or {"format": "pt"}) | {changed_base.CHANGED_BY: change}
+        header = replace(header, metadata=metadata, raw=b"")  # the base's has other metadata
         shards.append(plan_shard(f"{BASE}/{name}", group, header, keep_format=True))
     card = model_card(base.folder, SUMMARY.format(method))
     return tuple(shards), model_files(base, state.config, shards, card, folder=BASE)
 
 
 def plan_quantized_residual(
-    base: Checkpoint, quantization: QuantizationPlan, targets: Sequence[InitialTarget], method: str
+    base: Checkpoint,
+    quantization: QuantizationPlan,
+    targets: Sequence[InitialTarget],
+    method: str,
+    change: str,
 ) -> tuple[tuple[OutputFile, ...], Files]:
     """The same files, quantized; weights without factors are quantized directly."""
     others = [target for target in targets if target.name not in quantization.linear]
@@ -109,7 +109,8 @@ def plan_quantized_residual(
         )
         for target in targets
     }
-    model = QuantizedModel(base, quantization.quantized, tasks, quantization.config(), BASE, "init")
+    mark, config = {changed_base.CHANGED_BY: change}, quantization.config()
+    model = QuantizedModel(base, quantization.quantized, tasks, config, BASE, mark)
     return model.shards(), model.files(SUMMARY.format(method))
 
 
@@ -140,11 +141,14 @@ def plan_init(options: Init) -> Plan:
         warn = warn_of_dropped
     adapter = _adapter(base, tasks, targets, options, method, ADAPTER, implicit)
     adapter = replace(adapter, finalize=finalize)
-    rest, files = (), adapter.files(notes)
+    rest, base_files = (), {}
     if method.changes_base and not implicit:
-        rest, base_files = _residual(base, targets, options, adapter, notes, decisions)
-        files = base_files | files
-    made_for = planned_fingerprint(rest) if rest else fingerprint(base)
+        change = changed_base.change_by("init", [base, statistics], options.recipe_options())
+        rest, base_files = _residual(base, targets, options, adapter, change, notes, decisions)
+        marked = changed_base.marked(adapter.settings, adapter.base_settings, change)
+        adapter = replace(adapter, **marked)
+    files = base_files | adapter.files(notes)
+    made_for = changed_base.planned_fingerprint(rest) if rest else fingerprint(base)
     shards = [replace(adapter, base_fingerprint=made_for).shard(), *rest]
     if implicit:
         initial = [
@@ -201,6 +205,7 @@ def _residual(
     targets: list[InitialTarget],
     options: Init,
     adapter: adapter_output.Output,
+    change: str,
     notes: list[str],
     decisions: Json,
 ) -> tuple[tuple[OutputFile, ...], Files]:
@@ -211,10 +216,10 @@ def _residual(
         )
         notes += quantization.notes
         decisions["quantized"] = len(quantization.quantized)
-        return plan_quantized_residual(base, quantization, targets, options.method)
+        return plan_quantized_residual(base, quantization, targets, options.method, change)
     config = adapter.config({t.name: {"rank": t.rank, "alpha": t.alpha} for t in targets})
     planned = planned_adapter(config, targets, options.dtype)
-    return plan_residual(base, planned, options.method, notes)
+    return plan_residual(base, planned, options.method, change, notes)
 
 
 def _adapter(

@@ -36,14 +36,14 @@ def plan_rebase(options: Rebase) -> Plan:
     trained, before = read_all([source, _initial(source, options)])
     errors = Problems(code="AK304")
     notes: list[str] = []
-    init = trained.changed_base()
-    if init is None:
+    init, change = trained.changed_base(), trained.base_change or before.base_change
+    if (init or change) is None:
         notes.append(
             f"{trained.name} has no init_lora_weights that changes the base: the command assumes "
             "that its init did"
         )
-    elif init.lower().startswith(QUANTIZED):
-        problem = f"{trained.name} was initialized by {init}: its base is quantized, not a residual"
+    elif (by := (init or change or "").lower()).startswith(QUANTIZED):
+        problem = f"{trained.name} was initialized by {by}: its base is quantized, not a residual"
         hint = "merge it into its quantized base, or extract the difference"
         errors.add(problem, "an init that subtracts from the base", hint, where=trained.where)
     model = base_with_parameters(base, [trained, before], notes)
@@ -64,7 +64,8 @@ def plan_rebase(options: Rebase) -> Plan:
     inputs = [trained, before, *([model] if model else [])]
     summary = f"{init or 'its'} initial factors taken out"
     if not trained.is_implicit:  # made for the base that the init had changed
-        trained = replace(trained, base_fingerprint=None)
+        config = trained.config | ({"revision": None} if change else {})
+        trained = replace(trained, base_fingerprint=None, config=config)
     output = adapter_output.Output(
         [trained], tasks, settings=settings, summary=summary, **targets_of(joined)
     )

@@ -135,12 +135,8 @@ class Output:
             finalize = partial(_pad_pairs, ordered, homes)
         fingerprints = {adapter.base_fingerprint for adapter in self.adapters}
         made_for = fingerprints.pop() if len(fingerprints) == 1 else None
-        return OutputFile.computed(
-            self.inside(WEIGHTS),
-            ordered,
-            metadata_with(made_for or self.base_fingerprint),
-            finalize=finalize,
-        )
+        metadata = metadata_with(made_for or self.base_fingerprint)
+        return OutputFile.computed(self.inside(WEIGHTS), ordered, metadata, finalize=finalize)
 
     def files(self, notes: list[str]) -> Files:
         """Its other files; a tokenizer among them joins the notes."""
@@ -227,7 +223,7 @@ def plan_adapters(
 ) -> Plan:
     """The plan of adapters made from the inputs, numbered from 0: adapters, models, statistics."""
     adapters = [one for one in inputs if isinstance(one, Adapter)]
-    bases = sorted({plain(str(base_id(adapter))) for adapter in adapters})
+    bases = sorted({plain(str(one.base_change or base_id(one))) for one in adapters})
     if len(bases) > 1:
         notes.append(f"the adapters were trained on different bases: {', '.join(bases)}")
     files: Files = {}

@@ -18,7 +18,8 @@ from adapterkit.core.errors import WARNING, Problems, Refused, shown
 from adapterkit.core.inputs.input_identity import plan_of
 from adapterkit.core.inputs.sources import if_given, open_model, open_statistics
 from adapterkit.core.options import integer_of
-from adapterkit.core.outputs.model import QuantizedModel, planned_fingerprint
+from adapterkit.core.outputs import changed_base
+from adapterkit.core.outputs.model import QuantizedModel
 from adapterkit.core.patterns import pattern_table, read_rules
 from adapterkit.core.plan import OutputFile, Plan
 from adapterkit.core.records import Json
@@ -100,10 +101,14 @@ def _plan_base_and_adapter(
         place = Place.of_weight(name, weight.shape)
         factors.append(HandoffFactors(name, place, dtypes.parse(options.dtype), options.rank))
     config = quantization.config()
-    model = QuantizedModel(base, quantization.quantized, tasks, config, "base", "loftq")
+    change = changed_base.change_by("loftq", [base, stats], options.recipe_options())
+    mark = {changed_base.CHANGED_BY: change}
+    model = QuantizedModel(base, quantization.quantized, tasks, config, "base", mark)
     shards = model.shards()
-    made_for = planned_fingerprint(shards)
+    made_for = changed_base.planned_fingerprint(shards)
     adapter = adapter_output.new_adapter(base, factors, options, SUMMARY, "adapter", made_for)
+    marked = changed_base.marked(adapter.settings, adapter.base_settings, change)
+    adapter = replace(adapter, **marked)
     names = " and ".join(dict.fromkeys((to, *exceptions.values)))
     files = model.files(f"quantized to {names} by LoftQ: use it with the adapter next to it")
     files |= adapter.files(notes)
