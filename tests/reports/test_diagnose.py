@@ -121,11 +121,15 @@ def test_a_tokenizer_of_another_model(merged, llama, tmp_path):
     assert kinds(document) == {"tokenizer"} and len(document["findings"]) == 2
 
 
-def test_a_double_merge_is_found_in_the_receipts(merged, strong, llama, tmp_path):
+def test_a_double_merge_is_one_finding_with_both_evidences(merged, strong, llama, tmp_path):
     once = merged(1)
     adapterkit.merge(once, strong, out=tmp_path / "twice")
-    document = adapterkit.diagnose(tmp_path / "twice", base=llama, adapters=[strong])
-    assert kinds(document) == {"history", "merged_twice"}
+    [finding] = adapterkit.diagnose(tmp_path / "twice", base=llama, adapters=[strong])["findings"]
+    assert finding["kind"] == "merged_twice" and "=-1" in finding["command"]
+    assert "the factor of its delta" in finding["evidence"]
+    assert "the receipts of the model and its base" in finding["evidence"]
+    [finding] = adapterkit.diagnose(tmp_path / "twice")["findings"]
+    assert finding["kind"] == "history" and "was merged 2 times" in finding["problem"]
 
 
 def test_the_diagnose_command_exits_1_for_a_merged_adapter(merged, strong, llama):

@@ -45,6 +45,7 @@ UNEXPLAINED = 0.3  # share of a change above which something else changed the mo
 SAMPLED = "least squares over sampled rows of the weights that they touch"
 OTHERS = "another base, other adapters, training, or rounding to few bits changed them too"
 Tensors = Mapping[str, TensorSpec]  # of a model, as its weights decode
+MERGED = "{} was merged {} times"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -173,7 +174,8 @@ def _history(folder: Folder, found: _Findings) -> None:
             path = next((path for path in given if Path(path).name == name), name)
             do = f"unmerge it\n{command('adapterkit merge', 'MODEL', f'{path}=-1', out='unmerged')}"
             evidence = "the receipts of the model and its base"
-            found.add("history", f"{shown(name)} was merged {count} times", evidence, do)
+            problem = MERGED.format(shown(name), count)
+            found.add("history", problem, evidence, do)
 
 
 def _edited(plan: Plan) -> dict[str, Step]:
@@ -288,6 +290,10 @@ def _coefficients(values: Sequence[float], adapters: Sequence[Folder], found: _F
         kind, problem, do = _meaning(value, name, read_json(adapter, CONFIG))
         if kind:
             evidence = f"the factor of its delta in the model is {value:.3g}"
+            known = [one for one in found.rows if one["problem"] == MERGED.format(shown(name), 2)]
+            if kind == "merged_twice" and known:  # the receipts know the same fault
+                found.rows = [row for row in found.rows if row not in known]
+                evidence += f"; {known[0]['evidence']} have it 2 times"
             found.add(kind, problem, evidence, do, adapter.label)
 
 
