@@ -113,7 +113,10 @@ def test_plans_reading_and_refusals_load_no_torch(family: str, folder: Path, tmp
     plan = {} if family == "reading" else {"dry_run": True, "out": str(tmp_path / "out")}
     jobs = [(verb, sources, plan | options) for verb, sources, options in JOBS[family]]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(jobs)], cwd=folder, text=True, capture_output=True
+        [sys.executable, "-c", RUN, json.dumps(jobs)],
+        cwd=folder,
+        encoding="utf-8",
+        capture_output=True,
     )
     found = list(map(json.loads, done.stdout.splitlines()))
     ending = "refused" if family == "refusals" else "done"

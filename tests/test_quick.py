@@ -55,3 +55,40 @@ def test_a_quick_file_is_quick_as_a_whole_and_imports_no_model(name):
             modules |= {alias.name for alias in node.names}
     heavy = {"peft", *(f"tests.support.{name}" for name in ("oracle", "deltas", "architectures"))}
     assert not {module for module in modules if module in heavy or module.startswith("peft.")}
+
+
+def imported(path: Path) -> set[Path]:
+    """The files of the tests that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    files = (
+        TESTS.parent / f"{name.replace('.', '/')}.py" for name in names if name[:6] == "tests."
+    )
+    return {file for file in files if file.exists()}
+
+
+def without_encoding(path: Path) -> list[str]:
+    """The calls of a file that read or write text in the system's own encoding."""
+    before = {"read_text": 0, "write_text": 1}  # arguments before the encoding
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            options = {keyword.arg for keyword in node.keywords}
+            is_text = len(node.args) <= before.get(node.func.attr, -1) or "text" in options
+            if is_text and "encoding" not in options:
+                found.append(f"{path.relative_to(TESTS)}:{node.lineno}")
+    return found
+
+
+def test_quick_files_and_what_they_import_name_their_encoding():
+    """.github/workflows/systems.yml runs them where a missing encoding is an error."""
+    reached, todo = set(), [TESTS / name for name in (*QUICK, "conftest.py")]
+    while todo:
+        reached.add(path := todo.pop())
+        todo += imported(path) - reached
+    assert TESTS / "golden" / "inputs.py" in reached
+    assert not [call for path in sorted(reached) for call in without_encoding(path)]

@@ -97,7 +97,7 @@ def create_inputs(root: Path) -> None:
     _save_wan(root / "wan.safetensors", root / "motion.safetensors")
     rows = [{"input_ids": [(7 * n + i) % VOCABULARY for i in range(3 + n)]} for n in range(5)]
     rows[1]["labels"] = [-100, *rows[1]["input_ids"][1:]]
-    (root / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     covariances = {}
     for number, (name, (_, width)) in enumerate(_linear()):
         factor = dyadic(40 + number, width, width, least=-8, most=8, exponent=-4)
@@ -124,14 +124,14 @@ def _save_pipeline(folder: Path, lora: Path) -> None:
     for number, (part, (library, name)) in enumerate(PARTS.items()):
         (folder / part).mkdir(parents=True)
         index[part] = [library, name]
-        (folder / part / "config.json").write_text(json.dumps({"_class_name": name}))
+        (folder / part / "config.json").write_text(json.dumps({"_class_name": name}), "utf-8")
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         weight = dyadic(50 + number, HIDDEN, HIDDEN, least=-96, most=96, exponent=-10)
         key = f"{MODULES[part]}.weight"
         save_file({key: weight.half()}, folder / part / f"{stem}.safetensors", {"format": "pt"})
         if part != "vae":
             factors |= _factors(f"{part}.{MODULES[part]}", 60 + number)
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
     save_file(factors, lora, {"format": "pt"})
 
 
@@ -263,4 +263,4 @@ def _save_kohya(path: Path) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")

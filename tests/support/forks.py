@@ -61,7 +61,7 @@ class Forks:
         script = str(Path(__file__).with_name("fork_server.py"))
         self.process = subprocess.Popen(
             [sys.executable, "-P", script, *["rehearse"] * rehearse],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment,
         )  # fmt: skip
         assert self.process.stdout.readline() == "ready\n"
         self.lock = threading.Lock()

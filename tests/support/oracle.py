@@ -268,15 +268,15 @@ def perturb(model: nn.Module, seed: int, size: float = 0.1) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
+    return json.loads((folder / "config.json").read_text("utf-8"))
 
 
 def edit_config(source: Path, out: Path, **changes) -> Path:
     """A copy of an adapter (or base) with keys of its config changed; None removes one."""
     shutil.copytree(source, out)
     path = next(out / n for n in ("adapter_config.json", "config.json") if (out / n).exists())
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    config = json.loads(path.read_text("utf-8")) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}), "utf-8")
     return out
 
 

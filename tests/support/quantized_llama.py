@@ -488,12 +488,12 @@ def quantize(folder: Path, form: Form) -> None:
             tensors[key] = weight
     save_file(tensors, folder / "model.safetensors", metadata)
     path = folder / "config.json"
-    config = json.loads(path.read_text()) | (
+    config = json.loads(path.read_text("utf-8")) | (
         {"quantization_config": form.settings} if form.settings else {}
     )
-    path.write_text(json.dumps(config | form.config))
+    path.write_text(json.dumps(config | form.config), "utf-8")
     for name, content in form.files.items():
-        (folder / name).write_text(json.dumps(content))
+        (folder / name).write_text(json.dumps(content), "utf-8")
 
 
 def change(folder: Path, changes: dict[str, Any], settings: dict[str, Any] | None = None) -> None:
@@ -504,6 +504,6 @@ def change(folder: Path, changes: dict[str, Any], settings: dict[str, Any] | Non
         {k: v.contiguous() for k, v in tensors.items() if v is not None}, path, {"format": "pt"}
     )
     if settings is not None:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text("utf-8"))
         config["quantization_config"] = config.get("quantization_config", {}) | settings
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config), "utf-8")
