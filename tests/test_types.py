@@ -38,9 +38,15 @@ def test_every_name_of_the_package_is_in_the_calls_that_are_checked():
 
 
 def test_both_checkers_read_them():
+    """Strictly, in a folder from which they see the installed wheel alone."""
     text = CI.read_text("utf-8")
     settings = (ROOT / "pyproject.toml").read_text("utf-8")
-    assert re.search(r"^ *mypy ", text, re.MULTILINE) and "&& pyright " in text
+    _, _, of_the_user = text.partition(
+        'cp tests/typed_calls.py "$work/user"\n    cd "$work/user"\n'
+    )
+    for words in ("pyright", "mypy --strict"):
+        assert re.match(rf"(?s).*?^ *{words} .*?python", of_the_user, re.MULTILINE), words
+    assert CALLS.read_text("utf-8").startswith("# pyright: strict\n")
     assert settings.count('"tests/typed_calls.py"') == 2 and '"mypy>=' in settings
 
 

@@ -1,5 +1,7 @@
-"""Calls that users write, with the types of what comes back: mypy and pyright read this file in
-`.ci/run`. Nothing here is run; `tests/test_types.py` holds that every name is in it."""
+# pyright: strict
+"""Calls that users write, with the types of what comes back. In `.ci/run`, mypy and pyright read
+this file as strictly as they can, away from the sources, against the installed wheel. Nothing here
+is run; `tests/test_types.py` checks that every name is in it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +73,19 @@ def in_a_notebook(bar: Progress) -> None:
         print(error.problem, error.hint, error.code)
     else:
         print(receipt.out, receipt.data["warnings"])
+
+
+def refusals(base: str) -> int:
+    try:
+        adapterkit.combine(["a", "b"], out="c", method="ties", settings={"density": 0.2})
+        adapterkit.resize(Path(base), energy=0.95, out=Path("smaller"))
+    except adapterkit.MultipleErrors as several:
+        for one in several.errors:
+            print(one.problem, one.expected, one.where, one.hint, one.code)
+        return 2 if several.is_usage else 1
+    except (adapterkit.Failed, adapterkit.Damaged) as error:
+        print(error.text(), error.row()["hint"].upper())
+    return 0
 
 
 def training(model: nn.Module, trainer: type, accelerator: object, run: Callable[[], Any]) -> None:

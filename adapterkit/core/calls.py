@@ -75,7 +75,7 @@ def _spelled(kind: str, value: Any, spell: Spelling) -> Any:
         return [_weighted(source, weight, spell) for source, weight in pairs]
     if isinstance(value, list | tuple):
         return [_spelled(kind, one, spell) for one in value]
-    is_path = kind in ("source", "file") and isinstance(value, StrPath)
+    is_path = kind in ("source", "file") and isinstance(value, str | os.PathLike)
     return spell(kind, value) if is_path else value
 
 

@@ -28,7 +28,7 @@ def line(words: Iterable[str], quote: Callable[[str], str] = system.quote) -> st
     return " ".join(quote(printable(word)) for word in words)
 
 
-def command(program: str, /, *arguments: str | os.PathLike, **options: object) -> str:
+def command(program: str, /, *arguments: str | os.PathLike[str], **options: object) -> str:
     """Return a command that can be copied into a shell and run; `program` stays as it is. An
     argument that begins with a dash is written as a path. An option that is True is a flag; None
     and False are left out."""

@@ -23,7 +23,7 @@ from adapterkit.core.registry import Tier
 
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound="OptionRecord")
-StrPath = str | os.PathLike
+StrPath = str | os.PathLike[str]
 # Adapters, with weights where a verb has them
 Sources = (
     StrPath

@@ -115,7 +115,7 @@ def parsed(folder: Folder, key: tuple[str, str], parse: Callable[[], tuple[int, 
 class LocalFolder:
     """A folder on local disk, or a single file as a folder that holds nothing else."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.label = shown(os.fspath(path))
         self.hashes: dict[str, str] = {}
         self.parsed: dict = {}  # see `parsed`
@@ -235,7 +235,7 @@ class LocalFolder:
         pass
 
 
-def read_small(path: str | os.PathLike, most: int) -> bytes:
+def read_small(path: str | os.PathLike[str], most: int) -> bytes:
     """Return an ordinary file as a whole; `ValueError` for more than `most` bytes, OSError for a
     pipe."""
     with open(system.open(Path(path), "read"), "rb") as file:

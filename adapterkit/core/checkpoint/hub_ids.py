@@ -39,13 +39,13 @@ class HubId:
         return replace(self, subfolder=self.subfolder.rpartition("/")[0])
 
 
-def is_on_hub(out: str | os.PathLike) -> bool:
+def is_on_hub(out: str | os.PathLike[str]) -> bool:
     """Return whether an output is an address on the Hub, `hf://org/name[@branch][:folder or
     file]`."""
     return os.fspath(out).startswith(("hf:/", "hf:\\"))  # a Path shortens hf:// to this
 
 
-def place_on_hub(out: str | os.PathLike) -> HubId | None:
+def place_on_hub(out: str | os.PathLike[str]) -> HubId | None:
     """Return the Hub address of an output `hf://...`, a folder or a file; None for a local
     output."""
     text = os.fspath(out)
@@ -73,7 +73,7 @@ def parse(source: str) -> HubId | None:
     return HubId(repo, revision, subfolder or "") if valid_name and valid_paths else None
 
 
-def portable_name(source: str | os.PathLike) -> str:
+def portable_name(source: str | os.PathLike[str]) -> str:
     """Return the name of a source for a file: the last component of its path, or its Hub id without
     a commit."""
     text = os.fspath(source)

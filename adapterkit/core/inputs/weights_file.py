@@ -143,7 +143,7 @@ def weights_in(table: Settings, where: str) -> WeightsFile:
     return weights
 
 
-def write_weights(weights: WeightsFile, path: str | os.PathLike) -> None:
+def write_weights(weights: WeightsFile, path: str | os.PathLike[str]) -> None:
     """Write the file atomically; `Refused` if it could not be read again."""
     weights_in(json.loads(text(weights)), str(path))
     path = Path(path)

@@ -74,7 +74,7 @@ class StepRun:
 
 
 def run_pipeline(
-    file: str | os.PathLike,
+    file: str | os.PathLike[str],
     *,
     dry_run: bool = False,
     device: str | None = None,

@@ -17,7 +17,7 @@ from adapterkit.verbs.stats.data.tokens import BOTH, COUNTED, LEFT_OUT, TokenTra
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 # of the arguments of a model's forward: (batch, length) of its tokens, None for all; of an
 # encoder-decoder a pair, the encoder's and the decoder's
-Rule = Callable[[Mapping[str, Any]], Tensor | tuple | None]
+Rule = Callable[[Mapping[str, Any]], Tensor | tuple[Any, ...] | None]
 
 
 def token_masks(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
