@@ -1,8 +1,9 @@
 """The files for GitHub fit their schemas, pin every action, need no secret, and run scripts that
-exist."""
+exist. The hooks of pre-commit pass and fail as they should."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -114,3 +115,31 @@ def test_scripts_of_the_shell_parse():
     for path in (ROOT / ".ci").iterdir():
         if path.read_text("utf-8").startswith("#!/usr/bin/env bash"):
             assert subprocess.run(["bash", "-n", path]).returncode == 0, path.name
+
+
+def test_hooks_pass_a_clean_file_and_name_one_that_is_not(tmp_path: Path):
+    """All hooks except pyright, which `.ci/run` starts itself."""
+    pytest.importorskip("pre_commit", reason="needs pre-commit")
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in (".pre-commit-config.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, repository)
+    hooks = read(ROOT / ".pre-commit-config.yaml")["repos"][0]["hooks"]
+    assert [hook["id"] for hook in hooks] == ["ruff", "ruff-format", "pyright"]
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {
+        "PATH": programs, "PRE_COMMIT_HOME": str(tmp_path / "home"), "SKIP": "pyright",
+    }  # fmt: skip
+
+    def run(text: str) -> tuple[int, list[str]]:
+        (repository / "program.py").write_text(text, "utf-8")
+        for words in (["git", "init", "--quiet"], ["git", "add", "."]):
+            subprocess.run(words, cwd=repository, check=True)
+        words = [sys.executable, "-m", "pre_commit", "run", "--all-files", "--color", "never"]
+        done = subprocess.run(
+            words, cwd=repository, env=environment, capture_output=True, encoding="utf-8"
+        )
+        return done.returncode, re.findall(r"\.(Passed|Failed|Skipped)$", done.stdout, re.MULTILINE)
+
+    assert run('print("text")\n') == (0, ["Passed", "Passed", "Skipped"])
+    assert run("import os\nprint( 'text' )\n") == (1, ["Failed", "Failed", "Skipped"])
