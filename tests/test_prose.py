@@ -11,6 +11,7 @@ import pytest
 
 import adapterkit
 from tests.support.documents import CODE, DOCUMENTS, ROOT, prose
+from tests.support.sources import sources, walked
 
 PACKAGE = Path(adapterkit.__file__).parent
 # At most so many in all; lower a limit when you have mended some
@@ -46,8 +47,8 @@ def turns(texts: Iterator[str]) -> Counter[str]:
 
 
 def docstrings() -> Iterator[tuple[ast.AST, str]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for tree in sources().values():
+        for node in walked(tree):
             documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             if documented and (text := ast.get_docstring(node)):
                 yield node, text

@@ -14,6 +14,7 @@ from adapterkit.core.commands import command, filled
 from adapterkit.core.errors import AdapterkitError
 from adapterkit.doors import VERBS
 from tests.support.raw_files import base, normal, plain, tensors_file
+from tests.support.sources import parsed, walked
 
 PACKAGE = Path(adapterkit.__file__).parent
 # how a command begins
@@ -29,7 +30,7 @@ HOSTILE = ["a b", "$(touch owned)", "`touch owned`", "x';touch owned;'", '";touc
 def unquoted(source: str) -> list[str]:
     """Values that an f-string, or a sum of texts, puts behind the beginning of a command."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in walked(parsed(source)):
         if not isinstance(node, ast.JoinedStr):
             continue
         text = ""

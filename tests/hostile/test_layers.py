@@ -17,6 +17,7 @@ from adapterkit.core.errors import codes
 from adapterkit.core.registry import load
 from adapterkit.doors import VERBS
 from tests.support.error_sites import sites
+from tests.support.sources import parsed, walked
 
 pytestmark = pytest.mark.quick
 
@@ -66,10 +67,10 @@ def imported_modules(source: str) -> set[str]:
     """The modules of the package that a source imports, in functions too, but for those of types
     alone. `from a.b import c` is both a.b and a.b.c, of which one may be no module."""
     modules = set()
-    tree = ast.parse(source)
-    of_types = (node for node in ast.walk(tree) if _is_of_types(node))
+    tree = parsed(source)
+    of_types = (node for node in walked(tree) if _is_of_types(node))
     left_out = {id(child) for node in of_types for child in ast.walk(node)}
-    for node in (node for node in ast.walk(tree) if id(node) not in left_out):
+    for node in (node for node in walked(tree) if id(node) not in left_out):
         if isinstance(node, ast.Import):
             modules |= {a.name for a in node.names if a.name.split(".")[0] == "adapterkit"}
         elif isinstance(node, ast.ImportFrom):
@@ -225,7 +226,7 @@ def test_a_class_name_occurs_once():
     """What it means needs no folder to tell."""
     homes: dict[str, list[str]] = {}
     for path in FILES:
-        for node in ast.parse(path.read_text("utf-8")).body:
+        for node in parsed(path.read_text("utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 homes.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
     assert not {name: files for name, files in homes.items() if len(files) > 1}
@@ -237,7 +238,7 @@ MOST_LINES = 60  # of a function's body
 def long_functions(source: str) -> list[str]:
     """Functions whose body, without the docstring, is too long to be read at once."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in walked(parsed(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
             lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0

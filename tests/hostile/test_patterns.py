@@ -20,6 +20,7 @@ import pytest
 import adapterkit
 from adapterkit.adapters.formats import engines, library
 from adapterkit.adapters.formats.files.keys import _suffixes
+from tests.support.sources import sources, walked
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # the parse tree has no public door
@@ -86,12 +87,6 @@ class Found(NamedTuple):
 # -- where patterns are ----------------------------------------------------------------------------
 
 
-@cache
-def sources() -> dict[str, ast.Module]:
-    paths = sorted(PACKAGE.rglob("*.py"))
-    return {p.relative_to(PACKAGE).as_posix(): ast.parse(p.read_text("utf-8")) for p in paths}
-
-
 def calls(node: ast.AST, function: str = "", name: str = "") -> Iterator[tuple[ast.Call, str, str]]:
     """Calls of re and regex with a pattern; the function that each is in, and the name that its
     result is given."""
@@ -103,6 +98,11 @@ def calls(node: ast.AST, function: str = "", name: str = "") -> Iterator[tuple[a
         if isinstance(child, ast.Call) and _is_of_re(child.func):
             yield child, function, given
         yield from calls(child, function, given)
+
+
+def _imports_re(tree: ast.Module) -> bool:
+    imports = (node for node in walked(tree) if isinstance(node, ast.Import))
+    return any(one.name in ("re", "regex") for node in imports for one in node.names)
 
 
 def _is_assignment(node: ast.AST) -> bool:
@@ -118,7 +118,7 @@ def _is_of_re(node: ast.AST) -> bool:
 def methods() -> Mapping[str, set[str]]:
     """The methods that are called on each name, anywhere."""
     found: dict[str, set[str]] = {}
-    nodes = (node for tree in sources().values() for node in ast.walk(tree))
+    nodes = (node for tree in sources().values() for node in walked(tree))
     for node in (node for node in nodes if isinstance(node, ast.Attribute) and node.attr in CALLS):
         owner = node.value
         name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
@@ -129,7 +129,7 @@ def methods() -> Mapping[str, set[str]]:
 def written() -> Iterator[Found]:
     """Patterns in the sources, and those of modules' names that are put together."""
     for path, tree in sources().items():
-        for call, function, name in calls(tree):
+        for call, function, name in calls(tree) if _imports_re(tree) else ():
             how = call.func.attr  # type: ignore[attr-defined]
             used = {*(methods().get(name) or METHODS)} if how == "compile" else {how}
             used = {"search" if one in SEARCHES else one for one in used}

@@ -12,6 +12,7 @@ from adapterkit.core.checkpoint.hub_ids import is_on_hub, parse, place_on_hub
 from adapterkit.core.errors import MultipleErrors, Refused
 from adapterkit.core.inputs.sources import weight_of
 from tests.golden.inputs import create_inputs
+from tests.support.sources import sources, walked
 
 PACKAGE = Path(adapterkit.__file__).parent
 SYSTEM = PACKAGE / "core" / "system"
@@ -38,15 +39,15 @@ TEXT = {"read_text": 0, "write_text": 1}  # the place of the encoding
 
 
 def trees() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if SYSTEM not in path.parents:
-            yield str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))
+    for name, tree in sources().items():
+        if not name.startswith("core/system/"):
+            yield name, tree
 
 
 def test_only_one_place_names_the_operating_system():
     found = []
     for name, tree in trees():
-        for node in ast.walk(tree):
+        for node in walked(tree):
             where = f"{name}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Import):
                 found += [f"{where} {one.name}" for one in node.names if one.name in MODULES]
@@ -70,7 +71,7 @@ def test_text_files_say_their_encoding():
     """Elsewhere than on Linux and macOS another one is the default."""
     found = []
     for name, tree in trees():
-        for node in ast.walk(tree):
+        for node in walked(tree):
             if isinstance(node, ast.Call) and is_text(node):
                 found.append(f"{name}:{node.lineno} {ast.unparse(node.func)}")
     assert not found

@@ -14,6 +14,7 @@ from adapterkit import LoraConfig
 from adapterkit.core.registry import members
 from adapterkit.runtime import attach
 from adapterkit.verbs.init.methods.pissa import Pissa
+from tests.support.sources import parsed, walked
 
 OF_THE_PROCESS = {"seed", "manual_seed", "manual_seed_all", "fork_rng", "set_rng_state"}
 PLACES = {"torch.", "torch.random.", "torch.cuda."}
@@ -26,7 +27,7 @@ DRAWS = {
 def uses(source: str) -> list[int]:
     """Lines that draw, or seed, without a generator of their own."""
     lines = []
-    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+    for call in (node for node in walked(parsed(source)) if isinstance(node, ast.Call)):
         name = ast.unparse(call.func)
         leaf = name.rpartition(".")[2]
         own = any(word.arg == "generator" for word in call.keywords)
@@ -40,7 +41,7 @@ def test_the_package_draws_from_generators_of_its_own():
     found = {
         str(path): lines
         for path in Path(adapterkit.__file__).parent.rglob("*.py")
-        if (lines := uses(path.read_text()))
+        if (lines := uses(path.read_text("utf-8")))
     }
     assert not found
 

@@ -18,6 +18,7 @@ from adapterkit.cli import main
 from adapterkit.core.calls import own_hint
 from adapterkit.core.merge.verb import Merge
 from adapterkit.core.registry import verb_named
+from tests.support.sources import sources, walked
 
 PACKAGE = Path(adapterkit.__file__).parent
 COMMAND = re.compile(r"adapterkit ([a-z]+)((?: (?:[A-Za-z.=/-]+|\{\}))*)")
@@ -36,12 +37,13 @@ def _texts(node: ast.AST) -> Iterator[str]:
 def hints() -> set[str]:
     """Every text of a hint in the package that names an option or a command."""
     found = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            named = isinstance(node, ast.keyword) and node.arg == "hint"
-            named |= isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "hint"
-            if named:
-                found |= set(_texts(node.value))
+    for node in (node for tree in sources().values() for node in walked(tree)):
+        if isinstance(node, ast.keyword):
+            named = node.arg == "hint"
+        else:
+            named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "hint"
+        if named:
+            found |= set(_texts(node.value))
     return {text for text in found if "--" in text or "adapterkit " in text}
 
 

@@ -15,10 +15,10 @@ import pytest
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.core.errors import AdapterkitError, codes
-from tests.options.test_hints import PACKAGE
 from tests.support import oracle
 from tests.support.documents import ROOT
 from tests.support.forks import command as run
+from tests.support.sources import sources, walked
 
 # what no job can know: which model or adapter would do, and where an output is sent
 UNKNOWN = {
@@ -29,19 +29,18 @@ KNOWN = {"A": "8", "PART": "unet"}  # values that the parser looks at
 VERB = re.compile(rf"\badapterkit ({'|'.join(main.commands)})\b(?![`,;.])")
 
 
-def texts_of(path: Path) -> Iterator[str]:
+def texts_of(tree: ast.Module) -> Iterator[str]:
     """All texts of a module but docstrings and the helps of commands."""
-    tree = ast.parse(path.read_text("utf-8"))
     left_out: set[ast.AST] = set()
-    for node in ast.walk(tree):
+    for node in walked(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             left_out.add(body[0].value)
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "command":
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "command":
             left_out.add(node.value)
         if isinstance(node, ast.keyword) and node.arg == "help":
             left_out |= {*ast.walk(node.value)}
-    for node in ast.walk(tree):
+    for node in walked(tree):
         if (
             node in left_out
             or not isinstance(node, ast.Constant)
@@ -53,8 +52,12 @@ def texts_of(path: Path) -> Iterator[str]:
 
 def static_texts() -> dict[str, str]:
     """Texts with commands: of the package, of formats and engines, of the errors' page."""
-    paths = (path for path in PACKAGE.rglob("*.py") if path.name not in ("page.py", "cards.py"))
-    texts = {text: path.name for path in paths for text in texts_of(path)}
+    texts = {
+        text: name.rpartition("/")[2]
+        for name, tree in sources().items()
+        if not name.endswith(("/page.py", "/cards.py"))
+        for text in texts_of(tree)
+    }
     for path in (ROOT / "formats").rglob("*.toml"):
         table = tomllib.loads(path.read_text("utf-8"))
         texts |= {re.sub(r"`[^`]*`", "", text): path.name for text in strings(table)}

@@ -21,6 +21,7 @@ from tests.support import gguf_files
 from tests.support.documents import ROOT, blocks
 from tests.support.one_file import DENOISER, write_family
 from tests.support.plain_pipelines import write_pipeline
+from tests.support.sources import parsed
 
 LANGUAGE, IMAGES = "llama/model.safetensors", "sd15.safetensors"
 CONFIG, GGUF = "llama/config.json", "llama.gguf"
@@ -136,7 +137,7 @@ def test_no_planner_of_a_verb_loads_a_kind_of_base():
     root, found = Path(adapterkit.__file__).parent, set()
     for path in sorted(root.rglob("*.py")):
         name = ".".join(("adapterkit", *path.relative_to(root).with_suffix("").parts))
-        tree = ast.parse(path.read_text("utf-8"))
+        tree = parsed(path.read_text("utf-8"))
         modules = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
         if not OF_KINDS.match(name) and any(map(OF_KINDS.match, modules)):
             found.add(name.removeprefix("adapterkit."))

@@ -5,12 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-import adapterkit
 from adapterkit.core import errors
+from tests.support.sources import sources
 
-PACKAGE = Path(adapterkit.__file__).parent
 CLASSES = {
     name: value.code
     for name, value in vars(errors).items()
@@ -35,10 +33,10 @@ class Site:
 @cache
 def sites() -> tuple[Site, ...]:
     found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for name, tree in sources().items():
+        module = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         if module != "core.errors":
-            found += _calls(ast.parse(path.read_text("utf-8")), module, ())
+            found += _calls(tree, module, ())
     return tuple(found)
 
 
