@@ -12,17 +12,30 @@ from tests.support.usual import usual
 PARTS = {"sdxl": ("unet", "text_encoder", "text_encoder_2"), "flux": ("transformer",)}
 
 
-def two(name, saved, tmp_path, to="diffusers"):
+@pytest.fixture
+def two(saved, cached_folder):
     """A pipeline, and two adapters for it in a layout; the second one changes fewer parts."""
-    base, parts, files = saved(name), PARTS[name], []
-    for seed, own in ((1, parts), (7, parts[:2])):
-        file = lora_file(base, tmp_path / f"{seed}.safetensors", own, seed, rank=2 + seed % 3)
+
+    def paths(name, to="diffusers"):
+        base = saved(name)
+        folder = cached_folder(f"two-{name}", lambda folder: write_two(base, PARTS[name], folder))
         if to != "diffusers":
-            out = tmp_path / f"{seed}-{to}.safetensors"
-            adapterkit.convert(file, to=to, architecture=name, out=out)
-            file = out
-        files.append(file)
-    return base, *files
+            source, options = folder, {"to": to, "architecture": name}
+            folder = cached_folder(
+                f"two-{name}-{to}",
+                lambda folder: [
+                    adapterkit.convert(file, **options, out=folder / file.name)
+                    for file in source.iterdir()
+                ],
+            )
+        return base, *(folder / f"{seed}.safetensors" for seed in (1, 7))
+
+    return paths
+
+
+def write_two(base, parts, folder):
+    for seed, own in ((1, parts), (7, parts[:2])):
+        lora_file(base, folder / f"{seed}.safetensors", own, seed, rank=2 + seed % 3)
 
 
 def as_diffusers(file, name, to, tmp_path):
@@ -38,8 +51,8 @@ CASES = [("sdxl", "comfyui"), ("flux", "diffusers"), ("sdxl", "kohya"), ("flux",
 
 
 @pytest.mark.parametrize(("name", "to"), usual(CASES, CASES[:2]))
-def test_adapters_of_several_components_are_combined(name, to, saved, tmp_path):
-    base, one, other = two(name, saved, tmp_path, to)
+def test_adapters_of_several_components_are_combined(name, to, two, tmp_path):
+    base, one, other = two(name, to)
     out = tmp_path / "sum.safetensors"
     plan = adapterkit.combine({one: 0.7, other: -0.4}, method="linear", out=out, dry_run=True)
     assert plan.is_file and not out.exists()
@@ -56,9 +69,9 @@ def test_adapters_of_several_components_are_combined(name, to, saved, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "to"), [("sdxl", "kohya"), ("flux", "diffusers")])
-def test_adapters_of_several_components_are_resized(name, to, saved, tmp_path):
+def test_adapters_of_several_components_are_resized(name, to, two, tmp_path):
     """The rank that it has keeps all of it; a lower one is told of in the receipt."""
-    base, one, _ = two(name, saved, tmp_path, to)
+    base, one, _ = two(name, to)
     adapterkit.resize(one, rank=9, out=tmp_path / "same.safetensors")
     ours = with_adapters(base, {tmp_path / "same.safetensors": 1.0})
     assert_outputs(ours, with_adapters(base, {one: 1.0}))
@@ -72,8 +85,8 @@ def test_adapters_of_several_components_are_resized(name, to, saved, tmp_path):
         assert {*source.metadata()} - {"lora_adapter_metadata"} <= {*file.metadata()}
 
 
-def test_adapters_of_several_components_are_subtracted(saved, tmp_path):
-    base, one, other = two("sdxl", saved, tmp_path)
+def test_adapters_of_several_components_are_subtracted(two, tmp_path):
+    base, one, other = two("sdxl")
     adapterkit.subtract([one], general=[other, other], out=tmp_path / "less.safetensors")
     ours = with_adapters(base, {tmp_path / "less.safetensors": 1.0})
     assert_outputs(ours, with_adapters(base, {one: 1.0, other: -1.0}))
@@ -93,8 +106,8 @@ def test_a_folder_in_the_layout(saved, tmp_path):
     assert (tmp_path / "small" / "adapter_config.json").is_file()
 
 
-def test_unsupported_edits_of_several_components_are_refused(saved, tmp_path):
-    _, one, other = two("sdxl", saved, tmp_path)
+def test_unsupported_edits_of_several_components_are_refused(two, tmp_path):
+    _, one, other = two("sdxl")
     adapterkit.convert(one, to="peft", component="unet", out=tmp_path / "peft")
     with pytest.raises(Refused, match="--component"):
         adapterkit.combine([one, tmp_path / "peft"], method="linear", out=tmp_path / "out")
@@ -107,9 +120,9 @@ def test_unsupported_edits_of_several_components_are_refused(saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_verbs_take_them(saved, tmp_path):
+def test_other_verbs_take_them(two, tmp_path):
     """What is read, and the words of a file."""
-    base, one, other = two("sdxl", saved, tmp_path, "kohya")
+    base, one, other = two("sdxl", "kohya")
     found = adapterkit.inspect(one)["modules"]
     assert {module["module"].partition(".")[0] for module in found} == {*PARTS["sdxl"]}
     rows = adapterkit.diff(one, other)["changed"]
