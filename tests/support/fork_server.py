@@ -294,6 +294,8 @@ def rehearse(request: dict) -> None:
         stays = mock.patch("os._exit", side_effect=SystemExit)
         with outputs[0], outputs[1], stays, contextlib.suppress(BaseException):
             main(args=[*request["argv"], "--dry-run"], prog_name="adapterkit")
+        for name in OF_MODELS if "transformers" in sys.modules else ():
+            importlib.import_module(name)
     os.chdir(here)
 
 
@@ -304,6 +306,8 @@ OF_TRANSFORMERS = (
     "torchao.quantization", "scipy.optimize", "bitsandbytes", "tokenizers", "PIL.Image", "jinja2",
     "regex", "psutil", "httpx2", "h11", "anyio", "filelock", "tqdm.auto",
 )  # fmt: skip
+# with which a job runs a model: a second of processor time
+OF_MODELS = ("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
 
 
 def serve(rehearses: bool) -> None:
@@ -333,6 +337,8 @@ def serve(rehearses: bool) -> None:
             answer = {}
         else:
             verb = (request.get("argv") or [""])[0]
+            for name in request.get("imports", ()):
+                importlib.import_module(name)
             if rehearses and verb not in rehearsed:
                 rehearsed.add(verb)
                 rehearse(request)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,8 +111,10 @@ def command(
     return subprocess.CompletedProcess(argv, ended.status, ended.stdout, ended.stderr)
 
 
-def program(text: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """A program of Python in a process of its own."""
+def program(
+    text: str, cwd: Path, timeout: float = 300, imports: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """A program of Python in a process of its own, which finds these modules imported."""
     server = forks()
-    ended = server.wait(server.start(program=text, cwd=str(cwd)), timeout)
+    ended = server.wait(server.start(program=text, cwd=str(cwd), imports=imports), timeout)
     return subprocess.CompletedProcess(text, ended.status, ended.stdout, ended.stderr)

@@ -201,6 +201,7 @@ END = """
 except AdapterkitError as error:
     signals.fail(error, 1)
 """
+OF_PROGRAMS = ("adapterkit.runtime", "transformers.models.llama.modeling_llama")
 # code -> a program that ends with the error
 PROGRAMS: dict[str, str] = {
     "AK110": """
@@ -286,7 +287,7 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     if code in OF_HUB:
         return _of_hub(OF_HUB[code], folder)
     body = "".join(f"    {line}\n" for line in PROGRAMS[code].strip().splitlines())
-    return program(START + body + END, folder)
+    return program(START + body + END, folder, imports=OF_PROGRAMS)
 
 
 def printed(text: str, folder: Path) -> str:
