@@ -226,7 +226,7 @@ def save_sdxl(stage: Path) -> None:
     from tests.support import pipelines
     from tests.support.pipeline_files import factors_file, quiet
 
-    pipe = pipelines.sdxl(deepest=2)
+    pipe = pipelines.sdxl()
     with quiet():
         pipe.save_pretrained(stage / "SDXL")
     for seed, name in enumerate(("ink", "robot")):
