@@ -4,6 +4,7 @@ original models' names and back, and into diffusers' models."""
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -39,33 +40,42 @@ def factors(model: nn.Module, part: str) -> Tensors:
     return tensors
 
 
+class Family(NamedTuple):
+    architecture: str
+    model: nn.Module
+    source: Path
+
+    def there_and_back(self, to: str) -> Path:
+        """The source in this format, and that in diffusers' again."""
+        home, how = self.source.parent / to, {"architecture": self.architecture}
+        back = home / "diffusers.safetensors"
+        if not back.exists():
+            converted(converted(self.source, to, home, **how), "diffusers", home, **how)
+        return back
+
+
 @pytest.fixture(params=MODELS, scope="module")
-def family(request, tmp_path_factory) -> tuple[str, nn.Module, Path]:
+def family(request, tmp_path_factory) -> Family:
     architecture, build = MODELS[request.param]
     model = drawn(build())
-    return architecture, model, trained(model, tmp_path_factory.mktemp("family"))
+    return Family(architecture, model, trained(model, tmp_path_factory.mktemp("family")))
 
 
 FORMATS = ["comfyui", "kohya", "lycoris-wrapper", "ai-toolkit", "onetrainer-original"]
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_every_layer_goes_there_and_back(family, to, tmp_path):
-    architecture, _, source = family
-    if architecture not in described()[to].names.architectures:
+def test_every_layer_goes_there_and_back(family: Family, to: str):
+    if family.architecture not in described()[to].names.architectures:
         return  # the program has no such model
-    there = converted(source, to, tmp_path, architecture=architecture)
-    back = converted(there, "diffusers", tmp_path, architecture=architecture)
-    own, stored = load_file(back), load_file(source)
+    own, stored = load_file(family.there_and_back(to)), load_file(family.source)
     assert own.keys() == stored.keys()
     assert all(torch.equal(own[key], value) for key, value in stored.items())
 
 
-def test_diffusers_model_has_the_deltas_of_what_is_written(family, tmp_path):
-    architecture, model, source = family
-    there = converted(source, "comfyui", tmp_path, architecture=architecture)
-    back = converted(there, "diffusers", tmp_path, architecture=architecture)
-    assert_loaded(model, load_file(back), products(load_file(source)))
+def test_diffusers_model_has_the_deltas_of_what_is_written(family: Family):
+    back = family.there_and_back("comfyui")
+    assert_loaded(family.model, load_file(back), products(load_file(family.source)))
 
 
 def assert_loaded(model: nn.Module, tensors: Tensors, expected: Tensors) -> None:
