@@ -18,6 +18,7 @@ from adapterkit.core.errors import AdapterkitError
 from adapterkit.verbs.shared.statistics_file import METADATA, metadata_of
 from tests.support.planned import planned
 from tests.support.raw_files import WIDTH, MemoryFolder, Stored, base, file_of, plain
+from tests.support.usual import usual
 
 DEEP = 100_000
 # texts of JSON in the place of a value
@@ -170,14 +171,15 @@ def test_a_recipe_with_lists_for_shared_parameters_is_refused(tmp_path):
 # -- receipts --------------------------------------------------------------------------------------
 
 
-def test_a_base_with_a_hostile_receipt_is_merged(tmp_path):
+@pytest.mark.parametrize("most", usual([80, 250], {80}))
+def test_a_base_with_a_hostile_receipt_is_merged(most, tmp_path):
     on, adapter = base().write(tmp_path / "base"), plain().folder().write(tmp_path / "adapter")
     done, told = tmp_path / "done", adapterkit.merge(on, [adapter], out=tmp_path / "done").data
     held = {"name": "x", "weight": 1.0, "header": "0", "sha256": "0"}
     parts = {"recipe": told["recipe"], "adapters": told["adapters"], "held": [held]}
     for part, value in parts.items():
         texts = list(mutations(value))
-        for text in texts[:: 1 + len(texts) // 250]:
+        for text in texts[:: 1 + len(texts) // most]:
             receipt = json.dumps(told | {part: MARK}).replace(json.dumps(MARK), text)
             (done / "adapterkit.json").write_text(receipt, "utf-8")
             again = lambda: adapterkit.merge(
