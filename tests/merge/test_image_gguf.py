@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,13 +40,14 @@ Tensors = dict[str, Tensor]
 OF_STABLE_DIFFUSION = ("sd15", "sd2", "sdxl", "sdxl_refiner")
 
 
-def file_of(family: str) -> Tensors:
-    """The tensors of a family's file."""
+@cache
+def file_of(family: str) -> Mapping[str, Tensor]:
+    """The tensors of a family's file, which nobody changes."""
     states = {part: state_of(model) for part, model in models_of(family).items()}
     return in_the_file(family, states)
 
 
-def denoiser(tensors: Tensors) -> Tensors:
+def denoiser(tensors: Mapping[str, Tensor]) -> Tensors:
     """As ComfyUI-GGUF has them: the denoiser's alone, without its prefix."""
     start = DENOISER if any(key.startswith(DENOISER) for key in tensors) else "net."
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
@@ -52,10 +55,16 @@ def denoiser(tensors: Tensors) -> Tensors:
 
 def lora_of(family: str, folder: Path, every: int = 1) -> tuple[Path, Tensors]:
     """A LoRA of the denoiser, and the denoiser with it in float64."""
+    own, whole = changed_of(family, every)
+    return write_adapter(own, folder / "lora.safetensors"), whole
+
+
+@cache
+def changed_of(family: str, every: int) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensors]:
     own = {k: v for k, v in factors_of(family, every=every).items() if k.startswith(("tr", "unet"))}
     if family == "anima":
         own = factors_of(family, every=every)
-    return write_adapter(own, folder / "lora.safetensors"), denoiser(expected(family, own))
+    return own, denoiser(expected(family, own))
 
 
 def raw(path: Path) -> dict[str, bytes]:

@@ -77,7 +77,7 @@ def test_each_transformer_of_wan_gets_its_own(saved, tmp_path):
 
 def test_a_file_of_kohya(saved, tmp_path):
     """Underscored names of the publisher's layers; q, k and v of some in one."""
-    base, factors = saved("sdxl"), trained("sdxl", 29, mixed=False)
+    base, factors = saved("sdxl_of_ten"), trained("sdxl", 29, mixed=False)
     file = kohya_file(tmp_path / "kohya.safetensors", "sdxl", factors)
     adapterkit.merge(base, {file: 0.7}, out=tmp_path / "out")
     assert_outputs(loaded(tmp_path / "out"), with_adapters(base, {file: 0.7}))

@@ -4,8 +4,10 @@ import contextlib
 import copy
 import io
 import json
+import tempfile
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,15 @@ def factors(model: Any, seed: int, rank: int = 2, alpha: float = 3) -> tuple[dic
 
 def lora_file(folder: Path, to: Path, parts: tuple[str, ...], seed: int = 1, **how: Any) -> Path:
     """A file for these parts of a pipeline on disk, as diffusers writes it."""
-    return factors_file(loaded(folder), to, parts, seed, **how)
+    to.write_bytes(_lora_of(folder, parts, seed, tuple(how.items())))
+    return to
+
+
+@cache
+def _lora_of(folder: Path, parts: tuple[str, ...], seed: int, how: tuple) -> bytes:
+    with tempfile.TemporaryDirectory() as home:
+        to = Path(home, "lora.safetensors")
+        return factors_file(loaded(folder), to, parts, seed, **dict(how)).read_bytes()
 
 
 def factors_file(pipe: Any, to: Path, parts: tuple[str, ...], seed: int, **how: Any) -> Path:
