@@ -40,6 +40,7 @@ from adapterkit.verbs.score.verb import SampleOptions, Score
 from adapterkit.verbs.stats.data.records import draw_records
 from adapterkit.verbs.stats.data.samples import Samples
 from adapterkit.verbs.stats.model.layers import OffloadedLayers
+from adapterkit.verbs.stats.model.predictions import Predictions
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.plan import samples_of
 
@@ -104,7 +105,7 @@ def measured_texts(
         model = StoredModel(first.base, sources, cpu, buffers=False).model
     where = first.tokenizer(work)
     (samples,) = samples_of(where, model, [drawn.records], options.length, "--data")
-    shift = 0 if samples.has_decoder else 1
+    shift = 1 if Predictions(model).is_causal else 0
     kept = [s for s in samples.samples if any(x != -100 for x in s.labels[shift:])]
     if not kept:
         raise Refused(
@@ -114,11 +115,13 @@ def measured_texts(
             hint="give longer texts",
             code="AK901",
         )
+    left_out = len(samples.samples) - len(kept)
+    note = f"{left_out} samples left out: no token after their first one counts"
     samples = replace(samples, samples=kept)
     tokens = sum(x != -100 for s in kept for x in s.labels[shift:])
     about = {"files": drawn.files, "sha256": samples.digest}
     about |= {"samples": len(kept), "tokens": tokens}
-    return Texts(samples, about, [*drawn.notes, *samples.notes])
+    return Texts(samples, about, [*drawn.notes, *samples.notes, *[note] * bool(left_out)])
 
 
 def measured(
