@@ -225,29 +225,35 @@ def _variants(options: Score) -> tuple[list[Variant], Variant | None]:
         with errors.collected():
             folder = open_model(source)
             variants.append(replace(stored(folder), name=str(source)))
-            live = _with(folder, str(source), options)
+            live, notes = _with(folder, str(source), options)
+            variants[-1] = replace(variants[-1], notes=(*variants[-1].notes, *notes))
             variants += [live] if live is not None else []
     if options.against is not None:
         with errors.collected():
             folder, name = open_model(options.against), str(options.against)
-            reference = _with(folder, name, options) or replace(stored(folder), name=name)
+            live, _ = _with(folder, name, options)
+            reference = live or replace(stored(folder), name=name)
     errors.raise_all()
     return variants, reference
 
 
-def _with(folder: Folder, name: str, options: Score) -> Variant | None:
-    """The model with the adapters on it; None without adapters, or if it contains them."""
+def _with(folder: Folder, name: str, options: Score) -> tuple[Variant | None, list[str]]:
+    """The model with the adapters on it that it does not contain, None if there are none of them;
+    notes on the others."""
     sources = open_weighted(
         options.adapters, lambda text: open_adapter(text, folder, for_merge=True)
     )
-    if not sources:
-        return None
-    merged = merged_adapters(folder)
-    own = [scan_adapter(one, number)[0] for number, (one, _) in enumerate(sources, 1)]
-    if merged and all(same_merges(merged, one) for one in own):
-        return None
-    variant = with_adapters(folder, sources)
-    return replace(variant, name=" + ".join([name, *variant.adapters]))
+    merged, rest, notes = merged_adapters(folder), list[tuple[Folder, float]](), list[str]()
+    for number, (one, weight) in enumerate(sources, 1):
+        adapter = scan_adapter(one, number)[0] if merged else None
+        if adapter is not None and sum(e.weight for e in same_merges(merged, adapter)):
+            notes.append(f"{adapter.name} is in {folder.name} already, as its receipt says")
+        else:
+            rest.append((one, weight))
+    if not rest:
+        return None, notes
+    variant = with_adapters(folder, rest)
+    return replace(variant, name=" + ".join([name, *variant.adapters])), notes
 
 
 def _check_out(out: Path | None, overwrite: bool) -> None:
