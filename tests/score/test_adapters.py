@@ -244,6 +244,16 @@ def test_an_adapter_that_was_merged_and_subtracted_again_is_applied(merged, data
     assert list(rows) == [without, f"{without} + one", str(out)]
 
 
+def test_a_note_says_that_the_adapter_was_trained_on_another_base(data, tmp_path):
+    folder = saved(bases("llama"), tmp_path / "base")
+    oracle.train(loaded("llama", folder), tmp_path / "adapter", target_modules=SOME)
+    named = {"base_model_name_or_path": "org/other"}
+    adapter = oracle.edit_config(tmp_path / "adapter", tmp_path / "named", **named)
+    document = adapterkit.score(folder, data=data, adapters=[adapter])
+    assert "named was trained on org/other; the base here is base" in document["notes"]
+    assert len(document["notes"]) == 2  # the other one: there are few samples
+
+
 def test_an_adapter_of_another_tools_layout_acts_as_in_its_own(data, tmp_path):
     folder, adapter = saved(bases("llama"), tmp_path / "base"), tmp_path / "adapter"
     oracle.train(loaded("llama", folder), adapter, size=0.4, target_modules=SOME)

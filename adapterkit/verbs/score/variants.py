@@ -122,8 +122,9 @@ def with_adapters(
     """A model with the exact sum of adapters on it, W + Σ weight·scale·b@a in float32, as a merge
     computes it before it rounds. `Refused` for adapters that a merge refuses."""
     kind, variant = kind_of(folder), stored(folder)
-    is_packed = kind.in_safetensors and variant.base is not kind.read()
-    options = MergeOptions(include=include, exclude=exclude, dequantize=is_packed)
+    packed = any(isinstance(spec, QuantizedWeight) for spec in variant.base.tensors.values())
+    more = {"dequantize": True, "dtype": "fp32"} if kind.in_safetensors and packed else {}
+    options = MergeOptions(include=include, exclude=exclude, **more)
     state, errors = open_merge(kind, list(sources), options)
     steps = changed_steps(state, errors)
     exact = (_exact(step) for group in steps.values() for step in group)
@@ -131,7 +132,8 @@ def with_adapters(
     base = _changed(variant.base, exact, config)
     folders = (folder, *(adapter.folder for adapter in state.adapters))
     names = tuple(adapter.name for adapter in state.adapters)
-    return replace(variant, base=base, folders=folders, adapters=names)
+    notes = (*variant.notes, *state.notes)
+    return replace(variant, base=base, folders=folders, adapters=names, notes=notes)
 
 
 def _exact(step: Step) -> Step:
