@@ -106,7 +106,7 @@ CASES = {
         "predicts no tokens", PAIR, model="bert", options={"what": "gradient"}
     ),
     "gradients of tokens that are seen": Case(
-        "plain text gives no gradients of BertForMaskedLM", model="masked_bert",
+        "plain text has no masked tokens that BertForMaskedLM could predict", model="masked_bert",
         options={"what": "gradient"},
     ),
     "an adapter": Case("adapter", change=lambda base: as_adapter(base)),

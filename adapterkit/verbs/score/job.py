@@ -33,6 +33,7 @@ from adapterkit.core.options import (
 )
 from adapterkit.core.records import Json
 from adapterkit.core.system import quarter_of_memory
+from adapterkit.verbs.score.checks import check_model, check_samples
 from adapterkit.verbs.score.results import SampleSums, score_row
 from adapterkit.verbs.score.run import run
 from adapterkit.verbs.score.variants import Variant, stored, with_adapters
@@ -55,6 +56,7 @@ def score_models(options: Score) -> Json:
     with _work(out, options.resume) as (work, kept):
         variants, reference = _variants(options)
         texts = measured_texts(variants[0], files(options.data), options, work)
+        texts.notes.extend(check_samples(variants, reference, texts.samples))
         every = [reference, *variants] if reference is not None else variants
         sums = measured(
             every, texts, options, work, options.progress, compared=reference is not None, kept=kept
@@ -221,10 +223,15 @@ def _variants(options: Score) -> tuple[list[Variant], Variant | None]:
     """The models to measure, and the reference; `Refused` with all problems."""
     variants: list[Variant] = []
     reference, errors = None, Problems()
-    for source in unweighted(options.models):
+    models = unweighted(options.models)
+    if not models:
+        errors.add(
+            "no model", "one or more", "give a folder or a file", where="MODEL", code="AK102"
+        )
+    for source in models:
         with errors.collected():
             folder = open_model(source)
-            variants.append(replace(stored(folder), name=str(source)))
+            variants.append(check_model(replace(stored(folder), name=str(source))))
             live, notes = _with(folder, str(source), options)
             variants[-1] = replace(variants[-1], notes=(*variants[-1].notes, *notes))
             variants += [live] if live is not None else []
@@ -232,7 +239,7 @@ def _variants(options: Score) -> tuple[list[Variant], Variant | None]:
         with errors.collected():
             folder, name = open_model(options.against), str(options.against)
             live, _ = _with(folder, name, options)
-            reference = live or replace(stored(folder), name=name)
+            reference = check_model(live or replace(stored(folder), name=name))
     errors.raise_all()
     return variants, reference
 
@@ -257,12 +264,13 @@ def _with(folder: Folder, name: str, options: Score) -> tuple[Variant | None, li
 
 
 def _check_out(out: Path | None, overwrite: bool) -> None:
-    if out is not None and out.exists() and not overwrite:
+    is_folder = out is not None and out.is_dir()
+    if out is not None and out.exists() and (is_folder or not overwrite):
         raise Refused(
-            f"{shown(str(out))} exists",
+            f"{shown(str(out))} {'is a folder' if is_folder else 'exists'}",
             expected="a new file",
             where="--out",
-            hint="give --overwrite, or another --out",
+            hint="give another --out" if is_folder else "give --overwrite, or another --out",
             code="AK601",
         )
 
@@ -274,8 +282,13 @@ def _work(out: Path | None, resume: bool) -> Iterator[tuple[Path, Path | None]]:
     if kept is not None:
         if not resume:
             shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="adapterkit-", dir=kept) as work:
-        yield Path(work), kept
+        kept.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="adapterkit-", dir=kept) as work:
+            yield Path(work), kept
+    except BaseException:
+        if kept is not None and not any(kept.iterdir()):
+            kept.rmdir()  # of a run that was refused
+        raise
     if kept is not None:
         shutil.rmtree(kept)

@@ -41,6 +41,7 @@ from adapterkit.verbs.stats.verb import Stats, StatsOptions
 SUMS, SUMMING = 8 * 9 / 16, (8 + 4) * 9 / 16
 LENGTH = 512  # tokens of a sample, unless the model has fewer positions
 SUFFIX = ".safetensors"
+COLLECT = "adapterkit.runtime.collect(model, run_model)"
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,9 @@ def samples_of(
             f"{name} reads {shown(model.main_input_name)}, no text",
             expected="a model of texts",
             where=folder.label,
-            hint="collect in Python: adapterkit.runtime.collect(model, run_model)",
+            hint="give another model"
+            if needs_loss == "--data"
+            else f"collect in Python: {COLLECT}",
             code="AK902",
         )
     config = model.config
@@ -350,7 +353,7 @@ def samples_of(
             hint="add it to the config",
             code="AK902",
         )
-    positions = _positions(model)
+    positions = positions_of(model)
     if length is not None and length > positions:
         raise Refused(
             f"--length {length} is too long",
@@ -423,7 +426,7 @@ def sizes_of(job: CollectionPlan, shapes: dict[str, tuple[int, int]]) -> Sizes:
     )
 
 
-def _positions(model: Any) -> int:
+def positions_of(model: Any) -> int:
     """The number of positions of a model; a large number if it has no such limit."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # RoBERTa's first positions are those of padding
@@ -437,20 +440,21 @@ def _positions(model: Any) -> int:
 
 def _check_loss(model: Any, is_text: bool, where: str) -> None:
     """`Refused` for a model whose labels are no tokens, or tokens that it sees."""
-    name = type(model).__name__
+    name, gradients = type(model).__name__, where == "--what"
     if model.get_output_embeddings() is None:
         raise Refused(
             f"{name} predicts no tokens, so it has no loss of them",
             expected="a model with a loss of its tokens, such as a causal LM",
             where=where,
-            hint="collect them in Python: adapterkit.runtime.collect(model, run_model)",
+            hint=f"collect them in Python: {COLLECT}" if gradients else "give another model",
             code="AK902",
         )
     if is_text and name.endswith("ForMaskedLM"):
+        mask = "mask the tokens yourself"
         raise Refused(
-            f"plain text gives no gradients of {name}",
+            f"plain text has no masked tokens that {name} could predict",
             expected="input_ids with masked tokens, and labels",
             where="--data",
-            hint="mask the tokens yourself, or remove gradient from --what",
+            hint=f"{mask}, or remove gradient from --what" if gradients else mask,
             code="AK902",
         )
