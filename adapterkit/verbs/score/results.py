@@ -31,15 +31,16 @@ class Estimate:
 
 
 def mean_per_token(sums: Tensor, tokens: Tensor) -> Estimate:
-    """m = Σ sums / Σ tokens over samples, and m ± t·s/√N.
+    """m = Σ sums / Σ tokens over samples, and m ± t·√v.
 
-    s² is the variance of (sum - m·tokens) / mean(tokens), because samples were drawn, and their
-    lengths with them (Cochran, Sampling Techniques, 6.3); t: Student's, of N - 1 degrees."""
+    v = (N - 1)/N · Σ (mᵢ - m)², with mᵢ of all samples except i, because samples were drawn, and
+    their lengths with them (the jackknife: Cochran, Sampling Techniques, 6.17); t: Student's, of
+    N - 1 degrees. The linear approximation is too narrow if lengths differ much."""
     value, count = float(sums.sum() / tokens.sum()), len(sums)
     if count < 2:
         return Estimate(value, None, None)
-    residuals = (sums - value * tokens) / tokens.mean()
-    width = student(count - 1) * float(residuals.norm()) / math.sqrt((count - 1) * count)
+    changes = (sums - value * tokens) / (tokens.sum() - tokens)
+    width = student(count - 1) * float(changes.norm()) * math.sqrt((count - 1) / count)
     return Estimate(value, value - width, value + width)
 
 
