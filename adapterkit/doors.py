@@ -110,5 +110,8 @@ HUB = {
     "send": "bases.hub.push:send",
 }
 
+# What `verify` measures of an output besides bytes and rows
+CHECKS = {"score": "verbs.score.verifying:score_output"}
+
 # Where a plan runs, by the name in --engine; the contract is in `core/engine/__init__.py`
 ENGINES = {"local": "core.engine.execution:run_here", "ray": "many.workers.ray:run_on_ray"}

@@ -273,6 +273,10 @@ def print_verified(result: Json) -> None:
         )
     else:
         click.echo("to check the arithmetic of a merge too, give --base and --adapter", err=True)
+    if "score" in result:
+        from adapterkit.verbs.look.tables import score_table
+
+        click.echo("\n".join(score_table(result["score"])))
 
 
 def print_diff(document: Json, lines: list[str]) -> None:

@@ -20,8 +20,10 @@ from adapterkit.core.output.stage import RECEIPT
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import AGAIN, read_receipt
 from adapterkit.core.records import FINITE, TEXT, Json, entries, list_of, problems, read, table_of
+from adapterkit.core.registry import load
 from adapterkit.core.verify.file_checks import check_files
 from adapterkit.core.verify.verb import Verify
+from adapterkit.doors import CHECKS
 
 
 def verify_output(verify: Verify) -> Json:
@@ -47,13 +49,14 @@ def verify_output(verify: Verify) -> Json:
     file = getattr(out, "single", None)
     shared = file is not None and len(receipt["files"]) > 1
     out = cast(SingleFile, out).containing_folder() if shared else out
-    result = check_files(out, receipt, progress, shared=shared)
-    if base is None:
-        return result | {"rows": 0, "tensors": 0}
-    from adapterkit.core.verify.row_checks import check_rows  # imports torch
+    result = check_files(out, receipt, progress, shared=shared) | {"rows": 0, "tensors": 0}
+    if base is not None:
+        from adapterkit.core.verify.row_checks import check_rows  # imports torch
 
-    plan = _plan_again(receipt, verify, base, sources, file)
-    return result | check_rows(out, plan, _hint(receipt, plan))
+        plan = _plan_again(receipt, verify, base, sources, file)
+        result |= check_rows(out, plan, _hint(receipt, plan))
+    measured = load(CHECKS["score"])(verify, receipt) if verify.data else None
+    return result | ({"score": measured} if measured else {})
 
 
 def _hint(receipt: dict, plan: Plan) -> str:
@@ -125,6 +128,12 @@ def _plan_again(
     how = read(MergeOptions, options, RECEIPT, hint=AGAIN, name=flag_of, kind=Damaged)
     planner = base.own("merge of folders") or plan_merge
     plan = planner(base, pairs, how, statistics, file=file, imatrix=given, weights=chosen)
+    check_inputs(plan, receipt)
+    return plan
+
+
+def check_inputs(plan: Plan, receipt: dict) -> None:
+    """`Refused` with every input of the plan that is not the receipt's."""
     errors, entered = Problems(where=RECEIPT, code="AK107"), receipt["recipe"]["inputs"]
     if len(entered) != len(plan.folders):
         expected = f"{len(plan.folders)}, one for each folder"
@@ -141,4 +150,3 @@ def _plan_again(
                     f"give the {role.strip('-')} of the merge",
                 )
     errors.raise_all()
-    return plan

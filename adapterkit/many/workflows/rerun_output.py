@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,15 +96,22 @@ def _verb_of(
     kind: type[WritingVerb], call: Json, inputs: "_Inputs", rerun: Rerun, out: Path
 ) -> WritingVerb:
     """The call of a receipt with the paths of its inputs; `Refused` with every missing one."""
-    arguments = dict(call)
-    for field in fields_of(kind):
-        if field.name in arguments and option_of(field).check.kind in ("source", "sources", "file"):
-            arguments[field.name] = inputs.found(arguments[field.name])
-    inputs.errors.raise_all()
+    arguments = inputs.arguments(kind, call)
     more = {"out": str(out), "progress": rerun.progress}
     if rerun.allow_pickle:
         more["allow_pickle"] = True
     return records.read(kind, arguments | more, RECEIPT, hint=BY_HAND, name=flag_of)
+
+
+def verb_in(receipt: Json, output: StrPath, given: Json, hint: str) -> WritingVerb:
+    """The verb that made an output, with its inputs: those `given`, and others as `rerun` finds
+    them. `Refused` with every missing one."""
+    kind, call = call_in(receipt, RECEIPT)
+    inputs = _Inputs.of(Rerun(output), receipt)
+    inputs.errors.hint = hint
+    out = os.path.basename(os.path.normpath(output))
+    arguments = inputs.arguments(kind, call | given, {*given}) | {"out": out}
+    return records.read(kind, arguments, RECEIPT, hint=BY_HAND, name=flag_of)
 
 
 @dataclass
@@ -120,6 +127,15 @@ class _Inputs:
         entries: list[Json] = [one for one in receipt["recipe"]["inputs"] if AT_COMMIT.fits(one)]
         commits = {entry["repo"]: entry["revision"] for entry in entries}
         return cls(rerun, commits, Problems(where=os.fspath(rerun.output), hint=NAME_IT))
+
+    def arguments(self, kind: type[WritingVerb], call: Json, given: Collection[str] = ()) -> Json:
+        """A call with the paths of its inputs, except those that are `given`."""
+        sources = [f for f in fields_of(kind) if f.name in call and f.name not in given]
+        kinds = ("source", "sources", "file")
+        named = [f.name for f in sources if option_of(f).check.kind in kinds]
+        found = {name: self.found(call[name]) for name in named}
+        self.errors.raise_all()
+        return call | found
 
     def found(self, value: Any) -> Any:
         """Names resolved to existing paths, and Hub ids to their commits."""

@@ -61,18 +61,25 @@ def score_models(options: Score) -> Json:
         sums = measured(
             every, texts, options, work, options.progress, compared=reference is not None, kept=kept
         )
-        rows = list(zip(every, sums, strict=True))[reference is not None :]
-        document = {
-            "score": VERSION,
-            "data": texts.about,
-            "against": reference and reference.name,
-            "rows": score_rows(rows, reference is not None),
-            "notes": [*dict.fromkeys([*texts.notes, *(n for one in every for n in one.notes)])],
-        }
+        document = score_document(every, sums, texts, reference is not None)
         if out is not None:
             data = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
             replace_file(out, data.encode(), out.with_name(f".{out.name}.part"))
     return document
+
+
+def score_document(
+    every: Sequence[Variant], sums: Sequence[SampleSums], texts: "Texts", compared: bool
+) -> Json:
+    """The document of measured models; if `compared`, the first one is the reference."""
+    rows = list(zip(every, sums, strict=True))[compared:]
+    return {
+        "score": VERSION,
+        "data": texts.about,
+        "against": every[0].name if compared else None,
+        "rows": score_rows(rows, compared),
+        "notes": [*dict.fromkeys([*texts.notes, *(n for one in every for n in one.notes)])],
+    }
 
 
 def score_rows(

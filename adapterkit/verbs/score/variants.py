@@ -18,6 +18,7 @@ from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Refused
 from adapterkit.core.inputs.base_door import Base, kind_of
+from adapterkit.core.inputs.weights_file import WeightsFile
 from adapterkit.core.merge.plan import changed_steps, open_merge
 from adapterkit.core.merge.verb import MergeOptions
 from adapterkit.core.plan import Plan, Step, Task
@@ -118,14 +119,18 @@ def with_adapters(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    how: MergeOptions | None = None,
+    weights: WeightsFile | None = None,
 ) -> Variant:
     """A model with the exact sum of adapters on it, W + Σ weight·scale·b@a in float32, as a merge
-    computes it before it rounds. `Refused` for adapters that a merge refuses."""
+    computes it before it rounds; `how`: that merge's options. `Refused` for adapters that a merge
+    refuses."""
     kind, variant = kind_of(folder), stored(folder)
     packed = any(isinstance(spec, QuantizedWeight) for spec in variant.base.tensors.values())
     more = {"dequantize": True, "dtype": "fp32"} if kind.in_safetensors and packed else {}
-    options = MergeOptions(include=include, exclude=exclude, **more)
-    state, errors = open_merge(kind, list(sources), options)
+    selected = {} if how else {"include": include, "exclude": exclude}
+    options = replace(how or MergeOptions(), **selected, **more)
+    state, errors = open_merge(kind, list(sources), options, weights=weights)
     steps = changed_steps(state, errors)
     exact = (_exact(step) for group in steps.values() for step in group)
     config = state.config if kind.in_safetensors else variant.base.config
