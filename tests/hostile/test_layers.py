@@ -54,7 +54,9 @@ NEEDS: dict[str, str] = {
     "many.workflows": "adapters.formats bases.hub bases.images many.workers verbs.shared",
     "runtime": ("adapters.formats verbs.combine verbs.init verbs.shared verbs.stats"),
     "verbs.score": "bases.gguf bases.quantized many.workflows verbs.shared verbs.stats",
-    "verbs.look": "adapters.formats adapters.kinds bases.gguf bases.images verbs.shared",
+    "verbs.look": (
+        "adapters.formats adapters.kinds bases.gguf bases.images verbs.score verbs.shared"
+    ),
     "integrations": "adapters.formats verbs.look",
     "verbs.fit": "runtime verbs.combine verbs.look verbs.shared verbs.stats",
 }

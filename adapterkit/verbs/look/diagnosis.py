@@ -24,7 +24,7 @@ from adapterkit.core.inputs.sources import open_adapter, open_model
 from adapterkit.core.lazy import Tensor, torch
 from adapterkit.core.merge.plan import plan_merge
 from adapterkit.core.merge.verb import MergeOptions
-from adapterkit.core.options import Progress, expect, unweighted
+from adapterkit.core.options import Progress, expect, files, unweighted
 from adapterkit.core.plan import Plan, Step
 from adapterkit.core.records import Json
 from adapterkit.core.tasks.rows import EditedTensor
@@ -44,6 +44,10 @@ UNTOUCHED = 1e-2  # relative difference of weights above which they are not the 
 UNEXPLAINED = 0.3  # share of a change above which something else changed the model
 SAMPLED = "least squares over sampled rows of the weights that they touch"
 OTHERS = "another base, other adapters, training, or rounding to few bits changed them too"
+AGAIN = (
+    "merge it again, with a rounding that keeps small changes\n"
+    "adapterkit merge BASE ADAPTER --rounding stochastic --out merged-again --verify"
+)
 Tensors = Mapping[str, TensorSpec]  # of a model, as its weights decode
 MERGED = "{} was merged {} times"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -95,7 +99,19 @@ def diagnose_model(diagnose: Diagnose) -> Json:
             if unexplained > UNEXPLAINED and not quantized_weights(ours):
                 problem = f"{unexplained:.0%} of the change is no multiple of the adapters' deltas"
                 found.add("other_changes", problem, SAMPLED, OTHERS)
+            if diagnose.data:
+                _predictions(folder, base, adapters, found)
     return document | {"findings": found.rows}
+
+
+def _predictions(model: Folder, base: Folder, adapters: Sequence[Folder], found: _Findings) -> None:
+    """Report a loss that is not that of the base with the adapters."""
+    from adapterkit.verbs.score.diagnosing import other_predictions
+
+    options = found.options
+    texts = files(options.data), options.samples, options.progress
+    if finding := other_predictions(model, base, adapters, *texts):
+        found.add("predictions", *finding, AGAIN)
 
 
 def _values(model: Checkpoint, found: _Findings, progress: Progress) -> None:

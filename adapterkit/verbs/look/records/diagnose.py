@@ -1,6 +1,10 @@
 """diagnose: why a model with merged adapters does not answer as it should."""
 
+from collections.abc import Sequence
+
 from adapterkit.core.options import (
+    COUNT,
+    FILES,
     PROGRESS,
     SOURCE,
     UNWEIGHTED,
@@ -31,19 +35,22 @@ class Diagnose(Verb[Json]):
     `wrong_base` (weights are missing, or those that no adapter touches differ) and `other_changes`;
     with `adapters` also `adapter` (problems that `inspect` finds), `not_merged`, `merged_twice`,
     `subtracted`, `scale` (the delta without alpha / rank, or with it twice, or with the root of the
-    rank) and `strength` (another factor than 1). Raises `Refused` if the files cannot be
-    compared."""
+    rank) and `strength` (another factor than 1); with `data` also `predictions` (a loss that is not
+    finite, or that is nearer to that of the base than of the base with the adapters). Raises
+    `Refused` if the files cannot be compared."""
 
     runner = "verbs.look.diagnosis:diagnose_model"
     command = """Find out why a merged model answers badly.
 
     Checks its files, values and tokenizer. With --base and --adapter it also measures how much of
     each adapter is in the model: for example none, twice, without its scale, or merged into another
-    base. The exit status is 1 if it finds a problem.
+    base. With --data it also compares the model's loss on your texts with theirs. The exit status
+    is 1 if it finds a problem.
 
     \b
     Example:
       adapterkit diagnose merged --base BASE --adapter style
+      adapterkit diagnose merged --base BASE --adapter style --data texts.jsonl
     """
 
     model: StrPath = argument(kw_only=False, check=SOURCE)
@@ -56,6 +63,15 @@ class Diagnose(Verb[Json]):
         help="Adapter that should be in the model; repeat for several.",
         needs="base",
     )
+    data: StrPath | Sequence[StrPath] = option(
+        default=(),
+        check=FILES,
+        metavar="FILE",
+        help="Samples, to measure whether the model predicts as BASE with the adapters does; "
+        "repeat for several.",
+        needs="adapters",
+    )
+    samples: int = option(default=256, check=COUNT, help="Number of samples to draw.", needs="data")
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
 
