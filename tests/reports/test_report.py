@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.core.checkpoint.folder import LocalFolder
-from adapterkit.core.errors import Refused
+from adapterkit.core.errors import Damaged, Refused
 from adapterkit.core.inputs.weights_file import WeightsFile, named_adapter, write_weights
 from adapterkit.verbs.look.overview.page import report_page
 from adapterkit.verbs.look.pages import MOST_CELLS
@@ -364,3 +364,40 @@ def test_weights_are_on_the_page(tmp_path):
     with pytest.raises(Refused, match="is not the adapter"):
         report(tmp_path, two, one, weights=file)
     assert report(tmp_path, one)["weights"] is None
+
+
+def test_scores_are_bars_and_a_table_on_the_page(tmp_path):
+    estimate = lambda value, by: {"value": value, "low": value - by, "high": value + by}
+    document = {
+        "score": 1,
+        "data": {"files": {}, "samples": 3, "tokens": 1200},
+        "against": "/home/me/base",
+        "rows": [
+            {"model": "/home/me/base + style", "loss": estimate(2.0, 0.5), "perplexity": 7.389,
+             "kl": estimate(0.0, 0.0), "same_top1": 1.0},
+            {"model": "/home/me/merged", "loss": estimate(2.5, 0.25), "perplexity": 12.18,
+             "more": estimate(0.5, 0.6) | {"within_noise": True}, "kl": estimate(0.3, 0.1),
+             "same_top1": 0.75},
+        ],
+        "notes": ["two samples are cut to the model's length"],
+    }  # fmt: skip
+    file, one = tmp_path / "scores.json", adapter(tmp_path / "one")
+    file.write_text(json.dumps(document))
+    assert report(tmp_path, one, scores=file)["scores"] == document
+    page = (tmp_path / "report.html").read_text()
+    part = page[page.index("<h2>Scores</h2>") :]
+    assert "/home/me" not in page and "merged: 2.5000" in part and "base + style: 2.0000" in part
+    shown = ("KL is from base", "2.5000", "± 0.2500", "12.18", "0.3", "75.00%", "within noise")
+    assert all(text in part for text in (*shown, "two samples are cut", "1,200 tokens"))
+    widths = [float(width) for width in re.findall(r'width="([\d.]+)" height="\.7"', part)]
+    assert widths == pytest.approx([100 * 2.0 / 2.75, 100 * 2.5 / 2.75], abs=1e-3)
+    (first, *_) = re.findall(r'<rect x="([\d.]+)" y="0.42" width="([\d.]+)"', part)
+    assert [*map(float, first)] == pytest.approx([100 * 1.5 / 2.75, 100 * 1.0 / 2.75], abs=1e-3)
+    assert "<h2>Scores</h2>" not in report_page(report(tmp_path, one))
+
+
+@pytest.mark.parametrize("text", ["{}", '{"score": 2}', '{"score": 1, "rows": []}', "[]"])
+def test_a_file_that_score_did_not_write_is_refused_with_the_command(text, tmp_path):
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises((Refused, Damaged), match=r"scores\.json"):
+        report(tmp_path, adapter(tmp_path / "one"), scores=tmp_path / "scores.json")

@@ -14,6 +14,7 @@ from pathlib import Path
 from adapterkit.core.checkpoint.disk import replace_file
 from adapterkit.core.errors import Failed, Refused, shown
 from adapterkit.core.output.writer import unfinished_name
+from adapterkit.core.records import Json
 from adapterkit.verbs.look.heatmaps import Scale
 
 MARK = '<meta name="generator" content="adapterkit">'  # by which a page is known again
@@ -233,6 +234,29 @@ def _bitmap(values: Sequence[Row], scale: Scale) -> str:
     return (
         f'<image href="{source}" width="{width}" height="{height}" preserveAspectRatio="none" '
         'style="image-rendering:pixelated"/>'
+    )
+
+
+def bars(label: str, rows: Sequence[tuple[str, Json]]) -> str:
+    """A figure with a bar from 0 to each row's `value`, and a line from its `low` to its `high`
+    unless they are null. `label` is for screen readers."""
+    values = [one[end] for _, one in rows for end in ("value", "high") if one[end] is not None]
+    wide = 100 / max(*values, 1e-9)
+    parts = []
+    for y, (name, one) in enumerate(rows):
+        value, title = one["value"], escape(f"{name}: {one['value']:.4f}")
+        bar = f'<rect y="{y + 0.15}" width="{wide * value:.3f}" height=".7" fill-opacity=".55">'
+        parts.append(f"{bar}<title>{title}</title></rect>")
+        if one["low"] is not None and one["high"] is not None:
+            at, width = wide * one["low"], wide * (one["high"] - one["low"])
+            line = f'<rect x="{at:.3f}" y="{y + 0.42}" width="{width:.3f}" height=".16"'
+            parts.append(f'{line} style="fill:var(--ink)"/>')
+    names = "".join(f"<span>{escape(name)}</span>" for name, _ in rows)
+    return (
+        f'<figure class="map" aria-label="{escape(label)}" style="--rows:{len(rows)}">'
+        f'<div class="names" aria-hidden="true">{names}</div><svg role="img" '
+        f'aria-label="{escape(label)}" viewBox="0 0 100 {len(rows)}" preserveAspectRatio="none">'
+        f"{''.join(parts)}</svg></figure>"
     )
 
 

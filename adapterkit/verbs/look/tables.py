@@ -162,6 +162,15 @@ def fit_table(document: Json) -> list[str]:
 
 def score_table(document: Json) -> list[str]:
     """The losses of models, the least first, and their distances from a reference."""
+    data, against = document["data"], document["against"]
+    texts = [f"{data['tokens']:,} tokens of {data['samples']:,} samples, nats per token"]
+    texts += [f"KL from {against}"] if against else []
+    notes = [f"note: {note}" for note in document["notes"]]
+    return [*_align(score_cells(document), 1), "", "; ".join(texts), *notes]
+
+
+def score_cells(document: Json) -> list[list[str]]:
+    """The heads and rows of a table of scores."""
     against = document["against"]
     far = ["KL per token", "same top 1"] if against else []
     table = [["", "loss", "95 %", "perplexity", *far, "more than the best"]]
@@ -173,11 +182,7 @@ def score_table(document: Json) -> list[str]:
         text = "" if more is None else f"{more['value']:+.4f}"
         text += ", within noise" if more is not None and more["within_noise"] else ""
         table.append([row["model"], *cells, text])
-    data = document["data"]
-    texts = [f"{data['tokens']:,} tokens of {data['samples']:,} samples, nats per token"]
-    texts += [f"KL from {against}"] if against else []
-    notes = [f"note: {note}" for note in document["notes"]]
-    return [*_align(table, 1), "", "; ".join(texts), *notes]
+    return table
 
 
 def _within(estimate: Json) -> str:

@@ -20,6 +20,7 @@ from adapterkit.verbs.look.adapter import inspect_adapter
 from adapterkit.verbs.look.factors import finite
 from adapterkit.verbs.look.heatmaps import NUMBER, grid_of, heatmaps_of, module_label, place_of
 from adapterkit.verbs.look.overview.advice import advise, loading
+from adapterkit.verbs.look.overview.scores import read_scores
 from adapterkit.verbs.look.overview.spaces import adapter_of, compare_adapters, distinct
 from adapterkit.verbs.look.records.report import Report
 
@@ -54,6 +55,7 @@ def document_of(report: Report) -> Json:
         "pairs": compare_adapters(folders, report.stats) if len(folders) > 1 else None,
         "weights": None if weights is None else weights_document(weights, names),
         "outcome": _outcome(report.result) if report.result is not None else None,
+        "scores": read_scores(report.scores) if report.scores is not None else None,
     }
     return document | _commands(document, sources, report.base or "BASE")
 
@@ -74,6 +76,10 @@ def for_others(document: Json, report: Report) -> Json:
     document |= _commands(document, sources, base)
     for one in document["adapters"]:
         one["base"] = one["base"] and _name(str(one["base"]))
+    if scores := document["scores"]:
+        plain = lambda text: " + ".join(map(_name, text.split(" + ")))
+        scores["against"] = scores["against"] and plain(scores["against"])
+        scores["rows"] = [row | {"model": plain(row["model"])} for row in scores["rows"]]
     return document
 
 

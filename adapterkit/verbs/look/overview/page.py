@@ -11,6 +11,7 @@ from adapterkit.core.options import bytes_text
 from adapterkit.core.records import Json, Settings
 from adapterkit.verbs.look.heatmaps import Scale, heatmaps_of
 from adapterkit.verbs.look.overview.document import document_of, for_others, outcome_of
+from adapterkit.verbs.look.overview.scores import scores_section
 from adapterkit.verbs.look.pages import (
     band,
     check_page,
@@ -76,6 +77,7 @@ def report_page(document: Json) -> str:
         section("Together", _pairs(document["pairs"], names)),
         section("Weights", _weights(document["weights"], names)),
         section("Outcome", _outcome(document["outcome"])),
+        section("Scores", scores_section(document["scores"])),
         section(
             "How to load",
             [f"<h3>{inline(c['engine'])}</h3>{command(c['command'])}" for c in document["loading"]],

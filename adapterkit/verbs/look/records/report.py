@@ -49,6 +49,7 @@ class Report(Verb[Json]):
       `fit` chose its `files`, `losses`, `steps`, `written` and `seconds`; or null
     - `outcome`: the verb, totals, metrics by tensor and the 20 `worst` of the receipt of `result`;
       or null
+    - `scores`: the document of `score` in the file `scores`, or null
     - `advice`: one `command` with its `reason`; `loading`: commands by program
 
     Raises `Refused` if an adapter cannot be read or `out` is a file; with `overwrite` an older page
@@ -80,6 +81,12 @@ class Report(Verb[Json]):
         check=SOURCE,
         metavar="DIR",
         help="Output that was made from the adapters, to show the metrics of its tensors.",
+    )
+    scores: StrPath | None = option(
+        default=None,
+        check=SOURCE,
+        metavar="FILE.json",
+        help="Losses that `adapterkit score --out` wrote, to show them as bars.",
     )
     stats: StrPath | None = statistics_option(
         "Statistics with covariances of the base's inputs, to show cosines of the adapters' "
