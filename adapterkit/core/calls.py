@@ -14,8 +14,8 @@ from typing import Any
 
 from adapterkit.core.checkpoint.hub_ids import portable_name
 from adapterkit.core.commands import argument, line
-from adapterkit.core.errors import AdapterkitError, Problems, listed, shown
-from adapterkit.core.options import OptionRecord, StrPath, finite, flag_of, option_of, weighted
+from adapterkit.core.errors import AdapterkitError, Problems, listed
+from adapterkit.core.options import OptionRecord, StrPath, finite, flag_of, option_of
 from adapterkit.core.records import Json
 from adapterkit.core.registry import load
 from adapterkit.core.shared_options import RUNNING
@@ -72,14 +72,14 @@ def _may_be_path(text: str) -> bool:
 def _spelled(kind: str, value: Any, spell: Spelling) -> Any:
     if kind == "sources":
         pairs = [one if isinstance(one, tuple) else (one, None) for one in value]
-        return [_weighted(source, weight, spell) for source, weight in pairs]
+        return [spelled_source(source, weight, spell) for source, weight in pairs]
     if isinstance(value, list | tuple):
         return [_spelled(kind, one, spell) for one in value]
     is_path = kind in ("source", "file") and isinstance(value, str | os.PathLike)
     return spell(kind, value) if is_path else value
 
 
-def _weighted(source: StrPath, weight: float | None, spell: Spelling) -> Any:
+def spelled_source(source: StrPath, weight: float | None, spell: Spelling) -> Any:
     """Return a source, with its weight if it has one."""
     text = os.fspath(source)
     path, _, number = text.rpartition("=")
@@ -144,31 +144,6 @@ def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def refuse_missing_sources(verb: OptionRecord) -> None:
-    """`Refused` with all sources of a call that are no paths and no ids, if there are several."""
-    fields = dataclasses.fields(verb)
-    texts = [text for field in fields for text in _sources_of(verb, field)]
-    load("core.inputs.sources:refuse_missing")(dict.fromkeys(texts))
-
-
-def _sources_of(verb: OptionRecord, field: dataclasses.Field) -> list[str]:
-    """The sources that one field of a call names, without weights."""
-    value = getattr(verb, field.name)
-    if not value or not option_of(field).check.is_source:
-        return []
-    given = (_weighted(*one, lambda _, path: os.fspath(path)) for one in weighted(value))
-    return [one if isinstance(one, str) else one[0] for one in given]
-
-
-# An option in a hint, except those that are quoted
-_OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z0-9-]*)(?: [A-Z]+\b)?")
-_OF_COMMANDS = {"help", "json", "plan", "quiet"}  # options of every command, which no verb declares
-# a word of a command with its quotes; one that stands for a source, and what follows it
-_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""")
-_STANDS_FOR = re.compile(r"([A-Z]+)(=\S*)?")
-_ADAPTERS = {"adapters", "general", "paths", "src"}
-
-
 @contextlib.contextmanager
 def own_hints(verb: OptionRecord | type[OptionRecord]) -> Iterator[None]:
     """Adapt the hints of errors in this block to the options of `verb`, because verbs share
@@ -177,47 +152,8 @@ def own_hints(verb: OptionRecord | type[OptionRecord]) -> Iterator[None]:
     try:
         yield
     except AdapterkitError as error:
+        own_hint = load("core.hints:own_hint")
         for one in getattr(error, "errors", (error,)):
             if not one.is_of_verb:
                 one.hint, one.is_of_verb = own_hint(one.hint, verb, one.where), True
         raise
-
-
-def own_hint(hint: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
-    """Return a hint that spells options as the verb does, without alternatives that name options of
-    other verbs; its commands get the paths of the call."""
-    fields = dataclasses.fields(verb)
-    known = {field.name.replace("_", "-") for field in fields if field.kw_only}
-    known |= {"adapter"} if "adapters" in known else set()
-    arguments = {field.name for field in fields if not field.kw_only}
-    name = lambda m: m[1].upper() if m[1] in arguments else m[0]
-    fits = lambda text: all(m[1] in known | _OF_COMMANDS for m in _OPTION.finditer(text) if m[1])
-    text, newline, commands = hint.partition("\n")
-    text = _OPTION.sub(name, text)
-    parts = [text] if fits(text) else re.split(r", or |, then |; (?=give |--)", text)
-    kept = ", or ".join(part for part in parts if fits(part))
-    if hint and not kept:
-        kept = "first run" if commands else f"read its options\nadapterkit {verb.name} --help"
-    return with_paths(kept + newline + commands, verb, where)
-
-
-def with_paths(hint: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
-    """Return a hint whose commands name the call's sources instead of the words that stand for
-    them; of several adapters, the one that the error is about."""
-    text, newline, commands = hint.partition("\n")
-    sources: dict[str, list[str]] = {}
-    for field in dataclasses.fields(verb):
-        if isinstance(verb, OptionRecord) and (texts := _sources_of(verb, field)):
-            name = "ADAPTER" if field.name in _ADAPTERS else field.name.upper()
-            sources.setdefault(name, []).extend(texts)
-
-    def filled(word: re.Match) -> str:
-        if (stands := _STANDS_FOR.fullmatch(word[0])) is None:
-            return word[0]
-        name, rest = stands.groups("")
-        texts = sources.get(name) or sources.get(name.removesuffix("S"), [])
-        if name in sources and len(texts) > 1:
-            texts = [text for text in texts if where.startswith(shown(text))][:1]
-        return line(argument(text + rest) for text in texts) if texts else word[0]
-
-    return text + newline + _WORD.sub(filled, commands)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from adapterkit.core.errors import printable
 from adapterkit.core.system import system
 
-# hints of several refusals: prose, then a command, whose words `calls.with_paths` fills in
+# hints of several refusals: prose, then a command, whose words `hints.with_paths` fills in
 PLAIN = "make it plain first\nadapterkit resize ADAPTER --base BASE --energy 0.99 --out plain"
 WITHOUT_INITIAL = "make it plain first\nadapterkit rebase ADAPTER --initial INITIAL --out plain"
 EXTRACT = (

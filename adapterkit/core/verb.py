@@ -33,7 +33,7 @@ from typing import (
     overload,
 )
 
-from adapterkit.core.calls import own_hints, refuse_missing_sources
+from adapterkit.core.calls import own_hints
 from adapterkit.core.errors import NO_SUCH_PATH, Refused, as_usage, did_you_mean, listed
 from adapterkit.core.options import OptionRecord, option, option_of, record
 from adapterkit.core.records import Check, Json, invalid_value
@@ -178,7 +178,7 @@ def function_of(verb: Any) -> Any:
                 return call.run()
             except Refused as error:
                 if error.code == NO_SUCH_PATH:  # the first one; there may be more
-                    refuse_missing_sources(call)
+                    load("core.hints:refuse_missing_sources")(call)
                 raise
 
     function.__name__ = function.__qualname__ = verb.name

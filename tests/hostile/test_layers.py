@@ -32,7 +32,7 @@ CORE = [
     "engine",
     "tasks execute",
     "receipt plan budget",
-    "verb calls shared_options",
+    "verb calls hints shared_options",
     "adapter",
     "weights",
     "output checkpoint system commands",

@@ -15,7 +15,7 @@ import adapterkit
 from adapterkit import Refused
 from adapterkit.adapters.formats.convert import Convert
 from adapterkit.cli import main
-from adapterkit.core.calls import own_hint
+from adapterkit.core.hints import own_hint
 from adapterkit.core.merge.verb import Merge
 from adapterkit.core.registry import verb_named
 from tests.support.sources import sources, walked

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.keys import CONFIG
-from adapterkit.core.calls import with_paths
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources
@@ -18,6 +17,7 @@ from adapterkit.core.checkpoint.strict import read_json
 from adapterkit.core.commands import command
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import AdapterkitError, advice, listed, shown
+from adapterkit.core.hints import with_paths
 from adapterkit.core.inputs.base_door import kind_of, read_checkpoint
 from adapterkit.core.inputs.earlier_merges import merged_adapters
 from adapterkit.core.inputs.sources import open_adapter, open_model

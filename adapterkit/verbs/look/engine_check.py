@@ -17,11 +17,11 @@ from adapterkit.core.adapter.config import INCOMPLETE
 from adapterkit.core.adapter.keys import module_of_factors
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.adapter.targets import TargetMatcher
-from adapterkit.core.calls import with_paths
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.commands import command
 from adapterkit.core.errors import AdapterkitError, Problems, advice, listed
+from adapterkit.core.hints import with_paths
 from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.inputs.sources import open_adapter, open_model, open_unconverted
 from adapterkit.core.plan import Plan
