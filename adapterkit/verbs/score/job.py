@@ -53,7 +53,7 @@ def score_models(options: Score) -> Json:
     """The document of a score, which is also written to `out`."""
     out = None if options.out is None else Path(options.out)
     _check_out(out, options.overwrite)
-    with _work(out, options.resume) as (work, kept):
+    with work_folder(out, options.resume) as (work, kept):
         variants, reference = _variants(options)
         texts = measured_texts(variants[0], files(options.data), options, work)
         texts.notes.extend(check_samples(variants, reference, texts.samples))
@@ -213,7 +213,12 @@ def _digest(
 ) -> str:
     """A name for the results of these models on these texts."""
     about = [
-        [header_hashes([one.base], (0,)), _identity(one), one.adapters, sorted(one.base.tensors)]
+        [
+            header_hashes([one.base], (0,)),
+            _identity(one),
+            one.adapters,
+            sorted(one.base.tensors.items()),
+        ]
         for one in variants
     ]
     about += [texts.about["sha256"], options.dtype, compared]
@@ -283,7 +288,7 @@ def _check_out(out: Path | None, overwrite: bool) -> None:
 
 
 @contextmanager
-def _work(out: Path | None, resume: bool) -> Iterator[tuple[Path, Path | None]]:
+def work_folder(out: Path | None, resume: bool) -> Iterator[tuple[Path, Path | None]]:
     """A folder for temporary files, and one for finished results, which is removed at the end."""
     kept = None if out is None else out.with_name(f".{out.name}.rows")
     if kept is not None:

@@ -14,6 +14,7 @@ from adapterkit.bases.gguf.base import GgufBase
 from adapterkit.bases.gguf.model import open_gguf
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder
 from adapterkit.core.checkpoint.header import TensorSpec
+from adapterkit.core.checkpoint.shards import TOKENIZER
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import Refused
@@ -21,12 +22,14 @@ from adapterkit.core.inputs.base_door import Base, kind_of
 from adapterkit.core.inputs.weights_file import WeightsFile
 from adapterkit.core.merge.plan import changed_steps, open_merge
 from adapterkit.core.merge.verb import MergeOptions
-from adapterkit.core.plan import Plan, Step, Task
-from adapterkit.core.tasks.common import SomeOutputs
+from adapterkit.core.plan import CopyFile, Plan, Step, Task
+from adapterkit.core.tasks.common import CopiedTensor, SomeOutputs
 from adapterkit.core.tasks.rows import EditedTensor, StepTask
-from adapterkit.core.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.core.weights.codec import QuantizedWeight, decode_checked, stored_parts
 from adapterkit.core.weights.decoded import decoded_view
 from adapterkit.core.weights.detect import without_quantization
+
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,15 +159,40 @@ def _changed(base: Checkpoint, steps: Iterator[Step], config: dict) -> Checkpoin
 
 def planned(folder: Folder, plan: Plan, name: str) -> Variant:
     """The model that the plan of a merge into this folder would write."""
-    variant, changed = stored(folder), dict[str, TensorSpec]()
+    variant, config = stored(folder), plan.files.get("config.json")
+    tensors = dict(variant.base.tensors)
     for shard in plan.shards:
-        tasks = [one.task if isinstance(one, SomeOutputs) else one for one in shard.tasks]
-        tasks += [EditedTensor(step.key, step) for step in shard.steps if not step.copied]
-        own = (PlannedTensor.of(task) for task in tasks if isinstance(task, StepTask))
-        changed |= {one.key: one for one in own}
-    config = plan.files.get("config.json")
+        for step in shard.steps:
+            if not step.copied:
+                tensors[step.key] = PlannedTensor.of(EditedTensor(step.key, step))
+            elif step.key != step.source.key:  # a layer that is repeated, or a head
+                tensors[step.key] = replace(step.source, key=step.key)
+        for one in shard.tasks:
+            task = one.task if isinstance(one, SomeOutputs) else one
+            if isinstance(task, StepTask):
+                tensors[task.step.key] = PlannedTensor.of(task)
+            elif isinstance(task, CopiedTensor) and task.key != task.source.key:
+                own = variant.base.tensors.values()  # a head, which was tied
+                tensors[task.name] = next(w for w in own if task.source in stored_parts(w))
     config = json.loads(config) if isinstance(config, bytes) else variant.base.config
-    base = replace(
-        variant.base, tensors=variant.base.tensors | changed, config=without_quantization(config)
-    )
-    return replace(variant, name=name, base=base, folders=plan.folders)
+    if HEAD in tensors.keys() - variant.base.tensors.keys():
+        config = config | {"tie_word_embeddings": False}
+    base = replace(variant.base, tensors=tensors, config=without_quantization(config))
+    texts = _tokenizer_of(plan) or variant.texts
+    return replace(variant, name=name, base=base, folders=plan.folders, texts=texts)
+
+
+def _tokenizer_of(plan: Plan) -> dict[str, bytes]:
+    """The tokenizer of the output, if some of its files are not the base's."""
+    names = [name for name in plan.files if TOKENIZER.fullmatch(name)]
+    own = [one for name in names if isinstance(one := plan.files[name], CopyFile)]
+    if not any(one.folder for one in own):
+        return {}
+    texts = {}
+    for name in (*names, "config.json"):
+        one = plan.files[name]
+        if isinstance(one, CopyFile):
+            folder = plan.folders[one.folder]
+            one = folder.read(one.name, 0, folder.files()[one.name])
+        texts[name] = one
+    return texts
