@@ -97,6 +97,9 @@ MERGES = {
     "block names": "bases.images.block_weights:ModelNames",
     "combined": "verbs.combine.tasks.combined_edit:AddCombined",
     "part": "verbs.combine.tasks.combined_edit:WeightedDelta",
+    "entries": "verbs.score.choice:entries",
+    "choice": "verbs.score.choice:plan_choice",
+    "best": "verbs.score.choice:carry_out_best",
 }
 
 # Inputs and outputs on the Hub

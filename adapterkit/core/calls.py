@@ -26,8 +26,8 @@ COMMAND = "(the command)"  # its placeholder in a card
 # Options that no file holds: the user gives them on the command line. The driver of a Ray cluster
 # unpickles what it is sent, so the address of a cluster is one of them.
 OF_THE_USER = (
-    "accept", "allow_pickle", "dry_run", "engine", "overwrite", "progress", "push", "ray_address",
-    "resume",
+    "accept", "allow_pickle", "choose", "dry_run", "engine", "overwrite", "progress", "push",
+    "ray_address", "resume",
 )  # fmt: skip
 # a receipt does not hold how the job ran, or how its output was checked
 NOT_IN_RECEIPTS = frozenset({*OF_THE_USER, *RUNNING, "verify", "fail_below"})

@@ -62,10 +62,11 @@ def statistics_option(help: str, **more: object) -> Any:
     return option(default=None, check=SOURCE, metavar="FILE", help=help, **more)
 
 
-def compensation_option() -> Any:
+def compensation_option(*others: str) -> Any:
     """The covariances for compensated rounding."""
     help = "Covariances of the layers' inputs, for --rounding compensated."
-    return statistics_option(help, needs="rounding=compensated", section=QUANTIZED)
+    needs = " or ".join(("rounding=compensated", *others))
+    return statistics_option(help, needs=needs, section=QUANTIZED)
 
 
 def check_has_statistics(rounding: str, stats: object) -> None:

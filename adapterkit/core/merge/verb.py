@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.core.options import (
     COMPAT,
+    FILES,
     FLAG,
     SHARE_ABOVE_0,
     SOURCE,
@@ -22,6 +23,7 @@ from adapterkit.core.options import (
     option,
     record,
 )
+from adapterkit.core.records import Check
 from adapterkit.core.registry import declarations, load
 from adapterkit.core.shared_options import (
     GGUF,
@@ -43,10 +45,13 @@ from adapterkit.core.shared_options import (
     weights_option,
 )
 from adapterkit.core.verb import WritingVerb, function_of, push_option
+from adapterkit.doors import MERGES
 
 if TYPE_CHECKING:
     from adapterkit.core.plan import Plan
+    from adapterkit.core.receipt import Receipt
 
+CHOICE = Check("entries", lambda value: load(MERGES["entries"])(value), several=True)
 
 WRITTEN_TYPES = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k",
@@ -144,7 +149,7 @@ class MethodMergeOptions(OptionRecord):
     seed: int = seed_option(
         "Seed of stochastic rounding and of methods that use random numbers; the same seed "
         "gives the same bytes.",
-        needs="rounding=stochastic or method",
+        needs="rounding=stochastic or method or choose",
     )
     weight_for: Iterable[str] = weight_for_option()
 
@@ -279,7 +284,7 @@ class Merge(WritingVerb, MergeOptions):
         help="Merge into this 16-bit original of the quantized BASE.",
         section=QUANTIZED,
     )
-    stats: StrPath | None = compensation_option()
+    stats: StrPath | None = compensation_option("choose")
     out: StrPath = model_output_option()
     imatrix: StrPath | None = importance_option()
     verify: bool = verify_option()
@@ -293,12 +298,40 @@ class Merge(WritingVerb, MergeOptions):
         section=QUANTIZED,
     )
     push: str | None = push_option()
+    choose: Iterable[str] = option(
+        default=(),
+        check=CHOICE,
+        metavar="WAY,WAY,...",
+        help="Measure each way on --data, and write the best: nearest, stochastic, compensated, "
+        "touched-as=TYPE (--changed-type), base16 (into --original).",
+        needs="data",
+        excludes=("rounding", "changed_type"),
+        section=QUANTIZED,
+        tier="experimental",
+    )
+    data: StrPath | Iterable[StrPath] | None = option(
+        default=None,
+        check=FILES,
+        metavar="FILE",
+        help="Texts for --choose, as for `adapterkit score`.",
+        needs="choose",
+        section=QUANTIZED,
+    )
+
+    @property
+    def planned_by(self) -> str:
+        return MERGES["choice"] if self.choose else self.planner
 
     def plan(self) -> "Plan":
         plan = super().plan()
         if self.fail_below is None:
             return plan
         return dataclasses.replace(plan, warn=partial(plan.warn, fail_below=self.fail_below))
+
+    def carry_out(self, plan: "Plan", *, push: bool = True) -> "Receipt | Plan":
+        if self.choose and not self.dry_run:
+            return load(MERGES["best"])(self, plan, push)
+        return super().carry_out(plan, push=push)
 
     def check(self, plan: "Plan") -> Callable[[Path], object] | None:
         """Recompute rows of the finished folder, if `verify` is set."""

@@ -179,6 +179,14 @@ def _portable(verb: WritingVerb, path: Path) -> Json:
             hint=f"give it later\n{send}",
             code="AK111",
         )
+    if getattr(verb, "choose", ()):
+        raise Refused(
+            "--choose is given with --plan",
+            expected="one plan, which is the same in every process",
+            where="options",
+            hint="remove --choose and --data, or run without --plan",
+            code="AK111",
+        )
     own = {"accept", "allow_pickle"}
     arguments = arguments_of(verb, _portable_path, {*OF_THE_USER} - own)
     lost = [name for name, value in arguments.items() if name in own or not is_data(value)]
