@@ -309,8 +309,8 @@ class Merge(WritingVerb, MergeOptions):
         section=QUANTIZED,
         tier="experimental",
     )
-    data: StrPath | Iterable[StrPath] | None = option(
-        default=None,
+    data: StrPath | Iterable[StrPath] = option(
+        default=(),
         check=FILES,
         metavar="FILE",
         help="Texts for --choose, as for `adapterkit score`.",

@@ -331,9 +331,11 @@ def _rank_text(rank: dict | None) -> str:
 
 
 def outcomes(receipt: Json) -> Iterator[str]:
-    """Yield a receipt's metrics in a few lines: energy kept, survival of the change, relative
-    errors."""
+    """Yield a receipt's metrics in a few lines: the choice of a rounding, energy kept, survival of
+    the change, relative errors."""
     metrics = receipt["parameters"]
+    if "choices" in receipt:
+        yield from [*score_table(receipt["choices"]), ""]
     named = lambda name: {key: metric[name] for key, metric in metrics.items() if name in metric}
     refits = {key: one for key, one in metrics.items() if {"energy", "norm"} <= one.keys()}
     total = math.hypot(*(metric["norm"] for metric in refits.values()))

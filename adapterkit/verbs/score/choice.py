@@ -102,7 +102,7 @@ def _call(merge: Merge, entry: str) -> Merge:
     return replace(
         merge,
         choose=(),
-        data=None,
+        data=(),
         rounding=entry if entry in ROUNDINGS else "nearest",
         changed_type=entry.removeprefix(TYPE) if entry.startswith(TYPE) else None,
         seed=merge.seed if entry == "stochastic" or merge.method else 0,

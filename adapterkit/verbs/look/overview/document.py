@@ -207,6 +207,7 @@ def outcome_of(receipt: Json) -> Json:
         "seconds": receipt["timings"]["seconds"],
         "warnings": receipt.get("warnings", []),
         "notes": receipt["notes"],
+        "choices": receipt.get("choices"),
         "rows": rows,
         "columns": columns,
         "metrics": {

@@ -295,6 +295,14 @@ def _outcome(outcome: Json | None) -> list[str]:
     parts = [table(["", ""], rows, texts=True)]
     parts += [paragraph(f"warning: {text}") for text in outcome["warnings"]]
     parts += [paragraph(note, "soft") for note in outcome["notes"]]
+    if choices := outcome["choices"]:
+        heads = ["", "loss", "perplexity", "more than the best"]
+        more = lambda row: row.get("more", {}).get("value")
+        lines = [
+            (row["model"], *map(number, (row["loss"]["value"], row["perplexity"], more(row))))
+            for row in choices["rows"]
+        ]
+        parts.append(table(heads, lines, caption="the ways that were measured"))
     for metric, values in outcome["metrics"].items():
         label, log = MEASURES[metric]
         parts.append(_maps(label, log, outcome["rows"], outcome["columns"], {"": values}))
