@@ -36,10 +36,9 @@ from typing import (
 from adapterkit.core.calls import own_hints
 from adapterkit.core.errors import NO_SUCH_PATH, Refused, as_usage, did_you_mean, listed
 from adapterkit.core.options import OptionRecord, option, option_of, record
-from adapterkit.core.records import Check, Json, invalid_value
-from adapterkit.core.registry import STABLE, Tier, load, verb_named
+from adapterkit.core.records import Json
+from adapterkit.core.registry import STABLE, Tier, load
 from adapterkit.core.shared_options import REPOSITORY, RUNNING, RunOptions
-from adapterkit.doors import VERBS
 
 if TYPE_CHECKING:
     from adapterkit.core.plan import Plan
@@ -118,23 +117,6 @@ class WritingVerb(RunOptions, Verb["Receipt | Plan"]):
         with own_hints(self):
             sent = getattr(self, "push", None) if push else None
             return execution.execute(plan, self, self.check(plan), sent)
-
-
-def writing_verbs() -> dict[str, type[WritingVerb]]:
-    """Return the verbs that write, by name: those that a plan file or a pipeline can call."""
-    verbs = {name: verb_named(name) for name in VERBS if name not in ("run", "finish")}
-    return {name: verb for name, verb in sorted(verbs.items()) if issubclass(verb, WritingVerb)}
-
-
-def _writing_verb(name: object) -> type[WritingVerb]:
-    known = writing_verbs()
-    if not isinstance(name, str) or name not in known:
-        expected = f"a verb that writes: {', '.join(known)}"
-        raise invalid_value(name, expected, "use one of these", list(known))
-    return known[name]
-
-
-VERB = Check("a verb that writes", _writing_verb)
 
 
 def push_option() -> Any:

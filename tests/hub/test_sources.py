@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from adapterkit.core.verb import writing_verbs
 from adapterkit.doors import VERBS
+from adapterkit.many.workflows.verbs import writing_verbs
 from tests.golden.inputs import create_inputs
 from tests.golden.jobs import READING, WRITING, job
 from tests.hub.test_convert import kohya_file

@@ -9,7 +9,7 @@ import pytest
 import adapterkit
 from adapterkit.core.errors import Refused
 from adapterkit.core.receipt import Receipt
-from adapterkit.core.verb import writing_verbs
+from adapterkit.many.workflows.verbs import writing_verbs
 from tests.faults.conftest import digests
 from tests.golden import jobs
 from tests.golden.inputs import create_inputs

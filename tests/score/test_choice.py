@@ -220,10 +220,8 @@ def test_a_dry_run_names_the_ways_and_measures_nothing(llama: Path, lora: Path, 
     assert "note: the figures are those of nearest; the run measures nearest (" in done.stdout
     assert "), and writes the best\n" in done.stdout
     document = json.loads(command("merge", llama, lora, *words, "--json").stdout)
-    assert "choices" not in document and "call" not in document
-    plain = command("merge", llama, lora, "--out", "out", "--dry-run", "--json").stdout
-    assert document["totals"] == json.loads(plain)["totals"]
-    assert document["changed"] == json.loads(plain)["changed"]
+    plain = json.loads(command("merge", llama, lora, *words[4:], "--json").stdout)
+    assert document.pop("notes") and plain.pop("notes") == [] and document == plain
 
 
 def test_a_dry_run_loads_no_torch(llama: Path, lora: Path, data: Path, tmp_path: Path):

@@ -250,6 +250,9 @@ class Merge(WritingVerb, MergeOptions):
     equal ones change nothing, others are refused unless `embedding_copies` says which counts,
     "ignore" (the base's own weight) or "adapter" (the copy, as in PEFT).
 
+    `choose` names ways to round. Each is measured on the texts of `data` as it would be written,
+    and the one of least loss per token is written; the receipt's `choices` has the table.
+
     `fail_below` is the share of the change that the median of the changed tensors has to keep. If
     rounding keeps less, the merge fails before anything is published. Without it, the receipt's
     `warnings` say how much is lost.
@@ -318,11 +321,9 @@ class Merge(WritingVerb, MergeOptions):
         section=QUANTIZED,
     )
 
-    @property
-    def planned_by(self) -> str:
-        return MERGES["choice"] if self.choose else self.planner
-
     def plan(self) -> "Plan":
+        if self.choose:
+            return load(MERGES["choice"])(self)
         plan = super().plan()
         if self.fail_below is None:
             return plan

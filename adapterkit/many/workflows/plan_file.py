@@ -27,8 +27,9 @@ from adapterkit.core.inputs.sources import similar_path
 from adapterkit.core.options import FILE, StrPath, checked, flag_of
 from adapterkit.core.plan import Plan
 from adapterkit.core.records import TABLE, TEXT, Json
-from adapterkit.core.verb import VERB, WritingVerb, called
+from adapterkit.core.verb import WritingVerb, called
 from adapterkit.many.workers.job_identity import WorkerJob, prepare_workers
+from adapterkit.many.workflows.verbs import VERB
 
 VERSION = 1
 AGAIN = "make the plan again"

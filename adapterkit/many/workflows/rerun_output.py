@@ -20,8 +20,9 @@ from adapterkit.core.output.stage import RECEIPT
 from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import fingerprint_of, other_inputs, public_recipe, read_receipt
 from adapterkit.core.records import Json
-from adapterkit.core.verb import VERB, WritingVerb, fields_of
+from adapterkit.core.verb import WritingVerb, fields_of
 from adapterkit.many.workflows.rerun import Rerun
+from adapterkit.many.workflows.verbs import VERB
 
 NAME_IT = "give --inputs PATH: a path that ends in its name, or the folder that contains it"
 BY_HAND = "run its command again by hand; verify checks its files"

@@ -17,7 +17,8 @@ from adapterkit.core.checkpoint.folder import read_small, refuse_shares
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
 from adapterkit.core.options import finite, option_of
 from adapterkit.core.records import Json
-from adapterkit.core.verb import VERB, WritingVerb, fields_of
+from adapterkit.core.verb import WritingVerb, fields_of
+from adapterkit.many.workflows.verbs import VERB
 
 HINT = "see docs/workflows.md"
 MAX_FILE = 1_000_000  # bytes

@@ -12,7 +12,7 @@ from adapterkit.core.inputs.base_door import kind_of
 from adapterkit.core.inputs.sources import open_model
 from adapterkit.core.merge.verb import WRITTEN_TYPES, Merge
 from adapterkit.core.options import bytes_text, choice, files, texts
-from adapterkit.core.plan import Files, Plan
+from adapterkit.core.plan import Plan
 from adapterkit.core.receipt import Receipt
 from adapterkit.core.records import Json
 from adapterkit.verbs.stats.data.records import SUFFIXES
@@ -47,15 +47,9 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Choice(Plan):
-    """The plans of all candidates; as a plan, the first one's."""
+    """The plans of all candidates; as a plan, it is the first one's."""
 
     candidates: tuple[Candidate, ...] = ()
-
-    def decided(self) -> Json:
-        return self.decisions  # no call: the one that makes the output is not known yet
-
-    def written_files(self) -> Files:
-        return self.candidates[0].plan.written_files()
 
 
 def plan_choice(merge: Merge) -> Choice:
