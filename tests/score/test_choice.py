@@ -410,6 +410,7 @@ def test_files_of_calls_hold_no_choice(llama: Path, lora: Path, data: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_losses_of_a_real_model_in_nf4(tmp_path: Path):
     """SmolLM2-135M with an adapter of German texts: rounding to nearest loses it, the other ways
     keep most of it."""
@@ -420,21 +421,20 @@ def test_losses_of_a_real_model_in_nf4(tmp_path: Path):
 
     original = realmodel.smollm2()
     lines = languages.messages()["german"]
-    held_out = texts.write_rows(tmp_path / "data.jsonl", *({"text": t} for t in lines[::4][:96]))
+    held_out = texts.write_rows(tmp_path / "data.jsonl", *({"text": t} for t in lines[:96:4]))
     training = [line for number, line in enumerate(lines) if number % 4]
     tokens = languages.blocks(AutoTokenizer.from_pretrained(original), training)
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     languages.train(model, {"german": tokens}, tmp_path)
     base = tmp_path / "nf4"
     adapterkit.quantize(original, to="nf4", double_quant=True, out=base)
-    sample = texts.write_rows(tmp_path / "sample.jsonl", *({"text": t} for t in training[:200]))
+    sample = texts.write_rows(tmp_path / "sample.jsonl", *({"text": t} for t in training[:40]))
     stats = covariances(original, sample, tmp_path / "stats.safetensors")
+    more: dict[str, Any] = {"stats": stats, "original": original}
     ways = (*ROUNDINGS, "base16")
-    more = {"stats": stats, "original": original}
     receipt = check_choice(base, tmp_path / "german", held_out, tmp_path, *ways, **more)
-    print(json.dumps(receipt["choices"], indent=1), receipt["notes"])
     losses = {row["model"]: row["loss"]["value"] for row in receipt["choices"]["rows"]}
     (without,) = adapterkit.score(base, data=held_out)["rows"]
     assert losses["nearest"] > without["loss"]["value"] - 0.1
     assert max(losses["stochastic"], losses["compensated"]) < losses["nearest"] - 0.3
-    print(without, adapterkit.score(base, adapters=tmp_path / "german", data=held_out))
+    assert receipt["choices"]["written"] == "base16"
