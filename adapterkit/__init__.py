@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.look.records.diff import diff as diff
     from adapterkit.verbs.look.records.inspect import inspect as inspect
     from adapterkit.verbs.look.records.report import report as report
+    from adapterkit.verbs.score.compare_verb import compare as compare
     from adapterkit.verbs.shared.lora_config import LoraConfig as LoraConfig
     from adapterkit.verbs.stats.verb import stats as stats
 

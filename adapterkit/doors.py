@@ -30,6 +30,7 @@ SECTIONS = {
         "inspect": "verbs.look.records.inspect",
         "report": "verbs.look.records.report",
         "check": "verbs.look.records.check",
+        "compare": "verbs.score.compare_verb",
         "diff": "verbs.look.records.diff",
         "verify": "core.verify.verb",
         "rerun": "many.workflows.rerun",

@@ -151,6 +151,12 @@ def _show_findings(result: Json) -> None:
     click.echo(f"found: {len(result['findings']) or 'nothing'}")
 
 
+def _show_compared(result: Json) -> None:
+    from adapterkit.verbs.score.compare import compare_lines
+
+    click.echo("\n".join(compare_lines(result)))
+
+
 def _show_same(result: Json) -> None:
     click.echo(f"{result['files']} files are the same bytes: {result['command']}")
 
@@ -275,6 +281,7 @@ def _print(document: Json, table: str, as_json: bool) -> None:
 ACTIONS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "check": check,
+    "compare": reading(_show_compared, lambda result: result["same"]),
     "diagnose": reading(_show_findings, lambda result: not result["findings"]),
     "diff": diff,
     "fit": fit,
@@ -285,7 +292,9 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "score": score,
     "verify": reading(print_verified),
 }
-QUIETLY = ("check", "diagnose", "finish", "fit", "report", "rerun", "run", "score", "verify")
+QUIETLY = (
+    "check", "compare", "diagnose", "finish", "fit", "report", "rerun", "run", "score", "verify",
+)  # fmt: skip
 OWN_OPTIONS = {name: [json_option, quiet_option] for name in QUIETLY} | {
     "convert": CONVERT_OPTIONS,
     "diff": [json_option, QUIET_DIFF],

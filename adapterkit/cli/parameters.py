@@ -69,7 +69,7 @@ def _parameter(field: dataclasses.Field) -> click.Parameter:
     is_required = default is dataclasses.MISSING
     more: dict[str, Any] = {"required": is_required, "metavar": option.metavar}
     if not field.kw_only:
-        more["type"] = TYPES[check.kind]
+        more["type"] = TYPES.get(check.kind, str)
         if check.several:
             return SourcesArgument([field.name], nargs=-1, **more)
         return click.Argument([field.name], **more)

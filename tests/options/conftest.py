@@ -27,6 +27,7 @@ def calls(cached_folder, tmp_path_factory):
         "arrow": ([[one, two]], {}),
         "check": ([one], {"program": "vllm"}),
         "combine": ([[one, two]], {"method": "ties", "density": 0.5, "rank": 2}),
+        "compare": (["http://localhost:9", base], {"served": "one", "adapter": one}),
         "convert": ([one], {"to": "peft"}),
         "dequantize": ([root / "nf4"], {}),
         "diagnose": ([root / "tuned"], {"base": base, "adapters": [one]}),
