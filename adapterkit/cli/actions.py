@@ -145,16 +145,24 @@ def check(verb: type[Verb], adapter: str, as_json: bool, quiet: bool, **options:
     click.get_current_context().exit(0 if result["takes"] else 1)
 
 
+def compare(verb: type[Verb], *sources: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Print what a server serves; the exit status is 1 unless it is the adapter, or the model."""
+    with ProgressBar(quiet, "layers") as bar:
+        # not the bar itself: how many there are to come is not known
+        result: Any = function_of(verb)(*sources, progress=bar.__call__, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        from adapterkit.verbs.score.compare import compare_lines
+
+        click.echo("\n".join(compare_lines(result)))
+    click.get_current_context().exit(0 if result["same"] else 1)
+
+
 def _show_findings(result: Json) -> None:
     for row in result["findings"]:
         click.echo(f"- {row['problem']}\n  evidence: {row['evidence']}\n  {advised(row)}")
     click.echo(f"found: {len(result['findings']) or 'nothing'}")
-
-
-def _show_compared(result: Json) -> None:
-    from adapterkit.verbs.score.compare import compare_lines
-
-    click.echo("\n".join(compare_lines(result)))
 
 
 def _show_same(result: Json) -> None:
@@ -281,7 +289,7 @@ def _print(document: Json, table: str, as_json: bool) -> None:
 ACTIONS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "check": check,
-    "compare": reading(_show_compared, lambda result: result["same"]),
+    "compare": compare,
     "diagnose": reading(_show_findings, lambda result: not result["findings"]),
     "diff": diff,
     "fit": fit,

@@ -74,10 +74,12 @@ def compare_server(options: Compare) -> Json:
     if options.adapter is not None and base is None:
         raise _no_adapter(server, name)
     folder = open_model(options.model)
-    adapter = if_given(lambda path: open_adapter(path, folder), options.adapter)
+    adapter = if_given(lambda path: open_adapter(path, folder, for_merge=True), options.adapter)
     with tempfile.TemporaryDirectory() as work:
         own = stored(folder)
         samples, notes = _samples(options, own, Path(work))
+        if server.longest is not None:
+            samples, notes = _cut(samples, server.longest - 1, notes)
         questions = list(_questions(samples, server.most))
         top = options.top or server.top
         names = (name,) if adapter is None else (base or "", name)
@@ -139,6 +141,14 @@ def _samples(options: Compare, variant: Variant, work: Path) -> tuple[Samples, l
         )
     builtin = "compared on built-in texts: an adapter for other texts may hardly act on them"
     return samples, [*notes, *samples.notes, *([] if options.data else [builtin])]
+
+
+def _cut(samples: Samples, length: int, notes: list[str]) -> tuple[Samples, list[str]]:
+    """Samples of at most `length` tokens, and the notes with one on those that were longer."""
+    count = sum(len(one.tokens) > length for one in samples.samples)
+    cut = [replace(s, tokens=s.tokens[:length], labels=s.labels[:length]) for s in samples.samples]
+    about = f"{count} texts are cut to {length} tokens, because the server's context ends there"
+    return replace(samples, samples=cut), [*notes, about] if count else notes
 
 
 def _questions(samples: Samples, most: int) -> Iterator[Question]:
@@ -325,9 +335,10 @@ def judged(kl: Mapping[str, float], rows: Mapping[Guess, float | None]) -> Json:
     """Whether the adapter acts, whether it is this one, and what is nearest.
 
     The divergence between both bases is the noise of a server that rounds otherwise. It acts: the
-    served divergence from the served base is above the noise, or above a quarter of the adapter's
-    own effect. It is this one: no variant is nearer by more than half the noise, and it is within a
-    quarter of the effect."""
+    served divergence from the served base is above the noise and 1% of the adapter's own effect, or
+    above a quarter of that. It is this one: no variant is nearer by more than half the noise, and
+    it is within a quarter of the effect. It is another variant: that is nearer than the file and,
+    by a factor of 4, than the base."""
     noise, effect = max(kl["noise"], FLOOR), kl["effect"]
     acts = kl["served_base"] > max(min(max(noise, effect / 100), effect / 4), FLOOR)
     ran = {guess: value for guess, value in rows.items() if value is not None}
@@ -337,11 +348,11 @@ def judged(kl: Mapping[str, float], rows: Mapping[Guess, float | None]) -> Json:
         why = "it cannot be decided, because the adapter changes nothing on these texts"
     elif kl["file"] <= min(least, kl["base"]) + noise / 2 and kl["file"] <= effect / 4:
         same, near = True, "the adapter"
+    elif best is not None and 4 * max(least, noise / 2) < min(effect, kl["base"], 4 * kl["file"]):
+        acts, same, near, drops = True, False, best.words, list(best.drops)
+        why = f"it acts as this one {best.words}, KL {_short(least)} from that"
     elif not acts:
         same, near = False, "the base"
-    elif best is not None and least <= min(effect, kl["base"]) / 4 and least < kl["file"]:
-        same, near, drops = False, best.words, list(best.drops)
-        why = f"it acts as this one {best.words}, KL {_short(least)} from that"
     elif noise > effect / 4:
         why = "it cannot be decided, because the served base is "
         why += f"KL {_short(noise)} from the file's, and the adapter changes it by {_short(effect)}"

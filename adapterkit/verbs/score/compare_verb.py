@@ -126,7 +126,12 @@ class Compare(Verb[Json]):
         metavar="VARIABLE",
         help="Variable of the environment that has the server's key.",
     )
-    device: str = option(default="auto", check=DEVICE, help="Where the files run.")
+    device: str = option(
+        default="auto",
+        check=DEVICE,
+        metavar="auto|cpu|cuda[:i]",
+        help="Device on which the files run; auto is the CPU.",
+    )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
 

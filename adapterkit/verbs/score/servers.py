@@ -11,6 +11,7 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from adapterkit.core.records import Json
 
 SECONDS = 120.0  # until a server has to answer
 LARGEST = 256 << 20  # bytes of an answer
+BIAS = 1e4  # of a token's logit, to draw it for certain
 LONGEST = 300  # characters of a server's own message that are shown
 CODE = "AK910"
 LogProbs = dict[int, float]  # of one position: id -> log-probability
@@ -129,7 +131,8 @@ def _message(data: bytes) -> str:
 
 class Server(ABC):
     """A server that gives log-probabilities. `top`: the most likely tokens that it is asked for at
-    each position, in addition to the given one; `most`: positions of all samples."""
+    each position, in addition to the given one; `most`: positions of all samples; `longest`: tokens
+    of its context, if it says so."""
 
     title: str
     engine: ClassVar[str] = ""  # its name in `check --for`
@@ -142,6 +145,10 @@ class Server(ABC):
             self.parents: dict[str, str | None] = {
                 str(one["id"]): one.get("parent") for one in models
             }
+            lengths = [
+                one.get("max_model_len") or (one.get("meta") or {}).get("n_ctx") for one in models
+            ]
+        self.longest = min((one for one in lengths if type(one) is int), default=None)
 
     def find(self, name: str) -> tuple[str, str | None]:
         """Return the server's own spelling of a name, and the name of the model under an adapter;
@@ -260,7 +267,8 @@ class Sglang(Server):
 
 class LlamaCpp(Server):
     """llama.cpp's server: `n_probs` of /completion, one request for each position; `lora` gives
-    each adapter its scale. An adapter's name is its file's, with or without .gguf, or its path."""
+    each adapter its scale. An adapter's name is its file's, with or without .gguf, or its path. The
+    model's name means the model as it is served, which may apply adapters to all requests."""
 
     title, engine = "llama.cpp", "llama.cpp"
     top, most = 100, 64
@@ -280,7 +288,8 @@ class LlamaCpp(Server):
             for id, path in paths.items()
             for text in (str(path), *([path.name] if is_alone(path) else []))
         }
-        self.parents |= dict.fromkeys(self.ids, f"{self.model} without adapters")
+        alone = f"{self.model} without adapters"
+        self.parents |= dict.fromkeys(self.ids, alone) | ({alone: None} if self.ids else {})
 
     def find(self, name: str) -> tuple[str, str | None]:
         return super().find(self.spellings.get(name, name))
@@ -291,32 +300,33 @@ class LlamaCpp(Server):
         return [self._next(name, tokens[: at + 1], tokens[at + 1], top) for at in positions]
 
     def _next(self, name: str, prompt: Sequence[int], token: int, top: int) -> LogProbs:
-        """The log-probabilities after a prompt. The bias makes the server draw the given token,
-        whose log-probability it then gives too; those that it gives have no bias."""
-        request: Json = {
-            "prompt": list(prompt),
-            "n_predict": 1,
-            "n_probs": top,
-            "model": self.model,
-        }
-        request |= {"cache_prompt": True, "temperature": 1.0, "logit_bias": [[token, 1e4]]}
-        request |= {"post_sampling_probs": False, "return_tokens": True, "stream": False}
-        request |= self._adapters(name)
-        answer = self.connection.post("/completion", request)
+        """The log-probabilities after a prompt. A bias makes the server draw the given token, and
+        list it too; what it lists has no bias. For a token that is no whole letter it lists none,
+        so it draws a letter then."""
+        request: Json = {"model": self.model, "prompt": list(prompt), "cache_prompt": True}
+        request |= {"n_predict": 1, "n_probs": top, "post_sampling_probs": False}
+        request |= {"temperature": 1.0, **self._adapters(name)}
+        rows = self._listed(request | {"logit_bias": [[token, BIAS]]})
+        rows = rows or self._listed(request | {"logit_bias": [[self._letter, BIAS]]})
         with self.connection.understood("/completion"):
-            rows = answer.get("completion_probabilities")
-            if not rows:  # of a token that is no whole letter
-                request.pop("logit_bias")
-                answer = self.connection.post("/completion", request)
-                rows = answer.get("completion_probabilities")
             if not rows or "top_logprobs" not in rows[0]:
                 raise self.without("log-probabilities of the next token")
-            evaluated = answer.get("tokens_evaluated", len(prompt))
-            if answer.get("truncated") or evaluated != len(prompt):
-                raise ValueError(f"{evaluated} of {len(prompt)} tokens were read")
-            return {
-                int(one["id"]): _log(one["logprob"]) for one in (*rows[0]["top_logprobs"], rows[0])
-            }
+            listed = (*rows[0]["top_logprobs"], rows[0])
+            return {int(one["id"]): _log(one["logprob"]) for one in listed}
+
+    def _listed(self, request: Json) -> list[Any]:
+        answer, count = self.connection.post("/completion", request), len(request["prompt"])
+        with self.connection.understood("/completion"):
+            if answer.get("truncated") or answer.get("tokens_evaluated", count) != count:
+                raise ValueError(f"of {count} tokens {answer['tokens_evaluated']} were read")
+            return answer.get("completion_probabilities") or []
+
+    @cached_property
+    def _letter(self) -> int:
+        """The id of a letter."""
+        answer = self.connection.post("/tokenize", {"content": "a"})
+        with self.connection.understood("/tokenize"):
+            return int(answer["tokens"][-1])
 
     def _adapters(self, name: str) -> Json:
         """The scales of a request: of an adapter the server's own, or 1 if that is 0, and 0 of all
