@@ -9,7 +9,7 @@ import pytest
 
 from adapterkit.core.errors import AdapterkitError, Refused
 from adapterkit.verbs.score.compare_verb import Compare
-from adapterkit.verbs.score.servers import Connection, connect
+from adapterkit.verbs.score.servers import Connection, Query, connect
 from tests.support.served import Server
 
 TOKENS, AT = [5, 6, 7], [0, 1]
@@ -46,7 +46,7 @@ def test_vllm_s_request_and_answer():
             ("style", "org/base"),
             ("org/base", None),
         )
-        assert one.predictions("style", TOKENS, AT, 2) == [{6: -1.5, 9: -0.5}, {7: -0.25}]
+        assert one.predictions(Query("style", TOKENS, AT, 2)) == [{6: -1.5, 9: -0.5}, {7: -0.25}]
     path, request, headers = server.requests[-1]
     assert path == "/v1/completions" and headers["Authorization"] == "Bearer secret"
     assert request == {
@@ -68,7 +68,7 @@ def test_sglang_s_request_and_answer():
     generate = lambda _: (200, {"text": "x", "meta_info": meta})
     with Server({"/v1/models": models, "/generate": generate}) as server:
         one = connect(server.url)
-        found = [one.predictions(name, TOKENS, AT, 1) for name in ("style", "base")]
+        found = [one.predictions(Query(name, TOKENS, AT, 1)) for name in ("style", "base")]
     assert one.title == "SGLang" and found[0] == found[1] == [
         {9: -0.5, 6: -1.5},
         {8: -0.25, 7: -math.inf},
@@ -105,7 +105,10 @@ def llama_cpp() -> Iterator[Server]:
 
 def test_llama_cpp_is_asked_for_each_position(llama_cpp: Server):
     one = connect(llama_cpp.url)
-    assert one.predictions("style", TOKENS, AT, 3) == [{9: -0.5, 6: -2.0}, {9: -0.5, 41: -2.0}]
+    assert one.predictions(Query("style", TOKENS, AT, 3)) == [
+        {9: -0.5, 6: -2.0},
+        {9: -0.5, 41: -2.0},
+    ]
     asked = [request for path, request, _ in llama_cpp.requests if path == "/completion"]
     assert [request["prompt"] for request in asked] == [[5], [5, 6], [5, 6]]
     assert [request["logit_bias"][0][0] for request in asked] == [6, 7, 41]
@@ -128,7 +131,7 @@ def test_llama_cpp_s_scales(name: str, scales: tuple | None, llama_cpp: Server):
     one = connect(llama_cpp.url)
     own, base = one.find(name)
     assert base == ("m.gguf without adapters" if scales and any(scales) else None)
-    one.predictions(own, TOKENS, [0], 3)
+    one.predictions(Query(own, TOKENS, [0], 3))
     sent = llama_cpp.requests[-1][1].get("lora")
     expected = scales and [{"id": id, "scale": scale} for id, scale in enumerate(scales)]
     assert sent == expected
@@ -138,7 +141,7 @@ def refusal(routes: dict, name: str = "style") -> Refused:
     with Server(routes) as server:
         with pytest.raises(Refused) as caught:
             one = connect(server.url)
-            one.predictions(one.find(name)[0], TOKENS, AT, 2)
+            one.predictions(Query(one.find(name)[0], TOKENS, AT, 2))
         assert caught.value.where == server.url and caught.value.code == "AK910"
         assert caught.value.expected and caught.value.hint
     return caught.value
@@ -149,17 +152,16 @@ def answered(status: int, document: Any) -> dict:
 
 
 READ = {"prompt_logprobs": ROWS}
-MISSING = {"error": {"message": "The model `style` does not exist.", "code": 404}}
 
 
 @pytest.mark.parametrize(
     "routes, words",
     [
         ({}, "there is no list of models at /v1/models"),
-        ({"/v1/models": lambda _: (401, {"error": "Unauthorized"})}, "answers 401: Unauthorized"),
+        ({"/v1/models": lambda _: (401, b"Unauthorized")}, "/v1/models answers 401: Unauthorized"),
         ({"/v1/models": lambda _: (200, b"<html>")}, "answers in another form"),
         ({"/v1/models": lambda _: (200, {"data": [{}]})}, "answers in another form: KeyError 'id'"),
-        (answered(404, MISSING), "answers 404: The model `style` does not exist."),
+        (answered(404, b"no such `style`"), "/v1/completions answers 404: no such `style`"),
         (answered(500, b"\x1b[31m oh"), r"answers 500: \x1b[31m oh"),
         (answered(200, {"choices": []}), "answers in another form: IndexError"),
         (answered(302, b"http://localhost/x"), "answers 302: http://localhost/x"),
@@ -172,14 +174,14 @@ def test_answers_that_are_refused(routes: dict, words: str):
 @pytest.mark.parametrize(
     "choice, words",
     [
-        ({}, "vLLM gives no log-probabilities of a prompt's tokens"),
+        ({}, "vLLM gives no log-probabilities of given tokens"),
         (
             {"prompt_logprobs": ROWS, "prompt_token_ids": [1, 5, 6, 7]},
-            "vLLM read other tokens from the 1.",
+            "vLLM read other tokens: [1, 5, 6, 7] ...",
         ),
         (
             {"prompt_logprobs": ROWS, "prompt_token_ids": [5, 6]},
-            "vLLM read other tokens from the 3.",
+            "vLLM read other tokens: [5, 6] ...",
         ),
         ({"prompt_logprobs": ROWS[:2]}, "answers in another form: IndexError"),
         ({"prompt_logprobs": [None, {"6": logprob(2.0)}, {}]}, "log-probability 2.0"),
@@ -204,7 +206,7 @@ def test_a_hosted_api_is_refused_by_name(answer: Callable):
 def test_a_server_with_vllm_s_protocol_and_another_name_is_asked():
     answer = completion(prompt_logprobs=ROWS)
     with Server({"/v1/models": listing(card("x", "me")), "/v1/completions": answer}) as server:
-        assert connect(server.url).predictions("x", TOKENS, [1], 2) == [{7: -0.25}]
+        assert connect(server.url).predictions(Query("x", TOKENS, [1], 2)) == [{7: -0.25}]
 
 
 @pytest.mark.parametrize("path", ["/lora-adapters", "/get_server_info"])
@@ -236,7 +238,7 @@ def test_a_redirect_does_not_get_the_key():
         Server(routes) as server,
         pytest.raises(Refused, match="it redirects to http"),
     ):
-        connect(server.url, "secret").predictions("style", TOKENS, AT, 2)
+        connect(server.url, "secret").predictions(Query("style", TOKENS, AT, 2))
     assert not other.requests
 
 

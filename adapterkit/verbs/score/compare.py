@@ -4,98 +4,82 @@ variant of the adapter that is nearest to what is served."""
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adapterkit.core import dtypes
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.adapter.record import EMBEDDINGS, Adapter
 from adapterkit.core.adapter.selection import selectable_names
 from adapterkit.core.calls import with_paths
 from adapterkit.core.checkpoint.folder import Folder
-from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.commands import command
 from adapterkit.core.engine.device import pick_device
 from adapterkit.core.errors import AdapterkitError, Refused, advice, alternatives, listed, shown
 from adapterkit.core.inputs.sources import if_given, open_adapter, open_model
-from adapterkit.core.lazy import Tensor, torch
-from adapterkit.core.options import files
+from adapterkit.core.lazy import Tensor
+from adapterkit.core.options import files, parse_size
 from adapterkit.core.records import Json
+from adapterkit.core.system import quarter_of_memory
 from adapterkit.verbs.score.compare_verb import Compare
+from adapterkit.verbs.score.job import measured_texts
 from adapterkit.verbs.score.run import run
-from adapterkit.verbs.score.servers import CODE, LogProbs, Server, connect
+from adapterkit.verbs.score.servers import LogProbs, Query, Server, connect
 from adapterkit.verbs.score.variants import Variant, stored, with_adapters
-from adapterkit.verbs.stats.data.records import IGNORED, Record, draw_records
+from adapterkit.verbs.stats.data.records import IGNORED
 from adapterkit.verbs.stats.data.samples import Sample, Samples
-from adapterkit.verbs.stats.model.stored_model import StoredModel
-from adapterkit.verbs.stats.plan import samples_of
+from adapterkit.verbs.stats.plan import LENGTH
 
 VERSION = 1
 SMALLEST = 1e-9  # of a probability: rounding makes sums of them differ by more
 FLOOR = 1e-8  # of a divergence, below which rounding to float32 decides
 LIMIT = 0.01  # divergence of a model that is served alone, above which it is another one
-MEMORY = 1 << 30  # bytes of activations in memory
-TEXTS = (
-    "The river rises in the hills north of the town and reaches the sea after forty miles.",
-    "Question: How many minutes are there in three hours? Answer: There are 180 minutes.",
-    "def mean(values):\n    return sum(values) / len(values)\n",
-    "Dear Ms. Miller, thank you for your letter. We will send the books on Monday.",
-    "In 1905 the company opened its second factory and hired two hundred workers.",
-    "To make the soup, cut the onions, fry them in butter and add a litre of water.",
-    '{"name": "Anna", "age": 31, "languages": ["English", "French"]}',
-    "She opened the window, because the room was warm and the birds had begun to sing.",
-)
+TEXTS = """\
+The river rises in the hills north of the town and reaches the sea after forty miles.
+Question: How many minutes are there in three hours? Answer: There are 180 minutes.
+def mean(values): return sum(values) / len(values)  # fails for an empty list
+Dear Ms. Miller, thank you for your letter. We will send the books on Monday.
+In 1905 the company opened its second factory and hired two hundred workers.
+To make the soup, cut the onions, fry them in butter and add a litre of water.
+{"name": "Anna", "age": 31, "languages": ["English", "French"]}
+She opened the window, because the room was warm and the birds had begun to sing.
+"""
 ATTENTION, MLP = ("attn", "attention"), ("mlp", "ffn", "feed_forward", "expert", "moe")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A sample that a server is asked about, with labels at the asked positions alone."""
-
-    sample: Sample
-    positions: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Guess:
-    """A mistake that a server could make with an adapter."""
-
-    words: str
-    weight: float = 1.0
-    drops: tuple[str, ...] = ()  # kinds of modules whose deltas it leaves out
 
 
 def compare_server(options: Compare) -> Json:
     """The document of `compare`."""
-    key = os.environ[options.api_key_env] if options.api_key_env else None
-    server = connect(options.url, key)
+    server = connect(options.url, os.environ.get(options.api_key_env or ""))
     name, base = server.find(options.served)
     if options.adapter is not None and base is None:
         raise _no_adapter(server, name)
     folder = open_model(options.model)
-    adapter = if_given(lambda path: open_adapter(path, folder, for_merge=True), options.adapter)
+    adapter = if_given(lambda text: open_adapter(text, folder, for_merge=True), options.adapter)
     with tempfile.TemporaryDirectory() as work:
-        own = stored(folder)
-        samples, notes = _samples(options, own, Path(work))
-        if server.longest is not None:
-            samples, notes = _cut(samples, server.longest - 1, notes)
-        questions = list(_questions(samples, server.most))
+        samples, notes = _samples(options, folder, server, Path(work))
         top = options.top or server.top
-        names = (name,) if adapter is None else (base or "", name)
-        served = {one: _asked(server, one, questions, top) for one in names}
-        compared = Comparison(options, folder, adapter, questions, samples, served, Path(work))
-        found = compared.adapter(name, base or "") if adapter else compared.model(name, own)
+        asked = [Query(name, s.tokens, _positions(s), top) for s in samples.samples]
+        names = [name] if adapter is None else [name, str(base)]
+        served = [
+            [row for query in asked for row in server.predictions(replace(query, name=one))]
+            for one in names
+        ]
+        compared = Comparison(options, folder, adapter, samples, served, Path(work))
+        found = compared.model() if adapter is None else compared.adapter()
     return {
         "compare": VERSION,
         "server": server.title,
         "url": options.url,
         "name": name,
-        "base": base if adapter else None,
+        "base": None if adapter is None else base,
         **found,
         **advice("" if found["same"] else _next(options, server)),
-        "texts": len(questions),
-        "positions": sum(len(one.positions) for one in questions),
+        "texts": len(asked),
+        "positions": len(served[0]),
         "top": top,
         "notes": notes,
     }
@@ -106,8 +90,8 @@ def _no_adapter(server: Server, name: str) -> Refused:
     expected = f"an adapter: {alternatives(name, adapters)}" if adapters else "a server with one"
     hint = "leave --adapter out to compare the model alone"
     hint = hint if adapters else f"start the server with the adapter, or {hint}"
-    problem, where = f"{shown(name)!r} is a model, not an adapter", server.connection.url
-    return Refused(problem, expected=expected, where=where, hint=hint, code=CODE)
+    problem = f"{shown(name)!r} is a model, not an adapter"
+    return server.connection.refused(problem, expected, hint)
 
 
 def _next(options: Compare, server: Server) -> str:
@@ -119,99 +103,78 @@ def _next(options: Compare, server: Server) -> str:
     return with_paths(hint + command("adapterkit check", "ADAPTER", **check), options)
 
 
-# -- what is asked ---------------------------------------------------------------------------------
-
-
-def _samples(options: Compare, variant: Variant, work: Path) -> tuple[Samples, list[str]]:
-    """The samples, by the model's tokenizer, and notes on them."""
-    records, notes = [Record("text", {"text": text}, "a built-in text") for text in TEXTS], []
-    if options.data:
-        drawn = draw_records(files(options.data), options.samples, options.seed)
-        records, notes = drawn.records, drawn.notes
-    with Sources(variant.folders, {}) as sources:
-        model = StoredModel(variant.base, sources, torch.device("cpu"), buffers=False).model
-    (samples,) = samples_of(variant.tokenizer(work), model, [records], options.length)
+def _samples(
+    options: Compare, folder: Folder, server: Server, work: Path
+) -> tuple[Samples, list[str]]:
+    """The samples, with labels at the positions to ask for: all whose next token counts, or as many
+    as the server is asked for, at equal distances; and notes on them."""
+    data, builtin, own = files(options.data or work / "texts.txt"), [], work / "texts.txt"
+    if not options.data:
+        own.write_text(TEXTS, "utf-8")
+        options = replace(options, samples=TEXTS.count("\n"))
+        builtin = ["compared on built-in texts: an adapter for other texts may hardly act on them"]
+    if server.longest and server.longest <= (options.length or LENGTH):
+        options = replace(options, length=server.longest - 1)  # one more is drawn
+    texts = measured_texts(stored(folder), data, options, work)
+    samples = texts.samples
     if samples.has_decoder:
-        raise Refused(
-            f"{type(model).__name__} has an encoder and a decoder",
-            expected="a model that continues a text",
-            where=variant.folders[0].label,
-            hint="give a decoder model",
-            code="AK902",
-        )
-    builtin = "compared on built-in texts: an adapter for other texts may hardly act on them"
-    return samples, [*notes, *samples.notes, *([] if options.data else [builtin])]
+        problem, expected = f"{folder.name} has an encoder", "a model that continues a text"
+        hint = "give a decoder model"
+        raise Refused(problem, expected=expected, where=folder.label, hint=hint, code="AK902")
+    every = [(n, at + 1) for n, s in enumerate(samples.samples) for at in _positions(s)]
+    count = min(server.most, len(every))
+    chosen = {every[len(every) * n // count] for n in range(count)}
+    kept = []
+    for n, sample in enumerate(samples.samples):
+        labels = (x if (n, at) in chosen else IGNORED for at, x in enumerate(sample.labels))
+        kept.append(replace(sample, labels=tuple(labels)))
+    kept = [sample for sample in kept if _positions(sample)]
+    return replace(samples, samples=kept), [*builtin, *texts.notes]
 
 
-def _cut(samples: Samples, length: int, notes: list[str]) -> tuple[Samples, list[str]]:
-    """Samples of at most `length` tokens, and the notes with one on those that were longer."""
-    count = sum(len(one.tokens) > length for one in samples.samples)
-    cut = [replace(s, tokens=s.tokens[:length], labels=s.labels[:length]) for s in samples.samples]
-    about = f"{count} texts are cut to {length} tokens, because the server's context ends there"
-    return replace(samples, samples=cut), [*notes, about] if count else notes
-
-
-def _questions(samples: Samples, most: int) -> Iterator[Question]:
-    """Yield what to ask: all positions whose next token counts, or `most` of them, at equal
-    distances."""
-    own = [[n for n, x in enumerate(s.labels[1:]) if x != IGNORED] for s in samples.samples]
-    total = sum(map(len, own))
-    if not total:
-        raise Refused(
-            "no token of these samples has one before it",
-            expected="samples of two tokens or more",
-            where="--data",
-            hint="give longer texts",
-            code="AK901",
-        )
-    count = min(most, total)
-    chosen, before = {total * n // count for n in range(count)}, 0
-    for sample, positions in zip(samples.samples, own, strict=True):
-        asked = [at for n, at in enumerate(positions, before) if n in chosen]
-        before += len(positions)
-        if asked:
-            counts = {at + 1 for at in asked}
-            labels = (x if n in counts else IGNORED for n, x in enumerate(sample.labels))
-            yield Question(replace(sample, labels=tuple(labels)), tuple(asked))
-
-
-def _asked(server: Server, name: str, questions: Iterable[Question], top: int) -> list[LogProbs]:
-    """The served log-probabilities at all positions."""
-    return [
-        one
-        for question in questions
-        for one in server.predictions(name, question.sample.tokens, question.positions, top)
-    ]
+def _positions(sample: Sample) -> list[int]:
+    """The positions whose next token counts."""
+    return [at for at, label in enumerate(sample.labels[1:]) if label != IGNORED]
 
 
 # -- what the files predict ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
+class Guess:
+    """A mistake that a server could make with an adapter."""
+
+    words: str
+    weight: float = 1.0
+    drops: tuple[str, ...] = ()  # kinds of modules whose deltas it leaves out
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Served predictions by name, and the files that they are compared with."""
+    """Served predictions, of the adapter and then of its base, and the files to compare with."""
 
     options: Compare
     folder: Folder
     given: Folder | None  # the adapter's
-    questions: list[Question]
     samples: Samples
-    served: dict[str, list[LogProbs]]
+    served: list[list[LogProbs]]
     work: Path
 
-    def model(self, name: str, own: Variant) -> Json:
+    def model(self) -> Json:
         """The findings on a model without an adapter."""
-        kl = divergence(self.served[name], self.predicted(own))
+        (predicted,) = self.predicted([stored(self.folder)])
+        kl = divergence(self.served[0], predicted)
         same = kl <= LIMIT
         words = f"is this model: {_yes(same)} (KL {_short(kl)} from the file)"
         found = {"acts": None, "same": same, "verdict": words, "nearest": None, "drops": []}
         return found | {"kl": {"file": kl}, "variants": []}
 
-    def adapter(self, name: str, base: str) -> Json:
+    def adapter(self) -> Json:
         """The findings on an adapter. The variants run only if what is served is not the adapter
         within the rounding of the server."""
-        served, served_base = self.served[name], self.served[base]
-        without, own = self.predicted(stored(self.folder)), self.predicted(self.variant(Guess("")))
+        assert self.given is not None
+        served, served_base = self.served
+        without, own = self.predicted([stored(self.folder), self.variant(Guess(""))])
         kl = {
             "file": divergence(served, own),
             "base": divergence(served, without),
@@ -219,10 +182,15 @@ class Comparison:
             "noise": divergence(served_base, without),
             "effect": divergence(own, without),
         }
-        assert self.given is not None
         rows: dict[Guess, float | None] = dict.fromkeys(guesses(scan_adapter(self.given)[0]))
         if kl["file"] > min(1.5 * max(kl["noise"], FLOOR), kl["effect"] / 100):
-            rows = {guess: self.distance(guess, served) for guess in rows}
+            possible: dict[Guess, Variant] = {}
+            for guess in rows:
+                # a merge refuses, for example, other weights than 1 of fully trained values
+                with suppress(AdapterkitError):
+                    possible[guess] = self.variant(guess)
+            predicted = self.predicted(list(possible.values()))
+            rows |= {g: divergence(served, p) for g, p in zip(possible, predicted, strict=True)}
         variants = [{"name": guess.words, "kl": value} for guess, value in rows.items()]
         return judged(kl, rows) | {"kl": kl, "variants": variants}
 
@@ -230,45 +198,41 @@ class Comparison:
         assert self.given is not None
         return with_adapters(self.folder, [(self.given, guess.weight)], exclude=guess.drops)
 
-    def distance(self, guess: Guess, served: list[LogProbs]) -> float | None:
-        """The divergence of what is served from a variant; None if a merge refuses it, for example
-        because fully trained values have no other weight than 1."""
-        try:
-            variant = self.variant(guess)
-        except AdapterkitError:
-            return None
-        return divergence(served, self.predicted(variant))
-
-    def predicted(self, variant: Variant) -> list[LogProbs]:
-        """The log-probabilities, by a variant of the files, of all tokens that are served anywhere
-        at the same position."""
-        asked = [sorted(set().union(*its)) for its in zip(*self.served.values(), strict=True)]
+    def predicted(self, variants: Sequence[Variant]) -> list[list[LogProbs]]:
+        """The log-probabilities, by each variant of the files, of all tokens that are served
+        anywhere at the same position."""
+        asked = [sorted(set().union(*its)) for its in zip(*self.served, strict=True)]
         starts = [0]
-        for question in self.questions:
-            starts.append(starts[-1] + len(question.positions))
-        found: list[LogProbs] = [{}] * len(asked)
+        for sample in self.samples.samples:
+            starts.append(starts[-1] + len(_positions(sample)))
+        found: list[list[LogProbs]] = [[{}] * len(asked) for _ in variants]
 
-        def measure(number: int, logits: Tensor, labels: Tensor, *_: Any) -> None:
+        def measure(own: list[LogProbs], number: int, logits: Tensor, *_: Any) -> None:
             for at, row in enumerate(logits.double().log_softmax(-1).cpu(), starts[number]):
-                ids = asked[at]
-                _check_ids(ids, len(row), self.folder, self.options.url)
-                found[at] = dict(zip(ids, row[ids].tolist(), strict=True))
+                if not 0 <= asked[at][0] <= asked[at][-1] < len(row):
+                    raise self._other_vocabulary(asked[at][-1], len(row))
+                own[at] = dict(zip(asked[at], row[asked[at]].tolist(), strict=True))
 
-        samples = Samples([one.sample for one in self.questions], self.samples.pad, [])
-        device = pick_device(self.options.device)
-        how: Json = {"device": device, "dtype": torch.float32, "work": self.work, "memory": MEMORY}
-        run(variant, samples, measure, step=lambda: self.options.progress(1), **how)
+        options = self.options
+        run(
+            variants,
+            self.samples,
+            [partial(measure, own) for own in found],
+            device=pick_device(options.device),
+            dtype=dtypes.torch_dtype(dtypes.parse(options.dtype or "fp32")),
+            work=self.work,
+            memory=parse_size(options.memory) if options.memory else quarter_of_memory(),
+            step=lambda: options.progress(1),
+        )
         return found
 
-
-def _check_ids(ids: Sequence[int], vocabulary: int, folder: Folder, url: str) -> None:
-    if ids[-1] >= vocabulary or ids[0] < 0:
-        raise Refused(
-            f"the server lists token id {ids[-1]}",
-            expected=f"ids from 0 to {vocabulary - 1}, the vocabulary of {folder.name}",
-            where=url,
+    def _other_vocabulary(self, token: int, count: int) -> Refused:
+        return Refused(
+            f"the server lists token id {token}",
+            expected=f"ids from 0 to {count - 1}, the vocabulary of {self.folder.name}",
+            where=self.options.url,
             hint="give the model that the server has loaded",
-            code=CODE,
+            code="AK910",
         )
 
 
@@ -337,8 +301,8 @@ def judged(kl: Mapping[str, float], rows: Mapping[Guess, float | None]) -> Json:
     The divergence between both bases is the noise of a server that rounds otherwise. It acts: the
     served divergence from the served base is above the noise and 1% of the adapter's own effect, or
     above a quarter of that. It is this one: no variant is nearer by more than half the noise, and
-    it is within a quarter of the effect. It is another variant: that is nearer than the file and,
-    by a factor of 4, than the base."""
+    it is within a quarter of the effect. It is another variant: the nearest one, if it is
+    nearer than the base by a factor of 4, and within a quarter of the effect too."""
     noise, effect = max(kl["noise"], FLOOR), kl["effect"]
     acts = kl["served_base"] > max(min(max(noise, effect / 100), effect / 4), FLOOR)
     ran = {guess: value for guess, value in rows.items() if value is not None}
@@ -348,7 +312,7 @@ def judged(kl: Mapping[str, float], rows: Mapping[Guess, float | None]) -> Json:
         why = "it cannot be decided, because the adapter changes nothing on these texts"
     elif kl["file"] <= min(least, kl["base"]) + noise / 2 and kl["file"] <= effect / 4:
         same, near = True, "the adapter"
-    elif best is not None and 4 * max(least, noise / 2) < min(effect, kl["base"], 4 * kl["file"]):
+    elif best is not None and 4 * max(least, noise / 2) < min(effect, kl["base"]):
         acts, same, near, drops = True, False, best.words, list(best.drops)
         why = f"it acts as this one {best.words}, KL {_short(least)} from that"
     elif not acts:

@@ -6,7 +6,6 @@ from urllib.parse import urlsplit
 
 from adapterkit.core.options import (
     COUNT,
-    DEVICE,
     FILES,
     PROGRESS,
     SOURCE,
@@ -19,9 +18,8 @@ from adapterkit.core.options import (
     record,
 )
 from adapterkit.core.records import Check, Json, invalid_value
-from adapterkit.core.shared_options import seed_option
 from adapterkit.core.verb import Verb, function_of
-from adapterkit.verbs.shared.options import length_option
+from adapterkit.verbs.score.verb import SampleOptions
 
 
 def _url(value: object) -> str:
@@ -50,7 +48,7 @@ VARIABLE = Check("a variable of the environment", _variable)
 
 
 @record
-class Compare(Verb[Json]):
+class Compare(Verb[Json], SampleOptions):
     """Compare what a server serves under a name with files, by the log-probabilities of the same
     tokens. Returns
 
@@ -70,10 +68,10 @@ class Compare(Verb[Json]):
     server lists and one bucket for all others. Merging tokens into a bucket never raises it, so it
     is a lower bound of the divergence over all tokens.
 
-    The files run in float32, one layer in memory at a time; a server rounds to its own dtype. The
-    divergence between both bases measures that, so smaller differences do not count. `api_key_env`:
-    the variable of the environment that has the server's key. Raises `Refused` if the server does
-    not answer, lacks the name, or gives no log-probabilities."""
+    The files run in float32 unless `dtype` is given, and a server in its own dtype. The divergence
+    between both bases measures that, so smaller differences do not count. `data` as in `stats`.
+    `api_key_env`: the variable of the environment that has the server's key. Raises `Refused` if
+    the server does not answer, lacks the name, or gives no log-probabilities."""
 
     tier = "experimental"
     runner = "verbs.score.compare:compare_server"
@@ -111,9 +109,7 @@ class Compare(Verb[Json]):
         help="Texts to compare on, best those on which the adapter acts; repeat for several "
         "(default: a few short texts).",
     )
-    samples: int = option(default=16, check=COUNT, help="Number of texts to draw.")
-    length: int | None = length_option()
-    seed: int = seed_option("Seed for drawing the texts.")
+    samples: int = option(default=16, check=COUNT, help="Number of samples to draw.")
     top: int | None = option(
         default=None,
         check=COUNT,
@@ -125,12 +121,6 @@ class Compare(Verb[Json]):
         check=VARIABLE,
         metavar="VARIABLE",
         help="Variable of the environment that has the server's key.",
-    )
-    device: str = option(
-        default="auto",
-        check=DEVICE,
-        metavar="auto|cpu|cuda[:i]",
-        help="Device on which the files run; auto is the CPU.",
     )
     progress: Progress = option(default=no_progress, check=PROGRESS)
 
