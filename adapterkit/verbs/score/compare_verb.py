@@ -19,7 +19,7 @@ from adapterkit.core.options import (
 )
 from adapterkit.core.records import Check, Json, invalid_value
 from adapterkit.core.verb import Verb, function_of
-from adapterkit.verbs.score.verb import SampleOptions
+from adapterkit.verbs.score.options import SampleOptions
 
 
 def _url(value: object) -> str:

@@ -34,10 +34,11 @@ from adapterkit.core.options import (
 from adapterkit.core.records import Json
 from adapterkit.core.system import quarter_of_memory
 from adapterkit.verbs.score.checks import check_model, check_samples
+from adapterkit.verbs.score.options import SampleOptions
 from adapterkit.verbs.score.results import SampleSums, score_row
 from adapterkit.verbs.score.run import run
 from adapterkit.verbs.score.variants import Variant, stored, with_adapters
-from adapterkit.verbs.score.verb import SampleOptions, Score
+from adapterkit.verbs.score.verb import Score
 from adapterkit.verbs.stats.data.records import draw_records
 from adapterkit.verbs.stats.data.samples import Samples
 from adapterkit.verbs.stats.model.layers import OffloadedLayers
