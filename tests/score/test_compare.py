@@ -225,6 +225,9 @@ def test_divergence_is_kl_of_all_tokens_and_less_of_some():
     assert divergence(lists(p, 40), lists(q, 40)) == pytest.approx(exact, rel=1e-9)
     values = [divergence(lists(p, count), lists(q, 40)) for count in (1, 5, 20, 40)]
     assert values == sorted(values) and 0 < values[0] < exact
+    first, other = (rows.gather(1, p.argmax(1, keepdim=True)).exp() for rows in (p, q))
+    two = first * (first / other).log() + (1 - first) * ((1 - first) / (1 - other)).log()
+    assert values[0] == pytest.approx(float(two.mean()), rel=1e-9)
     assert divergence(lists(p, 7), lists(p, 40)) == 0
 
 

@@ -231,7 +231,7 @@ def test_no_answer_in_time_is_refused():
 
 
 def test_a_redirect_does_not_get_the_key():
-    moved = lambda _: (307, f"{other.url}/v1/models".encode())
+    moved = lambda _: (302, f"{other.url}/v1/models".encode())
     routes = {"/v1/models": VLLM, "/v1/completions": moved}
     with (
         Server({"/v1/models": VLLM}) as other,
