@@ -59,7 +59,7 @@ PREPARATION = [
 # Commands with one of these words are parsed and not run: what they need is not on a test machine.
 PARSED_ONLY = re.compile(
     r"^(?!\d+/\d)[\w.-]+/[\w.-]+(@|:|$)|^(?!BASE|merged|stochastic|touched|kept|quantized|wan|moved).*\.gguf$"
-    r"|^oft$|^--push$|^/|^cuda|^ray$|\{\}"
+    r"|^oft$|^--push$|^/|^cuda|^ray$|\{\}|^https?://"
 )
 OTHERS = re.compile(r"one\\ of\\ \d+\\ others")  # extending.md adds formats and methods
 TIME = re.compile(r"\bin\\ \d+\\\.\d\\ s\b")  # escaped: a job takes another time each time
