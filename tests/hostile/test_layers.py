@@ -51,7 +51,6 @@ NEEDS: dict[str, str] = {
     "bases.images": "adapters.formats bases.quantized verbs.combine",
     "verbs.init": "adapters.kinds bases.quantized verbs.combine verbs.shared",
     "bases.gguf": "adapters.formats bases.images bases.quantized",
-    "verbs.score": "bases.gguf verbs.shared verbs.stats",
     "many.workflows": "adapters.formats bases.hub bases.images many.workers verbs.shared",
     "runtime": ("adapters.formats verbs.combine verbs.init verbs.shared verbs.stats"),
     "verbs.score": "bases.gguf bases.quantized many.workflows verbs.shared verbs.stats",

@@ -143,8 +143,8 @@ def _measured(
 ) -> tuple[Json, str]:
     """The losses of the candidates, and a note of the choice."""
     from adapterkit.verbs.score import job
+    from adapterkit.verbs.score.options import SampleOptions
     from adapterkit.verbs.score.variants import planned
-    from adapterkit.verbs.score.verb import SampleOptions
 
     began = time.monotonic()
     variants = [planned(one.plan.folders[0], one.plan, one.name) for one in candidates]

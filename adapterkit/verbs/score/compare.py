@@ -15,11 +15,11 @@ from adapterkit.core import dtypes
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.adapter.record import EMBEDDINGS, Adapter
 from adapterkit.core.adapter.selection import selectable_names
-from adapterkit.core.calls import with_paths
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.commands import command
 from adapterkit.core.engine.device import pick_device
 from adapterkit.core.errors import AdapterkitError, Refused, advice, alternatives, listed, shown
+from adapterkit.core.hints import with_paths
 from adapterkit.core.inputs.sources import if_given, open_adapter, open_model
 from adapterkit.core.lazy import Tensor
 from adapterkit.core.options import files, parse_size

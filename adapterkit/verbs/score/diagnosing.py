@@ -10,9 +10,9 @@ from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.errors import Failed
 from adapterkit.core.options import Progress, StrPath, files
 from adapterkit.verbs.score.job import measured, measured_texts
+from adapterkit.verbs.score.options import SampleOptions
 from adapterkit.verbs.score.results import mean_per_token
 from adapterkit.verbs.score.variants import stored, with_adapters
-from adapterkit.verbs.score.verb import SampleOptions
 
 
 @torch.inference_mode(False)

@@ -19,8 +19,8 @@ from adapterkit.core.verify.report import check_inputs
 from adapterkit.core.verify.verb import Verify
 from adapterkit.many.workflows.rerun_output import verb_in
 from adapterkit.verbs.score.job import measured, measured_texts, score_document
+from adapterkit.verbs.score.options import SampleOptions
 from adapterkit.verbs.score.variants import Variant, stored, with_adapters
-from adapterkit.verbs.score.verb import SampleOptions
 
 HINT = "give --base and --adapter"
 
