@@ -207,7 +207,7 @@ def closed_form(fit: FitCollection, runs: Runs, start: Tensor) -> Tensor:
         weighted_model.seen = ActivationGram()
         own = [one for one in fit.train.batches if one.file == number]
         only = (owners == number).double()
-        runs.run(only, [*_alone(own)], lambda one: 0 * runs.target.logits(one).flatten()[:1])
+        runs.run(only, [*_alone(own)], lambda one: 0 * runs.target.logits(one.inputs).flatten()[:1])
         seen.append(weighted_model.seen)
     weighted_model.seen = None
     groups = [
