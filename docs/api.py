@@ -38,7 +38,8 @@ docstrings by `python docs/api.py`; do not edit it by hand.
 Every command, except `explain` and `completion`, is a function of the same name, which you import
 from `adapterkit`. You pass its options by name, in snake case: for example `--max-shard-size 5GB`
 is `max_shard_size="5GB"`. A few names differ: `--set` is `settings={...}`, `check --for` is
-`program=`, `--adapter` is `adapters=`, and `--plan` is the function [`write_plan`](#write_plan).
+`program=`, `compare --name` is `served=`, `--adapter` is `adapters=`, and `--plan` is the function
+[`write_plan`](#write_plan).
 Only the command line has options for printing (`--json`, `--quiet`, `inspect --modules`) and those
 of `convert` for several files or none (`--from-list`, `--out-pattern`, `--detect`, `--list`).
 

@@ -88,7 +88,7 @@ def test_examples_of_a_help_parse_to_their_end(verb: str):
 
 # what docs/api.md says: names in Python that are not the option's in snake case, and options of the
 # command line alone
-RENAMED = {"settings": "--set", "program": "--for", "adapters": "--adapter"}
+RENAMED = {"settings": "--set", "program": "--for", "adapters": "--adapter", "served": "--name"}
 OF_THE_COMMAND_LINE = {"--json", "--quiet", "--modules", "--plan"}
 OF_CONVERT = {"--from-list", "--out-pattern", "--detect", "--list"}
 IN_PYTHON = {"progress", "accept"}
