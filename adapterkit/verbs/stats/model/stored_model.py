@@ -3,9 +3,10 @@ they are read from the shards."""
 
 import contextlib
 import copy
+import ctypes
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -154,14 +155,16 @@ class StoredModel:
                 if stored is None:
                     value = torch.zeros_like(meta, device=device)
                 else:
-                    value = stored.read(replace(self._reader, device=device)).to(meta.dtype)
+                    reader = replace(self._reader, device=device, dtype=meta.dtype)
+                    value = stored.read(reader)
                 loaded[id(meta)] = nn.Parameter(value, requires_grad=False)
             self._set(name, loaded[id(meta)])
 
     def free(self, names: Iterable[str]) -> None:
-        """Free the values of parameters."""
+        """Free the values of parameters, and the memory that computing with them has left."""
         for name in names:
             self._set(name, self._meta[name])
+        _trim(0)
 
     @contextlib.contextmanager
     def buffers_on_device(self, module: nn.Module) -> Iterator[None]:
@@ -183,6 +186,17 @@ class StoredModel:
     def _set(self, name: str, parameter: nn.Parameter) -> None:
         parent, _, leaf = name.rpartition(".")
         self.model.get_submodule(parent)._parameters[leaf] = parameter
+
+
+def _find_trim() -> Callable[[int], object]:
+    """The function by which glibc returns freed memory to the system, because it keeps as much as a
+    large layer needs. Other libraries have none."""
+    with contextlib.suppress(TypeError, OSError, AttributeError):
+        return ctypes.CDLL(None).malloc_trim
+    return lambda pad: None
+
+
+_trim = _find_trim()
 
 
 def _without_data(cls: Any, config: Any, dtype: torch.dtype) -> Any:
