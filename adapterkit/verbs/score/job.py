@@ -44,7 +44,7 @@ from adapterkit.verbs.stats.data.samples import Samples
 from adapterkit.verbs.stats.model.layers import OffloadedLayers
 from adapterkit.verbs.stats.model.predictions import Predictions
 from adapterkit.verbs.stats.model.stored_model import StoredModel
-from adapterkit.verbs.stats.plan import samples_of
+from adapterkit.verbs.stats.plan import LENGTH, positions_of, samples_of
 
 VERSION = 1
 KEPT = 128  # samples after which results are kept, if they are
@@ -131,6 +131,7 @@ def measured_texts(
     tokens = sum(x != -100 for s in kept for x in s.labels[shift:])
     about = {"files": drawn.files, "sha256": samples.digest}
     about |= {"samples": len(kept), "tokens": tokens}
+    about["length"] = min(options.length or LENGTH, positions_of(model))
     return Texts(samples, about, [*drawn.notes, *samples.notes, *[note] * bool(left_out)])
 
 
