@@ -64,13 +64,11 @@ def _given(verify: Verify, receipt: Json) -> Json:
 
 def _variants(verb: Merge | Quantize | Dequantize) -> list[Variant]:
     """The base, and the base or original with the adapters on it."""
-    named = lambda folder, path: replace(stored(folder), name=os.fspath(path))
     folder = open_model(verb.base)
-    variants = [named(folder, verb.base)]
     if not isinstance(verb, Merge):
-        return variants
-    how, source = verb.only(MergeOptions), verb.original or verb.base
+        return [stored(folder)]
+    how, source = verb.only(MergeOptions), open_model(verb.original or verb.base)
     opener = partial(open_adapter, base=folder, for_merge=True, expert_layout=how.expert_layout)
     sources, weights = open_with_weights(verb.adapters, verb.weights, opener)
-    live = with_adapters(open_model(source), sources, how=how, weights=weights)
-    return [*variants, replace(live, name=" + ".join([os.fspath(source), *live.adapters]))]
+    live = with_adapters(source, sources, how=how, weights=weights)
+    return [stored(folder), replace(live, name=" + ".join([source.name, *live.adapters]))]
