@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.look.records.inspect import inspect as inspect
     from adapterkit.verbs.look.records.report import report as report
     from adapterkit.verbs.score.compare_verb import compare as compare
+    from adapterkit.verbs.score.verb import score as score
     from adapterkit.verbs.shared.lora_config import LoraConfig as LoraConfig
     from adapterkit.verbs.stats.verb import stats as stats
 
@@ -58,7 +59,7 @@ _HOMES = VERBS | {
     "write_plan": "many.workflows.plan_file",
 }
 _ERRORS = [name for name, value in globals().items() if isinstance(value, type)]
-# computed, so that a verb is told once: type checkers take the names above
+# computed, so that a verb is named once: type checkers read the names above
 __all__ = sorted([*_ERRORS, "__version__", *_HOMES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 

@@ -27,6 +27,7 @@ SUITES = {
     "runtime/test_report.py",
     "runtime/test_signatures.py",
     "runtime/test_target_rules.py",
+    "score/test_intervals.py",
     "test_errors.py",
     "test_no_torch.py",
     "test_quick.py",

@@ -53,6 +53,8 @@ def verbs_that_read() -> None:
     print([row["hint"] for row in adapterkit.diagnose("m", base="BASE")["findings"]])
     print(adapterkit.report(["a", "b"], out="page.html")["advice"]["command"])
     print(adapterkit.fit("BASE", ["a", "b"], data="d.jsonl", out="w.json")["written"])
+    print(adapterkit.score(["m", "BASE"], adapters="lora", data="d.jsonl")["rows"][0]["loss"])
+    print(adapterkit.compare("http://localhost:8000", "BASE", adapter="lora", served="l")["same"])
     print(adapterkit.rerun("m", inputs=["BASE", "lora"])["files"])
     adapterkit.inspect("lora", dtyp="bf16")  # type: ignore[call-arg]
 
