@@ -97,7 +97,8 @@ def llama_cpp() -> Iterator[Server]:
         rows = {"completion_probabilities": [one]} if drawn != 7 else {}
         return 200, {"tokens_evaluated": count, "truncated": False} | rows
 
-    routes = {"/v1/models": listing(card("m.gguf", "llamacpp")), "/completion": complete}
+    cards = card("m.gguf", "llamacpp"), card("two.gguf", "llamacpp")
+    routes = {"/v1/models": listing(*cards), "/completion": complete}
     routes |= {"/lora-adapters": lambda _: (200, ADAPTERS)}
     with Server(routes | {"/tokenize": lambda _: (200, {"tokens": [40, 41]})}) as server:
         yield server
@@ -125,6 +126,7 @@ def test_llama_cpp_is_asked_for_each_position(llama_cpp: Server):
         ("y/same.gguf", (0, 0, 0, 1)),
         ("m.gguf without adapters", (0, 0, 0, 0)),
         ("m.gguf", None),
+        ("two.gguf", None),
     ],
 )
 def test_llama_cpp_s_scales(name: str, scales: tuple | None, llama_cpp: Server):
@@ -132,9 +134,10 @@ def test_llama_cpp_s_scales(name: str, scales: tuple | None, llama_cpp: Server):
     own, base = one.find(name)
     assert base == ("m.gguf without adapters" if scales and any(scales) else None)
     one.predictions(Query(own, TOKENS, [0], 3))
-    sent = llama_cpp.requests[-1][1].get("lora")
+    sent = llama_cpp.requests[-1][1]
     expected = scales and [{"id": id, "scale": scale} for id, scale in enumerate(scales)]
-    assert sent == expected
+    assert sent.get("lora") == expected
+    assert sent["model"] == ("two.gguf" if name == "two.gguf" else "m.gguf")
 
 
 def refusal(routes: dict, name: str = "style") -> Refused:
@@ -160,6 +163,7 @@ READ = {"prompt_logprobs": ROWS}
         ({}, "there is no list of models at /v1/models"),
         ({"/v1/models": lambda _: (401, b"Unauthorized")}, "/v1/models answers 401: Unauthorized"),
         ({"/v1/models": lambda _: (200, b"<html>")}, "answers in another form"),
+        ({"/v1/models": lambda _: (200, {"data": []})}, "answers in another form: IndexError"),
         ({"/v1/models": lambda _: (200, {"data": [{}]})}, "answers in another form: KeyError 'id'"),
         (answered(404, b"no such `style`"), "/v1/completions answers 404: no such `style`"),
         (answered(500, b"\x1b[31m oh"), r"answers 500: \x1b[31m oh"),

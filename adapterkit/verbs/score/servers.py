@@ -228,14 +228,14 @@ class LlamaCpp(Server):
 
     def __init__(self, connection: Connection, models: Sequence[Json]):
         super().__init__(connection, models)
-        self.model, adapters = next(iter(self.parents), ""), connection.get("/lora-adapters") or ()
+        self.models, adapters = list(self.parents), connection.get("/lora-adapters") or ()
         with connection.understood("/lora-adapters"):
             self.scales = {int(one["id"]): float(one["scale"]) for one in adapters}
             paths = {int(one["id"]): PurePath(one["path"]) for one in adapters}
         stems = [path.stem for path in paths.values()]
         name = lambda path: path.stem if stems.count(path.stem) == 1 else str(path)
         self.ids = {name(path): id for id, path in paths.items()}
-        alone = f"{self.model} without adapters"
+        alone = f"{self.models[0]} without adapters"
         self.parents |= dict.fromkeys(self.ids, alone) | ({alone: None} if self.ids else {})
 
     def find(self, name: str) -> tuple[str, str | None]:
@@ -249,7 +249,8 @@ class LlamaCpp(Server):
         """The log-probabilities of a token. A bias makes the server draw the given one, and list it
         too; what it lists has no bias. It lists none for a token that is no whole letter, so a
         letter is drawn then."""
-        request: Json = {"model": self.model, "prompt": list(query.tokens[:at])}
+        model = query.name if query.name in self.models else self.models[0]
+        request: Json = {"model": model, "prompt": list(query.tokens[:at])}
         request |= {"n_predict": 1, "n_probs": query.top, "post_sampling_probs": False}
         request |= {"temperature": 1.0, "cache_prompt": True, **self._adapters(query.name)}
         rows = self._listed(request | {"logit_bias": [[query.tokens[at], BIAS]]})
@@ -277,7 +278,7 @@ class LlamaCpp(Server):
     def _adapters(self, name: str) -> Json:
         """The scales of a request: of an adapter the server's own, or 1 if that is 0; 0 of all
         others."""
-        if name == self.model:
+        if name in self.models:
             return {}
         own, scales = self.ids.get(name), self.scales.items()
         return {"lora": [{"id": i, "scale": (s or 1.0) * (i == own)} for i, s in scales]}
@@ -304,7 +305,7 @@ def connect(url: str, key: str | None = None) -> Server:
         raise connection.refused("there is no list of models at /v1/models", PROTOCOLS, hint)
     with connection.understood("/v1/models"):
         models = list(listing["data"])
-        kind = str(models[0].get("owned_by")) if models else ""
+        kind = str(models[0].get("owned_by"))
     if kind not in KINDS:
         kind = next((kind for path, kind in ADDRESSES.items() if connection.get(path)), kind)
     return KINDS.get(kind, Other)(connection, models)
