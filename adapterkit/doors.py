@@ -48,8 +48,7 @@ FAMILIES = {
     "combinations": "verbs.combine.methods",
 }
 
-# What a base can be besides a model in safetensors: what finds it by names of files -> its record;
-# the first that fits counts
+# Bases that are no model in safetensors: what finds one by its files -> its record, in this order
 BASES = {
     "core.inputs.base_door:is_pipeline": "bases.images.pipeline_base:PipelineBase",
     "core.inputs.base_door:is_gguf": "bases.gguf.base:GgufBase",
@@ -114,8 +113,6 @@ HUB = {
     "send": "bases.hub.push:send",
 }
 
-# What `verify` measures of an output besides bytes and rows
-CHECKS = {"score": "verbs.score.verifying:score_output"}
-
 # Where a plan runs, by the name in --engine; the contract is in `core/engine/__init__.py`
 ENGINES = {"local": "core.engine.execution:run_here", "ray": "many.workers.ray:run_on_ray"}
+CHECKS = {"score": "verbs.score.verifying:score_output"}  # of `verify`, besides bytes and rows

@@ -62,10 +62,9 @@ def statistics_option(help: str, **more: object) -> Any:
     return option(default=None, check=SOURCE, metavar="FILE", help=help, **more)
 
 
-def compensation_option(*others: str) -> Any:
+def compensation_option(needs: str = "rounding=compensated") -> Any:
     """The covariances for compensated rounding."""
     help = "Covariances of the layers' inputs, for --rounding compensated."
-    needs = " or ".join(("rounding=compensated", *others))
     return statistics_option(help, needs=needs, section=QUANTIZED)
 
 

@@ -287,7 +287,7 @@ class Merge(WritingVerb, MergeOptions):
         help="Merge into this 16-bit original of the quantized BASE.",
         section=QUANTIZED,
     )
-    stats: StrPath | None = compensation_option("choose")
+    stats: StrPath | None = compensation_option("rounding=compensated or choose")
     out: StrPath = model_output_option()
     imatrix: StrPath | None = importance_option()
     verify: bool = verify_option()
