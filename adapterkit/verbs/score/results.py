@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from adapterkit.core.records import Json
+from adapterkit.verbs.stats.model.stored_model import return_memory
 
 Z = 1.959963984540054  # 97.5 % of a normal distribution
 FEW = (12.706205, 4.302653, 3.182446, 2.776445)  # of Student's t with 1 to 4 degrees
-ELEMENTS = 1 << 20  # logits that are compared at a time
+ELEMENTS = 1 << 18  # logits that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class SampleSums:
                 row[2] += (p.exp() * (p - q)).sum().cpu()
                 row[3] += (p.argmax(-1) == q.argmax(-1)).sum().cpu()
         self.table[number] = row
+        return_memory(0)  # else the thread of each sample keeps its own
 
     @property
     def tokens(self) -> Tensor:

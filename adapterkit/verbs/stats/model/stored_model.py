@@ -164,7 +164,7 @@ class StoredModel:
         """Free the values of parameters, and the memory that computing with them has left."""
         for name in names:
             self._set(name, self._meta[name])
-        _trim(0)
+        return_memory(0)
 
     @contextlib.contextmanager
     def buffers_on_device(self, module: nn.Module) -> Iterator[None]:
@@ -196,7 +196,7 @@ def _find_trim() -> Callable[[int], object]:
     return lambda pad: None
 
 
-_trim = _find_trim()
+return_memory = _find_trim()
 
 
 def _without_data(cls: Any, config: Any, dtype: torch.dtype) -> Any:
