@@ -89,6 +89,29 @@ def test_the_benchmark_runs_on_a_small_checkpoint(name: str, only: str, tmp_path
     assert out.exists() and str(tmp_path) not in out.read_text()
 
 
+@pytest.mark.timeout(280)
+def test_the_benchmark_of_scores_runs_and_both_sides_have_the_same_loss(tmp_path: Path):
+    out, work = tmp_path / "figures.json", str(tmp_path / "work")
+    small = ["--models", "synthetic", "--size", "0.02", "--samples", "2", "--length", "16"]
+    run("benchmarks/score", *small, "--repeat", "1", "--work", work, "--json", str(out))
+    assert str(tmp_path) not in out.read_text()
+    found = json.loads(out.read_text())["score"]["synthetic"]
+    assert found["ratios"]["losses apart"] < 1e-5
+    assert found["rows"]["adapterkit"]["loss"] > 1 and len(found["rows"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_scores(tmp_path: Path):
+    words = (str(tmp_path / "out"), "--short", "--json", str(tmp_path / "scores.json"))
+    done = run("scores", *words)
+    assert done.stdout.count("\n| ") == 1 + 12
+    document = json.loads((tmp_path / "scores.json").read_text())
+    assert len(document["rows"]) == 12 and str(tmp_path) not in json.dumps(document)
+    live = next(row for row in document["rows"] if row["model"] == "bf16, adapter live")
+    assert live["kl"]["value"] == 0 and live["same_top1"] == 1
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_encoders_runs(tmp_path: Path):
     out = tmp_path / "figures.json"

@@ -252,6 +252,7 @@ class Timing:
     reported: float | None  # seconds
     peak: int  # bytes of anonymous memory, its children's included
     processor: float | None = None  # seconds of all its threads
+    out: str = ""  # all that it printed
 
 
 class ProcessFailed(RuntimeError):
@@ -288,7 +289,7 @@ def time_process(argv: list[str], env: dict[str, str] | None = None) -> Timing:
     reported = re.search(r"^seconds=([\d.]+)\s*\Z", out, re.MULTILINE)
     processor = re.search(r"^processor=([\d.]+)$", out, re.MULTILINE)
     said = (float(found[1]) if found else None for found in (reported, processor))
-    return Timing(wall, next(said), peak[0], next(said))
+    return Timing(wall, next(said), peak[0], next(said), out)
 
 
 def anonymous_memory(pid: int) -> int:
