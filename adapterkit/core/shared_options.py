@@ -112,13 +112,9 @@ def seed_option(help: str = "Seed of methods that use random numbers.", **more: 
 
 def settings_option() -> Any:
     """A method's own options."""
-    return option(
-        default=None,
-        check=SETTINGS,
-        flags=("--set",),
-        metavar="KEY=VALUE",
-        help="Set an option of the method, listed below; repeat for several.",
-    )
+    help = "Set an option of the method, listed below; repeat for several."
+    more = {"flags": ("--set",), "metavar": "KEY=VALUE"}
+    return option(default=None, check=SETTINGS, help=help, **more)
 
 
 def weight_for_option() -> Any:
@@ -135,15 +131,11 @@ def weight_for_option() -> Any:
 
 def weights_option() -> Any:
     """A file of weights of adapters."""
-    return option(
-        default=None,
-        check=SOURCE,
-        metavar="FILE",
-        help="File of weights that `adapterkit fit` wrote; it names the adapters, so you can "
-        "leave them out.",
-        excludes=("weight_for", "lbw"),
-        section=SEVERAL,
+    help = (
+        "File of weights that `adapterkit fit` wrote; it names the adapters, so you can leave them "
+        "out."
     )
+    return statistics_option(help, excludes=("weight_for", "lbw"), section=SEVERAL)
 
 
 def shard_size_option() -> Any:
