@@ -115,4 +115,5 @@ HUB = {
 
 # Where a plan runs, by the name in --engine; the contract is in `core/engine/__init__.py`
 ENGINES = {"local": "core.engine.execution:run_here", "ray": "many.workers.ray:run_on_ray"}
-CHECKS = {"score": "verbs.score.verifying:score_output"}  # of `verify`, besides bytes and rows
+# What `verify` measures of an output besides its bytes and rows
+CHECKS = {"score": "verbs.score.verifying:score_output"}

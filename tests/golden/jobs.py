@@ -142,6 +142,10 @@ READING = (
     job("verify-files", "merge-plain"),
     job("rerun-merge", "merge-plain", inputs="."),
     job("report-two", "law", "medicine", out="report.html", overwrite=True, exact=False),
+    job(
+        "score-two", "base32", "tuned", data="ids.jsonl", adapters=["law"], against="base32",
+        exact=False,
+    ),
     job("verify-rows", "merge-several", base="base", adapters=["style=0.75", "rslora", "dora"]),
 )
 
@@ -215,7 +219,7 @@ def call(task: Job, **more: Any) -> Any:
     sources: list[Any] = list(task.sources)
     if task.verb in ("merge", "fit"):
         sources = [sources[0], sources[1:]]
-    elif task.verb in ("combine", "subtract", "arrow", "report"):
+    elif task.verb in ("combine", "subtract", "arrow", "report", "score"):
         sources = [sources]
     return getattr(adapterkit, task.verb)(*sources, **task.options, **more)
 

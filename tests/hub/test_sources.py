@@ -41,6 +41,7 @@ NAMES = (
     "resize-dora",
     "rebase-exact",
     "stats-all",
+    "score-two",
     "inspect-base",
     "inspect-adapter",
     "inspect-file",
@@ -58,9 +59,9 @@ PRINTING = {name for name in NAMES if JOBS[name] in READING or "dry_run" in JOBS
 # of each verb that writes
 OUTPUTS = {JOBS[name].verb: name for name in NAMES if name not in PRINTING}
 # options whose values are sources
-SOURCES = ("base", "general", "initial", "stats", "original", "quantized_base", "adapters")
+SOURCES = ("base", "general", "initial", "stats", "original", "quantized_base", "adapters", "against")
 VALUES_OF_BASE = re.compile(rb'(?<="adapterkit_base":"1:.{34}).{16}')  # unknown on the Hub
-NAMED = ("origin", "a", "b", "name", "where")
+NAMED = ("origin", "a", "b", "name", "where", "model", "against")
 HOME = """
 import os
 from dataclasses import replace

@@ -47,6 +47,7 @@ def calls(cached_folder, tmp_path_factory):
         "report": ([[one, two]], {}),
         "rerun": ([root / "tuned"], {"inputs": root}),
         "resize": ([one], {"rank": 2}),
+        "score": ([[base]], {"data": ids, "adapters": [one]}),
         "stats": ([base], {"data": ids, "targets": "q_proj"}),
         "subtract": ([one], {"general": two}),
         "verify": ([root / "tuned"], {}),

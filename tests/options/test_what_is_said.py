@@ -230,7 +230,7 @@ OF_OPTIONS = {
     ("combine", "a", "b", "--method", "tie", "--out", "x"): (
         "--method 'tie'", "ties, ties_svd, dare_ties or one of", "did you mean 'ties'?",
     ),
-    ("explain", "AK999"): ("no code AK999", "AK101 to AK905", "\n  adapterkit explain"),
+    ("explain", "AK999"): ("no code AK999", "AK101 to AK910", "\n  adapterkit explain"),
     ("merge", "base", "a", "--device", "cuda:9", "--out", "x"): (
         "'cuda:9'; torch finds", "cpu, cuda or cuda:i", "use cpu, or ",
     ),

@@ -13,7 +13,7 @@ import torch
 
 from adapterkit.core import dtypes
 from adapterkit.core.adapter.peft import scan_adapter
-from adapterkit.core.checkpoint.disk import replace_file
+from adapterkit.core.checkpoint.disk import replace_file, storage_errors
 from adapterkit.core.checkpoint.folder import Folder
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.commands import command
@@ -53,7 +53,8 @@ KEPT = 128  # samples after which results are kept, if they are
 def score_models(options: Score) -> Json:
     """The document of a score, which is also written to `out`."""
     out = None if options.out is None else Path(options.out)
-    _check_out(out, options.overwrite)
+    with storage_errors(out or Path()):
+        _check_out(out, options.overwrite)
     with work_folder(out, options.resume) as (work, kept):
         variants, reference = _variants(options)
         texts = measured_texts(variants[0], files(options.data), options, work)
@@ -296,7 +297,8 @@ def work_folder(out: Path | None, resume: bool) -> Iterator[tuple[Path, Path | N
     if kept is not None:
         if not resume:
             shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir(parents=True, exist_ok=True)
+        with storage_errors(kept):
+            kept.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix="adapterkit-", dir=kept) as work:
             yield Path(work), kept

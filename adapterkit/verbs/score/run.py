@@ -220,7 +220,9 @@ class Lane:
         """Return whether both are one kind of model, and the same outside of the units."""
         own, others = (one.model.stored for one in (self, other))
         is_kind = type(own.model) is type(others.model) and _settings(own) == _settings(others)
-        return is_kind and self.model.has_same(other.model, self.model.units.outside)
+        # a unit's may differ too, for example the bias of a router
+        buffers = {*own.stored_buffers, *others.stored_buffers}
+        return is_kind and self.model.has_same(other.model, [*self.model.units.outside, *buffers])
 
     def visit(self, followers: Sequence["Lane"]) -> None:
         """Run the next unit, and give its outputs to the lanes whose unit has the same values."""

@@ -62,10 +62,10 @@ class StoredModel:
         self._reader = reader(sources, device, dtype=None)
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._stored, self._absent = self._find_parameters()
-        self._stored_buffers = self._find_buffers()
-        for name in sorted(self._stored_buffers if buffers else (), key=self._files):
+        self.stored_buffers = self._find_buffers()
+        for name in sorted(self.stored_buffers if buffers else (), key=self._files):
             buffer = self.model.get_buffer(name)
-            stored = self._stored_buffers[name]
+            stored = self.stored_buffers[name]
             buffer.copy_(stored.read(replace(self._reader, device=buffer.device)))
 
     def _dtype(self, config: Any) -> torch.dtype:
@@ -110,14 +110,14 @@ class StoredModel:
 
     def _files(self, name: str) -> list[str]:
         """The files of a parameter or a buffer, in reading order."""
-        stored = self._stored_buffers.get(name) or self._stored.get(name)
+        stored = self.stored_buffers.get(name) or self._stored.get(name)
         specs = stored.reads if stored is not None else ()
         return [part.file for spec in specs for part in stored_parts(spec)]
 
     def reads(self, parts: Iterable[Iterable[str]]) -> list[str]:
         """The files in reading order if the buffers are loaded first, then these groups of
         parameters; a file appears twice if another one is read in between."""
-        order = [self._stored_buffers, *parts]
+        order = [self.stored_buffers, *parts]
         files = [
             f
             for names in order
@@ -127,8 +127,8 @@ class StoredModel:
         return [name for name, _ in itertools.groupby(files)]
 
     def stored_parameter(self, name: str) -> StoredParameter | None:
-        """The stored tensors of a parameter; None if it is not stored."""
-        return self._stored.get(name)
+        """The stored tensors of a parameter or a buffer; None if it is not stored."""
+        return self._stored.get(name) or self.stored_buffers.get(name)
 
     def absent(self) -> list[str]:
         """Parameters that are not stored."""
