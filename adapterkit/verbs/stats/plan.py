@@ -40,8 +40,7 @@ from adapterkit.verbs.stats.verb import Stats, StatsOptions
 # of a block, in float64 and in float32
 SUMS, SUMMING = 8 * 9 / 16, (8 + 4) * 9 / 16
 LENGTH = 512  # tokens of a sample, unless the model has fewer positions
-SUFFIX = ".safetensors"
-COLLECT = "adapterkit.runtime.collect(model, run_model)"
+SUFFIX, COLLECT = ".safetensors", "adapterkit.runtime.collect(model, run_model)"
 
 
 @dataclass(frozen=True)
@@ -333,7 +332,7 @@ def samples_of(
     needs_loss: str = "",  # the cause that needs the model's loss
 ) -> list[Samples]:
     """The samples of a text model; `Refused` for another one, or if it has fewer positions."""
-    name = type(model).__name__
+    name, config = type(model).__name__, model.config
     if model.main_input_name != "input_ids":
         raise Refused(
             f"{name} reads {shown(model.main_input_name)}, no text",
@@ -344,7 +343,6 @@ def samples_of(
             else f"collect in Python: {COLLECT}",
             code="AK902",
         )
-    config = model.config
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         raise Refused(
             "the config has no decoder_start_token_id",
@@ -450,11 +448,10 @@ def _check_loss(model: Any, is_text: bool, where: str) -> None:
             code="AK902",
         )
     if is_text and name.endswith("ForMaskedLM"):
-        mask = "mask the tokens yourself"
         raise Refused(
             f"plain text has no masked tokens that {name} could predict",
             expected="input_ids with masked tokens, and labels",
             where="--data",
-            hint=f"{mask}, or remove gradient from --what" if gradients else mask,
+            hint="mask the tokens yourself" + ", or remove gradient from --what" * gradients,
             code="AK902",
         )
