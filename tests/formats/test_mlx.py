@@ -26,6 +26,7 @@ from tests.support.mlx_models import (
     stacks_of,
     trained,
 )
+from tests.support.usual import usual
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 
@@ -66,7 +67,7 @@ SEES = transformers.AutoModelForImageTextToText
 TEXT = r".*language_model\.(?!.*lm_head).*proj(_\w+)?"
 
 
-@pytest.mark.parametrize("kind", SEEING)
+@pytest.mark.parametrize("kind", usual(SEEING, {"gemma4", "qwen3_vl", "mistral3"}))
 def test_a_language_model_inside_another_has_the_names_of_mlx_lm(kind, tmp_path):
     """There and back; mlx-lm itself is 0.01 off on Gemma 4."""
     base = seeing(kind, tmp_path / "base")

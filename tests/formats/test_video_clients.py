@@ -1,8 +1,11 @@
 """Adapters on every linear layer of tiny transformers of each family: through the formats of the
 original models' names and back, and into diffusers' models."""
 
+import functools
+import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +19,7 @@ from adapterkit import Refused
 from adapterkit.adapters.formats.library import described
 from tests.formats.test_video_files import assert_same_deltas, converted, products, saved
 from tests.formats.video_models import MODELS, anima_conditioner, cosmos, drawn
+from tests.support.usual import usual
 
 RANK = 2
 Tensors = dict[str, Tensor]
@@ -54,18 +58,30 @@ class Family(NamedTuple):
         return back
 
 
-@pytest.fixture(params=MODELS, scope="module")
-def family(request, tmp_path_factory) -> Family:
-    architecture, build = MODELS[request.param]
-    model = drawn(build())
-    return Family(architecture, model, trained(model, tmp_path_factory.mktemp("family")))
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> Callable[[str], Family]:
+    @functools.cache
+    def made(name: str) -> Family:
+        architecture, build = MODELS[name]
+        model = drawn(build())
+        return Family(architecture, model, trained(model, tmp_path_factory.mktemp("family")))
+
+    return made
 
 
 FORMATS = ["comfyui", "kohya", "lycoris-wrapper", "ai-toolkit", "onetrainer-original"]
 
 
-@pytest.mark.parametrize("to", FORMATS)
-def test_every_layer_goes_there_and_back(family: Family, to: str):
+# one table has a family's names in all formats: by its rows the families share the others
+@pytest.mark.parametrize(
+    ("name", "to"),
+    usual(
+        itertools.product(MODELS, FORMATS),
+        lambda row: row[1] in ("comfyui", FORMATS[[*MODELS].index(row[0]) % len(FORMATS)]),
+    ),
+)
+def test_every_layer_goes_there_and_back(families, name: str, to: str):
+    family = families(name)
     if family.architecture not in described()[to].names.architectures:
         return  # the program has no such model
     own, stored = load_file(family.there_and_back(to)), load_file(family.source)
@@ -73,7 +89,9 @@ def test_every_layer_goes_there_and_back(family: Family, to: str):
     assert all(torch.equal(own[key], value) for key, value in stored.items())
 
 
-def test_diffusers_model_has_the_deltas_of_what_is_written(family: Family):
+@pytest.mark.parametrize("name", MODELS)
+def test_diffusers_model_has_the_deltas_of_what_is_written(families, name: str):
+    family = families(name)
     back = family.there_and_back("comfyui")
     assert_loaded(family.model, load_file(back), products(load_file(family.source)))
 

@@ -15,6 +15,7 @@ from adapterkit.core.errors import AdapterkitError, MultipleErrors, Refused
 from adapterkit.verbs.stats.data.records import Record
 from adapterkit.verbs.stats.data.samples import load_tokenizer, tokenize
 from tests.support.texts import MARKED, WORDS, ids, save_tokenizer, write_rows
+from tests.support.usual import usual
 
 HI = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -68,7 +69,8 @@ def refusal(folder: Path, template: str, its: list[Record]) -> AdapterkitError:
     return error
 
 
-@pytest.mark.parametrize("name", ENDLESS)
+# of each limit one: of time, of memory, of the text
+@pytest.mark.parametrize("name", usual(ENDLESS, {"a loop", "memory", "a text"}))
 def test_a_template_without_end_is_refused_soon(name: str, soon, frugal, tmp_path: Path):
     began = time.monotonic()
     with frugal():

@@ -29,6 +29,7 @@ from adapterkit.kernels.quant.stochastic import Draws, round_to
 from adapterkit.verbs.init.methods.eva import Eva
 from tests.support.card import DEVICE, Card, installed
 from tests.support.quantized_llama import FORMS, few
+from tests.support.usual import usual
 
 pytestmark = pytest.mark.quick
 
@@ -112,7 +113,11 @@ TARGETS = [
 ]
 
 
-@pytest.mark.parametrize(("codec", "to"), TARGETS)
+# with the kernels of nf4, of w4a16 and of fp8
+ALIKE = [("bnb4", "fp4"), ("compressed-tensors", "w8a16"), ("comfyui", "comfy-fp8")]
+
+
+@pytest.mark.parametrize(("codec", "to"), usual(TARGETS, lambda one: one not in ALIKE))
 def test_formats_that_are_written(codec: str, to: str, weight: Tensor):
     value = weight.view(2, SOME, 3072) if codec == "mxfp4" else weight  # of experts
     record = written(codec, to, tuple(value.shape))
@@ -177,7 +182,10 @@ def test_a_change_is_measured_without_copies_of_a_chunk(weight: Tensor):
 COLUMNS = 128
 
 
-@pytest.mark.parametrize(("codec", "to"), [one for one in TARGETS if one[0] != "mxfp4"])
+@pytest.mark.parametrize(
+    ("codec", "to"),
+    usual([one for one in TARGETS if one[0] != "mxfp4"], lambda one: one not in ALIKE),
+)
 def test_a_column_with_compensation_has_few_launches_and_no_wait(
     codec: str, to: str, weight: Tensor
 ):

@@ -1,5 +1,6 @@
 """merge --method: W + method(w₁Δ₁, w₂Δ₂, ...), rounded once, wherever the weights lie."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -77,8 +78,14 @@ def expected(base: Path, adapters: list[Path], name: str, **given) -> dict[str, 
     return values
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", NAMES)
+# a method computes in float64, and who rounds knows no method
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    usual(
+        itertools.product(NAMES, ["bf16", "fp32"]),
+        lambda row: row[1] == "bf16" or row[0] in ("linear", "ties", "karcher"),
+    ),
+)
 def test_merges_by_every_method_equal_combine_then_merge(
     name: str, dtype: str, llamas, tmp_path: Path
 ) -> None:

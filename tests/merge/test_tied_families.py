@@ -257,7 +257,7 @@ def _logits(model, name):
 # each side with BERT, whose head has a bias, and with GPT-2; the head of every family, and rows of
 # others than BERT's kin
 KIN = ("bert-lm", "roberta", "megatron-bert", "visual-bert", "blip")
-WHOLE = ("bert-mlm", "gpt2")
+WHOLE = ("bert-mlm",)
 PAIRS = usual(
     itertools.product(FAMILIES, SIDES),
     lambda pair: (

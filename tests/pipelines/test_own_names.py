@@ -1,6 +1,8 @@
 """Adapters whose names only the pipeline's own models tell: U-Nets of other sizes than those that
 were published, and names that several families have."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -10,6 +12,7 @@ import adapterkit
 from tests.formats.video_models import MODELS as VIDEO
 from tests.support import pipelines
 from tests.support.one_file import in_the_file, write_pipeline
+from tests.support.usual import usual
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -85,8 +88,10 @@ def test_a_lora_of_comfyui_for_z_image_whose_names_lumina_has_too(tmp_path):
     assert_added(tmp_path / "pipe" / "transformer", tmp_path / "out" / "transformer", deltas)
 
 
-@pytest.mark.parametrize("is_file", [False, True])
-@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(
+    ("linear", "is_file"),
+    usual(itertools.product([False, True], repeat=2), lambda row: row[0] != row[1]),
+)
 def test_factors_with_a_kernel_of_one_point_and_without_are_the_same(linear, is_file, tmp_path):
     """proj_in is a linear layer in Stable Diffusion 2.x and a convolution in 1.x."""
     model = unet(use_linear_projection=linear)

@@ -98,7 +98,15 @@ def folder(cached_folder: Callable[..., Path]) -> Callable[[str], Path]:
     )
 
 
-@pytest.fixture(params=NAMES)
+MERGED = {"plain", "bnb-nf4", "int8-zero", "nvfp4", "fp8", "mlx4"}
+SOME = FEW | {"bnb-nf4", "bnb-int8", "gpt-oss"}
+
+
+of_every_form = pytest.mark.parametrize("case", NAMES, indirect=True)
+
+
+# the order of columns and their errors do not know the codec
+@pytest.fixture(params=usual(NAMES, SOME))
 def case(request: pytest.FixtureRequest, folder: Callable[[str], Path]) -> Case:
     path = folder(request.param)
     base = decoded_view(open_checkpoint(open_source(str(path))))
@@ -138,10 +146,6 @@ def gptq(weight: Tensor, c: Tensor, round_column: Callable[[Tensor, int], Tensor
     return q
 
 
-# the order of columns and their errors do not know the codec
-@pytest.mark.parametrize(
-    "case", usual(NAMES, FEW | {"bnb-nf4", "bnb-int8", "gpt-oss"}), indirect=True
-)
 def test_compensated_rounding_equals_gptq(case: Case) -> None:
     expected = gptq(case.weight, case.c, case.record.column_rounder(case.plain))
     actual = case.rounded(case.c)
@@ -164,6 +168,7 @@ def test_scales_are_those_of_plain_encoding(case: Case) -> None:
     assert same(*({k: v for k, v in t.items() if k != codes} for t in (tensors, case.plain)))
 
 
+@of_every_form
 def test_without_correlations_it_is_rounding_to_nearest(case: Case) -> None:
     value = case.rounded(torch.diag(torch.rand(len(case.c)) + 0.5))
     tensors = case.record.encode_rounded(case.plain, value)
@@ -176,6 +181,7 @@ def test_without_correlations_it_is_rounding_to_nearest(case: Case) -> None:
             assert same(tensors, case.plain)
 
 
+@of_every_form
 def test_representable_weights_stay(case: Case) -> None:
     assert torch.equal(case.rounded(case.c, case.nearest), case.nearest)
     again = case.record.encode_rounded(case.plain, case.nearest)
@@ -257,7 +263,7 @@ def named(stats: Path) -> dict[str, Tensor]:
     return {name: tensors[s.key] for name, s in select_covariances(file, modules).items()}
 
 
-@pytest.mark.parametrize("name", usual(["plain", *NAMES], FEW | {"plain", "bnb-int8", "bnb-nf4"}))
+@pytest.mark.parametrize("name", usual(["plain", *NAMES], MERGED))
 def test_a_merge_reports_the_loss_of_outputs(
     folder, stats: Path, lora: Path, named: dict[str, Tensor], name: str, tmp_path: Path
 ) -> None:

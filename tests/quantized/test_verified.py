@@ -1,6 +1,7 @@
 """`merge --verify` on quantized bases: every changed weight is recomputed, in its format or as
 floats; what is wrong is found."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ OURS = {
     "double": {"to": "nf4", "double_quant": True},
     "int8-bnb": {"to": "int8"},
 }
+DRAWN = ("int8-zero", "nvfp4", "int8-bnb")  # of the forms to which is rounded at random
 NAMES = [*(name for name, form in FORMS.items() if form.writable), *OURS]
 SIZES = {"hidden_size": 128, "intermediate_size": 192}
 TOUCHED = ["q_proj", "down_proj"]
@@ -65,7 +67,7 @@ def model(cached_folder: Callable[..., Path]) -> Callable[[str], tuple[Path, Pat
     usual(
         [*((n, "nearest") for n in NAMES), *((n, "stochastic") for n in sorted(FEW))],
         # rounding draws before a form packs: each with some
-        lambda row: row[0] in (FEW if row[1] == "nearest" else ("int8-zero", "nvfp4", "int8-bnb")),
+        lambda row: row[0] in (FEW if row[1] == "nearest" else DRAWN),
     ),
 )
 def test_every_changed_weight_is_recomputed(
@@ -83,8 +85,13 @@ def test_every_changed_weight_is_recomputed(
     assert again["tensors"] == 4 and again["rows"] == kept.data["verified"]["rows"]
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("name", few(NAMES))
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    usual(
+        itertools.product(NAMES, ["nearest", "stochastic"]),
+        lambda row: row[0] in (FEW if row[1] == "nearest" else DRAWN),
+    ),
+)
 def test_weights_larger_than_a_slice_are_verified(
     model, name: str, rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

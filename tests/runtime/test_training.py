@@ -13,6 +13,7 @@ from adapterkit import LoraConfig
 from adapterkit.core.errors import AdapterkitError
 from adapterkit.runtime import LoraFA, Riemannian, attach, load
 from tests.support.live import llama, peft_of, tokens
+from tests.support.usual import usual
 
 CONFIG = LoraConfig(4, 8, ["q_proj", "v_proj", "down_proj"], dropout=0.1)
 DATA = [{"input_ids": row, "labels": row} for row in tokens(40, 8)]
@@ -110,7 +111,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", usual(SETTINGS, {"accumulated", "reentrant", "LoRA-FA", "Riemannian"})
+)
 def test_resumed_as_if_never_interrupted(name, tmp_path):
     """With dropout: the losses and the adapter bit for bit."""
 
@@ -138,7 +141,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", usual(KINDS, {"bias", "copies", "tokens", "pissa", "aLoRA"}))
 def test_every_kind_of_part_is_resumed(kind, tmp_path):
     """All that an adapter trains is in the checkpoint and comes back, bit for bit."""
     config = LoraConfig(4, 8, **{"targets": ["q_proj", "down_proj"], **KINDS[kind]})

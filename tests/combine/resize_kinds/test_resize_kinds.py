@@ -33,6 +33,7 @@ from tests.support.kinds import (
     rewritten,
     trained,
 )
+from tests.support.usual import usual
 
 
 def test_every_type_is_tested():
@@ -65,7 +66,7 @@ def test_at_full_rank_the_lora_is_the_adapter(case, base, oracle_of, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("rank", usual([1, 3], {3}))
 def test_at_a_smaller_rank_it_is_the_best_approximation(case, rank, base, oracle_of, tmp_path):
     """The error is that of the dense decomposition's truncation, and the receipt says it."""
     adapter, want = oracle_of(case)

@@ -1,5 +1,6 @@
 """ComfyUI's quantized one-file models: read by the published formulas, merged into, written."""
 
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.support.comfy_files import (
 )
 from tests.support.formats import same
 from tests.support.one_file import expected, factors_of, write_adapter, write_family
+from tests.support.usual import usual
 
 PARTS = ("weight", "weight_scale", "weight_scale_2")
 KINDS = [*MAKERS, "cast", "cast-e5m2"]
@@ -105,8 +107,14 @@ def test_values_of_its_own_files_come_back_to_nearest(home: Path) -> None:
             assert torch.allclose(again, value, rtol=1e-6, atol=0), (kind, spec.key)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("kind", KINDS)
+# what draws knows no format: tests/quantized/test_rounding.py has the others
+@pytest.mark.parametrize(
+    ("kind", "rounding"),
+    usual(
+        itertools.product(KINDS, ["nearest", "stochastic"]),
+        lambda row: row[1] == "nearest" or row[0] in ("nvfp4", "fp8"),
+    ),
+)
 def test_merges_keep_the_file_s_format_and_precision(
     kind: str, rounding: str, home: Path, tmp_path: Path
 ) -> None:

@@ -119,7 +119,9 @@ def test_integers_of_any_bytes_come_back(symmetric: bool, indexed: bool, tmp_pat
 
 # to the nearest by slices: test_memory
 @pytest.mark.parametrize("rounding", usual(["nearest", "stochastic"], {"stochastic"}))
-@pytest.mark.parametrize("name", few(WRITABLE))
+@pytest.mark.parametrize(
+    "name", usual(WRITABLE, {"int4-g_idx", "fp8", "nvfp4", "mlx4", "int8-zero"})
+)
 def test_merged_by_slices_of_rows(
     base, lora: Path, name: str, rounding: str, tmp_path: Path, monkeypatch
 ) -> None:
@@ -140,7 +142,8 @@ def test_merged_by_slices_of_rows(
     )
 
 
-@pytest.mark.parametrize("name", WRITABLE)
+# of the others each step: test_reencoded_weights_equal_their_own_encoder_s
+@pytest.mark.parametrize("name", few(WRITABLE))
 def test_merges_into_every_writable_format_are_near_exact(
     base: Callable[[str], Path], lora: Path, name: str, tmp_path: Path
 ) -> None:
