@@ -59,7 +59,9 @@ PRINTING = {name for name in NAMES if JOBS[name] in READING or "dry_run" in JOBS
 # of each verb that writes
 OUTPUTS = {JOBS[name].verb: name for name in NAMES if name not in PRINTING}
 # options whose values are sources
-SOURCES = ("base", "general", "initial", "stats", "original", "quantized_base", "adapters", "against")
+SOURCES = (
+    "base", "general", "initial", "stats", "original", "quantized_base", "adapters", "against",
+)  # fmt: skip
 VALUES_OF_BASE = re.compile(rb'(?<="adapterkit_base":"1:.{34}).{16}')  # unknown on the Hub
 NAMED = ("origin", "a", "b", "name", "where", "model", "against")
 HOME = """

@@ -6,18 +6,20 @@ as those of an earlier one, it takes over their outputs."""
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources, same_bytes
 from adapterkit.core.engine.device import exact_arithmetic
 from adapterkit.core.weights.codec import QuantizedWeight, stored_parts
+from adapterkit.kernels.rows import row_ranges
 from adapterkit.verbs.score.variants import PlannedReader, PlannedTensor, Variant
 from adapterkit.verbs.stats.data.samples import Samples
 from adapterkit.verbs.stats.model.activations import Activations, ActivationStore, Saved
@@ -32,6 +34,7 @@ from adapterkit.verbs.stats.model.layerwise_schedule import (
 from adapterkit.verbs.stats.model.predictions import Predictions
 from adapterkit.verbs.stats.model.stored_model import StoredModel
 
+CONVERTED = 1 << 22  # elements of a weight that are converted at a time
 TOGETHER = 1024  # passes; each waits in a thread of its own
 # (number of the sample, logits (n, vocabulary) float32, the tokens there (n,), the reference's
 # logits if there is one)
@@ -135,6 +138,7 @@ class OpenModel:
         predict = lambda batch: self.predict(batch, numbers[id(batch)])
         self.head.numbers = [number for number, _ in inputs]
         schedule = SharingSchedule(self.stored, self.units, self.head, self.store, None, self.step)
+        self.stored.as_stored = self.head.large_parameters.difference(self.units.outside)
         self.stored.load(self.units.outside, torch.device("cpu"))
         try:
             batches = [(0, batch) for _, batch in inputs]
@@ -142,6 +146,7 @@ class OpenModel:
                 yield Lane(self, schedule, passes)
         finally:
             self.stored.free(self.units.outside)
+            self.stored.as_stored = set()
 
     def has_same(self, other: "OpenModel", names: Sequence[str]) -> bool:
         """Return whether these parameters have the same values in both models."""
@@ -286,25 +291,47 @@ class _Head(PassReader):
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
-        """Replace the layer's forward inside the context, if it does more."""
-        if not self.keeps and self.reference is None:
-            yield
-            return
-        self.module.forward = partial(self._predict, self.module.forward)
+        """Replace the layer's forward, and that of the embedding, inside the context."""
+        embedding: Any = self.stored.model.get_input_embeddings()
+        self.large = {embedding} if type(embedding) is nn.Embedding else set()
+        self.large |= {self.module} if type(self.module) is nn.Linear else set()
+        embed = lambda ids: nn.Embedding.forward(embedding, ids).to(self.stored.dtype)
+        if embedding in self.large:
+            vars(embedding)["forward"] = embed
+        if self.module is not None:
+            vars(self.module)["forward"] = self._predict
         try:
             yield
         finally:
-            del self.module.forward
+            for module in {embedding, self.module}:
+                vars(module).pop("forward", None)
 
-    def _predict(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    @property
+    def large_parameters(self) -> set[str]:
+        """Weights of the vocabulary's size, which are converted while they are used."""
+        named = self.stored.model.named_modules()
+        names = [name for name, module in named if module in self.large]
+        return {name for one in names for name in self.stored.parameters(one)}
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer's output (..., vocabulary). A weight in another dtype is converted by rows."""
+        module = self.module
+        if module not in self.large or module.weight.dtype == x.dtype:
+            return type(module).forward(module, x)
+        count, width = module.weight.shape
+        y = x.new_empty(*x.shape[:-1], count)
+        for first, last in row_ranges(count, width, CONVERTED):
+            y[..., first:last] = F.linear(x, module.weight[first:last].to(x))
+        return y if module.bias is None else y.add_(module.bias.to(x))
+
+    def _predict(self, x: Tensor) -> Tensor:
         if self.keeps:
             self.states[self.number] = Activations(self.store, 1, set()).save(x.cpu())
         if self.reference is None:
-            return forward(x)
+            return self.compute(x)
         kept = self.reference.states[self.number]
         state = kept.tensor() if isinstance(kept, Saved) else kept
-        module = self.reference.module
-        return torch.cat([forward(x), type(module).forward(module, state.to(x))])
+        return torch.cat([self.compute(x), self.reference.compute(state.to(x))])
 
     @contextmanager
     def reference_loaded(self) -> Iterator[None]:

@@ -60,6 +60,7 @@ class StoredModel:
         self.model = _without_data(type(skeleton.model), config, self.dtype)
         self.model.requires_grad_(False)
         self._reader = reader(sources, device, dtype=None)
+        self.as_stored: set[str] = set()
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._stored, self._absent = self._find_parameters()
         self.stored_buffers = self._find_buffers()
@@ -146,7 +147,7 @@ class StoredModel:
 
     def load(self, names: Iterable[str], device: torch.device) -> None:
         """Read parameters from the shards, one after the other; tied ones share their memory, those
-        not stored are zero."""
+        not stored are zero. Those of `as_stored` keep the dtype that they are stored in."""
         loaded: dict[int, nn.Parameter] = {}
         for name in sorted(names, key=self._files):
             meta = self._meta[name]
@@ -155,8 +156,8 @@ class StoredModel:
                 if stored is None:
                     value = torch.zeros_like(meta, device=device)
                 else:
-                    reader = replace(self._reader, device=device, dtype=meta.dtype)
-                    value = stored.read(reader)
+                    dtype = None if name in self.as_stored else meta.dtype
+                    value = stored.read(replace(self._reader, device=device, dtype=dtype))
                 loaded[id(meta)] = nn.Parameter(value, requires_grad=False)
             self._set(name, loaded[id(meta)])
 
