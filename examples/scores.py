@@ -7,7 +7,7 @@ the model in nf4, Q4_K_M and Q8_0, and merges the adapter into all four, rounded
 call of `score` then measures the twelve on French texts that the adapter has not seen, and their
 distance from the model in bfloat16 with the adapter on it. The table goes to stdout as Markdown.
 
-Takes some 15 minutes of processor time on one core, 2 GB of memory, and nothing from the Hub; needs
+Takes some 7 minutes of processor time on one core, 2 GB of memory, and nothing from the Hub; needs
 PEFT for the training. The texts are Django's messages (BSD-3-Clause). All outputs stay in FOLDER
 (default: scores-output). --short: three layers of the model and few samples, some seconds and
 meaningless losses. Exit status 1 if a check fails.
