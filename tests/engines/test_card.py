@@ -114,7 +114,9 @@ def run_together(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> Ca
     return card
 
 
-@pytest.mark.parametrize("name", ["merge-several", "merge-head", "merge-peft"])
+@pytest.mark.parametrize(
+    "name", usual(["merge-several", "merge-head", "merge-peft"], {"merge-several", "merge-peft"})
+)
 def test_workers_wait_for_the_factors_that_another_loads(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):

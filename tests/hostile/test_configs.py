@@ -2,6 +2,7 @@
 a silent change."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from tests.support.raw_files import (
     tensors_file,
     token_rows,
 )
+from tests.support.usual import usual
 
 # -- values --
 
@@ -135,8 +137,18 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("pattern", [SLOW, *BROKEN.values()], ids=["slow", *BROKEN])
+def exploding(name: str, *values: str) -> pytest.MarkDecorator:
+    """Every pattern with every value; the one that takes its time with the first."""
+    patterns = {"slow": SLOW, **BROKEN}
+    rows = usual(
+        itertools.product(patterns.values(), values),
+        lambda row: row[0] != SLOW or row[1] == values[0],
+    )
+    ids = [f"{pattern}-{value}" for pattern, value in itertools.product(patterns, values)]
+    return pytest.mark.parametrize(("pattern", name), rows, ids=ids)
+
+
+@exploding("key", "rank_pattern", "alpha_pattern")
 def test_a_pattern_of_a_config_that_explodes_is_refused(key, pattern, frugal):
     with frugal(1.6):
         message = refusal(configured(**{key: {pattern: 2, "down_proj": 2}}))
@@ -144,8 +156,7 @@ def test_a_pattern_of_a_config_that_explodes_is_refused(key, pattern, frugal):
     assert "pattern" in message
 
 
-@pytest.mark.parametrize("option", ["include", "exclude"])
-@pytest.mark.parametrize("pattern", [SLOW, *BROKEN.values()], ids=["slow", *BROKEN])
+@exploding("option", "include", "exclude")
 def test_a_pattern_of_the_command_line_that_explodes_is_refused(option, pattern, frugal):
     with frugal(1.6):
         message = refusal(plain(), **{option: pattern})
