@@ -25,6 +25,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.verbs.score import compare
 from tests.support.documents import (
     CODE,
     DOCUMENTS,
@@ -407,14 +408,16 @@ def test_schema_versions_are_those_of_the_code(documents, server: Forks):
         ["diff", "BASE", "BASE", "--json"],
         ["merge", "BASE", "ADAPTER", "--out", "planned", "--dry-run", "--json"],
         "fit BASE a b --data texts.jsonl --out planned.json --dry-run --json".split(),
+        "score BASE --data texts.jsonl --samples 1 --json".split(),
     ]
     folder = documents[README][0][0].folder
     results = [json.loads(output) for _, output, _ in run([Task(folder, t) for t in tasks], server)]
-    kinds = ("inspect", "diff", "plan", "fit")
+    kinds = ("inspect", "diff", "plan", "fit", "score")
     now = {kind: result[kind] for kind, result in zip(kinds, results, strict=True)}
     receipt = next(folder.glob("*/adapterkit.json")).read_bytes()
     assert written == {k: str(v) for k, v in now.items()} | {
-        "receipt": str(json.loads(receipt)["adapterkit"])
+        "receipt": str(json.loads(receipt)["adapterkit"]),
+        "compare": str(compare.VERSION),  # it needs a server
     }
 
 

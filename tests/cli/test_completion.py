@@ -164,7 +164,7 @@ def test_the_printed_script_completes_in_bash(program: Path, base: Path):
     first, *offers = done.stdout.splitlines()
     assert "_adapterkit_completion adapterkit" in first
     assert [line.split() for line in offers] == [
-        ["combine", "completion"],
+        ["combine", "compare", "completion"],
         ["ties", "ties_svd"],
         ["fp4", "fp8"],
         ["q_proj,down_proj", "q_proj,k_proj", "q_proj,v_proj"],

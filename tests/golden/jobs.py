@@ -143,7 +143,12 @@ READING = (
     job("rerun-merge", "merge-plain", inputs="."),
     job("report-two", "law", "medicine", out="report.html", overwrite=True, exact=False),
     job(
-        "score-two", "base32", "tuned", data="ids.jsonl", adapters=["law"], against="base32",
+        "score-two",
+        "base32",
+        "tuned",
+        data="ids.jsonl",
+        adapters=["law"],
+        against="base32",
         exact=False,
     ),
     job("verify-rows", "merge-several", base="base", adapters=["style=0.75", "rslora", "dora"]),

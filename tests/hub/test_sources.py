@@ -62,7 +62,10 @@ OUTPUTS = {JOBS[name].verb: name for name in NAMES if name not in PRINTING}
 SOURCES = (
     "base", "general", "initial", "stats", "original", "quantized_base", "adapters", "against",
 )  # fmt: skip
-VALUES_OF_BASE = re.compile(rb'(?<="adapterkit_base":"1:.{34}).{16}')  # unknown on the Hub
+# unknown on the Hub: the base's values, and so the name of a change to it
+VALUES_OF_BASE = re.compile(
+    rb'(?<="adapterkit_base":"1:.{34}).{16}|(?<=_changed_by":"init-).{16}|(?<=_changed_by":"loftq-).{16}'
+)
 NAMED = ("origin", "a", "b", "name", "where", "model", "against")
 HOME = """
 import os

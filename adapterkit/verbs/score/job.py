@@ -160,20 +160,21 @@ def measured(
             torch.save((now, [one.table for one in sums]), part)
             part.replace(path)
 
-    run(
-        variants,
-        texts.samples,
-        sums,
-        device=pick_device(options.device),
-        dtype=dtypes.torch_dtype(dtypes.parse(dtype)) if dtype else torch.float32,
-        work=work,
-        memory=parse_size(options.memory) if options.memory else quarter_of_memory(),
-        step=lambda: progress(1),
-        compared=compared,
-        group=count if path is None else KEPT,
-        first=done,
-        finished=keep,
-    )
+    if done < count:
+        run(
+            variants,
+            texts.samples,
+            sums,
+            device=pick_device(options.device),
+            dtype=dtypes.torch_dtype(dtypes.parse(dtype)) if dtype else torch.float32,
+            work=work,
+            memory=parse_size(options.memory) if options.memory else quarter_of_memory(),
+            step=lambda: progress(1),
+            compared=compared,
+            group=count if path is None else KEPT,
+            first=done,
+            finished=keep,
+        )
     for variant, own in zip(variants, sums, strict=True):
         _check(variant, texts, own)
     return sums

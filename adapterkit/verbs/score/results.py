@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.core.records import Json
-from adapterkit.verbs.stats.model.stored_model import return_memory
+from adapterkit.core.system.memory import return_memory
 
 Z = 1.959963984540054  # 97.5 % of a normal distribution
 FEW = (12.706205, 4.302653, 3.182446, 2.776445)  # of Student's t with 1 to 4 degrees

@@ -3,10 +3,9 @@ they are read from the shards."""
 
 import contextlib
 import copy
-import ctypes
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.checkpoint.spec import Checkpoint
 from adapterkit.core.engine.reader import LocalReader
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, shown
+from adapterkit.core.system.memory import return_memory
 from adapterkit.core.weights.codec import stored_parts
 from adapterkit.core.weights.decoded import decoded_view
 from adapterkit.core.weights.names import Names
@@ -187,17 +187,6 @@ class StoredModel:
     def _set(self, name: str, parameter: nn.Parameter) -> None:
         parent, _, leaf = name.rpartition(".")
         self.model.get_submodule(parent)._parameters[leaf] = parameter
-
-
-def _find_trim() -> Callable[[int], object]:
-    """The function by which glibc returns freed memory to the system, because it keeps as much as a
-    large layer needs. Other libraries have none."""
-    with contextlib.suppress(TypeError, OSError, AttributeError):
-        return ctypes.CDLL(None).malloc_trim
-    return lambda pad: None
-
-
-return_memory = _find_trim()
 
 
 def _without_data(cls: Any, config: Any, dtype: torch.dtype) -> Any:
