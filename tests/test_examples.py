@@ -90,6 +90,7 @@ def test_the_benchmark_runs_on_a_small_checkpoint(name: str, only: str, tmp_path
 
 
 @pytest.mark.timeout(280)
+@pytest.mark.slow
 def test_the_benchmark_of_scores_runs_and_both_sides_have_the_same_loss(tmp_path: Path):
     out, work = tmp_path / "figures.json", str(tmp_path / "work")
     small = ["--models", "synthetic", "--size", "0.02", "--samples", "2", "--length", "16"]

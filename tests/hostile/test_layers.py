@@ -53,7 +53,7 @@ NEEDS: dict[str, str] = {
     "bases.gguf": "adapters.formats bases.images bases.quantized",
     "many.workflows": "adapters.formats bases.hub bases.images many.workers verbs.shared",
     "runtime": ("adapters.formats verbs.combine verbs.init verbs.shared verbs.stats"),
-    "verbs.score": "bases.gguf bases.quantized many.workflows verbs.shared verbs.stats",
+    "verbs.score": "bases.quantized many.workflows verbs.shared verbs.stats",
     "verbs.look": (
         "adapters.formats adapters.kinds bases.gguf bases.images verbs.score verbs.shared"
     ),

@@ -325,7 +325,7 @@ def test_half_of_a_multiplication_is_refused(name, home, tmp_path):
     text = refused(
         f"{kind} of .* with weight 0.5", home / "llama", {home / name: 0.5}, out=tmp_path / "out"
     )
-    assert "6 problems" in text
+    assert "6 numbers of adapters or weights do not fit" in text
 
 
 def test_two_adapters_on_a_rotated_weight_are_refused(home, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -225,7 +226,10 @@ def test_a_file_is_as_good_as_a_mapping(init: str, tmp_path):
         tmp_path / "base", method=init, rank=4, alpha=6, targets="q_proj,v_proj",
         stats=tmp_path / "shared.safetensors", out=tmp_path / "new",
     )  # fmt: skip
-    for path, part in parts_of(load(model, tmp_path / "new" / "adapter")).items():
+    wrong = nullcontext() if init == "eva" else pytest.warns(UserWarning, match="has no mark of")
+    with wrong:  # the original, because only factors are compared
+        loaded = load(model, tmp_path / "new" / "adapter")
+    for path, part in parts_of(loaded).items():
         offline = torch.cat([part.a, part.b.T], 1)
         torch.testing.assert_close(offline, factors[0][path], rtol=1e-3, atol=1e-4)
 

@@ -49,6 +49,7 @@ class GgufBase(Base):
         "inspect": "verbs.look.gguf:inspect_gguf",
         "prepare merge": "bases.images.base:prepare_images",
         "merged files": "bases.gguf.base:merged_files",
+        "run": "bases.gguf.base:model_to_run",
     }
     inapplicable: ClassVar = {
         "a base of safetensors": ("dtype", "compat", "dequantize", *OF_FOLDERS)
@@ -91,6 +92,14 @@ def _images_in(files: GgufFiles, number: int = 0) -> GgufImageModel | None:
     """The image or video model in a GGUF file; None for a language model."""
     checkpoint = open_image_gguf(files, number)
     return None if checkpoint is None else images_in(checkpoint, GgufImageModel)
+
+
+def model_to_run(base: GgufBase) -> tuple[Checkpoint, dict[str, bytes], tuple[str, ...]] | None:
+    """A language model whose config can run it, its tokenizer's files, and notes."""
+    if base.images is not None:
+        return None
+    model = open_gguf(base.files, tokenizer=True)
+    return model.checkpoint, model.texts, tuple(model.notes)
 
 
 def merged_files(

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from adapterkit.bases.gguf.base import GgufBase
-from adapterkit.bases.gguf.model import open_gguf
 from adapterkit.core.checkpoint.folder import Folder, LocalFolder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.shards import TOKENIZER
@@ -101,9 +99,8 @@ def stored(folder: Folder) -> Variant:
 
 def _opened(kind: Base) -> tuple[Checkpoint, dict[str, bytes], tuple[str, ...]]:
     """A model that can run, in floats; the files of a tokenizer that it contains; notes."""
-    if isinstance(kind, GgufBase) and kind.images is None:
-        model = open_gguf(kind.files, tokenizer=True)
-        return model.checkpoint, model.texts, tuple(model.notes)
+    if (run := kind.own("run")) and (own := run(kind)):
+        return own
     base = decoded_view(kind.read())
     if not base.config.get("model_type"):
         raise Refused(

@@ -38,6 +38,8 @@ BITS_FOR, NOT_QUANTIZED = "--bits-for", "not quantized"
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 SUMMARY = "LoftQ: for its quantized base alone, not for the original"
 
+OF_FACTORS = ("alpha", "rslora", "dtype")  # options that leave the base as it is
+
 
 def plan_loftq(options: Loftq) -> Plan:
     """Plan LoftQ, or raise `Refused`."""
@@ -101,7 +103,8 @@ def _plan_base_and_adapter(
         place = Place.of_weight(name, weight.shape)
         factors.append(HandoffFactors(name, place, dtypes.parse(options.dtype), options.rank))
     config = quantization.config()
-    change = changed_base.change_by("loftq", [base, stats], options.recipe_options())
+    of_base = {k: v for k, v in options.recipe_options().items() if k not in OF_FACTORS}
+    change = changed_base.change_by("loftq", [base, stats], of_base)
     mark = {changed_base.CHANGED_BY: change}
     model = QuantizedModel(base, quantization.quantized, tasks, config, "base", mark)
     shards = model.shards()
