@@ -21,15 +21,16 @@ TOKENIZER = "tokenizer.json"
 
 
 @contextmanager
-def without_weights(variant: Variant) -> Iterator[Any]:
+def without_weights(variant: Variant) -> Iterator[StoredModel]:
     """The model as transformers builds it, on the meta device."""
     with Sources(variant.folders, {}) as sources:
-        yield StoredModel(variant.base, sources, torch.device("cpu"), buffers=False).model
+        yield StoredModel(variant.base, sources, torch.device("cpu"), buffers=False)
 
 
 def check_model(variant: Variant) -> Variant:
     """The same model; `Refused` if it does not predict tokens of texts."""
-    with without_weights(variant) as model:
+    with without_weights(variant) as stored:
+        model = stored.model
         name, problem = type(model).__name__, ""
         if model.main_input_name != "input_ids":
             problem = f"{name} reads {shown(model.main_input_name)}, no text"
@@ -59,7 +60,8 @@ def check_samples(
         where, name = shown(variant.name), shown(variant.folders[0].label)
         alone = "measure it in a command of its own\n"
         alone += command("adapterkit score", name, data="FILE")
-        with without_weights(variant) as model:
+        with without_weights(variant) as stored:
+            model = stored.model
             own, known, most = Predictions(model), _rows(model), positions_of(model)
             predicted = model.get_output_embeddings().weight.shape[0]
         kinds.add((own.has_decoder, own.is_causal))

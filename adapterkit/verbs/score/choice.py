@@ -151,13 +151,13 @@ def _measured(
     options = SampleOptions(seed=merge.seed, device=merge.device, memory=merge.memory)
     samples = job.measured_texts(variants[0], files(merge.data), options, work)
     sums = job.measured(variants, samples, options, work, merge.progress, kept=kept)
-    rows = job.score_rows(list(zip(variants, sums, strict=True)))
+    document = job.score_document(variants, sums, samples, False)
+    rows = document["rows"]
     best = rows[0]["model"]
     noise = [row["model"] for row in rows[1:] if row["more"]["within_noise"]]
     note = f"{best}: the least loss of {len(rows)}, on {samples.about['tokens']:,} tokens"
     note += f"; {' and '.join(noise)} within noise" if noise else ""
     seconds = time.monotonic() - began
-    document = {"score": job.VERSION, "data": samples.about, "against": None, "rows": rows}
     document |= {"written": best, "seconds": round(seconds, 3)}
     # merge has no option of that name
     document["notes"] = [text.replace("--samples ", "") for text in samples.notes]

@@ -15,7 +15,6 @@ from adapterkit.core import dtypes
 from adapterkit.core.adapter.peft import scan_adapter
 from adapterkit.core.checkpoint.disk import replace_file, storage_errors
 from adapterkit.core.checkpoint.folder import Folder
-from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.commands import command
 from adapterkit.core.engine.device import pick_device
 from adapterkit.core.errors import Failed, Problems, Refused, shown
@@ -33,17 +32,16 @@ from adapterkit.core.options import (
 )
 from adapterkit.core.records import Json
 from adapterkit.core.system import quarter_of_memory
-from adapterkit.verbs.score.checks import check_model, check_samples
+from adapterkit.verbs.score.checks import check_model, check_samples, without_weights
 from adapterkit.verbs.score.options import SampleOptions
 from adapterkit.verbs.score.results import SampleSums, score_row
 from adapterkit.verbs.score.run import run
 from adapterkit.verbs.score.variants import Variant, stored, with_adapters
 from adapterkit.verbs.score.verb import Score
-from adapterkit.verbs.stats.data.records import draw_records
+from adapterkit.verbs.stats.data.records import IGNORED, draw_records
 from adapterkit.verbs.stats.data.samples import Samples
 from adapterkit.verbs.stats.model.layers import OffloadedLayers
 from adapterkit.verbs.stats.model.predictions import Predictions
-from adapterkit.verbs.stats.model.stored_model import StoredModel
 from adapterkit.verbs.stats.plan import LENGTH, positions_of, samples_of
 
 VERSION = 1
@@ -111,13 +109,12 @@ def measured_texts(
 ) -> Texts:
     """The samples of these files, in the tokens of the first model."""
     drawn = draw_records(data, options.samples, options.seed)
-    with Sources(first.folders, {}) as sources:
-        cpu = torch.device("cpu")
-        model = StoredModel(first.base, sources, cpu, buffers=False).model
+    with without_weights(first) as opened:
+        model = opened.model
     where = first.tokenizer(work)
     (samples,) = samples_of(where, model, [drawn.records], options.length, "--data")
     shift = 1 if Predictions(model).is_causal else 0
-    kept = [s for s in samples.samples if any(x != -100 for x in s.labels[shift:])]
+    kept = [s for s in samples.samples if any(x != IGNORED for x in s.labels[shift:])]
     if not kept:
         raise Refused(
             "no sample has a token that counts after its first one",
@@ -129,7 +126,7 @@ def measured_texts(
     left_out = len(samples.samples) - len(kept)
     note = f"{left_out} samples left out: no token after their first one counts"
     samples = replace(samples, samples=kept)
-    tokens = sum(x != -100 for s in kept for x in s.labels[shift:])
+    tokens = sum(x != IGNORED for s in kept for x in s.labels[shift:])
     about = {"files": drawn.files, "sha256": samples.digest}
     about |= {"samples": len(kept), "tokens": tokens}
     about["length"] = min(options.length or LENGTH, positions_of(model))
@@ -192,9 +189,8 @@ def _read(path: Path | None, sums: Sequence[SampleSums]) -> int:
 
 def _steps(variant: Variant) -> int:
     """How often `run` calls its `step` for each sample."""
-    with Sources(variant.folders, {}) as sources:
-        cpu = torch.device("cpu")
-        units = OffloadedLayers.of(StoredModel(variant.base, sources, cpu, buffers=False))
+    with without_weights(variant) as opened:
+        units = OffloadedLayers.of(opened)
     return len(units.outer) if units.has_layers else 1
 
 
