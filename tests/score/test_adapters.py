@@ -236,6 +236,16 @@ def test_only_the_adapters_that_the_receipt_does_not_name_are_applied(merged, da
     assert any("one is in merged already" in note for note in document["notes"]), document["notes"]
 
 
+def test_an_adapter_that_is_contained_with_another_weight_is_added_as_asked(merged, data):
+    folder, one, _, out = merged
+    rows = measured(folder, out, data=data, adapters=[f"{one}=0.5"])
+    assert list(rows) == [str(folder), f"{folder} + one", str(out), f"{out} + one"]
+    (expected,) = list(measured(folder, data=data, adapters=[f"{one}=1.5"]).values())[1:]
+    torch.testing.assert_close(rows[f"{out} + one"], expected, rtol=1e-5, atol=1e-5)
+    notes = adapterkit.score([out], data=data, adapters=[f"{one}=0.5"])["notes"]
+    assert any("already, with weight 1" in note for note in notes), notes
+
+
 def test_an_adapter_that_was_merged_and_subtracted_again_is_applied(merged, data, tmp_path):
     _, one, _, out = merged
     adapterkit.merge(out, [f"{one}=-1"], out=tmp_path / "without")

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import adapterkit
-from tests.score.test_losses import model_of
+from tests.score.test_losses import model_of, random
 from tests.support import gguf_files, oracle
 from tests.support.scoring import divergences, in_jsonl, logits_of, measured, random_rows
 from tests.support.texts import write_rows
@@ -102,6 +102,21 @@ def test_models_of_other_layers_and_widths_are_compared(data, large, tmp_path):
     folders = tmp_path / "own", tmp_path / "other"
     kinds = "gpt2", "llama"
     own, other = (loaded(k, saved(model_of(k), f)) for k, f in zip(kinds, folders, strict=True))
+    (table,) = measured(folders[0], data=data, against=folders[1]).values()
+    assert_distances(table, own, other)
+
+
+@pytest.mark.parametrize("layers", [(1, 3), (3, 1)])
+def test_a_model_of_more_or_fewer_layers_than_the_reference_is_compared(
+    layers, data, large, tmp_path
+):
+    folders = [tmp_path / "own", tmp_path / "other"]
+    for folder, count in zip(folders, layers, strict=True):
+        model = model_of("llama")
+        model.config.num_hidden_layers = count
+        saved(random(type(model)(model.config)), folder)
+    own, other = (loaded("llama", folder) for folder in folders)
+    assert (len(own.model.layers), len(other.model.layers)) == layers
     (table,) = measured(folders[0], data=data, against=folders[1]).values()
     assert_distances(table, own, other)
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import isclose
 from pathlib import Path
 
 import torch
@@ -257,15 +258,16 @@ def _variants(options: Score) -> tuple[list[Variant], Variant | None]:
 
 
 def _with(folder: Folder, name: str, options: Score) -> tuple[Variant | None, list[str]]:
-    """The model with the adapters on it that it does not contain, None if there are none of them;
-    notes on the others."""
+    """The model with the adapters on it that it does not contain with their weight, None if there
+    are none of them; notes on the others."""
     sources = open_weighted(
         options.adapters, lambda text: open_adapter(text, folder, for_merge=True)
     )
     merged, rest, notes = merged_adapters(folder), list[tuple[Folder, float]](), list[str]()
     for number, (one, weight) in enumerate(sources, 1):
         adapter = scan_adapter(one, number)[0] if merged else None
-        if adapter is not None and sum(e.weight for e in same_merges(merged, adapter)):
+        present = sum(e.weight for e in same_merges(merged, adapter)) if adapter else 0
+        if adapter is not None and present and isclose(present, weight):
             notes.append(f"{adapter.name} is in {folder.name} already, as its receipt says")
         else:
             rest.append((one, weight))

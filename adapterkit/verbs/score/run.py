@@ -221,6 +221,12 @@ class Lane:
     def waiting(self) -> list[Pass]:
         return [one for one in self.passes if one.request is not None]
 
+    @property
+    def place(self) -> tuple[bool, int]:
+        """The order of the next unit; a head that compares is behind all others."""
+        unit, head = next_unit(self.waiting), self.model.head
+        return unit.module is head.module and head.reference is not None, unit.order
+
     def is_like(self, other: "Lane") -> bool:
         """Return whether both are one kind of model, and the same outside of the units."""
         own, others = (one.model.stored for one in (self, other))
@@ -263,7 +269,8 @@ def _settings(stored: StoredModel) -> dict:
 
 
 def _run_together(models: Sequence[OpenModel], inputs: Inputs) -> None:
-    """Run models through their layers, the one that is furthest behind first."""
+    """Run models through their layers, the one that is furthest behind first, and to a head that
+    compares last: it needs what the reference's head was given."""
     with ExitStack() as stack:
         lanes = [stack.enter_context(one.started(inputs)) for one in models]
         for number, lane in enumerate(lanes):
@@ -273,7 +280,7 @@ def _run_together(models: Sequence[OpenModel], inputs: Inputs) -> None:
             going = [lane for lane in lanes if lane.leader is None and lane.waiting]
             if not going:
                 return
-            min(going, key=lambda lane: next_unit(lane.waiting).order).visit(lanes)
+            min(going, key=lambda lane: lane.place).visit(lanes)
 
 
 class _Head(PassReader):
