@@ -17,8 +17,8 @@ MAX_LENGTH = 1000
 # characters that a pattern may stand for once its {counts} are written out, as `regex` does in
 # memory
 MAX_EXPANSION = 100_000
-TIMEOUT = 1.0  # seconds for one name
-TOTAL_TIMEOUT = 3.0  # seconds for all the names that one pattern is matched with
+TIMEOUT = 1.0  # seconds for one name, of the processor, as `regex` counts them
+TOTAL_TIMEOUT = 3.0  # for all the names that one pattern is matched with
 PLAIN = re.compile(r"\^?[\w.\-]*\$?")  # cannot backtrack
 # `regex` reads {e<=2} as "with two errors", `re` as these characters
 FUZZY = re.compile(r"(?<!\\)\{(?!\d*(,\d*)?\})")
@@ -29,7 +29,7 @@ Rule = tuple[str, V]  # a pattern and its value
 
 def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]:
     """Return `re.search` of the pattern within `wrap`. It is `Refused` if it does not compile, or
-    later, when a match takes over a second."""
+    later, when a match takes over a second of processor time."""
     if len(pattern) > MAX_LENGTH:
         raise Refused(
             f"a pattern of {len(pattern)} characters",
@@ -106,14 +106,14 @@ class _TimedPattern:
     def __call__(self, text: str) -> bool:
         if self.spent > TOTAL_TIMEOUT:
             self._refuse()
-        began = time.monotonic()
+        began = time.thread_time()
         try:
             return self.compiled.search(text, timeout=TIMEOUT) is not None
         except TimeoutError:
             self.spent = TOTAL_TIMEOUT  # later names are refused without another try
             self._refuse()
         finally:
-            self.spent += time.monotonic() - began
+            self.spent += time.thread_time() - began
 
     def _refuse(self) -> NoReturn:
         raise Refused(

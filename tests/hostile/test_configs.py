@@ -8,10 +8,14 @@ import math
 import os
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import regex
 
 import adapterkit
 from adapterkit import merge
@@ -180,6 +184,22 @@ def test_many_nearly_slow_names_are_refused_together(monkeypatch):
     matches("x" * 100_000)
     with pytest.raises(Refused, match="takes seconds"):
         matches("x")
+
+
+def test_a_process_that_waits_refuses_no_sound_pattern(monkeypatch):
+    """Seconds count in which the processor matches, not those in which the process waits."""
+    from adapterkit.core import patterns
+
+    compile = regex.compile
+
+    def search(pattern: str, text: str, timeout: float) -> object:
+        time.sleep(0.3)
+        return compile(pattern).search(text, timeout=timeout)
+
+    monkeypatch.setattr(patterns, "TOTAL_TIMEOUT", 0.2)
+    monkeypatch.setattr(regex, "compile", lambda pattern: Mock(search=partial(search, pattern)))
+    matches = matcher("a.*b", "here")
+    assert [matches(text) for text in ("axb", "x", "ab")] == [True, False, True]
 
 
 @pytest.mark.parametrize(
