@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import socket
 import warnings
 from pathlib import Path
 
@@ -116,17 +115,17 @@ def save(h, model, kind, folder):
         h.save(folder)
 
 
-def work(rank, port, folder):
+def work(rank, folder):
     """What each process does: all cases, one after the other."""
     torch.set_num_threads(1)
     os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1",  # accelerate wants to see it
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(WORLD),
     }
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
+    store = torch.distributed.FileStore(str(folder / "store"), WORLD)  # a free port may be taken
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     results = {}
     for kind, config, optimizer in CASES:
         name = f"{kind}-{config}-{optimizer}"
@@ -201,27 +200,22 @@ def trained(folder):
     return table
 
 
-def start(port, folder):
+def start(folder):
     """Two forks of a process that has imported what they need: transformers takes longer than they
     do."""
     import transformers
 
     make("lora").trainer(transformers.Trainer)
     gc.freeze()
-    torch.multiprocessing.start_processes(
-        work, (port, Path(folder)), nprocs=WORLD, start_method="fork"
-    )
+    torch.multiprocessing.start_processes(work, (Path(folder),), nprocs=WORLD, start_method="fork")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The results of two processes, and the folder with what they saved."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     server = forks()
-    program = f"from tests.runtime import test_distributed as t; t.start({port}, {str(folder)!r})"
+    program = f"from tests.runtime import test_distributed as t; t.start({str(folder)!r})"
     ended = server.wait(server.start(program=program), 300)
     assert ended.status == 0, ended.stderr
     return json.loads((folder / "results.json").read_text()), folder
