@@ -8,7 +8,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -171,6 +175,18 @@ class Bench:
         """Whether the journal says which job is at work."""
         journal = self.control / "journal.jsonl"
         return journal.exists() and b"\n" in journal.read_bytes()
+
+    @contextmanager
+    def held(self, *calls: str, options: Sequence[str] = ()) -> Iterator[int]:
+        """A run that stands still at the second of these calls until the block ends."""
+        fault = {"calls": calls, "when": 2, "act": [["stop", "."]]}
+        pid = self.start(self.argv(*options), fault=fault)
+        while "State:\tT" not in Path(f"/proc/{pid}/status").read_text():
+            time.sleep(0.005)
+        try:
+            yield pid
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def clear(self) -> None:
         shutil.rmtree(self.out, ignore_errors=True)

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -81,10 +80,7 @@ def test_a_disk_that_fills_up(bench, mounted, whole):
     disk = mounted(bench.root / "disk", "-t", "tmpfs", "-o", "size=1200k", "tmpfs")
     bench.out = disk / "out"
     filler = disk / "filler"
-    pid = bench.start(bench.argv(), fault={"calls": ["fallocate", "open"], "delay": 0.02})
-    while not bench.begun():
-        time.sleep(0.002)
-    with filler.open("wb", buffering=0) as file:
+    with bench.held("fallocate") as pid, filler.open("wb", buffering=0) as file:
         while True:
             try:
                 file.write(bytes(4096))

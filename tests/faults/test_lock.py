@@ -23,11 +23,9 @@ WRITES = "another run writes this output now"
 
 def test_a_second_process_is_refused(shared, whole):
     shared.clear()
-    pid = shared.start(shared.argv(), fault={"calls": ["pwrite"], "delay": 0.4})
-    while not shared.begun():
-        time.sleep(0.005)
-    for more in ((), ("--resume",), ("--overwrite",)):
-        shared.merge(*more).failed_cleanly(WRITES, f"(process {pid} since 20")
+    with shared.held("pwrite") as pid:
+        for more in ((), ("--resume",), ("--overwrite",)):
+            shared.merge(*more).failed_cleanly(WRITES, f"(process {pid} since 20")
     shared.wait(pid).succeeded()
     shared.check_done(whole)
 

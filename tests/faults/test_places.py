@@ -1,7 +1,6 @@
 """Where an output may go, and what is never replaced."""
 
 import os
-import time
 
 import pytest
 
@@ -55,15 +54,9 @@ def test_files_that_appear_during_a_run(bench, whole):
         bench.clear()
         if older_output:
             bench.merge(weight="0.5").succeeded()
-        pid = bench.start(
-            bench.argv(*["--overwrite"] * older_output),
-            held=False,
-            fault={"calls": ["pwrite"], "delay": 0.02},
-        )
-        while not bench.begun():
-            time.sleep(0.005)
-        bench.out.mkdir(exist_ok=True)
-        (bench.out / "mine.txt").write_text("mine")
+        with bench.held("pwrite", options=["--overwrite"] * older_output) as pid:
+            bench.out.mkdir(exist_ok=True)
+            (bench.out / "mine.txt").write_text("mine")
         bench.wait(pid).failed_cleanly("mine.txt")
         assert (bench.out / "mine.txt").read_text() == "mine"
         (bench.out / "mine.txt").unlink()

@@ -42,8 +42,8 @@ class Faults:
     about.
 
     spec: calls (names), match (part of the path), when (N, or 0 for every call; `sticky`: from N
-    on), and one of kill, torn, error=NAME, short, zero, lost, delay=SECONDS, act=[[what, ...]];
-    `also`: a second specification.
+    on), and one of kill, torn, error=NAME, short, zero, lost, delay=SECONDS, act=[[what, ...]],
+    which comes before a delay; `also`: a second specification.
     """
 
     def __init__(self, spec: dict, shared: mmap.mmap):
@@ -108,10 +108,10 @@ class Faults:
 
     def _fault(self, name, real, args, kwargs, libc):
         spec = self.spec
-        if spec.get("delay"):
-            time.sleep(spec["delay"])
         for act in spec.get("act", []):
             self._act(*act)
+        if spec.get("delay"):
+            time.sleep(spec["delay"])
         if spec.get("torn") and name in ("pwrite", "write"):
             real(args[0], memoryview(args[1])[: max(1, len(args[1]) // 2)], *args[2:])
         if spec.get("kill") or spec.get("torn"):
@@ -157,6 +157,8 @@ class Faults:
                 os.replace(path + ".new", path)
             elif what == "remove":
                 os.remove(path)
+            elif what == "mark":
+                open(path, "w").close()
             elif what == "shutdown":
                 descriptor = os.open(path, os.O_RDONLY)
                 fcntl.ioctl(descriptor, SHUTDOWN, struct.pack("I", more[0]))
