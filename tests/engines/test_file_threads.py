@@ -72,14 +72,18 @@ def test_a_file_waits_for_what_those_before_it_hand_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ended, needed, finish, begin = [], {}, FileThreads._finish, local.write_computed
+    both = threading.Event()  # files of the base are begun
 
     def end_late(files: FileThreads, file: ShardFile, end) -> None:
+        assert both.wait(LONG)
         threading.Event().wait(0.1)
         finish(files, file, end)
         ended.append(file.final.name)
 
     def write(file: OutputFile, *arguments, **options) -> None:
         needed[Path(file.file).name] = bool(file.handoff_reads), list(ended)
+        if len(needed) == 2:
+            both.set()
         begin(file, *arguments, **options)
 
     monkeypatch.setattr(FileThreads, "_finish", end_late)
