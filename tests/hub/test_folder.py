@@ -218,8 +218,8 @@ def test_prefetch_goes_in_order_and_path_waits_for_its_file_only(hub, connect):
         n.encode() * 100 for n in names[:2]
     ]
     assert not any(asked.path.endswith(names[3]) for asked in hub.log)
-    threading.Timer(0.2, slow.set).start()
     started = time.monotonic()
+    threading.Timer(0.2, slow.set).start()
     assert client(f"folder.path('{names[2]}').read_bytes()") == names[2].encode() * 100
     assert time.monotonic() - started > 0.1
     assert client(f"folder.path('{names[3]}').read_bytes()") == names[3].encode() * 100
