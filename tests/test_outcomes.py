@@ -5,11 +5,15 @@ import re
 import shutil
 
 import click.testing
+import pytest
 
 import adapterkit
+from adapterkit.adapters.formats.engines import engines
 from adapterkit.cli import main
 from adapterkit.core.options import bytes_text
+from adapterkit.verbs.look.overview.advice import loading
 from tests.support import oracle
+from tests.support.adapter_samples import samples
 
 
 def stderr_of(*words) -> str:
@@ -38,6 +42,38 @@ def test_a_conversion_prints_the_next_command(llama, lora, tmp_path):
     assert text.endswith(f"next: adapterkit report {tmp_path / 'tinker'} --out report.html\n")
     text = stderr_of("edit", lora, "--base-id", "org/base", "--out", tmp_path / "words")
     assert text.endswith(f"next: adapterkit report {tmp_path / 'words'} --out report.html\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("kohya/musubi_wan_t2v", "vLLM-Omni"),
+        ("diffusers/flux", "vLLM-Omni"),
+        ("tinker/dense", "vLLM"),
+    ],
+)
+def test_a_conversion_for_vllm_prints_the_program_of_its_model(name, program, tmp_path):
+    """vLLM-Omni, which reads the same format, is for image models."""
+    sample = next(
+        one
+        for one in samples(name.partition("/")[0])
+        if one.id.removesuffix(".safetensors") == name
+    )
+    out = tmp_path / "made"
+    text = stderr_of("convert", sample.path, "--to", "vllm", "--out", out)
+    commands = {
+        "vLLM": f"vllm serve BASE --enable-lora --max-lora-rank RANK --lora-modules name={out}",
+        "vLLM-Omni": f"vllm serve BASE --omni --lora-path {out}",
+    }
+    assert text.endswith(f"next: {commands[program]}\n")
+
+
+@pytest.mark.parametrize(("format", "models"), [("tinker", "language"), ("diffusers", "image")])
+def test_a_report_has_the_programs_for_an_adapters_model(format, models):
+    """A format of image models names its components; the one of tinker has no name."""
+    rows = loading({"adapters": [{"format": format, "base": None, "rank": 8}]}, "a")
+    right = [one.title for one in engines().values() if one.models == models]
+    assert [row["engine"] for row in rows] == right
 
 
 def test_numbers_of_bytes():

@@ -221,6 +221,7 @@ def print_receipt(receipt: "Receipt") -> None:
 def _next(receipt: "Receipt") -> str:
     """The next command for a local output: view it, load it, verify it, or upload it."""
     from adapterkit.adapters.formats.engines import engines
+    from adapterkit.adapters.formats.language import models_of
     from adapterkit.core.commands import command
 
     data, verb, out = receipt.data, receipt.data["recipe"]["verb"], str(receipt.out)
@@ -233,7 +234,8 @@ def _next(receipt: "Receipt") -> str:
     page = command("adapterkit report", out, out="report.html")
     if verb == "convert" and (name := data["to"]) != "peft":
         readers = [one for one in engines().values() if one.format == name]
-        readers.sort(key=lambda one: one.name != name)  # vLLM before vLLM-Omni
+        models = models_of(data["from"], data["architecture"])
+        readers.sort(key=lambda one: (one.models != models, one.name != name))
         return readers[0].loading(name, out, "BASE") if readers else page
     return page
 

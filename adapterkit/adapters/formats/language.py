@@ -1,8 +1,10 @@
-"""Modules of language models, which the formats of image models do not name."""
+"""Tell adapters of language models from those of image models."""
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
+from adapterkit.adapters.formats.library import architectures, described
 from adapterkit.adapters.formats.modules.record import Contents
 from adapterkit.adapters.formats.schema import Format
 from adapterkit.core.errors import Refused, listed
@@ -22,3 +24,13 @@ def check_images(contents: Contents, format: Format, fits: Sequence[str]) -> Non
             + "".join(f", or --architecture {name}" for name in fits),
             code="AK502",
         )
+
+
+def models_of(format: str, architecture: str | None = None) -> Literal["language", "image"]:
+    """The models that the adapters of a format, or of an architecture, are for: those of images
+    have named components."""
+    of_format = described().get(format)
+    names = [] if of_format is None else [*of_format.names.components]
+    if architecture is not None and not any(names):
+        names += architectures()[architecture].components
+    return "image" if any(names) else "language"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from adapterkit.adapters.formats.engines import engines
-from adapterkit.adapters.formats.library import formats
+from adapterkit.adapters.formats.language import models_of
 from adapterkit.core.commands import command
 from adapterkit.core.options import StrPath, bytes_text
 from adapterkit.core.records import Json
@@ -86,13 +86,11 @@ def loading(document: Json, source: StrPath) -> list[Json]:
     """Commands that load the first adapter in each program for such a model, after a conversion if
     the program reads another format."""
     adapter = document["adapters"][0]
-    format = formats().get(adapter["format"])
-    is_image = format is not None and bool(format.names.components)
-    kind = "image" if is_image else "language"
+    models = models_of(adapter["format"])
     base = adapter["base"] if SAFE.fullmatch(str(adapter["base"])) else "BASE"
     file, rank = os.fspath(source), adapter["rank"] or "RANK"
     return [
         {"engine": one.title, "command": one.loading(adapter["format"], file, base, rank)}
         for one in engines().values()
-        if one.models == kind
+        if one.models == models
     ]
