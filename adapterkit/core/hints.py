@@ -39,18 +39,24 @@ def own_hint(hint: str, verb: OptionRecord | type[OptionRecord], where: str = ""
 
 def with_paths(hint: str, verb: OptionRecord | type[OptionRecord], where: str = "") -> str:
     """Return a hint whose commands name the call's sources instead of the words that stand for
-    them; of several adapters, the one that the error is about."""
+    them; of several adapters, the one that the error is about. `ADAPTERS=W` are all with their
+    weights."""
     text, newline, commands = hint.partition("\n")
     sources: dict[str, list[str]] = {}
+    weighted_sources: list[str] = []
     for field in dataclasses.fields(verb):
-        if isinstance(verb, OptionRecord) and (texts := _sources_of(verb, field)):
+        if isinstance(verb, OptionRecord) and (given := _given(verb, field)):
             name = "ADAPTER" if field.name in _ADAPTERS else field.name.upper()
-            sources.setdefault(name, []).extend(texts)
+            sources.setdefault(name, []).extend(text for text, _ in given)
+            if field.name == "adapters":
+                weighted_sources += [text + weight for text, weight in given]
 
     def filled(word: re.Match) -> str:
         if (stands := _STANDS_FOR.fullmatch(word[0])) is None:
             return word[0]
         name, rest = stands.groups("")
+        if rest == "=W":
+            return line(map(argument, weighted_sources)) or name
         texts = sources.get(name) or sources.get(name.removesuffix("S"), [])
         if name in sources and len(texts) > 1:
             texts = [text for text in texts if where.startswith(shown(text))][:1]
@@ -62,14 +68,14 @@ def with_paths(hint: str, verb: OptionRecord | type[OptionRecord], where: str = 
 def refuse_missing_sources(verb: OptionRecord) -> None:
     """`Refused` with all sources of a call that are no paths and no ids, if there are several."""
     fields = dataclasses.fields(verb)
-    texts = [text for field in fields for text in _sources_of(verb, field)]
+    texts = [text for field in fields for text, _ in _given(verb, field)]
     load("core.inputs.sources:refuse_missing")(dict.fromkeys(texts))
 
 
-def _sources_of(verb: OptionRecord, field: dataclasses.Field) -> list[str]:
-    """The sources that one field of a call names, without weights."""
+def _given(verb: OptionRecord, field: dataclasses.Field) -> list[tuple[str, str]]:
+    """The sources that one field of a call names, each with its weight as `=W`, or ""."""
     value = getattr(verb, field.name)
     if not value or not option_of(field).check.is_source:
         return []
     given = (spelled_source(*one, lambda _, path: os.fspath(path)) for one in weighted(value))
-    return [one if isinstance(one, str) else one[0] for one in given]
+    return [(one, "") if isinstance(one, str) else (one[0], f"={one[1]:g}") for one in given]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from adapterkit.verbs.combine.methods.gta import Gta
 from adapterkit.verbs.combine.tasks.combine import module_seeds
 from tests.support import experts, gguf_files, one_file, oracle, quantized_llama
 from tests.support.combining import options_of
+from tests.support.forks import command
 from tests.support.methods import METHODS, combined, record
 from tests.support.oracle import Exact, assert_all_rounded, load, stored
 from tests.support.quantized_llama import FEW, FORMS
@@ -338,9 +340,9 @@ def test_another_kind_together_with_factors(tmp_path: Path) -> None:
 
 BAD = {
     "no such method": ({"method": "tise"}, "ties"),
-    "covariances": ({"method": "regmean"}, "--method"),
+    "covariances": ({"method": "regmean"}, "needs the layers' inputs"),
     "no method": ({"density": 0.5}, "--density is given without --method"),
-    "all modules": ({"method": "linear", "settings": {"strength": "strongest"}}, "combine the"),
+    "all modules": ({"method": "linear", "settings": {"strength": "strongest"}}, "combine them"),
     "no option of it": ({"method": "linear", "density": 0.5}, "density"),
     "one that is missing": ({"method": "ties"}, "density"),
     "PEFT's order": ({"method": "ties", "density": 0.5, "compat": "peft"}, "--compat"),
@@ -364,6 +366,29 @@ def test_invalid_merges_by_method_are_refused(case: str, llamas, tmp_path: Path)
         adapterkit.merge(base, adapters, out=tmp_path / "out", **options)
     assert said in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("regspan", ["--set", "per=layer", "--weight-for", "q_proj=0.2"]),
+        ("regmean", []),
+        ("linear", ["--set", "strength=strongest"]),
+    ],
+)
+def test_the_refusal_of_a_method_prints_the_commands_for_it(method, more, llamas, tmp_path):
+    """With the call's paths, weights and options; FILE stands for one of statistics."""
+    base, (one, other) = llamas("bf16")
+    out, adapters = tmp_path / "out", [f"{one}=0.5", str(other)]
+    done = command("merge", base, *adapters, "--method", method, *more, "--out", out)
+    files = [] if method == "linear" else ["--stats", "FILE"] * 2
+    words = ["adapterkit", "combine", *adapters, "--method", method, *more, *files]
+    printed = [shlex.split(text) for text in done.stderr.splitlines()[-2:]]
+    assert printed == [
+        [*words, "--out", "combined"],
+        ["adapterkit", "merge", str(base), "combined", "--out", "merged"],
+    ]
+    assert done.returncode == (1 if method == "linear" else 2) and not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from tests.support.sources import sources, walked
 
 # what no job can know: which model or adapter would do, and where an output is sent
 UNKNOWN = {
-    "BASE", "ORIGINAL", "ADAPTER", "ADAPTERS", "INITIAL", "MERGED", "MODEL", "FILE", "PLAN",
-    "PART", "FOLDER", "A", "NAME", "ORG/NAME", "ADAPTER=-1", "hf://ORG/NAME",
+    "BASE", "ORIGINAL", "ADAPTER", "ADAPTERS", "ADAPTERS=W", "INITIAL", "MERGED", "MODEL", "FILE",
+    "PLAN", "PART", "FOLDER", "A", "NAME", "ORG/NAME", "ADAPTER=-1", "hf://ORG/NAME",
 }  # fmt: skip
 KNOWN = {"A": "8", "PART": "unet"}  # values that the parser looks at
 VERB = re.compile(rf"\badapterkit ({'|'.join(main.commands)})\b(?![`,;.])")

@@ -209,14 +209,6 @@ class MergeState:
     def _methods(self, name: str) -> "ModuleMethods | None":
         """The method for each module; None for the plain sum."""
         method = load(MERGES["method"])(name, self.options)
-        if method.scales:
-            raise Refused(
-                f"--method {method.name} by a norm over all modules",
-                expected="a method module by module",
-                where="options",
-                hint="combine the adapters first, and merge the result",
-                code="AK401",
-            )
         methods = load(MERGES["methods"])(method, len(self.weights), self.options.density_for)
         return methods if name != "linear" else None
 

@@ -1,7 +1,7 @@
 """Merge adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
 
-import dataclasses
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,7 +133,7 @@ class MethodMergeOptions(OptionRecord):
 
     method: str | None = option(
         default=None,
-        check=choice(merge_methods),
+        check=replace(choice(partial(declarations, "combinations")), words=merge_methods),
         metavar="NAME",
         help="Method that combines the deltas, listed below (default: linear, their sum).",
         excludes=("compat",),
@@ -327,7 +327,7 @@ class Merge(WritingVerb, MergeOptions):
         plan = super().plan()
         if self.fail_below is None:
             return plan
-        return dataclasses.replace(plan, warn=partial(plan.warn, fail_below=self.fail_below))
+        return replace(plan, warn=partial(plan.warn, fail_below=self.fail_below))
 
     def carry_out(self, plan: "Plan", *, push: bool = True) -> "Receipt | Plan":
         if self.choose and not self.dry_run:

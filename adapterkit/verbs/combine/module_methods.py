@@ -110,7 +110,7 @@ class ModuleWeights:
         file: WeightsFile | None = None,
     ):
         if options.method is not None:
-            method = method_of(options.method, options)
+            method = load("verbs.combine.refused_methods:mergeable")(options, len(weights))
             weights = resolved_weights(method, weights, options.weight_for, file)
         self.rules = AdapterWeights(weights, options.weight_for, file)
         self.blocks: list[BlockWeights | None] = [None for _ in weights]

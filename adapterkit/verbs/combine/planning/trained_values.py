@@ -156,7 +156,7 @@ def _check_rows(adapters: Sequence[Adapter], levels: Mapping[str, int], errors: 
         errors.add(
             f"{', '.join(rows)} trained different token rows (trainable_token_indices)",
             "adapters that trained the same rows",
-            "merge the adapters into the base instead\nadapterkit merge BASE ADAPTERS --out merged",
+            "merge the adapters into the base\nadapterkit merge BASE ADAPTERS=W --out merged",
             where="adapters",
             code="AK305",
         )

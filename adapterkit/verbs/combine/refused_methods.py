@@ -1,0 +1,48 @@
+"""Refuse methods that a merge cannot apply, with the commands that do what was asked for."""
+
+import itertools
+from typing import cast
+
+from adapterkit.core.commands import command, line
+from adapterkit.core.errors import Refused, alternatives
+from adapterkit.core.merge.verb import MergeOptions, merge_methods
+from adapterkit.core.registry import declarations
+from adapterkit.verbs.combine.methods.protocol import Method
+from adapterkit.verbs.combine.module_methods import method_of
+
+
+def mergeable(options: MergeOptions, count: int) -> Method:
+    """The method of a merge of `count` adapters; `Refused` for one that only `combine` has."""
+    name = cast(str, options.method)
+    by_inputs = declarations("combinations")[name].constants["acts_on"] == "covariances"
+    settings = {"density": options.density, "majority": options.majority}
+    given = [(f"--{key}", str(value)) for key, value in settings.items() if value is not None]
+    given += [("--set", f"{key}={value}") for key, value in (options.settings or {}).items()]
+    given += [("--weight-for", rule) for rule in options.weight_for]
+    given += [("--stats", "FILE")] * (count * by_inputs)
+    combine = command("adapterkit combine", "ADAPTERS=W", method=name)
+    words = line([*itertools.chain(*given), "--out", "combined"])
+    hint = (
+        "combine them, then merge the result"
+        + "; give one FILE of `adapterkit stats` for each adapter" * by_inputs
+        + f"\n{combine} {words}"
+        + "\nadapterkit merge BASE combined --out merged"
+    )
+    if by_inputs:
+        raise Refused(
+            f"{name} needs the layers' inputs, which a merge does not read",
+            expected=alternatives(name, merge_methods()),
+            where=f"--method {name}",
+            hint=hint,
+            code="AK101",
+        )
+    method = method_of(name, options)
+    if method.scales:
+        raise Refused(
+            f"--method {name} by a norm over all modules",
+            expected="a method module by module",
+            where="options",
+            hint=hint,
+            code="AK401",
+        )
+    return method
