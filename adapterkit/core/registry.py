@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from adapterkit import doors
 from adapterkit.core import records
-from adapterkit.core.errors import AdapterkitError, Refused, alternatives, did_you_mean
+from adapterkit.core.errors import Refused, alternatives, did_you_mean
 from adapterkit.core.records import Json
 
 M = TypeVar("M")
@@ -127,15 +127,7 @@ def create(family: str, name: str, settings: dict[str, object]) -> object:
         )
     given = {key: value for key, value in settings.items() if value is not None}
     where, hint = f"--method {name}", "give another value"
-    try:
-        return records.read(member(family, name), given, where, hint=hint, name=as_flag)
-    except AdapterkitError as error:
-        for one in getattr(error, "errors", (error,)):
-            if one.problem == "--density is missing":
-                one.problem, one.where = f"{name} needs --density", "options"
-                one.expected = "the share of elements to keep, 0 to 1"
-                one.hint = "give it, for example --density 0.2"
-        raise
+    return records.read(member(family, name), given, where, hint=hint, name=as_flag)
 
 
 LIFTED = ("density", "majority")  # options of methods that are options of `combine`

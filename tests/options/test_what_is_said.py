@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -223,6 +224,12 @@ OF_OPTIONS = {
     ("combine", "a", "b", "--method", "ties", "--out", "x"): (
         "ties needs --density", "the share of elements to keep, 0 to 1", "--density 0.2",
     ),
+    ("combine", "a", "b", "--method", "linear", "--density", "0.2", "--out", "x"): (
+        "linear does not read --density", "della, gta, knots, ", "remove it, or give one of these",
+    ),
+    ("merge", "base", "a", "--method", "mean", "--majority", "total", "--out", "x"): (
+        "mean does not read --majority", " or ties", "remove it, or give one of these",
+    ),
     ("combine", "a", "b", "--method", "ties", "--density", "2", "--out", "x"): (
         "--density 2", "a share, 0 to 1", "for example 0.2",
     ),
@@ -264,6 +271,22 @@ def test_a_rank_that_changes_nothing_is_noted(folder, tmp_path):
     largest = json.loads((folder / "a" / CONFIG).read_text())["r"]
     assert f"--rank 99 lowers no rank: the largest is {largest} already" in notes(99)
     assert not any("lowers no rank" in note for note in notes(largest - 1))
+
+
+def test_a_rank_that_is_too_large_is_noted(folder, tmp_path):
+    how: Any = {"out": tmp_path / "x", "dry_run": True}
+    both, base = [folder / "a", folder / "b"], folder / "base"
+    most = sum(json.loads((one / CONFIG).read_text())["r"] for one in both)
+    said = lambda plan: [note for note in plan.notes if note.startswith("--rank")]
+    combined = adapterkit.combine(both, method="linear", rank=99, **how)
+    (note,) = said(combined)
+    assert note.startswith("--rank 99 is too large for all ") and f": {most} at most is" in note
+    assert not said(adapterkit.combine(both, method="linear", rank=most, **how))
+    adapterkit.merge(base, both, out=tmp_path / "tuned")
+    width = json.loads((base / "config.json").read_text())["hidden_size"]
+    (note,) = said(adapterkit.extract(base, tmp_path / "tuned", rank=width + 1, **how))
+    assert f"--rank {width + 1} is too large for" in note and f": {width} at most is" in note
+    assert not said(adapterkit.extract(base, tmp_path / "tuned", rank=1, **how))
 
 
 def test_models_of_two_sizes_are_three_examples_and_a_count(folder, tmp_path):

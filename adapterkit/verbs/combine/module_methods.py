@@ -30,7 +30,11 @@ WeightOf = Callable[[int, str], float]  # by the adapter's number, from 1, and t
 def method_of(name: str, given: MethodOptions) -> Method:
     """The method's record; `Refused` for unknown or missing options."""
     settings = {"density": given.density, "majority": given.majority} | (given.settings or {})
-    return cast(Method, create("combinations", name, settings))
+    try:
+        return cast(Method, create("combinations", name, settings))
+    except AdapterkitError as error:
+        load("verbs.combine.refused_methods:explain")(error, name)
+        raise
 
 
 def added_by(options: "MergeOptions") -> str:

@@ -1,12 +1,13 @@
-"""Refuse methods that a merge cannot apply, with the commands that do what was asked for."""
+"""Refuse methods that a merge cannot apply, and options that a method does not read, with what
+would do it."""
 
 import itertools
 from typing import cast
 
 from adapterkit.core.commands import command, line
-from adapterkit.core.errors import Refused, alternatives
+from adapterkit.core.errors import AdapterkitError, Refused, alternatives
 from adapterkit.core.merge.verb import MergeOptions, merge_methods
-from adapterkit.core.registry import declarations
+from adapterkit.core.registry import LIFTED, declarations
 from adapterkit.verbs.combine.methods.protocol import Method
 from adapterkit.verbs.combine.module_methods import method_of
 
@@ -46,3 +47,20 @@ def mergeable(options: MergeOptions, count: int) -> Method:
             code="AK401",
         )
     return method
+
+
+def explain(error: AdapterkitError, name: str) -> None:
+    """Say in an error about a method's options what a share is, and which methods read an option
+    that this one does not."""
+    known = declarations("combinations")
+    flags = {f"--{option} is unknown": option for option in LIFTED}
+    for one in getattr(error, "errors", (error,)):
+        if one.problem == "--density is missing":
+            one.problem, one.where = f"{name} needs --density", "options"
+            one.expected = "the share of elements to keep, 0 to 1"
+            one.hint = "give it, for example --density 0.2"
+        elif option := flags.get(one.problem):
+            readers = [method for method, its in known.items() if option in its.options]
+            one.problem, one.where = f"{name} does not read --{option}", "options"
+            one.expected = f"--{option} with {', '.join(readers[:-1])} or {readers[-1]}"
+            one.hint = "remove it, or give one of these methods"

@@ -367,6 +367,11 @@ def plan_model_extraction(
     extraction.errors.raise_all()
     factors = within_shares(extraction.factors, truncation)
     read = [*sides]
+    if options.rank and factors:
+        from adapterkit.verbs.combine.planning.large_ranks import note_large_rank
+
+        why = "the smaller side of the weight"
+        extraction.notes += note_large_rank(options.rank, factors, why)
     if stats is not None:
         read.append(open_checkpoint(stats, 2))
         single = {one.name for one in factors if one.target != one.module}
