@@ -60,13 +60,13 @@ def floats_of(folder: Path) -> Path:
     return out
 
 
-def train_with_peft(base: Path, adapter: Path, out: Path) -> torch.Tensor:
-    """Save the adapter after one step, and return the logits of the trained model."""
+def train_with_peft(base: Path, adapter: Path, out: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Save the adapter after one step on `ids`, and return the logits of the trained model."""
     model: Any = initialized.load(LLAMA, base, adapter)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model(**BATCH).loss.backward()
+    model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     model.save_pretrained(out)
     return logits(model)

@@ -245,6 +245,10 @@ def collect_changes(state: MergeState) -> None:
         state.notes += state.module_weights.notes()
     if state.methods is not None:
         _check_method(state)
+    if any(adapter.base_change for adapter in state.adapters):
+        from adapterkit.core.merge.initial_factors import check
+
+        check(state)
     _check_together(state)
 
 
@@ -266,10 +270,6 @@ def _check_adapter(state: MergeState, adapter: Adapter) -> None:
             where=adapter.where,
             code="AK304",
         )
-    if adapter.base_change and not state.options.base_is_residual:
-        from adapterkit.core.outputs.changed_base import changes_of, unmarked
-
-        state.errors += unmarked(adapter, changes_of(state.original), state.original.name)
     has_magnitudes = any(lora.magnitude is not None for lora in adapter.loras)
     if has_magnitudes or adapter.replaced or adapter.tokens:
         with state.errors.collected():

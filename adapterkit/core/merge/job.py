@@ -189,7 +189,7 @@ class MergeState:
         self.skipped: list[str] = []
         self.changes: dict[str, Change] = {}
         self.new: dict[str, Change] = {}  # parameters that the base does not store: heads
-        self.original = base
+        self.original, self.headers = base, base.shards  # headers of the output's files
         self.base = view = decoded_view(base)
         if any(adapter.config.get("layer_replication") for adapter in adapters):
             self.base = replicated(view, adapters, self.errors)

@@ -431,7 +431,7 @@ def _plan_of_files(
 
 
 def _shards(state: MergeState, steps: Steps) -> tuple[OutputFile, ...]:
-    limit, headers = state.options.max_shard_size, state.original.shards
+    limit, headers = state.options.max_shard_size, state.headers
     if len(steps) == len(headers) == 1:  # the output's file may have another name
         headers = dict(zip(steps, headers.values(), strict=True))
     limit = parse_size(limit) if limit else None

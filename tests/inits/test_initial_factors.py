@@ -1,0 +1,147 @@
+"""Several adapters of one changed base: each contains the initial factors that the base lacks, so
+they go into it once. PEFT's sums in float64 are the reference."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapterkit
+from adapterkit.core.errors import Refused
+from tests.inits.test_changed_bases import IDS, LLAMA, train_with_peft
+from tests.support import initialized, oracle
+from tests.support.inspections import inspect, problems_of
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A changed base, and two adapters that PEFT trained on it with different texts."""
+    folder = tmp_path_factory.mktemp("two")
+    oracle.save_base(oracle.llama(), folder / "original", "fp32")
+    given = {"method": "pissa", "rank": 4, "targets": "q_proj,v_proj"}
+    adapterkit.init(folder / "original", **given, out=folder / "out")
+    base, start = folder / "out/base", folder / "out/adapter"
+    for name, ids in (("first", IDS), ("second", IDS.flip(1) % 11)):
+        train_with_peft(base, start, folder / name, ids)
+    return base, folder / "first", folder / "second"
+
+
+def refused(call, *words: str) -> Refused:
+    """The one refusal of a call, of AK304, with these words."""
+    with pytest.raises(Refused) as caught:
+        call()
+    assert caught.value.code == "AK304"
+    assert all(word in caught.value.problem for word in words), caught.value.problem
+    return caught.value
+
+
+def expected(two, weights: tuple[float, float]) -> dict[str, torch.Tensor]:
+    """The weights W' + Σ w·s·b@a of PEFT's own merges, in float64."""
+    base = oracle.stored(two[0])
+    alone = [initialized.rebuilt(LLAMA, two[0], one) for one in two[1:]]
+    return {
+        key: value.double()
+        + sum(
+            w * (one[key].double() - value.double()) for w, one in zip(weights, alone, strict=True)
+        )
+        for key, value in base.items()
+    }
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.25, 0.75), (1.0, 0.0), (1.5, -0.5)])
+def test_weights_with_the_sum_1_give_what_peft_computes(weights, two, tmp_path):
+    base, first, second = two
+    adapterkit.merge(base, {first: weights[0], second: weights[1]}, out=tmp_path / "out")
+    initialized.assert_close(oracle.stored(tmp_path / "out"), expected(two, weights), 1e-6)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 0.6), (1.0, -1.0), (0.0, 0.0)])
+def test_other_sums_are_refused(weights, two, tmp_path):
+    base, first, second = two
+    call = lambda: adapterkit.merge(
+        base, {first: weights[0], second: weights[1]}, out=tmp_path / "out"
+    )
+    error = refused(call, f"add up to {sum(weights):g} on ", "q_proj", "init-")
+    command = f"adapterkit merge {base} {first}=0.5 {second}=0.5 --out merged"
+    assert error.hint.endswith(command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_of_one_adapter_is_refused(two, tmp_path):
+    error = refused(
+        lambda: adapterkit.merge(two[0], {two[1]: 0.5}, out=tmp_path / "out"), "add up to 0.5 on "
+    )
+    assert error.hint.endswith(f"adapterkit merge {two[0]} {two[1]}=1 --out merged")
+
+
+@pytest.fixture(scope="module")
+def merged(two, tmp_path_factory) -> Path:
+    """The changed base with the first adapter merged into it."""
+    out = tmp_path_factory.mktemp("merged") / "out"
+    adapterkit.merge(two[0], [two[1]], out=out, max_shard_size="20KB")
+    return out
+
+
+def test_a_second_adapter_into_a_merge_is_refused(two, merged, tmp_path):
+    assert len(list(merged.glob("*.safetensors"))) > 1
+    adapterkit.verify(merged)
+    for more in ({}, {"base_is_residual": True}):
+        call = lambda: adapterkit.merge(merged, [two[2]], out=tmp_path / "out", **more)  # noqa: B023
+        error = refused(call, "has an adapter of init-", "once more")
+        assert f"adapterkit rebase {two[2]} --initial" in error.hint
+    [problem] = problems_of(inspect(two[2], base=merged))
+    assert problem == error.problem
+
+
+def test_a_rebased_second_adapter_goes_into_a_merge(two, merged, tmp_path):
+    """The error's hint: W + learned₁ + learned₂."""
+    base, _, second = two
+    start = base.parent / "adapter"
+    adapterkit.rebase(second, initial=start, out=tmp_path / "plain")
+    adapterkit.merge(merged, [tmp_path / "plain"], out=tmp_path / "out")
+    both, original = expected(two, (1.0, 1.0)), initialized.rebuilt(LLAMA, base, start)
+    stored = oracle.stored(base)
+    both = {k: v - (original[k].double() - stored[k].double()) for k, v in both.items()}
+    initialized.assert_close(oracle.stored(tmp_path / "out"), both, 1e-6)
+
+
+def test_a_merge_undone_is_the_changed_base_again(two, merged, tmp_path):
+    base, first, second = two
+    adapterkit.merge(merged, {first: -1}, out=tmp_path / "back")
+    initialized.assert_close(oracle.stored(tmp_path / "back"), oracle.stored(base), 1e-6)
+    adapterkit.merge(tmp_path / "back", [second], out=tmp_path / "out")
+    initialized.assert_close(oracle.stored(tmp_path / "out"), expected(two, (0.0, 1.0)), 1e-6)
+    refused(
+        lambda: adapterkit.merge(tmp_path / "out", {first: -0.5}, out=tmp_path / "half"),
+        "once more",
+    )
+
+
+def test_modules_that_are_left_out_are_refused(two, tmp_path):
+    """Their initial factors would be missing."""
+    base, first, _ = two
+    options = [{"exclude": "v_proj"}, {"weight_for": ["v_proj=0.5"]}]
+    for more, total in zip(options, ("0", "0.5"), strict=True):
+        call = lambda: adapterkit.merge(base, [first], out=tmp_path / "out", **more)  # noqa: B023
+        error = refused(call, f"add up to {total} on ", "v_proj")
+        assert "q_proj" not in error.problem and "adapterkit rebase" in error.hint
+
+
+def test_methods_that_are_no_sum_are_refused(two, tmp_path):
+    base, first, second = two
+    call = lambda: adapterkit.merge(
+        base, {first: 0.5, second: 0.5}, method="ties", density=0.5, out=tmp_path / "out"
+    )
+    refused(call, "--method ties")
+
+
+def test_the_mark_stays_with_an_adapter_of_another_base(two, tmp_path):
+    base, first, _ = two
+    given = {"method": "random", "rank": 2, "targets": "q_proj"}
+    adapterkit.init(base, **given, out=tmp_path / "plain")
+    adapterkit.merge(base, [tmp_path / "plain/adapter"], out=tmp_path / "out")
+    adapterkit.merge(tmp_path / "out", [first], out=tmp_path / "both")
+    refused(
+        lambda: adapterkit.merge(tmp_path / "out", {first: 2}, out=tmp_path / "twice"),
+        "add up to 2",
+    )
