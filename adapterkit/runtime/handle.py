@@ -1,6 +1,7 @@
 """The handle of a model's adapters: train, run, combine and save them."""
 
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from adapterkit.runtime import arrow as arrows
 from adapterkit.runtime import merging, rows
 from adapterkit.runtime.load import creation, reading, swapping, writing
 from adapterkit.runtime.load.store import Store
-from adapterkit.runtime.merging import conflicts
+from adapterkit.runtime.merging import conflicts, wrong_sums
 from adapterkit.runtime.report import ModuleTable, report
 from adapterkit.runtime.state import State
 from adapterkit.runtime.training import trainer
@@ -154,6 +155,7 @@ class Adapters:
                 table = by_module(self.state, list(table), weights)
             Problems(conflicts(self.state, table, "activate")).raise_all()
             self.state.select(table)
+            self._warn_of_sums()
         finally:
             if self.state.store is not None:
                 self.state.store.trim()
@@ -274,6 +276,8 @@ class Adapters:
         for site, patch in self.state.adapters[name].patches():
             patch.rescale(number)
             site.renew()
+        self.state.adapters[name].rescaled *= number
+        self._warn_of_sums()
 
     def report(self) -> ModuleTable:
         """Report the modules with adapters in a row each; prints in three lines, `.table()` has all
@@ -337,6 +341,11 @@ class Adapters:
         adapters, as `trainer` does, instead of the base. Call it once, before or after `prepare`.
         `Refused` without an active trainable adapter."""
         trainer.accelerate(self.state, accelerator)
+
+    def _warn_of_sums(self) -> None:
+        """Warn if the active adapters restore the initial factors of their base wrongly."""
+        for error in wrong_sums(self.state, self.active):
+            warnings.warn(error.problem, stacklevel=3)
 
     def _only_name(self, where: str) -> str:
         candidates = list(self.state.active) or self.names

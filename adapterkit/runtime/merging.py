@@ -2,6 +2,7 @@
 are kept, so that unmerging is exact."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from adapterkit.core.engine.device import float32_products
 from adapterkit.core.errors import AdapterkitError, Problems, Refused, by_reason, listed, shown
 from adapterkit.core.inputs.model_config import SWITCH, has_other_effects
+from adapterkit.runtime.patches.factors import FactorsPatch
 from adapterkit.runtime.quantized import exchange, quantization_of, rounded, tensors_of, weight_of
 from adapterkit.runtime.site import Patch, Site, owner
 from adapterkit.runtime.state import State
+from adapterkit.runtime.weights import weight_on
 
 
 @dataclass
@@ -161,6 +164,7 @@ def check(state: State, table: Mapping[str, float]) -> None:
             "`adapterkit merge` writes the deeper model; or run it unmerged",
         )
     errors += conflicts(state, [*table, *state.active], "merge")
+    errors += wrong_sums(state, {**state.active, **table})
     _add_covered(state, table, errors)
     for name, weight in table.items():
         errors += state.guard.hosts.problems(state.adapters[name].sites.values(), "merge")
@@ -261,6 +265,29 @@ def conflicts(state: State, names: Iterable[str], where: str) -> list[Adapterkit
                     clashes.setdefault((patch.adapter, other, reason), []).append(inner)
     for (first, second, reason), paths in clashes.items():
         errors.add(f"{shown(first)} and {shown(second)} have {reason}: {listed(paths)}", expected)
+    return errors
+
+
+def wrong_sums(state: State, table: Mapping[str, float]) -> list[AdapterkitError]:
+    """Problems of adapters of one changed base that restore its initial factors wrongly with these
+    weights."""
+    marked = {n: one for n, one in state.adapters.items() if n in table and one.base_change}
+    if not marked:
+        return []
+    from adapterkit.core.merge.initial_factors import by_change
+    from adapterkit.core.merge.initial_factors import wrong_sums as problems_of
+
+    errors = Problems()
+    for change, adapters in by_change(marked.values()).items():
+        sums: dict[str, float] = {}
+        for adapter in adapters:
+            for site, patch in adapter.patches():
+                if isinstance(patch, FactorsPatch):
+                    weight = weight_on(table[adapter.name], module := patch.named(site.path))
+                    weight = math.nan if isinstance(weight, tuple) else weight * adapter.rescaled
+                    sums[module] = sums.get(module, 0.0) + weight
+        names = listed([adapter.name for adapter in adapters])
+        errors += problems_of(change, sums, names, "give weights that add up to 1")
     return errors
 
 

@@ -38,6 +38,7 @@ class Attached:
     sites: dict[str, Site] = field(default_factory=dict)  # by path
     base_fingerprint: str | None = None
     base_change: str | None = None
+    rescaled: float = 1.0  # the product of the factors of `rescale`
     strict: bool = False  # patches that do nothing are an error, not a warning
     watch: FirstCallWatch | None = None  # since it was active first
 

@@ -1,14 +1,18 @@
 """Several adapters of one changed base: each contains the initial factors that the base lacks, so
 they go into it once. PEFT's sums in float64 are the reference."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import adapterkit
+from adapterkit.core.checkpoint.folder import LocalFolder
 from adapterkit.core.errors import Refused
-from tests.inits.test_changed_bases import IDS, LLAMA, train_with_peft
+from adapterkit.runtime import load as load_live
+from adapterkit.verbs.score.variants import with_adapters
+from tests.inits.test_changed_bases import IDS, LLAMA, logits, train_with_peft
 from tests.support import initialized, oracle
 from tests.support.inspections import inspect, problems_of
 
@@ -145,3 +149,44 @@ def test_the_mark_stays_with_an_adapter_of_another_base(two, tmp_path):
         lambda: adapterkit.merge(tmp_path / "out", {first: 2}, out=tmp_path / "twice"),
         "add up to 2",
     )
+
+
+def live(two, weights: tuple[float, float]):
+    """The changed base with both adapters, and the warnings about sums of weights."""
+    model = initialized.load(LLAMA, two[0])
+    adapters = load_live(model, two[1], name="first")
+    adapters.load(two[2], name="second")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapters.activate({"first": weights[0], "second": weights[1]})
+    return adapters, model, [str(one.message) for one in caught if "add up to" in str(one.message)]
+
+
+def test_a_live_model_with_the_sum_1_is_what_peft_computes(two):
+    adapters, model, words = live(two, (0.25, 0.75))
+    assert words == []
+    reference = initialized.load(LLAMA, two[0])
+    reference.load_state_dict({k: v.float() for k, v in expected(two, (0.25, 0.75)).items()})
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-5)
+    adapters.merge()
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-5)
+
+
+def test_a_live_model_warns_of_other_sums_and_merges_none(two, tmp_path):
+    adapters, _, words = live(two, (1.0, 1.0))
+    assert len(words) == 1 and "add up to 2 on " in words[0] and "q_proj" in words[0]
+    error = refused(adapters.merge, "add up to 2 on ")
+    assert error.where == "first, second" and adapters.merged == {}
+    refused(lambda: adapters.merge({"first": 0.5}), "add up to 1.5 on ")
+    adapters.activate("first")
+    with pytest.warns(UserWarning, match="add up to 0.5 on "):
+        adapters.rescale(0.5, name="first")
+    refused(lambda: adapters.save(tmp_path / "half", name="first"), "times 0.5")
+    assert not (tmp_path / "half").exists()
+    adapters.rescale(2, name="first")
+    adapters.save(tmp_path / "whole", name="first")
+
+
+def test_a_score_refuses_other_sums(two):
+    call = lambda: with_adapters(LocalFolder(two[0]), [(LocalFolder(one), 1.0) for one in two[1:]])
+    refused(call, "add up to 2 on ")

@@ -4,6 +4,7 @@ W' = W - s·b₀@a₀ plus Σ wᵢ·(s·b₀@a₀ + learnedᵢ) is W + Σ wᵢ·
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.header import Header
@@ -19,9 +20,19 @@ ROUNDING = 1e-6  # of a sum of weights
 Sums = dict[str, float]  # the sum of weights on a module
 
 
-def by_change(adapters: Iterable[Adapter]) -> dict[str, list[Adapter]]:
+class OfChangedBase(Protocol):
+    """An adapter, in a file or on a model."""
+
+    @property
+    def base_change(self) -> str | None: ...
+
+
+A = TypeVar("A", bound=OfChangedBase)
+
+
+def by_change(adapters: Iterable[A]) -> dict[str, list[A]]:
     """Return the adapters of each changed base, by the name of the change."""
-    groups: dict[str, list[Adapter]] = {}
+    groups: dict[str, list[A]] = {}
     for adapter in adapters:
         if adapter.base_change:
             groups.setdefault(adapter.base_change, []).append(adapter)

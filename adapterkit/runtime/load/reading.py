@@ -106,6 +106,7 @@ def take_base(state: State, adapter: Attached, stored: Adapter) -> None:
     """Record the base that a stored adapter is for; warn if the model is another one."""
     adapter.base, adapter.base_fingerprint = base_id(stored), stored.base_fingerprint
     made_for, adapter.base_change = stored.base_fingerprint, stored.base_change
+    adapter.rescaled = 1.0
     for error in unmarked(stored, state.of_base(changes_of), state.base_name or "the model"):
         warnings.warn(error.problem, stacklevel=4)
     if made_for and difference(made_for, state.base_fingerprint or made_for) == "values":

@@ -69,6 +69,15 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
             hint="save it inside FullyShardedDataParallel.summon_full_params(model)",
             code="AK803",
         )
+    if adapter.base_change and adapter.rescaled != 1.0:
+        raise Refused(
+            f"{shown(name)}, which contains the initial factors of {adapter.base_change}, times "
+            f"{adapter.rescaled:g}",
+            expected="its own scale, because a merge restores these factors",
+            where="save",
+            hint="rescale it back, then save; give the factor as the weight of the merge",
+            code="AK304",
+        )
     tensors, config = contents(state, adapter)
     if not writes() and not every_process:
         return
