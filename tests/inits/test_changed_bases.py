@@ -149,7 +149,7 @@ def test_a_live_model_warns_of_another_base_and_saves_the_mark(start, tmp_path):
 def test_verbs_keep_the_mark_and_rebase_takes_it_off(start, tmp_path):
     folder = begin("pissa", start, tmp_path / "out")
     adapter = folder / "adapter"
-    adapterkit.combine([adapter, adapter], method="linear", out=tmp_path / "combined")
+    adapterkit.combine([f"{adapter}=0.5"] * 2, method="linear", out=tmp_path / "combined")
     adapterkit.resize(adapter, rank=2, out=tmp_path / "resized")
     adapterkit.convert(adapter, to="peft", out=tmp_path / "converted")
     for name in ("combined", "resized", "converted"):

@@ -190,3 +190,102 @@ def test_a_live_model_warns_of_other_sums_and_merges_none(two, tmp_path):
 def test_a_score_refuses_other_sums(two):
     call = lambda: with_adapters(LocalFolder(two[0]), [(LocalFolder(one), 1.0) for one in two[1:]])
     refused(call, "add up to 2 on ")
+
+
+@pytest.mark.parametrize(
+    "method", [{}, {"method": "mean"}, {"method": "ema", "settings": {"decay": 0.5}}]
+)
+def test_a_sum_with_the_weight_1_keeps_the_mark(method, two, tmp_path):
+    base, first, second = two
+    weights = {"mean": (3.0, 1.0), "ema": (0.5, 1.5)}.get(method.get("method"), (0.75, 0.25))
+    shares = {"ema": (0.25, 0.75)}.get(method.get("method"), (0.75, 0.25))
+    adapterkit.combine(
+        dict(zip((first, second), weights, strict=True)), out=tmp_path / "both", **method
+    )
+    adapterkit.merge(base, [tmp_path / "both"], out=tmp_path / "out")
+    initialized.assert_close(oracle.stored(tmp_path / "out"), expected(two, shares), 1e-6)
+    call = lambda: adapterkit.merge(base.parent.parent / "original", [tmp_path / "both"], out="x")
+    refused(call, "no mark")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "add up to 2 on "),
+        ({"weights": (0.5, 0.2)}, "add up to 0.7 on "),
+        ({"weights": (0.5, 0.5), "weight_for": ["1:v_proj=1"]}, "add up to 1.5 on "),
+        ({"method": "ties", "density": 0.5}, "--method ties"),
+        ({"weights": (0.5, 0.5), "space": "factors"}, "--space factors"),
+        ({"settings": {"strength": "strongest"}}, "add up to "),
+    ],
+)
+def test_combinations_that_lose_initial_factors_are_refused(options, words, two, tmp_path):
+    """PEFT's `linear`, --space factors, has the cross terms of the initial factors too."""
+    options = {"method": "linear"} | options
+    weights = options.pop("weights", (1.0, 1.0))
+    adapters = dict(zip(two[1:], weights, strict=True))
+    error = refused(lambda: adapterkit.combine(adapters, out=tmp_path / "out", **options), words)
+    assert "adapterkit rebase ADAPTER --initial" in error.hint or f"rebase {two[1]}" in error.hint
+
+
+@pytest.fixture(scope="module")
+def others(two, tmp_path_factory) -> tuple[Path, Path]:
+    """A plain adapter, and one of another changed base."""
+    folder, original = tmp_path_factory.mktemp("others"), two[0].parent.parent / "original"
+    given = {"rank": 2, "targets": "q_proj,v_proj"}
+    adapterkit.init(original, method="random", **given, out=folder / "plain")
+    adapterkit.init(original, method="milora", **given, out=folder / "milora")
+    return folder / "plain/adapter", folder / "milora/adapter"
+
+
+def test_a_plain_adapter_first_does_not_drop_the_mark(two, others, tmp_path):
+    adapterkit.combine([others[0], two[1]], method="linear", out=tmp_path / "both")
+    adapterkit.merge(two[0], [tmp_path / "both"], out=tmp_path / "out")
+    adapterkit.merge(two[0], [two[1], others[0]], out=tmp_path / "expected")
+    wanted = oracle.stored(tmp_path / "expected")
+    initialized.assert_close(oracle.stored(tmp_path / "out"), wanted, 1e-6)
+    call = lambda: adapterkit.merge(
+        two[0].parent.parent / "original", [tmp_path / "both"], out=tmp_path / "wrong"
+    )
+    refused(call, "no mark")
+
+
+def test_adapters_of_two_changed_bases_are_refused(two, others, tmp_path):
+    call = lambda: adapterkit.combine([two[1], others[1]], method="linear", out=tmp_path / "out")
+    refused(call, "2 changed bases")
+
+
+def test_a_difference_keeps_the_initial_factors_or_is_refused(two, others, tmp_path):
+    base, first, second = two
+    plain = others[0]
+    adapterkit.subtract([first], general=[plain], out=tmp_path / "out")
+    adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "merged")
+    adapterkit.merge(base, {first: 1, plain: -1}, out=tmp_path / "expected")
+    wanted = oracle.stored(tmp_path / "expected")
+    initialized.assert_close(oracle.stored(tmp_path / "merged"), wanted, 1e-6)
+    subtract = lambda one, other, **more: adapterkit.subtract(
+        [one], general=[other], out=tmp_path / "no", **more
+    )
+    refused(lambda: subtract(first, second), "add up to 0 on ")
+    refused(lambda: subtract(plain, first), "add up to -1 on ")
+    refused(lambda: subtract(first, second, space="factors"), "--space factors")
+
+
+def test_what_is_no_sum_is_refused(two, tmp_path):
+    base, first, _ = two
+    words = "was initialized by init-"
+    refused(lambda: adapterkit.arrow([first], out=tmp_path / "arrow"), words)
+    given = {"energy": 0.9, "base": base, "drop_intruders": 1.0}
+    refused(lambda: adapterkit.resize(first, **given, out=tmp_path / "resized"), words)
+
+
+@pytest.mark.parametrize("by", ["data", "score"])
+def test_a_fit_is_refused(by, two, tmp_path):
+    """Its weights would have any sum."""
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3, 4]}\n' * 20)
+    given = {
+        "data": {"data": tmp_path / "ids.jsonl", "samples": 16},
+        "score": {"score": "evaluate {}"},
+    }
+    with pytest.raises(Refused, match="was initialized by init-"):
+        adapterkit.fit(two[0], two[1:], **given[by], out=tmp_path / "weights.json")

@@ -2,6 +2,7 @@
 
 W' = W - s·b₀@a₀ plus Σ wᵢ·(s·b₀@a₀ + learnedᵢ) is W + Σ wᵢ·learnedᵢ only if Σ wᵢ = 1."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol, TypeVar
@@ -94,15 +95,17 @@ def _restored_by(base: Checkpoint) -> set[str]:
 
 def _sums(state: MergeState, adapters: list[Adapter]) -> Sums:
     """The sum of the adapters' weights on each of their modules, as the job has planned it."""
-    own = {(one.number, lora.a.key): lora.module for one in adapters for lora in one.loras}
-    sums = dict.fromkeys(own.values(), 0.0)
-    for change in state.changes.values():
+    numbers = {one.number for one in adapters}
+    sums = {(lora.module, lora.depth): 0.0 for one in adapters for lora in one.loras}
+    names = {at: at[0] for at in sums}
+    for name, change in state.changes.items():
         for factors in change.additions:
-            module = own.get((factors.a.folder, factors.a.key))
-            if module is not None:  # weights of directions have no one sum
-                weight = change.weights[factors.a.folder]
-                sums[module] += float("nan") if factors.directions else weight
-    return sums
+            if (number := factors.a.folder) in numbers:
+                at = factors.module, factors.depth
+                names[at] = name.removesuffix(".weight")
+                # weights of directions have no one sum
+                sums[at] += math.nan if factors.directions else change.weights[number]
+    return {names[at]: one for at, one in sums.items()}
 
 
 def _hint(state: MergeState, adapters: list[Adapter]) -> str:

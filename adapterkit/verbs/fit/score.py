@@ -32,7 +32,7 @@ from adapterkit.verbs.combine.records.combine import Combine
 from adapterkit.verbs.fit.collection import Evaluations, FittedWeights, WeightsCollection
 from adapterkit.verbs.fit.plan import TEXT, adapters_of
 from adapterkit.verbs.fit.verb import WeightFit
-from adapterkit.verbs.shared.joined_values import read_all
+from adapterkit.verbs.shared.joined_values import delta_problems, read_all
 
 MOST = 8  # adapters: of more the search needs too many evaluations
 STEP = 0.3  # of the first generation's weights
@@ -153,6 +153,8 @@ def plan_search(options: WeightFit) -> Plan:
     errors, folder = Problems(), open_model(options.base)
     folders, names, start = adapters_of(options, folder, errors)
     command = _command(options, len(folders), errors)
+    read = read_all(folders)
+    errors += (error for one in read if one.base_change for error in delta_problems(one))
     errors.raise_all()
     adapters = [named_adapter(n, f) for n, f in zip(names, folders, strict=True)]
     base = open_checkpoint(folder)
@@ -162,7 +164,7 @@ def plan_search(options: WeightFit) -> Plan:
     # without `evaluations`: a resumed search may have more of them, or fewer
     recipe = {"score": _digest(options), "weights": start}
     recipe |= {"seed": options.seed, "bounds": list(options.limits)}
-    return search.plan(options, recipe, base, read_all(folders), TEXT)
+    return search.plan(options, recipe, base, read, TEXT)
 
 
 def _command(options: WeightFit, count: int, errors: Problems) -> list[str]:

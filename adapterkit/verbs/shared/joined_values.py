@@ -30,11 +30,13 @@ def read_all(folders: Sequence[Folder]) -> list[Adapter]:
     return adapters
 
 
-def delta_problems(adapter: Adapter, dora: str = PLAIN) -> list[AdapterkitError]:
+def delta_problems(
+    adapter: Adapter, dora: str = PLAIN, *, sums: bool = False
+) -> list[AdapterkitError]:
     """Reasons why an adapter's delta is not scale * b @ a on the base that it names; `dora`: the
-    hint for a DoRA."""
+    hint for a DoRA; `sums`: the caller checks the weights of adapters of one changed base."""
     errors = Problems(where=adapter.where, code="AK304")
-    init = adapter.changed_base()
+    init = adapter.changed_base() or (None if sums else adapter.base_change)
     if init:
         errors.add(
             f"{adapter.name} was initialized by {init}, which changed its base's weights",

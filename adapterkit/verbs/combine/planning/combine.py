@@ -31,6 +31,7 @@ from adapterkit.core.tasks import common
 from adapterkit.core.weights.plan_reader import PlanReader
 from adapterkit.kernels.lowrank.algebra import Product, gram
 from adapterkit.verbs.combine.methods import ALIASES
+from adapterkit.verbs.combine.methods.common import WeightedSum
 from adapterkit.verbs.combine.methods.protocol import Method
 from adapterkit.verbs.combine.module_methods import method_of, resolved_weights
 from adapterkit.verbs.combine.planning.covariances import (
@@ -90,6 +91,7 @@ def plan_combine(options: Combine) -> Plan:
     parameters = {n for n, site in joined.items() if site.parameter}
     if statistics and tasks:
         tasks = with_statistics(tasks, statistics, parameters, notes, errors)
+    mark = _mark(adapters, joined, tasks, (options, method), errors)
     biases = _biases(joined, weights, options, errors)
     errors += weights.problems()
     if parameters:
@@ -107,7 +109,7 @@ def plan_combine(options: Combine) -> Plan:
     output = adapter_output.Output(
         adapters,
         [*tasks, *biases, *whole],
-        settings=settings | {"lora_bias": bool(biases)},
+        settings=settings | mark | {"lora_bias": bool(biases)},
         summary=f"{options.method} in {options.space} space, weights {spelled}; {method.source}",
         tokenizer=options.tokenizer,
         **targets_of(joined),
@@ -139,6 +141,26 @@ def _plan(
     return adapter_output.plan_adapters(
         "combine", receipt_options, inputs, [output], notes, decisions
     )
+
+
+def _mark(
+    adapters: list[Adapter],
+    joined: dict[str, JoinedSite],
+    tasks: Sequence[CombinedFactors],
+    how: tuple[Combine, Method],
+    errors: Problems,
+) -> Json:
+    """The setting that marks adapters of a changed base; refuses what does not restore its initial
+    factors."""
+    if not any(adapter.base_change for adapter in adapters):
+        return {}
+    from adapterkit.verbs.combine.planning.initial_factors import check_sum
+
+    options, method = how
+    other = f"--method {options.method}" + " --space factors" * (options.space == "factors")
+    is_sum = options.space == "delta" and isinstance(method, WeightedSum)
+    named = {task.name: task for task in tasks}
+    return check_sum(adapters, joined, named, "" if is_sum else other, errors)
 
 
 def _check_scaled(adapters: list[Adapter], options: Combine, errors: Problems) -> None:
@@ -193,14 +215,14 @@ def _base(
     doras = [adapter for adapter in adapters if adapter.config.get("use_dora")]
     if base is None or not (doras or runs):
         hint = "give --base BASE, the model it was trained on, and --rank R"
-        errors += (error for adapter in adapters for error in delta_problems(adapter, hint))
+        errors += (error for one in adapters for error in delta_problems(one, hint, sums=True))
         return base_with_parameters(base, adapters, notes), {}
     from adapterkit.adapters.kinds.dora_deltas import BaseWeights, dora_problems
 
     model = read_checkpoint(base, len(adapters))
     for adapter in adapters:
         is_dora = adapter.config.get("use_dora")
-        errors += dora_problems(adapter) if is_dora else delta_problems(adapter)
+        errors += dora_problems(adapter) if is_dora else delta_problems(adapter, sums=True)
     modules = {a.number: [lora.module for lora in a.loras] for a in doras}
     return model, {a.number: BaseWeights(model, a, modules[a.number], notes) for a in doras}
 

@@ -103,6 +103,10 @@ class _ResizePlanner:
             from adapterkit.verbs.combine.tasks.intruders import reduced
 
             assert self.base is not None
+            if adapter.base_change:
+                from adapterkit.verbs.shared.joined_values import delta_problems
+
+                self.errors += delta_problems(adapter)  # an intruder may be an initial factor
             modules = [factors.module for factors in joined.values()]
             weights = BaseWeights(self.base, adapter, modules, self.notes)
             its = weights, joined, self.dtype, self.options.drop_intruders, self.errors

@@ -56,7 +56,7 @@ def plan_subtract(options: Subtract) -> Plan:
     selection = Selection(None, options.exclude, in_components)
     selection.known |= {name for adapter in read for name in selectable_names(adapter)}
     general_adapters = [_selected(adapter, selection) for adapter in read[count:]]
-    errors = Problems(error for adapter in read for error in delta_problems(adapter))
+    errors = Problems(error for adapter in read for error in delta_problems(adapter, sums=True))
     errors += selection.refusals("a module of the adapters")
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
     notes: list[str] = []
@@ -164,6 +164,14 @@ def _output(
             continue
         operands = tuple(Operand(n, factors, weights[n]) for n, factors in members.items())
         tasks.append(CombinedFactors(prefix + name, place, dtype, operands, Linear(), refit))
+    if any(one.base_change for one in (task_adapter, *generals)):
+        from adapterkit.verbs.combine.planning.initial_factors import check_sum
+
+        other = "--space factors" if options.space == "factors" else ""
+        sums = {
+            one.name.removeprefix(prefix): one for one in tasks if isinstance(one, CombinedFactors)
+        }
+        check_sum([task_adapter, *generals], joined, sums, other, errors)
     tasks += adapter_output.sum_biases(
         joined, lambda number, module: weights[number], dtype, errors, prefix
     )
