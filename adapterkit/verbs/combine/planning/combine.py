@@ -82,10 +82,6 @@ def plan_combine(options: Combine) -> Plan:
             _check_fit(name, operands, adapters, options, (method, refit), errors)
             how = method, refit, options.space, options.seed
             tasks.append(CombinedFactors(name, site.place(levels), dtype, operands, *how))
-    if options.rank and tasks:
-        from adapterkit.verbs.combine.planning.large_ranks import note_large_rank
-
-        notes += note_large_rank(options.rank, tasks, "all that their inputs have together")
     first = len(adapters) + (model is not None)
     statistics = [open_checkpoint(folder, number) for number, folder in enumerate(stats, first)]
     parameters = {n for n, site in joined.items() if site.parameter}
@@ -131,6 +127,11 @@ def _plan(
         receipt_options |= weights.file.in_receipt()
     if options.settings:
         receipt_options["settings"] = tuple(options.settings.items())
+    if options.rank:
+        from adapterkit.verbs.combine.planning.large_ranks import note_large_rank
+
+        tasks = [task for task in output.tasks if isinstance(task, CombinedFactors)]
+        notes += note_large_rank(options.rank, tasks, "all that their inputs have together")
     decisions: Json = {"weights": found} if found else {}
     decisions |= {
         "adapters": [
