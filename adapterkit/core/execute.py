@@ -225,7 +225,8 @@ def _build(
         pool.shutdown(wait=False, cancel_futures=True)
     if not stage.is_complete(receipt["files"]):
         problem, hint = "files that were made have disappeared", "run again with --resume"
-        raise Failed(problem, where=str(stage.path), hint=hint, code="AK603")
+        expected = "the files that this run wrote, until it has finished"
+        raise Failed(problem, expected=expected, where=str(stage.path), hint=hint, code="AK603")
     stage.write_file(RECEIPT, [seal_receipt(receipt)])
     stage.ready()
 

@@ -96,7 +96,7 @@ def by_module(state: State, names: Sequence[str], weights: StrPath) -> dict[str,
     file, errors = read_weights(folder), Problems(where=folder.label, code="AK112")
     if len(names) != len(file.adapters):
         errors.fail(
-            f"{len(names)} adapters, and weights of {len(file.adapters)}",
+            f"adapters: {len(names)}, but the file has weights of {len(file.adapters)}",
             f"in this order: {listed([one.name for one in file.adapters])}",
             "name those of the file",
         )

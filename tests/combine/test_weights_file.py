@@ -54,24 +54,24 @@ def test_digests_hash_weights_and_config_only(tmp_path: Path):
 
 
 BAD = [
-    ({"schema": 2}, "schema 2"),
-    ({"schema": 0}, "schema 0"),
+    ({"schema": 2}, "schema is 2"),
+    ({"schema": 0}, "schema is 0"),
     ({"schema": "1"}, "schema = '1'"),
     ({"per": "block"}, "per = 'block'"),
-    ({"adapters": []}, "no adapters"),
+    ({"adapters": []}, "adapters is empty"),
     ({"adapters": [{"files": {}}, "b"]}, "adapters[0].name is missing"),
     ({"adapters": [{"name": "a", "digest": ""}, "b"]}, "adapters[0].digest is unknown"),
     ({"adapters": "a"}, "adapters = 'a'"),
-    ({"default": [1]}, "default: 1 numbers"),
+    ({"default": [1]}, "the length of default is 1"),
     ({"default": [1, float("nan")]}, "default[1] = nan"),
     ({"default": [1, True]}, "default[1] = True"),
     ({"default": [1, [1]]}, "default[1] = [1]"),
-    ({"modules": {"m": [1]}}, "too few or too many weights: m"),
+    ({"modules": {"m": [1]}}, "other numbers of weights: m has 1"),
     ({"modules": {"m": [1, float("inf")]}}, "modules.m[1] = inf"),
-    ({"modules": {"m": [1, [2]]}}, "lists for one adapter, per module: m"),
+    ({"modules": {"m": [1, [2]]}}, "lists of weights, though per is module: m"),
     ({"modules": {"m": [1, [None]]}, "per": "direction"}, "modules.m[1][0] = None"),
     ({"modules": {"m": 1}}, "modules.m = 1"),
-    ({"modules": {"m": [1, 2]}, "per": "adapter"}, "weights of 1 modules, per adapter"),
+    ({"modules": {"m": [1, 2]}, "per": "adapter"}, "weights of modules, though per is adapter: m"),
     ({"weights": []}, "weights is unknown"),
     ({"fit": 1}, "fit = 1"),
     ({"base": "org/base"}, "base = 'org/base'"),
@@ -104,5 +104,5 @@ def test_only_good_ones_are_written(tmp_path: Path):
         with pytest.raises(Refused):
             write_weights(weights, tmp_path / "w.json")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(Refused, match="a folder of 0 files"):
+    with pytest.raises(Refused, match="a folder with 0 files"):
         read_weights(LocalFolder(tmp_path))

@@ -127,9 +127,9 @@ def read_weights(folder: Folder) -> WeightsFile:
     """The weights in a folder that is one file; `Refused` with every problem."""
     names = list(folder.files())
     if len(names) != 1:
-        problem, hint = f"a folder of {len(names)} files", "name the file"
+        problem, hint = f"a folder with {len(names)} files", "name the file itself"
         raise Refused(
-            problem, expected="a file of weights", where=folder.label, hint=hint, code="AK112"
+            problem, expected="one file of weights", where=folder.label, hint=hint, code="AK112"
         )
     return weights_in(read_json(folder, names[0]), folder.label)
 
@@ -226,7 +226,7 @@ def sources_of(
     own = [f"{source}={weight:g}" for source, weight in pairs if weight != 1.0]
     if own:
         errors.add(
-            f"{listed(own)}, and {OPTION}",
+            f"weights in {listed(own)} and in {OPTION}",
             "weights from one source",
             f"remove the weights of the adapters, or {OPTION}",
             where="options",
@@ -237,18 +237,18 @@ def sources_of(
         folder = Path(weights).parent if os.path.exists(weights) else None
         found = {one.name: named_in_file(one.name, folder) for one in file.adapters}
         if lacking := [name for name, source in found.items() if source is None]:
-            problem = f"{listed(lacking)}: not next to the file of weights"
-            hint = "name the adapters of the weights in their order"
+            problem = f"adapters that are not next to the file of weights: {listed(lacking)}"
+            hint = "name all adapters of the file, in its order"
             errors.add(
-                problem, "adapters next to it, by name, or ids of the Hub", hint, code="AK112"
+                problem, "folders of these names there, or ids of the Hub", hint, code="AK112"
             )
         errors.raise_all()
         sources = [found[one.name] or "" for one in file.adapters]
     if len(sources) != len(file.adapters):
         errors.add(
-            f"{len(sources)} adapters, and weights of {len(file.adapters)}",
+            f"adapters: {len(sources)}, but the file has weights of {len(file.adapters)}",
             f"in this order: {listed([one.name for one in file.adapters])}",
-            "name those of the file, or none",
+            "name those of the file, or none, if they are next to it",
             code="AK112",
         )
     errors.raise_all()
@@ -263,12 +263,12 @@ def check_same(named: NamedAdapter, adapter: Folder, where: str) -> None:
     other = sorted(name for name in {*named.files, *own} if named.files.get(name) != own.get(name))
     if other:
         raise Refused(
-            f"{adapter.label} is not the adapter {shown(named.name)} of the weights: "
-            f"{listed(other)} differ",
-            expected="files with the sha256 that the weights say",
+            f"{adapter.label} is not the adapter {shown(named.name)} for which the weights were "
+            f"chosen: {listed(other)} differ",
+            expected="files with the sha256 in the file of weights",
             where=where,
-            hint="name the adapters of the weights in their order; without `files` in the file of "
-            "weights any adapter is accepted",
+            hint="name the adapters of the file in its order; if this one is right, remove its "
+            "`files` from the file",
             code="AK112",
         )
 
@@ -280,20 +280,22 @@ def _problems(table: Settings, where: str) -> list[AdapterkitError]:
         return []  # refused when the record is created
     errors, schema = Problems(where=where, hint=HINT, code="AK112"), table.get("schema", SCHEMA)
     if isinstance(schema, int) and not 1 <= schema <= SCHEMA:
-        errors.add(f"schema {schema}", f"1 to {SCHEMA}", "update adapterkit")
+        errors.add(
+            f"schema is {schema}", f"at most {SCHEMA}", "update adapterkit, or write it again"
+        )
     count, default = _size(table.get("adapters")), _size(table.get("default"))
     if count == 0:
-        errors.add("no adapters", "one or more")
-    if None not in (count, default) and count != default:
-        errors.add(f"default: {default} numbers", f"one for each of {count} adapters")
+        errors.add("adapters is empty", "the names of one or more")
+    elif None not in (count, default) and count != default:
+        errors.add(f"the length of default is {default}", f"{count}, one for each adapter")
     modules, per = table.get("modules"), table.get("per", "module")
     its = modules if isinstance(modules, Mapping) else {}
     sizes = {name: _size(weights) for name, weights in its.items()}
     wrong = [name for name, size in sizes.items() if None not in (size, count) and size != count]
     if wrong:
         errors.add(
-            f"modules with too few or too many weights: {listed(wrong)}",
-            f"one for each of {count} adapters",
+            f"other numbers of weights: {listed([f'{one} has {sizes[one]}' for one in wrong])}",
+            f"{count}, one for each adapter",
         )
     lists = [
         name
@@ -301,10 +303,11 @@ def _problems(table: Settings, where: str) -> list[AdapterkitError]:
         if sizes[name] and any(_size(weight) is not None for weight in its[name])
     ]
     if lists and per != "direction":
-        problem = f"lists for one adapter, per {per}: {listed(lists)}"
-        errors.add(problem, "numbers, or per direction")
+        problem = f"lists of weights, though per is {per}: {listed(lists)}"
+        errors.add(problem, 'one number for each adapter, or "per": "direction"')
     if its and per == "adapter":
-        errors.add(f"weights of {len(its)} modules, per adapter", "none, or per module")
+        problem = f"weights of modules, though per is adapter: {listed(list(its))}"
+        errors.add(problem, 'no modules, or "per": "module"')
     return errors
 
 

@@ -111,8 +111,8 @@ def check_same_way(stage: Stage, device: str) -> None:
     head = stage.journal()[0]
     if head.get("ranks"):
         raise Refused(
-            "the output is that of a plan file, which `adapterkit run` writes",
-            expected="one way of making it",
+            "the output is that of a plan file, whose workers write it",
+            expected="a new or finished output folder",
             where=str(stage.out),
             hint="give --overwrite to begin again, or end it\nadapterkit finish PLAN",
             code="AK603",

@@ -87,7 +87,7 @@ def _state(plan: Plan, job: WorkerJob, how: RunOptions) -> str:
     if state == "resume" and not (stage.journal() or [{}])[0].get("ranks"):
         stage.lock.check()
         raise Refused(
-            "the run to resume is one machine's",
+            "the interrupted run was on one machine, with --engine local",
             expected="a run that --engine ray began",
             where=str(stage.control),
             hint="resume it with --engine local, or give --overwrite without --resume",

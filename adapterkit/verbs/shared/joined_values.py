@@ -108,10 +108,11 @@ class AdapterWeights:
         if len(weight) != factors.count:
             each = f", {factors.experts} experts one after the other" if factors.experts else ""
             raise Refused(
-                f"{shown(name)}: {len(weight)} weights of directions of adapter {number + 1}",
+                f"{shown(name)}: adapter {number + 1} has {len(weight)} weights of directions",
                 expected=f"{factors.count}, one for each singular triplet{each}",
                 where=WEIGHTS,
-                hint="choose the weights for these adapters",
+                hint="fit the weights to these adapters\n"
+                "adapterkit fit BASE ADAPTERS --data FILE --out weights.json",
                 code="AK112",
             )
         return self.scale * any(weight), replace(factors, directions=weight)
@@ -130,8 +131,8 @@ class AdapterWeights:
             errors.add(
                 f"weights of {len(unknown)} modules that no adapter has: {listed(unknown)}",
                 "names of modules, of experts with their parameter's",
-                (did_you_mean(unknown[:3], known) if not parameters else "")
-                or "give --base, or remove them from the file",
+                (did_you_mean(unknown[:3], known) if not parameters else "give --base")
+                or "remove them from the file",
                 where=WEIGHTS,
             )
         for numbers, (pattern, value) in self.given:
