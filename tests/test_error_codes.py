@@ -105,13 +105,28 @@ def test_errors_have_the_code_of_their_collection_or_their_class():
     assert caught.value.code == "AK208"
 
 
+@pytest.mark.parametrize("code", [code for code, entry in codes().items() if "many" in entry])
+def test_several_errors_of_a_code_begin_with_its_own_words(code: str):
+    """Also two, and of different words: one entry, with each problem on a line."""
+    problems = ["layers.0.up is cut off", "there is no layers.1.down"]
+    with pytest.raises(errors.MultipleErrors) as caught:
+        Problems(Refused(one, expected="x", where="y", code=code) for one in problems).raise_all()
+    first = codes()[code]["many"].replace("{n}", "2")
+    assert caught.value.text().splitlines() == [
+        f"y: {first} [{code}]",
+        *(f"  {one}" for one in problems),
+        "  expected: x",
+    ]
+    assert re.fullmatch(r"2 [a-zA-Z ]+", first)
+
+
 def test_each_cause_is_printed_with_its_code():
     there = {"expected": "x", "where": "there", "hint": "do"}
     many = [Damaged(f"x.{i} is damaged", **there, code="AK202") for i in range(9)]
     with pytest.raises(errors.MultipleErrors) as caught:
         Problems([*many, Refused("no alpha", **there, code="AK504")]).raise_all()
     lines = caught.value.text().splitlines()
-    assert lines[:2] == ["10 problems found", "- there: 9 problems of this kind [AK202]"]
+    assert lines[:2] == ["10 problems found", "- there: 9 files or tensors are damaged [AK202]"]
     assert "- there: no alpha [AK504]" in lines and caught.value.code == "AK202, AK504"
     assert "[AK" not in str(caught.value)
 
