@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,38 @@ def test_a_merge_into_another_base_is_found(merged, strong, tmp_path):
     oracle.save_base(model, tmp_path / "other", "bf16")
     document = adapterkit.diagnose(merged(1), base=tmp_path / "other", adapters=[strong])
     assert "wrong_base" in kinds(document)
+
+
+def test_a_wrong_base_is_one_finding_with_all_signs(merged, strong, tmp_path):
+    """Its embeddings have other shapes, its weights and the change differ."""
+    model: Any = oracle.llama()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=1.0)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    oracle.save_base(model, tmp_path / "other", "bf16")
+    document = adapterkit.diagnose(merged(1), base=tmp_path / "other", adapters=[strong])
+    (finding,) = [row for row in document["findings"] if row["kind"] != "not_merged"]
+    assert finding["kind"] == "wrong_base"
+    shapes, weights, change = finding["problem"].split("; ")
+    assert shapes == "0 weights of the base are missing, 2 have other shapes"
+    assert weights.endswith("of 5 weights that no adapter touches differ")
+    assert change.endswith("of the change is no multiple of the adapters' deltas")
+    assert len(finding["evidence"].split("; ")) == 3
+    assert finding["hint"] == "give the base that it was made of"
+
+
+def test_training_is_one_finding_with_all_signs(merged, strong, llama):
+    """Of a weight that the adapter touches, and of one that it does not."""
+    model = merged(1)
+
+    def train(tensors):
+        for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
+            tensors[name].add_(torch.randn_like(tensors[name]))
+
+    edited(model, train)
+    document = adapterkit.diagnose(model, base=llama, adapters=[strong])
+    (finding,) = [row for row in document["findings"] if row["kind"] == "other_changes"]
+    assert "model.norm" in finding["evidence"] and "no multiple" in finding["problem"]
 
 
 def edited(model, change):

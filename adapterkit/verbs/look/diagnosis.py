@@ -49,6 +49,7 @@ AGAIN = (
     "adapterkit merge BASE ADAPTER --rounding stochastic --out merged-again --verify"
 )
 Tensors = Mapping[str, TensorSpec]  # of a model, as its weights decode
+ONE_FAULT = ("wrong_base", "other_changes")  # of which a model has one, with several signs
 MERGED = "{} was merged {} times"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -61,6 +62,11 @@ class _Findings:
     rows: list[Json] = field(default_factory=list)
 
     def add(self, kind: str, problem: str, evidence: str, do: str, adapter: str = "") -> None:
+        known = [row for row in self.rows if row["kind"] == kind and kind in ONE_FAULT]
+        if known:  # another sign of the same fault
+            known[0]["problem"] += f"; {problem}"
+            known[0]["evidence"] += f"; {evidence}"
+            return
         own = with_paths(do, self.options, adapter)
         self.rows.append({"kind": kind, "problem": problem, "evidence": evidence} | advice(own))
 
@@ -98,7 +104,8 @@ def diagnose_model(diagnose: Diagnose) -> Json:
             _coefficients(coefficients, adapters, found)
             if unexplained > UNEXPLAINED and not quantized_weights(ours):
                 problem = f"{unexplained:.0%} of the change is no multiple of the adapters' deltas"
-                found.add("other_changes", problem, SAMPLED, OTHERS)
+                is_wrong = any(row["kind"] == "wrong_base" for row in found.rows)
+                found.add("wrong_base" if is_wrong else "other_changes", problem, SAMPLED, OTHERS)
             if diagnose.data:
                 _predictions(folder, base, adapters, found)
     return document | {"findings": found.rows}
