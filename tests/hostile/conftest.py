@@ -32,6 +32,23 @@ def frugal() -> Callable:
     return watch
 
 
+@pytest.fixture
+def since_start(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """Seconds since the process that renders templates or runs a tokenizer had started, which takes
+    a loaded machine many."""
+    from adapterkit.verbs.stats.data import templates
+
+    began, start = list[float](), templates._started
+
+    def started(*arguments) -> object:
+        process = start(*arguments)
+        began.append(time.monotonic())
+        return process
+
+    monkeypatch.setattr(templates, "_started", started)
+    return lambda: time.monotonic() - began[0]
+
+
 def _status(name: str) -> int:
     """This process's largest resident size so far (VmHWM), or its address space (VmSize), in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
