@@ -161,9 +161,10 @@ def test_slices_give_the_bytes_of_the_whole(
 
 class Load:
     """How much of their claims tasks have in memory, from when they are made until they are
-    written."""
+    written; if they meet, the first waits for a second one."""
 
-    def __init__(self, monkeypatch, delay: float = 0.0):
+    def __init__(self, monkeypatch, meet: bool):
+        met = threading.Event()
         self.lock, self.now, self.most, self.together = threading.Lock(), 0, 0, 0
         self.running, real = 0, RequantizedWeight.compute
 
@@ -174,7 +175,11 @@ class Load:
                     max(self.most, self.now),
                     max(self.together, self.running),
                 )
-            time.sleep(delay)
+                if self.together > 1:
+                    met.set()
+            if meet:
+                met.wait(20)
+            time.sleep(0.01)
             result = real(task, inputs)
             weakref.finalize(next(iter(result.tensors.values())), self.written, task.memory)
             with self.lock:
@@ -209,7 +214,7 @@ def test_the_budget_bounds_what_is_made_at_a_time(
             quantized, [lora], out=tmp_path / str(budget), memory=budget, dry_run=True
         )
         with monkeypatch.context() as patch:
-            load = Load(patch, 0.01)
+            load = Load(patch, meet=budget != 1 and cores() > 1)
             adapterkit.merge(quantized, [lora], out=tmp_path / str(budget), memory=budget)
         tasks = [
             b for shard in plan.shards for b in shard.tasks if isinstance(b, RequantizedWeight)
