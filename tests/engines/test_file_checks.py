@@ -63,15 +63,21 @@ def test_wrong_files_are_listed_in_the_order_of_the_receipt(output: tuple[LocalF
 
 def test_an_interrupt_ends_all_threads(output: tuple[LocalFolder, dict]):
     """No file is read to its end."""
-    blocks: list[int] = []
+    blocks, arrived = list[int](), threading.Event()
 
     def progress(done: int) -> None:
         blocks.append(done)
         if len(blocks) == 3:
             os.kill(os.getpid(), signal.SIGINT)
+        if len(blocks) >= 3:
+            arrived.wait(20)
         time.sleep(0.05)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    def interrupt(*_: object) -> None:
+        arrived.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             check_files(*output, progress)
