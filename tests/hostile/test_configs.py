@@ -283,7 +283,7 @@ def test_nothing_is_imported_fetched_followed_or_copied(tmp_path):
     command = [sys.executable, "-c", WATCHED, str(tmp_path), str(tmp_path / "out")]
     env = os.environ | {"PYTHONPATH": str(Path(adapterkit.__file__).parents[1])}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, cwd=tmp_path / "adapter", env=env
+        command, capture_output=True, text=True, timeout=240, cwd=tmp_path / "adapter", env=env
     )
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])

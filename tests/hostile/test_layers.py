@@ -315,7 +315,7 @@ def test_nothing_heavy_is_loaded_to_say_hello(code):
     script = WATCH.format(code=code, heavy=HEAVY)
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=60, env=env
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=240, env=env
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].strip() == "loaded:"
@@ -324,7 +324,7 @@ def test_nothing_heavy_is_loaded_to_say_hello(code):
 def test_the_watch_sees_what_is_loaded():
     script = WATCH.format(code="import numpy", heavy=HEAVY)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=60
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=240
     )
     assert "numpy" in done.stdout
 
@@ -346,7 +346,7 @@ def test_a_refusal_of_the_arguments_needs_no_torch():
     script = "import sys, atexit\natexit.register(lambda: print('torch' in sys.modules))\n"
     script += "from adapterkit.cli import main\nmain(['merge'])"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=60, env=env
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", timeout=240, env=env
     )
     assert done.returncode == 2
     assert done.stdout.strip() == "False"

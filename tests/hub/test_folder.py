@@ -210,7 +210,7 @@ def test_prefetch_goes_in_order_and_path_waits_for_its_file_only(hub, connect):
     slow = threading.Event()
     hub.faults = lambda asked: slow.wait(20) and None if asked.path.endswith(names[2]) else None
     client(f"folder = HubFolder(parse('{REPO}'))\nfolder.prefetch({names})")
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while not hub.asked("HEAD", names[2]) and time.monotonic() < until:
         time.sleep(0.01)
     assert [asked.path.rsplit("/")[-1] for asked in hub.asked("GET", "resolve")] == names[:2]

@@ -48,7 +48,7 @@ finally:
 def load_error(path: Path) -> str | None:
     """What llama.cpp says of a file that it does not load."""
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, timeout=240
     )
     lines = [line for line in done.stderr.splitlines() if "error loading model" in line]
     return None if "loaded" in done.stdout else (lines or [done.stderr[-500:]])[0]
