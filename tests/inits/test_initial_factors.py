@@ -289,3 +289,17 @@ def test_a_fit_is_refused(by, two, tmp_path):
     }
     with pytest.raises(Refused, match="was initialized by init-"):
         adapterkit.fit(two[0], two[1:], **given[by], out=tmp_path / "weights.json")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dequantize": True}, {"rounding": "stochastic", "seed": 1}]
+)
+def test_a_quantized_base_gets_the_mark_of_a_merge(options, tmp_path):
+    """Its files keep their format, so their layout is another code."""
+    oracle.save_base(oracle.llama(hidden_size=64), tmp_path / "original", "bf16")
+    given = {"method": "pissa", "rank": 4, "targets": "q_proj,v_proj", "quantize": "nf4"}
+    adapterkit.init(tmp_path / "original", **given, out=tmp_path / "start")
+    base, adapter = tmp_path / "start/base", tmp_path / "start/adapter"
+    adapterkit.merge(base, [adapter], out=tmp_path / "merged", **options)
+    adapterkit.verify(tmp_path / "merged")
+    refused(lambda: adapterkit.merge(tmp_path / "merged", [adapter], out="x"), "once more")
