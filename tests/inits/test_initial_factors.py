@@ -1,6 +1,8 @@
 """Several adapters of one changed base: each contains the initial factors that the base lacks, so
 they go into it once. PEFT's sums in float64 are the reference."""
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -303,3 +305,25 @@ def test_a_quantized_base_gets_the_mark_of_a_merge(options, tmp_path):
     adapterkit.merge(base, [adapter], out=tmp_path / "merged", **options)
     adapterkit.verify(tmp_path / "merged")
     refused(lambda: adapterkit.merge(tmp_path / "merged", [adapter], out="x"), "once more")
+
+
+def test_adapters_of_an_init_of_peft_on_their_changed_base(two, tmp_path):
+    """--base-is-residual says that BASE is the changed base of all of them."""
+    for number, source in enumerate(two[1:]):
+        folder = shutil.copytree(source, tmp_path / str(number))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config |= {"revision": None, "init_lora_weights": ["pissa", "pissa_niter_4"][number]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    merge = lambda first, second, out: adapterkit.merge(
+        two[0],
+        {tmp_path / "0": first, tmp_path / "1": second},
+        base_is_residual=True,
+        out=tmp_path / out,
+    )
+    error = refused(lambda: merge(1, 1, "wrong"), "an init that names no base add up to 2 on ")
+    assert error.hint.endswith("=0.5 --base-is-residual --out merged")
+    merge(0.25, 0.75, "out")
+    headers = [(folder / "model.safetensors").read_bytes() for folder in (two[0], tmp_path / "out")]
+    size = 8 + int.from_bytes(headers[0][:8], "little")
+    assert headers[0][:size] == headers[1][:size]  # no mark without a name
+    initialized.assert_close(oracle.stored(tmp_path / "out"), expected(two, (0.25, 0.75)), 1e-6)

@@ -245,7 +245,7 @@ def collect_changes(state: MergeState) -> None:
         state.notes += state.module_weights.notes()
     if state.methods is not None:
         _check_method(state)
-    if any(adapter.base_change for adapter in state.adapters):
+    if state.options.base_is_residual or any(one.base_change for one in state.adapters):
         from adapterkit.core.merge.initial_factors import check
 
         check(state)

@@ -16,6 +16,7 @@ from adapterkit.core.merge.job import MergeState
 from adapterkit.core.outputs.changed_base import CHANGED_BY, changes_of, unmarked
 
 RESTORED = "adapterkit_restored_by"  # key of the metadata of a base after a merge of such adapters
+UNNAMED = "an init that names no base"  # PEFT's own
 ROUNDING = 1e-6  # of a sum of weights
 
 Sums = dict[str, float]  # the sum of weights on a module
@@ -63,10 +64,15 @@ def check(state: MergeState) -> None:
     marks: dict[str, str] = {}
     name, options = state.original.name, state.options
     in_base, restored = changes_of(state.original), _restored_by(state.original)
-    for change, adapters in by_change(state.adapters).items():
+    groups = by_change(state.adapters)
+    unnamed = [one for one in state.adapters if one.changed_base() and not one.base_change]
+    if options.base_is_residual and unnamed:
+        groups[UNNAMED] = unnamed
+    for change, adapters in groups.items():
         first, sums = adapters[0], _sums(state, adapters)
         is_restored = change in restored
-        marks[CHANGED_BY if is_restored else RESTORED] = change
+        if change is not UNNAMED:
+            marks[CHANGED_BY if is_restored else RESTORED] = change
         errors = Problems(where=first.where, hint=WITHOUT_INITIAL, code="AK304")
         if not is_restored and not options.base_is_residual:
             errors += unmarked(first, in_base, name)
@@ -84,7 +90,7 @@ def check(state: MergeState) -> None:
                 "the changed base without an adapter",
             )
         state.errors += errors
-    if state.original.in_safetensors:
+    if marks and state.original.in_safetensors:
         state.headers = _marked(state.original, marks)
 
 
@@ -116,7 +122,8 @@ def _hint(state: MergeState, adapters: list[Adapter]) -> str:
         return WITHOUT_INITIAL
     share = f"{1 / len(adapters):.9g}"
     text = "give weights that add up to 1, or make plain LoRAs of them by `adapterkit rebase`"
-    return f"{text}\nadapterkit merge BASE ADAPTERS={share} --out merged"
+    residual = " --base-is-residual" * options.base_is_residual
+    return f"{text}\nadapterkit merge BASE ADAPTERS={share}{residual} --out merged"
 
 
 def _marked(base: Checkpoint, marks: dict[str, str]) -> dict[str, Header]:
