@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 from adapterkit.core.adapter.record import Adapter
 from adapterkit.core.checkpoint.header import Header
 from adapterkit.core.checkpoint.spec import Checkpoint
-from adapterkit.core.commands import WITHOUT_INITIAL
+from adapterkit.core.commands import WITHOUT_INITIAL, command
 from adapterkit.core.errors import Problems, listed, shown
 from adapterkit.core.merge.job import MergeState
 from adapterkit.core.outputs.changed_base import CHANGED_BY, changes_of, unmarked
@@ -122,8 +122,8 @@ def _hint(state: MergeState, adapters: list[Adapter]) -> str:
         return WITHOUT_INITIAL
     share = f"{1 / len(adapters):.9g}"
     text = "give weights that add up to 1, or make plain LoRAs of them by `adapterkit rebase`"
-    residual = " --base-is-residual" * options.base_is_residual
-    return f"{text}\nadapterkit merge BASE ADAPTERS={share}{residual} --out merged"
+    given = {"base_is_residual": options.base_is_residual, "out": "merged"}
+    return text + "\n" + command("adapterkit merge", "BASE", f"ADAPTERS={share}", **given)
 
 
 def _marked(base: Checkpoint, marks: dict[str, str]) -> dict[str, Header]:
