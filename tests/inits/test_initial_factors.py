@@ -4,6 +4,7 @@ they go into it once. PEFT's sums in float64 are the reference."""
 import json
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_a_second_adapter_into_a_merge_is_refused(two, merged, tmp_path):
     assert len(list(merged.glob("*.safetensors"))) > 1
     adapterkit.verify(merged)
     for more in ({}, {"base_is_residual": True}):
-        call = lambda: adapterkit.merge(merged, [two[2]], out=tmp_path / "out", **more)  # noqa: B023
+        call = partial(adapterkit.merge, merged, [two[2]], out=tmp_path / "out", **more)
         error = refused(call, "has an adapter of init-", "once more")
         assert f"adapterkit rebase {two[2]} --initial" in error.hint
     [problem] = problems_of(inspect(two[2], base=merged))
@@ -128,7 +129,7 @@ def test_modules_that_are_left_out_are_refused(two, tmp_path):
     base, first, _ = two
     options = [{"exclude": "v_proj"}, {"weight_for": ["v_proj=0.5"]}]
     for more, total in zip(options, ("0", "0.5"), strict=True):
-        call = lambda: adapterkit.merge(base, [first], out=tmp_path / "out", **more)  # noqa: B023
+        call = partial(adapterkit.merge, base, [first], out=tmp_path / "out", **more)
         error = refused(call, f"add up to {total} on ", "v_proj")
         assert "q_proj" not in error.problem and "adapterkit rebase" in error.hint
 
