@@ -16,25 +16,12 @@ def mergeable(options: MergeOptions, count: int) -> Method:
     """The method of a merge of `count` adapters; `Refused` for one that only `combine` has."""
     name = cast(str, options.method)
     by_inputs = declarations("combinations")[name].constants["acts_on"] == "covariances"
-    settings = {"density": options.density, "majority": options.majority}
-    given = [(f"--{key}", str(value)) for key, value in settings.items() if value is not None]
-    given += [("--set", f"{key}={value}") for key, value in (options.settings or {}).items()]
-    given += [("--weight-for", rule) for rule in options.weight_for]
-    given += [("--stats", "FILE")] * (count * by_inputs)
-    combine = command("adapterkit combine", "ADAPTERS=W", method=name)
-    words = line([*itertools.chain(*given), "--out", "combined"])
-    hint = (
-        "combine them, then merge the result"
-        + "; give one FILE of `adapterkit stats` for each adapter" * by_inputs
-        + f"\n{combine} {words}"
-        + "\nadapterkit merge BASE combined --out merged"
-    )
     if by_inputs:
         raise Refused(
             f"{name} needs the layers' inputs, which a merge does not read",
             expected=alternatives(name, merge_methods()),
             where=f"--method {name}",
-            hint=hint,
+            hint=_combine_first(options, count),
             code="AK101",
         )
     method = method_of(name, options)
@@ -43,10 +30,28 @@ def mergeable(options: MergeOptions, count: int) -> Method:
             f"--method {name} by a norm over all modules",
             expected="a method module by module",
             where="options",
-            hint=hint,
+            hint=_combine_first(options, 0),
             code="AK401",
         )
     return method
+
+
+def _combine_first(options: MergeOptions, statistics: int) -> str:
+    """The commands that combine the adapters of a merge, with so many files of statistics, and
+    merge the result."""
+    settings = {"density": options.density, "majority": options.majority}
+    given = [(f"--{key}", str(value)) for key, value in settings.items() if value is not None]
+    given += [("--set", f"{key}={value}") for key, value in (options.settings or {}).items()]
+    given += [("--weight-for", rule) for rule in options.weight_for]
+    given += [("--stats", "FILE")] * statistics
+    combine = command("adapterkit combine", "ADAPTERS=W", method=options.method)
+    words = line([*itertools.chain(*given), "--out", "combined"])
+    return (
+        "combine them, then merge the result"
+        + "; give one FILE of `adapterkit stats` for each adapter" * bool(statistics)
+        + f"\n{combine} {words}"
+        + "\nadapterkit merge BASE combined --out merged"
+    )
 
 
 def explain(error: AdapterkitError, name: str) -> None:
