@@ -15,7 +15,8 @@ from adapterkit.core.errors import Problems, listed, shown
 from adapterkit.core.merge.job import MergeState
 from adapterkit.core.outputs.changed_base import CHANGED_BY, changes_of, unmarked
 
-RESTORED = "adapterkit_restored_by"  # key of the metadata of a base after a merge of such adapters
+# key of the metadata of a base to which an earlier merge added the initial factors again
+RESTORED = "adapterkit_restored_by"
 UNNAMED = "an init that names no base"  # PEFT's own
 ROUNDING = 1e-6  # of a sum of weights
 
@@ -63,7 +64,7 @@ def check(state: MergeState) -> None:
     files of the output get the mark of their new state."""
     marks: dict[str, str] = {}
     name, options = state.original.name, state.options
-    in_base, restored = changes_of(state.original), _restored_by(state.original)
+    in_base, restored = changes_of(state.original), changes_of(state.original, RESTORED)
     groups = by_change(state.adapters)
     unnamed = [one for one in state.adapters if one.changed_base() and not one.base_change]
     if options.base_is_residual and unnamed:
@@ -92,11 +93,6 @@ def check(state: MergeState) -> None:
         state.errors += errors
     if marks and state.original.in_safetensors:
         state.headers = _marked(state.original, marks)
-
-
-def _restored_by(base: Checkpoint) -> set[str]:
-    """The changes whose initial factors an earlier merge added to the base again."""
-    return {header.metadata.get(RESTORED, "") for header in base.shards.values()} - {""}
 
 
 def _sums(state: MergeState, adapters: list[Adapter]) -> Sums:

@@ -40,9 +40,9 @@ def marked(settings: Json, base_settings: Json | None, change: str) -> dict[str,
     return {"settings": settings | {"revision": CHANGED + change}, "base_settings": unnamed}
 
 
-def changes_of(base: Checkpoint) -> set[str]:
-    """Return the names of the changes that made this base."""
-    return {header.metadata.get(CHANGED_BY, "") for header in base.shards.values()} - {""}
+def changes_of(base: Checkpoint, key: str = CHANGED_BY) -> set[str]:
+    """Return the names of the changes that made this base, or of those with another mark."""
+    return {header.metadata.get(key, "") for header in base.shards.values()} - {""}
 
 
 def unmarked(adapter: Adapter, changes: set[str] | None, base: str) -> Problems:
