@@ -222,8 +222,8 @@ class Lane:
         return [one for one in self.passes if one.request is not None]
 
     @property
-    def place(self) -> tuple[bool, int]:
-        """The order of the next unit; a head that compares is behind all others."""
+    def order(self) -> tuple[bool, int]:
+        """The order of the next unit; a head that compares comes after all others."""
         unit, head = next_unit(self.waiting), self.model.head
         return unit.module is head.module and head.reference is not None, unit.order
 
@@ -280,7 +280,7 @@ def _run_together(models: Sequence[OpenModel], inputs: Inputs) -> None:
             going = [lane for lane in lanes if lane.leader is None and lane.waiting]
             if not going:
                 return
-            min(going, key=lambda lane: lane.place).visit(lanes)
+            min(going, key=lambda lane: lane.order).visit(lanes)
 
 
 class _Head(PassReader):
