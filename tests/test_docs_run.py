@@ -371,8 +371,8 @@ def test_the_recipes_pass_their_own_checks(tmp_path: Path):
     suites = "combine/test_methods.py combine/resize_kinds runtime/test_layers.py".split()
     chosen = "recency or delora or transposed or every_kind"
     for words in (
-        ["ruff", "check", *added],
-        ["ruff", "format", "--check", *added],
+        [sys.executable, "-m", "ruff", "check", *added],
+        [sys.executable, "-m", "ruff", "format", "--check", *added],
         [sys.executable, "-m", "pytest", "-q", "-k", chosen, *(f"tests/{s}" for s in suites)],
     ):
         environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}

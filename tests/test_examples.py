@@ -28,24 +28,36 @@ def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder like examples/ in which the quickstart ran, and what it printed."""
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A folder like examples/ in which the quickstart ran, its stdout and its stderr."""
     folder = tmp_path_factory.mktemp("examples")
     for name in ("quickstart.py", "realmodel.py", NOTEBOOK.name):
         shutil.copy(EXAMPLES / name, folder)
     words = [sys.executable, "quickstart.py"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return folder, done.stdout, done.stderr
 
 
 @pytest.mark.timeout(280)
-def test_the_quickstart_runs(quickstart: tuple[Path, str]):
+def test_the_quickstart_runs(quickstart: tuple[Path, str, str]):
     assert "the merged model is the base with the adapter on it" in quickstart[1]
 
 
 @pytest.mark.timeout(280)
-def test_the_notebook_prints_what_it_is_committed_with(quickstart: tuple[Path, str]):
+def test_all_lines_of_the_quickstart_are_ours(quickstart: tuple[Path, str, str]):
+    _, printed, on_stderr = quickstart
+    ours = re.compile(r"(?:base|training|adapter|merged|receipt|tensors|changed weights|logits): ")
+    text = printed.split("\n           base: ")[0].splitlines()
+    assert len(text) > 8 and all(map(ours.match, text))
+    line = r"quickstart-output/merged: .* s|median .*_proj\.weight|next: adapterkit verify .*"
+    assert on_stderr.splitlines() and all(
+        re.fullmatch(line, one) for one in on_stderr.split("\n") if one
+    )
+
+
+@pytest.mark.timeout(280)
+def test_the_notebook_prints_what_it_is_committed_with(quickstart: tuple[Path, str, str]):
     folder = quickstart[0]
     ran = notebooks.run(folder / NOTEBOOK.name, folder)
     committed = [cell["outputs"] for cell in notebooks.code_cells(NOTEBOOK)]

@@ -10,6 +10,7 @@ from adapterkit import __version__
 from adapterkit.cli import output, signals
 from adapterkit.cli.commands import SECTIONS, command_named, summary_of
 from adapterkit.cli.group import Group
+from adapterkit.core import libraries
 
 
 def process() -> None:
@@ -20,7 +21,7 @@ def process() -> None:
     """
     signals.exit_at_once()
     output.never_fail()
-    output.silence_libraries()
+    libraries.hush_process()
     gc.set_threshold(100_000, 50, 50)
     if os.environ.get("ADAPTERKIT_FSYNC") == "0":  # for measuring only: what durability costs
         from adapterkit.core.checkpoint import disk

@@ -4,12 +4,9 @@ file, such as code page 1252, are replaced instead of raising an error."""
 import codecs
 import io
 import json
-import logging
-import os
 import sys
 import threading
 import unicodedata
-import warnings
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -302,27 +299,6 @@ def never_fail() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # somebody may have put something else there
             stream.reconfigure(errors="adapterkit")
-
-
-NOISY = (  # loggers of torch that print through handlers of torch's own
-    "torch.utils._pytree",
-    "torch.utils.flop_counter",
-    "torch.distributed.elastic.multiprocessing.redirects",
-)
-
-
-def silence_libraries() -> None:
-    """Keep the warnings of libraries off stderr, so that the first line there is ours; what you
-    ask for with PYTHONWARNINGS, TORCH_LOGS or TRANSFORMERS_VERBOSITY stays."""
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    if logging.lastResort is not None:  # prints for libraries without a handler, such as torchao
-        logging.lastResort.setLevel(logging.ERROR)
-    if "TORCH_LOGS" not in os.environ:
-        for name in NOISY:
-            logging.getLogger(name).setLevel(logging.ERROR)
-    for library in ("TRANSFORMERS", "DIFFUSERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:

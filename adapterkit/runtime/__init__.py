@@ -1,5 +1,6 @@
 """Train and run PyTorch models with adapters, while the base's own values never change."""
 
+from adapterkit.core.libraries import hush
 from adapterkit.runtime.handle import Adapters, attach, create_arrow_model, load, load_arrow
 from adapterkit.runtime.quantized import register_quantized
 from adapterkit.runtime.training.collection import collect
@@ -19,3 +20,4 @@ __all__ = [
     "prepare_for_kbit_training",
     "register_quantized",
 ]
+hush()

@@ -36,7 +36,7 @@ CORE = [
     "adapter",
     "weights",
     "output checkpoint system commands",
-    "options patterns registry records dtypes errors lazy",
+    "options patterns registry records dtypes errors lazy libraries",
 ]
 LEVEL = {f"core.{part}": level for level, parts in enumerate(CORE) for part in parts.split()}
 

@@ -2,7 +2,7 @@
 
 A merge of a tiny model costs a hundredth of what importing torch does, so this process imports once
 and forks for each run. It reads one request a line on stdin and answers each with one line of JSON.
-huggingface_hub, which reads the environment when it is imported, is left to the children, unless
+huggingface_hub reads the environment when it is imported, so each child imports it again, unless
 this process is told to rehearse.
 In a child with faults, the functions of `os` and libc that the writer and the reader use are
 wrapped: each call counts, and the N-th one dies, fails, is cut short, or is lost.
@@ -19,6 +19,7 @@ import importlib
 import json
 import mmap
 import os
+import re
 import resource
 import signal
 import struct
@@ -224,7 +225,8 @@ class Child:
             program = compile(request["program"], request.get("cwd", "program"), "exec")
             exec(program, {"__name__": "__main__"})
             return 0
-        from adapterkit.cli import main, output, signals
+        from adapterkit.cli import main, signals
+        from adapterkit.core import libraries
         from adapterkit.core.checkpoint import disk
         from adapterkit.core.engine import local
         from adapterkit.core.engine import partition as pieces
@@ -257,7 +259,7 @@ class Child:
                 importlib.import_module("huggingface_hub.file_download")
             importlib.import_module(f"tests.support.{request['system']}").pretend()
         sys.argv = ["adapterkit", *request["argv"]]
-        output.silence_libraries()  # as `process` does
+        libraries.hush_process()  # as `process` does
         signals.own_process = True  # likewise
         main(args=request["argv"], prog_name="adapterkit")
         return 0
@@ -308,6 +310,8 @@ OF_TRANSFORMERS = (
     "torchao.quantization", "scipy.optimize", "bitsandbytes", "tokenizers", "PIL.Image", "jinja2",
     "regex", "psutil", "httpx2", "h11", "anyio", "filelock", "tqdm.auto",
 )  # fmt: skip
+# these read the environment at their import; an extension module is imported only once
+OF_ENVIRONMENT = re.compile(r"(huggingface_hub|kernels)(\.(?!_rust$)|$)")
 # with which a job runs a model: a second of processor time
 OF_MODELS = ("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
 
@@ -316,16 +320,19 @@ def serve(rehearses: bool) -> None:
     import torch
 
     from adapterkit.adapters.formats import library
+    from adapterkit.core import libraries
 
     library.formats()
     torch.set_num_threads(1)
     if not rehearses:
+        libraries.hush()
         for name in OF_TRANSFORMERS:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
+        for name in filter(OF_ENVIRONMENT.match, list(sys.modules)):
+            del sys.modules[name]
     if os.environ.get("ADAPTERKIT_LINES"):
         importlib.import_module("tests.support.lines_seen")
-    assert rehearses or "huggingface_hub" not in sys.modules
     children: dict[int, Child] = {}
     rehearsed: set[str] = set()
     gc.freeze()

@@ -25,6 +25,9 @@ def safe_config(value: Any) -> Any:
 def closed() -> Iterator[None]:
     """Build models safely in this thread: no code of a model runs, no kernel is loaded, nobody is
     prompted for either, and huggingface_hub is offline."""
+    from adapterkit.core.libraries import hush
+
+    hush()
     from huggingface_hub import constants
     from transformers import dynamic_module_utils as code
     from transformers.utils.import_utils import is_torch_available
