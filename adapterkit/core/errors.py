@@ -143,7 +143,7 @@ def _summary(errors: list[AdapterkitError], many: str, with_code: bool) -> str:
 
 
 # in a hint, each is a line of its own; other lines would be a name's that nobody has escaped
-_COMMANDS = re.compile(r"\n(?=(?:adapterkit|hf|python|accelerate) )")
+_COMMANDS = re.compile(r"\n(?=(?:adapterkit|hf|python|accelerate|export) )")
 
 
 def _text(where: str, problems: list[str], expected: str, hint: str, code: str) -> str:

@@ -8,7 +8,7 @@ from adapterkit.bases.hub.destination import Destination
 from adapterkit.bases.hub.errors import quiet_library
 from adapterkit.bases.hub.listing import RemoteEntry
 from adapterkit.bases.hub.upload import LocalFile, Uploaded, commit, groups, upload
-from adapterkit.core.checkpoint.folder import Folder, LocalFolder
+from adapterkit.core.checkpoint.folder import FinishedFolder, Folder
 from adapterkit.core.checkpoint.hashes import sha256_of_file
 from adapterkit.core.checkpoint.hub_ids import HubId, parse, repositories
 from adapterkit.core.checkpoint.strict import read_json
@@ -68,7 +68,7 @@ def push(
     folder, receipt_name = Path(output), RECEIPT
     if folder.is_file():
         folder, receipt_name = folder.parent, receipt_name_of(folder.name)
-    sizes, local = _finished_files(Path(output), receipt_name), LocalFolder(folder)
+    sizes, local = _finished_files(Path(output), receipt_name), FinishedFolder(folder)
     receipt = read_json(local, receipt_name) if receipt_name in sizes else {}
     if of_receipt and isinstance(listed := receipt.get("files"), dict):
         sizes = {name: sizes[name] for name in sizes if name in listed or name == receipt_name}
@@ -119,7 +119,7 @@ def _finished_files(output: Path, receipt: str) -> dict[str, int]:
             hint="check the path",
             code="AK608",
         )
-    files = LocalFolder(output).files()
+    files = FinishedFolder(output).files()
     unfinished = [name for name in files if name.endswith(".part")]
     if unfinished or not files:
         raise Refused(

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
+from adapterkit.core.checkpoint.links import check_links
 from adapterkit.core.errors import (
     AdapterkitError,
     Damaged,
@@ -115,6 +116,8 @@ def parsed(folder: Folder, key: tuple[str, str], parse: Callable[[], tuple[int, 
 class LocalFolder:
     """A folder on local disk, or a single file as a folder that holds nothing else."""
 
+    outward = True  # whether links that lead out of it may be followed
+
     def __init__(self, path: str | os.PathLike[str]):
         self.label = shown(os.fspath(path))
         self.hashes: dict[str, str] = {}
@@ -162,7 +165,9 @@ class LocalFolder:
 
     def subfolder(self, name: str) -> "LocalFolder":
         """Return a folder inside this one."""
-        return LocalFolder(self._inside(self.root / name))
+        folder = LocalFolder(self.root / name)
+        check_links(folder.root, self.root, self.outward)
+        return folder
 
     def without(self, names: Collection[str]) -> "LocalFolder":
         """Return a view without these files."""
@@ -218,21 +223,17 @@ class LocalFolder:
                 hint="give a folder of ordinary files",
                 code="AK201",
             )
-        return self._inside(path)
-
-    def _inside(self, path: Path) -> Path:
-        if leads_inside(path, self.root):
-            return path
-        raise Refused(
-            f"this is a link to {shown(path.resolve())}",
-            expected="a file or folder inside, or a link that the configured Hub cache made",
-            where=str(path),
-            hint="copy what it leads to into the folder; of another Hub cache: set HF_HUB_CACHE",
-            code="AK201",
-        )
+        check_links(path, self.root, self.outward)
+        return path
 
     def prefetch(self, names: list[str]) -> None:
         pass
+
+
+class FinishedFolder(LocalFolder):
+    """An output, whose files may be uploaded: no link out of it is followed."""
+
+    outward = False
 
 
 def read_small(path: str | os.PathLike[str], most: int) -> bytes:
@@ -343,22 +344,6 @@ def unportable(name: str) -> str:
         if any(letter in '<>:"|?*\\' for letter in part):
             return 'Windows has no < > : " | ? * and \\ in names'
     return ""
-
-
-def leads_inside(path: Path, root: Path) -> bool:
-    """Return whether a path below a folder stays in it, through all links. The Hub cache's files
-    are links to blobs of their repository, which may be links too. Only the configured cache
-    counts: a stranger's folder may have the same layout."""
-    target, home = path.resolve(), root.resolve()
-    if target.is_relative_to(home):
-        return True
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
-    if not (home.is_relative_to(cache) and home != cache and path.is_symlink()):
-        return False
-    link = Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
-    return link.parent == cache / home.relative_to(cache).parts[0] / "blobs" and target.is_file()
 
 
 def temporary_folder(owner: object) -> Path:

@@ -14,9 +14,9 @@ from adapterkit.core.checkpoint.folder import (
     SingleFile,
     WithSubfolders,
     is_plain_path,
-    leads_inside,
 )
 from adapterkit.core.checkpoint.hub_ids import is_on_hub, parse
+from adapterkit.core.checkpoint.links import leads_inside
 from adapterkit.core.checkpoint.overlay import Overlay
 from adapterkit.core.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.core.checkpoint.spec import Checkpoint

@@ -14,6 +14,7 @@
 | `copy_range` | in the kernel, as a reflink | none | none |
 | `start_writeback` | sync_file_range | none | none |
 | `limit` | setrlimit | none | none |
+| `is_own` | by the owner's number | the same | none: always False |
 | `open_unnamed` | unlinked at once | unlinked at once | deleted when it is closed |
 
 "None" is OSError with ENOSYS where the caller has another way, else nothing is done.

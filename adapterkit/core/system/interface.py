@@ -115,6 +115,10 @@ class System(ABC):
         """Return whether no rename can replace a folder because it is a mount point, bind mounts
         within one file system included."""
 
+    def is_own(self, status: os.stat_result) -> bool:
+        """Return whether a file belongs to this user or to root."""
+        return False
+
     # --- processes --------------------------------------------------------------------------------
 
     @abstractmethod

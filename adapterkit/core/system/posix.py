@@ -57,6 +57,9 @@ class Posix(System):
         finally:
             os.close(descriptor)
 
+    def is_own(self, status: os.stat_result) -> bool:
+        return status.st_uid in (0, os.geteuid())
+
     def replace(self, old: Path, new: Path) -> None:
         os.rename(old, new)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from adapterkit.core.checkpoint.folder import Folder, LocalFolder
+from adapterkit.core.checkpoint.folder import FinishedFolder, Folder
 from adapterkit.core.checkpoint.header import TensorSpec
 from adapterkit.core.checkpoint.reader import Sources
 from adapterkit.core.engine.file_threads import in_order
@@ -57,12 +57,12 @@ class RowCheck:
         self.result: Json = {}
 
     def __call__(self, folder: Path) -> None:
-        out = LocalFolder(folder)
+        out = FinishedFolder(folder)
         self.result = check_files(out, read_receipt(out)) | check_rows(out, self.plan)
 
     def check_file(self, folder: Path, plan: Plan, result: ShardResult) -> None:
         """Check the one file of this plan."""
-        out = LocalFolder(folder)
+        out = FinishedFolder(folder)
         check_file(out, result.file, result.sha256, result.marks, lambda done: None)
         seen = {"files": 1, "bytes": result.size, **check_rows(out, plan)}
         sums = {name: self.result.get(name, 0) + count for name, count in seen.items()}

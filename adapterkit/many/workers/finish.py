@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.folder import FinishedFolder
 from adapterkit.core.engine.execution import stage_of
 from adapterkit.core.engine.placement import device_totals
 from adapterkit.core.errors import Failed, Refused
@@ -59,7 +59,7 @@ def finish_workers(
         if check is not None:
             check(folder)
         if verify:
-            out = LocalFolder(folder)
+            out = FinishedFolder(folder)
             check_files(out, read_receipt(out))
 
     return run(

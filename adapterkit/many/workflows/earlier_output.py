@@ -8,7 +8,7 @@ from pathlib import Path
 from adapterkit.bases.hub.folder import HubFolder
 from adapterkit.bases.hub.output.hub_output import work_output
 from adapterkit.core.checkpoint import hub_ids as ids
-from adapterkit.core.checkpoint.folder import Folder, LocalFolder, read_small
+from adapterkit.core.checkpoint.folder import FinishedFolder, Folder, read_small
 from adapterkit.core.checkpoint.reader import Identity
 from adapterkit.core.checkpoint.strict import MAX_JSON, read_json
 from adapterkit.core.engine.execution import stage_of
@@ -86,7 +86,7 @@ def _with_receipt(out: Path, receipt: Path) -> Older | None:
     except (OSError, ValueError, RecursionError):
         return None
     is_receipt = RECEIPT_CHECK.fits(data)
-    return Older(data, LocalFolder(out), receipt.stat().st_mtime_ns) if is_receipt else None
+    return Older(data, FinishedFolder(out), receipt.stat().st_mtime_ns) if is_receipt else None
 
 
 def _on_hub(place: Location) -> Older | None:

@@ -207,13 +207,15 @@ def _metrics(result: Json) -> list[tuple[str, str]]:
     """(name, text) of all kinds of results; those with an empty text are not printed."""
     count = len(result["shards"])
     kinds = ", ".join(f"{name} {size['parameters']:,}" for name, size in result["dtypes"].items())
+    is_known = kinds or result["readable"]
+    parameters = f"{result['parameters']:,}" if is_known else "not known"
     architecture, tied, quantization = (
         result[key] or {} for key in ("architecture", "tied", "quantization")
     )
     names = [*architecture.get("classes", []), architecture.get("model_type")]
     metrics = [
         ("architecture", ", ".join(str(name) for name in names if name)),
-        ("parameters", f"{result['parameters']:,}" + (f" ({kinds})" if kinds else "")),
+        ("parameters", parameters + (f" ({kinds})" if kinds else "")),
         ("bytes", f"{result['bytes']:,} in {count} file{'s' if count != 1 else ''}"),
         ("quantization", quantization.get("found", "none" if result["kind"] == "base" else "")),
     ]
