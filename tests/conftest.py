@@ -6,11 +6,14 @@ import gc
 import importlib
 import os
 import pkgutil
+import platform
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from _pytest import junitxml
 
 from adapterkit import kernels
 
@@ -32,6 +35,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         option.numprocesses = all_cores() + 1
         option.dist, option.loadscopereorder = "loadfile", False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """`--junitxml` gets the versions of this environment, for docs/tested.py."""
+    if xml := config.stash.get(junitxml.xml_key, None):
+        for one in metadata.distributions():
+            xml.add_global_property(one.name.lower().replace("_", "-"), one.version)
+        xml.add_global_property("python", platform.python_version())
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

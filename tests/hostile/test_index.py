@@ -399,7 +399,7 @@ def cached(cache: Path, repo: str = "models--a--b") -> Path:
 
 
 def test_the_hub_cache_is_read(tmp_path, monkeypatch, give_away):
-    """Also another user's. Its files are links to blobs of the repository, which may be links too."""
+    """Also of another user. Its files are links to blobs of the repository, maybe links too."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = cached(tmp_path / "hub")
     blob = tmp_path / "hub" / "models--a--b" / "blobs" / "hash0"
