@@ -32,9 +32,7 @@ def document(report: Path) -> str:
     )
     blocks = {"counts": counts}
     if not failed:
-        head = (
-            f"The last run without a failure, on {date}, was in an environment made that day, with "
-        )
+        head = f"The last whole run without a failure, on {date}, was in a fresh environment with "
         blocks["versions"] = fill(head + ", ".join(versions(suite)) + ".", 100)
     for name, block in blocks.items():
         text = re.sub(BLOCK.format(name), lambda _, new=block: f"{new}\n\n", text, flags=re.S)

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
-from adapterkit.core.checkpoint.links import check_links
 from adapterkit.core.errors import (
     AdapterkitError,
     Damaged,
@@ -166,7 +165,7 @@ class LocalFolder:
     def subfolder(self, name: str) -> "LocalFolder":
         """Return a folder inside this one."""
         folder = LocalFolder(self.root / name)
-        check_links(folder.root, self.root, self.outward)
+        self._check_links(folder.root)
         return folder
 
     def without(self, names: Collection[str]) -> "LocalFolder":
@@ -223,8 +222,14 @@ class LocalFolder:
                 hint="give a folder of ordinary files",
                 code="AK201",
             )
-        check_links(path, self.root, self.outward)
+        self._check_links(path)
         return path
+
+    def _check_links(self, path: Path) -> None:
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            from adapterkit.core.checkpoint.links import check_links
+
+            check_links(path, self.root, self.outward)
 
     def prefetch(self, names: list[str]) -> None:
         pass

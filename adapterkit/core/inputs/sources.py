@@ -16,7 +16,6 @@ from adapterkit.core.checkpoint.folder import (
     is_plain_path,
 )
 from adapterkit.core.checkpoint.hub_ids import is_on_hub, parse
-from adapterkit.core.checkpoint.links import leads_inside
 from adapterkit.core.checkpoint.overlay import Overlay
 from adapterkit.core.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.core.checkpoint.spec import Checkpoint
@@ -81,6 +80,8 @@ def named_in_file(name: object, folder: Path | None) -> str | None:
     other names, also for links that lead elsewhere."""
     text = name if isinstance(name, str) else ""
     if folder is not None and is_plain_path(text) and "/" not in text and (folder / text).exists():
+        from adapterkit.core.checkpoint.links import leads_inside
+
         return str(folder / text) if leads_inside(folder / text, folder) else None
     return text if parse(text) is not None and not os.path.lexists(text) else None
 
