@@ -4,6 +4,7 @@ no file."""
 import json
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 
 import adapterkit
 from adapterkit import merge
-from adapterkit.core.checkpoint.folder import LocalFolder
+from adapterkit.core.checkpoint.folder import FinishedFolder, LocalFolder
 from adapterkit.core.checkpoint.spec import open_checkpoint
 from adapterkit.core.errors import AdapterkitError, Damaged, MultipleErrors, Refused
 from adapterkit.core.system import system
@@ -346,7 +347,10 @@ def test_a_link_out_of_a_folder_is_refused_if_one_on_its_path_is_foreign(
     give_away(tmp_path / foreign)
     message = refusal(LocalFolder(folder))
     assert f"{link}: this is a link to {tmp_path / 'elsewhere'}: {tmp_path / foreign} " in message
-    name, _, value = message.rpartition("export ")[2].partition("=")
+    name, line = "ADAPTERKIT_SAFE_FOLDERS", "export " + message.rpartition("export ")[2]
+    monkeypatch.setenv(name, str(tmp_path / "trusted before"))
+    value = subprocess.check_output(["sh", "-c", f'{line}; printf %s "${name}"'], text=True)
+    assert value.split(":") == [str(tmp_path / "trusted before"), str(folder)]
     monkeypatch.setenv(name, value)
     assert set(open_checkpoint(LocalFolder(folder)).tensors) == set(base_tensors())
 
@@ -355,6 +359,21 @@ def test_a_link_to_a_file_that_only_its_owner_may_read_is_refused(tmp_path):
     folder = on_disk(tmp_path)
     out_of(folder, "../elsewhere").chmod(0o600)
     assert "only its owner may read" in refusal(LocalFolder(folder))
+
+
+def test_no_view_of_an_output_follows_a_link_out_of_it(tmp_path):
+    folder = on_disk(tmp_path)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "config.json").symlink_to("../../elsewhere")
+    out_of(folder, "../elsewhere")
+    whole = FinishedFolder(folder)
+    one = FinishedFolder(folder / "model.safetensors")
+    views = [whole, whole.without(["config.json"]), one, one.containing_folder()]
+    for view in [*views, one.as_weights("model.safetensors")]:
+        with pytest.raises(Refused, match="an output has no other files"):
+            view.path("model.safetensors")
+    with pytest.raises(Refused, match="an output has no other files"):
+        whole.subfolder("deep").path("config.json")
 
 
 def test_a_chain_of_too_many_links_is_refused(tmp_path):

@@ -164,19 +164,19 @@ class LocalFolder:
 
     def subfolder(self, name: str) -> "LocalFolder":
         """Return a folder inside this one."""
-        folder = LocalFolder(self.root / name)
+        folder = type(self)(self.root / name)
         self._check_links(folder.root)
         return folder
 
     def without(self, names: Collection[str]) -> "LocalFolder":
         """Return a view without these files."""
-        folder = LocalFolder(self.root)
+        folder = type(self)(self.root)
         folder._files = {name: size for name, size in self.files().items() if name not in names}
         return folder
 
     def containing_folder(self) -> "LocalFolder":
         """Return the folder that contains the file."""
-        return LocalFolder(self.root)
+        return type(self)(self.root)
 
     def next_to(self) -> set[str]:
         """Return the names of the files in the file's folder, its own included."""
@@ -186,7 +186,7 @@ class LocalFolder:
         """Return a view of the file under this name, and of the files next to it except other
         weights and indexes."""
         assert self.single is not None
-        folder = LocalFolder(self.root / self.single)
+        folder = type(self)(self.root / self.single)
         folder.renamed = {name: self.single}
         next_to = sorted(
             n for n in self.next_to() if not (n[0] == "." or n.endswith(OTHER_WEIGHTS))
@@ -227,6 +227,7 @@ class LocalFolder:
 
     def _check_links(self, path: Path) -> None:
         if not path.resolve().is_relative_to(self.root.resolve()):
+            # here, because a plain job has no such link and does not load the rules
             from adapterkit.core.checkpoint.links import check_links
 
             check_links(path, self.root, self.outward)

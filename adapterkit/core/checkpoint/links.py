@@ -1,9 +1,9 @@
 """Links in the folders of inputs: which are followed.
 
-A link that stays in its folder is, and a link of the configured Hub cache to a blob of its
-repository. A link that leads out of the folder is followed if it and the folder belong to the user
-or to root, as git's `safe.directory` has it, and if others may read its file too: whoever unpacks
-a stranger's archive owns its links, and a merge copies what they lead to."""
+A link is followed if it stays in its folder, or leads from the configured Hub cache to a blob of
+its repository. A link that leads out of the folder is followed if it and the folder belong to the
+user or to root, as git's `safe.directory` has it, and if others may read its file too: whoever
+unpacks a stranger's archive owns its links, and a merge copies what they lead to."""
 
 import os
 import stat
@@ -39,8 +39,9 @@ def check_links(path: Path, root: Path, outward: bool = True) -> None:
     else:
         reason = "too many links"
     if outward:
-        assign = f"{SAFE_FOLDERS}={system.quote(printable(str(root.resolve())))}"
-        hint += f", or trust all links in the folder\nexport {assign}"
+        folder = system.quote(printable(str(root.resolve())))
+        hint += ", or trust all links in the folder\n"  # next to those that are trusted already
+        hint += f'export {SAFE_FOLDERS}="${SAFE_FOLDERS}:"{folder}'
     raise Refused(
         f"this is a link to {shown(target)}: {reason}",
         expected="a file inside, or a link and a folder of yours to a file that others may read",
